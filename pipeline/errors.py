@@ -1,0 +1,80 @@
+"""Every error a command can end with, and the exit code each one carries.
+
+One small tree: what the user asked, what the peer did, what the kernel refused,
+what the target is. A message says what happened, to which pid, descriptor,
+mapping or map line, and what to do about it. `OSError` stays raw in
+`pipeline.kernel` and is translated once, where the resource is known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+class PipelineError(Exception):
+    """Base of all: the work failed, and the source runs as before (exit code 1)."""
+
+    exit_code = 1
+
+
+class UsageError(PipelineError):
+    """The command or the call was wrong (exit code 2)."""
+
+    exit_code = 2
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Blocker:
+    """One reason why a tree cannot be carried.
+
+    Args:
+        subject: what it is about: ``pid 12``, ``pid 12 fd 7``, ``pid 12 mapping 7f..-7f..``.
+        reason: the kernel's fact.
+        remedy: what the user can do; may be empty.
+        transient: true where waiting a moment may remove it (a connection in flight).
+    """
+
+    subject: str
+    reason: str
+    remedy: str = ""
+    transient: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.subject}: {self.reason}" + (f" ({self.remedy})" if self.remedy else "")
+
+
+class Refused(PipelineError):
+    """Refused before anything was touched; every blocker is named (exit code 3)."""
+
+    exit_code = 3
+
+    def __init__(self, blockers: Iterable[Blocker]) -> None:
+        self.blockers = tuple(sorted(set(blockers)))
+        super().__init__("refused:\n" + "\n".join(f"  {blocker}" for blocker in self.blockers))
+
+
+class InDoubt(PipelineError):
+    """Which side may run the tree is not known here; the text says how to settle it (exit code 4)."""
+
+    exit_code = 4
+
+
+class TargetError(PipelineError):
+    """The target changed or vanished under our hands; what is left of it runs on."""
+
+
+class ImageError(PipelineError):
+    """An image or stream is damaged, truncated, foreign or too new; the message says where."""
+
+
+class StorageError(PipelineError):
+    """The place where an image is written to or read from failed."""
+
+
+class PeerError(PipelineError):
+    """The other side refused, lied, failed to prove itself or went away."""
+
+
+class RebuildError(PipelineError):
+    """The kernel refused a step of the rebuild; nothing of the half-built tree is left."""

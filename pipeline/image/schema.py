@@ -1,0 +1,429 @@
+"""The records of an image: what a tree *is*, without a single id of the host.
+
+Rules of this file:
+
+* A uid or gid is an `Id`: a user namespace of the image's forest and the id
+  inside it. A pid is recorded per pid namespace, outermost first. A namespace is
+  recorded by its place in the forest. Index 0 of every namespace kind is the
+  *external* one: the namespace that the tree shares with its surroundings and
+  that the destination supplies.
+* Everything is typed and bounded here; `pipeline.image.codec` refuses what does
+  not fit before any of it is used.
+* Descriptors are extensible: an `OpenFile` holds the record of its kind as a
+  plain mapping, whose type stands in the kind's file under `pipeline.resources`.
+* Bytes that can be large (pages) are never inside records. They travel as page
+  frames (`pipeline.image.frames`) that name a *space*: the number by which an
+  address space, a shared memory object or a file content is known in the image.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta, Struct
+
+FORMAT_VERSION = 1
+
+U8 = Annotated[int, Meta(ge=0, le=0xFF)]
+U32 = Annotated[int, Meta(ge=0, le=0xFFFF_FFFF)]
+# msgspec bounds integers by 64-bit signed literals; a decoder checks the upper end.
+U64 = Annotated[int, Meta(ge=0)]
+I32 = Annotated[int, Meta(ge=-0x8000_0000, le=0x7FFF_FFFF)]
+I64 = int
+Pid = Annotated[int, Meta(ge=0, le=1 << 22)]
+Index = Annotated[int, Meta(ge=0, le=1 << 24)]
+Path = Annotated[bytes, Meta(max_length=4096)]
+Small = Annotated[bytes, Meta(max_length=65536)]
+
+
+class Record(Struct, frozen=True, forbid_unknown_fields=True):
+    """Base of every record."""
+
+
+class Id(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A uid or gid: the id `id` inside user namespace `ns` of the image.
+
+    `ns` is the innermost namespace, from the holder's own upwards, in which the
+    id is mapped. If it is not the holder's own namespace, the id is *unmapped*
+    there: an explicit state that the destination recreates or refuses.
+    """
+
+    ns: Index
+    id: U32
+
+
+class Extent(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """One line of a uid or gid map: `count` ids from `inner` on are `lower` on in the *parent*."""
+
+    inner: U32
+    lower: U32
+    count: Annotated[int, Meta(ge=1, le=0xFFFF_FFFF)]
+
+
+Extents = Annotated[list[Extent], Meta(max_length=340)]
+
+
+class Head(Record, kw_only=True, tag="head"):
+    """First record: what the image is and where it can run.
+
+    `vdso` is the SHA-256 of the vdso image; code of the tree holds pointers into it.
+    `features` are CPU features that the saved extended state needs (XCR0 bits).
+    """
+
+    version: Annotated[int, Meta(ge=1, le=0xFFFF)]
+    machine: Annotated[str, Meta(max_length=32)]
+    page_size_bytes: U32
+    xfeatures: U64
+    xstate_size_bytes: U32
+    vdso: Annotated[bytes, Meta(min_length=32, max_length=32)]
+    kernel: Annotated[str, Meta(max_length=256)]
+    created_ns: U64
+    root: Pid
+    monotonic_ns: U64
+    boottime_ns: U64
+
+
+class UserNamespace(Record, kw_only=True, tag="userns"):
+    """A user namespace; `index` 0 is the external one and has no parent.
+
+    `uid_map`/`gid_map` are relative to the parent; empty where not written yet.
+    `owner` is the creator's euid, inside the parent.
+    """
+
+    index: Index
+    parent: Index | None = None
+    owner: Id | None = None
+    uid_map: Extents = []
+    gid_map: Extents = []
+    setgroups: Literal["allow", "deny"] = "allow"
+
+
+NamespaceKind = Literal["pid", "mnt", "uts", "ipc", "net", "cgroup", "time"]
+
+
+class Namespace(Record, kw_only=True, tag="ns"):
+    """A namespace of another kind than user.
+
+    `index` counts per image over all kinds. `owner` is a `UserNamespace` index.
+    `parent` is for pid namespaces. `state` is the kind's own record (uts names,
+    mounts, ipc limits), typed in `pipeline.resources.namespaces`.
+    """
+
+    index: Index
+    kind: NamespaceKind
+    external: bool
+    owner: Index = 0
+    parent: Index | None = None
+    state: dict[str, Any] = {}
+
+
+class PathRef(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A path as seen from the root of mount namespace `mntns` (a `Namespace` index)."""
+
+    mntns: Index
+    path: Path
+
+
+class FileIdentity(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """What a file must be at the destination: the build id where it is ELF, size and mtime else."""
+
+    size_bytes: U64
+    mtime_ns: I64
+    mode: U32
+    build_id: Annotated[bytes, Meta(max_length=64)] = b""
+
+
+class MappedFile(Record, kw_only=True, tag="mapped"):
+    """A file that is mapped by, or is the executable of, some process.
+
+    `writable`: opened read-write for a shared mapping. `content`: the space that
+    carries the bytes of a deleted file; `deleted` files live on without a name.
+    """
+
+    index: Index
+    path: PathRef
+    identity: FileIdentity
+    writable: bool = False
+    deleted: bool = False
+    content: Index | None = None
+
+
+class SharedMemory(Record, kw_only=True, tag="shm"):
+    """Memory that several mappings or descriptors share: MAP_SHARED|MAP_ANONYMOUS or a memfd."""
+
+    space: Index
+    kind: Literal["anon", "memfd"]
+    size_bytes: U64
+    name: Path = b""
+    seals: U32 = 0
+    mode: U32 = 0o777
+    uid: Id | None = None
+    gid: Id | None = None
+    hugetlb: U32 = 0
+    #: memfd only: how the restorer opens it for mappings
+    exec_sealed: bool = False
+
+
+VmaKind = Literal["anon", "file", "shared", "vdso", "vvar", "vvar_vclock", "vsyscall"]
+
+
+class Vma(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """One mapping. Addresses and lengths in bytes, page aligned.
+
+    `prot`: PROT_* bits. `flags`: MAP_SHARED or MAP_PRIVATE, with MAP_GROWSDOWN,
+    MAP_NORESERVE, MAP_HUGETLB. `backing`: a `MappedFile` index for kind ``file``,
+    the space of a `SharedMemory` for kind ``shared``. `advice`: MADV_* values to
+    replay. `vmflags`: the two-letter flags of smaps, for locks and seals.
+    """
+
+    start: U64
+    end: U64
+    kind: VmaKind
+    prot: U8
+    flags: U32
+    offset: U64 = 0
+    backing: Index | None = None
+    name: Path = b""
+    advice: list[U8] = []
+    locked: Literal["", "now", "onfault"] = ""
+    sealed: bool = False
+    #: guard regions inside (MADV_GUARD_INSTALL): [start, end) pairs
+    guards: list[tuple[U64, U64]] = []
+    #: maximal protection differs: a shared mapping of a file opened read-only
+    readonly_file: bool = False
+
+
+class AddressSpace(Record, kw_only=True, tag="mm"):
+    """The memory of one process. `space` names it in page frames.
+
+    `copy_of`: the space of the parent process, where pages that are equal there
+    and here were not sent twice and are to be shared copy-on-write.
+    `layout`: start_code, end_code, start_data, end_data, start_brk, brk,
+    start_stack, arg_start, arg_end, env_start, env_end (prctl_mm_map order).
+    """
+
+    space: Index
+    vmas: Annotated[list[Vma], Meta(max_length=1 << 20)]
+    exe: Index
+    layout: Annotated[list[U64], Meta(min_length=11, max_length=11)]
+    auxv: Annotated[bytes, Meta(max_length=4096)]
+    dumpable: U8 = 1
+    thp_disable: U8 = 0
+    coredump_filter: U32 = 0x33
+    copy_of: Index | None = None
+    #: page ranges [start, end) of `copy_of` that are *absent* here and must be dropped after the fork
+    dropped: list[tuple[U64, U64]] = []
+
+
+class SignalAction(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """`struct kernel_sigaction`: handler address, SA_* flags, restorer address, mask."""
+
+    handler: U64
+    flags: U64
+    restorer: U64
+    mask: U64
+
+
+class PendingSignal(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A queued signal: the 128 bytes of its siginfo_t and its sender, where the siginfo names one.
+
+    `pid` is the level-0 pid of the sender inside the tree, 0 where it is outside.
+    """
+
+    info: Annotated[bytes, Meta(min_length=128, max_length=128)]
+    uid: Id | None = None
+    pid: Pid | None = None
+
+
+class Credentials(Record, kw_only=True):
+    """All ids and capabilities of a task, relative to its user namespace.
+
+    `uids`/`gids`: real, effective, saved, filesystem. `caps`: inheritable,
+    permitted, effective, bounding, ambient as bit sets.
+    """
+
+    userns: Index
+    uids: Annotated[list[Id], Meta(min_length=4, max_length=4)]
+    gids: Annotated[list[Id], Meta(min_length=4, max_length=4)]
+    groups: Annotated[list[Id], Meta(max_length=65536)]
+    caps: Annotated[list[U64], Meta(min_length=5, max_length=5)]
+    securebits: U32
+    no_new_privs: bool
+
+
+class Scheduling(Record, kw_only=True):
+    """`struct sched_attr` fields, CPU affinity as a list of processor numbers, and ioprio."""
+
+    policy: U32
+    flags: U64
+    nice: I32
+    priority: U32
+    runtime_ns: U64
+    deadline_ns: U64
+    period_ns: U64
+    affinity: Annotated[list[U32], Meta(max_length=8192)]
+    ioprio: U32
+
+
+class Seccomp(Record, kw_only=True):
+    """Mode 0 off, 1 strict, 2 filter; `filters` in order of installation, 8 bytes an instruction.
+
+    `log`: SECCOMP_FILTER_FLAG_LOG of each filter.
+    """
+
+    mode: U8 = 0
+    filters: list[Small] = []
+    log: list[bool] = []
+
+
+class Rseq(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A registered restartable-sequences area."""
+
+    address: U64
+    size_bytes: U32
+    signature: U32
+    flags: U32
+
+
+class Thread(Record, kw_only=True):
+    """One task. `pids` outermost first, one per pid namespace level of the tree."""
+
+    pids: Annotated[list[Pid], Meta(min_length=1, max_length=33)]
+    comm: Annotated[bytes, Meta(max_length=15)]
+    registers: Annotated[bytes, Meta(max_length=1024)]
+    xstate: Annotated[bytes, Meta(max_length=1 << 16)]
+    sigmask: U64
+    pending: Annotated[list[PendingSignal], Meta(max_length=65536)] = []
+    altstack: tuple[U64, U32, U64] = (0, 2, 0)
+    tid_address: U64 = 0
+    robust_list: tuple[U64, U64] = (0, 24)
+    rseq: Rseq | None = None
+    credentials: Credentials
+    scheduling: Scheduling
+    seccomp: Seccomp = Seccomp()
+    pdeathsig: U8 = 0
+    personality: U32 = 0
+    timer_slack_ns: U64 = 50_000
+    #: time left of a relative sleep that was interrupted (restart block), None where not known
+    sleep_left_ns: U64 | None = None
+
+
+class PosixTimer(Record, kw_only=True):
+    """A timer_create(2) timer: /proc/PID/timers plus timer_gettime."""
+
+    id: I32
+    clock: I32
+    notify: I32
+    signal: I32
+    sigval: U64
+    thread: Pid | None = None
+    interval_ns: U64
+    value_ns: U64
+
+
+class FdEntry(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A slot of a descriptor table: number, `OpenFile` index, FD_CLOEXEC."""
+
+    fd: Annotated[int, Meta(ge=0, le=1 << 24)]
+    file: Index
+    cloexec: bool
+
+
+class Memberships(Record, kw_only=True):
+    """The namespaces a process is in: `UserNamespace` index for `user`, `Namespace` indexes else."""
+
+    user: Index
+    pid: Index
+    pid_for_children: Index
+    mnt: Index
+    uts: Index
+    ipc: Index
+    net: Index
+    cgroup: Index
+    time: Index
+    time_for_children: Index
+
+
+class Process(Record, kw_only=True, tag="process"):
+    """One process. pids as in `Thread`; `parent`, `pgid`, `sid` are level-0 pids, 0 = outside the tree."""
+
+    pids: Annotated[list[Pid], Meta(min_length=1, max_length=33)]
+    parent: Pid
+    pgid: Pid
+    sid: Pid
+    state: Literal["running", "stopped", "zombie"]
+    #: wait status of a zombie (as WEXITSTATUS/WTERMSIG read it)
+    exit_status: U32 = 0
+    exit_signal: U8 = 17
+    #: signal that stopped it, for state "stopped"
+    stop_signal: U8 = 0
+    namespaces: Memberships
+    space: Index | None = None
+    fds: Annotated[list[FdEntry], Meta(max_length=1 << 20)] = []
+    cwd: PathRef | None = None
+    root: PathRef | None = None
+    umask: U32 = 0o022
+    actions: Annotated[list[SignalAction], Meta(max_length=64)] = []
+    pending: Annotated[list[PendingSignal], Meta(max_length=65536)] = []
+    #: RLIMIT number -> (soft, hard), RLIM_INFINITY as 2**64-1
+    limits: Annotated[list[tuple[U64, U64]], Meta(max_length=32)] = []
+    #: ITIMER_REAL, VIRTUAL, PROF: (interval_us, value_us)
+    itimers: Annotated[list[tuple[U64, U64]], Meta(max_length=3)] = []
+    timers: Annotated[list[PosixTimer], Meta(max_length=65536)] = []
+    oom_score_adj: I32 = 0
+    child_subreaper: bool = False
+    #: leader first; empty for a zombie but for one entry that names it
+    threads: Annotated[list[Thread], Meta(max_length=1 << 16)] = []
+    comm: Annotated[bytes, Meta(max_length=15)] = b""
+
+
+class Owner(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """F_SETOWN_EX: type (F_OWNER_TID 0, PID 1, PGRP 2), level-0 pid; F_SETSIG signal."""
+
+    type: U8
+    pid: Pid
+    signal: U8
+
+
+class OpenFile(Record, kw_only=True, tag="file"):
+    """An open file description, shared by all `FdEntry` that name it.
+
+    `flags`: F_GETFL. `state`: the record of `kind`, see `pipeline.resources`.
+    """
+
+    index: Index
+    kind: Annotated[str, Meta(max_length=32)]
+    flags: U32
+    position: U64 = 0
+    owner: Owner | None = None
+    state: dict[str, Any] = {}
+
+
+class Content(Record, kw_only=True, tag="content"):
+    """Bytes of a file that travel as page frames of `space` (a deleted file, mostly)."""
+
+    space: Index
+    size_bytes: U64
+
+
+class End(Record, kw_only=True, tag="end"):
+    """Last record: the number of records and page bytes before it, so that a cut is seen."""
+
+    records: U64
+    page_bytes: U64
+    #: bytes of each space, in the order of appearance
+    spaces: list[tuple[Index, U64]] = []
+
+
+AnyRecord = (
+    Head
+    | UserNamespace
+    | Namespace
+    | MappedFile
+    | SharedMemory
+    | AddressSpace
+    | Process
+    | OpenFile
+    | Content
+    | End
+)

@@ -1,0 +1,132 @@
+"""Descriptions of system calls to run inside another process. Pure data: no kernel here.
+
+A `Call` names a system call and its arguments. An argument is a number, bytes
+(copied into the other process, the call gets a pointer), an `Out` (room the call
+writes to, read back afterwards) or an `In` (a structure that itself holds pointers).
+`lay_out` turns a list of them into the table that the machine-code stub walks and
+the data behind it; both go to one piece of memory of the other process.
+
+The table has 64 bytes a call: number, six arguments, result (see
+`pipeline.kernel.arch`). Results are raw: negative errno on failure.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from pipeline.ids import RemoteAddress
+
+CALL_BYTES = 64
+_ALIGN_BYTES = 16
+
+
+@dataclass(eq=False)
+class Out:
+    """Room of `size_bytes` that the call fills; `data` holds what it wrote. `initial` is its content before."""
+
+    size_bytes: int
+    initial: bytes = b""
+    data: bytes = b""
+
+
+@dataclass(eq=False)
+class In:
+    """A structure: bytes as they are, numbers as 8 bytes, `Out`/`In` as 8-byte pointers to them."""
+
+    parts: Sequence[bytes | int | Out | In]
+
+
+Argument = int | bytes | Out | In
+
+
+@dataclass(eq=False)
+class Call:
+    """One system call. `result` is set by running it: the raw return value, -errno on failure.
+
+    `check` raises for the negative ones; set `may_fail` for calls whose failure is an answer.
+    """
+
+    number: int
+    args: Sequence[Argument] = ()
+    may_fail: bool = False
+    #: what a failure message calls it
+    name: str = ""
+    result: int = field(default=0, init=False)
+
+    def check(self) -> int:
+        """Return the result or raise OSError with the call's errno."""
+        if self.result < 0 and not self.may_fail:
+            code = -self.result
+            what = self.name or f"system call {self.number}"
+            raise OSError(code, f"{what}: {errno.errorcode.get(code, code)}: {os.strerror(code)}")
+        return self.result
+
+
+class Remote(Protocol):
+    """A stopped task that runs system calls for us: a live target's thread or a puppet."""
+
+    def run(self, calls: Sequence[Call]) -> None:
+        """Run the calls in order; results and `Out` data are filled in. Does not raise for failing calls
+        (use `Call.check`). Live targets: only calls that change nothing."""
+
+    def syscall(self, number: int, *args: Argument) -> int:
+        """Run one call; OSError with its errno if it fails."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Memory image of a batch: `image` goes to the base address, each `Out` is at its offset."""
+
+    image: bytes
+    outs: Sequence[tuple[int, Out]]
+
+
+def lay_out(calls: Sequence[Call], base: RemoteAddress) -> Layout:
+    """Place the call table at `base` and the data behind it; pointers are absolute."""
+    image = bytearray(CALL_BYTES * len(calls))
+    outs: list[tuple[int, Out]] = []
+    placed: dict[int, int] = {}
+
+    def room(content: bytes) -> int:
+        image.extend(bytes(-len(image) % _ALIGN_BYTES))
+        offset = len(image)
+        image.extend(content)
+        return offset
+
+    def place(arg: Argument) -> int:
+        if isinstance(arg, int):
+            return arg & 0xFFFF_FFFF_FFFF_FFFF
+        if isinstance(arg, bytes):
+            return base + room(arg)
+        if id(arg) in placed:
+            return base + placed[id(arg)]
+        if isinstance(arg, Out):
+            offset = room(arg.initial.ljust(arg.size_bytes, b"\0"))
+            outs.append((offset, arg))
+        else:
+            content = b"".join(
+                part if isinstance(part, bytes) else struct.pack("<Q", place(part)) for part in arg.parts
+            )
+            offset = room(content)
+        placed[id(arg)] = offset
+        return base + offset
+
+    for index, call in enumerate(calls):
+        if len(call.args) > 6:
+            raise ValueError(f"a system call takes six arguments, not {len(call.args)}")
+        values = [place(arg) for arg in call.args]
+        struct.pack_into("<8Q", image, CALL_BYTES * index, call.number, *values, *[0] * (7 - len(values)))
+    return Layout(bytes(image), outs)
+
+
+def take_results(calls: Sequence[Call], layout: Layout, image: bytes) -> None:
+    """Fill in results and `Out` data from the memory image read back after the run."""
+    for index, call in enumerate(calls):
+        (call.result,) = struct.unpack_from("<q", image, CALL_BYTES * index + 56)
+    for offset, out in layout.outs:
+        out.data = image[offset : offset + out.size_bytes]

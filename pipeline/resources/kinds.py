@@ -1,0 +1,169 @@
+"""What every kind of open file must be able to do, and the scopes it does it in.
+
+A kind is one file in this package with both halves side by side: the record,
+`check` (refuse early, with a reason), `capture`, then three phases of rebuilding:
+
+1. `create`: make the open file in the restorer, needing nothing but the record
+   (and objects that several files share, through `CreateScope.once`).
+2. `connect`: every file of the tree exists as a local descriptor now; join them
+   (queue bytes, listen, set sizes). Still in the restorer.
+3. `finish`: every descriptor has its number in the puppets; do what must be done
+   from inside (epoll registrations, controlling terminal, arming timers).
+
+All methods are synchronous and run in the tracer's thread; none may block. Local
+descriptors returned by `create` belong to the caller, who closes each exactly once.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+from pipeline.errors import Blocker
+from pipeline.ids import HostPid, LocalFd
+from pipeline.image.schema import Id, Index, OpenFile, PathRef, Pid, Record
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class FdView:
+    """One descriptor of the target, looked at from outside; nothing in the target is changed.
+
+    Args:
+        pid: the process, in the pipeline's pid namespace.
+        fd: its number there.
+        local: a duplicate of the same open file description in the pipeline's own
+            table (pidfd_getfd), valid during the call only. Reading or seeking it
+            would move the target's position: use pread, tee, MSG_PEEK.
+        link: what /proc/PID/fd/N points to, as bytes.
+        stat: fstat of it.
+        info: the lines of /proc/PID/fdinfo/N: first word without colon -> rest;
+            a key that repeats (``tfd``, ``inotify``, ``lock``) holds all its lines.
+        flags: F_GETFL.
+        position: file offset.
+    """
+
+    pid: HostPid
+    fd: int
+    local: LocalFd
+    link: bytes
+    stat: os.stat_result
+    info: dict[str, list[str]]
+    flags: int
+    position: int
+
+    @property
+    def subject(self) -> str:
+        """How a message names it."""
+        return f"pid {self.pid} fd {self.fd} ({os.fsdecode(self.link)})"
+
+
+class CaptureScope(Protocol):
+    """What a kind may ask about the rest of the tree while it is captured."""
+
+    def path(self, pid: HostPid, link: bytes) -> PathRef:
+        """The path `link` (as readlink of a /proc/PID magic link says it) in the mount namespace of `pid`."""
+
+    def user(self, uid: int) -> Id:
+        """Translate a uid as the pipeline sees it into the image's forest (namespace 0 if only mapped outside)."""
+
+    def group(self, gid: int) -> Id:
+        """Translate a gid likewise."""
+
+    def member(self, pid: int) -> Pid:
+        """Level-0 pid of a process, thread or process group of the tree given its pid here; 0 if outside."""
+
+    def files(self) -> Sequence[tuple[Index, FdView]]:
+        """Every open file of the tree with one view of it (valid while capturing)."""
+
+    def file_at(self, pid: HostPid, fd: int) -> Index | None:
+        """Index of the open file behind descriptor `fd` of `pid`; None if that slot is empty."""
+
+    def holders(self, index: Index) -> Sequence[tuple[HostPid, int]]:
+        """Every (process, descriptor number) that refers to open file `index`."""
+
+    def content(self, local: LocalFd, size_bytes: int) -> Index:
+        """Carry the bytes of a file: they are streamed as pages later (holes stay holes). Duplicates `local`."""
+
+    def memory(self, view: FdView) -> Index:
+        """The `SharedMemory` space of a memfd or shared mapping behind `view`, registered on first use."""
+
+    def peers(self) -> dict[Any, Any]:
+        """A scratch dictionary shared by all kinds during one capture (socket tables, inode groups)."""
+
+
+class CreateScope(Protocol):
+    """What a kind may use while the tree is rebuilt."""
+
+    def open(self, path: PathRef, flags: int, mode: int = 0) -> LocalFd:
+        """Open `path` inside its mount namespace's root (openat2, RESOLVE_IN_ROOT); caller owns the result."""
+
+    def user(self, uid: Id) -> int:
+        """Translate to a uid as the restorer sees it; RebuildError if it has none here."""
+
+    def group(self, gid: Id) -> int:
+        """Translate a gid likewise."""
+
+    def once(self, key: tuple[Any, ...], make: Callable[[], T]) -> T:
+        """Make something that several files share exactly once; descriptors in it are owned by the scope
+        when `make` passed them to `own`."""
+
+    def own(self, fd: LocalFd) -> LocalFd:
+        """Let the scope close this local descriptor when the rebuild ends, whichever way it ends."""
+
+    def content(self, space: Index) -> LocalFd:
+        """The local descriptor (memfd or unnamed file) that holds the bytes of `space`; owned by the scope."""
+
+    def file(self, index: Index) -> LocalFd:
+        """Local descriptor of an open file that `create` made (phases 2 and 3); owned by the scope."""
+
+    def holders(self, index: Index) -> Sequence[tuple[Pid, int]]:
+        """Every (level-0 pid, descriptor number) that refers to open file `index`."""
+
+    def host_pid(self, pid: Pid) -> HostPid:
+        """The pid here of the puppet whose level-0 pid is `pid` (phase 3)."""
+
+    def inject(self, pid: Pid, number: int, *args: int | bytes) -> int:
+        """Run one system call inside puppet `pid` (phase 3); bytes arguments become pointers to a copy.
+
+        Raises OSError with the call's errno.
+        """
+
+    def send(self, pid: Pid, local: LocalFd, at: int | None = None, cloexec: bool = True) -> int:
+        """Give a duplicate of `local` to puppet `pid`, at number `at` or any free one; returns the number."""
+
+
+R = TypeVar("R", bound=Record)
+
+
+class FileKind(Protocol[R]):
+    """One kind of open file; instances are stateless singletons listed in `pipeline.resources.registry`."""
+
+    #: `OpenFile.kind` and the name in the support matrix.
+    name: str
+    #: the type of `OpenFile.state`
+    record: type[R]
+    #: states carried and states refused, for the support matrix: (what, how)
+    carried: Sequence[str]
+    refused: Sequence[str]
+
+    def matches(self, view: FdView) -> bool:
+        """Whether this kind is the one to carry `view`; the first kind of the registry that says so does."""
+
+    def check(self, view: FdView, scope: CaptureScope) -> Iterator[Blocker]:
+        """Everything that stops `view` from being carried. Also runs on a tree that is *not* frozen."""
+
+    def capture(self, view: FdView, scope: CaptureScope) -> R:
+        """Everything needed to make it again. The tree is frozen; `check` found nothing."""
+
+    def create(self, file: OpenFile, record: R, scope: CreateScope) -> LocalFd:
+        """Phase 1. The engine applies `OpenFile.flags` (F_SETFL) and position afterwards where they apply."""
+
+    def connect(self, file: OpenFile, record: R, scope: CreateScope) -> None:
+        """Phase 2."""
+
+    def finish(self, file: OpenFile, record: R, scope: CreateScope) -> None:
+        """Phase 3."""

@@ -1,0 +1,384 @@
+"""Puppets: the processes a tree is rebuilt from.
+
+A puppet is a process of a few hundred bytes of code that never runs a line of its own:
+it stands in a ptrace stop, and we run tables of system calls inside it until it has
+become the process it shall be. The first one, the launcher, is spawned from a memfd;
+all others are clones of puppets, so each has the parent, the credentials and the
+namespaces that it was cloned with.
+
+Guarantees: a puppet dies with its tracer (PTRACE_O_EXITKILL) until `disown`; it rests
+in a signal-delivery or event stop, never in a system call; every puppet is entered in
+the ledger before it exists and struck out when it is killed or set free.
+
+While it is a puppet, all signals but the one it stops with are blocked.
+Source: ptrace(2), clone3 in clone(2), and the facts in docs/engine.md.
+"""
+
+from __future__ import annotations
+
+import array
+import errno
+import os
+import signal
+import socket
+import struct
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from pipeline.errors import RebuildError
+from pipeline.ids import HostPid, LocalFd, RemoteAddress
+from pipeline.kernel import ptrace
+from pipeline.kernel.arch import x86_64 as arch
+from pipeline.kernel.ptrace import EVENT, OPTION
+from pipeline.kernel.syscalls import CLONE
+from pipeline.ledger import LEDGER
+from pipeline.remote.calls import Argument, Call, In, Out, lay_out, take_results
+
+SCRATCH_BYTES = 512 * 1024
+_CODE_BYTES = 4096
+#: a batch is cut here so that table and data fit into the scratch mapping
+_BATCH_CALLS = 512
+_BATCH_DATA_BYTES = SCRATCH_BYTES - _CODE_BYTES - _BATCH_CALLS * 64 * 2
+_SCM_MAX_FDS = 253
+_OPTIONS = OPTION.TRACEFORK | OPTION.TRACEVFORK | OPTION.TRACECLONE | OPTION.TRACEEXEC
+_ALL_SIGNALS = 0xFFFF_FFFF_FFFF_FFFF
+_AT_EMPTY_PATH = 0x1000
+
+
+@dataclass
+class Stage:
+    """What all puppets of one rebuild share.
+
+    Args:
+        scratch: address of the scratch mapping, free in every layout of the tree.
+        channel: our end of the socket that descriptors are sent through.
+        channel_fd: number of its other end in every puppet; `channel_fd` + 1 is the puppet program.
+    """
+
+    scratch: RemoteAddress
+    channel: socket.socket
+    channel_fd: int
+    calls: int = field(default=0)
+
+
+class Puppet:
+    """One stopped task of a half-built tree. See `Remote` for `run` and `syscall`.
+
+    Args:
+        stage: what it shares with the others.
+        tid: the task; `pid` is its process.
+    """
+
+    def __init__(self, stage: Stage, tid: HostPid, pid: HostPid) -> None:
+        self.stage = stage
+        self.tid = tid
+        self.pid = pid
+        self.stop_signal: int = signal.SIGURG
+        self._stub = RemoteAddress(stage.scratch)
+        self._table = RemoteAddress(stage.scratch + _CODE_BYTES)
+        self._memory: int | None = None
+        self._new_tasks: list[int] = []
+        self._alive = True
+
+    def __repr__(self) -> str:
+        return f"<Puppet {self.tid}>"
+
+    # -- memory ---------------------------------------------------------------
+
+    @property
+    def memory(self) -> int:
+        """Descriptor of /proc/PID/mem, which ignores protections; owned by the puppet."""
+        if self._memory is None:
+            self._memory = os.open(f"/proc/{self.pid}/mem", os.O_RDWR | os.O_CLOEXEC)
+        return self._memory
+
+    def _forget_memory(self) -> None:
+        if self._memory is not None:
+            os.close(self._memory)
+            self._memory = None
+
+    # -- system calls -----------------------------------------------------------
+
+    def syscall(self, number: int, *args: Argument) -> int:
+        """Run one system call; OSError with its errno if it fails."""
+        call = Call(number, args)
+        self.run([call])
+        return call.check()
+
+    def run(self, calls: Sequence[Call]) -> None:
+        """Run the calls in order; failing ones do not stop the rest (see `Call.check`)."""
+        start = 0
+        while start < len(calls):
+            end, size = start, 0
+            while end < len(calls) and end - start < _BATCH_CALLS:
+                size += _data_bytes(calls[end])
+                if end > start and size > _BATCH_DATA_BYTES:
+                    break
+                end += 1
+            self._run_batch(calls[start:end])
+            start = end
+
+    def run_checked(self, calls: Sequence[Call]) -> None:
+        """Run the calls and raise OSError for the first that failed."""
+        self.run(calls)
+        for call in calls:
+            call.check()
+
+    def _run_batch(self, calls: Sequence[Call]) -> None:
+        layout = lay_out(calls, self._table)
+        if len(layout.image) > SCRATCH_BYTES - _CODE_BYTES:
+            raise ValueError(f"a batch of {len(layout.image)} bytes does not fit into the scratch mapping")
+        _write_all(self.memory, layout.image, self._table)
+        regs = arch.Registers(ptrace.get_regs(self.tid)).replace(
+            rip=self._stub, rbx=self._table, r12=len(calls), r13=self.stop_signal, orig_rax=-1
+        )
+        ptrace.set_regs(self.tid, regs.pack())
+        ptrace.cont(self.tid)
+        self._await_stop_signal()
+        answer = os.pread(self.memory, len(layout.image), self._table)
+        take_results(calls, layout, answer)
+        self.stage.calls += len(calls)
+
+    def _await_stop_signal(self) -> None:
+        while True:
+            stop = ptrace.wait(self.tid)
+            if stop is None or stop.exited:
+                raise RebuildError(f"puppet {self.tid} died (status {stop.status if stop else 0:#x})")
+            if not stop.event and stop.signal == self.stop_signal:
+                return
+            if stop.event in (EVENT.FORK, EVENT.VFORK, EVENT.CLONE):
+                self._new_tasks.append(ptrace.event_message(self.tid))
+            elif not stop.event and stop.signal in (signal.SIGSEGV, signal.SIGILL, signal.SIGBUS, signal.SIGSYS):
+                name = signal.Signals(stop.signal).name
+                raise RebuildError(f"puppet {self.tid} got {name} while running system calls")
+            ptrace.cont(self.tid)
+
+    def _await_event_stop(self) -> None:
+        """Bring a task that was just seized, cloned or executed into a plain EVENT_STOP."""
+        while True:
+            stop = ptrace.wait(self.tid)
+            if stop is None or stop.exited:
+                raise RebuildError(f"puppet {self.tid} died at its start")
+            if stop.event == EVENT.STOP:
+                return
+            ptrace.interrupt(self.tid)
+            ptrace.cont(self.tid)
+
+    # -- making more --------------------------------------------------------------
+
+    def clone(
+        self,
+        flags: int = 0,
+        *,
+        set_tid: Sequence[int] = (),
+        exit_signal: int = 0,
+        child_tid: int = 0,
+    ) -> Puppet:
+        """clone3 inside the puppet; the new task is a puppet too.
+
+        Args:
+            flags: CLONE_*; with CLONE_PARENT the new process is a sibling, with CLONE_THREAD a thread.
+            set_tid: pids by level, innermost first, for as many levels as the puppet may choose.
+            exit_signal: what the parent gets at its end; 0 for helpers, whose end nobody shall notice.
+            child_tid: clear_child_tid address for CLONE_CHILD_CLEARTID.
+
+        Raises:
+            OSError: EEXIST: a pid is taken; EPERM: a level that the puppet may not choose in.
+        """
+        pids = struct.pack(f"<{len(set_tid)}i", *set_tid) if set_tid else 0
+        wanted = In([flags, 0, child_tid, 0, exit_signal, 0, 0, 0, pids if isinstance(pids, int) else In([pids]),
+                     len(set_tid), 0])
+        self._new_tasks.clear()
+        self.syscall(arch.NR.clone3, wanted, 88)
+        tid = HostPid(self._new_tasks.pop())
+        child = Puppet(self.stage, tid, self.pid if flags & CLONE.THREAD else tid)
+        child._stub, child._table = self._stub, self._table
+        LEDGER.take("puppet", tid)
+        child._await_event_stop()
+        ptrace.set_options(tid, _OPTIONS | OPTION.EXITKILL)
+        ptrace.set_sigmask(tid, _ALL_SIGNALS & ~(1 << (child.stop_signal - 1)))
+        return child
+
+    def exec_puppet(self) -> None:
+        """Execute the puppet program anew: a fresh address space that belongs to the current user namespace."""
+        program = self.stage.channel_fd + 1
+        call = Call(arch.NR.execveat, (program, b"\0", In([In([b"puppet\0"]), 0]), In([0]), _AT_EMPTY_PATH))
+        layout = lay_out([call], self._table)
+        _write_all(self.memory, layout.image, self._table)
+        regs = arch.Registers(ptrace.get_regs(self.tid)).replace(
+            rip=self._stub, rbx=self._table, r12=1, r13=self.stop_signal, orig_rax=-1
+        )
+        ptrace.set_regs(self.tid, regs.pack())
+        ptrace.cont(self.tid)
+        stop = ptrace.wait(self.tid)
+        if stop is None or stop.exited:
+            raise RebuildError(f"puppet {self.tid} died in execve")
+        if stop.event != EVENT.EXEC:
+            answer = os.pread(self.memory, 64, self._table)
+            take_results([call], layout, answer.ljust(len(layout.image), b"\0"))
+            call.check()
+            raise RebuildError(f"puppet {self.tid} stopped with {stop.status:#x} in execve")
+        self._forget_memory()
+        ptrace.interrupt(self.tid)
+        ptrace.cont(self.tid)
+        self._await_event_stop()
+        self._set_up_scratch()
+
+    def _set_up_scratch(self) -> None:
+        """Map the scratch area and move there; the puppet has just been executed."""
+        regs = arch.Registers(ptrace.get_regs(self.tid))
+        self._stub = RemoteAddress(arch.PUPPET_STUB)
+        self._table = RemoteAddress((regs["rsp"] - 8192) & ~63)
+        private_anonymous_fixed = 0x100000 | 0x20 | 0x2
+        self.syscall(arch.NR.mmap, self.stage.scratch, SCRATCH_BYTES, 7, private_anonymous_fixed, -1, 0)
+        _write_all(self.memory, arch.STUB, self.stage.scratch)
+        self._stub = RemoteAddress(self.stage.scratch)
+        self._table = RemoteAddress(self.stage.scratch + _CODE_BYTES)
+
+    # -- descriptors --------------------------------------------------------------
+
+    def send_fds(self, fds: Sequence[int]) -> list[int]:
+        """Give duplicates of our descriptors to the puppet; they land at its lowest free numbers, in order."""
+        numbers: list[int] = []
+        for start in range(0, len(fds), _SCM_MAX_FDS):
+            chunk = fds[start : start + _SCM_MAX_FDS]
+            socket.send_fds(self.stage.channel, [b"f"], chunk)
+            room = 16 + 4 * len(chunk)
+            control = Out((room + 7) & ~7)
+            vector = In([Out(8), 1])
+            message = In([0, 0, vector, 1, control, room, 0])
+            self.syscall(arch.NR.recvmsg, self.stage.channel_fd, message, socket.MSG_CMSG_CLOEXEC)
+            length, level, kind = struct.unpack_from("<Qii", control.data)
+            if (level, kind) != (socket.SOL_SOCKET, socket.SCM_RIGHTS) or length != room:
+                raise RebuildError(f"puppet {self.tid} received {max(length - 16, 0) // 4} of {len(chunk)} descriptors")
+            numbers.extend(array.array("i", control.data[16 : 16 + 4 * len(chunk)]))
+        return numbers
+
+    # -- the end --------------------------------------------------------------------
+
+    def wait_exit(self) -> int:
+        """Wait until the puppet, told to exit, is gone for its tracer; returns its wait status."""
+        while True:
+            stop = ptrace.wait(self.tid)
+            if stop is None or stop.exited:
+                self._struck_out()
+                return stop.status if stop else 0
+            ptrace.cont(self.tid, 0 if stop.event else stop.signal)
+
+    def run_to_exit(self, number: int, *args: Argument) -> int:
+        """Run a system call that the puppet does not survive (exit_group); returns its wait status."""
+        call = Call(number, args)
+        layout = lay_out([call], self._table)
+        _write_all(self.memory, layout.image, self._table)
+        regs = arch.Registers(ptrace.get_regs(self.tid)).replace(
+            rip=self._stub, rbx=self._table, r12=1, r13=self.stop_signal, orig_rax=-1
+        )
+        ptrace.set_regs(self.tid, regs.pack())
+        ptrace.cont(self.tid)
+        return self.wait_exit()
+
+    def kill_and_reap(self) -> None:
+        """End the puppet and collect it, as far as it is our child; idempotent."""
+        if not self._alive:
+            return
+        with suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
+        with suppress(ChildProcessError):
+            while (stop := ptrace.wait(self.tid)) is not None and not stop.exited:
+                with suppress(ProcessLookupError):
+                    ptrace.cont(self.tid)
+        self._struck_out()
+
+    def disown(self) -> None:
+        """From now on the puppet outlives us (no EXITKILL); the last step before `set_free`."""
+        ptrace.set_options(self.tid, 0)
+
+    def set_free(self, deliver: int = 0) -> None:
+        """Detach: the puppet is a process like any other now, and runs."""
+        ptrace.detach(self.tid, deliver)
+        self._struck_out()
+
+    def _struck_out(self) -> None:
+        self._forget_memory()
+        if self._alive:
+            self._alive = False
+            LEDGER.give_back("puppet", self.tid)
+
+
+def _data_bytes(call: Call) -> int:
+    """A bound of the bytes behind the table that `call` needs."""
+
+    def size(arg: Argument) -> int:
+        if isinstance(arg, int):
+            return 0
+        if isinstance(arg, bytes):
+            return len(arg) + 16
+        if isinstance(arg, Out):
+            return arg.size_bytes + 16
+        return 16 + sum(8 + (len(p) if isinstance(p, bytes) else size(p)) for p in arg.parts)
+
+    return sum(size(arg) for arg in call.args)
+
+
+def _write_all(fd: int, content: bytes, address: int) -> None:
+    if os.pwrite(fd, content, address) != len(content):
+        raise OSError(errno.EFAULT, f"short write of {len(content)} bytes at {address:#x}")
+
+
+def spawn_launcher(scratch: RemoteAddress, channel_fd: int) -> Puppet:
+    """Spawn the first puppet: a child of ours, in our namespaces, with our credentials.
+
+    Args:
+        scratch: an address where `SCRATCH_BYTES` are free in every layout of the tree.
+        channel_fd: a number above every descriptor of the tree.
+
+    Ownership: the caller ends it with `kill_and_reap` and then closes ``stage.channel``.
+    """
+    program = os.memfd_create("puppet", os.MFD_CLOEXEC)
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        os.write(program, arch.puppet_program())
+        os.fchmod(program, 0o555)
+        reader = LocalFd(os.open(f"/proc/self/fd/{program}", os.O_RDONLY | os.O_CLOEXEC))
+    except BaseException:
+        ours.close()
+        theirs.close()
+        raise
+    finally:
+        os.close(program)
+    try:
+        actions: list[tuple[int, ...]] = [
+            (os.POSIX_SPAWN_DUP2, theirs.fileno(), channel_fd),
+            (os.POSIX_SPAWN_DUP2, reader, channel_fd + 1),
+            *((os.POSIX_SPAWN_CLOSE, fd) for fd in (0, 1, 2) if fd not in (channel_fd, channel_fd + 1)),
+        ]
+        pid = HostPid(
+            os.posix_spawn(
+                f"/proc/self/fd/{reader}",
+                ["puppet"],
+                {},
+                file_actions=actions,
+                setsigmask=signal.valid_signals(),
+                setsigdef=signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP},
+            )
+        )
+    except BaseException:
+        ours.close()
+        raise
+    finally:
+        theirs.close()
+        os.close(reader)
+    puppet = Puppet(Stage(scratch, ours, channel_fd), pid, pid)
+    LEDGER.take("puppet", pid)
+    try:
+        ptrace.seize(pid, _OPTIONS | OPTION.EXITKILL)
+        ptrace.interrupt(pid)
+        puppet._await_event_stop()
+        ptrace.set_sigmask(pid, _ALL_SIGNALS & ~(1 << (puppet.stop_signal - 1)))
+        puppet._set_up_scratch()
+    except BaseException:
+        puppet.kill_and_reap()
+        ours.close()
+        raise
+    return puppet

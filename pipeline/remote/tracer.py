@@ -1,0 +1,85 @@
+"""The tracer's thread: the one thread from which all ptrace requests are made.
+
+ptrace ties a tracee to the *thread* that seized it, so everything that looks into
+or acts on other processes runs here, as plain synchronous functions. Stages hand
+work over with `Tracer.run` and stay responsive meanwhile.
+
+When the thread ends, however it ends, the kernel detaches every task it still holds:
+live targets run on (they rest with their own registers, see `pipeline.remote.live`),
+puppets are killed (PTRACE_O_EXITKILL, see `pipeline.remote.puppet`).
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+
+import trio
+
+T = TypeVar("T")
+
+
+class Tracer:
+    """A thread with a queue of work. Made by `tracer_thread`."""
+
+    def __init__(self) -> None:
+        self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._main, name="pipeline-tracer", daemon=True)
+        self._thread.start()
+
+    def _main(self) -> None:
+        while (job := self._work.get()) is not None:
+            job()
+
+    async def run(self, function: Callable[..., T], *args: Any) -> T:
+        """Run `function(*args)` in the tracer's thread and return what it returns.
+
+        Cancellation: shielded, so that what the function took is never lost; functions
+        are therefore short, and long work is handed over in pieces.
+        """
+        done = trio.Event()
+        token = trio.lowlevel.current_trio_token()
+        outcome: list[tuple[bool, Any]] = []
+
+        def job() -> None:
+            try:
+                outcome.append((True, function(*args)))
+            except BaseException as error:  # noqa: BLE001 - handed to the waiting task
+                outcome.append((False, error))
+            token.run_sync_soon(done.set)
+
+        await trio.lowlevel.checkpoint_if_cancelled()
+        with trio.CancelScope(shield=True):
+            self._work.put(job)
+            await done.wait()
+        fine, value = outcome.pop()
+        if not fine:
+            try:
+                raise value
+            finally:
+                del value
+        result: T = value
+        return result
+
+    def stop(self) -> None:
+        """Let the thread end after the work already given; idempotent."""
+        self._work.put(None)
+
+    def join(self) -> None:
+        """Wait for the thread's end."""
+        self._thread.join()
+
+
+@asynccontextmanager
+async def tracer_thread() -> AsyncIterator[Tracer]:
+    """A tracer that ends with the block; by then its users have released what they held."""
+    tracer = Tracer()
+    try:
+        yield tracer
+    finally:
+        tracer.stop()
+        with trio.CancelScope(shield=True):
+            await trio.to_thread.run_sync(tracer.join)

@@ -80,9 +80,10 @@ def find_places(pid: HostPid, regions: Sequence[Region], stack_pointers: Sequenc
     executable = [r for r in regions if r.executable and r.readable and r.private and r.name != b"[vsyscall]"]
     executable.sort(key=lambda r: r.name != b"[vdso]")
     for region in executable:
-        tail = os.pread(memory, len(arch.STUB) + 16, region.end - len(arch.STUB) - 16)
-        if tail == bytes(len(arch.STUB) + 16):
-            stub = RemoteAddress(region.end - len(arch.STUB) - 8)
+        stub = RemoteAddress(region.end - len(arch.STUB) - 8)
+        tail = os.pread(memory, len(arch.STUB) + 16, stub - 8)
+        # a stub that is there already was left by somebody who was killed; its bytes are the same
+        if tail[:8] + tail[-8:] == bytes(16) and tail[8:-8] in (bytes(len(arch.STUB)), arch.STUB):
             break
     else:
         raise TargetError(f"pid {pid}: no unused bytes in any executable mapping for the stub")

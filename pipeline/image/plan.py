@@ -1,0 +1,350 @@
+"""The order in which a tree grows again. Pure: from records to a list of steps.
+
+The kernel gives several things only by birth: the parent, the session (a process can
+found one, never join one), a place in a pid namespace, and copy-on-write memory. And
+some only downwards: from a user namespace a process can go deeper, never up. So the
+order of births, sessions, moves and memory is one puzzle, solved here once. The dump
+uses the plan too: pages are streamed in the order in which the rebuild wants them.
+
+For a process P, born in user namespace S:
+
+1. children that must be born before P moves (they live outside P's final user
+   namespace) or before P founds its session (they are in the older one);
+2. P founds its session; children that live outside P's final namespace, but in its session;
+3. P *becomes* itself (joins namespaces, gets a fresh address space and mappings) or
+   *inherits* (keeps the memory it was forked with, and only what differs is changed);
+4. P's pages;
+5. all other children, which may inherit from P.
+
+A session or process group whose leader is gone is founded again by a stand-in with the
+leader's pid, which ends when the others have joined.
+
+What cannot be solved is a `Blocker`; `plan` is also what `check` and `dump` ask.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from pipeline.errors import Blocker
+from pipeline.image.schema import AddressSpace, Namespace, Process, UserNamespace
+
+
+@dataclass(frozen=True, slots=True)
+class Spawn:
+    """Puppet `creator` clones process `pid`. All pids are level-0 pids.
+
+    Args:
+        pid: the new process.
+        creator: which puppet clones it; 0 is the launcher.
+        sibling: with CLONE_PARENT: the new process gets the creator's parent.
+        pidns: a `Namespace` index to be entered for the clone, where it is not the creator's own.
+        first: the new process is the first of `pidns`, which begins to exist with it.
+        stand_in: not a process of the tree: founds a session or group and ends.
+    """
+
+    pid: int
+    creator: int
+    sibling: bool = False
+    pidns: int | None = None
+    first: bool = False
+    stand_in: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class FoundSession:
+    """`pid` calls setsid."""
+
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class JoinGroup:
+    """`pid` enters process group `pgid` (its own pid: founds it)."""
+
+    pid: int
+    pgid: int
+
+
+@dataclass(frozen=True, slots=True)
+class Become:
+    """`pid` joins its namespaces and gets a new address space with all of its mappings."""
+
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class Inherit:
+    """`pid` joins its namespaces, keeps its parent's memory and changes what differs."""
+
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class Fill:
+    """The pages of `space` come now."""
+
+    space: int
+
+
+@dataclass(frozen=True, slots=True)
+class Remove:
+    """Stand-in `pid` ends."""
+
+    pid: int
+
+
+Step = Spawn | FoundSession | JoinGroup | Become | Inherit | Fill | Remove
+
+
+@dataclass
+class _State:
+    """What a process is while the plan is played: session and group it is in."""
+
+    sid: int
+    pgid: int
+
+
+@dataclass
+class Planner:
+    """Plays the growth of a tree. Use `plan`.
+
+    Args:
+        processes: by level-0 pid.
+        spaces: address spaces by number.
+        namespaces: by index.
+        user_namespaces: by index.
+    """
+
+    processes: Mapping[int, Process]
+    spaces: Mapping[int, AddressSpace]
+    namespaces: Mapping[int, Namespace]
+    user_namespaces: Mapping[int, UserNamespace]
+    steps: list[Step] = field(default_factory=list)
+    blockers: list[Blocker] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._children: dict[int, list[Process]] = defaultdict(list)
+        for process in sorted(self.processes.values(), key=_birth_order):
+            self._children[process.parent].append(process)
+        self._state: dict[int, _State] = {}
+        self._adopted: dict[int, list[Process]] = defaultdict(list)
+        self._stand_in_sessions: dict[tuple[int, int], int] = {}
+        self._spawned: set[int] = set()
+        self._find_adoptions()
+
+    # -- facts ------------------------------------------------------------------
+
+    def within(self, inner: int, outer: int) -> bool:
+        """Whether user namespace `inner` is `outer` or below it."""
+        at: int | None = inner
+        while at is not None and at != outer:
+            at = self.user_namespaces[at].parent
+        return at == outer
+
+    def _subtree_within(self, process: Process, outer: int) -> bool:
+        return self.within(process.namespaces.user, outer) and all(
+            self._subtree_within(child, outer) for child in self._children[process.pids[0]]
+        )
+
+    def late(self, parent: Process, child: Process) -> bool:
+        """Whether `child` can be born after `parent` has its memory, so that it may inherit it."""
+        if child.pids[0] in self._is_adopted():
+            return False
+        leader = parent.sid == parent.pids[0]
+        before_session = leader and child.sid not in (parent.sid, child.pids[0])
+        return not before_session and self._subtree_within(child, parent.namespaces.user)
+
+    def _is_adopted(self) -> set[int]:
+        return {child.pids[0] for children in self._adopted.values() for child in children}
+
+    def _find_adoptions(self) -> None:
+        """Children whose session leader is a living sibling are cloned by that sibling."""
+        for siblings in self._children.values():
+            leaders = {p.pids[0] for p in siblings if p.sid == p.pids[0] and p.state != "zombie"}
+            for child in siblings:
+                if child.sid in leaders and child.sid != child.pids[0]:
+                    parent = self.processes.get(child.parent)
+                    if parent is None or parent.sid != child.sid:
+                        self._adopted[child.sid].append(child)
+
+    # -- the play ---------------------------------------------------------------
+
+    def play(self) -> None:
+        """Fill `steps` and `blockers`."""
+        roots = self._children[0]
+        for root in roots:
+            self._state.setdefault(0, _State(0, 0))
+            self._bear(root, creator=0, born_in=0)
+        for process in self.processes.values():
+            if process.pids[0] not in self._spawned:
+                self.blockers.append(Blocker(f"pid {process.pids[0]}", "its parent is not part of the tree"))
+        self._join_groups()
+
+    def _bear(self, child: Process, creator: int, born_in: int, sibling: bool = False) -> None:
+        pid = child.pids[0]
+        if pid in self._spawned:
+            return
+        inherited = self._state[creator]
+        if child.sid not in (pid, inherited.sid) and not sibling:
+            leader = self._stand_in(child, creator)
+            if leader is None:
+                return
+            creator, sibling, inherited = leader, True, self._state[leader]
+        self.steps.append(self._spawn(child, creator, sibling))
+        self._spawned.add(pid)
+        self._state[pid] = _State(inherited.sid, inherited.pgid)
+        parent = self.processes.get(child.parent)
+        first_in = self.steps[-1]
+        if isinstance(first_in, Spawn) and first_in.first and first_in.pidns is not None:
+            born_in = self.namespaces[first_in.pidns].owner
+            if not self._subtree_within(child, born_in):
+                self.blockers.append(
+                    Blocker(
+                        f"pid {pid}",
+                        "a descendant lives outside the user namespace that owns its pid namespace",
+                        "such a process has entered from outside; end it first",
+                    )
+                )
+        del parent
+        self._live(child, born_in)
+
+    def _spawn(self, child: Process, creator: int, sibling: bool) -> Spawn:
+        pid = child.pids[0]
+        creating = self.processes.get(creator)
+        own_level = creating.namespaces.pid if creating is not None else self._external_pidns()
+        pidns = child.namespaces.pid
+        if pidns == own_level:
+            return Spawn(pid, creator, sibling)
+        return Spawn(pid, creator, sibling, pidns, first=child.pids[-1] == 1)
+
+    def _external_pidns(self) -> int:
+        return next(n.index for n in self.namespaces.values() if n.kind == "pid" and n.external)
+
+    def _stand_in(self, child: Process, creator: int) -> int | None:
+        """A stand-in for the dead leader of `child`'s session, a child of the same parent."""
+        pid, sid = child.pids[0], child.sid
+        key = (creator, sid)
+        if key in self._stand_in_sessions:
+            return sid
+        parent = self.processes.get(creator)
+        if sid == 0 or sid in self.processes or (parent is not None and parent.pids[-1] == 1 and len(parent.pids) < 1):
+            where = "outside the tree" if sid == 0 else f"led by pid {sid}"
+            self.blockers.append(
+                Blocker(
+                    f"pid {pid}",
+                    f"its session is {where} and is neither its parent's, nor founded by a sibling or a dead process",
+                    "start the tree in a session of its own (setsid)",
+                )
+            )
+            return None
+        if any(leader == sid for _, leader in self._stand_in_sessions):
+            self.blockers.append(
+                Blocker(f"pid {pid}", f"session {sid} has a dead leader and members with different parents")
+            )
+            return None
+        self._stand_in_sessions[key] = sid
+        self.steps += [Spawn(sid, creator, stand_in=True), FoundSession(sid)]
+        self._state[sid] = _State(sid, sid)
+        return sid
+
+    def _live(self, process: Process, born_in: int) -> None:
+        pid = process.pids[0]
+        children = self._children[pid]
+        adopted = self._is_adopted()
+        own = [c for c in children if c.pids[0] not in adopted]
+        leader = process.sid == pid
+        early = [c for c in own if not self.late(process, c)]
+        if leader:
+            for child in early:
+                if child.sid not in (pid, child.pids[0]):
+                    self._bear(child, pid, born_in)
+            self.steps.append(FoundSession(pid))
+            self._state[pid] = _State(pid, pid)
+            for sibling in self._adopted.get(pid, ()):
+                self._bear(sibling, pid, born_in, sibling=True)
+        elif process.pgid == pid:
+            self._join(process, pid)
+        elif process.pgid != self._state[pid].pgid and self._led_by_living(process.pgid):
+            self._join(process, process.pgid)
+        for child in early:
+            self._bear(child, pid, born_in)
+        if process.state != "zombie":
+            space = process.space
+            parent = self.processes.get(process.parent)
+            inherits = (
+                space is not None
+                and parent is not None
+                and self.spaces[space].copy_of is not None
+                and self.spaces[space].copy_of == parent.space
+            )
+            self.steps.append(Inherit(pid) if inherits else Become(pid))
+            if space is not None:
+                self.steps.append(Fill(space))
+        for child in own:
+            self._bear(child, pid, process.namespaces.user)
+        for key in [k for k in self._stand_in_sessions if k[0] == pid]:
+            self.steps.append(Remove(self._stand_in_sessions.pop(key)))
+
+    def _led_by_living(self, pgid: int) -> bool:
+        return pgid in self._spawned and self._state[pgid].pgid == pgid
+
+    def _join(self, process: Process, pgid: int) -> None:
+        pid = process.pids[0]
+        self.steps.append(JoinGroup(pid, pgid))
+        self._state[pid] = _State(self._state[pid].sid, pgid)
+
+    def _join_groups(self) -> None:
+        """Groups that could not be joined at birth: a later leader, or a dead one (by a stand-in)."""
+        stand_ins: dict[int, int] = {}
+        for process in sorted(self.processes.values(), key=_birth_order):
+            pid, pgid = process.pids[0], process.pgid
+            if pid not in self._spawned or self._state[pid].pgid == pgid:
+                continue
+            if pgid == 0:
+                self.blockers.append(
+                    Blocker(
+                        f"pid {pid}",
+                        "is in a process group outside the tree, and its parent is not",
+                        "start the tree in a session of its own (setsid)",
+                    )
+                )
+                continue
+            if pgid not in self.processes and pgid not in stand_ins:
+                stand_ins[pgid] = pid
+                self.steps += [Spawn(pgid, pid, stand_in=True), JoinGroup(pgid, pgid)]
+                self._state[pgid] = _State(self._state[pid].sid, pgid)
+            leader_sid = self._state[pgid].sid if pgid in self._state else None
+            if leader_sid != self._state[pid].sid:
+                self.blockers.append(Blocker(f"pid {pid}", f"process group {pgid} is in another session"))
+                continue
+            self._join(process, pgid)
+        self.steps += [Remove(pgid) for pgid in stand_ins]
+
+
+def _birth_order(process: Process) -> tuple[int, int]:
+    return (process.state == "zombie", process.pids[0])
+
+
+def plan(
+    processes: Sequence[Process],
+    spaces: Sequence[AddressSpace],
+    namespaces: Sequence[Namespace],
+    user_namespaces: Sequence[UserNamespace],
+) -> Planner:
+    """Play the growth of the tree; look at `steps` and `blockers` of the result."""
+    planner = Planner(
+        {p.pids[0]: p for p in processes},
+        {s.space: s for s in spaces},
+        {n.index: n for n in namespaces},
+        {u.index: u for u in user_namespaces},
+    )
+    planner.play()
+    return planner
+
+
+def fill_order(steps: Sequence[Step]) -> Iterator[int]:
+    """The spaces of processes in the order in which the rebuild wants their pages."""
+    return (step.space for step in steps if isinstance(step, Fill))

@@ -1,0 +1,123 @@
+"""Cloning puppets with exact pids, in every pid namespace they will be seen in.
+
+clone3's set_tid wants CAP_CHECKPOINT_RESTORE in the owner of *every* namespace that is
+listed, from the innermost outwards. A puppet that sits in a nested user namespace has
+it only there, so for the levels further out the next pid is announced by somebody who
+may: a write of pid - 1 to that namespace's ``ns_last_pid``, just before the clone. The
+announcement is not a promise: another process may take the number in between. So the
+result is read back, and a miss is undone and tried again.
+
+Source: clone3 in clone(2); pid_namespaces(7) on ns_last_pid.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+
+from pipeline.errors import RebuildError
+from pipeline.kernel.arch.x86_64 import NR
+from pipeline.kernel.syscalls import CLONE
+from pipeline.remote.puppet import Puppet
+
+_ATTEMPTS = 50
+
+#: Writes the pid to be used next in one pid namespace.
+Announce = Callable[[int], None]
+
+
+def announce_here(pid: int) -> None:
+    """Announce `pid` in the pipeline's own pid namespace.
+
+    Raises:
+        OSError: EPERM without CAP_CHECKPOINT_RESTORE in its owner.
+    """
+    with open("/proc/sys/kernel/ns_last_pid", "wb", buffering=0) as file:
+        file.write(str(pid - 1).encode())
+
+
+def seen_pids(tid: int) -> tuple[int, ...]:
+    """The pids of task `tid`, outermost first, from the pipeline's pid namespace inwards (NSpid)."""
+    with open(f"/proc/{tid}/status", "rb") as file:
+        for line in file:
+            if line.startswith(b"NSpid:"):
+                return tuple(map(int, line.split()[1:]))
+    raise RebuildError(f"puppet {tid} has no NSpid: is /proc that of another pid namespace?")
+
+
+def clone_with_pids(
+    creator: Puppet,
+    pids: Sequence[int | None],
+    choosable: int,
+    announce: Sequence[Announce | None],
+    flags: int = 0,
+    *,
+    exit_signal: int = 0,
+    child_tid: int = 0,
+) -> Puppet:
+    """Clone `creator` so that the new task has exactly these pids.
+
+    Args:
+        pids: outermost first, as `seen_pids` gives them; None where any will do.
+        choosable: how many of the innermost levels the creator may list in set_tid.
+        announce: per level of `pids`, how to announce a pid there; None where nobody can.
+        flags: CLONE_*.
+        exit_signal: see `Puppet.clone`.
+        child_tid: see `Puppet.clone`.
+
+    Raises:
+        RebuildError: a pid is taken, or cannot be chosen.
+    """
+    chosen: list[int] = []
+    for pid in reversed(pids):
+        if pid is None or len(chosen) == choosable:
+            break
+        chosen.append(pid)
+    announced = [
+        (level, pid) for level, pid in enumerate(pids[: len(pids) - len(chosen)]) if pid is not None
+    ]
+    for level, pid in announced:
+        if announce[level] is None:
+            raise RebuildError(
+                f"pid {pid} of pid namespace level {level} cannot be chosen here "
+                "(restore into a pid namespace of its own: --new-pidns)"
+            )
+    seen: tuple[int, ...] = ()
+    for _ in range(_ATTEMPTS if announced else 1):
+        for level, pid in announced:
+            writer = announce[level]
+            assert writer is not None
+            writer(pid)
+        try:
+            child = creator.clone(flags, set_tid=chosen, exit_signal=exit_signal, child_tid=child_tid)
+        except OSError as error:
+            if error.errno == errno.EEXIST:
+                raise RebuildError(
+                    f"pid {'/'.join(map(str, reversed(chosen)))} is in use here; end that process, "
+                    "or restore into a pid namespace of its own (--new-pidns)"
+                ) from error
+            raise
+        seen = seen_pids(child.tid)[-len(pids) :]
+        if all(want in (None, got) for want, got in zip(pids, seen, strict=True)):
+            return child
+        undo_clone(creator, child, flags)
+    wanted = "/".join("*" if pid is None else str(pid) for pid in pids)
+    raise RebuildError(f"pids {wanted} are in use here or taken again and again; the last clone got {seen}")
+
+
+def undo_clone(creator: Puppet, child: Puppet, flags: int) -> None:
+    """End a helper or a missed clone, and collect it where the kernel wants its parent to."""
+    if flags & CLONE.THREAD:
+        raise RebuildError(f"thread of puppet {creator.pid} got another pid than announced")
+    child.kill_and_reap()
+    if not flags & CLONE.PARENT:
+        reap_inside(creator)
+
+
+def reap_inside(parent: Puppet) -> None:
+    """Let `parent` collect its dead children that notify nobody (wait4 with __WCLONE inside it)."""
+    wclone_nohang = 0x8000_0000 | 1
+    with suppress(ChildProcessError):
+        while parent.syscall(NR.wait4, -1, 0, wclone_nohang, 0) > 0:
+            pass

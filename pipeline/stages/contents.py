@@ -1,0 +1,120 @@
+"""Objects that hold bytes outside any one process: shared memory, memfds, unnamed files.
+
+They are made before the first process, filled from page frames by their space number,
+and handed to mappings and descriptors. Each is one local descriptor, owned here.
+
+* MAP_SHARED|MAP_ANONYMOUS memory is mapped once by the launcher and then held through
+  /proc/PID/map_files, so that it keeps its kind and name. Who may not open map_files
+  (a plain user) gets a memfd instead: same behaviour, another name in /proc/PID/maps.
+* Seals that forbid writing are put on when the pages are in: F_SEAL_WRITE before
+  anything maps the memory (it was sealed before its mappings were made, else the
+  kernel had refused it), F_SEAL_FUTURE_WRITE and F_SEAL_SEAL after.
+* The bytes of a deleted file live in an unnamed file (O_TMPFILE).
+
+Source: memfd_create(2), fcntl(2) on seals, proc_pid_map_files(5).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import tempfile
+
+from pipeline.errors import RebuildError
+from pipeline.ids import LocalFd
+from pipeline.image.codec import Image
+from pipeline.image.schema import Content, SharedMemory
+from pipeline.kernel.arch.x86_64 import NR
+from pipeline.ledger import LEDGER
+from pipeline.remote.puppet import Puppet
+
+_F_ADD_SEALS = 1033
+_F_SEAL_SEAL = 0x1
+_F_SEAL_FUTURE_WRITE = 0x10
+_LATE_SEALS = _F_SEAL_SEAL | _F_SEAL_FUTURE_WRITE
+_MFD_ALLOW_SEALING = 2
+_MAP_SHARED_ANONYMOUS_NORESERVE = 0x1 | 0x20 | 0x4000
+_MEMFD_NAME_BYTES = 249
+
+
+class Contents:
+    """All of them; `close` gives every descriptor back exactly once."""
+
+    def __init__(self) -> None:
+        self._fds: dict[int, LocalFd] = {}
+        self._seals: dict[int, int] = {}
+
+    def make(self, image: Image, launcher: Puppet) -> None:
+        """Make every object of the image, empty."""
+        for shared in image.shared_memory.values():
+            self._keep(shared.space, self._make_shared(shared, launcher))
+        for content in image.contents.values():
+            self._keep(content.space, self._make_file(content))
+
+    def _keep(self, space: int, fd: LocalFd) -> None:
+        LEDGER.take("content", fd)
+        self._fds[space] = fd
+
+    def _make_shared(self, shared: SharedMemory, launcher: Puppet) -> LocalFd:
+        if shared.kind == "anon":
+            try:
+                return self._anonymous(shared, launcher)
+            except PermissionError:
+                pass
+        name = shared.name[:_MEMFD_NAME_BYTES] if shared.kind == "memfd" else b"dev-zero"
+        fd = LocalFd(os.memfd_create(os.fsdecode(name), os.MFD_CLOEXEC | _MFD_ALLOW_SEALING))
+        try:
+            os.ftruncate(fd, shared.size_bytes)
+            if shared.kind == "memfd":
+                os.fchmod(fd, shared.mode & 0o7777)
+                self._seals[shared.space] = shared.seals
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
+
+    @staticmethod
+    def _anonymous(shared: SharedMemory, launcher: Puppet) -> LocalFd:
+        size = shared.size_bytes
+        address = launcher.syscall(NR.mmap, 0, size, 3, _MAP_SHARED_ANONYMOUS_NORESERVE, -1, 0)
+        try:
+            return LocalFd(
+                os.open(f"/proc/{launcher.pid}/map_files/{address:x}-{address + size:x}", os.O_RDWR | os.O_CLOEXEC)
+            )
+        finally:
+            launcher.syscall(NR.munmap, address, size)
+
+    @staticmethod
+    def _make_file(content: Content) -> LocalFd:
+        with tempfile.TemporaryFile(buffering=0) as file:
+            os.ftruncate(file.fileno(), content.size_bytes)
+            return LocalFd(fcntl.fcntl(file.fileno(), fcntl.F_DUPFD_CLOEXEC, 0))
+
+    def fd(self, space: int) -> LocalFd:
+        """The descriptor of `space`; owned here."""
+        try:
+            return self._fds[space]
+        except KeyError:
+            raise RebuildError(f"space {space} is no shared memory and no file content of this image") from None
+
+    def __contains__(self, space: int) -> bool:
+        return space in self._fds
+
+    def seal_early(self) -> None:
+        """The pages are in, nothing is mapped yet: put on the seals that need that."""
+        for space, seals in self._seals.items():
+            if seals & ~_LATE_SEALS:
+                fcntl.fcntl(self._fds[space], _F_ADD_SEALS, seals & ~_LATE_SEALS)
+
+    def seal_late(self) -> None:
+        """All mappings are made: put on the rest."""
+        for space, seals in self._seals.items():
+            if seals & _LATE_SEALS:
+                fcntl.fcntl(self._fds[space], _F_ADD_SEALS, seals & _LATE_SEALS)
+
+    def close(self) -> None:
+        """Close all; idempotent."""
+        while self._fds:
+            _, fd = self._fds.popitem()
+            os.close(fd)
+            LEDGER.give_back("content", fd)

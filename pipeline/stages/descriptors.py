@@ -1,0 +1,214 @@
+"""Open files: made in the restorer, joined, and handed to the puppets under their numbers.
+
+See `pipeline.resources.kinds` for the three phases. A puppet has no descriptors but the
+channel when its own arrive, so they land at 0, 1, 2, ... in the order they are sent;
+sent in the order of their final numbers, each lands at or below its place, and moving
+them from the highest down never meets another.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import struct
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any, TypeVar
+
+import msgspec
+
+from pipeline.errors import PipelineError, RebuildError
+from pipeline.ids import HostPid, LocalFd
+from pipeline.image.codec import Image
+from pipeline.image.schema import FdEntry, Id, OpenFile, PathRef, Record
+from pipeline.kernel.arch.x86_64 import NR
+from pipeline.kernel.syscalls import RESOLVE, openat2
+from pipeline.ledger import LEDGER
+from pipeline.remote.calls import Call
+from pipeline.remote.puppet import Puppet
+from pipeline.resources.registry import kind_named
+from pipeline.stages.contents import Contents
+
+T = TypeVar("T")
+
+#: status flags that fcntl(F_SETFL) can change (fcntl(2))
+_SETTABLE = os.O_APPEND | os.O_NONBLOCK | os.O_ASYNC | os.O_DIRECT | os.O_NOATIME
+_F_SETSIG = 10
+_F_SETOWN_EX = 15
+_O_PATH = os.O_PATH
+
+
+class Descriptors:
+    """The open files of an image, and the `CreateScope` of their kinds.
+
+    Args:
+        image: the records.
+        puppets: the leaders of all processes that stand, by level-0 pid.
+        contents: shared memory and file contents.
+        root_of: gives an O_PATH descriptor of the root of a mount namespace; not owned here.
+        user, group: translate an `Id` to what the restorer sees.
+    """
+
+    def __init__(
+        self,
+        image: Image,
+        puppets: Mapping[int, Puppet],
+        contents: Contents,
+        root_of: Callable[[int], int],
+        user: Callable[[Id], int],
+        group: Callable[[Id], int],
+    ) -> None:
+        self._image = image
+        self._puppets = puppets
+        self._contents = contents
+        self._root_of = root_of
+        self.user = user
+        self.group = group
+        self._files: dict[int, LocalFd] = {}
+        self._records: dict[int, Record] = {}
+        self._owned: list[LocalFd] = []
+        self._made_once: dict[tuple[Any, ...], Any] = {}
+        self._holders: dict[int, list[tuple[int, int]]] = defaultdict(list)
+        for process in image.processes.values():
+            for entry in process.fds:
+                self._holders[entry.file].append((process.pids[0], entry.fd))
+
+    # -- the phases ---------------------------------------------------------------
+
+    def create(self) -> None:
+        """Phases 1 and 2, and what all kinds have in common: status flags."""
+        for file in self._image.files.values():
+            kind = kind_named(file.kind)
+            try:
+                record = msgspec.convert(file.state, kind.record)
+            except msgspec.ValidationError as error:
+                raise RebuildError(f"open file {file.index} ({file.kind}): {error}") from None
+            self._records[file.index] = record
+            fd = self._attempt(file, lambda k=kind, f=file, r=record: k.create(f, r, self))
+            LEDGER.take("open file", fd)
+            self._files[file.index] = fd
+        for file in self._image.files.values():
+            kind = kind_named(file.kind)
+            self._attempt(file, lambda k=kind, f=file: k.connect(f, self._records[f.index], self))
+            if not file.flags & _O_PATH:
+                self._attempt(file, lambda f=file: self._set_flags(f))
+
+    def _set_flags(self, file: OpenFile) -> None:
+        fd = self._files[file.index]
+        now = fcntl.fcntl(fd, fcntl.F_GETFL)
+        wanted = now & ~_SETTABLE | file.flags & _SETTABLE
+        if wanted != now:
+            fcntl.fcntl(fd, fcntl.F_SETFL, wanted)
+
+    def install(self) -> None:
+        """Give every process its descriptors, under their numbers."""
+        for process in self._image.processes.values():
+            if process.fds:
+                self._install(self._puppets[process.pids[0]], process.fds)
+
+    def _install(self, puppet: Puppet, entries: Sequence[FdEntry]) -> None:
+        ordered = sorted(entries, key=lambda entry: entry.fd)
+        landed = puppet.send_fds([self._files[entry.file] for entry in ordered])
+        moves: list[Call] = []
+        for number, entry in reversed(list(zip(landed, ordered, strict=True))):
+            if number != entry.fd:
+                cloexec = os.O_CLOEXEC if entry.cloexec else 0
+                moves.append(Call(NR.dup3, (number, entry.fd, cloexec), name=f"dup3 to {entry.fd}"))
+                moves.append(Call(NR.close, (number,)))
+            elif not entry.cloexec:
+                moves.append(Call(NR.fcntl, (number, fcntl.F_SETFD, 0)))
+        puppet.run_checked(moves)
+
+    def finish(self) -> None:
+        """Phase 3, and signal-driven I/O owners."""
+        for file in self._image.files.values():
+            kind = kind_named(file.kind)
+            if file.owner is not None:
+                self._attempt(file, lambda f=file: self._set_owner(f))
+            self._attempt(file, lambda k=kind, f=file: k.finish(f, self._records[f.index], self))
+
+    def _set_owner(self, file: OpenFile) -> None:
+        assert file.owner is not None
+        fd = self._files[file.index]
+        if file.owner.pid:
+            owner = struct.pack("<ii", file.owner.type, self.host_pid(file.owner.pid))
+            fcntl.fcntl(fd, _F_SETOWN_EX, owner)
+        if file.owner.signal:
+            fcntl.fcntl(fd, _F_SETSIG, file.owner.signal)
+
+    def _attempt(self, file: OpenFile, act: Callable[[], T]) -> T:
+        try:
+            return act()
+        except PipelineError:
+            raise
+        except OSError as error:
+            holders = ", ".join(f"pid {pid} fd {fd}" for pid, fd in self._holders[file.index][:3])
+            raise RebuildError(f"{holders or 'open file'} ({file.kind}): {error}") from error
+
+    def close(self) -> None:
+        """Close everything made here, exactly once; idempotent."""
+        while self._files:
+            _, fd = self._files.popitem()
+            os.close(fd)
+            LEDGER.give_back("open file", fd)
+        while self._owned:
+            fd = self._owned.pop()
+            os.close(fd)
+            LEDGER.give_back("owned descriptor", fd)
+
+    # -- CreateScope --------------------------------------------------------------
+
+    def open(self, path: PathRef, flags: int, mode: int = 0) -> LocalFd:
+        """See `CreateScope.open`."""
+        create = os.O_CREAT | os.O_TMPFILE & ~os.O_DIRECTORY
+        return openat2(self._root_of(path.mntns), path.path, flags, mode if flags & create else 0, RESOLVE.IN_ROOT)
+
+    def once(self, key: tuple[Any, ...], make: Callable[[], T]) -> T:
+        """See `CreateScope.once`."""
+        if key not in self._made_once:
+            self._made_once[key] = make()
+        result: T = self._made_once[key]
+        return result
+
+    def own(self, fd: LocalFd) -> LocalFd:
+        """See `CreateScope.own`."""
+        LEDGER.take("owned descriptor", fd)
+        self._owned.append(fd)
+        return fd
+
+    def content(self, space: int) -> LocalFd:
+        """See `CreateScope.content`."""
+        return self._contents.fd(space)
+
+    def file(self, index: int) -> LocalFd:
+        """See `CreateScope.file`."""
+        return self._files[index]
+
+    def holders(self, index: int) -> Sequence[tuple[int, int]]:
+        """See `CreateScope.holders`."""
+        return self._holders[index]
+
+    def host_pid(self, pid: int) -> HostPid:
+        """See `CreateScope.host_pid`."""
+        try:
+            return self._puppets[pid].pid
+        except KeyError:
+            raise RebuildError(f"pid {pid} is no process of the image") from None
+
+    def inject(self, pid: int, number: int, *args: int | bytes) -> int:
+        """See `CreateScope.inject`."""
+        return self._puppets[pid].syscall(number, *args)
+
+    def send(self, pid: int, local: LocalFd, at: int | None = None, cloexec: bool = True) -> int:
+        """See `CreateScope.send`."""
+        puppet = self._puppets[pid]
+        (number,) = puppet.send_fds([local])
+        if at is not None and number != at:
+            puppet.syscall(NR.dup3, number, at, os.O_CLOEXEC if cloexec else 0)
+            with suppress(OSError):
+                puppet.syscall(NR.close, number)
+            return at
+        if not cloexec:
+            puppet.syscall(NR.fcntl, number, fcntl.F_SETFD, 0)
+        return number

@@ -1,0 +1,318 @@
+"""Growing the tree: the steps of `pipeline.image.plan`, played on puppets.
+
+At the end every process of the image stands there as a puppet: right pids, parent,
+session, group, namespaces, memory mappings and pages; one task each, no descriptors,
+with all capabilities in its user namespace. `pipeline.stages.finish` does the rest.
+
+The pages of a process may have to be there before its children are born, so `grow`
+stops at each `Fill` and lets its caller bring them: it is a generator.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from pipeline.errors import RebuildError
+from pipeline.ids import HostPid
+from pipeline.image.codec import Image
+from pipeline.image.plan import Become, Fill, FoundSession, Inherit, JoinGroup, Planner, Remove, Spawn
+from pipeline.image.schema import Process
+from pipeline.kernel.arch.x86_64 import NR
+from pipeline.kernel.syscalls import CLONE
+from pipeline.remote.births import Announce, announce_here, clone_with_pids, reap_inside, undo_clone
+from pipeline.remote.puppet import Puppet
+
+
+@dataclass
+class Grown:
+    """A process that stands as a puppet. `userns` is where it is now, `threads` are the puppets of its tasks."""
+
+    puppet: Puppet
+    userns: int
+    pgid: int = 0
+    threads: list[Puppet] = field(default_factory=list)
+
+
+class Body:
+    """How a puppet gets namespaces and memory: the rooms that `Growth` calls into. See `pipeline.stages.rebuild`."""
+
+    def join_owner(self, helper: Puppet, userns: int) -> None:
+        """Move a helper into user namespace `userns`, with all capabilities there."""
+        raise RebuildError("no namespaces here")
+
+    def become(self, process: Process, grown: Grown) -> None:
+        """`Become` of the plan."""
+        raise RebuildError("no memory here")
+
+    def inherit(self, process: Process, grown: Grown) -> None:
+        """`Inherit` of the plan."""
+        raise RebuildError("no memory here")
+
+
+class Growth:
+    """Plays a plan. Every puppet is in `grown` or `stand_ins` from its birth to the end of the rebuild.
+
+    Args:
+        image: the records.
+        planner: its plan.
+        launcher: the first puppet, in the namespaces that the image calls external.
+        body: gives puppets namespaces and memory.
+        first_level: how many outer pid namespace levels of the image are replaced by the launcher's own:
+            0 where level 0 is where the launcher is.
+        choose_outer: False where level-0 pids need not be kept: no process of the tree sees them.
+        announce: how to announce a pid at level 0; None where nobody can.
+    """
+
+    def __init__(
+        self,
+        image: Image,
+        planner: Planner,
+        launcher: Puppet,
+        body: Body,
+        *,
+        choose_outer: bool,
+        announce: Announce | None = announce_here,
+    ) -> None:
+        self._image = image
+        self._planner = planner
+        self._launcher = launcher
+        self._body = body
+        self._choose_outer = choose_outer
+        self._announce_outer = announce
+        self.grown: dict[int, Grown] = {}
+        self._stand_ins: dict[int, tuple[Grown, int]] = {}
+        self._wardens: dict[int, Puppet] = {}
+
+    # -- the play -------------------------------------------------------------------
+
+    def grow(self) -> Iterator[Fill]:
+        """Play the plan; yields each `Fill` and goes on when the caller has brought the pages."""
+        for step in self._planner.steps:
+            match step:
+                case Spawn():
+                    self._spawn(step)
+                case FoundSession(pid):
+                    self._of(pid).puppet.syscall(NR.setsid)
+                    self._of(pid).pgid = pid
+                case JoinGroup(pid, pgid):
+                    self._join_group(pid, pgid)
+                case Become(pid):
+                    self._body.become(self._planner.processes[pid], self.grown[pid])
+                case Inherit(pid):
+                    self._body.inherit(self._planner.processes[pid], self.grown[pid])
+                case Remove(pid):
+                    self._remove(pid)
+                case Fill():
+                    yield step
+        for pidns in list(self._wardens):
+            self._end_helper(self._first_of(pidns).puppet, self._wardens.pop(pidns))
+
+    def puppets(self) -> Iterator[Puppet]:
+        """Every puppet that exists, threads before their leader, children before parents."""
+        yield from self._wardens.values()
+        yield from (grown.puppet for grown, _ in self._stand_ins.values())
+        for grown in reversed(self.grown.values()):
+            yield from reversed(grown.threads[1:])
+            yield grown.puppet
+
+    def _of(self, pid: int) -> Grown:
+        return self.grown[pid] if pid in self.grown else self._stand_ins[pid][0]
+
+    def _first_of(self, pidns: int) -> Grown:
+        for pid, process in self._planner.processes.items():
+            if process.namespaces.pid == pidns and process.pids[-1] == 1:
+                return self.grown[pid]
+        raise RebuildError(f"pid namespace {pidns} has no first process in the image")
+
+    # -- births -----------------------------------------------------------------------
+
+    def _levels(self, pidns: int) -> list[int]:
+        """The pid namespaces from the outermost of the image down to `pidns`."""
+        levels: list[int] = []
+        at: int | None = pidns
+        while at is not None:
+            levels.append(at)
+            at = self._planner.namespaces[at].parent
+        return levels[::-1]
+
+    def _choosable(self, levels: Sequence[int], userns: int) -> int:
+        """How many of the innermost levels are owned by `userns` or something below it."""
+        count = 0
+        for pidns in reversed(levels):
+            if not self._planner.within(self._planner.namespaces[pidns].owner, userns):
+                break
+            count += 1
+        return count
+
+    def _announcers(self, levels: Sequence[int]) -> list[Announce | None]:
+        return [self._announce_outer, *(self._warden_announcer(pidns) for pidns in levels[1:])]
+
+    def _warden_announcer(self, pidns: int) -> Announce | None:
+        warden = self._wardens.get(pidns)
+        if warden is None:
+            return None
+
+        def announce(pid: int) -> None:
+            fd = warden.syscall(NR.openat, -100, b"/proc/sys/kernel/ns_last_pid\0", os.O_WRONLY, 0)
+            text = str(pid - 1).encode()
+            warden.syscall(NR.write, fd, text, len(text))
+            warden.syscall(NR.close, fd)
+
+        return announce
+
+    def _wanted(self, pids: Sequence[int]) -> list[int | None]:
+        wanted: list[int | None] = list(pids)
+        if not self._choose_outer and len(wanted) > 1:
+            wanted[0] = None
+        return wanted
+
+    def clone_task(self, creator: Grown, pidns: int, pids: Sequence[int], flags: int, **options: int) -> Puppet:
+        """Clone a task with the pids of the image, by whatever means reach each level."""
+        levels = self._levels(pidns)
+        return clone_with_pids(
+            creator.puppet,
+            self._wanted(pids),
+            self._choosable(levels, creator.userns),
+            self._announcers(levels),
+            flags,
+            **options,
+        )
+
+    def _spawn(self, step: Spawn) -> None:
+        creator = self._of(step.creator) if step.creator else Grown(self._launcher, 0)
+        flags = CLONE.PARENT if step.sibling or not step.creator else 0
+        if step.stand_in:
+            pidns = self._pidns_of(step.creator)
+            pids = self._stand_in_pids(step, pidns)
+            puppet = self.clone_task(creator, pidns, pids, flags)
+            self._stand_ins[step.pid] = (Grown(puppet, creator.userns, creator.pgid), step.creator)
+            return
+        process = self._planner.processes[step.pid]
+        userns = creator.userns
+        options = {"exit_signal": process.exit_signal}
+        if step.pidns is None:
+            puppet = self.clone_task(creator, process.namespaces.pid, process.pids, flags, **options)
+        elif step.first:
+            userns = self._planner.namespaces[step.pidns].owner
+            puppet = self._clone_first(creator, step, process, options)
+        else:
+            puppet = self._clone_into(creator, step.pidns, process, flags, options)
+        self.grown[step.pid] = Grown(puppet, userns, creator.pgid)
+        if step.first and step.pidns is not None:
+            self._post_warden(step.pidns)
+
+    def _pidns_of(self, pid: int) -> int:
+        process = self._planner.processes.get(pid)
+        if process is not None:
+            return process.namespaces.pid
+        return next(n.index for n in self._planner.namespaces.values() if n.kind == "pid" and n.external)
+
+    def _stand_in_pids(self, step: Spawn, pidns: int) -> list[int]:
+        """Pids of a dead leader: known from the members that saw it; only level 0 is recorded."""
+        depth = len(self._levels(pidns))
+        if depth > 1:
+            raise RebuildError(
+                f"pid {step.pid}: the dead leader of a session or group inside a nested pid namespace"
+            )
+        return [step.pid]
+
+    def _clone_first(self, creator: Grown, step: Spawn, process: Process, options: dict[str, int]) -> Puppet:
+        """The first process of a new pid namespace, by a helper that owns the namespace."""
+        assert step.pidns is not None
+        owner = self._planner.namespaces[step.pidns].owner
+        helper = Grown(creator.puppet.clone(CLONE.PARENT if not step.creator else 0), creator.userns)
+        try:
+            if owner != helper.userns:
+                self._body.join_owner(helper.puppet, owner)
+                helper.userns = owner
+            helper.puppet.syscall(NR.unshare, CLONE.NEWPID)
+            return self.clone_task(helper, step.pidns, process.pids, CLONE.PARENT, **options)
+        finally:
+            if step.creator:
+                self._end_helper(creator.puppet, helper.puppet)
+            else:
+                helper.puppet.kill_and_reap()
+
+    def _clone_into(
+        self, creator: Grown, pidns: int, process: Process, flags: int, options: dict[str, int]
+    ) -> Puppet:
+        """A process of a pid namespace that exists, by a parent outside of it."""
+        own = creator.puppet.syscall(NR.pidfd_open, _pid_inside(creator.puppet), 0)
+        first = os.pidfd_open(self._first_of(pidns).puppet.pid)
+        try:
+            (inside,) = creator.puppet.send_fds([first])
+        finally:
+            os.close(first)
+        creator.puppet.syscall(NR.setns, inside, CLONE.NEWPID)
+        try:
+            return self.clone_task(creator, pidns, process.pids, flags, **options)
+        finally:
+            creator.puppet.syscall(NR.setns, own, CLONE.NEWPID)
+            for fd in (own, inside):
+                creator.puppet.syscall(NR.close, fd)
+
+    def _post_warden(self, pidns: int) -> None:
+        """Where pid namespaces lie deeper, keep somebody in this one who may announce pids in it."""
+        if any(n.kind == "pid" and n.parent == pidns for n in self._planner.namespaces.values()):
+            first = self._first_of(pidns)
+            taken = {p.pids[len(self._levels(pidns)) - 1] for p in self._members_below(pidns)}
+            number = next(n for n in range(max(taken) + 1, 1 << 22) if n not in taken)
+            self._wardens[pidns] = first.puppet.clone(set_tid=[number])
+
+    def _members_below(self, pidns: int) -> Iterator[Process]:
+        depth = len(self._levels(pidns))
+        for process in self._planner.processes.values():
+            if self._levels(process.namespaces.pid)[depth - 1 : depth] == [pidns]:
+                yield process
+
+    # -- groups and ends ----------------------------------------------------------------
+
+    def _join_group(self, pid: int, pgid: int) -> None:
+        member = self._of(pid)
+        if pgid == pid:
+            member.puppet.syscall(NR.setpgid, 0, 0)
+        else:
+            process = self._planner.processes[pid]
+            leader = self._planner.processes.get(pgid)
+            depth = len(process.pids)
+            if leader is not None and len(leader.pids) < depth:
+                raise RebuildError(f"pid {pid}: its process group {pgid} is led from an outer pid namespace")
+            number = leader.pids[depth - 1] if leader is not None else pgid
+            member.puppet.syscall(NR.setpgid, 0, number)
+        member.pgid = pgid
+
+    def _remove(self, pid: int) -> None:
+        stand_in, creator = self._stand_ins.pop(pid)
+        if creator:
+            self._end_helper(self._of(creator).puppet, stand_in.puppet)
+        else:
+            stand_in.puppet.kill_and_reap()
+
+    def _end_helper(self, parent: Puppet, helper: Puppet) -> None:
+        helper.kill_and_reap()
+        reap_inside(parent)
+
+    def kill_all(self) -> None:
+        """End every puppet; idempotent. What dies unseen by its parent is collected by the pid namespace's first."""
+        everybody = list(self.puppets())
+        for puppet in everybody:
+            with suppress(ProcessLookupError):
+                os.kill(puppet.pid, signal.SIGKILL)
+        for puppet in everybody:
+            puppet.kill_and_reap()
+
+
+def _pid_inside(puppet: Puppet) -> int:
+    return puppet.syscall(NR.getpid)
+
+
+def host_pid(grown: Grown) -> HostPid:
+    """The pid of a grown process as the pipeline sees it."""
+    return grown.puppet.pid
+
+
+__all__ = ["Body", "Grown", "Growth", "host_pid", "undo_clone"]

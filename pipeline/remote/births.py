@@ -14,12 +14,10 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 
 from pipeline.errors import RebuildError
-from pipeline.kernel.arch.x86_64 import NR
 from pipeline.kernel.syscalls import CLONE
-from pipeline.remote.puppet import Puppet
+from pipeline.remote.puppet import Puppet, seen_pids
 
 _ATTEMPTS = 50
 
@@ -35,15 +33,6 @@ def announce_here(pid: int) -> None:
     """
     with open("/proc/sys/kernel/ns_last_pid", "wb", buffering=0) as file:
         file.write(str(pid - 1).encode())
-
-
-def seen_pids(tid: int) -> tuple[int, ...]:
-    """The pids of task `tid`, outermost first, from the pipeline's pid namespace inwards (NSpid)."""
-    with open(f"/proc/{tid}/status", "rb") as file:
-        for line in file:
-            if line.startswith(b"NSpid:"):
-                return tuple(map(int, line.split()[1:]))
-    raise RebuildError(f"puppet {tid} has no NSpid: is /proc that of another pid namespace?")
 
 
 def clone_with_pids(
@@ -90,7 +79,7 @@ def clone_with_pids(
             assert writer is not None
             writer(pid)
         try:
-            child = creator.clone(flags, set_tid=chosen, exit_signal=exit_signal, child_tid=child_tid)
+            child = creator.clone_task(flags, set_tid=chosen, exit_signal=exit_signal, child_tid=child_tid)
         except OSError as error:
             if error.errno == errno.EEXIST:
                 raise RebuildError(
@@ -112,12 +101,4 @@ def undo_clone(creator: Puppet, child: Puppet, flags: int) -> None:
         raise RebuildError(f"thread of puppet {creator.pid} got another pid than announced")
     child.kill_and_reap()
     if not flags & CLONE.PARENT:
-        reap_inside(creator)
-
-
-def reap_inside(parent: Puppet) -> None:
-    """Let `parent` collect its dead children that notify nobody (wait4 with __WCLONE inside it)."""
-    wclone_nohang = 0x8000_0000 | 1
-    with suppress(ChildProcessError):
-        while parent.syscall(NR.wait4, -1, 0, wclone_nohang, 0) > 0:
-            pass
+        creator.reap_children()

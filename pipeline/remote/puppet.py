@@ -22,7 +22,7 @@ import os
 import signal
 import socket
 import struct
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -54,11 +54,14 @@ class Stage:
         scratch: address of the scratch mapping, free in every layout of the tree.
         channel: our end of the socket that descriptors are sent through.
         channel_fd: number of its other end in every puppet; `channel_fd` + 1 is the puppet program.
+        reserved: pids that only processes of the tree may have, a set per pid namespace level.
+        calls: how many system calls were run inside puppets.
     """
 
     scratch: RemoteAddress
     channel: socket.socket
     channel_fd: int
+    reserved: Sequence[Set[int]] = ()
     calls: int = field(default=0)
 
 
@@ -167,7 +170,30 @@ class Puppet:
 
     # -- making more --------------------------------------------------------------
 
-    def clone(
+    def clone(self, flags: int = 0, *, set_tid: Sequence[int] = ()) -> Puppet:
+        """Clone a helper: a puppet that is no process of the tree and takes none of its pids.
+
+        Its end notifies nobody; a parent collects it with __WALL (see `pipeline.remote.births`).
+
+        Args:
+            flags: CLONE_*; with CLONE_PARENT the helper is a sibling.
+            set_tid: pids by level, innermost first, for as many levels as the puppet may choose.
+        """
+        missed: list[Puppet] = []
+        try:
+            while True:
+                helper = self.clone_task(flags, set_tid=set_tid)
+                seen = seen_pids(helper.tid)
+                if not any(pid in taken for pid, taken in zip(seen, self.stage.reserved, strict=False)):
+                    return helper
+                missed.append(helper)  # holds the number until another one is found
+        finally:
+            for helper in missed:
+                helper.kill_and_reap()
+            if missed and not flags & CLONE.PARENT:
+                self.reap_children()
+
+    def clone_task(
         self,
         flags: int = 0,
         *,
@@ -179,16 +205,18 @@ class Puppet:
 
         Args:
             flags: CLONE_*; with CLONE_PARENT the new process is a sibling, with CLONE_THREAD a thread.
-            set_tid: pids by level, innermost first, for as many levels as the puppet may choose.
-            exit_signal: what the parent gets at its end; 0 for helpers, whose end nobody shall notice.
+            set_tid: as for `clone`.
+            exit_signal: what the parent gets at its end. The kernel ignores it with CLONE_PARENT (the
+                creator's counts) and execve makes it SIGCHLD.
             child_tid: clear_child_tid address for CLONE_CHILD_CLEARTID.
 
         Raises:
             OSError: EEXIST: a pid is taken; EPERM: a level that the puppet may not choose in.
         """
-        pids = struct.pack(f"<{len(set_tid)}i", *set_tid) if set_tid else 0
-        wanted = In([flags, 0, child_tid, 0, exit_signal, 0, 0, 0, pids if isinstance(pids, int) else In([pids]),
-                     len(set_tid), 0])
+        if flags & (CLONE.PARENT | CLONE.THREAD):
+            exit_signal = 0
+        pids: int | In = In([struct.pack(f"<{len(set_tid)}i", *set_tid)]) if set_tid else 0
+        wanted = In([flags, 0, child_tid, 0, exit_signal, 0, 0, 0, pids, len(set_tid), 0])
         self._new_tasks.clear()
         self.syscall(arch.NR.clone3, wanted, 88)
         tid = HostPid(self._new_tasks.pop())
@@ -290,6 +318,24 @@ class Puppet:
                     ptrace.cont(self.tid)
         self._struck_out()
 
+    def reap_children(self) -> None:
+        """Collect the puppet's dead children inside it, and forget that they died.
+
+        Only while the tree grows or is given up: no process of the tree is dead yet, so whoever is
+        was a helper, or is not wanted any more.
+        """
+        with suppress(ChildProcessError):
+            while self.syscall(arch.NR.wait4, -1, 0, ptrace.WALL | os.WNOHANG, 0) > 0:
+                pass
+        self.forget_child_signals()
+
+    def forget_child_signals(self) -> None:
+        """Take SIGCHLD out of the puppet's queue, where the end of a child during the rebuild put it."""
+        child_set = (1 << (signal.SIGCHLD - 1)).to_bytes(8, "little")
+        with suppress(BlockingIOError):
+            while True:
+                self.syscall(arch.NR.rt_sigtimedwait, child_set, 0, bytes(16), 8)
+
     def disown(self) -> None:
         """From now on the puppet outlives us (no EXITKILL); the last step before `set_free`."""
         ptrace.set_options(self.tid, 0)
@@ -304,6 +350,15 @@ class Puppet:
         if self._alive:
             self._alive = False
             LEDGER.give_back("puppet", self.tid)
+
+
+def seen_pids(tid: int) -> tuple[int, ...]:
+    """The pids of task `tid`, outermost first, from the pipeline's pid namespace inwards (NSpid)."""
+    with open(f"/proc/{tid}/status", "rb") as file:
+        for line in file:
+            if line.startswith(b"NSpid:"):
+                return tuple(map(int, line.split()[1:]))
+    raise RebuildError(f"puppet {tid} has no NSpid: is /proc that of another pid namespace?")
 
 
 def _data_bytes(call: Call) -> int:
@@ -326,50 +381,62 @@ def _write_all(fd: int, content: bytes, address: int) -> None:
         raise OSError(errno.EFAULT, f"short write of {len(content)} bytes at {address:#x}")
 
 
-def spawn_launcher(scratch: RemoteAddress, channel_fd: int) -> Puppet:
+def spawn_launcher(
+    scratch: RemoteAddress, channel_fd: int, reserved: Sequence[Set[int]] = ()
+) -> Puppet:
     """Spawn the first puppet: a child of ours, in our namespaces, with our credentials.
 
     Args:
         scratch: an address where `SCRATCH_BYTES` are free in every layout of the tree.
         channel_fd: a number above every descriptor of the tree.
+        reserved: see `Stage`.
 
     Ownership: the caller ends it with `kill_and_reap` and then closes ``stage.channel``.
     """
-    program = os.memfd_create("puppet", os.MFD_CLOEXEC)
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    stage = Stage(scratch, ours, channel_fd, reserved)
+    missed: list[Puppet] = []
+    try:
+        with theirs:
+            while True:
+                puppet = _spawn(stage, theirs.fileno())
+                if not reserved or puppet.pid not in reserved[0]:
+                    return puppet
+                missed.append(puppet)
+    except BaseException:
+        ours.close()
+        raise
+    finally:
+        for puppet in missed:
+            puppet.kill_and_reap()
+
+
+def _spawn(stage: Stage, channel: int) -> Puppet:
+    program = os.memfd_create("puppet", os.MFD_CLOEXEC)
     try:
         os.write(program, arch.puppet_program())
         os.fchmod(program, 0o555)
-        reader = LocalFd(os.open(f"/proc/self/fd/{program}", os.O_RDONLY | os.O_CLOEXEC))
-    except BaseException:
-        ours.close()
-        theirs.close()
-        raise
+        # a program that is open for writing cannot be executed
+        reader = os.open(f"/proc/self/fd/{program}", os.O_RDONLY | os.O_CLOEXEC)
     finally:
         os.close(program)
     try:
-        actions: list[tuple[int, ...]] = [
-            (os.POSIX_SPAWN_DUP2, theirs.fileno(), channel_fd),
-            (os.POSIX_SPAWN_DUP2, reader, channel_fd + 1),
-            *((os.POSIX_SPAWN_CLOSE, fd) for fd in (0, 1, 2) if fd not in (channel_fd, channel_fd + 1)),
-        ]
         pid = HostPid(
             os.posix_spawn(
                 f"/proc/self/fd/{reader}",
                 ["puppet"],
                 {},
-                file_actions=actions,
+                file_actions=[
+                    (os.POSIX_SPAWN_DUP2, channel, stage.channel_fd),
+                    (os.POSIX_SPAWN_DUP2, reader, stage.channel_fd + 1),
+                ],
                 setsigmask=signal.valid_signals(),
                 setsigdef=signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP},
             )
         )
-    except BaseException:
-        ours.close()
-        raise
     finally:
-        theirs.close()
         os.close(reader)
-    puppet = Puppet(Stage(scratch, ours, channel_fd), pid, pid)
+    puppet = Puppet(stage, pid, pid)
     LEDGER.take("puppet", pid)
     try:
         ptrace.seize(pid, _OPTIONS | OPTION.EXITKILL)
@@ -377,8 +444,10 @@ def spawn_launcher(scratch: RemoteAddress, channel_fd: int) -> Puppet:
         puppet._await_event_stop()
         ptrace.set_sigmask(pid, _ALL_SIGNALS & ~(1 << (puppet.stop_signal - 1)))
         puppet._set_up_scratch()
+        # whatever descriptors it inherited from us are none of its business
+        puppet.syscall(arch.NR.close_range, 0, stage.channel_fd - 1, 0)
+        puppet.syscall(arch.NR.close_range, stage.channel_fd + 2, 0xFFFF_FFFF, 0)
     except BaseException:
         puppet.kill_and_reap()
-        ours.close()
         raise
     return puppet

@@ -11,19 +11,17 @@ stops at each `Fill` and lets its caller bring them: it is a generator.
 from __future__ import annotations
 
 import os
-import signal
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
 from pipeline.errors import RebuildError
-from pipeline.ids import HostPid
 from pipeline.image.codec import Image
 from pipeline.image.plan import Become, Fill, FoundSession, Inherit, JoinGroup, Planner, Remove, Spawn
 from pipeline.image.schema import Process
 from pipeline.kernel.arch.x86_64 import NR
 from pipeline.kernel.syscalls import CLONE
-from pipeline.remote.births import Announce, announce_here, clone_with_pids, reap_inside, undo_clone
+from pipeline.remote.births import Announce, announce_here, clone_with_pids
 from pipeline.remote.puppet import Puppet
 
 
@@ -258,16 +256,7 @@ class Growth:
     def _post_warden(self, pidns: int) -> None:
         """Where pid namespaces lie deeper, keep somebody in this one who may announce pids in it."""
         if any(n.kind == "pid" and n.parent == pidns for n in self._planner.namespaces.values()):
-            first = self._first_of(pidns)
-            taken = {p.pids[len(self._levels(pidns)) - 1] for p in self._members_below(pidns)}
-            number = next(n for n in range(max(taken) + 1, 1 << 22) if n not in taken)
-            self._wardens[pidns] = first.puppet.clone(set_tid=[number])
-
-    def _members_below(self, pidns: int) -> Iterator[Process]:
-        depth = len(self._levels(pidns))
-        for process in self._planner.processes.values():
-            if self._levels(process.namespaces.pid)[depth - 1 : depth] == [pidns]:
-                yield process
+            self._wardens[pidns] = self._first_of(pidns).puppet.clone()
 
     # -- groups and ends ----------------------------------------------------------------
 
@@ -294,25 +283,26 @@ class Growth:
 
     def _end_helper(self, parent: Puppet, helper: Puppet) -> None:
         helper.kill_and_reap()
-        reap_inside(parent)
+        parent.reap_children()
 
     def kill_all(self) -> None:
-        """End every puppet; idempotent. What dies unseen by its parent is collected by the pid namespace's first."""
-        everybody = list(self.puppets())
-        for puppet in everybody:
-            with suppress(ProcessLookupError):
-                os.kill(puppet.pid, signal.SIGKILL)
-        for puppet in everybody:
-            puppet.kill_and_reap()
+        """End every puppet, children before parents, each collected by its parent; idempotent."""
+        for pidns in list(self._wardens):
+            self._end_helper(self._first_of(pidns).puppet, self._wardens.pop(pidns))
+        for pid in list(reversed(self._stand_ins)):
+            self._remove(pid)
+        for pid in list(reversed(self.grown)):
+            grown = self.grown.pop(pid)
+            for thread in reversed(grown.threads[1:]):
+                thread.kill_and_reap()
+            grown.puppet.kill_and_reap()
+            parent = self.grown.get(self._planner.processes[pid].parent)
+            if parent is not None:
+                with suppress(OSError, RebuildError):
+                    parent.puppet.reap_children()
 
 
 def _pid_inside(puppet: Puppet) -> int:
     return puppet.syscall(NR.getpid)
 
 
-def host_pid(grown: Grown) -> HostPid:
-    """The pid of a grown process as the pipeline sees it."""
-    return grown.puppet.pid
-
-
-__all__ = ["Body", "Grown", "Growth", "host_pid", "undo_clone"]

@@ -1,0 +1,137 @@
+"""Which open files a tree has, and which of its descriptors are the same one.
+
+Two descriptors share an open file description (position, flags, locks) after dup or
+fork; the kernel says so by kcmp(KCMP_FILE), which also orders descriptions, so each
+new descriptor finds its like in a sorted list in a few comparisons, however many
+there are. Every distinct open file is held by one duplicate in our own table until
+the capture ends; nothing in the target is touched.
+
+Source: kcmp(2), pidfd_getfd(2).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+from pipeline.errors import Blocker
+from pipeline.ids import HostPid, LocalFd
+from pipeline.image.schema import FdEntry
+from pipeline.kernel import procfs
+from pipeline.kernel.syscalls import KCMP, kcmp, pidfd_getfd, pidfd_open
+from pipeline.ledger import LEDGER
+from pipeline.resources.kinds import FdView
+
+_LESS = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """A descriptor of the tree and the index of the open file behind it."""
+
+    entry: FdEntry
+    pid: HostPid
+
+
+class OpenFiles:
+    """All open files of a tree; a context manager that holds one duplicate of each."""
+
+    def __init__(self) -> None:
+        self.views: list[FdView] = []
+        self.slots: dict[HostPid, list[FdEntry]] = defaultdict(list)
+        self.blockers: list[Blocker] = []
+        self._sorted: dict[tuple[int, int, int], list[int]] = defaultdict(list)
+        self._holders: dict[int, list[tuple[HostPid, int]]] = defaultdict(list)
+        self._at: dict[tuple[HostPid, int], int] = {}
+
+    def __enter__(self) -> OpenFiles:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give back every duplicate; idempotent."""
+        while self.views:
+            view = self.views.pop()
+            os.close(view.local)
+            LEDGER.give_back("duplicate", view.local)
+
+    def collect(self, pids: Sequence[HostPid]) -> None:
+        """Look at every descriptor of these processes (none of them a zombie)."""
+        for pid in pids:
+            with suppress(ProcessLookupError, procfs.ProcessGone):
+                self._collect(pid)
+
+    def _collect(self, pid: HostPid) -> None:
+        pidfd = pidfd_open(pid)
+        try:
+            for fd in sorted(map(int, os.listdir(f"/proc/{pid}/fd"))):
+                try:
+                    self._add(pid, fd, pidfd)
+                except OSError as error:
+                    if not os.path.lexists(f"/proc/{pid}/fd/{fd}"):
+                        continue  # closed meanwhile: the tree runs, this is a check
+                    self.blockers.append(Blocker(f"pid {pid} fd {fd}", f"cannot be looked at: {error}"))
+        finally:
+            os.close(pidfd)
+
+    def _add(self, pid: HostPid, fd: int, pidfd: LocalFd) -> None:
+        local = pidfd_getfd(pidfd, fd)
+        LEDGER.take("duplicate", local)
+        try:
+            stat = os.fstat(local)
+            info = procfs.fdinfo(pid, fd)
+            flags = fcntl.fcntl(local, fcntl.F_GETFL)
+            cloexec = bool(int(info["flags"][0], 8) & os.O_CLOEXEC)
+            group = self._sorted[stat.st_dev, stat.st_ino, flags]
+            at, same = self._find(group, local)
+            if not same:
+                link = os.readlink(os.fsencode(f"/proc/{pid}/fd/{fd}"))
+                position = int(info["pos"][0])
+                self.views.append(FdView(pid, fd, local, link, stat, info, flags, position))
+                group.insert(at, len(self.views) - 1)
+                index = len(self.views) - 1
+            else:
+                index = group[at]
+        except BaseException:
+            os.close(local)
+            LEDGER.give_back("duplicate", local)
+            raise
+        if same:
+            os.close(local)
+            LEDGER.give_back("duplicate", local)
+        self.slots[pid].append(FdEntry(fd, index, cloexec))
+        self._holders[index].append((pid, fd))
+        self._at[pid, fd] = index
+
+    def _find(self, group: Sequence[int], local: LocalFd) -> tuple[int, bool]:
+        """Where in the sorted `group` the open file of `local` is or belongs."""
+        me = os.getpid()
+        low, high = 0, len(group)
+        while low < high:
+            middle = (low + high) // 2
+            order = kcmp(me, me, KCMP.FILE, local, self.views[group[middle]].local)
+            if order == 0:
+                return middle, True
+            if order == _LESS:
+                high = middle
+            else:
+                low = middle + 1
+        return low, False
+
+    def files(self) -> Iterator[tuple[int, FdView]]:
+        """Every open file: index and one view of it."""
+        return iter(list(enumerate(self.views)))
+
+    def file_at(self, pid: HostPid, fd: int) -> int | None:
+        """Index of the open file behind a descriptor; None for an empty slot."""
+        return self._at.get((pid, fd))
+
+    def holders(self, index: int) -> Sequence[tuple[HostPid, int]]:
+        """Every descriptor of the tree that refers to an open file."""
+        return self._holders[index]

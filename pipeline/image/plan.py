@@ -196,7 +196,6 @@ class Planner:
         self.steps.append(self._spawn(child, creator, sibling))
         self._spawned.add(pid)
         self._state[pid] = _State(inherited.sid, inherited.pgid)
-        parent = self.processes.get(child.parent)
         first_in = self.steps[-1]
         if isinstance(first_in, Spawn) and first_in.first and first_in.pidns is not None:
             born_in = self.namespaces[first_in.pidns].owner
@@ -208,7 +207,6 @@ class Planner:
                         "such a process has entered from outside; end it first",
                     )
                 )
-        del parent
         self._live(child, born_in)
 
     def _spawn(self, child: Process, creator: int, sibling: bool) -> Spawn:
@@ -229,8 +227,7 @@ class Planner:
         key = (creator, sid)
         if key in self._stand_in_sessions:
             return sid
-        parent = self.processes.get(creator)
-        if sid == 0 or sid in self.processes or (parent is not None and parent.pids[-1] == 1 and len(parent.pids) < 1):
+        if sid == 0 or sid in self.processes:
             where = "outside the tree" if sid == 0 else f"led by pid {sid}"
             self.blockers.append(
                 Blocker(

@@ -1,0 +1,98 @@
+"""Character devices that have no state: null, zero, full, random, urandom.
+
+The kernel holds a device number and flags; reads and writes leave nothing behind (what
+was written into the random pools stays the host's). Kept: which device, by number, and
+its name. At the destination the node of that name is opened if it is that device;
+where it is missing or may not be opened (a mount with ``nodev``) the host's own node
+does as well, since all nodes of one number are the same device.
+
+Terminals are in `pipeline.resources.pty`; every other device is refused.
+Source: null(4), random(4), the kernel's devices.txt.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator, Sequence
+
+from pipeline.errors import Blocker, RebuildError
+from pipeline.ids import LocalFd
+from pipeline.image.schema import U32, OpenFile, PathRef, Record
+from pipeline.resources import locks
+from pipeline.resources.kinds import CaptureScope, CreateScope, FdView
+from pipeline.resources.paths import describe, reopen
+from pipeline.resources.steps import CompleteOnceCreated
+
+_MEMORY_MAJOR = 1
+#: minor number of major 1 -> name under /dev
+_STATELESS = {3: "null", 5: "zero", 7: "full", 8: "random", 9: "urandom"}
+
+
+class DeviceState(Record, frozen=True, kw_only=True):
+    """`minor` of major 1."""
+
+    path: PathRef
+    minor: U32
+
+
+def _minor(found: os.stat_result) -> int | None:
+    """The minor number of a device without state; None for every other file."""
+    if not stat.S_ISCHR(found.st_mode) or os.major(found.st_rdev) != _MEMORY_MAJOR:
+        return None
+    minor = os.minor(found.st_rdev)
+    return minor if minor in _STATELESS else None
+
+
+class Device(CompleteOnceCreated):
+    """See the module."""
+
+    name = "device"
+    record: type[DeviceState] = DeviceState
+    carried: Sequence[str] = ("/dev/null, zero, full, random, urandom, by whatever name",)
+    refused: Sequence[str] = ("every other device but terminals",)
+
+    def matches(self, view: FdView) -> bool:
+        """By device number."""
+        return not view.flags & os.O_PATH and _minor(view.stat) is not None
+
+    def check(self, view: FdView, scope: CaptureScope) -> Iterator[Blocker]:
+        """Locks on a device are not carried."""
+        yield from locks.check(view, carried=False)
+
+    def capture(self, view: FdView, scope: CaptureScope) -> DeviceState:
+        """Its name and number."""
+        return DeviceState(path=scope.path(view.pid, view.link), minor=os.minor(view.stat.st_rdev))
+
+    def create(self, file: OpenFile, record: DeviceState, scope: CreateScope) -> LocalFd:
+        """Open the node of that name, or the host's.
+
+        Raises:
+            RebuildError: not even the host's node can be opened.
+        """
+        try:
+            fd = reopen(file, record.path, file.flags, scope)
+        except RebuildError:
+            return self._own(file, record)
+        if _minor(os.fstat(fd)) == record.minor:
+            return fd
+        os.close(fd)
+        return self._own(file, record)
+
+    def _own(self, file: OpenFile, record: DeviceState) -> LocalFd:
+        name = _STATELESS.get(record.minor)
+        if name is None:
+            raise RebuildError(
+                f"{describe(file, record.path)}: device 1:{record.minor} is not one without state"
+            )
+        try:
+            fd = LocalFd(os.open(f"/dev/{name}", file.flags & os.O_ACCMODE | os.O_CLOEXEC | os.O_NONBLOCK))
+        except OSError as error:
+            raise RebuildError(f"{describe(file, record.path)} cannot be opened: {error.strerror}") from error
+        if _minor(os.fstat(fd)) != record.minor:
+            os.close(fd)
+            raise RebuildError(f"{describe(file, record.path)}: /dev/{name} is another device here")
+        return fd
+
+
+KIND = Device()

@@ -1,0 +1,273 @@
+"""epoll(7) instances and what they watch.
+
+The kernel holds a set of items, each keyed by an open file *and the descriptor number it
+was registered under*, with events and data; an item lives as long as the open file, even
+if that number was closed or reused. fdinfo prints the number; kcmp(2) with
+KCMP_EPOLL_TFD tells which open file is really behind it, and so does capture.
+
+Kept: items with number, events (EPOLLET, EPOLLONESHOT, EPOLLEXCLUSIVE, EPOLLWAKEUP) and
+data, nested instances, busy-poll parameters. Items are registered in `finish`, from
+inside a process that has the epoll instance, under the number they had.
+
+Differences that remain: an edge that was reported already is reported once more if the
+file is still ready. A one-shot item that had fired is put back by letting it fire once
+more where the file is ready; where it is not, errors and hang-ups (which the kernel
+adds by itself) can make it fire before it is armed again.
+Refused: an item whose file no process of the tree has open, an instance shared with a process
+outside. Source: epoll(7), fs/eventpoll.c, kernel/kcmp.c `kcmp_epoll_target`.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import re
+import select
+import struct
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from typing import Annotated
+
+from msgspec import Meta, Struct
+
+from pipeline.errors import Blocker, RebuildError, TargetError
+from pipeline.ids import HostPid, LocalFd
+from pipeline.image.schema import U32, Index, OpenFile, Pid, Record
+from pipeline.kernel.arch import x86_64 as arch
+from pipeline.kernel.arch.x86_64_numbers import NR
+from pipeline.kernel.syscalls import KCMP, kcmp
+from pipeline.resources import outside
+from pipeline.resources.kinds import CaptureScope, CreateScope, FdView
+from pipeline.resources.paths import describe
+from pipeline.resources.steps import CompleteOnceCreated
+
+_ITEM = re.compile(r"\s*(\d+)\s+events:\s*([0-9a-f]+)\s+data:\s*([0-9a-f]+)(?:\s+pos:\S+\s+ino:([0-9a-f]+))?")
+#: struct epoll_event is packed on x86 only
+_EVENT = struct.Struct("<IQ" if arch.MACHINE == "x86_64" else "<I4xQ")
+_EPOLL_CTL_ADD = 1
+_EPOLL_CTL_MOD = 3
+_EPOLLWAKEUP = 1 << 29
+#: bits that say how to report; a one-shot item that has fired keeps only these (EP_PRIVATE_BITS)
+_HOW = select.EPOLLONESHOT | select.EPOLLET | select.EPOLLEXCLUSIVE | _EPOLLWAKEUP
+_ANY_EVENT = select.EPOLLIN | select.EPOLLOUT | select.EPOLLPRI | select.EPOLLRDHUP
+#: struct epoll_params: u32 busy_poll_usecs, u16 busy_poll_budget, u8 prefer_busy_poll, u8 pad
+_PARAMS_BYTES = 8
+_EPIOCSPARAMS = 0x40088A01
+_EPIOCGPARAMS = 0x80088A02
+
+
+class Item(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """One registration: the number it was made under, the open file, EPOLL* bits, the program's data."""
+
+    fd: Annotated[int, Meta(ge=0, le=1 << 24)]
+    file: Index
+    events: U32
+    data: Annotated[bytes, Meta(min_length=8, max_length=8)]
+
+
+class EpollState(Record, frozen=True, kw_only=True):
+    """`busy_poll`: struct epoll_params, empty where not set."""
+
+    items: Annotated[list[Item], Meta(max_length=1 << 20)]
+    busy_poll: Annotated[bytes, Meta(max_length=_PARAMS_BYTES)] = b""
+
+
+class _Line(Struct, frozen=True):
+    """A ``tfd:`` line of fdinfo; `nth` counts the lines of the same number before it."""
+
+    fd: int
+    nth: int
+    events: int
+    data: int
+    inode: int | None
+
+
+def _lines(view: FdView) -> Iterator[_Line]:
+    seen: Counter[int] = Counter()
+    for text in view.info.get("tfd", []):
+        match = _ITEM.match(text)
+        if match is None:
+            raise TargetError(f"{view.subject}: fdinfo has a line that is not understood: {text!r}")
+        fd = int(match[1])
+        inode = int(match[4], 16) if match[4] else None
+        yield _Line(fd, seen[fd], int(match[2], 16), int(match[3], 16), inode)
+        seen[fd] += 1
+
+
+def _is_target(view: FdView, line: _Line, pid: HostPid, fd: int) -> bool | None:
+    """Whether descriptor `fd` of `pid` is the open file of the item; None where the kernel does not say.
+
+    The slot is struct kcmp_epoll_slot: epoll descriptor and target number in the table of
+    the instance's holder, and which item of that number.
+    """
+    slot = struct.pack("<3I", view.fd, line.fd, line.nth)
+    try:
+        return kcmp(pid, view.pid, KCMP.EPOLL_TFD, fd, slot) == 0
+    except OSError as error:
+        if error.errno in (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP):
+            return None
+        return False
+
+
+def _target(view: FdView, line: _Line, scope: CaptureScope) -> Index | None:
+    """Index of the open file that the item watches; None if no process of the tree has it open."""
+    own = scope.file_at(view.pid, line.fd)
+    if own is not None:
+        same = _is_target(view, line, view.pid, line.fd)
+        if same:
+            return own
+        if same is None and line.inode is not None:
+            with suppress(OSError):
+                if os.stat(f"/proc/{view.pid}/fd/{line.fd}").st_ino == line.inode:
+                    return own
+    for index, other in scope.files():
+        if (line.inode is None or other.stat.st_ino == line.inode) and _is_target(
+            view, line, other.pid, other.fd
+        ):
+            return index
+    return None
+
+
+class Epoll(CompleteOnceCreated):
+    """See the module."""
+
+    name = "epoll"
+    record: type[EpollState] = EpollState
+    carried: Sequence[str] = ("items with number, events and data; nested instances; busy-poll parameters",)
+    refused: Sequence[str] = (
+        "an item whose file no process of the tree has open",
+        "an instance shared with outside",
+    )
+
+    def matches(self, view: FdView) -> bool:
+        """By link."""
+        return view.link == b"anon_inode:[eventpoll]"
+
+    def check(self, view: FdView, scope: CaptureScope) -> Iterator[Blocker]:
+        """Every watched file must be open somewhere in the tree."""
+        for line in _lines(view):
+            if _target(view, line, scope) is None:
+                why = (
+                    f"epoll watches a file, registered as fd {line.fd}, that no process of the tree has open"
+                )
+                yield Blocker(view.subject, why, "close it everywhere, or remove it from epoll first")
+        yield from outside.blockers(view, outside.same_file(view, scope), "the epoll instance is held by")
+
+    def capture(self, view: FdView, scope: CaptureScope) -> EpollState:
+        """All items, in the kernel's order.
+
+        Raises:
+            TargetError: the set changed since it was checked.
+        """
+        items = []
+        for line in _lines(view):
+            target = _target(view, line, scope)
+            if target is None:
+                raise TargetError(f"{view.subject}: what it watches as fd {line.fd} is gone")
+            items.append(Item(line.fd, target, line.events, line.data.to_bytes(8, "little")))
+        busy_poll = b""
+        with suppress(OSError):  # ENOTTY before Linux 6.9: there are none
+            busy_poll = fcntl.ioctl(view.local, _EPIOCGPARAMS, bytes(_PARAMS_BYTES))
+        return EpollState(items=items, busy_poll=busy_poll if any(busy_poll) else b"")
+
+    def create(self, file: OpenFile, record: EpollState, scope: CreateScope) -> LocalFd:
+        """An instance that watches nothing yet.
+
+        Raises:
+            RebuildError: the busy-poll parameters are not granted here.
+        """
+        with select.epoll() as instance:
+            if record.busy_poll:
+                try:
+                    fcntl.ioctl(instance, _EPIOCSPARAMS, record.busy_poll)
+                except OSError as error:
+                    raise RebuildError(
+                        f"{describe(file)}: busy polling is refused here: {error.strerror}"
+                    ) from error
+            return LocalFd(fcntl.fcntl(instance, fcntl.F_DUPFD_CLOEXEC, 3))
+
+    def finish(self, file: OpenFile, record: EpollState, scope: CreateScope) -> None:
+        """Register every item from inside; those that had fired first, so that they can be let fire alone.
+
+        Raises:
+            RebuildError: no process of the tree has the instance, or a registration is refused.
+        """
+        if not record.items:
+            return
+        homes = dict(reversed(scope.holders(file.index)))
+        if not homes:
+            raise RebuildError(f"{describe(file)} watches files, but no process has it open")
+        for item in sorted(record.items, key=lambda item: not _has_fired(item)):
+            targets = set(scope.holders(item.file))
+            pid = next((pid for pid in homes if (pid, item.fd) in targets), None)
+            try:
+                if pid is not None:
+                    _register(pid, homes[pid], item, scope)
+                else:
+                    pid = next(iter(homes))
+                    with _Borrowed(pid, item, scope):
+                        _register(pid, homes[pid], item, scope)
+                if _has_fired(item):
+                    _let_fire(scope.file(file.index))
+            except OSError as error:
+                why = f"{describe(file)} cannot watch open file {item.file} as fd {item.fd} again: {error.strerror}"
+                raise RebuildError(why) from error
+
+
+def _has_fired(item: Item) -> bool:
+    """Whether it is a one-shot item that has been reported and not been armed again."""
+    return bool(item.events & select.EPOLLONESHOT) and not item.events & ~_HOW
+
+
+def _register(pid: Pid, epoll: int, item: Item, scope: CreateScope) -> None:
+    data = int.from_bytes(item.data, "little")
+    events = item.events | _ANY_EVENT if _has_fired(item) else item.events
+    scope.inject(pid, NR.epoll_ctl, epoll, _EPOLL_CTL_ADD, item.fd, _EVENT.pack(events, data))
+    if _has_fired(item):
+        fired = select.poll()
+        fired.register(scope.file(item.file), _POLL_ANY)
+        if not fired.poll(0):
+            scope.inject(pid, NR.epoll_ctl, epoll, _EPOLL_CTL_MOD, item.fd, _EVENT.pack(item.events, data))
+
+
+_POLL_ANY = select.POLLIN | select.POLLOUT | select.POLLPRI | select.POLLRDHUP
+
+
+def _let_fire(instance: LocalFd) -> None:
+    """Collect what is ready: one-shot items are silent afterwards. Nothing else is registered yet."""
+    with select.epoll.fromfd(os.dup(instance)) as own:
+        own.poll(0, 1)
+
+
+class _Borrowed:
+    """The target of an item, for a moment under the number it was registered under, in a process where
+    that number is free or names another file now."""
+
+    def __init__(self, pid: Pid, item: Item, scope: CreateScope) -> None:
+        self._pid, self._item, self._scope = pid, item, scope
+        self._saved: int | None = None
+        self._saved_flags = 0
+
+    def __enter__(self) -> None:
+        pid, number, scope = self._pid, self._item.fd, self._scope
+        try:
+            self._saved_flags = scope.inject(pid, NR.fcntl, number, fcntl.F_GETFD, 0)
+            self._saved = scope.inject(pid, NR.fcntl, number, fcntl.F_DUPFD_CLOEXEC, 0)
+        except OSError as error:
+            if error.errno != errno.EBADF:
+                raise
+        scope.send(pid, scope.file(self._item.file), number)
+
+    def __exit__(self, *_: object) -> None:
+        pid, number, scope = self._pid, self._item.fd, self._scope
+        if self._saved is None:
+            scope.inject(pid, NR.close, number)
+            return
+        cloexec = os.O_CLOEXEC if self._saved_flags & fcntl.FD_CLOEXEC else 0
+        scope.inject(pid, NR.dup3, self._saved, number, cloexec)
+        scope.inject(pid, NR.close, self._saved)
+
+
+KIND = Epoll()

@@ -1,0 +1,70 @@
+"""eventfd(2) counters.
+
+The kernel holds: a 64-bit count, whether reads take one at a time (EFD_SEMAPHORE),
+flags. All are kept. Refused: an eventfd that a process outside the tree holds too (its
+signals would be lost), a kernel that does not say whether it is a semaphore, a count
+beyond what a write can set. Source: eventfd(2), fs/eventfd.c `eventfd_show_fdinfo`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+
+from pipeline.errors import Blocker
+from pipeline.ids import LocalFd
+from pipeline.image.schema import U64, OpenFile, Record
+from pipeline.resources import outside
+from pipeline.resources.kinds import CaptureScope, CreateScope, FdView
+from pipeline.resources.steps import CompleteOnceCreated
+
+_MAX_COUNT = 0xFFFF_FFFF_FFFF_FFFE
+
+
+class EventfdState(Record, frozen=True, kw_only=True):
+    """`count`, and whether EFD_SEMAPHORE was set."""
+
+    count: U64
+    semaphore: bool
+
+
+def _count(view: FdView) -> int:
+    return int(view.info["eventfd-count"][0], 16)
+
+
+class Eventfd(CompleteOnceCreated):
+    """See the module."""
+
+    name = "eventfd"
+    record: type[EventfdState] = EventfdState
+    carried: Sequence[str] = ("count, semaphore mode, flags",)
+    refused: Sequence[str] = ("an eventfd shared with a process outside the tree",)
+
+    def matches(self, view: FdView) -> bool:
+        """By link."""
+        return view.link == b"anon_inode:[eventfd]"
+
+    def check(self, view: FdView, scope: CaptureScope) -> Iterator[Blocker]:
+        """The count and mode must be known, and nobody else may hold it."""
+        if "eventfd-semaphore" not in view.info:
+            yield Blocker(
+                view.subject, "this kernel does not tell whether the eventfd is a semaphore", "use Linux 6.4"
+            )
+        if _count(view) > _MAX_COUNT:
+            yield Blocker(view.subject, "the eventfd has overflowed", "read it", True)
+        yield from outside.blockers(view, outside.same_file(view, scope), "the eventfd is held by")
+
+    def capture(self, view: FdView, scope: CaptureScope) -> EventfdState:
+        """From fdinfo."""
+        return EventfdState(count=_count(view), semaphore=int(view.info["eventfd-semaphore"][0]) != 0)
+
+    def create(self, file: OpenFile, record: EventfdState, scope: CreateScope) -> LocalFd:
+        """A new one with the same count."""
+        mode = os.EFD_SEMAPHORE if record.semaphore else 0
+        fd = LocalFd(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK | mode))
+        if record.count:
+            os.eventfd_write(fd, record.count)
+        return fd
+
+
+KIND = Eventfd()

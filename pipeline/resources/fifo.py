@@ -1,0 +1,110 @@
+"""FIFOs: pipes with a name, whose open ends are all in the tree.
+
+The kernel holds a directory entry and, while anybody has it open, a buffer as of a
+pipe (`pipeline.resources.pipe_buffer`). Kept: which ends are open with which flags,
+unread bytes, packets, capacity; also whether a reader that found no writer yet still
+waits for the first one (poll then says nothing) or saw the last one go (poll says hang-up).
+The FIFO itself must be at the destination, empty and unused.
+
+Nothing here waits for an other end: while ends are opened, the scope holds one that
+reads and writes. Refused: an end outside the tree, a name that is gone, locks.
+Source: fifo(7), fs/pipe.c `fifo_open`.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator, Sequence
+
+from pipeline.errors import Blocker, RebuildError
+from pipeline.ids import LocalFd
+from pipeline.image.schema import Index, OpenFile, PathRef, Record
+from pipeline.resources import locks, pipe_buffer
+from pipeline.resources.kinds import CaptureScope, CreateScope, FdView
+from pipeline.resources.paths import closed_on_error, describe, misnamed, reopen
+from pipeline.resources.pipe_buffer import Buffer
+from pipeline.resources.steps import CompleteOnceCreated
+
+
+class FifoState(Record, frozen=True, kw_only=True):
+    """`fifo`: index of the open file that stands for it; `buffer` only in that one's record.
+
+    `waiting`: its readers never saw a writer, there is none, and nothing is unread.
+    """
+
+    path: PathRef
+    fifo: Index
+    waiting: bool = False
+    buffer: Buffer | None = None
+
+
+class Fifo(CompleteOnceCreated):
+    """See the module."""
+
+    name = "fifo"
+    record: type[FifoState] = FifoState
+    carried: Sequence[str] = ("open ends, unread bytes, packet mode, capacity",)
+    refused: Sequence[str] = ("a FIFO with an end outside the tree", "a removed FIFO")
+
+    def matches(self, view: FdView) -> bool:
+        """A FIFO inode with a path."""
+        return stat.S_ISFIFO(view.stat.st_mode) and view.link.startswith(b"/") and not view.flags & os.O_PATH
+
+    def check(self, view: FdView, scope: CaptureScope) -> Iterator[Blocker]:
+        """Its name must lead to it, and every end must be in the tree."""
+        wrong = misnamed(view)
+        if wrong:
+            yield Blocker(view.subject, f"the FIFO cannot be opened again by name: {wrong}", "close it")
+        group = pipe_buffer.ends(view, scope)
+        # a reader that never saw a writer looks to poll like one whose writer is elsewhere
+        yield from pipe_buffer.check(view, scope, one_sided=any(pipe_buffer.writes(end) for _, end in group))
+        yield from locks.check(view, carried=False)
+
+    def capture(self, view: FdView, scope: CaptureScope) -> FifoState:
+        """Name and state; for its first end also what is in it."""
+        group = pipe_buffer.ends(view, scope)
+        first = group[0][0]
+        alone = not any(pipe_buffer.writes(end) for _, end in group)
+        return FifoState(
+            path=scope.path(view.pid, view.link),
+            fifo=first,
+            waiting=alone and pipe_buffer.has_writers(view) and not pipe_buffer.unread_bytes(view.local),
+            buffer=pipe_buffer.capture(group) if scope.file_at(view.pid, view.fd) == first else None,
+        )
+
+    def create(self, file: OpenFile, record: FifoState, scope: CreateScope) -> LocalFd:
+        """Open one end.
+
+        Raises:
+            RebuildError: the FIFO is missing, in use, or something else.
+        """
+        if not record.waiting:
+            scope.once(("fifo", record.fifo), lambda: _keep_open(file, record, scope))
+        with closed_on_error(reopen(file, record.path, file.flags, scope)) as fd:
+            if not stat.S_ISFIFO(os.fstat(fd).st_mode):
+                raise RebuildError(f"{describe(file, record.path)} is not a FIFO here")
+        return fd
+
+    def connect(self, file: OpenFile, record: FifoState, scope: CreateScope) -> None:
+        """Capacity and unread bytes."""
+        if record.buffer is None:
+            return
+        if record.waiting:  # nothing is unread: any end will do to set the capacity
+            end = scope.file(file.index)
+        else:
+            end = scope.once(("fifo", record.fifo), lambda: _keep_open(file, record, scope))
+        pipe_buffer.refill(file, record.buffer, end)
+
+
+def _keep_open(file: OpenFile, record: FifoState, scope: CreateScope) -> LocalFd:
+    """An end that reads and writes, held by the scope until all ends have their places."""
+    with closed_on_error(reopen(file, record.path, os.O_RDWR, scope)) as keeper:
+        if not stat.S_ISFIFO(os.fstat(keeper).st_mode):
+            raise RebuildError(f"{describe(file, record.path)} is not a FIFO here")
+        if pipe_buffer.unread_bytes(keeper):
+            raise RebuildError(f"{describe(file, record.path)} is in use: there are unread bytes in it")
+    return scope.own(keeper)
+
+
+KIND = Fifo()

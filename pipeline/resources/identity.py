@@ -1,0 +1,108 @@
+"""What a file must be at the destination to stand for the one that was open at the source.
+
+An ELF file is the same if its size and its build id are (another host installs the
+same package at another time). Any other regular file must have the same size and the
+same time of last modification, to the nanosecond: both are recorded after the freeze,
+so even a file that the tree itself writes has to be as the tree left it. Permissions
+and ownership are not compared.
+
+Source: elf(5) (notes), inode(7).
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import struct
+from contextlib import suppress
+
+from pipeline.image.schema import FileIdentity
+
+_NT_GNU_BUILD_ID = 3
+_PT_NOTE = 4
+_MAX_NOTES_BYTES = 1 << 16
+_KINDS = {
+    stat.S_IFREG: "a regular file",
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFCHR: "a character device",
+    stat.S_IFBLK: "a block device",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFLNK: "a symbolic link",
+}
+
+
+def build_id(fd: int) -> bytes:
+    """The GNU build id of a 64-bit little-endian ELF file; empty if it has none or is not readable as one.
+
+    Args:
+        fd: a local descriptor that can be read; its position stays where it is.
+    """
+    header = os.pread(fd, 64, 0)
+    if len(header) < 64 or header[:6] != b"\x7fELF\x02\x01":
+        return b""
+    offset, entry_bytes, entries = (
+        *struct.unpack_from("<Q", header, 32),
+        *struct.unpack_from("<HH", header, 54),
+    )
+    table = os.pread(fd, entry_bytes * entries, offset)
+    for start in range(0, len(table) - 55, max(entry_bytes, 56)):
+        kind, _, at, _, _, size = struct.unpack_from("<IIQQQQ", table, start)
+        if kind == _PT_NOTE:
+            found = _in_notes(os.pread(fd, min(size, _MAX_NOTES_BYTES), at))
+            if found:
+                return found
+    return b""
+
+
+def _in_notes(notes: bytes) -> bytes:
+    at = 0
+    while at + 12 <= len(notes):
+        name_bytes, value_bytes, kind = struct.unpack_from("<III", notes, at)
+        name = at + 12
+        value = name + (name_bytes + 3 & ~3)
+        if kind == _NT_GNU_BUILD_ID and notes[name : name + name_bytes] == b"GNU\0":
+            return notes[value : value + value_bytes][:64]
+        at = value + (value_bytes + 3 & ~3)
+    return b""
+
+
+def identity(fd: int) -> FileIdentity:
+    """What identifies the file behind local descriptor `fd` (also one that is write-only or O_PATH)."""
+    result = os.fstat(fd)
+    found = b""
+    if stat.S_ISREG(result.st_mode):
+        with suppress(OSError):
+            reader = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            try:
+                found = build_id(reader)
+            finally:
+                os.close(reader)
+    return FileIdentity(result.st_size, result.st_mtime_ns, result.st_mode, found)
+
+
+def kind_of(mode: int) -> str:
+    """``a directory`` for a mode of stat(2)."""
+    return _KINDS.get(stat.S_IFMT(mode), f"of mode {mode:o}")
+
+
+def difference(wanted: FileIdentity, fd: int) -> str | None:
+    """How the file behind local descriptor `fd` differs from `wanted`, as words; None if it does not."""
+    found = identity(fd)
+    if stat.S_IFMT(found.mode) != stat.S_IFMT(wanted.mode):
+        return f"it is {kind_of(found.mode)}, and was {kind_of(wanted.mode)}"
+    if not stat.S_ISREG(wanted.mode):
+        return None
+    if found.size_bytes != wanted.size_bytes:
+        return f"it has {found.size_bytes} bytes, and had {wanted.size_bytes}"
+    if wanted.build_id:
+        if found.build_id != wanted.build_id:
+            return f"its build id is {found.build_id.hex() or 'not there'}, and was {wanted.build_id.hex()}"
+    elif found.mtime_ns != wanted.mtime_ns:
+        return f"it was modified at {_time(found.mtime_ns)}, and at the source at {_time(wanted.mtime_ns)}"
+    return None
+
+
+def _time(ns: int) -> str:
+    """Seconds since the epoch with all nine digits, as ``stat -c %.9Y`` prints them."""
+    return f"{ns // 1_000_000_000}.{ns % 1_000_000_000:09d}"

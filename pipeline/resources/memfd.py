@@ -1,0 +1,107 @@
+"""memfd_create(2) files: memory with a descriptor.
+
+The kernel holds: name, bytes, size, seals, mode, owner; and per open file access mode,
+position and flags. The memory itself is a `SharedMemory` of the image, the same one
+that mappings of it refer to; the engine makes and fills it and applies the seals last.
+Here it is opened again, once per open file description.
+
+Not preserved: nothing that a program can see but the inode number. Refused: huge
+pages, a memfd that a process outside the tree holds too. Source: memfd_create(2).
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import stat
+from collections.abc import Iterator, Sequence
+
+from pipeline.errors import Blocker, RebuildError
+from pipeline.ids import LocalFd
+from pipeline.image.schema import Index, OpenFile, Record
+from pipeline.resources import locks, outside
+from pipeline.resources.kinds import CaptureScope, CreateScope, FdView
+from pipeline.resources.locks import Lock
+from pipeline.resources.paths import DELETED, Magic, describe, filesystem, open_again
+
+_PREFIX = b"/memfd:"
+
+
+class MemfdState(Record, frozen=True, kw_only=True):
+    """`space`: the `SharedMemory` it is a descriptor of."""
+
+    space: Index
+    locks: list[Lock] = []
+
+
+@functools.cache
+def _memfd_device() -> int:
+    """st_dev of the kernel's internal mount that memfds live on; the same in every namespace."""
+    fd = os.memfd_create("probe", os.MFD_CLOEXEC)
+    try:
+        return os.fstat(fd).st_dev
+    finally:
+        os.close(fd)
+
+
+def is_memfd(view: FdView) -> bool:
+    """Whether `view` is a memfd, and not a file that is only called like one."""
+    if not (
+        stat.S_ISREG(view.stat.st_mode) and view.link.startswith(_PREFIX) and view.link.endswith(DELETED)
+    ):
+        return False
+    if view.flags & os.O_PATH or view.stat.st_nlink:
+        return False
+    return view.stat.st_dev == _memfd_device() or filesystem(view.local) == Magic.HUGETLBFS
+
+
+class Memfd:
+    """See the module."""
+
+    name = "memfd"
+    record: type[MemfdState] = MemfdState
+    carried: Sequence[str] = (
+        "name, bytes, size, seals, mode, access mode, position; shared with its mappings",
+        "locks",
+    )
+    refused: Sequence[str] = ("huge pages", "a memfd shared with a process outside the tree")
+
+    def matches(self, view: FdView) -> bool:
+        """By link, device and link count."""
+        return is_memfd(view)
+
+    def check(self, view: FdView, scope: CaptureScope) -> Iterator[Blocker]:
+        """Small pages, and nobody else."""
+        if filesystem(view.local) == Magic.HUGETLBFS:
+            yield Blocker(
+                view.subject, "a memfd of huge pages (MFD_HUGETLB) is not carried", "use small pages"
+            )
+        yield from outside.blockers(view, outside.same_link(view, scope), "the memfd is held by")
+        yield from locks.check(view)
+
+    def capture(self, view: FdView, scope: CaptureScope) -> MemfdState:
+        """Which memory it is."""
+        return MemfdState(space=scope.memory(view), locks=locks.capture(view, scope))
+
+    def create(self, file: OpenFile, record: MemfdState, scope: CreateScope) -> LocalFd:
+        """Open the restorer's memfd once more.
+
+        Raises:
+            RebuildError: it may not be opened so here.
+        """
+        try:
+            return open_again(scope.content(record.space), file.flags)
+        except OSError as error:
+            raise RebuildError(f"{describe(file)} cannot be opened again: {error.strerror}") from error
+
+    def connect(self, file: OpenFile, record: MemfdState, scope: CreateScope) -> None:
+        """Position and locks of the description."""
+        os.lseek(scope.file(file.index), file.position, os.SEEK_SET)
+        locks.connect(file, record.locks, scope)
+
+    def finish(self, file: OpenFile, record: MemfdState, scope: CreateScope) -> None:
+        """Locks of processes."""
+        locks.finish(file, record.locks, scope)
+
+
+KIND = Memfd()

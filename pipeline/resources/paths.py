@@ -1,0 +1,190 @@
+"""Names of open files: does the name still lead to the file, and opening it again by that name.
+
+The kernel keeps a path (mount and dentry) with every open file; readlink of
+/proc/PID/fd/N prints it, with `` (deleted)`` behind it where the last component was
+unlinked. That text proves nothing (a file may really be called so, another file may
+have taken the name, a mount may cover it), so the name is looked up in the mount
+namespace of the process and the inode compared.
+
+Sources: proc_pid_fd(5), openat2(2), statfs(2); fs/d_path.c.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import IntEnum
+
+from pipeline.errors import RebuildError
+from pipeline.ids import HostPid, LocalFd
+from pipeline.image.schema import OpenFile, PathRef
+from pipeline.kernel.arch.x86_64_numbers import NR
+from pipeline.kernel.syscalls import RESOLVE, openat2, syscall
+from pipeline.resources.kinds import CreateScope, FdView
+
+DELETED = b" (deleted)"
+
+#: set by the kernel on what a 64-bit program opens; Python's `os.O_LARGEFILE` is 0 there (x86_64 value)
+O_LARGEFILE = 0o100000
+
+#: flags of F_GETFL that only open(2) can give, or that open(2) should see
+REOPEN_FLAGS = (
+    os.O_ACCMODE
+    | os.O_APPEND
+    | os.O_DIRECT
+    | os.O_DIRECTORY
+    | os.O_DSYNC
+    | os.O_NOATIME
+    | os.O_NOFOLLOW
+    | os.O_SYNC
+)
+_STATFS_BYTES = 120
+
+
+class Magic(IntEnum):
+    """`f_type` of the filesystems that matter here (include/uapi/linux/magic.h)."""
+
+    PROC = 0x9FA0
+    SYSFS = 0x62656572
+    CGROUP = 0x27E0EB
+    CGROUP2 = 0x63677270
+    TMPFS = 0x01021994
+    HUGETLBFS = 0x958458F6
+    SECRETMEM = 0x5345434D
+    NSFS = 0x6E736673
+    ANON_INODE = 0x09041934
+    DEBUGFS = 0x64626720
+    TRACEFS = 0x74726163
+    SECURITYFS = 0x73636673
+    SELINUX = 0xF97CFF8C
+    CONFIGFS = 0x62656570
+    BPF = 0xCAFE4A11
+    EFIVARFS = 0xDE5E81E4
+    PSTOREFS = 0x6165676C
+    BINFMTFS = 0x42494E4D
+    RESCTRL = 0x07655821
+    MQUEUE = 0x19800202
+    FUSE = 0x65735546
+    NFS = 0x6969
+
+
+def filesystem(fd: int) -> int:
+    """The `f_type` of the filesystem that a local descriptor is on, see `Magic`."""
+    buffer = ctypes.create_string_buffer(_STATFS_BYTES)
+    syscall(NR.fstatfs, fd, buffer)
+    return int.from_bytes(buffer.raw[:8], "little") & 0xFFFF_FFFF
+
+
+def same_inode(one: os.stat_result, other: os.stat_result) -> bool:
+    """Whether both results describe the same file."""
+    return (one.st_dev, one.st_ino) == (other.st_dev, other.st_ino)
+
+
+def _start(pid: HostPid, link: bytes) -> tuple[bytes, bytes]:
+    """A directory of /proc to resolve in, and the path of `link` below it.
+
+    Raises:
+        OSError: ENOENT where the name cannot be reached in the mount namespace of `pid`.
+    """
+    if os.readlink(f"/proc/{pid}/ns/mnt") == os.readlink("/proc/self/ns/mnt"):
+        return b"/proc/self/root", link
+    root = os.readlink(f"/proc/{pid}/root".encode())
+    if root == b"/":
+        below = link
+    elif link.startswith(root + b"/"):
+        below = link[len(root) :]
+    else:
+        raise FileNotFoundError(errno.ENOENT, f"outside the root directory of pid {pid}", os.fsdecode(link))
+    return f"/proc/{pid}/root".encode(), below
+
+
+def look_up(pid: HostPid, link: bytes) -> os.stat_result:
+    """fstat of what `link` leads to in the mount namespace of `pid`, without following a last symlink.
+
+    Args:
+        pid: the process whose mount namespace is meant.
+        link: as readlink of /proc/PID/fd/N printed it.
+
+    Raises:
+        OSError: ENOENT, ENOTDIR: nothing is there; EACCES: it cannot be looked up from here.
+    """
+    base, below = _start(pid, link)
+    root = os.open(base, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        found = openat2(LocalFd(root), below, os.O_PATH | os.O_NOFOLLOW, resolve=RESOLVE.IN_ROOT)
+    finally:
+        os.close(root)
+    try:
+        return os.fstat(found)
+    finally:
+        os.close(found)
+
+
+def misnamed(view: FdView) -> str | None:
+    """What is wrong with the name of `view`; None if it leads to the open file."""
+    if not view.link.startswith(b"/"):
+        return "it has no path"
+    try:
+        found = look_up(view.pid, view.link)
+    except OSError as error:
+        if view.link.endswith(DELETED):
+            return "its name was removed"
+        return f"its name does not lead to it any more: {error.strerror or error}"
+    if same_inode(found, view.stat):
+        return None
+    if view.link.endswith(DELETED):
+        return "its name was removed"
+    return "its name leads to another file now (covered by a mount, or opened in another mount namespace)"
+
+
+def taken_over(view: FdView) -> bool:
+    """Whether another file has the name that the removed file of `view` had."""
+    try:
+        look_up(view.pid, view.link.removesuffix(DELETED))
+    except OSError:
+        return False
+    return True
+
+
+def describe(file: OpenFile, path: PathRef | None = None) -> str:
+    """How a message about a rebuild names an open file of the image."""
+    return f"open file {file.index} ({file.kind})" + (f" {os.fsdecode(path.path)}" if path else "")
+
+
+def reopen(file: OpenFile, path: PathRef, flags: int, scope: CreateScope) -> LocalFd:
+    """Open `path` again for `file`; never blocks, so O_NONBLOCK may be set on the result.
+
+    Args:
+        flags: what F_GETFL said; flags that only F_SETFL gives are left to the engine.
+
+    Raises:
+        RebuildError: it cannot be opened here; names the path.
+    """
+    wanted = flags & REOPEN_FLAGS | os.O_NONBLOCK | os.O_NOCTTY
+    try:
+        return scope.open(path, wanted)
+    except OSError as error:
+        raise RebuildError(f"{describe(file, path)} cannot be opened: {error.strerror or error}") from error
+
+
+def open_again(fd: int, flags: int) -> LocalFd:
+    """A new open file description of the inode behind local descriptor `fd`; the caller owns it.
+
+    Raises:
+        OSError: EACCES for what this process may not open, EINVAL for flags that do not fit.
+    """
+    wanted = flags & (REOPEN_FLAGS & ~(os.O_NOFOLLOW | os.O_DIRECTORY)) | os.O_NONBLOCK | os.O_CLOEXEC
+    return LocalFd(os.open(f"/proc/self/fd/{fd}", wanted))
+
+
+@contextmanager
+def closed_on_error(fd: LocalFd) -> Iterator[LocalFd]:
+    """Close a local descriptor if the block fails; else it stays open and is the caller's."""
+    try:
+        yield fd
+    except BaseException:
+        os.close(fd)
+        raise

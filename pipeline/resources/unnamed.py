@@ -1,0 +1,160 @@
+"""Regular files without a name: unlinked, replaced by a rename, or opened with O_TMPFILE.
+
+The kernel keeps such a file until its last descriptor is closed, so its bytes are
+carried: they travel as pages of a *content*, once per file however often it is open.
+At the destination the engine's content file stands for it: every open file of it is
+opened again from there, with its own access mode, flags and position, so the bytes
+are shared as they were.
+
+Kept: bytes, holes, size, permissions, owner, modification time, locks. Not preserved:
+inode number, ctime, and the filesystem it was on; so it cannot be given a name by
+linkat(2) in its old directory. Refused: user extended attributes and ACLs on it.
+Also counted as unnamed: what NFS (``.nfs…``) and FUSE (``.fuse_hidden…``) keep under a
+made-up name until the last close. Source: open(2) O_TMPFILE, unlink(2).
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from typing import Annotated
+
+from msgspec import Meta
+
+from pipeline.errors import Blocker, RebuildError
+from pipeline.ids import LocalFd
+from pipeline.image.schema import I64, Id, Index, OpenFile, Path, Record
+from pipeline.resources import kernel_files, locks, memfd
+from pipeline.resources.kinds import CaptureScope, CreateScope, FdView
+from pipeline.resources.locks import Lock
+from pipeline.resources.paths import DELETED, Magic, describe, filesystem, open_again
+
+_HIDDEN = {Magic.NFS: b".nfs", Magic.FUSE: b".fuse_hidden"}
+_ATTRIBUTES = ("user.", "system.posix_acl")
+
+
+class UnnamedState(Record, frozen=True, kw_only=True):
+    """A file without a name. `last_name` is only for people; the bytes are in space `content`."""
+
+    last_name: Path
+    content: Index
+    mode: Annotated[int, Meta(ge=0, le=0o177777)]
+    uid: Id
+    gid: Id
+    mtime_ns: I64
+    locks: list[Lock] = []
+
+
+def is_unnamed(view: FdView) -> bool:
+    """Whether no directory names the regular file of `view`."""
+    if view.stat.st_nlink == 0:
+        return True
+    base = os.path.basename(view.link)
+    return any(base.startswith(text) and filesystem(view.local) == magic for magic, text in _HIDDEN.items())
+
+
+def _readable(view: FdView) -> LocalFd:
+    """A local descriptor that can read it, owned by the caller."""
+    return LocalFd(os.open(f"/proc/self/fd/{view.local}", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))
+
+
+class UnnamedFile:
+    """See the module."""
+
+    name = "unnamed"
+    record: type[UnnamedState] = UnnamedState
+    carried: Sequence[str] = (
+        "deleted and O_TMPFILE files with their bytes, shared by all that opened them",
+        "locks",
+    )
+    refused: Sequence[str] = ("a lease", "user extended attributes or an ACL on a deleted file")
+
+    def matches(self, view: FdView) -> bool:
+        """Regular, with bytes on a filesystem, and without a name."""
+        if not stat.S_ISREG(view.stat.st_mode) or view.flags & os.O_PATH or memfd.is_memfd(view):
+            return False
+        if kernel_files.is_kernel_file(view) or filesystem(view.local) in (Magic.SECRETMEM, Magic.HUGETLBFS):
+            return False
+        return is_unnamed(view)
+
+    def check(self, view: FdView, scope: CaptureScope) -> Iterator[Blocker]:
+        """It must be readable and plain."""
+        try:
+            os.close(_readable(view))
+        except OSError as error:
+            yield Blocker(
+                view.subject, f"the deleted file cannot be read: {error.strerror}", "run as its owner or root"
+            )
+            return
+        names = [name for name in _attributes(view.local) if name.startswith(_ATTRIBUTES)]
+        if names:
+            yield Blocker(
+                view.subject, f"the deleted file has extended attributes ({', '.join(names)})", "close it"
+            )
+        yield from locks.check(view)
+
+    def capture(self, view: FdView, scope: CaptureScope) -> UnnamedState:
+        """Its attributes; its bytes go through the scope, once per inode."""
+        contents = scope.peers().setdefault("unnamed", {})
+        key = (view.stat.st_dev, view.stat.st_ino)
+        if key not in contents:
+            reader = _readable(view)
+            try:
+                contents[key] = scope.content(reader, os.fstat(reader).st_size)
+            finally:
+                os.close(reader)
+        return UnnamedState(
+            last_name=view.link.removesuffix(DELETED),
+            content=contents[key],
+            mode=view.stat.st_mode,
+            uid=scope.user(view.stat.st_uid),
+            gid=scope.group(view.stat.st_gid),
+            mtime_ns=view.stat.st_mtime_ns,
+            locks=locks.capture(view, scope),
+        )
+
+    def create(self, file: OpenFile, record: UnnamedState, scope: CreateScope) -> LocalFd:
+        """Open the content file once more.
+
+        Raises:
+            RebuildError: its owner cannot be set here, or a flag does not fit (O_DIRECT).
+        """
+        content = scope.content(record.content)
+        try:
+            scope.once(("unnamed", record.content), lambda: _own(content, record, scope))
+            return open_again(content, file.flags)
+        except OSError as error:
+            raise RebuildError(
+                f"{describe(file)}, the deleted {os.fsdecode(record.last_name)}, cannot be made again: {error.strerror}"
+            ) from error
+
+    def connect(self, file: OpenFile, record: UnnamedState, scope: CreateScope) -> None:
+        """Position and locks of the description."""
+        os.lseek(scope.file(file.index), file.position, os.SEEK_SET)
+        locks.connect(file, record.locks, scope)
+
+    def finish(self, file: OpenFile, record: UnnamedState, scope: CreateScope) -> None:
+        """Modification time, once the bytes are there, and locks of processes."""
+        content = scope.content(record.content)
+        os.utime(content, ns=(os.fstat(content).st_atime_ns, record.mtime_ns))
+        locks.finish(file, record.locks, scope)
+
+
+def _attributes(fd: int) -> list[str]:
+    try:
+        return os.listxattr(fd)
+    except OSError:  # a filesystem without extended attributes has none to lose
+        return []
+
+
+def _own(content: LocalFd, record: UnnamedState, scope: CreateScope) -> None:
+    """Give the content file its permissions and owner."""
+    uid, gid = scope.user(record.uid), scope.group(record.gid)
+    found = os.fstat(content)
+    if (found.st_uid, found.st_gid) != (uid, gid):
+        os.fchown(content, uid, gid)
+    os.fchmod(content, stat.S_IMODE(record.mode))
+
+
+KIND = UnnamedFile()

@@ -1,0 +1,118 @@
+"""What no other kind carries: always refused, each with its reason and a remedy.
+
+This kind stands last in the registry and matches everything, so that an open file of
+a sort nobody thought of is refused by name and never lost.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator, Sequence
+
+from pipeline.errors import Blocker, RebuildError
+from pipeline.ids import LocalFd
+from pipeline.image.schema import OpenFile, Record
+from pipeline.resources.kinds import CaptureScope, CreateScope, FdView
+from pipeline.resources.paths import Magic, filesystem
+from pipeline.resources.steps import CompleteOnceCreated
+
+#: start of the link -> (what it is, what to do)
+_BY_LINK: Sequence[tuple[bytes, str, str]] = (
+    (
+        b"anon_inode:inotify",
+        "inotify watches are not carried yet",
+        "close it, or run the program without watching files",
+    ),
+    (b"anon_inode:[fanotify]", "fanotify groups are tied to mounts of this host", "close it"),
+    (
+        b"anon_inode:[io_uring]",
+        "io_uring rings are shared with the kernel and cannot be made again",
+        "disable io_uring",
+    ),
+    (b"anon_inode:[userfaultfd]", "a userfaultfd is tied to the memory it serves", "close it"),
+    (b"anon_inode:[perf_event]", "perf events count on this host's processors", "stop the measurement"),
+    (b"anon_inode:bpf", "BPF programs and maps live in this kernel", "unload them"),
+    (b"anon_inode:btf", "BPF type information lives in this kernel", "close it"),
+    (b"anon_inode:kvm", "virtual machines of KVM cannot be carried", "migrate the guest with its own tools"),
+    (
+        b"anon_inode:seccomp notify",
+        "a seccomp listener answers calls of other processes",
+        "run the supervisor outside",
+    ),
+    (b"anon_inode:[landlock", "Landlock rulesets cannot be read back", "close it"),
+    (b"anon_inode:[fscontext]", "a mount that is being configured cannot be read back", "finish the mount"),
+    (b"anon_inode:sync_file", "fences of a graphics device cannot be carried", "close the device"),
+    (b"anon_inode:dmabuf", "buffers of a device cannot be carried", "close the device"),
+    (b"/dmabuf:", "buffers of a device cannot be carried", "close the device"),
+    (b"anon_inode:[vfio", "VFIO devices cannot be carried", "detach the device"),
+    (b"/secretmem", "secret memory cannot be read from outside", "use memfd_create instead"),
+    (b"socket:[", "this kind of socket is not carried", "close it"),
+)
+_NAMESPACES = (b"mnt:[", b"net:[", b"pid:[", b"user:[", b"uts:[", b"ipc:[", b"cgroup:[", b"time:[")
+
+
+class NoState(Record, frozen=True):
+    """There is never one."""
+
+
+class Unsupported(CompleteOnceCreated):
+    """See the module."""
+
+    name = "unsupported"
+    record: type[NoState] = NoState
+    carried: Sequence[str] = ()
+    refused: Sequence[str] = (
+        "inotify, fanotify, io_uring, userfaultfd, perf, BPF, KVM, secret memory",
+        "namespace descriptors, devices with state, block devices, whatever is not known",
+    )
+
+    def matches(self, view: FdView) -> bool:
+        """Everything."""
+        return True
+
+    def check(self, view: FdView, scope: CaptureScope) -> Iterator[Blocker]:
+        """Always one blocker."""
+        reason, remedy = _reason(view)
+        yield Blocker(view.subject, reason, remedy)
+
+    def capture(self, view: FdView, scope: CaptureScope) -> NoState:
+        """Never reached: `check` refuses.
+
+        Raises:
+            NotImplementedError: it was reached.
+        """
+        raise NotImplementedError(f"{view.subject} was not refused")
+
+    def create(self, file: OpenFile, record: NoState, scope: CreateScope) -> LocalFd:
+        """Never reached with an image of ours.
+
+        Raises:
+            RebuildError: the image holds such a file.
+        """
+        raise RebuildError(f"open file {file.index} is of a kind that cannot be made")
+
+
+def _reason(view: FdView) -> tuple[str, str]:
+    for start, reason, remedy in _BY_LINK:
+        if view.link.startswith(start):
+            return reason, remedy
+    if view.link.startswith(_NAMESPACES):
+        return (
+            "a descriptor of a namespace is not carried",
+            "close it; /proc/PID/ns names the namespace as well",
+        )
+    mode = view.stat.st_mode
+    if stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
+        number = f"{os.major(view.stat.st_rdev)}:{os.minor(view.stat.st_rdev)}"
+        kind = "character" if stat.S_ISCHR(mode) else "block"
+        return f"{kind} device {number} has a state of its own that cannot be carried", "close it"
+    magic = filesystem(view.local)
+    if magic == Magic.SECRETMEM:
+        return "secret memory cannot be read from outside", "use memfd_create instead"
+    if magic == Magic.HUGETLBFS:
+        return "files of hugetlbfs are not carried", "use small pages"
+    return "this kind of open file is not known", "close it"
+
+
+KIND = Unsupported()

@@ -1,0 +1,128 @@
+"""The mappings of a process: /proc/PID/smaps with their VmFlags, /proc/PID/maps without.
+
+One mapping is a `Mapping`. smaps is the only place where the kernel tells advice,
+locks and seals (VmFlags); it walks the page tables to do so, maps does not.
+
+A name is printed with newlines as ``\\012`` and nothing else escaped, so a backslash
+in a name makes it ambiguous: `exact_name` asks /proc/PID/map_files, which is exact.
+Whether `` (deleted)`` belongs to the name is not decided here.
+
+Sources: proc_pid_maps(5), proc_pid_smaps(5); fs/proc/task_mmu.c.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import NamedTuple
+
+from pipeline.ids import HostPid, RemoteAddress
+from pipeline.kernel import procfs
+
+_NO_FLAGS: frozenset[str] = frozenset()
+_PKEY = re.compile(rb"\nProtectionKey: +([1-9]\d*)\n")
+_PAGE_SIZE = re.compile(rb"\nKernelPageSize: +(\d+) kB\n")
+_KIB = 1024
+
+
+class Mapping(NamedTuple):
+    """One line of maps, with what smaps adds.
+
+    `device` is as os.makedev makes it; on filesystems with several devices behind one
+    mount (btrfs, overlay) it is *not* what stat(2) says. `flags` are the two-letter
+    VmFlags, empty when read from maps. `name` is raw: see `exact_name`.
+    """
+
+    start: RemoteAddress
+    end: RemoteAddress
+    perms: bytes
+    offset: int
+    device: int
+    inode: int
+    name: bytes
+    flags: frozenset[str] = _NO_FLAGS
+    page_bytes: int = 4096
+    pkey: int = 0
+
+    @property
+    def prot(self) -> int:
+        """PROT_READ 1, PROT_WRITE 2, PROT_EXEC 4."""
+        perms = self.perms
+        return (perms[0] != 0x2D) | (perms[1] != 0x2D) << 1 | (perms[2] != 0x2D) << 2
+
+    @property
+    def shared(self) -> bool:
+        """MAP_SHARED: writes are seen by others."""
+        return self.perms[3] == 0x73
+
+    @property
+    def range_name(self) -> str:
+        """Its name under /proc/PID/map_files."""
+        return f"{self.start:x}-{self.end:x}"
+
+
+def _parse_line(line: bytes, devices: dict[bytes, int]) -> tuple[int, int, bytes, int, int, int, bytes]:
+    words = line.split(b" ", 5)
+    start, _, end = words[0].partition(b"-")
+    device = devices.get(words[3])
+    if device is None:
+        major, _, minor = words[3].partition(b":")
+        device = devices[words[3]] = os.makedev(int(major, 16), int(minor, 16))
+    name = words[5].lstrip(b" ") if len(words) > 5 else b""
+    return int(start, 16), int(end, 16), words[1], int(words[2], 16), device, int(words[4]), name
+
+
+def parse_maps(content: bytes) -> list[Mapping]:
+    """Parse /proc/PID/maps: ascending, without flags."""
+    devices: dict[bytes, int] = {}
+    return [Mapping._make((*_parse_line(line, devices), _NO_FLAGS, 4096, 0)) for line in content.splitlines()]
+
+
+def parse_smaps(content: bytes) -> list[Mapping]:
+    """Parse /proc/PID/smaps: ascending.
+
+    Only the first and the last line of each entry are looked at, and those in between
+    that say something unusual; 20,000 entries take about 0.1 s.
+    """
+    found: list[Mapping] = []
+    devices: dict[bytes, int] = {}
+    known: dict[bytes, frozenset[str]] = {}
+    entries = content.split(b"\nVmFlags: ")
+    odd_pages = content.count(b"\nKernelPageSize:        4 kB\n") != len(entries) - 1
+    odd_keys = _PKEY.search(content) is not None
+    body = entries[0]
+    for entry in entries[1:]:
+        letters, _, following = entry.partition(b"\n")
+        flags = known.get(letters)
+        if flags is None:
+            flags = known[letters] = frozenset(letters.decode().split())
+        page_bytes, pkey = 4096, 0
+        if odd_pages and (match := _PAGE_SIZE.search(body)):
+            page_bytes = int(match[1]) * _KIB
+        if odd_keys and (match := _PKEY.search(body)):
+            pkey = int(match[1])
+        line = body[: body.index(b"\n")]
+        found.append(Mapping._make((*_parse_line(line, devices), flags, page_bytes, pkey)))
+        body = following
+    return found
+
+
+def maps(pid: HostPid) -> list[Mapping]:
+    """Read /proc/PID/maps; empty for a zombie. Raises `procfs.ProcessGone`; EACCES."""
+    return parse_maps(procfs.read_file(pid, "maps"))
+
+
+def smaps(pid: HostPid) -> list[Mapping]:
+    """Read /proc/PID/smaps; empty for a zombie. Raises `procfs.ProcessGone`; EACCES."""
+    return parse_smaps(procfs.read_file(pid, "smaps"))
+
+
+def exact_name(pid: HostPid, mapping: Mapping) -> bytes:
+    """The name of a file mapping, byte for byte, as a readlink prints it.
+
+    Raises:
+        ProcessGone, FileNotFoundError: the mapping is gone.
+    """
+    if b"\\" not in mapping.name:
+        return mapping.name
+    return procfs.read_link(pid, f"map_files/{mapping.range_name}")

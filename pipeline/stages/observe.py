@@ -1,0 +1,214 @@
+"""Looking at a stopped tree: everything that is known from outside becomes a record.
+
+What comes out of here still speaks of the source host: each `Id` says namespace 0 and
+the id as the pipeline sees it. The next stage (`pipeline.stages.translate`) moves every
+one of them into the forest of the image. Pids need no translation: level 0 of an image
+is the pipeline's own pid namespace.
+
+The same code answers `check` on a running tree: `blockers` touches nothing.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from typing import Any
+
+from pipeline.errors import Blocker
+from pipeline.ids import HostPid, LocalFd
+from pipeline.image.schema import Content, FdEntry, Id, OpenFile, Owner, PathRef, Record
+from pipeline.kernel import procfs
+from pipeline.ledger import LEDGER
+from pipeline.resources.kinds import FdView
+from pipeline.resources.registry import kind_of
+from pipeline.stages.open_files import OpenFiles
+
+_F_GETSIG = 11
+_F_GETOWN_EX = 16
+
+
+class Tree:
+    """Who belongs to the tree: processes and tasks, and what their numbers mean.
+
+    Args:
+        pids: its processes, parents before children.
+    """
+
+    def __init__(self, pids: Sequence[HostPid]) -> None:
+        self.pids = list(pids)
+        self._members: set[int] = set(pids)
+        for pid in pids:
+            with suppress(procfs.ProcessGone):
+                self._members.update(procfs.tasks(pid))
+
+    def member(self, pid: int) -> int:
+        """The level-0 pid of a member; 0 for anybody outside the tree."""
+        return pid if pid in self._members else 0
+
+    def group(self, pgid: int) -> int:
+        """A process group or session: its number if its leader is a member or nobody, 0 if led from outside."""
+        if pgid in self._members:
+            return pgid
+        return 0 if os.path.exists(f"/proc/{pgid}") or not self._confined(pgid) else pgid
+
+    def _confined(self, pgid: int) -> bool:
+        """Whether a leaderless group or session has members in the tree only."""
+        for name in os.listdir("/proc"):
+            if name.isdigit() and int(name) not in self._members:
+                with suppress(procfs.ProcessGone):
+                    found = procfs.stat(HostPid(int(name)))
+                    if pgid in (found.pgrp, found.session):
+                        return False
+        return True
+
+
+class Spaces:
+    """Numbers for everything that has pages, and the local descriptors that file contents are read from."""
+
+    def __init__(self) -> None:
+        self._next = 0
+        self._held: dict[int, LocalFd] = {}
+
+    def new(self) -> int:
+        """The next space number."""
+        self._next += 1
+        return self._next
+
+    def hold(self, space: int, local: LocalFd) -> None:
+        """Keep a duplicate of `local` to read the bytes of `space` from."""
+        duplicate = LocalFd(fcntl.fcntl(local, fcntl.F_DUPFD_CLOEXEC, 0))
+        LEDGER.take("content source", duplicate)
+        self._held[space] = duplicate
+
+    def source(self, space: int) -> LocalFd | None:
+        """Where the bytes of a shared memory object or file content are read; None for address spaces."""
+        return self._held.get(space)
+
+    def close(self) -> None:
+        """Give every duplicate back; idempotent."""
+        while self._held:
+            _, fd = self._held.popitem()
+            os.close(fd)
+            LEDGER.give_back("content source", fd)
+
+
+class FileObserver:
+    """The open files of a tree, and the `CaptureScope` of their kinds; a context manager.
+
+    Args:
+        tree: who belongs to it.
+        spaces: numbers for contents.
+        mount_namespace: the `Namespace` index of the mount namespace of a process.
+        memory: registers the shared memory behind a descriptor and returns its space.
+    """
+
+    def __init__(
+        self,
+        tree: Tree,
+        spaces: Spaces,
+        mount_namespace: Callable[[HostPid], int],
+        memory: Callable[[FdView], int],
+    ) -> None:
+        self._tree = tree
+        self._spaces = spaces
+        self._mount_namespace = mount_namespace
+        self._memory = memory
+        self._open = OpenFiles()
+        self._peers: dict[Any, Any] = {}
+        self.contents: list[Content] = []
+
+    def __enter__(self) -> FileObserver:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._open.close()
+
+    # -- the whole ------------------------------------------------------------------
+
+    def collect(self, pids: Sequence[HostPid]) -> None:
+        """Look at every descriptor of these processes."""
+        self._open.collect(pids)
+
+    def blockers(self) -> Iterator[Blocker]:
+        """Everything that stops an open file of the tree from being carried."""
+        yield from self._open.blockers
+        for _, view in self._open.files():
+            with suppress(ProcessLookupError):
+                yield from kind_of(view).check(view, self)
+
+    def records(self) -> Iterator[tuple[OpenFile, Record]]:
+        """Every open file and the record of its kind; `OpenFile.state` is filled in by the translation."""
+        for index, view in self._open.files():
+            kind = kind_of(view)
+            record = kind.capture(view, self)
+            yield (
+                OpenFile(
+                    index=index,
+                    kind=kind.name,
+                    flags=view.flags,
+                    position=max(view.position, 0),
+                    owner=self._owner(view),
+                ),
+                record,
+            )
+
+    def entries(self, pid: HostPid) -> list[FdEntry]:
+        """The descriptor table of a process."""
+        return self._open.slots[pid]
+
+    def _owner(self, view: FdView) -> Owner | None:
+        if view.flags & os.O_PATH:
+            return None
+        signal = fcntl.fcntl(view.local, _F_GETSIG)
+        kind, pid = struct.unpack("<ii", fcntl.fcntl(view.local, _F_GETOWN_EX, bytes(8)))
+        if not pid and not signal:
+            return None
+        return Owner(kind, self._tree.member(pid), signal)
+
+    # -- CaptureScope ---------------------------------------------------------------
+
+    def path(self, pid: HostPid, link: bytes) -> PathRef:
+        """See `CaptureScope.path`."""
+        return PathRef(self._mount_namespace(pid), link)
+
+    def user(self, uid: int) -> Id:
+        """See `CaptureScope.user`; translated by the next stage."""
+        return Id(0, uid)
+
+    def group(self, gid: int) -> Id:
+        """See `CaptureScope.group`; translated by the next stage."""
+        return Id(0, gid)
+
+    def member(self, pid: int) -> int:
+        """See `CaptureScope.member`."""
+        return self._tree.member(pid)
+
+    def files(self) -> Sequence[tuple[int, FdView]]:
+        """See `CaptureScope.files`."""
+        return list(self._open.files())
+
+    def file_at(self, pid: HostPid, fd: int) -> int | None:
+        """See `CaptureScope.file_at`."""
+        return self._open.file_at(pid, fd)
+
+    def holders(self, index: int) -> Sequence[tuple[HostPid, int]]:
+        """See `CaptureScope.holders`."""
+        return self._open.holders(index)
+
+    def content(self, local: LocalFd, size_bytes: int) -> int:
+        """See `CaptureScope.content`."""
+        space = self._spaces.new()
+        self._spaces.hold(space, local)
+        self.contents.append(Content(space=space, size_bytes=size_bytes))
+        return space
+
+    def memory(self, view: FdView) -> int:
+        """See `CaptureScope.memory`."""
+        return self._memory(view)
+
+    def peers(self) -> dict[Any, Any]:
+        """See `CaptureScope.peers`."""
+        return self._peers

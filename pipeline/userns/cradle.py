@@ -1,0 +1,140 @@
+"""The cradle: the user namespace in which a plain user rebuilds.
+
+Rebuilding needs capabilities: to choose pids, to mount, to set ids. A user who has none
+on the host gets them in a user namespace of their own. The pipeline process itself
+moves into it before anything else happens, and keeps its ids: the cradle maps each id
+it may map to itself, so files stay accessible and images need no rebasing.
+
+* With ``newuidmap`` and ranges in /etc/subuid, /etc/subgid: own euid and those ranges.
+* Without: own euid and egid only (``setgroups`` denied); trees whose ids need more are
+  refused by the translation, naming the id.
+
+A dump does *not* enter a cradle: the right to look into a user's namespaces comes from
+having made them, and is lost in a sibling namespace.
+
+Sources: user_namespaces(7), newuidmap(1), subuid(5).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import pwd
+import shutil
+import subprocess
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipeline.errors import PipelineError
+from pipeline.kernel.syscalls import CLONE, unshare
+
+_CAP_SYS_ADMIN = 21
+
+
+def is_privileged() -> bool:
+    """Whether this process can rebuild where it is: CAP_SYS_ADMIN in its own user namespace."""
+    with open("/proc/self/status", "rb") as file:
+        for line in file:
+            if line.startswith(b"CapEff:"):
+                return bool(int(line.split()[1], 16) >> _CAP_SYS_ADMIN & 1)
+    return False
+
+
+def subordinate_ranges(path: str, user: str, uid: int) -> list[tuple[int, int]]:
+    """The (first id, count) ranges that subuid(5) or subgid(5) grants to a user."""
+    ranges = []
+    try:
+        lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        return []
+    for line in lines:
+        fields = line.split(":")
+        if len(fields) == 3 and fields[0] in (user, str(uid)) and fields[1].isdigit() and fields[2].isdigit():
+            ranges.append((int(fields[1]), int(fields[2])))
+    return ranges
+
+
+def enter() -> None:
+    """Move this process into a cradle; nothing happens where it `is_privileged` already.
+
+    Raises:
+        PipelineError: the process has threads (only a single-threaded process can enter), or user
+            namespaces are forbidden here.
+    """
+    if is_privileged():
+        return
+    if threading.active_count() > 1:
+        raise PipelineError(
+            "a rootless restore has to enter a user namespace before the process starts threads; "
+            "use the command line, or call pipeline.userns.cradle.enter() first"
+        )
+    uid, gid = os.geteuid(), os.getegid()
+    try:
+        user = pwd.getpwuid(uid).pw_name
+    except KeyError:
+        user = str(uid)
+    uid_ranges = subordinate_ranges("/etc/subuid", user, uid)
+    gid_ranges = subordinate_ranges("/etc/subgid", user, uid)
+    whole = bool(uid_ranges and gid_ranges and shutil.which("newuidmap") and shutil.which("newgidmap"))
+    # the maps are written by a child that stays outside: newuidmap asks for that
+    mapper = _Mapper(os.getpid(), uid, gid, uid_ranges, gid_ranges) if whole else None
+    try:
+        unshare(CLONE.NEWUSER)
+    except OSError as error:
+        if mapper is not None:
+            mapper.give_up()
+        raise PipelineError(
+            f"this host does not let uid {uid} make user namespaces ({error.strerror}); "
+            "see /proc/sys/user/max_user_namespaces and the security module's settings"
+        ) from error
+    if mapper is not None:
+        mapper.write()
+    else:
+        Path("/proc/self/setgroups").write_text("deny")
+        _write("/proc/self/gid_map", f"{gid} {gid} 1")
+        _write("/proc/self/uid_map", f"{uid} {uid} 1")
+    ctypes.CDLL(None).prctl(4, 1, 0, 0, 0)  # PR_SET_DUMPABLE: our /proc files stay ours
+
+
+def _write(path: str, text: str) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(fd, text.encode())
+    finally:
+        os.close(fd)
+
+
+class _Mapper:
+    """A child outside the cradle that runs newuidmap and newgidmap for its parent when told to."""
+
+    def __init__(
+        self, pid: int, uid: int, gid: int, uids: Sequence[tuple[int, int]], gids: Sequence[tuple[int, int]]
+    ) -> None:
+        ready, self._go = os.pipe()
+        self._child = os.fork()
+        if self._child == 0:
+            os.close(self._go)
+            status = 1
+            try:
+                if os.read(ready, 1):
+                    for tool, own, ranges in (("newuidmap", uid, uids), ("newgidmap", gid, gids)):
+                        words = [str(n) for first, count in [(own, 1), *ranges] for n in (first, first, count)]
+                        subprocess.run([tool, str(pid), *words], check=True)
+                    status = 0
+            finally:
+                os._exit(status)
+        os.close(ready)
+
+    def write(self) -> None:
+        """Let it write the maps and wait for it."""
+        os.write(self._go, b"g")
+        os.close(self._go)
+        _, status = os.waitpid(self._child, 0)
+        if status:
+            raise PipelineError("newuidmap or newgidmap failed; see /etc/subuid and /etc/subgid")
+
+    def give_up(self) -> None:
+        """Let it go without having written anything."""
+        os.close(self._go)
+        os.waitpid(self._child, 0)

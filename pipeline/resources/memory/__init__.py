@@ -1,0 +1,1 @@
+"""Memory: what a process has mapped, which pages to carry, and how to make it again."""

@@ -1,0 +1,187 @@
+"""The address space of one process, looked at from outside.
+
+Works on a frozen process and, for `check`, on one that runs: nothing in it is touched.
+What /proc does not tell (the current program break, whether it may be dumped, whether
+THP is off) was asked inside and is passed in.
+
+Captured: every mapping with what `pipeline.resources.memory.classify` lists, guard
+regions, the bounds of prctl_mm_map, the auxiliary vector, the core dump filter.
+Not preserved: MCL_FUTURE of mlockall(2), which the kernel tells nobody.
+
+Sources: proc_pid_smaps(5), proc_pid_stat(5), prctl(2) PR_SET_MM_MAP.
+"""
+
+from __future__ import annotations
+
+import os
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from pipeline.errors import Blocker
+from pipeline.ids import HostPid, RemoteAddress
+from pipeline.image.schema import AddressSpace, Index, Vma
+from pipeline.kernel import procfs, smaps
+from pipeline.kernel.pagemap import Range, intersect, open_pagemap, populated
+from pipeline.kernel.smaps import Mapping
+from pipeline.resources.memory.classify import Shape, classify
+from pipeline.resources.memory.objects import MemoryObjects
+from pipeline.resources.memory.scope import CannotCarry
+
+_KERNEL_KINDS = frozenset({"vdso", "vvar", "vvar_vclock", "vsyscall"})
+_SECOND_NODE = "/sys/devices/system/node/node1"
+
+
+@dataclass(frozen=True, slots=True)
+class Captured:
+    """An address space: its record, and the page runs to save of it ([start, end), ascending).
+
+    If there are `blockers`, record and runs are incomplete and not to be used.
+    """
+
+    space: AddressSpace
+    runs: list[Range]
+    blockers: list[Blocker]
+
+
+def capture_address_space(
+    pid: HostPid,
+    objects: MemoryObjects,
+    *,
+    brk: RemoteAddress,
+    dumpable: int = 1,
+    thp_disable: int = 0,
+) -> Captured:
+    """Capture the memory of process `pid`.
+
+    Args:
+        pid: in the pipeline's pid namespace; frozen, or only for its blockers.
+        objects: where files and shared memory are registered.
+        brk: its program break.
+        dumpable: PR_GET_DUMPABLE.
+        thp_disable: PR_GET_THP_DISABLE.
+
+    Raises:
+        ProcessGone: there is no such process (any more).
+        OSError: EACCES, EPERM: it may not be traced.
+    """
+    blockers: list[Blocker] = []
+    found: list[tuple[Mapping, Shape, Index | None]] = []
+    mappings = smaps.smaps(pid)
+    for mapping in mappings:
+        try:
+            shape = classify(mapping)
+            found.append((mapping, shape, _backing(pid, mapping, shape, objects)))
+        except CannotCarry as refusal:
+            blockers.append(refusal.blocker(subject(pid, mapping)))
+        except FileNotFoundError:
+            blockers.append(Blocker(subject(pid, mapping), "changed while it was looked at", transient=True))
+    blockers.extend(_numa_blockers(pid))
+    exe = 0
+    try:
+        exe = objects.executable(pid)
+    except CannotCarry as refusal:
+        blockers.append(refusal.blocker(f"pid {pid} executable"))
+    runs, guards = _populated(pid, found)
+    stat = procfs.stat(pid)
+    space = AddressSpace(
+        space=objects.scope.next_space(),
+        vmas=list(_records(found, guards)),
+        exe=exe,
+        layout=[
+            stat.startcode,
+            stat.endcode,
+            stat.start_data,
+            stat.end_data,
+            stat.start_brk,
+            brk,
+            stat.startstack,
+            stat.arg_start,
+            stat.arg_end,
+            stat.env_start,
+            stat.env_end,
+        ],
+        auxv=procfs.auxv(pid),
+        dumpable=dumpable,
+        thp_disable=thp_disable,
+        coredump_filter=procfs.coredump_filter(pid),
+    )
+    return Captured(space, runs, blockers)
+
+
+def check_address_space(pid: HostPid, objects: MemoryObjects) -> list[Blocker]:
+    """Everything about the memory of `pid` that stops it from being carried; also while it runs.
+
+    Raises as `capture_address_space` does.
+    """
+    return capture_address_space(pid, objects, brk=RemoteAddress(0)).blockers
+
+
+def subject(pid: HostPid, mapping: Mapping) -> str:
+    """How a message names a mapping."""
+    name = f" ({os.fsdecode(mapping.name)})" if mapping.name else ""
+    return f"pid {pid} mapping {mapping.range_name}{name}"
+
+
+def _backing(pid: HostPid, mapping: Mapping, shape: Shape, objects: MemoryObjects) -> Index | None:
+    match shape.backing:
+        case "none":
+            return None
+        case "file":
+            return objects.mapped_file(pid, mapping, writable=not shape.private and shape.may_write)
+        case _:
+            return objects.shared_mapping(pid, mapping, shape.backing)
+
+
+def _populated(
+    pid: HostPid, found: Sequence[tuple[Mapping, Shape, Index | None]]
+) -> tuple[list[Range], list[Range]]:
+    """Page runs to save and guard pages."""
+    carried = [(mapping, shape) for mapping, shape, _ in found if shape.kind not in _KERNEL_KINDS]
+    if not carried:
+        return [], []
+    fd = open_pagemap(pid)
+    try:
+        pages, guards = populated(fd, [(mapping.start, mapping.end) for mapping, _ in carried])
+    finally:
+        os.close(fd)
+    private = [(mapping.start, mapping.end) for mapping, shape in carried if shape.private]
+    return intersect(pages, private), guards
+
+
+def _records(found: Sequence[tuple[Mapping, Shape, Index | None]], guards: Sequence[Range]) -> Iterator[Vma]:
+    starts = [mapping.start for mapping, _, _ in found]
+    inside: dict[int, list[Range]] = {}
+    for start, end in guards:
+        at = bisect_right(starts, start) - 1
+        while at < len(found) and found[at][0].start < end:
+            mapping = found[at][0]
+            inside.setdefault(at, []).append((max(start, mapping.start), min(end, mapping.end)))
+            at += 1
+    for at, (mapping, shape, backing) in enumerate(found):
+        yield Vma(
+            start=mapping.start,
+            end=mapping.end,
+            kind=shape.kind,
+            prot=mapping.prot,
+            flags=shape.flags,
+            offset=mapping.offset if backing is not None else 0,
+            backing=backing,
+            name=shape.name,
+            advice=shape.advice,
+            locked=shape.locked,
+            sealed=shape.sealed,
+            guards=inside.get(at, []),
+            readonly_file=not shape.private and not shape.may_write,
+        )
+
+
+def _numa_blockers(pid: HostPid) -> Iterator[Blocker]:
+    """Memory policies (mbind(2)) mean something only where there are several nodes."""
+    if not os.path.exists(_SECOND_NODE):
+        return
+    for line in procfs.read_file(pid, "numa_maps").splitlines():
+        start, policy = line.split(None, 2)[:2]
+        if policy != b"default":
+            name = f"pid {pid} mapping {start.decode()}-"
+            yield Blocker(name, f"has NUMA policy {os.fsdecode(policy)}", "start the program without numactl")

@@ -1,0 +1,70 @@
+# Each target does its own set-up: `make demo` on a fresh Debian 12 with python3 and make is enough.
+# As root, Debian packages that are missing are installed; a plain user is told what is missing.
+
+PYTHON ?= python3
+VENV   ?= .venv
+PY     := $(VENV)/bin/python
+STAMP  := $(VENV)/.installed
+SHELL  := /bin/sh
+
+.PHONY: demo test lint bench venv clean packages test-packages
+.DEFAULT_GOAL := test
+
+demo: packages $(STAMP)
+	$(PY) -m pipeline demo
+
+# pytest's exit status 5 (no test ran) is a failure like any other.
+test: test-packages $(STAMP)
+	$(PY) -m pytest $(TESTS)
+
+lint: packages $(STAMP)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+bench: test-packages $(STAMP)
+	$(PY) -m bench
+
+venv: packages $(STAMP)
+
+# Made again when the dependencies change; an environment whose Python is gone is thrown away.
+$(STAMP): pyproject.toml | packages
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "make: $(PYTHON) is older than Python 3.11; name a newer one: make PYTHON=python3.11" >&2; exit 1; }
+	@$(PY) -m pip --version >/dev/null 2>&1 || { rm -rf $(VENV) && $(PYTHON) -m venv $(VENV); } || \
+	  { echo "make: no virtual environment without the package python3-venv: apt-get install python3-venv" >&2; exit 1; }
+	$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[test,lint]'
+	@touch $@
+
+clean:
+	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage
+
+# command-or-probe=package; what is there already is not touched.
+define install_missing
+	@missing=; \
+	for pair in $(1); do \
+	  case $${pair%%=*} in \
+	    ensurepip) $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null ;; \
+	    libc-headers) test -e /usr/include/stdio.h ;; \
+	    *) PATH=$$PATH:/usr/sbin:/sbin command -v $${pair%%=*} >/dev/null ;; \
+	  esac || missing="$$missing $${pair#*=}"; \
+	done; \
+	if [ -z "$$missing" ]; then exit 0; fi; \
+	if [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then \
+	  echo "make: missing on this machine:$$missing; going on with what is there" >&2; exit 0; \
+	fi; \
+	echo "make: installing$$missing" >&2; log=$$(mktemp); \
+	{ apt-get install -y -qq --no-install-recommends $$missing || \
+	  { apt-get update -qq && apt-get install -y -qq --no-install-recommends $$missing; }; } \
+	  >$$log 2>&1 </dev/null || \
+	  { tail -n 5 $$log >&2; echo "make: could not install$$missing; going on" >&2; }; \
+	rm -f $$log
+endef
+
+packages: export DEBIAN_FRONTEND = noninteractive
+packages:
+	$(call install_missing,ensurepip=python3-venv newuidmap=uidmap)
+
+test-packages: export DEBIAN_FRONTEND = noninteractive
+test-packages: packages
+	$(call install_missing,cc=gcc libc-headers=libc6-dev ip=iproute2)

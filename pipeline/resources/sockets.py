@@ -1,0 +1,153 @@
+"""What sockets of all families have in common: who they are, where they are made, whom they belong to.
+
+Every socket of a rebuild is made by `make_socket` or `make_pair`: the one place that has
+to enter another network namespace once trees bring their own. Until then a socket of
+another network namespace than the pipeline's is refused (SO_NETNS_COOKIE tells).
+
+The owner of a socket's inode is kept: fchown(2) sets `sk_uid`, by which the kernel groups
+SO_REUSEPORT sockets and matches firewall rules.
+
+Source: socket(7); net/socket.c (sockfs_setattr).
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from pipeline.errors import Blocker, RebuildError
+from pipeline.ids import LocalFd
+from pipeline.image.schema import Id, Record
+from pipeline.resources import socket_options
+from pipeline.resources.kinds import CaptureScope, CreateScope, FdView
+from pipeline.resources.socket_options import Identity, Values
+
+_SO_NETNS_COOKIE = 71
+
+
+class SocketState(Record, frozen=True, kw_only=True):
+    """What every socket has. `type` without flags; `uid`, `gid` own its inode."""
+
+    family: int
+    type: int
+    protocol: int
+    uid: Id
+    gid: Id
+    options: Values
+
+    @property
+    def identity(self) -> Identity:
+        """Family, type and protocol."""
+        return Identity(self.family, self.type, self.protocol)
+
+
+def is_socket(view: FdView) -> bool:
+    """Whether `view` is a socket (and not an O_PATH descriptor of a socket file)."""
+    return stat.S_ISSOCK(view.stat.st_mode) and view.link.startswith(b"socket:[")
+
+
+@contextmanager
+def borrowed(fd: LocalFd) -> Iterator[socket.socket]:
+    """A Python socket over a descriptor that stays open and stays the caller's."""
+    sock = socket.socket(fileno=fd)
+    try:
+        yield sock
+    finally:
+        sock.detach()
+
+
+def identify(sock: socket.socket) -> Identity:
+    """Family, type and protocol as the kernel has them."""
+    return Identity(
+        sock.getsockopt(socket.SOL_SOCKET, socket.SO_DOMAIN),
+        sock.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE),
+        sock.getsockopt(socket.SOL_SOCKET, socket.SO_PROTOCOL),
+    )
+
+
+def identity_of(view: FdView) -> Identity | None:
+    """`identify` of a view; None if it is no socket."""
+    if not is_socket(view):
+        return None
+    with borrowed(view.local) as sock:
+        return identify(sock)
+
+
+def events(fd: LocalFd, wanted: int) -> int:
+    """poll(2) of one descriptor without waiting; POLLERR and POLLHUP are always reported."""
+    poll = select.poll()
+    poll.register(fd, wanted)
+    return sum(found for _, found in poll.poll(0))
+
+
+def _cookie(sock: socket.socket) -> bytes:
+    return sock.getsockopt(socket.SOL_SOCKET, _SO_NETNS_COOKIE, 8)
+
+
+def elsewhere(sock: socket.socket, scope: CaptureScope) -> bool:
+    """Whether `sock` belongs to another network namespace than the pipeline."""
+    cache = scope.peers()
+    ours = cache.get("own network namespace")
+    if ours is None:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
+            ours = cache["own network namespace"] = _cookie(probe)
+    return bool(_cookie(sock) != ours)
+
+
+def check(view: FdView, sock: socket.socket, scope: CaptureScope) -> Iterator[Blocker]:
+    """What stops any socket: its network namespace and options that mean something here only."""
+    if elsewhere(sock, scope):
+        yield Blocker(
+            view.subject,
+            "the socket belongs to another network namespace than the pipeline's",
+            "run the pipeline in that network namespace (nsenter -t PID -n)",
+        )
+    yield from socket_options.check(sock, identify(sock), view.subject)
+
+
+def capture(view: FdView, sock: socket.socket, scope: CaptureScope) -> SocketState:
+    """The state that every socket has."""
+    who = identify(sock)
+    return SocketState(
+        family=who.family,
+        type=who.type,
+        protocol=who.protocol,
+        uid=scope.user(view.stat.st_uid),
+        gid=scope.group(view.stat.st_gid),
+        options=socket_options.capture(sock, who),
+    )
+
+
+def make_socket(who: Identity) -> socket.socket:
+    """socket(2); the caller owns the result (close-on-exec)."""
+    return socket.socket(who.family, who.type, who.protocol)
+
+
+def make_pair(who: Identity) -> tuple[socket.socket, socket.socket]:
+    """socketpair(2); the caller owns both."""
+    return socket.socketpair(who.family, who.type, who.protocol)
+
+
+def give_owner(sock: socket.socket, state: SocketState, scope: CreateScope, subject: str) -> None:
+    """Let the inode of `sock` belong to the recorded user and group.
+
+    Raises:
+        RebuildError: they have no id here, or may not be given.
+    """
+    uid, gid = scope.user(state.uid), scope.group(state.gid)
+    now = os.fstat(sock.fileno())
+    if (now.st_uid, now.st_gid) == (uid, gid):
+        return
+    try:
+        os.fchown(sock.fileno(), uid, gid)
+    except OSError as error:
+        raise RebuildError(f"{subject}: cannot belong to {uid}:{gid} here: {error.strerror}") from error
+
+
+def take(sock: socket.socket) -> LocalFd:
+    """The descriptor of a Python socket; from now on the caller's."""
+    return LocalFd(sock.detach())

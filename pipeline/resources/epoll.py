@@ -212,7 +212,7 @@ class Epoll(CompleteOnceCreated):
                 if _has_fired(item):
                     _let_fire(scope.file(file.index))
             except OSError as error:
-                why = f"{describe(file)} cannot watch open file {item.file} as fd {item.fd} again: {error.strerror}"
+                why = f"{describe(file)} cannot watch open file {item.file} as fd {item.fd}: {error.strerror}"
                 raise RebuildError(why) from error
 
 
@@ -242,8 +242,11 @@ def _let_fire(instance: LocalFd) -> None:
 
 
 class _Borrowed:
-    """The target of an item, for a moment under the number it was registered under, in a process where
-    that number is free or names another file now."""
+    """The target of an item, for a moment under its number, where that is free or names another file now.
+
+    Args:
+        pid: level-0 pid of a process that has the epoll instance.
+    """
 
     def __init__(self, pid: Pid, item: Item, scope: CreateScope) -> None:
         self._pid, self._item, self._scope = pid, item, scope

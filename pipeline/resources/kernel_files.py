@@ -20,7 +20,15 @@ from pipeline.ids import HostPid, LocalFd
 from pipeline.image.schema import OpenFile, PathRef, Record
 from pipeline.resources import locks
 from pipeline.resources.kinds import CaptureScope, CreateScope, FdView
-from pipeline.resources.paths import Magic, closed_on_error, describe, filesystem, look_up, misnamed, reopen
+from pipeline.resources.paths import (
+    Magic,
+    closed_on_error,
+    describe,
+    filesystem,
+    look_up,
+    misnamed,
+    reopen,
+)
 from pipeline.resources.steps import CompleteOnceCreated
 
 #: read-only files there can be opened again by name
@@ -37,7 +45,6 @@ _WITH_STATE = {
     Magic.BINFMTFS: "binfmt_misc",
     Magic.RESCTRL: "resctrl",
     Magic.MQUEUE: "mqueue",
-    Magic.NSFS: "nsfs",
 }
 _PROC_ROOT_INODE = 1
 _CONSUMED_BY_READING = (b"kmsg", b"kcore")

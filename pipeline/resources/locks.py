@@ -41,7 +41,7 @@ _FLOCK = struct.Struct("<hh4xqqi4x")
 
 
 class Lock(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """One lock. `start` and `length` in bytes, length 0 to the end; `pid`: level-0 pid of a POSIX lock's owner."""
+    """One lock: `start` and `length` in bytes (0: to the end), `pid`: level-0 pid of a POSIX lock's owner."""
 
     kind: Literal["flock", "ofd", "posix"]
     write: bool

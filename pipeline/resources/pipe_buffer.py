@@ -107,7 +107,9 @@ def check(view: FdView, scope: CaptureScope, one_sided: bool) -> Iterator[Blocke
     yield from outside.blockers(view, others, "an end of the pipe is held by")
     group = ends(view, scope)
     if one_sided and not others:
-        who = "by a process outside the tree that is not visible here, by the process that dumps, or it is in flight"
+        who = (
+            "outside the tree: in a process that is not visible here or that dumps, or in flight in a socket"
+        )
         if not any(writes(end) for _, end in group) and has_writers(view):
             yield Blocker(
                 view.subject,
@@ -187,8 +189,8 @@ def refill(file: OpenFile, record: Buffer, writer: LocalFd) -> None:
                     f"{describe(file)}: {len(piece)} unread bytes do not fit into the new pipe"
                 )
     except OSError as error:
-        why = f"{record.capacity_bytes} bytes of capacity, {sum(map(len, record.unread))} unread: {error.strerror}"
-        raise RebuildError(f"{describe(file)} cannot be filled again ({why})") from error
+        sizes = f"{record.capacity_bytes} bytes of capacity, {sum(map(len, record.unread))} unread"
+        raise RebuildError(f"{describe(file)} ({sizes}) cannot be filled again: {error.strerror}") from error
     finally:
         fcntl.fcntl(writer, fcntl.F_SETFL, flags)
 

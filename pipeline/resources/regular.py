@@ -55,9 +55,9 @@ class RegularFile:
 
     def matches(self, view: FdView) -> bool:
         """Regular, with a name, on a filesystem that stores files."""
-        if not stat.S_ISREG(view.stat.st_mode) or view.flags & os.O_PATH or memfd.is_memfd(view):
+        if not stat.S_ISREG(view.stat.st_mode) or not view.link.startswith(b"/") or view.flags & os.O_PATH:
             return False
-        if kernel_files.is_kernel_file(view) or unnamed.is_unnamed(view):
+        if memfd.is_memfd(view) or kernel_files.is_kernel_file(view) or unnamed.is_unnamed(view):
             return False
         return filesystem(view.local) not in _SPECIAL
 

@@ -72,9 +72,11 @@ class UnnamedFile:
 
     def matches(self, view: FdView) -> bool:
         """Regular, with bytes on a filesystem, and without a name."""
-        if not stat.S_ISREG(view.stat.st_mode) or view.flags & os.O_PATH or memfd.is_memfd(view):
+        if not stat.S_ISREG(view.stat.st_mode) or not view.link.startswith(b"/") or view.flags & os.O_PATH:
             return False
-        if kernel_files.is_kernel_file(view) or filesystem(view.local) in (Magic.SECRETMEM, Magic.HUGETLBFS):
+        if memfd.is_memfd(view) or kernel_files.is_kernel_file(view):
+            return False
+        if filesystem(view.local) in (Magic.SECRETMEM, Magic.HUGETLBFS):
             return False
         return is_unnamed(view)
 
@@ -125,9 +127,9 @@ class UnnamedFile:
             scope.once(("unnamed", record.content), lambda: _own(content, record, scope))
             return open_again(content, file.flags)
         except OSError as error:
-            raise RebuildError(
-                f"{describe(file)}, the deleted {os.fsdecode(record.last_name)}, cannot be made again: {error.strerror}"
-            ) from error
+            name = os.fsdecode(record.last_name)
+            why = f"{describe(file)}, deleted {name}, cannot be made again: {error.strerror}"
+            raise RebuildError(why) from error
 
     def connect(self, file: OpenFile, record: UnnamedState, scope: CreateScope) -> None:
         """Position and locks of the description."""

@@ -1,0 +1,256 @@
+"""Pipes and FIFOs: bytes, packets, ends that are closed, ends that are elsewhere."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import select
+import signal
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import RebuildError
+from tests.resources.fdharness import Capture, Rebuilt, nothing_left, subject
+
+
+@pytest.fixture(autouse=True)
+def _clean() -> Iterator[None]:
+    with nothing_left():
+        yield
+
+
+def polled(fd: int) -> int:
+    poll = select.poll()
+    poll.register(fd, select.POLLIN | select.POLLOUT)
+    return sum(event for _, event in poll.poll(0))
+
+
+def test_unread_bytes_are_copied_and_not_consumed() -> None:
+    def setup() -> tuple[int, int]:
+        reader, writer = os.pipe()
+        os.fchown(reader, 7, 8)
+        os.write(writer, b"some")
+        os.write(writer, b" bytes")
+        return reader, writer
+
+    with subject(setup) as child, Capture(child.pid) as capture, Rebuilt(capture, finish=False) as new:
+        reader, writer = child.result
+        for fd in child.result:
+            assert fcntl.fcntl(new.fd(fd), fcntl.F_GETFL) == capture.view(fd).flags
+        os.write(new.fd(writer), b", and more")
+        assert os.read(new.fd(reader), 100) == b"some bytes, and more"
+        assert (os.fstat(new.fd(reader)).st_uid, os.fstat(new.fd(reader)).st_gid) == (7, 8)
+        assert child.call(partial(os.read, reader, 100)) == b"some bytes"
+
+
+def test_a_full_pipe_of_a_megabyte_keeps_capacity_and_every_byte() -> None:
+    content = os.urandom(1 << 20)
+
+    def setup() -> tuple[int, int]:
+        reader, writer = os.pipe()
+        fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 1 << 20)
+        os.set_blocking(writer, False)
+        assert os.write(writer, content) == 1 << 20
+        return reader, writer
+
+    with subject(setup) as child, Capture(child.pid) as capture, Rebuilt(capture, finish=False) as new:
+        reader, writer = (new.fd(fd) for fd in child.result)
+        assert fcntl.fcntl(reader, fcntl.F_GETPIPE_SZ) == 1 << 20
+        with pytest.raises(BlockingIOError):
+            os.write(writer, b"x")
+        assert os.read(reader, 1 << 20) == content
+
+
+def test_a_pipe_full_of_single_bytes_in_many_slots() -> None:
+    def setup() -> tuple[int, int]:
+        reader, writer = os.pipe2(os.O_DIRECT | os.O_NONBLOCK)
+        for number in range(16):
+            os.write(writer, bytes([number]) * (number + 1))
+        with pytest.raises(BlockingIOError):
+            os.write(writer, b"x")
+        return reader, writer
+
+    with subject(setup) as child, Capture(child.pid) as capture, Rebuilt(capture, finish=False) as new:
+        reader, writer = (new.fd(fd) for fd in child.result)
+        assert fcntl.fcntl(writer, fcntl.F_GETFL) & os.O_DIRECT
+        with pytest.raises(BlockingIOError):
+            os.write(writer, b"x")
+        for number in range(16):
+            assert os.read(reader, 4096) == bytes([number]) * (number + 1)
+
+
+def test_packets_stay_packets_when_the_mode_was_left() -> None:
+    def setup() -> tuple[int, int]:
+        reader, writer = os.pipe2(os.O_DIRECT)
+        os.write(writer, b"first")
+        os.write(writer, b"second")
+        fcntl.fcntl(writer, fcntl.F_SETFL, 0)
+        return reader, writer
+
+    with subject(setup) as child, Capture(child.pid) as capture, Rebuilt(capture, finish=False) as new:
+        reader, writer = (new.fd(fd) for fd in child.result)
+        os.write(writer, b"plain")
+        assert [os.read(reader, 100) for _ in range(3)] == [b"first", b"second", b"plain"]
+
+
+def test_a_pipe_without_writers_ends_after_its_bytes() -> None:
+    def setup() -> int:
+        reader, writer = os.pipe()
+        os.write(writer, b"last words")
+        os.close(writer)
+        return reader
+
+    with subject(setup) as child, Capture(child.pid) as capture, Rebuilt(capture, finish=False) as new:
+        reader = new.fd(child.result)
+        assert os.read(reader, 100) == b"last words"
+        assert os.read(reader, 100) == b""
+
+
+def test_a_pipe_without_readers_answers_epipe() -> None:
+    def setup() -> int:
+        reader, writer = os.pipe()
+        os.write(writer, b"never read")
+        os.close(reader)
+        return writer
+
+    with subject(setup) as child, Capture(child.pid) as capture, Rebuilt(capture, finish=False) as new:
+        with pytest.raises(BrokenPipeError):
+            os.write(new.fd(child.result), b"x")
+
+
+def test_ends_opened_once_more_through_proc() -> None:
+    def setup() -> tuple[int, int, int, int]:
+        reader, writer = os.pipe()
+        both = os.open(f"/proc/self/fd/{reader}", os.O_RDWR)
+        second = os.open(f"/proc/self/fd/{reader}", os.O_RDONLY | os.O_NONBLOCK)
+        return reader, writer, both, second
+
+    with subject(setup) as child, Capture(child.pid) as capture, Rebuilt(capture, finish=False) as new:
+        for fd in child.result:
+            assert fcntl.fcntl(new.fd(fd), fcntl.F_GETFL) == capture.view(fd).flags
+        _, writer, both, second = (new.fd(fd) for fd in child.result)
+        os.write(writer, b"a")
+        os.write(both, b"b")
+        assert os.read(second, 10) == b"ab"
+
+
+def test_ends_in_two_processes() -> None:
+    def setup() -> tuple[int, int, int]:
+        reader, writer = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            os.close(reader)
+            os.write(writer, b"up")
+            signal.pause()
+        os.close(writer)
+        select.select([reader], [], [])
+        return reader, writer, pid
+
+    with subject(setup) as child:
+        reader, writer, grandchild = child.result
+        with Capture(child.pid, grandchild) as capture, Rebuilt(capture, finish=False) as new:
+            assert os.read(new.fd(reader), 10) == b"up"
+            os.write(new.fd(writer, grandchild), b"!")
+            assert os.read(new.fd(reader), 10) == b"!"
+        with Capture(child.pid) as capture:
+            text = capture.reasons(reader)
+            assert f"an end of the pipe is held by pid {grandchild}" in text
+
+
+def test_an_end_that_only_the_dumper_has_is_refused() -> None:
+    mine, theirs = os.pipe()
+    try:
+        with subject(lambda: os.open(f"/proc/{os.getppid()}/fd/{theirs}", os.O_WRONLY)) as child:
+            with Capture(child.pid) as capture:
+                assert "the reading end of the pipe is open by a process" in capture.reasons(child.result)
+        with subject(lambda: os.open(f"/proc/{os.getppid()}/fd/{mine}", os.O_RDONLY)) as child:
+            with Capture(child.pid) as capture:
+                assert "the writing end of the pipe is open by a process" in capture.reasons(child.result)
+    finally:
+        os.close(mine)
+        os.close(theirs)
+
+
+# -- FIFOs ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fifo(tmp_path: Path) -> Path:
+    path = tmp_path / "fifo"
+    os.mkfifo(path)
+    return path
+
+
+def test_a_fifo_with_bytes_and_both_ends(fifo: Path) -> None:
+    def setup() -> tuple[int, int]:
+        reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+        writer = os.open(fifo, os.O_WRONLY)
+        fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 8192)
+        os.write(writer, b"through the fifo")
+        return reader, writer
+
+    with subject(setup) as child:
+        with Capture(child.pid) as capture:
+            files = capture.records()
+            flags = [capture.view(fd).flags for fd in child.result]
+            with pytest.raises(RebuildError, match="in use"), Rebuilt(capture, files):
+                pass
+    with Rebuilt(capture, files, finish=False) as new:
+        reader, writer = (new.fd(fd) for fd in child.result)
+        assert [fcntl.fcntl(fd, fcntl.F_GETFL) for fd in (reader, writer)] == flags
+        assert fcntl.fcntl(reader, fcntl.F_GETPIPE_SZ) == 8192
+        assert os.read(reader, 100) == b"through the fifo"
+        os.write(writer, b"x")
+        assert os.read(reader, 100) == b"x"
+        os.close(os.dup(writer))
+        assert not polled(reader) & select.POLLHUP
+
+
+def test_a_reader_that_still_waits_for_its_first_writer(fifo: Path) -> None:
+    with subject(lambda: os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)) as child:
+        with Capture(child.pid) as capture:
+            assert polled(capture.view(child.result).local) == 0
+            files = capture.records()
+    with Rebuilt(capture, files, finish=False) as new:
+        assert polled(new.fd(child.result)) == 0
+
+
+def test_a_reader_whose_writer_went(fifo: Path) -> None:
+    def setup() -> int:
+        reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+        writer = os.open(fifo, os.O_WRONLY)
+        os.write(writer, b"left")
+        os.close(writer)
+        return reader
+
+    with subject(setup) as child:
+        with Capture(child.pid) as capture:
+            files = capture.records()
+    with Rebuilt(capture, files, finish=False) as new:
+        reader = new.fd(child.result)
+        assert polled(reader) == select.POLLIN | select.POLLHUP
+        assert os.read(reader, 10) == b"left"
+        assert polled(reader) == select.POLLHUP
+
+
+def test_a_fifo_that_is_gone_or_used_outside_is_refused(fifo: Path) -> None:
+    def setup() -> tuple[int, int]:
+        reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+        pid = os.fork()
+        if pid == 0:
+            os.closerange(0, 1000)
+            os.write(os.open(fifo, os.O_WRONLY), b"x")
+            signal.pause()
+        select.select([reader], [], [])
+        return reader, pid
+
+    with subject(setup) as child:
+        reader, grandchild = child.result
+        with Capture(child.pid) as capture:
+            assert f"an end of the pipe is held by pid {grandchild}" in capture.reasons(reader)
+        fifo.unlink()
+        with Capture(child.pid, grandchild) as capture:
+            assert "its name was removed" in capture.reasons(reader)

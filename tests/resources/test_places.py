@@ -1,0 +1,232 @@
+"""Directories, O_PATH descriptors, devices without state, and files of the kernel's own filesystems."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import RebuildError
+from pipeline.kernel.arch.x86_64 import NR
+from pipeline.kernel.syscalls import syscall
+from tests.resources.fdharness import Capture, Rebuilt, nothing_left, subject
+
+
+@pytest.fixture(autouse=True)
+def _clean() -> Iterator[None]:
+    with nothing_left():
+        yield
+
+
+def entries(fd: int) -> bytes:
+    """One getdents64."""
+    buffer = ctypes.create_string_buffer(100)
+    size = syscall(NR.getdents64, fd, buffer, 100)
+    return buffer.raw[:size]
+
+
+# -- directories --------------------------------------------------------------------------
+
+
+def test_reading_a_directory_goes_on_where_it_was(tmp_path: Path) -> None:
+    for number in range(30):
+        (tmp_path / f"entry{number}").touch()
+
+    def setup() -> int:
+        fd = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
+        entries(fd)
+        return fd
+
+    with (
+        subject(setup) as child,
+        Capture(child.pid) as capture,
+        Rebuilt(capture, finish=False) as new,
+        Rebuilt(capture, finish=False) as again,
+    ):
+        assert capture.view(child.result).position != 0
+        fd = new.fd(child.result)
+        assert fcntl.fcntl(fd, fcntl.F_GETFL) == capture.view(child.result).flags
+        rest = []
+        while found := entries(fd):
+            rest.append(found)
+        beginning = os.open(tmp_path, os.O_RDONLY)
+        skipped = entries(beginning)
+        whole = []
+        while found := entries(beginning):
+            whole.append(found)
+        os.close(beginning)
+        assert rest == whole
+        assert skipped not in rest
+        assert entries(again.fd(child.result)) == whole[0]
+
+
+def test_a_directory_that_was_read_must_be_the_same_one(tmp_path: Path) -> None:
+    place = tmp_path / "place"
+    place.mkdir()
+    for number in range(30):
+        (place / f"entry{number}").touch()
+
+    def setup() -> tuple[int, int]:
+        fd = os.open(place, os.O_RDONLY)
+        entries(fd)
+        return fd, os.open(place, os.O_RDONLY)
+
+    with subject(setup) as child, Capture(child.pid) as capture:
+        files = capture.records()
+        place.rename(tmp_path / "old")
+        place.mkdir()
+        read_from = capture.file_at(child.pid, child.result[0])
+        with pytest.raises(RebuildError, match="another directory has its name"), Rebuilt(capture, files):
+            pass
+        with Rebuilt(capture, [file for file in files if file.index != read_from], finish=False):
+            pass
+
+
+def test_a_removed_directory_is_refused(tmp_path: Path) -> None:
+    place = tmp_path / "place"
+    place.mkdir()
+    with (
+        subject(lambda: (os.open(place, os.O_RDONLY), place.rmdir())[0]) as child,
+        Capture(child.pid) as capture,
+    ):
+        assert "its name was removed" in capture.reasons(child.result)
+
+
+def test_a_directory_lock_is_kept(tmp_path: Path) -> None:
+    def setup() -> int:
+        fd = os.open(tmp_path, os.O_RDONLY)
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        return fd
+
+    with subject(setup) as child, Capture(child.pid) as capture:
+        files = capture.records()
+    with Rebuilt(capture, files, finish=False):
+        other = os.open(tmp_path, os.O_RDONLY)
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.close(other)
+
+
+# -- O_PATH ---------------------------------------------------------------------------------
+
+
+def test_o_path_descriptors_lead_to_the_same_places(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"x")
+    (tmp_path / "link").symlink_to("file")
+
+    def setup() -> tuple[int, int, int]:
+        return (
+            os.open(tmp_path, os.O_PATH | os.O_DIRECTORY),
+            os.open(tmp_path / "file", os.O_PATH),
+            os.open(tmp_path / "link", os.O_PATH | os.O_NOFOLLOW),
+        )
+
+    with subject(setup) as child, Capture(child.pid) as capture, Rebuilt(capture) as new:
+        for fd in child.result:
+            assert capture.kind(fd).name == "path"
+            assert os.path.samestat(os.fstat(new.fd(fd)), capture.view(fd).stat)
+            assert fcntl.fcntl(new.fd(fd), fcntl.F_GETFL) == capture.view(fd).flags
+        assert os.readlink("", dir_fd=new.fd(child.result[2])) == "file"
+
+
+def test_o_path_of_a_removed_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.touch()
+    with (
+        subject(lambda: (os.open(path, os.O_PATH), path.unlink())[0]) as child,
+        Capture(child.pid) as capture,
+    ):
+        assert "its name was removed" in capture.reasons(child.result)
+
+
+def test_o_path_to_another_type_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "place"
+    path.mkdir()
+    with subject(lambda: os.open(path, os.O_PATH)) as child, Capture(child.pid) as capture:
+        files = capture.records()
+        path.rmdir()
+        path.touch()
+        with (
+            pytest.raises(RebuildError, match="it is a regular file, and was a directory"),
+            Rebuilt(capture, files),
+        ):
+            pass
+
+
+# -- devices --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["null", "zero", "full", "random", "urandom"])
+def test_devices_without_state(name: str) -> None:
+    with (
+        subject(lambda: os.open(f"/dev/{name}", os.O_RDONLY | os.O_NONBLOCK)) as child,
+        Capture(child.pid) as capture,
+        Rebuilt(capture, finish=False) as new,
+    ):
+        fd = child.result
+        assert os.fstat(new.fd(fd)).st_rdev == os.stat(f"/dev/{name}").st_rdev
+        assert fcntl.fcntl(new.fd(fd), fcntl.F_GETFL) == capture.view(fd).flags
+
+
+def test_a_device_whose_node_is_gone_is_opened_from_the_host(tmp_path: Path) -> None:
+    node = tmp_path / "nothing"
+    os.mknod(node, 0o666 | 0o020000, os.makedev(1, 3))
+    with subject(lambda: os.open(node, os.O_WRONLY)) as child, Capture(child.pid) as capture:
+        files = capture.records()
+        node.unlink()
+        with Rebuilt(capture, files, finish=False) as new:
+            assert os.readlink(f"/proc/self/fd/{new.fd(child.result)}") == "/dev/null"
+        node.write_bytes(b"a file now")
+        with Rebuilt(capture, files, finish=False) as new:
+            assert os.readlink(f"/proc/self/fd/{new.fd(child.result)}") == "/dev/null"
+
+
+def test_other_devices_are_refused(tmp_path: Path) -> None:
+    with subject(lambda: os.open("/dev/kmsg", os.O_WRONLY)) as child, Capture(child.pid) as capture:
+        assert "character device 1:11 has a state of its own" in capture.reasons(child.result)
+
+
+# -- /proc and /sys -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "path", ["/proc/cpuinfo", "/proc/sys/kernel/ostype", "/sys/kernel/mm/transparent_hugepage/enabled"]
+)
+def test_files_about_the_system_are_opened_again(path: str) -> None:
+    def setup() -> int:
+        fd = os.open(path, os.O_RDONLY)
+        os.read(fd, 3)
+        return fd
+
+    with subject(setup) as child, Capture(child.pid) as capture, Rebuilt(capture, finish=False) as new:
+        assert capture.kind(child.result).name == "kernel-file"
+        assert os.read(new.fd(child.result), 4) == Path(path).read_bytes()[3:7]
+
+
+@pytest.mark.parametrize(
+    ("opening", "words"),
+    [
+        (lambda: os.open("/proc/self/status", os.O_RDONLY), "about one process"),
+        (lambda: os.open("/proc/self/task", os.O_RDONLY), "directory of one process"),
+        (lambda: os.open("/proc/self", os.O_PATH), "O_PATH descriptor of a process"),
+        (lambda: os.open("/proc/mounts", os.O_RDONLY), "about one process"),
+        (lambda: os.open("/proc/sys/kernel/hostname", os.O_WRONLY), "open for writing"),
+        (lambda: os.open("/proc/kmsg", os.O_RDONLY), "what was read of this"),
+    ],
+)
+def test_other_files_of_the_kernel_are_refused(opening: Callable[[], int], words: str) -> None:
+    with subject(opening) as child, Capture(child.pid) as capture:
+        assert words in capture.reasons(child.result)
+
+
+def test_the_proc_directory_itself_is_carried() -> None:
+    with (
+        subject(lambda: (fd := os.open("/proc", os.O_RDONLY), entries(fd))[0]) as child,
+        Capture(child.pid) as capture,
+        Rebuilt(capture, finish=False) as new,
+    ):
+        assert entries(new.fd(child.result))

@@ -1,0 +1,322 @@
+"""Files by name and files without one, their positions, flags and locks."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import struct
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import RebuildError
+from pipeline.image.schema import FileIdentity
+from pipeline.resources import identity
+from tests.resources.fdharness import Capture, Rebuilt, nothing_left, subject
+
+F_OFD_GETLK, F_OFD_SETLK = 36, 37
+
+
+@pytest.fixture(autouse=True)
+def _clean() -> Iterator[None]:
+    with nothing_left():
+        yield
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    file = tmp_path / "file"
+    file.write_bytes(b"0123456789")
+    return file
+
+
+def flock_bytes(kind: int, start: int, length: int) -> bytes:
+    return struct.pack("<hh4xqqi4x", kind, os.SEEK_SET, start, length, 0)
+
+
+def test_position_flags_and_access_mode_are_kept(path: Path) -> None:
+    flags = {
+        "read": os.O_RDONLY,
+        "append": os.O_WRONLY | os.O_APPEND,
+        "sync": os.O_RDWR | os.O_SYNC,
+        "dsync": os.O_RDWR | os.O_DSYNC,
+        "noatime": os.O_RDONLY | os.O_NOATIME | os.O_NONBLOCK,
+    }
+
+    def setup() -> dict[str, int]:
+        fds = {name: os.open(path, value) for name, value in flags.items()}
+        os.lseek(fds["read"], 4, os.SEEK_SET)
+        return fds
+
+    with subject(setup) as child, Capture(child.pid) as capture, Rebuilt(capture, finish=False) as new:
+        for fd in child.result.values():
+            assert fcntl.fcntl(new.fd(fd), fcntl.F_GETFL) == capture.view(fd).flags
+            assert capture.kind(fd).name == "regular"
+        assert os.read(new.fd(child.result["read"]), 3) == b"456"
+        assert child.call(partial(os.read, child.result["read"], 3)) == b"456", "the source did not move"
+
+
+def test_one_description_stays_one_after_dup_and_fork(path: Path) -> None:
+    def setup() -> tuple[int, int, int]:
+        first = os.open(path, os.O_RDONLY)
+        second = os.dup(first)
+        pid = os.fork()
+        if pid == 0:
+            signal.pause()
+        return first, second, pid
+
+    with subject(setup) as child:
+        first, second, grandchild = child.result
+        with Capture(child.pid, grandchild) as capture, Rebuilt(capture, finish=False) as new:
+            assert capture.file_at(child.pid, first) == capture.file_at(grandchild, second)
+            assert len(capture.records()) == 2  # and /dev/null
+            assert new.fd(second, grandchild) == new.fd(first)
+
+
+def test_o_direct_is_kept(path: Path) -> None:
+    path.write_bytes(bytes(4096))
+    with (
+        subject(lambda: os.open(path, os.O_RDONLY | os.O_DIRECT)) as child,
+        Capture(child.pid) as capture,
+        Rebuilt(capture, finish=False) as new,
+    ):
+        assert fcntl.fcntl(new.fd(child.result), fcntl.F_GETFL) & os.O_DIRECT
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda p: p.write_bytes(b"012345678"), "it has 9 bytes, and had 10"),
+        (lambda p: os.utime(p, ns=(1, 1)), "it was modified at 0.000000001"),
+        (lambda p: (p.unlink(), p.mkdir()), "it is a directory"),
+        (lambda p: p.unlink(), "No such file"),
+        (lambda p: (p.unlink(), os.mkfifo(p)), "it is a FIFO, and was a regular file"),
+    ],
+)
+def test_a_file_that_differs_is_an_error_that_names_it(path: Path, change: object, words: str) -> None:
+    with subject(lambda: os.open(path, os.O_RDONLY)) as child, Capture(child.pid) as capture:
+        files = capture.records()
+        assert callable(change)
+        change(path)
+        with pytest.raises(RebuildError, match=words) as caught, Rebuilt(capture, files, finish=False):
+            pass
+        assert str(path) in str(caught.value)
+
+
+def test_elf_files_are_known_by_build_id_not_by_time() -> None:
+    with open("/bin/sh", "rb") as file:
+        found = identity.identity(file.fileno())
+        assert len(found.build_id) == 20
+        older = FileIdentity(found.size_bytes, 5, found.mode, found.build_id)
+        assert identity.difference(older, file.fileno()) is None
+        other = FileIdentity(found.size_bytes, found.mtime_ns, found.mode, b"\1" * 20)
+        assert "build id" in str(identity.difference(other, file.fileno()))
+
+
+def test_a_name_covered_by_another_file_is_refused(path: Path) -> None:
+    def setup() -> int:
+        fd = os.open(path, os.O_RDONLY)
+        os.link(path, path.with_name("other"))
+        path.unlink()
+        path.write_bytes(b"new")
+        return fd
+
+    with subject(setup) as child, Capture(child.pid) as capture:
+        assert "its name was removed and 1 other hard links" in capture.reasons(child.result) or (
+            "its name was removed" in capture.reasons(child.result)
+        )
+
+
+def test_a_file_whose_name_ends_in_deleted_is_not_taken_for_deleted(tmp_path: Path) -> None:
+    path = tmp_path / "file (deleted)"
+    path.write_bytes(b"here")
+    with (
+        subject(lambda: os.open(path, os.O_RDONLY)) as child,
+        Capture(child.pid) as capture,
+        Rebuilt(capture, finish=False) as new,
+    ):
+        assert capture.kind(child.result).name == "regular"
+        assert os.read(new.fd(child.result), 9) == b"here"
+
+
+def test_a_lease_is_refused(path: Path) -> None:
+    def setup() -> int:
+        fd = os.open(path, os.O_RDONLY)
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+        return fd
+
+    with subject(setup) as child, Capture(child.pid) as capture:
+        assert "lease" in capture.reasons(child.result)
+
+
+# -- locks ----------------------------------------------------------------------------
+
+
+def test_flock_and_ofd_locks_are_taken_again(path: Path) -> None:
+    def setup() -> tuple[int, int]:
+        whole, ranges = os.open(path, os.O_RDWR), os.open(path, os.O_RDWR)
+        fcntl.flock(whole, fcntl.LOCK_EX)
+        fcntl.fcntl(ranges, F_OFD_SETLK, flock_bytes(fcntl.F_WRLCK, 2, 5))
+        fcntl.fcntl(ranges, F_OFD_SETLK, flock_bytes(fcntl.F_RDLCK, 100, 0))
+        return whole, ranges
+
+    with subject(setup) as child:
+        with Capture(child.pid) as capture:
+            files = capture.records()
+            with pytest.raises(RebuildError, match="another process holds a lock"), Rebuilt(capture, files):
+                pass
+    with Rebuilt(capture, files, finish=False), open(path, "r+b") as other:
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        kind, _, start, length, _ = struct.unpack(
+            "<hh4xqqi4x", fcntl.fcntl(other, F_OFD_GETLK, flock_bytes(fcntl.F_WRLCK, 0, 50))
+        )
+        assert (kind, start, length) == (fcntl.F_WRLCK, 2, 5)
+        kind, _, start, length, _ = struct.unpack(
+            "<hh4xqqi4x", fcntl.fcntl(other, F_OFD_GETLK, flock_bytes(fcntl.F_WRLCK, 50, 1000))
+        )
+        assert (kind, start, length) == (fcntl.F_RDLCK, 100, 0)
+    with open(path, "r+b") as other:
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_posix_locks_belong_to_each_process_again(path: Path) -> None:
+    def setup() -> tuple[int, int]:
+        fd = os.open(path, os.O_RDWR)
+        fcntl.lockf(fd, fcntl.LOCK_EX, 3, 1)
+        reader, writer = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            fcntl.lockf(fd, fcntl.LOCK_SH, 4, 50)
+            os.close(reader)
+            os.close(writer)
+            signal.pause()
+        os.close(writer)
+        os.read(reader, 1)
+        os.close(reader)
+        return fd, pid
+
+    with subject(setup) as child:
+        fd, grandchild = child.result
+        with Capture(child.pid, grandchild) as capture:
+            files = capture.records()
+    with Rebuilt(capture, files) as new:
+        for pid, wanted in ((child.pid, "WRITE"), (grandchild, "READ")):
+            (line,) = new.info(fd, pid)["lock"]
+            assert line.split()[1:4] == ["POSIX", "ADVISORY", wanted]
+        assert new.info(fd, child.pid)["lock"][0].split()[-2:] == ["1", "3"]
+        assert new.info(fd, grandchild)["lock"][0].split()[-2:] == ["50", "53"]
+
+
+# -- without a name ---------------------------------------------------------------------
+
+
+def test_a_deleted_file_is_carried_and_stays_shared(path: Path) -> None:
+    def setup() -> tuple[int, int, int]:
+        os.chmod(path, 0o640)
+        os.chown(path, 12, 34)
+        writer, reader = os.open(path, os.O_WRONLY), os.open(path, os.O_RDONLY)
+        path.unlink()
+        path.write_bytes(b"another file took the name")
+        os.lseek(writer, 0, os.SEEK_END)
+        hidden = os.open(path.parent, os.O_TMPFILE | os.O_RDWR)
+        os.pwrite(hidden, b"tmpfile", 3)
+        return writer, reader, hidden
+
+    with subject(setup) as child, Capture(child.pid) as capture, Rebuilt(capture) as new:
+        writer, reader, hidden = child.result
+        assert {capture.kind(fd).name for fd in child.result} == {"unnamed"}
+        os.write(new.fd(writer), b"ABC")
+        assert os.read(new.fd(reader), 20) == b"0123456789ABC"
+        assert os.pread(new.fd(hidden), 20, 0) == b"\0\0\0tmpfile"
+        before, after = capture.view(reader).stat, os.fstat(new.fd(reader))
+        assert (after.st_mode, after.st_uid, after.st_gid) == (before.st_mode, 12, 34)
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.read(new.fd(writer), 1)
+        assert child.call(partial(os.read, reader, 20)) == b"0123456789", "the source has bytes of its own"
+
+
+def test_modification_time_of_a_deleted_file_is_kept(path: Path) -> None:
+    def setup() -> int:
+        fd = os.open(path, os.O_RDWR)
+        path.unlink()
+        os.utime(fd, ns=(5, 1_234_567_890_123_456_789))
+        return fd
+
+    with subject(setup) as child, Capture(child.pid) as capture, Rebuilt(capture) as new:
+        assert os.fstat(new.fd(child.result)).st_mtime_ns == 1_234_567_890_123_456_789
+
+
+def test_a_deleted_file_with_user_attributes_is_refused(path: Path) -> None:
+    def setup() -> int:
+        fd = os.open(path, os.O_RDWR)
+        os.setxattr(fd, "user.note", b"x")
+        path.unlink()
+        return fd
+
+    with subject(setup) as child, Capture(child.pid) as capture:
+        assert "user.note" in capture.reasons(child.result)
+
+
+# -- memfd ------------------------------------------------------------------------------
+
+
+def test_memfd_comes_back_with_name_bytes_and_seals() -> None:
+    def setup() -> tuple[int, int]:
+        fd = os.memfd_create("shared thing", os.MFD_ALLOW_SEALING)
+        os.write(fd, b"hello world")
+        os.lseek(fd, 6, os.SEEK_SET)
+        reader = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW)
+        return fd, reader
+
+    with subject(setup) as child, Capture(child.pid) as capture, Rebuilt(capture) as new:
+        fd, reader = child.result
+        assert os.readlink(f"/proc/self/fd/{new.fd(fd)}") == "/memfd:shared thing (deleted)"
+        assert os.read(new.fd(fd), 5) == b"world"
+        os.pwrite(new.fd(fd), b"HELLO", 0)
+        assert os.read(new.fd(reader), 5) == b"HELLO"
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.write(new.fd(reader), b"x")
+        with pytest.raises(PermissionError):
+            os.ftruncate(new.fd(fd), 100)
+
+
+def test_a_memfd_held_outside_the_tree_is_refused() -> None:
+    def setup() -> tuple[int, int]:
+        fd = os.memfd_create("shared")
+        pid = os.fork()
+        if pid == 0:
+            signal.pause()
+        return fd, pid
+
+    with subject(setup) as child:
+        fd, grandchild = child.result
+        with Capture(child.pid) as capture:
+            assert f"pid {grandchild}" in capture.reasons(fd)
+        with Capture(child.pid, grandchild) as capture:
+            assert not capture.blockers(fd)
+
+
+def test_a_deleted_file_called_like_a_memfd_is_a_deleted_file(path: Path) -> None:
+    with (
+        subject(lambda: (os.open(path, os.O_RDONLY), path.unlink())[0]) as child,
+        Capture(child.pid) as capture,
+    ):
+        view = capture.view(child.result)
+        disguised = type(view)(
+            view.pid,
+            view.fd,
+            view.local,
+            b"/memfd:file (deleted)",
+            view.stat,
+            view.info,
+            view.flags,
+            view.position,
+        )
+        from tests.resources.fdharness import kind_of
+
+        assert kind_of(disguised).name == "unnamed"

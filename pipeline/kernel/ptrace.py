@@ -26,6 +26,7 @@ class PTRACE(IntEnum):
     KILL = 8
     SINGLESTEP = 9
     DETACH = 17
+    SYSCALL = 24
     SETOPTIONS = 0x4200
     GETEVENTMSG = 0x4201
     GETSIGINFO = 0x4202
@@ -121,6 +122,11 @@ def set_options(tid: int, options: int) -> None:
 def cont(tid: int, deliver: int = 0) -> None:
     """PTRACE_CONT, delivering signal `deliver` (0 none)."""
     _request(PTRACE.CONT, tid, 0, deliver)
+
+
+def cont_to_syscall(tid: int) -> None:
+    """PTRACE_SYSCALL: go on to the next entry into or exit from a system call."""
+    _request(PTRACE.SYSCALL, tid)
 
 
 def detach(tid: int, deliver: int = 0) -> None:

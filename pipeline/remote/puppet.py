@@ -283,6 +283,46 @@ class Puppet:
             numbers.extend(array.array("i", control.data[16 : 16 + 4 * len(chunk)]))
         return numbers
 
+    # -- becoming a program ----------------------------------------------------------
+
+    def suspend_seccomp(self) -> None:
+        """Let no seccomp filter see the calls run from here on (CAP_SYS_ADMIN in the initial user namespace)."""
+        ptrace.set_options(self.tid, _OPTIONS | OPTION.EXITKILL | OPTION.SUSPEND_SECCOMP)
+
+    def leave_scratch(self, syscall_instruction: int) -> None:
+        """Unmap the scratch area from under the puppet; no call can be run in its process after this.
+
+        The munmap is issued from the program's own code, and stopped at its end by PTRACE_SYSCALL: a
+        trap instruction or a single step would reset the program's action for SIGTRAP.
+
+        Args:
+            syscall_instruction: address of a ``syscall`` instruction in a mapping that stays.
+        """
+        regs = arch.Registers(ptrace.get_regs(self.tid)).replace(
+            rip=syscall_instruction, rax=arch.NR.munmap, rdi=self.stage.scratch, rsi=SCRATCH_BYTES, orig_rax=-1
+        )
+        ptrace.set_regs(self.tid, regs.pack())
+        for _ in ("entry", "exit"):
+            ptrace.cont_to_syscall(self.tid)
+            stop = ptrace.wait(self.tid)
+            while stop is not None and stop.event:
+                ptrace.cont_to_syscall(self.tid)
+                stop = ptrace.wait(self.tid)
+            if stop is None or stop.exited or stop.signal != signal.SIGTRAP:
+                raise RebuildError(f"puppet {self.tid} did not come back from unmapping its scratch area")
+        result = arch.Registers(ptrace.get_regs(self.tid)).syscall_result
+        if result:
+            raise RebuildError(f"puppet {self.tid}: unmapping the scratch area: {os.strerror(-result)}")
+        ptrace.interrupt(self.tid)
+        ptrace.cont(self.tid)
+        self._await_event_stop()
+
+    def put_on(self, registers: bytes, xstate: bytes, sigmask: int) -> None:
+        """Set what the task will have when it is set free; no call can be run in it after this."""
+        ptrace.set_xstate(self.tid, xstate)
+        ptrace.set_regs(self.tid, registers)
+        ptrace.set_sigmask(self.tid, sigmask)
+
     # -- the end --------------------------------------------------------------------
 
     def wait_exit(self) -> int:

@@ -118,3 +118,18 @@ def _runs(pid: int) -> bool:
             return file.read().rsplit(")", 1)[1].split()[0] not in "ZX"
     except FileNotFoundError:
         return False
+
+
+def test_leaving_scratch_keeps_the_process(launcher: Puppet) -> None:
+    child = launcher.clone_task(CLONE.PARENT)
+    try:
+        child.exec_puppet()
+        with open(f"/proc/{child.pid}/maps") as file:
+            vdso = next(line for line in file if "[vdso]" in line)
+        start, end = (int(part, 16) for part in vdso.split()[0].split("-"))
+        code = os.pread(child.memory, end - start, start)
+        child.leave_scratch(start + code.index(b"\x0f\x05"))
+        with open(f"/proc/{child.pid}/maps") as file:
+            assert f"{SCRATCH:x}-" not in file.read()
+    finally:
+        child.kill_and_reap()

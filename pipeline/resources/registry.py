@@ -1,0 +1,75 @@
+"""All kinds of open files, in the order in which they are asked whether one is theirs.
+
+The support matrix in the docs and in ``check`` is printed from here.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from pipeline.errors import ImageError
+from pipeline.resources import (
+    device,
+    directory,
+    epoll,
+    eventfd,
+    fifo,
+    kernel_files,
+    memfd,
+    opath,
+    pidfd,
+    pipes,
+    regular,
+    signalfd,
+    timerfd,
+    unnamed,
+    unsupported,
+)
+from pipeline.resources.kinds import FdView, FileKind
+
+
+@cache
+def kinds() -> tuple[FileKind[Any], ...]:
+    """Every kind; the last one matches whatever is left, and refuses it."""
+    from pipeline.resources import inet_listen, inet_other, netlink_socket, pty, unix_socket
+
+    return (
+        opath.KIND,
+        memfd.KIND,
+        kernel_files.KIND,
+        unnamed.KIND,
+        regular.KIND,
+        directory.KIND,
+        pipes.KIND,
+        fifo.KIND,
+        unix_socket.KIND,
+        inet_listen.KIND,
+        inet_other.KIND,
+        netlink_socket.KIND,
+        pty.KIND,
+        device.KIND,
+        eventfd.KIND,
+        epoll.KIND,
+        timerfd.KIND,
+        signalfd.KIND,
+        pidfd.KIND,
+        unsupported.KIND,
+    )
+
+
+def kind_of(view: FdView) -> FileKind[Any]:
+    """The kind that carries (or refuses) an open file."""
+    return next(kind for kind in kinds() if kind.matches(view))
+
+
+def kind_named(name: str) -> FileKind[Any]:
+    """The kind of a record.
+
+    Raises:
+        ImageError: an image names a kind that this version does not know.
+    """
+    for kind in kinds():
+        if kind.name == name:
+            return kind
+    raise ImageError(f"the image holds an open file of kind {name!r}, which this version does not know")

@@ -26,7 +26,7 @@ from pipeline.resources import locks
 from pipeline.resources.kernel_files import about_a_process
 from pipeline.resources.kinds import CaptureScope, CreateScope, FdView
 from pipeline.resources.locks import Lock
-from pipeline.resources.paths import Magic, closed_on_error, describe, filesystem, misnamed, reopen
+from pipeline.resources.paths import Magic, closed_on_error, describe, filesystem, misnamed, reopen, seek
 
 _STATX_BTIME = 0x800
 _AT_EMPTY_PATH = 0x1000
@@ -110,12 +110,7 @@ class Directory:
     def connect(self, file: OpenFile, record: DirectoryState, scope: CreateScope) -> None:
         """Reading position, and locks of the description."""
         if file.position:
-            try:
-                os.lseek(scope.file(file.index), file.position, os.SEEK_SET)
-            except OSError as error:
-                raise RebuildError(
-                    f"{describe(file, record.path)} cannot be positioned: {error.strerror}"
-                ) from error
+            seek(file, scope)
         locks.connect(file, record.locks, scope)
 
     def finish(self, file: OpenFile, record: DirectoryState, scope: CreateScope) -> None:

@@ -123,9 +123,7 @@ def _target(view: FdView, line: _Line, scope: CaptureScope) -> Index | None:
                 if os.stat(f"/proc/{view.pid}/fd/{line.fd}").st_ino == line.inode:
                     return own
     for index, other in scope.files():
-        if (line.inode is None or other.stat.st_ino == line.inode) and _is_target(
-            view, line, other.pid, other.fd
-        ):
+        if _is_target(view, line, other.pid, other.fd):
             return index
     return None
 

@@ -11,11 +11,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 
-from pipeline.errors import Blocker
+from pipeline.errors import Blocker, RebuildError
 from pipeline.ids import LocalFd
 from pipeline.image.schema import U64, OpenFile, Record
 from pipeline.resources import outside
 from pipeline.resources.kinds import CaptureScope, CreateScope, FdView
+from pipeline.resources.paths import closed_on_error, describe
 from pipeline.resources.steps import CompleteOnceCreated
 
 _MAX_COUNT = 0xFFFF_FFFF_FFFF_FFFE
@@ -62,8 +63,11 @@ class Eventfd(CompleteOnceCreated):
         """A new one with the same count."""
         mode = os.EFD_SEMAPHORE if record.semaphore else 0
         fd = LocalFd(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK | mode))
-        if record.count:
-            os.eventfd_write(fd, record.count)
+        with closed_on_error(fd):
+            if record.count > _MAX_COUNT:
+                raise RebuildError(f"{describe(file)}: an eventfd cannot count to {record.count}")
+            if record.count:
+                os.eventfd_write(fd, record.count)
         return fd
 
 

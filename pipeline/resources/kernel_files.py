@@ -28,6 +28,7 @@ from pipeline.resources.paths import (
     look_up,
     misnamed,
     reopen,
+    seek,
 )
 from pipeline.resources.steps import CompleteOnceCreated
 
@@ -138,12 +139,7 @@ class KernelFile(CompleteOnceCreated):
     def connect(self, file: OpenFile, record: KernelFileState, scope: CreateScope) -> None:
         """Position, which these files understand as so many bytes of text."""
         if file.position:
-            try:
-                os.lseek(scope.file(file.index), file.position, os.SEEK_SET)
-            except OSError as error:
-                raise RebuildError(
-                    f"{describe(file, record.path)} cannot be positioned: {error.strerror}"
-                ) from error
+            seek(file, scope)
 
 
 KIND = KernelFile()

@@ -22,7 +22,7 @@ from pipeline.image.schema import Index, OpenFile, Record
 from pipeline.resources import locks, outside
 from pipeline.resources.kinds import CaptureScope, CreateScope, FdView
 from pipeline.resources.locks import Lock
-from pipeline.resources.paths import DELETED, Magic, describe, filesystem, open_again
+from pipeline.resources.paths import DELETED, Magic, describe, filesystem, open_again, seek
 
 _PREFIX = b"/memfd:"
 
@@ -96,7 +96,7 @@ class Memfd:
 
     def connect(self, file: OpenFile, record: MemfdState, scope: CreateScope) -> None:
         """Position and locks of the description."""
-        os.lseek(scope.file(file.index), file.position, os.SEEK_SET)
+        seek(file, scope)
         locks.connect(file, record.locks, scope)
 
     def finish(self, file: OpenFile, record: MemfdState, scope: CreateScope) -> None:

@@ -26,6 +26,7 @@ from pipeline.kernel.syscalls import RESOLVE, openat2, syscall
 from pipeline.resources.kinds import CreateScope, FdView
 
 DELETED = b" (deleted)"
+NAME_REMOVED = "its name was removed"
 
 #: set by the kernel on what a 64-bit program opens; Python's `os.O_LARGEFILE` is 0 there (x86_64 value)
 O_LARGEFILE = 0o100000
@@ -131,12 +132,12 @@ def misnamed(view: FdView) -> str | None:
         found = look_up(view.pid, view.link)
     except OSError as error:
         if view.link.endswith(DELETED):
-            return "its name was removed"
+            return NAME_REMOVED
         return f"its name does not lead to it any more: {error.strerror or error}"
     if same_inode(found, view.stat):
         return None
     if view.link.endswith(DELETED):
-        return "its name was removed"
+        return NAME_REMOVED
     return "its name leads to another file now (covered by a mount, or opened in another mount namespace)"
 
 
@@ -168,6 +169,18 @@ def reopen(file: OpenFile, path: PathRef, flags: int, scope: CreateScope) -> Loc
         return scope.open(path, wanted)
     except OSError as error:
         raise RebuildError(f"{describe(file, path)} cannot be opened: {error.strerror or error}") from error
+
+
+def seek(file: OpenFile, scope: CreateScope) -> None:
+    """Give the local descriptor of `file` the position it had, for kinds that have one.
+
+    Raises:
+        RebuildError: the file does not take this position.
+    """
+    try:
+        os.lseek(scope.file(file.index), file.position, os.SEEK_SET)
+    except (OSError, OverflowError) as error:
+        raise RebuildError(f"{describe(file)} does not take position {file.position}: {error}") from error
 
 
 def open_again(fd: int, flags: int) -> LocalFd:

@@ -107,9 +107,7 @@ def check(view: FdView, scope: CaptureScope, one_sided: bool) -> Iterator[Blocke
     yield from outside.blockers(view, others, "an end of the pipe is held by")
     group = ends(view, scope)
     if one_sided and not others:
-        who = (
-            "outside the tree: in a process that is not visible here or that dumps, or in flight in a socket"
-        )
+        who = "outside the tree: in a process not visible here or that dumps, or in flight in a socket"
         if not any(writes(end) for _, end in group) and has_writers(view):
             yield Blocker(
                 view.subject,

@@ -25,7 +25,16 @@ from pipeline.resources import kernel_files, locks, memfd, unnamed
 from pipeline.resources.identity import difference, identity
 from pipeline.resources.kinds import CaptureScope, CreateScope, FdView
 from pipeline.resources.locks import Lock
-from pipeline.resources.paths import Magic, closed_on_error, describe, filesystem, misnamed, reopen
+from pipeline.resources.paths import (
+    NAME_REMOVED,
+    Magic,
+    closed_on_error,
+    describe,
+    filesystem,
+    misnamed,
+    reopen,
+    seek,
+)
 
 _SPECIAL = (Magic.SECRETMEM, Magic.HUGETLBFS)
 
@@ -64,8 +73,8 @@ class RegularFile:
     def check(self, view: FdView, scope: CaptureScope) -> Iterator[Blocker]:
         """Its name must lead to it."""
         wrong = misnamed(view)
-        if wrong and view.stat.st_nlink > 1:
-            wrong += f" and {view.stat.st_nlink - 1} other hard links keep it alive"
+        if wrong == NAME_REMOVED:
+            wrong += ", other hard links keep it alive"
         if wrong:
             yield Blocker(
                 view.subject,
@@ -96,7 +105,7 @@ class RegularFile:
 
     def connect(self, file: OpenFile, record: RegularState, scope: CreateScope) -> None:
         """Position and locks of the description."""
-        os.lseek(scope.file(file.index), file.position, os.SEEK_SET)
+        seek(file, scope)
         locks.connect(file, record.locks, scope)
 
     def finish(self, file: OpenFile, record: RegularState, scope: CreateScope) -> None:

@@ -28,7 +28,7 @@ from pipeline.image.schema import I64, Id, Index, OpenFile, Path, Record
 from pipeline.resources import kernel_files, locks, memfd
 from pipeline.resources.kinds import CaptureScope, CreateScope, FdView
 from pipeline.resources.locks import Lock
-from pipeline.resources.paths import DELETED, Magic, describe, filesystem, open_again
+from pipeline.resources.paths import DELETED, Magic, describe, filesystem, open_again, seek
 
 _HIDDEN = {Magic.NFS: b".nfs", Magic.FUSE: b".fuse_hidden"}
 _ATTRIBUTES = ("user.", "system.posix_acl")
@@ -133,7 +133,7 @@ class UnnamedFile:
 
     def connect(self, file: OpenFile, record: UnnamedState, scope: CreateScope) -> None:
         """Position and locks of the description."""
-        os.lseek(scope.file(file.index), file.position, os.SEEK_SET)
+        seek(file, scope)
         locks.connect(file, record.locks, scope)
 
     def finish(self, file: OpenFile, record: UnnamedState, scope: CreateScope) -> None:

@@ -48,26 +48,9 @@ from pipeline.resources import (
 from pipeline.resources.kinds import FdView
 
 #: in the order of the registry: the last one matches everything
-KINDS: list[Any] = [
-    kind.KIND
-    for kind in (
-        opath,
-        memfd,
-        kernel_files,
-        unnamed,
-        regular,
-        directory,
-        device,
-        fifo,
-        pipes,
-        eventfd,
-        timerfd,
-        signalfd,
-        pidfd,
-        epoll,
-        unsupported,
-    )
-]
+_MODULES: list[Any] = [opath, memfd, kernel_files, unnamed, regular, directory, device, fifo, pipes]
+_MODULES += [eventfd, timerfd, signalfd, pidfd, epoll, unsupported]
+KINDS: list[Any] = [module.KIND for module in _MODULES]
 #: the subject's own descriptors that are not looked at
 _CONTROL = 900
 _SCRATCH = RemoteAddress(0x10_0000_0000)

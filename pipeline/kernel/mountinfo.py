@@ -57,8 +57,10 @@ def unescape(text: bytes) -> bytes:
 
 
 def parse_mountinfo(content: bytes) -> list[Mount]:
-    """Parse the file; ValueError for a line of unknown form. Unknown optional fields are passed over
-    (proc_pid_mountinfo(5) asks for it)."""
+    """Parse the file; ValueError for a line of unknown form.
+
+    Unknown optional fields are passed over, as proc_pid_mountinfo(5) asks for.
+    """
     return [_parse_line(line) for line in content.split(b"\n") if line]
 
 

@@ -52,8 +52,9 @@ class CATEGORY(IntFlag):
 
 
 def open_pagemap(pid: HostPid) -> LocalFd:
-    """Open /proc/PID/pagemap; the caller owns it. It shows the memory that `pid` has *now*: after an exec
-    of the target it silently shows nothing.
+    """Open /proc/PID/pagemap; the caller owns it.
+
+    It shows the memory that `pid` has *now*: after an exec of the target it silently shows nothing.
 
     Raises:
         ProcessGone: there is no such process.

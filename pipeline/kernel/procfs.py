@@ -358,7 +358,8 @@ class Timer(NamedTuple):
 
 
 _TIMER = re.compile(
-    rb"ID: (-?\d+)\nsignal: (\d+)/([0-9a-f]+)\nnotify: (signal|none|thread)/(pid|tid)\.(-?\d+)\nClockID: (-?\d+)"
+    rb"ID: (-?\d+)\nsignal: (\d+)/([0-9a-f]+)\n"
+    rb"notify: (signal|none|thread)/(pid|tid)\.(-?\d+)\nClockID: (-?\d+)"
 )
 _NOTIFY = {b"signal": 0, b"none": 1, b"thread": 2}
 

@@ -1,9 +1,9 @@
-"""The mappings of a process: /proc/PID/smaps with their VmFlags, /proc/PID/maps without.
+r"""The mappings of a process: /proc/PID/smaps with their VmFlags, /proc/PID/maps without.
 
 One mapping is a `Mapping`. smaps is the only place where the kernel tells advice,
 locks and seals (VmFlags); it walks the page tables to do so, maps does not.
 
-A name is printed with newlines as ``\\012`` and nothing else escaped, so a backslash
+A name is printed with newlines as ``\012`` and nothing else escaped, so a backslash
 in a name makes it ambiguous: `exact_name` asks /proc/PID/map_files, which is exact.
 Whether `` (deleted)`` belongs to the name is not decided here.
 

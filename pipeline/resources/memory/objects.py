@@ -225,7 +225,7 @@ class MemoryObjects:
             if deleted:
                 if result.st_nlink:
                     raise CannotCarry(
-                        f"the name {os.fsdecode(name)} leads to another file, or to none, in its mount namespace",
+                        f"the name {os.fsdecode(name)} leads to another file, or to none, from inside",
                         "restart the program, or give the file its name back",
                     )
                 name = name.removesuffix(_DELETED)

@@ -1,0 +1,186 @@
+"""The system calls that make an address space again, in a puppet. Pure: records in, calls out.
+
+Three steps, because the kernel wants them apart:
+
+1. `create` (in an empty address space) or `inherit` (in one forked from the parent's):
+   mappings with their final permissions. Pages are then written by the caller through
+   /proc/PID/mem, which ignores permissions of private mappings.
+2. the fill, and the birth of all children that are forked from this process.
+3. `complete`: what would hinder the fill or the fork: advice (a DONTFORK mapping would
+   be missing in a child), guards, locks, names, and seals as the very last.
+
+Not preserved: names of anonymous memory on a kernel without CONFIG_ANON_VMA_NAME.
+Only MADV_HUGEPAGE and MADV_NOHUGEPAGE belong to step 1: they decide how pages are made.
+
+Sources: mmap(2), madvise(2), mlock2(2), prctl(2) PR_SET_VMA, mseal(2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+from pipeline.errors import RebuildError
+from pipeline.ids import RemoteAddress, RemoteFd
+from pipeline.image.schema import AddressSpace, Index, Vma
+from pipeline.kernel.arch import x86_64 as arch
+from pipeline.kernel.arch.x86_64 import NR
+from pipeline.kernel.pagemap import PAGE_BYTES, Range, merged, subtract
+from pipeline.kernel.syscalls import PRCTL
+from pipeline.remote.calls import Call
+from pipeline.resources.memory.alike import HUGE_ADVICE, huge_advice, ordinary, overlaps
+from pipeline.resources.memory.classify import MAP_ANONYMOUS, MAP_FIXED_NOREPLACE
+
+_MADV_DONTNEED = 4
+_MADV_GUARD_INSTALL = 102
+_MLOCK_ONFAULT = 1
+_PR_SET_VMA_ANON_NAME = 0
+#: above the page of the puppet program
+_LOWEST = 0x100_0000
+#: a growing stack above a hole needs room (stack_guard_gap is 256 pages)
+_GAP_BYTES = 256 * PAGE_BYTES
+
+
+class Source(NamedTuple):
+    """What a mapping needs a descriptor of in the puppet.
+
+    Args:
+        kind: ``file`` or ``shared``.
+        number: index of a `MappedFile`, or space of a `SharedMemory`.
+        read_only: opened read-only, so that a shared mapping can never become writable.
+    """
+
+    kind: str
+    number: Index
+    read_only: bool
+
+
+#: descriptors in the puppet
+Sources = Mapping[Source, RemoteFd]
+
+
+def source_of(vma: Vma) -> Source | None:
+    """What `vma` needs a descriptor of; None for private anonymous memory."""
+    if vma.backing is None:
+        return None
+    return Source(vma.kind, vma.backing, vma.readonly_file)
+
+
+def sources(vmas: Iterable[Vma]) -> list[Source]:
+    """All descriptors that `create` or `inherit` will ask for, each once, in order of address."""
+    return list(dict.fromkeys(source for vma in vmas if (source := source_of(vma)) is not None))
+
+
+# -- step 1 ------------------------------------------------------------------------------
+
+
+def create(space: AddressSpace, fds: Sources) -> list[Call]:
+    """Make every mapping of `space` in an address space where their ranges are free."""
+    return [call for vma in ordinary(space.vmas) for call in _map(vma, vma.start, vma.end, fds)]
+
+
+def inherit(parent: AddressSpace, child: AddressSpace, fds: Sources) -> list[Call]:
+    """Turn the mappings of `parent`, before its step 3, into those of `child`, where they differ.
+
+    `fds` needs only what `missing` names. Ranges of `child.dropped` are emptied.
+    """
+    alike = list(overlaps(parent.vmas, child.vmas))
+    kept: list[Range] = [(o.start, o.end) for o in alike]
+    had = [(vma.start, vma.end) for vma in ordinary(parent.vmas)]
+    calls = [
+        Call(NR.munmap, (a, b - a), name=f"munmap {a:x}-{b:x}")
+        for a, b in subtract(merged(had), merged(kept))
+    ]
+    for vma in ordinary(child.vmas):
+        for start, end in subtract([(vma.start, vma.end)], kept):
+            calls.extend(_map(vma, start, end, fds))
+    calls.extend(
+        Call(NR.mprotect, (o.start, o.end - o.start, o.child.prot), name=f"mprotect {o.start:x}-{o.end:x}")
+        for o in alike
+        if o.parent.prot != o.child.prot
+    )
+    calls.extend(
+        Call(NR.madvise, (start, end - start, _MADV_DONTNEED), name=f"drop {start:x}-{end:x}")
+        for start, end in child.dropped
+    )
+    return calls
+
+
+def missing(parent: AddressSpace, child: AddressSpace) -> list[Source]:
+    """The descriptors that `inherit` will ask for."""
+    kept: list[Range] = [(o.start, o.end) for o in overlaps(parent.vmas, child.vmas)]
+    return sources(vma for vma in ordinary(child.vmas) if subtract([(vma.start, vma.end)], kept))
+
+
+def _map(vma: Vma, start: int, end: int, fds: Sources) -> Iterator[Call]:
+    name = f"mmap {start:x}-{end:x}"
+    source = source_of(vma)
+    flags = vma.flags | MAP_FIXED_NOREPLACE
+    if source is None:
+        yield Call(NR.mmap, (start, end - start, vma.prot, flags | MAP_ANONYMOUS, -1, 0), name=name)
+    else:
+        if source not in fds:
+            raise RebuildError(f"{name}: there is no descriptor of {source.kind} {source.number}")
+        offset = vma.offset + start - vma.start
+        yield Call(NR.mmap, (start, end - start, vma.prot, flags, fds[source], offset), name=name)
+    for advice in huge_advice(vma):
+        yield Call(NR.madvise, (start, end - start, advice), name=f"madvise {advice} {start:x}-{end:x}")
+
+
+# -- step 3 ------------------------------------------------------------------------------
+
+
+def complete(space: AddressSpace) -> list[Call]:
+    """What is done when all pages are in and all children are born. Seals come last."""
+    vmas = ordinary(space.vmas)
+    calls = [call for vma in vmas for call in _finish(vma)]
+    calls.extend(
+        Call(NR.mseal, (vma.start, vma.end - vma.start, 0), name=f"mseal {vma.start:x}-{vma.end:x}")
+        for vma in vmas
+        if vma.sealed
+    )
+    return calls
+
+
+def _finish(vma: Vma) -> Iterator[Call]:
+    start, size = vma.start, vma.end - vma.start
+    where = f"{start:x}-{vma.end:x}"
+    for advice in vma.advice:
+        if advice not in HUGE_ADVICE:
+            yield Call(NR.madvise, (start, size, advice), name=f"madvise {advice} {where}")
+    for guard, end in vma.guards:
+        yield Call(NR.madvise, (guard, end - guard, _MADV_GUARD_INSTALL), name=f"guard {guard:x}-{end:x}")
+    if vma.name:
+        args = (PRCTL.SET_VMA, _PR_SET_VMA_ANON_NAME, start, size, vma.name + b"\0")
+        yield Call(NR.prctl, args, may_fail=True, name=f"name {where}")
+    if vma.locked:
+        yield Call(NR.mlock2, (start, size, _MLOCK_ONFAULT), name=f"mlock {where}")
+    if vma.locked == "now":
+        # The lock itself was put on by the call above. This one also brings in the pages, and says
+        # ENOMEM where there are none to bring (guards, PROT_NONE, behind the end of a file).
+        yield Call(NR.mlock2, (start, size, 0), may_fail=True, name=f"mlock {where}")
+
+
+# -- room --------------------------------------------------------------------------------
+
+
+def find_hole(layouts: Iterable[Sequence[Vma]], size_bytes: int) -> RemoteAddress:
+    """An address where `size_bytes` are free in all layouts, with a gap around it.
+
+    Raises:
+        RebuildError: there is none.
+    """
+    used = sorted(
+        (vma.start - _GAP_BYTES, vma.end + _GAP_BYTES)
+        for vmas in layouts
+        for vma in vmas
+        if vma.start < arch.ADDRESS_END
+    )
+    at = _LOWEST
+    for start, end in used:
+        if start - at >= size_bytes:
+            return RemoteAddress(at)
+        at = max(at, end)
+    if arch.ADDRESS_END - at >= size_bytes:
+        return RemoteAddress(at)
+    raise RebuildError(f"no {size_bytes} bytes of address space are free in all processes of the tree")

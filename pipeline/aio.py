@@ -1,0 +1,231 @@
+"""The public API for asyncio: each recipe runs under Trio in a thread of its own.
+
+Cancelling the asyncio task cancels the recipe, waits until it has given back what
+it took, and only then raises CancelledError. A recipe that was past its point of
+no return finishes instead, and its result is returned: a migration that has
+happened is never reported as cancelled. Callbacks run in the asyncio thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import trio
+
+import pipeline
+
+if TYPE_CHECKING:
+    from pipeline.check import CheckReport
+    from pipeline.dump import DumpResult
+    from pipeline.image.codec import Image
+    from pipeline.migrate import MigrateResult
+    from pipeline.progress import Progress
+    from pipeline.restore import RestoredTree
+
+T = TypeVar("T")
+
+
+class _Bridge:
+    """One recipe in one thread, with a way to cancel it from outside."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._token: trio.lowlevel.TrioToken | None = None
+        self._scope = trio.CancelScope()
+        self._wanted = False
+        self.cancelled = False
+
+    def cancel(self) -> None:
+        """Cancel the recipe; callable from any thread, at any time, more than once."""
+        with self._lock:
+            self._wanted = True
+            if self._token is not None:
+                try:
+                    self._token.run_sync_soon(self._scope.cancel)
+                except trio.RunFinishedError:
+                    return
+
+    async def _main(self, recipe: Callable[[], Awaitable[T]]) -> T | None:
+        with self._lock:
+            self._token = trio.lowlevel.current_trio_token()
+            if self._wanted:
+                self._scope.cancel()
+        result: T | None = None
+        with self._scope:
+            result = await recipe()
+        self.cancelled = self._scope.cancelled_caught
+        return result
+
+    def run(self, recipe: Callable[[], Awaitable[T]]) -> T | None:
+        """Run the recipe to its end in the calling thread."""
+        return trio.run(self._main, recipe)
+
+
+async def _run(recipe: Callable[[], Awaitable[T]]) -> T:
+    loop = asyncio.get_running_loop()
+    bridge = _Bridge()
+    done: asyncio.Future[Any] = loop.create_future()
+
+    def settle(result: object, error: BaseException | None) -> None:
+        if error is None:
+            done.set_result(result)
+        else:
+            done.set_exception(error)
+
+    def body() -> None:
+        try:
+            result = bridge.run(recipe)
+        except BaseException as error:  # noqa: BLE001 (it is handed to the asyncio task)
+            loop.call_soon_threadsafe(settle, None, error)
+        else:
+            loop.call_soon_threadsafe(settle, result, None)
+
+    thread = threading.Thread(target=body, name="pipeline recipe")
+    thread.start()
+    interrupted: asyncio.CancelledError | None = None
+    while not done.done():
+        try:
+            await asyncio.shield(done)
+        except asyncio.CancelledError as error:
+            interrupted = error
+            bridge.cancel()
+        except BaseException:  # noqa: BLE001 (raised again by done.result() below)
+            break
+    thread.join()
+    if interrupted is not None and bridge.cancelled:
+        raise interrupted
+    result: T = done.result()
+    return result
+
+
+class _ForwardedProgress:
+    def __init__(self, progress: Progress, loop: asyncio.AbstractEventLoop) -> None:
+        self._progress = progress
+        self._loop = loop
+
+    def phase(self, name: str) -> None:
+        self._loop.call_soon_threadsafe(self._progress.phase, name)
+
+    def advance(self, bytes_done: int, bytes_total: int | None) -> None:
+        self._loop.call_soon_threadsafe(self._progress.advance, bytes_done, bytes_total)
+
+
+def _forward(progress: Progress | None) -> Progress | None:
+    return None if progress is None else _ForwardedProgress(progress, asyncio.get_running_loop())
+
+
+class Tree:
+    """A restored tree, to be waited for from asyncio.
+
+    Args:
+        tree: what `pipeline.restore` returned.
+    """
+
+    def __init__(self, tree: RestoredTree) -> None:
+        self._tree = tree
+        self.root_pid = tree.root_pid
+        self.figures = tree.figures
+
+    async def wait(self) -> int:
+        """Wait for the tree's root; returns its wait status (as `os.waitstatus_to_exitcode` reads it)."""
+        return await _run(self._tree.wait)
+
+    def send_signal(self, signal: int) -> None:
+        """Send a signal to the tree's root."""
+        self._tree.send_signal(signal)
+
+
+async def dump(
+    pid: int,
+    to: str,
+    *,
+    leave: Literal["end", "running", "stopped"] = "end",
+    progress: Progress | None = None,
+) -> DumpResult:
+    """`pipeline.dump` for asyncio."""
+    listener = _forward(progress)
+    return await _run(lambda: pipeline.dump(pid, to, leave=leave, progress=listener))
+
+
+async def restore(
+    source: str,
+    *,
+    detach: bool = False,
+    new_pidns: bool = False,
+    map: str = "same",  # noqa: A002 (the recipe's own argument)
+    progress: Progress | None = None,
+) -> Tree:
+    """`pipeline.restore` for asyncio; returns when the tree runs."""
+    listener = _forward(progress)
+    return Tree(
+        await _run(
+            lambda: pipeline.restore(source, detach=detach, new_pidns=new_pidns, map=map, progress=listener)
+        )
+    )
+
+
+async def migrate(
+    pid: int,
+    to: str,
+    *,
+    secret_file: str | None,
+    mode: Literal["stop", "precopy", "postcopy", "hybrid"] = "stop",
+    max_downtime_s: float = 0.3,
+    plaintext: bool = False,
+    progress: Progress | None = None,
+) -> MigrateResult:
+    """`pipeline.migrate` for asyncio."""
+    listener = _forward(progress)
+    return await _run(
+        lambda: pipeline.migrate(
+            pid,
+            to,
+            secret_file=secret_file,
+            mode=mode,
+            max_downtime_s=max_downtime_s,
+            plaintext=plaintext,
+            progress=listener,
+        )
+    )
+
+
+async def serve(
+    listen: str,
+    *,
+    secret_file: str | None,
+    on_listening: Callable[[str, int, str | None], None],
+    on_restored: Callable[[RestoredTree], None] | None = None,
+    once: bool = False,
+    new_pidns: bool = False,
+    plaintext: bool = False,
+    progress: Progress | None = None,
+) -> None:
+    """`pipeline.serve` for asyncio; cancel the task to stop it."""
+    loop = asyncio.get_running_loop()
+    listener = _forward(progress)
+    restored = on_restored and (lambda tree: loop.call_soon_threadsafe(on_restored, tree))
+    await _run(
+        lambda: pipeline.serve(
+            listen,
+            secret_file=secret_file,
+            once=once,
+            new_pidns=new_pidns,
+            plaintext=plaintext,
+            on_listening=lambda *address: loop.call_soon_threadsafe(on_listening, *address),
+            on_restored=restored,
+            progress=listener,
+        )
+    )
+
+
+async def check(pid: int | None = None) -> CheckReport:
+    """`pipeline.check` for asyncio."""
+    return await _run(lambda: pipeline.check(pid))
+
+
+async def inspect(source: str) -> Image:
+    """`pipeline.inspect` for asyncio."""
+    return await _run(lambda: pipeline.inspect(source))

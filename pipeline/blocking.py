@@ -1,0 +1,131 @@
+"""The public API for plain, blocking code: each call runs its recipe to the end in this thread.
+
+Ctrl-C in the main thread cancels the recipe, which gives back what it took, and
+then raises KeyboardInterrupt. Not for use inside a running Trio loop: await the
+recipes themselves there; from asyncio use `pipeline.aio`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal
+
+import trio
+
+import pipeline
+
+if TYPE_CHECKING:
+    from pipeline.check import CheckReport
+    from pipeline.dump import DumpResult
+    from pipeline.image.codec import Image
+    from pipeline.migrate import MigrateResult
+    from pipeline.progress import Progress
+    from pipeline.restore import RestoredTree
+
+
+class Tree:
+    """A restored tree, to be waited for without an event loop.
+
+    Args:
+        tree: what `pipeline.restore` returned.
+    """
+
+    def __init__(self, tree: RestoredTree) -> None:
+        self._tree = tree
+        self.root_pid = tree.root_pid
+        self.figures = tree.figures
+
+    def wait(self) -> int:
+        """Wait for the tree's root; returns its wait status (as `os.waitstatus_to_exitcode` reads it)."""
+        return trio.run(self._tree.wait)
+
+    def send_signal(self, signal: int) -> None:
+        """Send a signal to the tree's root."""
+        self._tree.send_signal(signal)
+
+
+def dump(
+    pid: int,
+    to: str,
+    *,
+    leave: Literal["end", "running", "stopped"] = "end",
+    progress: Progress | None = None,
+) -> DumpResult:
+    """`pipeline.dump`, blocking."""
+    return trio.run(lambda: pipeline.dump(pid, to, leave=leave, progress=progress))
+
+
+def restore(
+    source: str,
+    *,
+    detach: bool = False,
+    new_pidns: bool = False,
+    map: str = "same",  # noqa: A002 (the recipe's own argument)
+    progress: Progress | None = None,
+) -> Tree:
+    """`pipeline.restore`, blocking; returns when the tree runs."""
+    return Tree(
+        trio.run(
+            lambda: pipeline.restore(source, detach=detach, new_pidns=new_pidns, map=map, progress=progress)
+        )
+    )
+
+
+def migrate(
+    pid: int,
+    to: str,
+    *,
+    secret_file: str | None,
+    mode: Literal["stop", "precopy", "postcopy", "hybrid"] = "stop",
+    max_downtime_s: float = 0.3,
+    plaintext: bool = False,
+    progress: Progress | None = None,
+) -> MigrateResult:
+    """`pipeline.migrate`, blocking."""
+    return trio.run(
+        lambda: pipeline.migrate(
+            pid,
+            to,
+            secret_file=secret_file,
+            mode=mode,
+            max_downtime_s=max_downtime_s,
+            plaintext=plaintext,
+            progress=progress,
+        )
+    )
+
+
+def serve(
+    listen: str,
+    *,
+    secret_file: str | None,
+    on_listening: Callable[[str, int, str | None], None],
+    on_restored: Callable[[RestoredTree], None] | None = None,
+    once: bool = False,
+    new_pidns: bool = False,
+    plaintext: bool = False,
+    progress: Progress | None = None,
+) -> None:
+    """`pipeline.serve`, blocking until Ctrl-C or, with `once`, until one tree has arrived."""
+    trio.run(
+        lambda: pipeline.serve(
+            listen,
+            secret_file=secret_file,
+            once=once,
+            new_pidns=new_pidns,
+            plaintext=plaintext,
+            on_listening=on_listening,
+            on_restored=on_restored,
+            progress=progress,
+        )
+    )
+
+
+def check(pid: int | None = None) -> CheckReport:
+    """`pipeline.check`, blocking."""
+    return trio.run(lambda: pipeline.check(pid))
+
+
+def inspect(source: str) -> Image:
+    """`pipeline.inspect`, blocking."""
+    return trio.run(lambda: pipeline.inspect(source))

@@ -28,16 +28,20 @@ from pipeline.image.schema import I64, Id, Index, OpenFile, Path, Record
 from pipeline.resources import kernel_files, locks, memfd
 from pipeline.resources.kinds import CaptureScope, CreateScope, FdView
 from pipeline.resources.locks import Lock
-from pipeline.resources.paths import DELETED, Magic, describe, filesystem, open_again, seek
+from pipeline.resources.paths import DELETED, Magic, describe, filesystem, open_again, seek, taken_over
 
 _HIDDEN = {Magic.NFS: b".nfs", Magic.FUSE: b".fuse_hidden"}
 _ATTRIBUTES = ("user.", "system.posix_acl")
 
 
 class UnnamedState(Record, frozen=True, kw_only=True):
-    """A file without a name. `last_name` is only for people; the bytes are in space `content`."""
+    """A file without a name; its bytes are in space `content`.
+
+    `last_name` and `replaced` (another file has that name now) are only for people.
+    """
 
     last_name: Path
+    replaced: bool = False
     content: Index
     mode: Annotated[int, Meta(ge=0, le=0o177777)]
     uid: Id
@@ -108,6 +112,7 @@ class UnnamedFile:
                 os.close(reader)
         return UnnamedState(
             last_name=view.link.removesuffix(DELETED),
+            replaced=taken_over(view),
             content=contents[key],
             mode=view.stat.st_mode,
             uid=scope.user(view.stat.st_uid),

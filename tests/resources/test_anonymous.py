@@ -382,6 +382,7 @@ def test_what_is_refused_is_refused_by_name(opening: Callable[[], int], words: s
             assert f"pid {child.pid} fd {child.result}" in blocker.subject
 
 
+@pytest.mark.root
 def test_block_devices_are_refused() -> None:
     device = next((path for path in Path("/dev").iterdir() if path.is_block_device()), None)
     if device is None:

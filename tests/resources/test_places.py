@@ -172,6 +172,7 @@ def test_devices_without_state(name: str) -> None:
         assert fcntl.fcntl(new.fd(fd), fcntl.F_GETFL) == capture.view(fd).flags
 
 
+@pytest.mark.root
 def test_a_device_whose_node_is_gone_is_opened_from_the_host(tmp_path: Path) -> None:
     node = tmp_path / "nothing"
     os.mknod(node, 0o666 | 0o020000, os.makedev(1, 3))
@@ -185,6 +186,7 @@ def test_a_device_whose_node_is_gone_is_opened_from_the_host(tmp_path: Path) -> 
             assert os.readlink(f"/proc/self/fd/{new.fd(child.result)}") == "/dev/null"
 
 
+@pytest.mark.root
 def test_other_devices_are_refused(tmp_path: Path) -> None:
     with subject(lambda: os.open("/dev/kmsg", os.O_WRONLY)) as child, Capture(child.pid) as capture:
         assert "character device 1:11 has a state of its own" in capture.reasons(child.result)
@@ -214,8 +216,14 @@ def test_files_about_the_system_are_opened_again(path: str) -> None:
         (lambda: os.open("/proc/self/task", os.O_RDONLY), "directory of one process"),
         (lambda: os.open("/proc/self", os.O_PATH), "O_PATH descriptor of a process"),
         (lambda: os.open("/proc/mounts", os.O_RDONLY), "about one process"),
-        (lambda: os.open("/proc/sys/kernel/hostname", os.O_WRONLY), "open for writing"),
-        (lambda: os.open("/proc/kmsg", os.O_RDONLY), "what was read of this"),
+        pytest.param(
+            lambda: os.open("/proc/sys/kernel/hostname", os.O_WRONLY),
+            "open for writing",
+            marks=pytest.mark.root,
+        ),
+        pytest.param(
+            lambda: os.open("/proc/kmsg", os.O_RDONLY), "what was read of this", marks=pytest.mark.root
+        ),
     ],
 )
 def test_other_files_of_the_kernel_are_refused(opening: Callable[[], int], words: str) -> None:

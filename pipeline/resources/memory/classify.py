@@ -48,12 +48,12 @@ _CARRIED = frozenset(
     {"rd", "wr", "ex", "sh", "mr", "mw", "me", "ms", "gd", "lo", "lf", "ac", "nr", "sd", "sl", "dp", "gu"}
 ) | set(ADVICE)
 _REFUSED = {
+    "ht": ("consists of huge pages of hugetlbfs", "use transparent huge pages (madvise MADV_HUGEPAGE)"),
     "pf": ("maps device memory or the kernel's own (VM_PFNMAP)", "close the device"),
     "io": ("maps device memory (VM_IO)", "close the device"),
     "mm": ("maps pages of a driver (VM_MIXEDMAP)", "close the device"),
     "ar": ("has a caching attribute of a device driver (VM_PAT)", "close the device"),
     "de": ("was made by a driver (VM_DONTEXPAND)", "close the device"),
-    "ht": ("consists of huge pages of hugetlbfs", "use transparent huge pages (madvise MADV_HUGEPAGE)"),
     "um": ("is watched by a userfaultfd (missing pages)", "stop the program that handles its page faults"),
     "uw": ("is watched by a userfaultfd (write protection)", "stop the program that tracks its writes"),
     "ui": ("is watched by a userfaultfd (minor faults)", "stop the program that handles its page faults"),

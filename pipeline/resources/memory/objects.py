@@ -283,9 +283,12 @@ def _refuse_kind(result: os.stat_result, shared: bool) -> None:
 
 
 def _leads_to(pid: HostPid, name: bytes, result: os.stat_result) -> bool:
-    with suppress(OSError):
+    try:
         return same_inode(look_up(pid, name), result)
-    return False
+    except PermissionError:
+        raise CannotCarry(f"the name {os.fsdecode(name)} may not be looked up", "run as root") from None
+    except OSError:
+        return False
 
 
 def _open_by_name(pid: HostPid, name: bytes, mapping: Mapping) -> int:

@@ -1,0 +1,346 @@
+"""Capturing address spaces of real programs: every kind of mapping, every refusal."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+from tests.resources.memorytarget import Program, Scope, program
+
+from pipeline.image.schema import Vma
+from pipeline.kernel.pagemap import total_bytes
+from pipeline.kernel.smaps import parse_smaps
+from pipeline.kernel.syscalls import pidfd_getfd, pidfd_open
+from pipeline.ledger import LEDGER
+from pipeline.resources.kinds import FdView
+from pipeline.resources.memory.capture import Captured, capture_address_space
+from pipeline.resources.memory.classify import classify
+from pipeline.resources.memory.objects import MemoryObjects
+from pipeline.resources.memory.scope import CannotCarry
+
+PAGE = 4096
+SYSTEM_PYTHON = "/usr/bin/python3"
+
+
+@contextmanager
+def captured(target: Program) -> Iterator[tuple[Captured, MemoryObjects]]:
+    before = LEDGER.held()
+    with Scope() as scope, MemoryObjects(scope) as objects:
+        yield capture_address_space(target.pid, objects, brk=0), objects
+    assert LEDGER.held() == before
+
+
+def at(found: Captured, address: int) -> Vma:
+    return next(vma for vma in found.space.vmas if vma.start <= address < vma.end)
+
+
+def saved(found: Captured, address: int) -> bool:
+    return any(start <= address < end for start, end in found.runs)
+
+
+def test_private_anonymous_memory_with_its_properties() -> None:
+    body = """
+a = mmap(4); write(a, b"x"); mprotect(a, 4, R)
+b = mmap(4, flags=PRIVATE | ANON | NORESERVE); write(b + P, b"y")
+none = mmap(4, prot=0)
+down = mmap(8, flags=PRIVATE | ANON | GROWSDOWN); write(down + 7 * P, b"d")
+advised = mmap(2)
+for advice in (1, 10, 16, 18): madvise(advised, 2, advice)
+huge = mmap(1024); madvise(huge, 1024, 14)
+small = mmap(8); madvise(small, 8, 15)
+locked = mmap(2); call(149, locked, 2 * P)
+onfault = mmap(2); call(325, onfault, 2 * P, 1)
+guarded = mmap(8); write(guarded, b"g" * 8 * P); madvise(guarded + 2 * P, 2, 102)
+sealed = mmap(2, prot=R); call(462, sealed, 2 * P, 0)
+read_only = mmap(4); ctypes.string_at(read_only, 4 * P)
+ready(**{k: v for k, v in globals().items() if k in
+  "a b none down advised huge small locked onfault guarded sealed read_only".split()})
+"""
+    with program(body) as target, captured(target) as (found, _):
+        assert found.blockers == []
+        a = at(found, target["a"])
+        assert (a.kind, a.prot, a.flags) == ("anon", 1, 2)
+        assert saved(found, target["a"])
+        assert not saved(found, target["a"] + PAGE)
+        b = at(found, target["b"])
+        assert b.flags == 0x4002
+        assert not saved(found, target["b"])
+        assert saved(found, target["b"] + PAGE)
+        assert at(found, target["none"]).prot == 0
+        assert at(found, target["down"] + 7 * PAGE).flags & 0x100
+        assert at(found, target["advised"]).advice == [1, 10, 16, 18]
+        assert at(found, target["huge"]).advice == [14]
+        assert at(found, target["small"]).advice == [15]
+        assert at(found, target["locked"]).locked == "now"
+        assert at(found, target["onfault"]).locked == "onfault"
+        guards = (target["guarded"] + 2 * PAGE, target["guarded"] + 4 * PAGE)
+        assert at(found, target["guarded"]).guards == [guards]
+        assert saved(found, target["guarded"] + PAGE)
+        assert not saved(found, target["guarded"] + 2 * PAGE)
+        assert at(found, target["sealed"]).sealed
+        assert not saved(found, target["read_only"]), "the zero page is no content"
+
+
+def test_names_given_by_the_program() -> None:
+    line = b"7f0000000000-7f0000001000 rw-p 00000000 00:00 0    %s\nSize: 4 kB\nVmFlags: rd wr mr mw me ac \n"
+    (named,) = parse_smaps(line % b"[anon:a name]")
+    assert classify(named).name == b"a name"
+    shared = parse_smaps(
+        (line % b"[anon_shmem:s]").replace(b"00:00 0 ", b"00:01 77 ").replace(b"rw-p", b"rw-s")
+    )
+    assert (classify(shared[0]).kind, classify(shared[0]).name) == ("shared", b"s")
+
+
+@pytest.mark.parametrize("flags", ["rd wr pf", "rd wr ss", "rd wr zz", "rd mm io"])
+def test_flags_that_are_not_carried(flags: str) -> None:
+    (mapping,) = parse_smaps(b"7000-8000 rw-p 00000000 00:00 0 \nSize: 4 kB\nVmFlags: %s \n" % flags.encode())
+    with pytest.raises(CannotCarry):
+        classify(mapping)
+
+
+def test_stack_heap_and_the_kernels_own() -> None:
+    with (
+        program("x = [bytearray(100) for _ in range(9999)]\nready()") as target,
+        captured(target) as (found, _),
+    ):
+        kinds = {vma.kind for vma in found.space.vmas}
+        assert {"vdso", "vvar", "vsyscall"} <= kinds
+        layout = found.space.layout
+        stack, heap = at(found, layout[6]), at(found, layout[4])
+        assert stack.flags == 0x102
+        assert stack.kind == heap.kind == "anon"
+        assert saved(found, layout[6])
+        assert layout[7] < layout[8] <= layout[9] < layout[10]
+        assert found.space.auxv[-16:] == bytes(16)
+        own = [v for v in found.space.vmas if v.kind in {"vdso", "vvar", "vvar_vclock", "vsyscall"}]
+        assert not any(saved(found, address) for v in own for address in range(v.start, v.end, PAGE))
+
+
+def test_files_private_and_shared(tmp_path: os.PathLike[str]) -> None:
+    body = """
+path = sys.argv[1] + "/a b\\n\\\\012 (deleted)"
+fd = os.open(path, os.O_RDWR | os.O_CREAT); os.write(fd, b"f" * 4 * P)
+private = mmap(4, flags=PRIVATE, fd=fd); write(private + P, b"changed"); mprotect(private, 4, R)
+shared = mmap(2, flags=SHARED, fd=fd, offset=2 * P); write(shared, b"s")
+ro = os.open(path, os.O_RDONLY)
+read_only = mmap(4, prot=R, flags=SHARED, fd=ro)
+zero = mmap(2, flags=PRIVATE, fd=os.open("/dev/zero", os.O_RDWR)); write(zero, b"z")
+ready(private=private, shared=shared, read_only=read_only, zero=zero)
+"""
+    with program(body, str(tmp_path)) as target, captured(target) as (found, objects):
+        assert found.blockers == []
+        private, shared = at(found, target["private"]), at(found, target["shared"])
+        read_only, zero = at(found, target["read_only"]), at(found, target["zero"])
+        assert (private.kind, private.flags, private.prot) == ("file", 2, 1)
+        assert (shared.kind, shared.flags, shared.offset) == ("file", 1, 2 * PAGE)
+        assert not shared.readonly_file
+        assert read_only.readonly_file
+        files = objects.mapped_files
+        assert private.backing is not None
+        assert shared.backing is not None
+        assert zero.backing is not None
+        assert private.backing == read_only.backing != shared.backing
+        assert files[private.backing].path.path == os.fsencode(tmp_path) + b"/a b\n\\012 (deleted)"
+        assert not files[private.backing].deleted
+        assert (files[private.backing].writable, files[shared.backing].writable) == (False, True)
+        assert files[zero.backing].path.path == b"/dev/zero"
+        assert saved(found, target["private"] + PAGE)
+        assert not saved(found, target["private"])
+        assert not saved(found, target["shared"])
+        assert saved(found, target["zero"])
+        exe = files[found.space.exe]
+        assert exe.path.path == os.readlink(f"/proc/{target.pid}/exe").encode()
+        assert exe.identity.build_id or exe.identity.size_bytes
+
+
+def test_deleted_file_is_carried_and_replaced_file_refused(tmp_path: os.PathLike[str]) -> None:
+    body = """
+def file(name):
+    fd = os.open(sys.argv[1] + name, os.O_RDWR | os.O_CREAT); os.write(fd, name.encode() * P)
+    return mmap(1, flags=SHARED, fd=fd)
+gone = file("/gone"); os.unlink(sys.argv[1] + "/gone")
+moved = file("/moved"); os.link(sys.argv[1] + "/moved", sys.argv[1] + "/other"); os.unlink(sys.argv[1] + "/moved")
+ready(gone=gone, moved=moved)
+"""
+    with program(body, str(tmp_path)) as target, Scope() as scope, MemoryObjects(scope) as objects:
+        found = capture_address_space(target.pid, objects, brk=0)
+        backing = at(found, target["gone"]).backing
+        assert backing is not None
+        gone = objects.mapped_files[backing]
+        assert gone.deleted
+        assert gone.path.path == os.fsencode(tmp_path) + b"/gone"
+        assert gone.content is not None
+        assert os.pread(scope.contents[gone.content], 5, 0) == b"/gone"
+        (refused,) = found.blockers
+        assert refused.subject.startswith(f"pid {target.pid} mapping {target['moved']:x}-")
+        assert "leads to another file" in refused.reason
+
+
+def test_memory_shared_between_processes_and_descriptors() -> None:
+    body = """
+shared = mmap(8, flags=SHARED | ANON); write(shared + 3 * P, b"hello")
+fd = os.memfd_create("a memfd", os.MFD_ALLOW_SEALING); os.ftruncate(fd, 5 * P + 7)
+import fcntl
+memfd = mmap(4, flags=SHARED, fd=fd, offset=P); write(memfd, b"m")
+copy = mmap(2, flags=PRIVATE, fd=fd); write(copy, b"own")
+fcntl.fcntl(fd, 1033, 2)
+if child := os.fork():
+    ready(shared=shared, memfd=memfd, fd=fd, copy=copy, child=child)
+import time
+time.sleep(1000)
+"""
+    with program(body) as target, Scope() as scope, MemoryObjects(scope) as objects:
+        try:
+            pidfd = pidfd_open(target.pid)
+            local = pidfd_getfd(pidfd, target["fd"])
+            os.close(pidfd)
+            view = FdView(
+                target.pid,
+                target["fd"],
+                local,
+                os.readlink(f"/proc/{target.pid}/fd/{target['fd']}".encode()),
+                os.fstat(local),
+                {},
+                os.O_RDWR,
+                0,
+            )
+            space = objects.memory_of(view)
+            os.close(local)
+            one = capture_address_space(target.pid, objects, brk=0)
+            other = capture_address_space(target["child"], objects, brk=0)
+            assert one.blockers == other.blockers == []
+            shared, memfd, copy = (at(one, target[name]) for name in ("shared", "memfd", "copy"))
+            assert (shared.kind, shared.flags) == ("shared", 1)
+            assert at(other, target["shared"]).backing == shared.backing
+            assert (memfd.backing, memfd.offset) == (space, PAGE)
+            assert (copy.kind, copy.flags, copy.backing) == ("shared", 2, space)
+            assert saved(one, target["copy"])
+            assert not saved(one, target["memfd"])
+            records = {o.record.space: o.record for o in objects.shared_memory}
+            assert shared.backing is not None
+            assert (records[shared.backing].kind, records[shared.backing].size_bytes) == ("anon", 8 * PAGE)
+            assert (records[space].kind, records[space].name) == ("memfd", b"a memfd")
+            assert records[space].seals == 2
+            assert records[space].size_bytes == 5 * PAGE + 7
+        finally:
+            os.kill(target["child"], 9)
+
+
+REFUSED = {
+    "a System V shared memory segment": """
+i = call(29, 0, 2 * P, 0o600); address = call(30, i, 0, 0); call(31, i, 0, 0)
+""",
+    "ring of asynchronous I/O": """
+context = ctypes.c_ulong(0); call(206, 8, ctypes.byref(context)); address = context.value
+""",
+    "watched by a userfaultfd": """
+fd = call(323, 1); api = (ctypes.c_ulong * 3)(0xAA, 0, 0); check(libc.ioctl(fd, ctypes.c_ulong(0xC018AA3F), api))
+address = mmap(4); arg = (ctypes.c_ulong * 4)(address, 4 * P, 1, 0)
+check(libc.ioctl(fd, ctypes.c_ulong(0xC020AA00), arg))
+""",
+    "ring of an io_uring": """
+fd = call(425, 4, ctypes.create_string_buffer(120)); address = mmap(1, flags=SHARED, fd=fd, offset=0)
+""",
+    "secret memory": """
+fd = call(447, 0); os.ftruncate(fd, P); address = mmap(1, flags=SHARED, fd=fd)
+""",
+    "ring of a perf event": """
+attr = bytearray(128); attr[0:8] = (1).to_bytes(4, "little") + (128).to_bytes(4, "little")
+fd = call(298, (ctypes.c_char * 128).from_buffer(attr), 0, -1, -1, 0); address = mmap(2, flags=SHARED, fd=fd)
+""",
+    "protection key": """
+key = call(330, 0, 0); address = mmap(1); call(329, address, P, 3, key)
+""",
+    "huge pages of hugetlbfs": """
+address = mmap(512, flags=PRIVATE | ANON | NORESERVE | 0x40000)
+""",
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_refused_mapping_is_named(reason: str) -> None:
+    attempt = "try:\n" + "".join(f"    {line}\n" for line in REFUSED[reason].strip().splitlines())
+    body = attempt + "except OSError as error:\n    ready(missing=str(error))\nready(address=address)"
+    with program(body) as target:
+        if "missing" in target.facts:
+            pytest.skip(f"this kernel or machine has it not: {target['missing']}")
+        with captured(target) as (found, _):
+            assert any(
+                reason in blocker.reason and f"mapping {target['address']:x}-" in blocker.subject
+                for blocker in found.blockers
+            ), found.blockers
+
+
+def test_refusals_do_not_hide_each_other() -> None:
+    body = REFUSED["ring of asynchronous I/O"] + REFUSED["a System V shared memory segment"] + "ready()"
+    with program(body) as target, captured(target) as (found, _):
+        assert len(found.blockers) == 2
+
+
+def test_one_sparse_gibibyte() -> None:
+    body = """
+size = 1 << 18
+address = mmap(size, flags=PRIVATE | ANON | NORESERVE); madvise(address, size, 15)
+for page in range(0, size, 1024): write(address + page * P, b"x")
+ready(address=address)
+"""
+    with program(body) as target, captured(target) as (found, _):
+        inside = [(a, b) for a, b in found.runs if target["address"] <= a < target["address"] + (1 << 30)]
+        assert total_bytes(inside) == 256 * PAGE
+        assert all((a - target["address"]) % (1024 * PAGE) == 0 for a, _ in inside)
+
+
+def test_twenty_thousand_mappings() -> None:
+    body = """
+address = mmap(40000)
+for page in range(0, 40000, 2): mprotect(address + page * P, 1, R)
+ready(address=address)
+"""
+    with program(body) as target, captured(target) as (found, _):
+        inside = [
+            v for v in found.space.vmas if target["address"] <= v.start < target["address"] + 40000 * PAGE
+        ]
+        assert len(inside) >= 39_999
+        assert [v.prot for v in inside[:4]] == [1, 3, 1, 3]
+
+
+@pytest.mark.skipif(not os.path.exists(SYSTEM_PYTHON), reason="needs a Python that everybody may read")
+def test_plain_user_captures_its_own_program() -> None:
+    body = """
+os.setresgid(65534, 65534, 65534); os.setresuid(65534, 65534, 65534); libc.prctl(4, 1)
+shared = mmap(8, flags=SHARED | ANON); write(shared + 3 * P, b"hello")
+own = mmap(1); write(own, b"x")
+ready(shared=shared, own=own)
+"""
+    with program(body, python=SYSTEM_PYTHON) as target:
+        reader, writer = os.pipe()
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                os.setresgid(65534, 65534, 65534)
+                os.setresuid(65534, 65534, 65534)
+                with Scope() as scope, MemoryObjects(scope) as objects:
+                    found = capture_address_space(target.pid, objects, brk=0)
+                    assert found.blockers == []
+                    (shared,) = objects.shared_memory
+                    assert shared.fd is None
+                    assert shared.record.size_bytes == 8 * PAGE
+                    from pipeline.resources.memory.pages import read_shared
+
+                    buffer = bytearray(1 << 16)
+                    got = [(list(s), bytes(buffer[:n])) for s, n in read_shared(shared, buffer)]
+                    assert [s for s, _ in got] == [[(3 * PAGE, PAGE)]]
+                    assert got[0][1].startswith(b"hello")
+                    assert saved(found, target["own"])
+                status = 0
+            except BaseException as error:
+                os.write(writer, repr(error).encode())
+            finally:
+                os._exit(status)
+        os.close(writer)
+        with open(reader, "rb") as told:
+            message = told.read()
+        assert os.waitpid(child, 0)[1] == 0, message.decode()

@@ -13,7 +13,7 @@ class Progress(Protocol):
     """Listens to a recipe."""
 
     def phase(self, name: str) -> None:
-        """A phase begins: ``setup``, ``freeze``, ``memory``, ``write``, ``thaw``, …"""
+        """A phase begins, such as ``setup``, ``freeze``, ``memory`` or ``thaw``."""
 
     def advance(self, bytes_done: int, bytes_total: int | None) -> None:
         """`bytes_done` bytes of the phase's pages are through, of `bytes_total` (None: not known)."""

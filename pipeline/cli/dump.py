@@ -1,0 +1,58 @@
+"""Write the tree of a process, with all its descendants and threads, into an image.
+
+The tree is ended once the image is complete and synced, unless it is to be left
+running or stopped. IMAGE is a directory (new or empty), file://..., s3://bucket/prefix,
+or - for a stream on stdout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from typing import Literal
+
+from pipeline.cli import render
+from pipeline.cli.progress import listener
+from pipeline.errors import UsageError
+
+EXAMPLE = (
+    "  python -m pipeline run --userns --detach --pidfile pid -- sleep 1000\n"
+    '  python -m pipeline dump --pid "$(cat pid)" --to image\n'
+    "  python -m pipeline restore --from image --detach"
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--pid", type=int, required=True, metavar="PID", help="the root of the tree")
+    parser.add_argument("--to", required=True, metavar="IMAGE", help="a directory, a URL, or - for stdout")
+    after = parser.add_mutually_exclusive_group()
+    after.add_argument("--leave-running", action="store_true", help="the tree goes on after the dump")
+    after.add_argument("--leave-stopped", action="store_true", help="the tree is left stopped (SIGSTOP)")
+    parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
+
+
+def execute(arguments: argparse.Namespace) -> int:
+    if arguments.to == "-" and arguments.json:
+        raise UsageError("--json and --to - both want stdout; write the image elsewhere")
+    if arguments.to == "-" and os.isatty(sys.stdout.fileno()):
+        raise UsageError("--to - would write the image to this terminal; redirect stdout")
+    leave: Literal["end", "running", "stopped"] = "end"
+    if arguments.leave_running:
+        leave = "running"
+    elif arguments.leave_stopped:
+        leave = "stopped"
+    import pipeline
+    from pipeline.cli import recipe
+
+    with listener("dump") as progress:
+        result = recipe.run(
+            lambda: pipeline.dump(arguments.pid, arguments.to, leave=leave, progress=progress)
+        )
+    if arguments.json:
+        render.document(result)
+    else:
+        outcome = {"end": "ended", "running": "still running", "stopped": "stopped"}[leave]
+        render.say(f"dump: pid {arguments.pid} is in {arguments.to}; the tree is {outcome}")
+        render.say(f"dump: {render.figures(result.figures)}")
+    return 0

@@ -1,0 +1,72 @@
+"""Move a running tree to a host where `serve` listens.
+
+The source is ended only after the destination has said that its tree is complete;
+never do two run. Exit code 4 means that this side cannot know: the text then says
+which side holds what and the command that settles it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+
+from pipeline.cli import render
+from pipeline.cli.progress import listener
+
+EXAMPLE = "  python -m pipeline migrate --pid 4242 --to other.example:7000 --secret-file secret"
+
+_UNITS_S = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
+
+
+def duration_s(text: str) -> float:
+    """Parse ``300ms``, ``0.3s`` or ``500us`` into seconds; the unit is required, 60 s the most."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)(us|ms|s)", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a duration such as 300ms or 0.3s")
+    seconds = float(found[1]) * _UNITS_S[found[2]]
+    if not 0 < seconds <= 60:
+        raise argparse.ArgumentTypeError(f"{text!r} is not between 1us and 60s")
+    return seconds
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--pid", type=int, required=True, metavar="PID", help="the root of the tree")
+    parser.add_argument("--to", required=True, metavar="HOST:PORT", help="where `serve` listens")
+    parser.add_argument("--secret-file", metavar="FILE", help="the secret that both sides share (mode 0600)")
+    parser.add_argument(
+        "--mode",
+        choices=("stop", "precopy", "postcopy", "hybrid"),
+        default="stop",
+        help="when memory travels (default: stop)",
+    )
+    parser.add_argument(
+        "--max-downtime",
+        type=duration_s,
+        default=0.3,
+        metavar="TIME",
+        help="how long the tree may stand still at the switch (default: 300ms)",
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
+
+
+def execute(arguments: argparse.Namespace) -> int:
+    import pipeline
+    from pipeline.cli import recipe
+
+    with listener("migrate") as progress:
+        result = recipe.run(
+            lambda: pipeline.migrate(
+                arguments.pid,
+                arguments.to,
+                secret_file=arguments.secret_file,
+                mode=arguments.mode,
+                max_downtime_s=arguments.max_downtime,
+                progress=progress,
+            )
+        )
+    if arguments.json:
+        render.document(result)
+    else:
+        render.say(f"migrate: the tree of pid {arguments.pid} runs at {arguments.to} and is gone from here")
+        render.say(f"migrate: {render.figures(result.figures)}")
+    return 0

@@ -1,0 +1,110 @@
+"""Text for people on stderr, results on stdout; one JSON document with ``--json``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from pipeline.errors import Blocker, InDoubt, PipelineError, Refused
+
+
+def say(text: str) -> None:
+    """A line for the person at the terminal."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def document(value: object) -> None:
+    """The one JSON document of ``--json``, on stdout. Bytes are shown as text, undecodable ones escaped."""
+    import json
+
+    print(json.dumps(plain(value), indent=2), flush=True)
+
+
+def plain(value: object) -> Any:
+    """Records, mappings and sequences as what JSON knows; byte strings as text."""
+    import msgspec
+
+    if isinstance(value, msgspec.Struct):
+        return {
+            name: plain(getattr(value, field))
+            for name, field in zip(value.__struct_encode_fields__, value.__struct_fields__, strict=True)
+        }
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, bytes | bytearray | memoryview):
+        return bytes(value).decode("utf-8", "backslashreplace")
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(item) for item in value]
+    if value is None or isinstance(value, str | int | float | bool):
+        return value
+    return str(value)
+
+
+def blocker(item: Blocker) -> dict[str, Any]:
+    """A blocker as JSON shows it."""
+    return {
+        "subject": item.subject,
+        "reason": item.reason,
+        "remedy": item.remedy,
+        "transient": item.transient,
+    }
+
+
+def fail(command: str, error: PipelineError, *, json: bool) -> int:
+    """Say what went wrong, to whom and what to do; returns the exit code."""
+    text = str(error)
+    heading, _, rest = text.partition("\n")
+    say(f"{command}: {heading}" + (f"\n{rest}" if rest else ""))
+    if isinstance(error, Refused):
+        say(f"{command}: nothing was touched")
+    elif isinstance(error, InDoubt):
+        say(f"{command}: in doubt; the lines above say which side holds what and how to settle it")
+    if json:
+        blockers = error.blockers if isinstance(error, Refused) else ()
+        document(
+            {
+                "error": type(error).__name__,
+                "message": text,
+                "exit-code": error.exit_code,
+                "blockers": [blocker(item) for item in blockers],
+            }
+        )
+    return error.exit_code
+
+
+def size(count: float) -> str:
+    """Bytes for a person: ``18.3 MB`` (powers of 1000)."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def milliseconds(value: float) -> str:
+    """A duration in milliseconds for a person: ``8.2 ms``, ``350 ms``, ``2.4 s``."""
+    if value < 10:
+        return f"{value:.1f} ms"
+    return f"{value:.0f} ms" if value < 1000 else f"{value / 1000:.2f} s"
+
+
+#: QMP's names whose value is a duration in milliseconds, or a number of bytes
+_DURATIONS = ("total-time", "setup-time", "downtime", "expected-downtime", "frozen-time")
+_BYTES = ("transferred", "remaining", "image-size", "page-bytes")
+
+
+def figures(values: Mapping[str, Any]) -> str:
+    """The figures of a result in one line, and the rate where it can be told."""
+    parts = []
+    for name, value in values.items():
+        if name in _DURATIONS and isinstance(value, int | float):
+            parts.append(f"{name} {milliseconds(value)}")
+        elif name in _BYTES and isinstance(value, int | float):
+            parts.append(f"{name} {size(value)}")
+        else:
+            parts.append(f"{name} {value}")
+    transferred, total_ms = values.get("transferred"), values.get("total-time")
+    if isinstance(transferred, int | float) and isinstance(total_ms, int | float) and total_ms > 0:
+        parts.append(f"rate {size(transferred * 1000 / total_ms)}/s")
+    return ", ".join(parts)

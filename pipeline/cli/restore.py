@@ -1,0 +1,108 @@
+"""Rebuild a tree from an image: same pids, same ids, same namespaces.
+
+Without --detach the command stays as the tree's parent, forwards signals and exits
+with the root's status; with it, it returns when the tree runs and prints the root's pid.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from functools import partial
+from typing import TYPE_CHECKING
+
+from pipeline.cli import pidfile, render
+from pipeline.cli.progress import Lines, Terminal, listener
+from pipeline.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from pipeline.restore import RestoredTree
+
+EXAMPLE = (
+    "  python -m pipeline restore --from image\n"
+    "  python -m pipeline restore --from s3://bucket/prefix --detach --pidfile pid"
+)
+
+#: what is passed on to the tree while the command stays as its parent
+FORWARDED = (
+    signal.SIGHUP,
+    signal.SIGINT,
+    signal.SIGQUIT,
+    signal.SIGTERM,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+    signal.SIGWINCH,
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--from", dest="source", required=True, metavar="IMAGE", help="a directory, a URL, or - for stdin"
+    )
+    parser.add_argument(
+        "--detach", action="store_true", help="return when the tree runs, print its root's pid"
+    )
+    parser.add_argument("--pidfile", metavar="FILE", help="write the root's pid to FILE")
+    parser.add_argument(
+        "--new-pidns", action="store_true", help="rebuild the tree in a pid namespace of its own"
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON document on stdout, once the tree runs")
+
+
+def execute(arguments: argparse.Namespace) -> int:
+    pidfile.check(arguments.pidfile)
+    if arguments.source == "-" and os.isatty(sys.stdin.fileno()):
+        raise UsageError("--from - reads the image from stdin, which is a terminal")
+    import trio
+
+    return trio.run(_main, arguments)
+
+
+async def _main(arguments: argparse.Namespace) -> int:
+    import trio
+
+    import pipeline
+    from pipeline.cli import recipe
+
+    with listener("restore") as progress:
+        build = partial(
+            pipeline.restore,
+            arguments.source,
+            detach=arguments.detach,
+            new_pidns=arguments.new_pidns,
+            progress=progress,
+        )
+        if arguments.detach:
+            _announce(arguments, await recipe.cancellable(build), progress)
+            return 0
+        # Taken before the tree runs, so that no signal falls between its rebuild and its life.
+        with trio.open_signal_receiver(*FORWARDED) as signals:
+            tree = await recipe.cancellable(build)
+            _announce(arguments, tree, progress)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(_forward, signals, tree)
+                status = await tree.wait()
+                nursery.cancel_scope.cancel()
+    code = os.waitstatus_to_exitcode(status)
+    return code if code >= 0 else 128 - code
+
+
+async def _forward(signals: AsyncIterator[int], tree: RestoredTree) -> None:
+    async for number in signals:
+        tree.send_signal(number)
+
+
+def _announce(arguments: argparse.Namespace, tree: RestoredTree, progress: Lines | Terminal) -> None:
+    progress.__exit__(None, None, None)
+    pidfile.write(arguments.pidfile, tree.root_pid)
+    if arguments.json:
+        render.document({"root-pid": tree.root_pid, "figures": tree.figures})
+        return
+    if arguments.detach:
+        print(tree.root_pid, flush=True)
+    render.say(f"restore: the tree runs, its root is pid {tree.root_pid}")
+    render.say(f"restore: {render.figures(tree.figures)}")

@@ -1,0 +1,71 @@
+"""Receive trees from `migrate` on another host and rebuild them straight from the wire.
+
+Both sides prove that they know the same secret before anything else happens. Without
+--secret-file one is made up, and the command to type on the other host is printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import socket
+from typing import TYPE_CHECKING
+
+from pipeline.cli import render
+from pipeline.cli.progress import listener
+
+if TYPE_CHECKING:
+    from pipeline.restore import RestoredTree
+
+EXAMPLE = (
+    "  (umask 077; head -c 32 /dev/urandom | base64 > secret)\n"
+    "  python -m pipeline serve --listen 127.0.0.1:7000 --secret-file secret --once"
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--listen", required=True, metavar="HOST:PORT", help="where to listen; port 0 picks a free one"
+    )
+    parser.add_argument("--secret-file", metavar="FILE", help="the secret that both sides share (mode 0600)")
+    parser.add_argument("--once", action="store_true", help="end after one tree has arrived")
+    parser.add_argument(
+        "--new-pidns", action="store_true", help="rebuild each tree in a pid namespace of its own"
+    )
+
+
+def execute(arguments: argparse.Namespace) -> int:
+    import pipeline
+    from pipeline.cli import recipe
+
+    with listener("serve") as progress:
+        recipe.run(
+            lambda: pipeline.serve(
+                arguments.listen,
+                secret_file=arguments.secret_file,
+                once=arguments.once,
+                new_pidns=arguments.new_pidns,
+                on_listening=_listening,
+                on_restored=_restored,
+                progress=progress,
+            )
+        )
+    return 0
+
+
+def _listening(host: str, port: int, secret: str | None) -> None:
+    shown = f"[{host}]" if ":" in host else host
+    print(f"listening on {shown}:{port}", flush=True)
+    if secret is None:
+        return
+    reachable = socket.gethostname() if host in {"0.0.0.0", "::"} else shown
+    print(
+        f"on the other host:\n"
+        f"  (umask 077; echo {secret} > pipeline-secret)\n"
+        f"  python -m pipeline migrate --pid PID --to {reachable}:{port} --secret-file pipeline-secret",
+        flush=True,
+    )
+
+
+def _restored(tree: RestoredTree) -> None:
+    print(f"restored: root pid {tree.root_pid}", flush=True)
+    render.say(f"serve: {render.figures(tree.figures)}")

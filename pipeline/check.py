@@ -9,19 +9,28 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import os
 import platform
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 
+import trio
 from msgspec import Struct
 
 from pipeline.errors import Blocker, PipelineError
 from pipeline.kernel.arch import x86_64 as arch
 from pipeline.kernel.arch.x86_64 import NR
-from pipeline.kernel.syscalls import CLONE, KCMP, PRCTL, kcmp, pidfd_getfd, pidfd_open, prctl, syscall, unshare
+from pipeline.kernel.syscalls import (
+    CLONE,
+    KCMP,
+    PRCTL,
+    kcmp,
+    pidfd_getfd,
+    pidfd_open,
+    prctl,
+    syscall,
+    unshare,
+)
 
 _PR_SET_MM_MAP_SIZE = 15
 _CAP_CHECKPOINT_RESTORE = 40
@@ -71,10 +80,14 @@ def _in_child(act: Callable[[], object]) -> OSError | None:
             os._exit(code)
     _, status = os.waitpid(pid, 0)
     code = os.waitstatus_to_exitcode(status)
-    return None if code == 0 else OSError(code, os.strerror(code) if code > 0 else f"killed by signal {-code}")
+    return (
+        None if code == 0 else OSError(code, os.strerror(code) if code > 0 else f"killed by signal {-code}")
+    )
 
 
-def _row(name: str, act: Callable[[], object], good: str, lost: str, remedy: str = "", needed: bool = True) -> Row:
+def _row(
+    name: str, act: Callable[[], object], good: str, lost: str, remedy: str = "", needed: bool = True
+) -> Row:
     try:
         act()
     except OSError as error:
@@ -128,50 +141,104 @@ def _host_rows() -> Iterator[Row]:
     caps = _capabilities()
     machine = platform.machine()
     yield Row("processor", machine == arch.MACHINE, machine, f"this version runs on {arch.MACHINE}")
-    yield _row("children lists", _children_file, "in /proc/PID/task", "no tree can be walked", "CONFIG_PROC_CHILDREN")
-    yield _row("kcmp", lambda: kcmp(os.getpid(), os.getpid(), KCMP.VM), "works", "shared files are not told apart",
-               "CONFIG_KCMP")  # fmt: skip
+    yield _row(
+        "children lists", _children_file, "in /proc/PID/task", "no tree can be walked", "CONFIG_PROC_CHILDREN"
+    )
+    yield _row(
+        "kcmp",
+        lambda: kcmp(os.getpid(), os.getpid(), KCMP.VM),
+        "works",
+        "shared files are not told apart",
+        "CONFIG_KCMP",
+    )
     yield _row("pidfd_getfd", _getfd, "works", "descriptors cannot be looked at", "Linux 5.6 or newer")
-    yield _row("PAGEMAP_SCAN", _pagemap_scan, "works", "/proc/PID/pagemap is read page by page: slower",
-               "Linux 6.7 or newer", needed=False)  # fmt: skip
+    yield _row(
+        "PAGEMAP_SCAN",
+        _pagemap_scan,
+        "works",
+        "/proc/PID/pagemap is read page by page: slower",
+        "Linux 6.7 or newer",
+        needed=False,
+    )
     size = ctypes.create_string_buffer(4)
-    yield _row("PR_SET_MM_MAP", lambda: syscall(NR.prctl, PRCTL.SET_MM, _PR_SET_MM_MAP_SIZE, size, 0, 0), "works",
-               "nothing can be restored", "CONFIG_CHECKPOINT_RESTORE")  # fmt: skip
-    yield _child_row("user namespaces", lambda: unshare(CLONE.NEWUSER), "can be made",
-                     "trees with user namespaces cannot be restored, and a plain user can restore nothing",
-                     "see /proc/sys/user/max_user_namespaces and the security module")  # fmt: skip
-    yield _child_row("timer ids", lambda: prctl(PRCTL.TIMER_CREATE_RESTORE_IDS, 1), "can be chosen",
-                     "POSIX timers are restored by creating and deleting until the id fits", needed=False)  # fmt: skip
+    yield _row(
+        "PR_SET_MM_MAP",
+        lambda: syscall(NR.prctl, PRCTL.SET_MM, _PR_SET_MM_MAP_SIZE, size, 0, 0),
+        "works",
+        "nothing can be restored",
+        "CONFIG_CHECKPOINT_RESTORE",
+    )
+    yield _child_row(
+        "user namespaces",
+        lambda: unshare(CLONE.NEWUSER),
+        "can be made",
+        "trees with user namespaces cannot be restored, and a plain user can restore nothing",
+        "see /proc/sys/user/max_user_namespaces and the security module",
+    )
+    yield _child_row(
+        "timer ids",
+        lambda: prctl(PRCTL.TIMER_CREATE_RESTORE_IDS, 1),
+        "can be chosen",
+        "POSIX timers are restored by creating and deleting until the id fits",
+        needed=False,
+    )
     privileged = bool(caps >> _CAP_SYS_ADMIN & 1)
     choose = privileged or bool(caps >> _CAP_CHECKPOINT_RESTORE & 1)
-    yield Row("exact pids here", choose, "can be chosen" if choose else "not permitted: restores go to --new-pidns",
-              "" if choose else "CAP_CHECKPOINT_RESTORE", needed=False)  # fmt: skip
-    yield _row("map_files", _open_map_file, "can be opened", "shared anonymous memory is restored as a memfd",
-               "CAP_CHECKPOINT_RESTORE", needed=False)  # fmt: skip
-    yield Row("seccomp filters", privileged, "can be read" if privileged else "cannot be read: refused",
-              "" if privileged else "CAP_SYS_ADMIN in the initial user namespace", needed=False)  # fmt: skip
+    yield Row(
+        "exact pids here",
+        choose,
+        "can be chosen" if choose else "not permitted: restores go to --new-pidns",
+        "" if choose else "CAP_CHECKPOINT_RESTORE",
+        needed=False,
+    )
+    yield _row(
+        "map_files",
+        _open_map_file,
+        "can be opened",
+        "shared anonymous memory is restored as a memfd",
+        "CAP_CHECKPOINT_RESTORE",
+        needed=False,
+    )
+    yield Row(
+        "seccomp filters",
+        privileged,
+        "can be read" if privileged else "cannot be read: refused",
+        "" if privileged else "CAP_SYS_ADMIN in the initial user namespace",
+        needed=False,
+    )
     resource = bool(caps >> _CAP_SYS_RESOURCE & 1)
-    yield Row("CAP_SYS_RESOURCE", resource, "there" if resource else "not there: hard limits above ours are refused",
-              "" if resource else "run as full root, or raise the hard limits of this shell", needed=False)  # fmt: skip
+    yield Row(
+        "CAP_SYS_RESOURCE",
+        resource,
+        "there" if resource else "not there: hard limits above ours are refused",
+        "" if resource else "run as full root, or raise the hard limits of this shell",
+        needed=False,
+    )
     if not privileged:
         tools = bool(shutil.which("newuidmap") and shutil.which("newgidmap"))
-        yield Row("newuidmap", tools, "installed" if tools else "not installed: maps of one id only",
-                  "" if tools else "install uidmap, and ranges in /etc/subuid and /etc/subgid", needed=False)  # fmt: skip
+        yield Row(
+            "newuidmap",
+            tools,
+            "installed" if tools else "not installed: maps of one id only",
+            "" if tools else "install uidmap, and ranges in /etc/subuid and /etc/subgid",
+            needed=False,
+        )
 
 
-def check(pid: int | None = None) -> CheckReport:
+async def check(pid: int | None = None) -> CheckReport:
     """Say what this host can do and, with a pid, everything that stops that tree.
 
     Raises:
         PipelineError: there is no process `pid`.
     """
+    return await trio.to_thread.run_sync(_check, pid)
+
+
+def _check(pid: int | None) -> CheckReport:
     from pipeline.stages.examine import tree_blockers
 
     rows = list(_host_rows())
-    blockers: list[Blocker] = []
-    if pid is not None:
-        with suppress(ProcessLookupError):
-            blockers = sorted(set(tree_blockers(pid)))
+    blockers = [] if pid is None else sorted(set(tree_blockers(pid)))
     return CheckReport(rows, blockers)
 
 

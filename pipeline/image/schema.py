@@ -63,7 +63,7 @@ class Extent(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
 Extents = Annotated[list[Extent], Meta(max_length=340)]
 
 
-class Head(Record, kw_only=True, tag="head"):
+class Head(Record, frozen=True, kw_only=True, tag="head"):
     """First record: what the image is and where it can run.
 
     `vdso` is the SHA-256 of the vdso image; code of the tree holds pointers into it.
@@ -83,7 +83,7 @@ class Head(Record, kw_only=True, tag="head"):
     boottime_ns: U64
 
 
-class UserNamespace(Record, kw_only=True, tag="userns"):
+class UserNamespace(Record, frozen=True, kw_only=True, tag="userns"):
     """A user namespace; `index` 0 is the external one and has no parent.
 
     `uid_map`/`gid_map` are relative to the parent; empty where not written yet.
@@ -101,7 +101,7 @@ class UserNamespace(Record, kw_only=True, tag="userns"):
 NamespaceKind = Literal["pid", "mnt", "uts", "ipc", "net", "cgroup", "time"]
 
 
-class Namespace(Record, kw_only=True, tag="ns"):
+class Namespace(Record, frozen=True, kw_only=True, tag="ns"):
     """A namespace of another kind than user.
 
     `index` counts per image over all kinds. `owner` is a `UserNamespace` index.
@@ -133,7 +133,7 @@ class FileIdentity(Struct, frozen=True, array_like=True, forbid_unknown_fields=T
     build_id: Annotated[bytes, Meta(max_length=64)] = b""
 
 
-class MappedFile(Record, kw_only=True, tag="mapped"):
+class MappedFile(Record, frozen=True, kw_only=True, tag="mapped"):
     """A file that is mapped by, or is the executable of, some process.
 
     `writable`: opened read-write for a shared mapping. `content`: the space that
@@ -148,7 +148,7 @@ class MappedFile(Record, kw_only=True, tag="mapped"):
     content: Index | None = None
 
 
-class SharedMemory(Record, kw_only=True, tag="shm"):
+class SharedMemory(Record, frozen=True, kw_only=True, tag="shm"):
     """Memory that several mappings or descriptors share: MAP_SHARED|MAP_ANONYMOUS or a memfd."""
 
     space: Index
@@ -193,7 +193,7 @@ class Vma(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     readonly_file: bool = False
 
 
-class AddressSpace(Record, kw_only=True, tag="mm"):
+class AddressSpace(Record, frozen=True, kw_only=True, tag="mm"):
     """The memory of one process. `space` names it in page frames.
 
     `copy_of`: the space of the parent process, where pages that are equal there
@@ -235,7 +235,7 @@ class PendingSignal(Struct, frozen=True, array_like=True, forbid_unknown_fields=
     pid: Pid | None = None
 
 
-class Credentials(Record, kw_only=True):
+class Credentials(Record, frozen=True, kw_only=True):
     """All ids and capabilities of a task, relative to its user namespace.
 
     `uids`/`gids`: real, effective, saved, filesystem. `caps`: inheritable,
@@ -251,7 +251,7 @@ class Credentials(Record, kw_only=True):
     no_new_privs: bool
 
 
-class Scheduling(Record, kw_only=True):
+class Scheduling(Record, frozen=True, kw_only=True):
     """`struct sched_attr` fields, CPU affinity as a list of processor numbers, and ioprio."""
 
     policy: U32
@@ -265,7 +265,7 @@ class Scheduling(Record, kw_only=True):
     ioprio: U32
 
 
-class Seccomp(Record, kw_only=True):
+class Seccomp(Record, frozen=True, kw_only=True):
     """Mode 0 off, 1 strict, 2 filter; `filters` in order of installation, 8 bytes an instruction.
 
     `log`: SECCOMP_FILTER_FLAG_LOG of each filter.
@@ -285,7 +285,7 @@ class Rseq(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     flags: U32
 
 
-class Thread(Record, kw_only=True):
+class Thread(Record, frozen=True, kw_only=True):
     """One task. `pids` outermost first, one per pid namespace level of the tree."""
 
     pids: Annotated[list[Pid], Meta(min_length=1, max_length=33)]
@@ -308,7 +308,7 @@ class Thread(Record, kw_only=True):
     sleep_left_ns: U64 | None = None
 
 
-class PosixTimer(Record, kw_only=True):
+class PosixTimer(Record, frozen=True, kw_only=True):
     """A timer_create(2) timer: /proc/PID/timers plus timer_gettime."""
 
     id: I32
@@ -329,7 +329,7 @@ class FdEntry(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     cloexec: bool
 
 
-class Memberships(Record, kw_only=True):
+class Memberships(Record, frozen=True, kw_only=True):
     """The namespaces a process is in: `UserNamespace` index for `user`, `Namespace` indexes else."""
 
     user: Index
@@ -344,7 +344,7 @@ class Memberships(Record, kw_only=True):
     time_for_children: Index
 
 
-class Process(Record, kw_only=True, tag="process"):
+class Process(Record, frozen=True, kw_only=True, tag="process"):
     """One process. pids as in `Thread`; `parent`, `pgid`, `sid` are level-0 pids, 0 = outside the tree."""
 
     pids: Annotated[list[Pid], Meta(min_length=1, max_length=33)]
@@ -385,7 +385,7 @@ class Owner(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     signal: U8
 
 
-class OpenFile(Record, kw_only=True, tag="file"):
+class OpenFile(Record, frozen=True, kw_only=True, tag="file"):
     """An open file description, shared by all `FdEntry` that name it.
 
     `flags`: F_GETFL. `state`: the record of `kind`, see `pipeline.resources`.
@@ -399,14 +399,14 @@ class OpenFile(Record, kw_only=True, tag="file"):
     state: dict[str, Any] = {}
 
 
-class Content(Record, kw_only=True, tag="content"):
+class Content(Record, frozen=True, kw_only=True, tag="content"):
     """Bytes of a file that travel as page frames of `space` (a deleted file, mostly)."""
 
     space: Index
     size_bytes: U64
 
 
-class End(Record, kw_only=True, tag="end"):
+class End(Record, frozen=True, kw_only=True, tag="end"):
     """Last record: the number of records and page bytes before it, so that a cut is seen."""
 
     records: U64

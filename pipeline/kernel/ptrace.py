@@ -14,7 +14,6 @@ import struct
 from dataclasses import dataclass
 from enum import IntEnum, IntFlag
 
-from pipeline.ids import HostPid
 from pipeline.kernel.arch.x86_64_numbers import NR
 from pipeline.kernel.syscalls import syscall
 
@@ -100,7 +99,9 @@ class Stop:
         return self.event == EVENT.STOP and self.signal != signal.SIGTRAP
 
 
-def _request(request: PTRACE, tid: int, address: int = 0, data: int | bytes | ctypes.Array[ctypes.c_char] = 0) -> int:
+def _request(
+    request: PTRACE, tid: int, address: int = 0, data: int | bytes | ctypes.Array[ctypes.c_char] = 0
+) -> int:
     return syscall(NR.ptrace, request, tid, address, data)
 
 

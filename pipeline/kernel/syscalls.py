@@ -176,7 +176,9 @@ def unshare(flags: int) -> None:
     syscall(NR.unshare, flags)
 
 
-def mount(source: bytes | None, target: bytes, kind: bytes | None, flags: int, data: bytes | None = None) -> None:
+def mount(
+    source: bytes | None, target: bytes, kind: bytes | None, flags: int, data: bytes | None = None
+) -> None:
     """mount(2)."""
     syscall(NR.mount, source, target, kind, flags, data)
 

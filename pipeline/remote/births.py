@@ -63,9 +63,7 @@ def clone_with_pids(
         if pid is None or len(chosen) == choosable:
             break
         chosen.append(pid)
-    announced = [
-        (level, pid) for level, pid in enumerate(pids[: len(pids) - len(chosen)]) if pid is not None
-    ]
+    announced = [(level, pid) for level, pid in enumerate(pids[: len(pids) - len(chosen)]) if pid is not None]
     for level, pid in announced:
         if announce[level] is None:
             raise RebuildError(

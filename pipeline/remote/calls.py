@@ -71,8 +71,10 @@ class Remote(Protocol):
     """A stopped task that runs system calls for us: a live target's thread or a puppet."""
 
     def run(self, calls: Sequence[Call]) -> None:
-        """Run the calls in order; results and `Out` data are filled in. Does not raise for failing calls
-        (use `Call.check`). Live targets: only calls that change nothing."""
+        """Run the calls in order; results and `Out` data are filled in.
+
+        Does not raise for failing calls (use `Call.check`). Live targets: only calls that change nothing.
+        """
 
     def syscall(self, number: int, *args: Argument) -> int:
         """Run one call; OSError with its errno if it fails."""

@@ -65,7 +65,9 @@ class Region:
     name: bytes
 
 
-def find_places(pid: HostPid, regions: Sequence[Region], stack_pointers: Sequence[int], memory: int) -> Places:
+def find_places(
+    pid: HostPid, regions: Sequence[Region], stack_pointers: Sequence[int], memory: int
+) -> Places:
     """Find room for the stub and the data in `pid`.
 
     Args:

@@ -22,12 +22,13 @@ import os
 import signal
 import socket
 import struct
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import suppress
 from dataclasses import dataclass, field
 
 from pipeline.errors import RebuildError
-from pipeline.ids import HostPid, LocalFd, RemoteAddress
+from pipeline.ids import HostPid, RemoteAddress
 from pipeline.kernel import ptrace
 from pipeline.kernel.arch import x86_64 as arch
 from pipeline.kernel.ptrace import EVENT, OPTION
@@ -61,7 +62,7 @@ class Stage:
     scratch: RemoteAddress
     channel: socket.socket
     channel_fd: int
-    reserved: Sequence[Set[int]] = ()
+    reserved: Sequence[AbstractSet[int]] = ()
     calls: int = field(default=0)
 
 
@@ -152,7 +153,12 @@ class Puppet:
                 return
             if stop.event in (EVENT.FORK, EVENT.VFORK, EVENT.CLONE):
                 self._new_tasks.append(ptrace.event_message(self.tid))
-            elif not stop.event and stop.signal in (signal.SIGSEGV, signal.SIGILL, signal.SIGBUS, signal.SIGSYS):
+            elif not stop.event and stop.signal in (
+                signal.SIGSEGV,
+                signal.SIGILL,
+                signal.SIGBUS,
+                signal.SIGSYS,
+            ):
                 name = signal.Signals(stop.signal).name
                 raise RebuildError(f"puppet {self.tid} got {name} while running system calls")
             ptrace.cont(self.tid)
@@ -279,7 +285,9 @@ class Puppet:
             self.syscall(arch.NR.recvmsg, self.stage.channel_fd, message, socket.MSG_CMSG_CLOEXEC)
             length, level, kind = struct.unpack_from("<Qii", control.data)
             if (level, kind) != (socket.SOL_SOCKET, socket.SCM_RIGHTS) or length != room:
-                raise RebuildError(f"puppet {self.tid} received {max(length - 16, 0) // 4} of {len(chunk)} descriptors")
+                raise RebuildError(
+                    f"puppet {self.tid} received {max(length - 16, 0) // 4} of {len(chunk)} descriptors"
+                )
             numbers.extend(array.array("i", control.data[16 : 16 + 4 * len(chunk)]))
         return numbers
 
@@ -299,7 +307,11 @@ class Puppet:
             syscall_instruction: address of a ``syscall`` instruction in a mapping that stays.
         """
         regs = arch.Registers(ptrace.get_regs(self.tid)).replace(
-            rip=syscall_instruction, rax=arch.NR.munmap, rdi=self.stage.scratch, rsi=SCRATCH_BYTES, orig_rax=-1
+            rip=syscall_instruction,
+            rax=arch.NR.munmap,
+            rdi=self.stage.scratch,
+            rsi=SCRATCH_BYTES,
+            orig_rax=-1,
         )
         ptrace.set_regs(self.tid, regs.pack())
         for _ in ("entry", "exit"):
@@ -422,7 +434,7 @@ def _write_all(fd: int, content: bytes, address: int) -> None:
 
 
 def spawn_launcher(
-    scratch: RemoteAddress, channel_fd: int, reserved: Sequence[Set[int]] = ()
+    scratch: RemoteAddress, channel_fd: int, reserved: Sequence[AbstractSet[int]] = ()
 ) -> Puppet:
     """Spawn the first puppet: a child of ours, in our namespaces, with our credentials.
 

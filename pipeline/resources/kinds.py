@@ -108,8 +108,10 @@ class CreateScope(Protocol):
         """Translate a gid likewise."""
 
     def once(self, key: tuple[Any, ...], make: Callable[[], T]) -> T:
-        """Make something that several files share exactly once; descriptors in it are owned by the scope
-        when `make` passed them to `own`."""
+        """Make something that several files share exactly once.
+
+        Descriptors in it are owned by the scope when `make` passed them to `own`.
+        """
 
     def own(self, fd: LocalFd) -> LocalFd:
         """Let the scope close this local descriptor when the rebuild ends, whichever way it ends."""

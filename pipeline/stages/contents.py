@@ -79,7 +79,9 @@ class Contents:
         address = launcher.syscall(NR.mmap, 0, size, 3, _MAP_SHARED_ANONYMOUS_NORESERVE, -1, 0)
         try:
             return LocalFd(
-                os.open(f"/proc/{launcher.pid}/map_files/{address:x}-{address + size:x}", os.O_RDWR | os.O_CLOEXEC)
+                os.open(
+                    f"/proc/{launcher.pid}/map_files/{address:x}-{address + size:x}", os.O_RDWR | os.O_CLOEXEC
+                )
             )
         finally:
             launcher.syscall(NR.munmap, address, size)
@@ -95,7 +97,9 @@ class Contents:
         try:
             return self._fds[space]
         except KeyError:
-            raise RebuildError(f"space {space} is no shared memory and no file content of this image") from None
+            raise RebuildError(
+                f"space {space} is no shared memory and no file content of this image"
+            ) from None
 
     def __contains__(self, space: int) -> bool:
         return space in self._fds

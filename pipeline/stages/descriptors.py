@@ -14,6 +14,7 @@ import struct
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any, TypeVar
 
 import msgspec
@@ -85,14 +86,14 @@ class Descriptors:
             except msgspec.ValidationError as error:
                 raise RebuildError(f"open file {file.index} ({file.kind}): {error}") from None
             self._records[file.index] = record
-            fd = self._attempt(file, lambda k=kind, f=file, r=record: k.create(f, r, self))
+            fd = self._attempt(file, partial(kind.create, file, record, self))
             LEDGER.take("open file", fd)
             self._files[file.index] = fd
         for file in self._image.files.values():
             kind = kind_named(file.kind)
-            self._attempt(file, lambda k=kind, f=file: k.connect(f, self._records[f.index], self))
+            self._attempt(file, partial(kind.connect, file, self._records[file.index], self))
             if not file.flags & _O_PATH:
-                self._attempt(file, lambda f=file: self._set_flags(f))
+                self._attempt(file, partial(self._set_flags, file))
 
     def _set_flags(self, file: OpenFile) -> None:
         fd = self._files[file.index]
@@ -125,8 +126,8 @@ class Descriptors:
         for file in self._image.files.values():
             kind = kind_named(file.kind)
             if file.owner is not None:
-                self._attempt(file, lambda f=file: self._set_owner(f))
-            self._attempt(file, lambda k=kind, f=file: k.finish(f, self._records[f.index], self))
+                self._attempt(file, partial(self._set_owner, file))
+            self._attempt(file, partial(kind.finish, file, self._records[file.index], self))
 
     def _set_owner(self, file: OpenFile) -> None:
         assert file.owner is not None
@@ -162,7 +163,9 @@ class Descriptors:
     def open(self, path: PathRef, flags: int, mode: int = 0) -> LocalFd:
         """See `CreateScope.open`."""
         create = os.O_CREAT | os.O_TMPFILE & ~os.O_DIRECTORY
-        return openat2(self._root_of(path.mntns), path.path, flags, mode if flags & create else 0, RESOLVE.IN_ROOT)
+        return openat2(
+            self._root_of(path.mntns), path.path, flags, mode if flags & create else 0, RESOLVE.IN_ROOT
+        )
 
     def once(self, key: tuple[Any, ...], make: Callable[[], T]) -> T:
         """See `CreateScope.once`."""

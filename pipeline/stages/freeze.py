@@ -137,7 +137,9 @@ def freeze(root: HostPid, suspend_seccomp: bool) -> FrozenTree:
         Refused: a task is traced by somebody else, or may not be traced by us.
         TargetError: the root ended, or a task does not stop.
     """
-    tree = FrozenTree(root, options=OPTION.SUSPEND_SECCOMP if suspend_seccomp else 0, started_s=time.monotonic())
+    tree = FrozenTree(
+        root, options=OPTION.SUSPEND_SECCOMP if suspend_seccomp else 0, started_s=time.monotonic()
+    )
     try:
         for _ in range(_ROUNDS):
             if not _round(tree):
@@ -203,8 +205,13 @@ def _seize(tree: FrozenTree, process: FrozenProcess, tid: HostPid) -> bool:
             blockers = list(check_traced(process.pid))
             raise Refused(
                 blockers
-                or [Blocker(f"pid {process.pid} thread {tid}", "may not be traced by this user",
-                            "run as its user, or as root")]
+                or [
+                    Blocker(
+                        f"pid {process.pid} thread {tid}",
+                        "may not be traced by this user",
+                        "run as its user, or as root",
+                    )
+                ]
             ) from error
         return False
     return True

@@ -168,7 +168,9 @@ class Growth:
             wanted[0] = None
         return wanted
 
-    def clone_task(self, creator: Grown, pidns: int, pids: Sequence[int], flags: int, **options: int) -> Puppet:
+    def clone_task(
+        self, creator: Grown, pidns: int, pids: Sequence[int], flags: int, **options: int
+    ) -> Puppet:
         """Clone a task with the pids of the image, by whatever means reach each level."""
         levels = self._levels(pidns)
         return clone_with_pids(
@@ -304,5 +306,3 @@ class Growth:
 
 def _pid_inside(puppet: Puppet) -> int:
     return puppet.syscall(NR.getpid)
-
-

@@ -61,10 +61,12 @@ def empty(puppet: Puppet, space: AddressSpace) -> None:
         RebuildError: this kernel's vdso has another shape than the source's.
     """
     here = kernel_mappings(puppet.pid)
-    wanted = {vma.kind: (vma.start, vma.end) for vma in space.vmas if vma.kind in _KERNEL_MAPPINGS}
+    wanted: dict[str, tuple[int, int]] = {vma.kind: (vma.start, vma.end) for vma in space.vmas if vma.kind in _KERNEL_MAPPINGS}
     for name, (start, end) in wanted.items():
         if name not in here or here[name][1] - here[name][0] != end - start:
-            raise RebuildError(f"[{name}] has another size on this kernel; the tree's code points into the old one")
+            raise RebuildError(
+                f"[{name}] has another size on this kernel; the tree's code points into the old one"
+            )
     scratch = puppet.stage.scratch
     kept = [(scratch, scratch + SCRATCH_BYTES), *here.values()]
     calls = [Call(NR.munmap, (start, end - start), name="munmap") for start, end in _gaps(kept)]
@@ -73,9 +75,15 @@ def empty(puppet: Puppet, space: AddressSpace) -> None:
     for name, (start, end) in here.items():
         size = end - start
         if name in wanted:
-            calls.append(Call(NR.mremap, (start, size, size, _MREMAP_MAYMOVE_FIXED, transit), name=f"move [{name}]"))
+            calls.append(
+                Call(NR.mremap, (start, size, size, _MREMAP_MAYMOVE_FIXED, transit), name=f"move [{name}]")
+            )
             arrivals.append(
-                Call(NR.mremap, (transit, size, size, _MREMAP_MAYMOVE_FIXED, wanted[name][0]), name=f"move [{name}]")
+                Call(
+                    NR.mremap,
+                    (transit, size, size, _MREMAP_MAYMOVE_FIXED, wanted[name][0]),
+                    name=f"move [{name}]",
+                )
             )
             transit += size
         else:

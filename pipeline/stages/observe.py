@@ -15,7 +15,7 @@ import os
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, Self
 
 from pipeline.errors import Blocker
 from pipeline.ids import HostPid, LocalFd
@@ -120,7 +120,7 @@ class FileObserver:
         self._peers: dict[Any, Any] = {}
         self.contents: list[Content] = []
 
-    def __enter__(self) -> FileObserver:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:

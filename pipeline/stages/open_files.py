@@ -17,6 +17,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Self
 
 from pipeline.errors import Blocker
 from pipeline.ids import HostPid, LocalFd
@@ -48,7 +49,7 @@ class OpenFiles:
         self._holders: dict[int, list[tuple[HostPid, int]]] = defaultdict(list)
         self._at: dict[tuple[HostPid, int], int] = {}
 
-    def __enter__(self) -> OpenFiles:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:

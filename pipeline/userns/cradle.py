@@ -119,7 +119,9 @@ class _Mapper:
             try:
                 if os.read(ready, 1):
                     for tool, own, ranges in (("newuidmap", uid, uids), ("newgidmap", gid, gids)):
-                        words = [str(n) for first, count in [(own, 1), *ranges] for n in (first, first, count)]
+                        words = [
+                            str(n) for first, count in [(own, 1), *ranges] for n in (first, first, count)
+                        ]
                         subprocess.run([tool, str(pid), *words], check=True)
                     status = 0
             finally:

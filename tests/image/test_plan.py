@@ -45,7 +45,16 @@ def process(
     space: int | None = None,
 ) -> Process:
     members = Memberships(
-        user=user, pid=pid, pid_for_children=pid, mnt=0, uts=0, ipc=0, net=0, cgroup=0, time=0, time_for_children=0
+        user=user,
+        pid=pid,
+        pid_for_children=pid,
+        mnt=0,
+        uts=0,
+        ipc=0,
+        net=0,
+        cgroup=0,
+        time=0,
+        time_for_children=0,
     )
     return Process(
         pids=pids, parent=parent, sid=sid, pgid=pgid, namespaces=members, space=space,
@@ -85,18 +94,24 @@ def test_dead_group_leader_gets_a_stand_in_in_the_same_session() -> None:
 
 
 def test_sibling_leads_the_session() -> None:
-    steps = planned(process([10]), process([11], 10, sid=11, pgid=11), process([12], 10, sid=11, pgid=11)).steps
+    steps = planned(
+        process([10]), process([11], 10, sid=11, pgid=11), process([12], 10, sid=11, pgid=11)
+    ).steps
     assert Spawn(12, 11, sibling=True) in steps
 
 
 def test_first_of_a_pid_namespace() -> None:
-    steps = planned(process([10]), process([11, 1], 10, user=1, pid=1), process([12, 2], 11, user=1, pid=1)).steps
+    steps = planned(
+        process([10]), process([11, 1], 10, user=1, pid=1), process([12, 2], 11, user=1, pid=1)
+    ).steps
     assert Spawn(11, 10, pidns=1, first=True) in steps
     assert Spawn(12, 11) in steps
 
 
 def test_entered_pid_namespace() -> None:
-    steps = planned(process([10]), process([11, 1], 10, user=1, pid=1), process([12, 2], 10, user=1, pid=1)).steps
+    steps = planned(
+        process([10]), process([11, 1], 10, user=1, pid=1), process([12, 2], 10, user=1, pid=1)
+    ).steps
     assert Spawn(12, 10, pidns=1) in steps
 
 

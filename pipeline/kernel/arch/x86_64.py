@@ -54,7 +54,11 @@ PUPPET_INIT = PUPPET_BASE + 512
 def puppet_program() -> bytes:
     """A static ELF executable of one read-execute page: idles, and holds `STUB` and `INIT`."""
     code = bytearray(1024 - _ELF_HEADER_BYTES)
-    for address, piece in ((PUPPET_BASE + _ELF_HEADER_BYTES, _IDLE), (PUPPET_STUB, STUB), (PUPPET_INIT, INIT)):
+    for address, piece in (
+        (PUPPET_BASE + _ELF_HEADER_BYTES, _IDLE),
+        (PUPPET_STUB, STUB),
+        (PUPPET_INIT, INIT),
+    ):
         start = address - PUPPET_BASE - _ELF_HEADER_BYTES
         code[start : start + len(piece)] = piece
     size = _ELF_HEADER_BYTES + len(code)
@@ -66,10 +70,35 @@ def puppet_program() -> bytes:
     return header + program + bytes(code)
 
 
-_NAMES = (
-    "r15 r14 r13 r12 rbp rbx r11 r10 r9 r8 rax rcx rdx rsi rdi orig_rax rip cs eflags rsp ss "
-    "fs_base gs_base ds es fs gs"
-).split()
+_NAMES = [
+    "r15",
+    "r14",
+    "r13",
+    "r12",
+    "rbp",
+    "rbx",
+    "r11",
+    "r10",
+    "r9",
+    "r8",
+    "rax",
+    "rcx",
+    "rdx",
+    "rsi",
+    "rdi",
+    "orig_rax",
+    "rip",
+    "cs",
+    "eflags",
+    "rsp",
+    "ss",
+    "fs_base",
+    "gs_base",
+    "ds",
+    "es",
+    "fs",
+    "gs",
+]
 _INDEX = {name: index for index, name in enumerate(_NAMES)}
 REGISTERS_BYTES = 8 * len(_NAMES)
 _USER_CS = 0x33
@@ -86,7 +115,8 @@ class Registers:
         self._values = struct.unpack("<27Q", raw)
 
     def __getitem__(self, name: str) -> int:
-        return self._values[_INDEX[name]]
+        value: int = self._values[_INDEX[name]]
+        return value
 
     def replace(self, **changes: int) -> Registers:
         """A copy with some registers changed (unsigned or signed 64-bit values)."""
@@ -156,7 +186,26 @@ _SS_DISABLE = 2
 _FP_XSTATE_MAGIC1 = 0x46505853
 _FP_XSTATE_MAGIC2 = 0x46505845
 _SW_RESERVED_OFFSET = 464
-_SIGCONTEXT = "r8 r9 r10 r11 r12 r13 r14 r15 rdi rsi rbp rbx rdx rax rcx rsp rip eflags".split()
+_SIGCONTEXT = [
+    "r8",
+    "r9",
+    "r10",
+    "r11",
+    "r12",
+    "r13",
+    "r14",
+    "r15",
+    "rdi",
+    "rsi",
+    "rbp",
+    "rbx",
+    "rdx",
+    "rax",
+    "rcx",
+    "rsp",
+    "rip",
+    "eflags",
+]
 
 
 #: where in the frame rt_sigreturn finds the stack_t of the alternate signal stack. The caller lets
@@ -181,7 +230,9 @@ def signal_frame(address: int, regs: Registers, xstate: bytes, sigmask: int) -> 
     context = struct.pack("<QQ", _UC_FLAGS, 0) + struct.pack("<QiIQ", 0, _SS_DISABLE, 0, 0)
     context += sigcontext + struct.pack("<Q", sigmask)
     fp = bytearray(xstate)
-    struct.pack_into("<IIQI", fp, _SW_RESERVED_OFFSET, _FP_XSTATE_MAGIC1, len(fp) + 4, xfeatures(xstate), len(fp))
+    struct.pack_into(
+        "<IIQI", fp, _SW_RESERVED_OFFSET, _FP_XSTATE_MAGIC1, len(fp) + 4, xfeatures(xstate), len(fp)
+    )
     image = context.ljust(xstate_offset, b"\0") + bytes(fp) + struct.pack("<I", _FP_XSTATE_MAGIC2)
     return Frame(image, address)
 

@@ -1,0 +1,93 @@
+"""The fill stage: pages that arrive are written to where they belong.
+
+Pages of a space come in one piece of the stream, and spaces come in the order of the
+plan: first the objects that several processes share, then process by process as they
+are born. So there is no table of what is still missing: a run of another space says
+that the one before is complete.
+
+Private memory is written through /proc/PID/mem, which ignores the permissions of
+private mappings; shared objects by pwrite. Both run in a worker thread.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator
+
+import trio
+
+from pipeline.errors import ImageError
+from pipeline.image.frames import PageRun
+from pipeline.progress import Progress
+from pipeline.stages.memory import LeasedRun
+
+
+def write_run(fd: int, run: PageRun) -> None:
+    """Write every segment of `run` to `fd`: a file, or the memory of a process by address.
+
+    Raises:
+        OSError: EIO, EFAULT: nothing is mapped there; ENOSPC.
+    """
+    at = 0
+    for offset, length in run.segments:
+        view = run.payload[at : at + length]
+        at += length
+        while view:
+            written = os.pwrite(fd, view, offset)
+            offset += written
+            view = view[written:]
+
+
+class PageFeed:
+    """Hands page runs of the stream to whoever fills the space they belong to.
+
+    Args:
+        runs: the stream of page runs, in order.
+        progress: is told the bytes that have been written.
+        total_bytes: how many will come, where known.
+    """
+
+    def __init__(
+        self, runs: AsyncIterator[LeasedRun], progress: Progress, total_bytes: int | None = None
+    ) -> None:
+        self._runs = runs
+        self._next: LeasedRun | None = None
+        self._ended = False
+        self._progress = progress
+        self._total = total_bytes
+        self.bytes_done = 0
+
+    async def _peek(self) -> LeasedRun | None:
+        if self._next is None and not self._ended:
+            try:
+                self._next = await anext(self._runs)
+            except StopAsyncIteration:
+                self._ended = True
+        return self._next
+
+    async def fill(self, space: int, fd: int) -> None:
+        """Write all pages of `space` to `fd`; returns when the stream goes on with another space."""
+        while (leased := await self._peek()) is not None and leased.run.space == space:
+            self._next = None
+            try:
+                await trio.to_thread.run_sync(write_run, fd, leased.run)
+            finally:
+                leased.lease.release()
+            self.bytes_done += len(leased.run.payload)
+            self._progress.advance(self.bytes_done, self._total)
+
+    async def expect_end(self) -> None:
+        """Every page was wanted by somebody.
+
+        Raises:
+            ImageError: the stream holds pages of a space that is not next.
+        """
+        leased = await self._peek()
+        if leased is not None:
+            raise ImageError(f"pages of space {leased.run.space} come out of turn, or belong to nothing")
+
+    def close(self) -> None:
+        """Release a run in hand; idempotent."""
+        if self._next is not None:
+            leased, self._next = self._next, None
+            leased.lease.release()

@@ -38,7 +38,7 @@ from pipeline.image.schema import U32, Index, OpenFile, Pid, Record
 from pipeline.kernel.arch import x86_64 as arch
 from pipeline.kernel.arch.x86_64_numbers import NR
 from pipeline.kernel.syscalls import KCMP, kcmp
-from pipeline.resources import outside
+from pipeline.resources import locks, outside
 from pipeline.resources.kinds import CaptureScope, CreateScope, FdView
 from pipeline.resources.paths import describe
 from pipeline.resources.steps import CompleteOnceCreated
@@ -128,6 +128,12 @@ def _target(view: FdView, line: _Line, scope: CaptureScope) -> Index | None:
     return None
 
 
+def _has_posix_lock(index: Index, scope: CaptureScope) -> bool:
+    """Whether open file `index` has a lock that goes when any descriptor of it is closed, as registering would."""
+    found = next(view for number, view in scope.files() if number == index)
+    return any(lock.kind == "posix" for lock in locks.capture(found, scope))
+
+
 class Epoll(CompleteOnceCreated):
     """See the module."""
 
@@ -146,7 +152,12 @@ class Epoll(CompleteOnceCreated):
     def check(self, view: FdView, scope: CaptureScope) -> Iterator[Blocker]:
         """Every watched file must be open somewhere in the tree."""
         for line in _lines(view):
-            if _target(view, line, scope) is None:
+            target = _target(view, line, scope)
+            own = scope.file_at(view.pid, line.fd)
+            if target not in (None, own) and own is not None and _has_posix_lock(own, scope):
+                why = f"epoll watches a file as fd {line.fd}, a number that now names a file with POSIX locks"
+                yield Blocker(view.subject, why, "remove the old file from epoll, or release the locks")
+            if target is None:
                 why = (
                     f"epoll watches a file, registered as fd {line.fd}, that no process of the tree has open"
                 )

@@ -86,7 +86,7 @@ def kind_of(mode: int) -> str:
     return _KINDS.get(stat.S_IFMT(mode), f"of mode {mode:o}")
 
 
-def difference(wanted: FileIdentity, fd: int) -> str | None:
+def difference(fd: int, wanted: FileIdentity) -> str | None:
     """How the file behind local descriptor `fd` differs from `wanted`, as words; None if it does not."""
     found = identity(fd)
     if stat.S_IFMT(found.mode) != stat.S_IFMT(wanted.mode):

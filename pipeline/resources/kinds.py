@@ -126,7 +126,7 @@ class CreateScope(Protocol):
         """Every (level-0 pid, descriptor number) that refers to open file `index`."""
 
     def host_pid(self, pid: Pid) -> HostPid:
-        """The pid here of the puppet whose level-0 pid is `pid` (phase 3)."""
+        """The pid here of the puppet whose level-0 pid is `pid` (all phases: processes stand before files)."""
 
     def inject(self, pid: Pid, number: int, *args: int | bytes) -> int:
         """Run one system call inside puppet `pid` (phase 3); bytes arguments become pointers to a copy.

@@ -85,7 +85,7 @@ class PathOnly(CompleteOnceCreated):
             if filesystem(fd) in _KERNELS_OWN and stat.S_ISREG(wanted.mode):
                 wrong = None if stat.S_ISREG(os.fstat(fd).st_mode) else "it is not a regular file"
             else:
-                wrong = difference(wanted, fd)
+                wrong = difference(fd, wanted)
             if wrong:
                 raise RebuildError(f"{describe(file, record.path)} is not what it was: {wrong}")
         return fd

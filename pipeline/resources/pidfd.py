@@ -1,31 +1,29 @@
-"""pidfd_open(2) descriptors of processes and threads of the tree.
+"""pidfd_open(2) descriptors of processes of the tree.
 
 The kernel holds a reference to a struct pid and flags (O_NONBLOCK, PIDFD_THREAD). Kept:
-which process or thread it is, by its level-0 pid, and the flags. The real one can only
-be opened when the process exists again: `create` returns a stand-in, and `finish` puts
-the real pidfd in its place in every holder. So `finish` of this kind has to run before
-that of epoll instances that watch it.
+which process it is, by its level-0 pid, and the flags. All processes of the tree stand
+again, zombies too, before open files are made.
 
-Refused: a pidfd of a process outside the tree, or of one that is gone (its exit status
-cannot be made again). Source: pidfd_open(2), fs/pidfs.c `pidfd_show_fdinfo`.
+Refused: a pidfd of a process outside the tree, of one that is gone (its exit status
+cannot be made again), of a thread that does not lead its group.
+Source: pidfd_open(2), fs/pidfs.c `pidfd_show_fdinfo`.
 """
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import Iterator, Sequence
 
 from pipeline.errors import Blocker, RebuildError
 from pipeline.ids import HostPid, LocalFd
 from pipeline.image.schema import OpenFile, Pid, Record
-from pipeline.kernel.arch.x86_64_numbers import NR
+from pipeline.kernel import procfs
 from pipeline.kernel.syscalls import pidfd_open
 from pipeline.resources.kinds import CaptureScope, CreateScope, FdView
 from pipeline.resources.paths import describe
 from pipeline.resources.steps import CompleteOnceCreated
 
-#: of pidfd_open: for a thread that does not lead its group; kept in the status flags
+#: of pidfd_open: of one thread, which may be the leader; kept in the status flags
 PIDFD_THREAD = os.O_EXCL
 
 
@@ -41,13 +39,24 @@ def _pid(view: FdView) -> int:
     return int(view.info["Pid"][0])
 
 
+def _leads(pid: HostPid) -> bool:
+    """Whether `pid` is a process or was one a moment ago, and not a thread besides the leader."""
+    try:
+        return procfs.status(pid).tgid == pid
+    except procfs.ProcessGone:
+        return True
+
+
 class Pidfd(CompleteOnceCreated):
     """See the module."""
 
     name = "pidfd"
     record: type[PidfdState] = PidfdState
-    carried: Sequence[str] = ("pidfds of processes and threads of the tree",)
-    refused: Sequence[str] = ("a pidfd of a process outside the tree, or of one that is gone",)
+    carried: Sequence[str] = ("pidfds of processes of the tree, zombies too",)
+    refused: Sequence[str] = (
+        "a pidfd of a process outside the tree, or of one that is gone",
+        "a pidfd of a thread that does not lead its group",
+    )
 
     def matches(self, view: FdView) -> bool:
         """By link and fdinfo."""
@@ -60,34 +69,27 @@ class Pidfd(CompleteOnceCreated):
             yield Blocker(view.subject, "the pidfd is of a process that is gone", "close it")
         elif not scope.member(pid):
             yield Blocker(view.subject, f"the pidfd is of pid {pid or '?'}, outside the tree", "close it")
+        elif view.flags & PIDFD_THREAD and not _leads(HostPid(pid)):
+            why = f"the pidfd is of thread {pid}, which does not lead its group"
+            yield Blocker(view.subject, why, "close it")
 
     def capture(self, view: FdView, scope: CaptureScope) -> PidfdState:
         """Whose it is."""
         return PidfdState(pid=scope.member(_pid(view)), thread=bool(view.flags & PIDFD_THREAD))
 
     def create(self, file: OpenFile, record: PidfdState, scope: CreateScope) -> LocalFd:
-        """A stand-in: a pidfd of this process, which no holder gets to use."""
-        return pidfd_open(HostPid(os.getpid()))
-
-    def finish(self, file: OpenFile, record: PidfdState, scope: CreateScope) -> None:
-        """Put the real one in place of the stand-in, in every holder.
+        """Open the process that stands for it.
 
         Raises:
-            RebuildError: the process is not there.
+            RebuildError: it is not there.
         """
         flags = (os.O_NONBLOCK & file.flags) | (PIDFD_THREAD if record.thread else 0)
         try:
-            real = pidfd_open(scope.host_pid(record.pid), flags)
+            return pidfd_open(scope.host_pid(record.pid), flags)
         except OSError as error:
             raise RebuildError(
                 f"{describe(file)} of pid {record.pid} cannot be opened: {error.strerror}"
             ) from error
-        try:
-            for holder, number in scope.holders(file.index):
-                cloexec = scope.inject(holder, NR.fcntl, number, fcntl.F_GETFD, 0) & fcntl.FD_CLOEXEC
-                scope.send(holder, real, number, cloexec=bool(cloexec))
-        finally:
-            os.close(real)
 
 
 KIND = Pidfd()

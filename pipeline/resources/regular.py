@@ -98,7 +98,7 @@ class RegularFile:
             RebuildError: it is missing, or differs in type, size, modification time or build id.
         """
         with closed_on_error(reopen(file, record.path, file.flags, scope)) as fd:
-            wrong = difference(record.identity, fd)
+            wrong = difference(fd, record.identity)
             if wrong:
                 raise RebuildError(f"{describe(file, record.path)} is not the file that was open: {wrong}")
         return fd

@@ -7,7 +7,8 @@ opened again from there, with its own access mode, flags and position, so the by
 are shared as they were.
 
 Kept: bytes, holes, size, permissions, owner, modification time, locks. Not preserved:
-inode number, ctime, and the filesystem it was on; so it cannot be given a name by
+inode number, ctime, the flags O_TMPFILE and O_NOFOLLOW in F_GETFL, and the filesystem
+it was on; so it cannot be given a name by
 linkat(2) in its old directory. Refused: user extended attributes and ACLs on it.
 Also counted as unnamed: what NFS (``.nfs…``) and FUSE (``.fuse_hidden…``) keep under a
 made-up name until the last close. Source: open(2) O_TMPFILE, unlink(2).

@@ -53,6 +53,8 @@ _MODULES += [eventfd, timerfd, signalfd, pidfd, epoll, unsupported]
 KINDS: list[Any] = [module.KIND for module in _MODULES]
 #: the subject's own descriptors that are not looked at
 _CONTROL = 900
+#: flags that a file without a name loses
+_LOST = os.O_TMPFILE | os.O_NOFOLLOW
 _SCRATCH = RemoteAddress(0x10_0000_0000)
 _CHANNEL = 1000
 
@@ -288,6 +290,8 @@ class Rebuilt:
 
     def _rebuild(self) -> None:
         kinds = {kind.name: kind for kind in KINDS}
+        if self._finish:
+            self._puppets = {pid: self._spawn() for pid in self._pids}
         work = [
             (file, kinds[file.kind], msgspec.convert(file.state, kinds[file.kind].record))
             for file in self.files
@@ -298,23 +302,23 @@ class Rebuilt:
             self._locals[file.index] = local
         for file, kind, record in work:
             kind.connect(file, record, self)
-        for file, _, _ in work:
+        for file, kind, _ in work:
             if not file.flags & os.O_PATH:
                 fcntl.fcntl(self._locals[file.index], fcntl.F_SETFL, file.flags)
+            lost = _LOST if kind is unnamed.KIND else 0
+            assert fcntl.fcntl(self._locals[file.index], fcntl.F_GETFL) == file.flags & ~lost, file
         if self._finish:
-            self._make_puppets()
-            for file, kind, record in sorted(work, key=lambda item: KINDS.index(item[1])):
+            for (pid, number), index in self._numbers.items():
+                self.send(pid, self._locals[index], number, cloexec=False)
+            for file, kind, record in work:
                 kind.finish(file, record, self)
         self._scope_stack.close()
 
-    def _make_puppets(self) -> None:
-        for pid in self._pids:
-            puppet = spawn_launcher(_SCRATCH, _CHANNEL)
-            self._stack.callback(puppet.stage.channel.close)
-            self._stack.callback(puppet.kill_and_reap)
-            self._puppets[pid] = puppet
-        for (pid, number), index in self._numbers.items():
-            self.send(pid, self._locals[index], number, cloexec=False)
+    def _spawn(self) -> Puppet:
+        puppet = spawn_launcher(_SCRATCH, _CHANNEL)
+        self._stack.callback(puppet.stage.channel.close)
+        self._stack.callback(puppet.kill_and_reap)
+        return puppet
 
     # -- what kinds ask ---------------------------------------------------------
 

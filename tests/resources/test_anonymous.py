@@ -9,6 +9,7 @@ import select
 import signal
 import socket
 import struct
+import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -199,6 +200,26 @@ def test_a_pidfd_of_the_tree_names_the_same_process_again() -> None:
             assert f"the pidfd is of pid {grandchild}, outside the tree" in capture.reasons(fd)
 
 
+def test_a_pidfd_of_a_zombie_and_one_of_a_thread() -> None:
+    def setup() -> tuple[int, int, int]:
+        pid = os.fork()
+        if pid == 0:
+            os._exit(0)
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        thread = threading.Thread(target=signal.pause, daemon=True)
+        thread.start()
+        assert thread.native_id
+        return os.pidfd_open(pid), syscall(NR.pidfd_open, thread.native_id, os.O_EXCL), pid
+
+    with subject(setup) as child:
+        zombie, thread, pid = child.result
+        with Capture(child.pid, pid) as capture:
+            assert not capture.blockers(zombie)
+        with Capture(child.pid) as capture:
+            capture.pids.append(int(capture.view(thread).info["Pid"][0]))
+            assert "which does not lead its group" in capture.reasons(thread)
+
+
 def test_a_pidfd_of_a_process_that_is_gone_is_refused() -> None:
     def setup() -> int:
         pid = os.fork()
@@ -276,6 +297,24 @@ def test_an_item_whose_number_was_closed_or_reused_is_found_by_kcmp() -> None:
         assert len(before) == len(after) == 2
         puppet_numbers = {int(n) for n in os.listdir(f"/proc/{new.host_pid(child.pid)}/fd")} - {1000, 1001}
         assert puppet_numbers == {fd for _, fd in capture._tables}
+
+
+def test_a_reused_number_that_names_a_locked_file_is_refused(tmp_path: Path) -> None:
+    def setup() -> int:
+        poll = syscall(NR.epoll_create1, 0)
+        instance = select.epoll.fromfd(os.dup(poll))
+        first = os.eventfd(1)
+        instance.register(first, select.EPOLLIN)
+        instance.close()
+        os.dup(first)
+        file = os.open(tmp_path / "locked", os.O_RDWR | os.O_CREAT)
+        os.dup2(file, first)
+        os.close(file)
+        fcntl.lockf(first, fcntl.LOCK_EX)
+        return poll
+
+    with subject(setup) as child, Capture(child.pid) as capture:
+        assert "a number that now names a file with POSIX locks" in capture.reasons(child.result)
 
 
 def test_two_items_of_one_number_are_told_apart() -> None:

@@ -111,9 +111,9 @@ def test_elf_files_are_known_by_build_id_not_by_time() -> None:
         found = identity.identity(file.fileno())
         assert len(found.build_id) == 20
         older = FileIdentity(found.size_bytes, 5, found.mode, found.build_id)
-        assert identity.difference(older, file.fileno()) is None
+        assert identity.difference(file.fileno(), older) is None
         other = FileIdentity(found.size_bytes, found.mtime_ns, found.mode, b"\1" * 20)
-        assert "build id" in str(identity.difference(other, file.fileno()))
+        assert "build id" in str(identity.difference(file.fileno(), other))
 
 
 def test_a_name_covered_by_another_file_is_refused(path: Path) -> None:
@@ -138,6 +138,18 @@ def test_a_file_whose_name_ends_in_deleted_is_not_taken_for_deleted(tmp_path: Pa
     ):
         assert capture.kind(child.result).name == "regular"
         assert os.read(new.fd(child.result), 9) == b"here"
+
+
+def test_a_removed_file_whose_name_with_deleted_behind_it_is_another_file(path: Path) -> None:
+    def setup() -> int:
+        fd = os.open(path, os.O_RDONLY)
+        os.link(path, path.with_name("other"))
+        path.unlink()
+        path.with_name("file (deleted)").touch()
+        return fd
+
+    with subject(setup) as child, Capture(child.pid) as capture:
+        assert "its name was removed, other hard links keep it alive" in capture.reasons(child.result)
 
 
 def test_a_lease_is_refused(path: Path) -> None:

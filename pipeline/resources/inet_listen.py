@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 
 from pipeline.errors import Blocker, RebuildError
 from pipeline.ids import LocalFd
-from pipeline.image.schema import OpenFile, Record, U32
+from pipeline.image.schema import U32, OpenFile, Record
 from pipeline.kernel.sockdiag import State
 from pipeline.resources import inet_address, socket_options, sockets
 from pipeline.resources.inet_address import Address

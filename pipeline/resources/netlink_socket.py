@@ -22,7 +22,7 @@ from msgspec import Meta
 
 from pipeline.errors import Blocker, RebuildError
 from pipeline.ids import LocalFd
-from pipeline.image.schema import OpenFile, Record, U32
+from pipeline.image.schema import U32, OpenFile, Record
 from pipeline.resources import socket_options, sockets
 from pipeline.resources.kinds import CaptureScope, CreateScope, FdView
 from pipeline.resources.socket_options import SOL_NETLINK

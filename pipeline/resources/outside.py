@@ -78,3 +78,8 @@ def blockers(view: FdView, holders: list[Holder], what: str) -> Iterator[Blocker
             f" and {len(pids) - 4} more" if len(pids) > 4 else ""
         )
         yield Blocker(view.subject, f"{what} {named} outside the tree", "include that process or redirect it")
+
+
+def of_link(link: bytes, scope: CaptureScope) -> list[Holder]:
+    """Descriptors outside the tree whose link reads `link`: of another open file than those at hand."""
+    return _table(scope).get(link, [])

@@ -1,0 +1,268 @@
+"""Giving unix sockets their path names, exactly as they were written, without disturbing what is there.
+
+bind(2) makes a file and keeps the string. To get both right whatever the string is
+(relative, through directories of another mount namespace), the socket is bound in a
+throw-away thread whose root or working directory is an empty directory made for that
+purpose beside the wanted place; the file is then moved over the place in one step. Where
+the file of a name was removed, only the string is wanted: the private directory is
+then a temporary one, and removed.
+
+An existing file is replaced only if it is the very file that was recorded.
+
+Source: bind(2), unix(7), unshare(2), chroot(2), rename(2).
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import socket
+import stat
+import tempfile
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TypeVar
+
+from pipeline.errors import RebuildError
+from pipeline.ids import LocalFd
+from pipeline.image.schema import PathRef
+from pipeline.kernel.arch.x86_64_numbers import NR
+from pipeline.kernel.syscalls import CLONE, PRCTL, prctl, syscall, unshare
+from pipeline.resources.kinds import CreateScope
+from pipeline.resources.unix_state import Peer, SocketFile, is_path, shown
+
+T = TypeVar("T")
+_UNCHANGED = 0xFFFF_FFFF
+
+
+def _in_thread(act: Callable[[], T]) -> T:
+    """Run `act` in a thread of its own and return or raise what it did."""
+    results: list[T] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(act())
+        except BaseException as error:  # noqa: BLE001 - raised again by the caller
+            errors.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    if errors:
+        raise errors[0]
+    return results[0]
+
+
+def acting_as(who: Peer | None, scope: CreateScope, act: Callable[[], T]) -> T:
+    """Run `act` with the effective ids of `who`, which sockets remember as SO_PEERCRED.
+
+    Where this process may not take on those ids it runs as it is. The pid that is
+    remembered is that of this process: only a process itself can leave its pid.
+    """
+    if who is None:
+        return act()
+    uid, gid = scope.user(who.uid), scope.group(who.gid)
+    if (uid, gid) == (os.geteuid(), os.getegid()):
+        return act()
+
+    def change_and_act() -> T:
+        with suppress(PermissionError):
+            syscall(NR.setresgid, _UNCHANGED, gid, _UNCHANGED)
+            syscall(NR.setresuid, _UNCHANGED, uid, _UNCHANGED)
+        return act()
+
+    # A change of ids makes the whole process undumpable.
+    dumpable = prctl(PRCTL.GET_DUMPABLE)
+    try:
+        return _in_thread(change_and_act)
+    finally:
+        prctl(PRCTL.SET_DUMPABLE, dumpable)
+
+
+class Place:
+    """A socket bound to a path name in a private directory, until `settle` puts the file where it belongs.
+
+    Ownership: `settle` or `close` removes the directory and closes what is held; `close` after `settle`
+    does nothing.
+    """
+
+    def __init__(self, sock: socket.socket, name: bytes, file: SocketFile | None, scope: CreateScope) -> None:
+        """Bind `sock`.
+
+        Raises:
+            RebuildError: the directory does not exist here, cannot be written to, or holds a file that
+                must not be replaced.
+        """
+        self._file, self._scope = file, scope
+        self._subject = f"unix socket {shown(name)}"
+        self._held: list[int] = []
+        self._private: tuple[int, str] | None = None
+        try:
+            self._bind(sock, name)
+        except OSError as error:
+            self.close()
+            raise RebuildError(f"{self._subject}: cannot be bound: {error.strerror or error}") from error
+        except BaseException:
+            self.close()
+            raise
+
+    def _hold(self, fd: int) -> int:
+        self._held.append(fd)
+        return fd
+
+    def _bind(self, sock: socket.socket, name: bytes) -> None:
+        if self._file is None:
+            parent = self._hold(os.open(tempfile.gettempdir(), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
+        else:
+            check_target(self._file, self._scope)
+            parent = self._hold(open_directory(self._file, self._scope))
+        private = f".pipeline-{secrets.token_hex(8)}"
+        os.mkdir(private, 0o700, dir_fd=parent)
+        self._private = parent, private
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+        inside = self._hold(os.open(private, flags, dir_fd=parent))
+        bind = _binder(sock, name, inside)
+        try:
+            found = _in_thread(bind)
+        except PermissionError:
+            found = _in_child(bind)
+        self._found = found
+        self._socket_file = self._hold(
+            os.open(found, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=inside)
+        )
+        self._inside = inside
+
+    @property
+    def address(self) -> str:
+        """A name by which this process can connect or send to the socket, wherever its file is."""
+        return f"/proc/self/fd/{self._socket_file}"
+
+    def settle(self) -> None:
+        """Move the file to its place with its owner and mode, or remove it if it has none; then `close`.
+
+        Raises:
+            RebuildError: the place is taken by another file, or the owner cannot be set.
+        """
+        try:
+            if self._file is not None:
+                self._move(self._file)
+        except OSError as error:
+            raise RebuildError(f"{self._subject}: {error.strerror or error}") from error
+        finally:
+            self.close()
+
+    def _move(self, file: SocketFile) -> None:
+        uid, gid = self._scope.user(file.uid), self._scope.group(file.gid)
+        now = os.stat(self._found, dir_fd=self._inside, follow_symlinks=False)
+        if (now.st_uid, now.st_gid) != (uid, gid):
+            os.chown(self._found, uid, gid, dir_fd=self._inside, follow_symlinks=False)
+        os.chmod(self._found, file.mode, dir_fd=self._inside)
+        check_target(file, self._scope)
+        target = os.path.basename(file.path.path)
+        os.rename(self._found, target, src_dir_fd=self._inside, dst_dir_fd=self._held[0])
+
+    def close(self) -> None:
+        """Remove the private directory and close what is held; idempotent."""
+        if self._private is not None:
+            parent, private = self._private
+            self._private = None
+            shutil.rmtree(private, ignore_errors=True, dir_fd=parent)
+        while self._held:
+            os.close(self._held.pop())
+
+
+def open_directory(file: SocketFile, scope: CreateScope) -> LocalFd:
+    """The directory that holds, or shall hold, the socket file (O_PATH); the caller owns it."""
+    where = PathRef(file.path.mntns, os.path.dirname(file.path.path) or b"/")
+    return scope.open(where, os.O_PATH | os.O_DIRECTORY)
+
+
+def check_target(file: SocketFile, scope: CreateScope) -> None:
+    """The place of a socket file is free, or taken by the stale file that was recorded.
+
+    Raises:
+        RebuildError: something else is there, or the directory is missing.
+    """
+    path = os.fsdecode(file.path.path)
+    try:
+        parent = open_directory(file, scope)
+    except OSError as error:
+        raise RebuildError(f"unix socket {path}: its directory: {error.strerror}") from error
+    try:
+        found = os.stat(os.path.basename(file.path.path), dir_fd=parent, follow_symlinks=False)
+    except FileNotFoundError:
+        return
+    finally:
+        os.close(parent)
+    recorded = (file.inode, file.mtime_ns, file.mode, scope.user(file.uid), scope.group(file.gid))
+    present = (found.st_ino, found.st_mtime_ns, stat.S_IMODE(found.st_mode), found.st_uid, found.st_gid)
+    if not stat.S_ISSOCK(found.st_mode) or recorded != present:
+        raise RebuildError(
+            f"unix socket {path}: another file is there, which is not replaced (remove it if nobody needs it)"
+        )
+
+
+def _binder(sock: socket.socket, name: bytes, inside: int) -> Callable[[], bytes]:
+    """What the throw-away thread does: bind, and say where below `inside` the file is."""
+    if not is_path(name):
+        raise ValueError(f"{name!r} is not a path")
+    *parents, last = name.split(b"/")
+
+    def bind() -> bytes:
+        unshare(CLONE.FS)
+        os.umask(0)
+        os.fchdir(inside)
+        where: list[bytes] = []
+        if name.startswith(b"/"):
+            os.chroot(".")
+        else:
+            # Deep enough for every ".." of a relative name.
+            for _ in range(parents.count(b"..")):
+                where.append(b"d")
+                os.mkdir(b"d")
+                os.chdir(b"d")
+        base = [b"/"] if name.startswith(b"/") else []
+        walked = list(base)
+        for part in parents:
+            walked.append(part)
+            if part == b"..":
+                del where[-1:]
+            elif part not in (b"", b"."):
+                where.append(part)
+                with suppress(FileExistsError):
+                    os.mkdir(os.path.join(*walked))
+        sock.bind(name)
+        return b"/".join([*where, last])
+
+    return bind
+
+
+def _in_child(act: Callable[[], bytes]) -> bytes:
+    """Run `act` in a forked child in a user namespace of its own, where it may chroot.
+
+    Raises:
+        OSError: with the errno that `act` raised there.
+    """
+    reader, writer = os.pipe2(os.O_CLOEXEC)
+    pid = os.fork()
+    if pid == 0:
+        code = 255
+        try:
+            unshare(CLONE.NEWUSER)
+            os.write(writer, act())
+            code = 0
+        except OSError as error:
+            code = error.errno or 255
+        finally:
+            os._exit(code)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as pipe:
+        found = pipe.read()
+    _, status = os.waitpid(pid, 0)
+    code = os.waitstatus_to_exitcode(status)
+    if code:
+        raise OSError(abs(code), os.strerror(abs(code)))
+    return found

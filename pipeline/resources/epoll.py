@@ -9,7 +9,8 @@ Kept: items with number, events (EPOLLET, EPOLLONESHOT, EPOLLEXCLUSIVE, EPOLLWAK
 data, nested instances, busy-poll parameters. Items are registered in `finish`, from
 inside a process that has the epoll instance, under the number they had.
 
-Differences that remain: an edge that was reported already is reported once more if the
+Differences that remain: EPOLLWAKEUP needs CAP_BLOCK_SUSPEND in the host's user namespace,
+the kernel drops it silently elsewhere; an edge that was reported already is reported once more if the
 file is still ready. A one-shot item that had fired is put back by letting it fire once
 more where the file is ready; where it is not, errors and hang-ups (which the kernel
 adds by itself) can make it fire before it is armed again.

@@ -45,10 +45,12 @@ def build_id(fd: int) -> bytes:
         *struct.unpack_from("<Q", header, 32),
         *struct.unpack_from("<HH", header, 54),
     )
-    table = os.pread(fd, entry_bytes * entries, offset)
+    if offset >> 63:
+        return b""
+    table = os.pread(fd, min(entry_bytes * entries, _MAX_NOTES_BYTES), offset)
     for start in range(0, len(table) - 55, max(entry_bytes, 56)):
         kind, _, at, _, _, size = struct.unpack_from("<IIQQQQ", table, start)
-        if kind == _PT_NOTE:
+        if kind == _PT_NOTE and not at >> 63:
             found = _in_notes(os.pread(fd, min(size, _MAX_NOTES_BYTES), at))
             if found:
                 return found
@@ -67,17 +69,25 @@ def _in_notes(notes: bytes) -> bytes:
     return b""
 
 
+def _build_id_by_reader(fd: int) -> bytes:
+    with suppress(OSError):  # what may not be read here is known by its modification time
+        reader = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            return build_id(reader)
+        finally:
+            os.close(reader)
+    return b""
+
+
 def identity(fd: int) -> FileIdentity:
     """What identifies the file behind local descriptor `fd` (also one that is write-only or O_PATH)."""
     result = os.fstat(fd)
     found = b""
     if stat.S_ISREG(result.st_mode):
-        with suppress(OSError):
-            reader = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-            try:
-                found = build_id(reader)
-            finally:
-                os.close(reader)
+        try:
+            found = build_id(fd)
+        except OSError:  # EBADF: write-only or O_PATH; EINVAL: O_DIRECT
+            found = _build_id_by_reader(fd)
     return FileIdentity(result.st_size, result.st_mtime_ns, result.st_mode, found)
 
 

@@ -86,7 +86,8 @@ def capture(view: FdView, scope: CaptureScope) -> list[Lock]:
     holders = scope.holders(index) if index is not None else [(view.pid, view.fd)]
     for pid, fd in holders:
         member = scope.member(pid)
-        for line in _lines(pid, fd):
+        own = (pid, fd) == (view.pid, view.fd)
+        for line in view.info.get("lock", []) if own else _lines(pid, fd):
             lock = _parse(line, member)
             if lock is not None:
                 locks[lock] = None

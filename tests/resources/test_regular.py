@@ -116,6 +116,15 @@ def test_elf_files_are_known_by_build_id_not_by_time() -> None:
         assert "build id" in str(identity.difference(file.fileno(), other))
 
 
+def test_a_damaged_elf_header_is_no_build_id(tmp_path: Path) -> None:
+    header = bytearray(Path("/bin/sh").read_bytes()[:64])
+    for offset, content in ((32, b"\xff" * 8), (54, b"\xff" * 4)):
+        header[offset : offset + len(content)] = content
+        (tmp_path / "elf").write_bytes(header)
+        with open(tmp_path / "elf", "rb") as file:
+            assert identity.build_id(file.fileno()) == b""
+
+
 def test_a_name_covered_by_another_file_is_refused(path: Path) -> None:
     def setup() -> int:
         fd = os.open(path, os.O_RDONLY)

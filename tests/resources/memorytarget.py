@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self
 
 from pipeline.ids import HostPid
 from pipeline.image.schema import Id, PathRef
@@ -89,7 +89,7 @@ class Scope:
         self.spaces = 0
         self.contents: dict[int, int] = {}
 
-    def __enter__(self) -> Scope:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:

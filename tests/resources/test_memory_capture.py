@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
-from tests.resources.memorytarget import Program, Scope, program
 
 from pipeline.image.schema import Vma
 from pipeline.kernel.pagemap import total_bytes
@@ -19,9 +19,16 @@ from pipeline.resources.memory.capture import Captured, capture_address_space
 from pipeline.resources.memory.classify import classify
 from pipeline.resources.memory.objects import MemoryObjects
 from pipeline.resources.memory.scope import CannotCarry
+from tests.resources.memorytarget import Program, Scope, program
 
 PAGE = 4096
 SYSTEM_PYTHON = "/usr/bin/python3"
+
+
+@pytest.fixture
+def folder() -> Iterator[str]:
+    with tempfile.TemporaryDirectory() as path:
+        yield path
 
 
 @contextmanager
@@ -118,7 +125,7 @@ def test_stack_heap_and_the_kernels_own() -> None:
         assert not any(saved(found, address) for v in own for address in range(v.start, v.end, PAGE))
 
 
-def test_files_private_and_shared(tmp_path: os.PathLike[str]) -> None:
+def test_files_private_and_shared(folder: str) -> None:
     body = """
 path = sys.argv[1] + "/a b\\n\\\\012 (deleted)"
 fd = os.open(path, os.O_RDWR | os.O_CREAT); os.write(fd, b"f" * 4 * P)
@@ -129,7 +136,7 @@ read_only = mmap(4, prot=R, flags=SHARED, fd=ro)
 zero = mmap(2, flags=PRIVATE, fd=os.open("/dev/zero", os.O_RDWR)); write(zero, b"z")
 ready(private=private, shared=shared, read_only=read_only, zero=zero)
 """
-    with program(body, str(tmp_path)) as target, captured(target) as (found, objects):
+    with program(body, folder) as target, captured(target) as (found, objects):
         assert found.blockers == []
         private, shared = at(found, target["private"]), at(found, target["shared"])
         read_only, zero = at(found, target["read_only"]), at(found, target["zero"])
@@ -142,7 +149,7 @@ ready(private=private, shared=shared, read_only=read_only, zero=zero)
         assert shared.backing is not None
         assert zero.backing is not None
         assert private.backing == read_only.backing != shared.backing
-        assert files[private.backing].path.path == os.fsencode(tmp_path) + b"/a b\n\\012 (deleted)"
+        assert files[private.backing].path.path == os.fsencode(folder) + b"/a b\n\\012 (deleted)"
         assert not files[private.backing].deleted
         assert (files[private.backing].writable, files[shared.backing].writable) == (False, True)
         assert files[zero.backing].path.path == b"/dev/zero"
@@ -155,7 +162,7 @@ ready(private=private, shared=shared, read_only=read_only, zero=zero)
         assert exe.identity.build_id or exe.identity.size_bytes
 
 
-def test_deleted_file_is_carried_and_replaced_file_refused(tmp_path: os.PathLike[str]) -> None:
+def test_deleted_file_is_carried_and_replaced_file_refused(folder: str) -> None:
     body = """
 def file(name):
     fd = os.open(sys.argv[1] + name, os.O_RDWR | os.O_CREAT); os.write(fd, name.encode() * P)
@@ -164,13 +171,13 @@ gone = file("/gone"); os.unlink(sys.argv[1] + "/gone")
 moved = file("/moved"); os.link(sys.argv[1] + "/moved", sys.argv[1] + "/other"); os.unlink(sys.argv[1] + "/moved")
 ready(gone=gone, moved=moved)
 """
-    with program(body, str(tmp_path)) as target, Scope() as scope, MemoryObjects(scope) as objects:
+    with program(body, folder) as target, Scope() as scope, MemoryObjects(scope) as objects:
         found = capture_address_space(target.pid, objects, brk=0)
         backing = at(found, target["gone"]).backing
         assert backing is not None
         gone = objects.mapped_files[backing]
         assert gone.deleted
-        assert gone.path.path == os.fsencode(tmp_path) + b"/gone"
+        assert gone.path.path == os.fsencode(folder) + b"/gone"
         assert gone.content is not None
         assert os.pread(scope.contents[gone.content], 5, 0) == b"/gone"
         (refused,) = found.blockers
@@ -336,7 +343,7 @@ ready(shared=shared, own=own)
                     assert got[0][1].startswith(b"hello")
                     assert saved(found, target["own"])
                 status = 0
-            except BaseException as error:
+            except BaseException as error:  # noqa: BLE001 - told to the parent, in whose place we are
                 os.write(writer, repr(error).encode())
             finally:
                 os._exit(status)

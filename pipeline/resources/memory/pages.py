@@ -1,11 +1,18 @@
 """Reading what is to be saved: runs of pages of a process, and the data of shared memory.
 
 Pages travel as runs (address, length) in buffers that the caller owns and uses again;
-no Python code runs per page. `process_vm_readv` takes up to 1024 runs a call, releases
-the interpreter lock, and stops with EFAULT where a page may not be read by its owner
-(PROT_NONE, guard); such a run is read through /proc/PID/mem, which ignores protection.
+no Python code runs per page. `process_vm_readv` takes up to 1024 runs a call and
+releases the interpreter lock. /proc/PID/mem is used in two cases:
 
-Sources: process_vm_readv(2), proc_pid_mem(5), lseek(2) SEEK_DATA.
+* where the owner may not read (PROT_NONE): process_vm_readv stops with EFAULT, mem
+  ignores protection;
+* for pages that are shared copy-on-write. process_vm_readv *pins* what it reads, and the
+  kernel gives the target a copy of such a page of its own first (gup_must_unshare,
+  since 5.19): memory doubles and reading is ten times slower. mem does not pin.
+
+Sources: process_vm_readv(2), proc_pid_mem(5), lseek(2) SEEK_DATA; kernel commit
+a7f226604170 ("mm/gup: trigger FAULT_FLAG_UNSHARE when R/O-pinning a possibly shared
+anonymous page").
 """
 
 from __future__ import annotations
@@ -13,11 +20,13 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
 from typing import Self
 
 from pipeline.ids import HostPid, LocalFd
-from pipeline.kernel.pagemap import PAGE_BYTES, Range, merged
+from pipeline.kernel.pagemap import PAGE_BYTES, Range, entries_of, intersect, merged, open_pagemap, subtract
 from pipeline.kernel.procfs import ProcessGone
 from pipeline.kernel.syscalls import IOV_MAX, process_vm_readv
 from pipeline.resources.memory.objects import SharedObject, Window
@@ -49,16 +58,36 @@ def pieces(runs: Iterable[Range], size_bytes: int) -> Iterator[list[Segment]]:
         yield piece
 
 
+# A page of our own that somebody else maps too, by the most significant byte of its pagemap entry:
+# present 0x80, not of a file 0x20, not mapped here alone 0x01.
+_TOP_MAPPED_ELSEWHERE = bytes(b for b in range(256) if b & 0xA1 == 0x80)
+_MAPPED_ELSEWHERE = re.compile(b"[" + re.escape(_TOP_MAPPED_ELSEWHERE) + b"]+")
+#: holes up to this size are looked at rather than skipped by another system call
+_BRIDGED_BYTES = 256 * PAGE_BYTES
+
+
 class ProcessMemory:
-    """The memory of a process, to read from; a context manager.
+    """The memory of a process, to read from; a context manager. May be read from any thread.
 
     Args:
-        pid: in the pipeline's pid namespace. May be read from any thread.
+        pid: in the pipeline's pid namespace.
+
+    Raises:
+        ProcessGone: there is no such process.
+        OSError: EACCES, EPERM: it may not be traced.
     """
 
     def __init__(self, pid: HostPid) -> None:
         self.pid = pid
-        self._fd = -1
+        self._pagemap = open_pagemap(pid)
+        try:
+            self._memory = os.open(f"/proc/{pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
+        except BaseException as error:
+            os.close(self._pagemap)
+            if isinstance(error, FileNotFoundError):
+                raise ProcessGone(pid) from None
+            raise
+        self._open = True
 
     def __enter__(self) -> Self:
         return self
@@ -67,13 +96,16 @@ class ProcessMemory:
         self.close()
 
     def close(self) -> None:
-        """Close /proc/PID/mem, if it was needed; idempotent."""
-        if self._fd >= 0:
-            fd, self._fd = self._fd, -1
-            os.close(fd)
+        """Close both files; idempotent."""
+        if self._open:
+            self._open = False
+            os.close(self._pagemap)
+            os.close(self._memory)
 
     def read(self, piece: Sequence[Segment], buffer: bytearray | memoryview) -> int:
         """Read all segments of `piece`, one after the other, to the front of `buffer`.
+
+        Pages that are shared copy-on-write with another process stay so.
 
         Returns:
             The number of bytes: the sum of the lengths.
@@ -82,10 +114,47 @@ class ProcessMemory:
             OSError: EFAULT, EIO: nothing is mapped there (any more); names the address.
             ProcessGone: there is no such process.
         """
-        done, rest = 0, list(piece)
+        elsewhere = self._mapped_elsewhere(piece)
+        if not elsewhere:
+            return self._read_pinned(list(piece), buffer, 0)
+        done = 0
+        whole = [(start, start + length) for start, length in piece]
+        careful = [(start, end, True) for start, end in intersect(elsewhere, whole)]
+        quick = [(start, end, False) for start, end in subtract(whole, elsewhere)]
+        for is_careful, parts in groupby(sorted(careful + quick), key=lambda part: part[2]):
+            segments = [(start, end - start) for start, end, _ in parts]
+            if not is_careful:
+                done += self._read_pinned(segments, buffer, done)
+                continue
+            for address, length in segments:
+                self._read_forced(address, length, buffer, done)
+                done += length
+        return done
+
+    def _mapped_elsewhere(self, piece: Sequence[Segment]) -> list[Range]:
+        """Anonymous pages that another process maps too, in the neighbourhood of `piece`."""
+        found: list[Range] = []
+        at = 0
+        while at < len(piece):
+            start = piece[at][0]
+            end = start + piece[at][1]
+            at += 1
+            while at < len(piece) and 0 <= piece[at][0] - end <= _BRIDGED_BYTES:
+                end = piece[at][0] + piece[at][1]
+                at += 1
+            for address, entries in entries_of(self._pagemap, start, end):
+                found.extend(
+                    (address + match.start() * PAGE_BYTES, address + match.end() * PAGE_BYTES)
+                    for match in _MAPPED_ELSEWHERE.finditer(entries[7::8])
+                )
+        return found
+
+    def _read_pinned(self, rest: list[Segment], buffer: bytearray | memoryview, done: int) -> int:
+        """Read to `done` in the buffer by process_vm_readv; returns the bytes. Consumes `rest`."""
+        begin = done
         while rest:
             try:
-                count = process_vm_readv(self.pid, rest, buffer, done)
+                count = process_vm_readv(self.pid, rest[:IOV_MAX], buffer, done)
             except ProcessLookupError:
                 raise ProcessGone(self.pid) from None
             except OSError as error:
@@ -93,24 +162,24 @@ class ProcessMemory:
                     raise
                 count = 0
             done += count
-            while rest and count >= rest[0][1]:
-                count -= rest.pop(0)[1]
-            if rest:
+            complete = 0
+            while complete < min(len(rest), IOV_MAX) and count >= rest[complete][1]:
+                count -= rest[complete][1]
+                complete += 1
+            stopped = complete < min(len(rest), IOV_MAX)
+            del rest[:complete]
+            if stopped:
                 address, length = rest.pop(0)
                 self._read_forced(address + count, length - count, buffer, done)
                 done += length - count
-        return done
+        return done - begin
 
     def _read_forced(self, address: int, length: int, buffer: bytearray | memoryview, offset: int) -> None:
-        if self._fd < 0:
-            try:
-                self._fd = os.open(f"/proc/{self.pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
-            except FileNotFoundError:
-                raise ProcessGone(self.pid) from None
+        """Read one range through /proc/PID/mem, whatever its protection."""
         view = memoryview(buffer)[offset : offset + length]
         while view:
             try:
-                count = os.preadv(self._fd, [view], address)
+                count = os.preadv(self._memory, [view], address)
             except OSError as error:
                 raise OSError(
                     error.errno, f"pid {self.pid}: page at {address:#x}: {error.strerror}"

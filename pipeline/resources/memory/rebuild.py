@@ -9,8 +9,10 @@ Three steps, because the kernel wants them apart:
 3. `complete`: what would hinder the fill or the fork: advice (a DONTFORK mapping would
    be missing in a child), guards, locks, names, and seals as the very last.
 
-Not preserved: names of anonymous memory on a kernel without CONFIG_ANON_VMA_NAME.
 Only MADV_HUGEPAGE and MADV_NOHUGEPAGE belong to step 1: they decide how pages are made.
+
+Not preserved: copy-on-write sharing of locked pages (mlock gives each process its own),
+names of anonymous memory on a kernel without CONFIG_ANON_VMA_NAME.
 
 Sources: mmap(2), madvise(2), mlock2(2), prctl(2) PR_SET_VMA, mseal(2).
 """

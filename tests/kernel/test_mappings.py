@@ -1,0 +1,139 @@
+"""smaps, pagemap, namespaces and mounts, as the kernel tells them."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.ids import HostPid, LocalFd
+from pipeline.kernel import mountinfo, nsfs, pagemap, procfs, smaps
+
+ME = HostPid(os.getpid())
+PAGE = 4096
+
+
+@pytest.fixture
+def folder() -> Iterator[str]:
+    with tempfile.TemporaryDirectory() as path:
+        yield path
+
+
+def test_smaps_and_maps_agree() -> None:
+    by_smaps = {m.start: m for m in smaps.smaps(ME)}
+    same = [m for m in smaps.maps(ME) if m.start in by_smaps and by_smaps[m.start].end == m.end]
+    assert len(same) > 20
+    for plain in same:
+        full = by_smaps[plain.start]
+        assert full[:7] == plain[:7]
+        assert not plain.flags
+        assert bool(full.prot & 1) == ("rd" in full.flags)
+        assert bool(full.prot & 2) == ("wr" in full.flags)
+        assert full.shared == ("ms" in full.flags)
+
+
+def test_a_name_may_look_like_anything(folder: str) -> None:
+    name = os.fsencode(folder) + b"/ a\nVmFlags: zz\n\\012 (deleted)"
+    fd = os.open(name, os.O_RDWR | os.O_CREAT)
+    os.write(fd, b"x" * PAGE)
+    with mmap.mmap(fd, PAGE) as area:
+        os.close(fd)
+        inode = os.stat(name).st_ino
+        (found,) = [m for m in smaps.smaps(ME) if m.inode == inode]
+        assert smaps.exact_name(ME, found) == name
+        assert found.device == os.stat(name).st_dev
+        assert "zz" not in found.flags
+        area[0] = 1
+
+
+def test_populated_pages_with_scan_and_without() -> None:
+    with mmap.mmap(-1, 64 * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as area:
+        base = ctypes.addressof(ctypes.c_char.from_buffer(area))
+        area.madvise(mmap.MADV_NOHUGEPAGE)
+        for page in (0, 1, 2, 10, 63):
+            area[page * PAGE] = 1
+        assert area[20 * PAGE] == 0  # the zero page
+        libc = ctypes.CDLL(None)
+        assert libc.madvise(ctypes.c_void_p(base + PAGE), ctypes.c_size_t(PAGE), 102) == 0
+        fd = pagemap.open_pagemap(ME)
+        whole = [(base, base + 20 * PAGE), (base + 40 * PAGE, base + 64 * PAGE)]
+        pages = [(base + a * PAGE, base + b * PAGE) for a, b in ((0, 1), (2, 3), (10, 11), (63, 64))]
+        guards = [(base + PAGE, base + 2 * PAGE)]
+        assert pagemap.populated(fd, whole) == (pages, guards)
+        by_entries = pagemap._read_populated(fd, whole)
+        assert [(a, b) for a, b, c in by_entries if not c] == pages
+        assert [(a, b) for a, b, c in by_entries if c] == guards
+        os.close(fd)
+
+
+def test_pagemap_scan_goes_on_where_its_vector_was_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pagemap, "_REGIONS", 7)
+    with mmap.mmap(-1, 100 * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as area:
+        base = ctypes.addressof(ctypes.c_char.from_buffer(area))
+        area.madvise(mmap.MADV_NOHUGEPAGE)
+        for page in range(0, 100, 2):
+            area[page * PAGE] = 1
+        fd = pagemap.open_pagemap(ME)
+        pages, _ = pagemap.populated(fd, [(base, base + 100 * PAGE)])
+        os.close(fd)
+        assert pages == [(base + p * PAGE, base + (p + 1) * PAGE) for p in range(0, 100, 2)]
+
+
+_sets = st.sets(st.integers(0, 60))
+
+
+def _runs(pages: set[int]) -> list[pagemap.Range]:
+    return pagemap.merged((p, p + 1) for p in sorted(pages))
+
+
+@given(_sets, _sets)
+def test_arithmetic_of_ranges(one: set[int], other: set[int]) -> None:
+    assert pagemap.intersect(_runs(one), _runs(other)) == _runs(one & other)
+    assert pagemap.subtract(_runs(one), _runs(other)) == _runs(one - other)
+    assert pagemap.total_bytes(_runs(one)) == len(one)
+
+
+def test_namespaces_of_a_child() -> None:
+    body = "import ctypes, sys; assert not ctypes.CDLL(None).unshare(0x14000000); print(flush=True); sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", body], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as child:
+        assert child.stdout
+        child.stdout.readline()
+        pid = HostPid(child.pid)
+        ours, theirs = nsfs.keys(ME), nsfs.keys(pid)
+        assert {kind for kind in theirs if theirs[kind] != ours[kind]} == {"user", "uts"}
+        uts, user = nsfs.open_namespace(pid, "uts"), nsfs.open_namespace(pid, "user")
+        held: list[LocalFd] = [uts, user, nsfs.owner(uts), nsfs.parent(user)]
+        assert nsfs.key_of(held[2]) == theirs["user"]
+        assert nsfs.key_of(held[3]) == ours["user"]
+        assert nsfs.owner_uid(user) == os.geteuid()
+        assert (nsfs.kind_of(user), nsfs.kind_of(uts)) == (0x10000000, 0x04000000)
+        with pytest.raises(OSError) as caught:
+            nsfs.owner_uid(uts)
+        assert caught.value.errno == errno.EINVAL
+        for fd in held:
+            os.close(fd)
+        child.kill()
+    with pytest.raises(procfs.ProcessGone):
+        nsfs.keys(pid)
+
+
+def test_mountinfo_of_ourselves_and_of_odd_lines() -> None:
+    mounts = mountinfo.mountinfo(ME)
+    assert any(m.point == b"/proc" and m.kind == b"proc" for m in mounts)
+    assert all(m.parent in {n.id for n in mounts} or m.point == b"/" for m in mounts)
+    line = rb"36 35 98:0 /mnt1 /a\040b\134c rw,noatime shared:7 master:1 new:5 unbindable - fuse.x  rw,errors=continue"
+    (mount,) = mountinfo.parse_mountinfo(line + b"\n")
+    assert (mount.root, mount.point, mount.device) == (b"/mnt1", b"/a b\\c", os.makedev(98, 0))
+    assert (mount.shared, mount.master, mount.propagate_from, mount.unbindable) == (7, 1, 0, True)
+    assert (mount.kind, mount.source, mount.super_options) == (b"fuse.x", b"", (b"rw", b"errors=continue"))

@@ -11,7 +11,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -19,17 +19,11 @@ import pytest
 
 from pipeline.kernel.arch.x86_64 import NR
 from pipeline.kernel.syscalls import syscall
-from tests.resources.fdharness import Capture, Rebuilt, nothing_left, subject
+from tests.resources.fdharness import Capture, Rebuilt, subject
 
 CLOCK_REALTIME_ALARM = 8
 ABSTIME = 1
 SECOND = 1_000_000_000
-
-
-@pytest.fixture(autouse=True)
-def _clean() -> Iterator[None]:
-    with nothing_left():
-        yield
 
 
 # -- eventfd --------------------------------------------------------------------------------

@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from pipeline.kernel.syscalls import CLONE, mount, unshare
 from pipeline.resources.paths import look_up, misnamed, taken_over
-from tests.resources.fdharness import Capture, nothing_left, subject
+from tests.resources.fdharness import Capture, subject
 
 _PRIVATE = 1 << 18 | 1 << 14  # MS_PRIVATE | MS_REC
-
-
-@pytest.fixture(autouse=True)
-def _clean() -> Iterator[None]:
-    with nothing_left():
-        yield
 
 
 def own_mounts(place: Path) -> None:

@@ -6,20 +6,13 @@ import fcntl
 import os
 import select
 import signal
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import pytest
 
 from pipeline.errors import RebuildError
-from tests.resources.fdharness import Capture, Rebuilt, nothing_left, subject
-
-
-@pytest.fixture(autouse=True)
-def _clean() -> Iterator[None]:
-    with nothing_left():
-        yield
+from tests.resources.fdharness import Capture, Rebuilt, subject
 
 
 def polled(fd: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,13 +13,7 @@ import pytest
 from pipeline.errors import RebuildError
 from pipeline.kernel.arch.x86_64 import NR
 from pipeline.kernel.syscalls import syscall
-from tests.resources.fdharness import Capture, Rebuilt, nothing_left, subject
-
-
-@pytest.fixture(autouse=True)
-def _clean() -> Iterator[None]:
-    with nothing_left():
-        yield
+from tests.resources.fdharness import Capture, Rebuilt, subject
 
 
 def entries(fd: int) -> bytes:

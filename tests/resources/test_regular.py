@@ -6,7 +6,6 @@ import fcntl
 import os
 import signal
 import struct
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -15,15 +14,9 @@ import pytest
 from pipeline.errors import RebuildError
 from pipeline.image.schema import FileIdentity
 from pipeline.resources import identity
-from tests.resources.fdharness import Capture, Rebuilt, kind_of, nothing_left, subject
+from tests.resources.fdharness import Capture, Rebuilt, kind_of, subject
 
 F_OFD_GETLK, F_OFD_SETLK = 36, 37
-
-
-@pytest.fixture(autouse=True)
-def _clean() -> Iterator[None]:
-    with nothing_left():
-        yield
 
 
 @pytest.fixture

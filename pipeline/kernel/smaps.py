@@ -20,8 +20,8 @@ from pipeline.ids import HostPid, RemoteAddress
 from pipeline.kernel import procfs
 
 _NO_FLAGS: frozenset[str] = frozenset()
-_PKEY = re.compile(rb"\nProtectionKey: +([1-9]\d*)\n")
-_PAGE_SIZE = re.compile(rb"\nKernelPageSize: +(\d+) kB\n")
+_PKEY = re.compile(rb"\nProtectionKey: +([1-9]\d*)$", re.MULTILINE)
+_PAGE_SIZE = re.compile(rb"\nKernelPageSize: +(\d+) kB$", re.MULTILINE)
 _KIB = 1024
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
 
+from pipeline.ids import HostPid, RemoteAddress
 from pipeline.image.schema import Vma
 from pipeline.kernel.pagemap import total_bytes
 from pipeline.kernel.smaps import parse_smaps
@@ -35,7 +38,7 @@ def folder() -> Iterator[str]:
 def captured(target: Program) -> Iterator[tuple[Captured, MemoryObjects]]:
     before = LEDGER.held()
     with Scope() as scope, MemoryObjects(scope) as objects:
-        yield capture_address_space(target.pid, objects, brk=0), objects
+        yield capture_address_space(target.pid, objects, brk=RemoteAddress(0)), objects
     assert LEDGER.held() == before
 
 
@@ -98,6 +101,13 @@ def test_names_given_by_the_program() -> None:
         (line % b"[anon_shmem:s]").replace(b"00:00 0 ", b"00:01 77 ").replace(b"rw-p", b"rw-s")
     )
     assert (classify(shared[0]).kind, classify(shared[0]).name) == ("shared", b"s")
+
+
+def test_protection_key_is_refused() -> None:
+    entry = b"7000-8000 rw-p 00000000 00:00 0 \nSize: 4 kB\nProtectionKey:         3\nVmFlags: rd wr \n"
+    (mapping,) = parse_smaps(entry)
+    with pytest.raises(CannotCarry, match="protection key 3"):
+        classify(mapping)
 
 
 @pytest.mark.parametrize("flags", ["rd wr pf", "rd wr ss", "rd wr zz", "rd mm io"])
@@ -172,7 +182,7 @@ moved = file("/moved"); os.link(sys.argv[1] + "/moved", sys.argv[1] + "/other");
 ready(gone=gone, moved=moved)
 """
     with program(body, folder) as target, Scope() as scope, MemoryObjects(scope) as objects:
-        found = capture_address_space(target.pid, objects, brk=0)
+        found = capture_address_space(target.pid, objects, brk=RemoteAddress(0))
         backing = at(found, target["gone"]).backing
         assert backing is not None
         gone = objects.mapped_files[backing]
@@ -183,6 +193,68 @@ ready(gone=gone, moved=moved)
         (refused,) = found.blockers
         assert refused.subject.startswith(f"pid {target.pid} mapping {target['moved']:x}-")
         assert "leads to another file" in refused.reason
+
+
+def test_names_in_another_mount_namespace(folder: str) -> None:
+    body = """
+def file(name):
+    fd = os.open(sys.argv[1] + name, os.O_RDWR | os.O_CREAT); os.write(fd, name.encode() * P)
+    return mmap(1, flags=PRIVATE, fd=fd)
+covered = file("/covered")
+call(272, 0x20000)
+check(libc.mount(None, b"/", None, 0x44000, None))
+check(libc.mount(b"inside", sys.argv[1].encode(), b"tmpfs", 0, None))
+inside = file("/inside")
+ready(covered=covered, inside=inside)
+"""
+    with program(body, folder) as target, captured(target) as (found, objects):
+        assert not os.path.exists(f"{folder}/inside")
+        backing = at(found, target["inside"]).backing
+        assert backing is not None
+        assert not objects.mapped_files[backing].deleted
+        (refused,) = found.blockers
+        assert f"mapping {target['covered']:x}-" in refused.subject
+        assert "/covered leads to another file, or to none" in refused.reason
+
+
+@pytest.mark.parametrize("memfd", [False, True])
+def test_deleted_executable_is_carried(folder: str, memfd: bool) -> None:
+    with open("/bin/sleep", "rb") as file:
+        image = file.read()
+    if memfd:
+        fd = os.memfd_create("tool")
+        os.write(fd, image)
+        path = f"/proc/self/fd/{fd}"
+    else:
+        path = f"{folder}/tool"
+        shutil.copy("/bin/sleep", path)
+        fd = os.open(path, os.O_RDONLY)
+    child = subprocess.Popen([path, "1000"], executable=path, pass_fds=[fd] if memfd else [])
+    os.close(fd)
+    if not memfd:
+        os.unlink(path)
+    try:
+        with Scope() as scope, MemoryObjects(scope) as objects:
+            found = capture_address_space(HostPid(child.pid), objects, brk=RemoteAddress(0))
+            assert found.blockers == []
+            exe = objects.mapped_files[found.space.exe]
+            assert exe.deleted
+            assert exe.identity.build_id
+            if memfd:
+                (shared,) = objects.shared_memory
+                assert shared.fd is not None
+                assert exe.content == shared.record.space
+                assert os.pread(shared.fd, len(image) + 1, 0) == image
+                code = [v for v in found.space.vmas if v.backing == exe.content and v.kind == "shared"]
+                assert {v.flags for v in code} == {2}
+            else:
+                assert exe.path.path == path.encode()
+                assert exe.content is not None
+                assert os.pread(scope.contents[exe.content], len(image) + 1, 0) == image
+                assert any(v.kind == "file" and v.backing == found.space.exe for v in found.space.vmas)
+    finally:
+        child.kill()
+        child.wait()
 
 
 def test_memory_shared_between_processes_and_descriptors() -> None:
@@ -215,8 +287,8 @@ time.sleep(1000)
             )
             space = objects.memory_of(view)
             os.close(local)
-            one = capture_address_space(target.pid, objects, brk=0)
-            other = capture_address_space(target["child"], objects, brk=0)
+            one = capture_address_space(target.pid, objects, brk=RemoteAddress(0))
+            other = capture_address_space(target["child"], objects, brk=RemoteAddress(0))
             assert one.blockers == other.blockers == []
             shared, memfd, copy = (at(one, target[name]) for name in ("shared", "memfd", "copy"))
             assert (shared.kind, shared.flags) == ("shared", 1)
@@ -256,9 +328,6 @@ fd = call(447, 0); os.ftruncate(fd, P); address = mmap(1, flags=SHARED, fd=fd)
     "ring of a perf event": """
 attr = bytearray(128); attr[0:8] = (1).to_bytes(4, "little") + (128).to_bytes(4, "little")
 fd = call(298, (ctypes.c_char * 128).from_buffer(attr), 0, -1, -1, 0); address = mmap(2, flags=SHARED, fd=fd)
-""",
-    "protection key": """
-key = call(330, 0, 0); address = mmap(1); call(329, address, P, 3, key)
 """,
     "huge pages of hugetlbfs": """
 address = mmap(512, flags=PRIVATE | ANON | NORESERVE | 0x40000)
@@ -330,7 +399,7 @@ ready(shared=shared, own=own)
                 os.setresgid(65534, 65534, 65534)
                 os.setresuid(65534, 65534, 65534)
                 with Scope() as scope, MemoryObjects(scope) as objects:
-                    found = capture_address_space(target.pid, objects, brk=0)
+                    found = capture_address_space(target.pid, objects, brk=RemoteAddress(0))
                     assert found.blockers == []
                     (shared,) = objects.shared_memory
                     assert shared.fd is None

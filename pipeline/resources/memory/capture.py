@@ -25,7 +25,7 @@ from pipeline.kernel import procfs, smaps
 from pipeline.kernel.pagemap import Range, intersect, open_pagemap, populated
 from pipeline.kernel.smaps import Mapping
 from pipeline.resources.memory.classify import Shape, classify
-from pipeline.resources.memory.objects import MemoryObjects
+from pipeline.resources.memory.objects import MemoryObjects, Place, place_of
 from pipeline.resources.memory.scope import CannotCarry
 
 _KERNEL_KINDS = frozenset({"vdso", "vvar", "vvar_vclock", "vsyscall"})
@@ -67,11 +67,11 @@ def capture_address_space(
     """
     blockers: list[Blocker] = []
     found: list[tuple[Mapping, Shape, Index | None]] = []
-    mappings = smaps.smaps(pid)
-    for mapping in mappings:
+    place = place_of(pid)
+    for mapping in smaps.smaps(pid):
         try:
             shape = classify(mapping)
-            found.append((mapping, shape, _backing(pid, mapping, shape, objects)))
+            found.append((mapping, shape, _backing(pid, mapping, shape, objects, place)))
         except CannotCarry as refusal:
             blockers.append(refusal.blocker(subject(pid, mapping)))
         except FileNotFoundError:
@@ -79,7 +79,7 @@ def capture_address_space(
     blockers.extend(_numa_blockers(pid))
     exe = 0
     try:
-        exe = objects.executable(pid)
+        exe = objects.executable(pid, place)
     except CannotCarry as refusal:
         blockers.append(refusal.blocker(f"pid {pid} executable"))
     runs, guards = _populated(pid, found)
@@ -123,12 +123,14 @@ def subject(pid: HostPid, mapping: Mapping) -> str:
     return f"pid {pid} mapping {mapping.range_name}{name}"
 
 
-def _backing(pid: HostPid, mapping: Mapping, shape: Shape, objects: MemoryObjects) -> Index | None:
+def _backing(
+    pid: HostPid, mapping: Mapping, shape: Shape, objects: MemoryObjects, place: Place
+) -> Index | None:
     match shape.backing:
         case "none":
             return None
         case "file":
-            return objects.mapped_file(pid, mapping, writable=not shape.private and shape.may_write)
+            return objects.mapped_file(pid, mapping, not shape.private and shape.may_write, place)
         case _:
             return objects.shared_mapping(pid, mapping, shape.backing)
 

@@ -45,6 +45,8 @@ _READ = os.O_RDONLY | os.O_CLOEXEC
 
 #: identity of an inode: st_dev, st_ino
 InodeKey = tuple[int, int]
+#: where names are looked up: inode of the mount namespace, root directory
+Place = tuple[int, bytes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,18 +178,18 @@ class MemoryObjects:
 
     # -- files --------------------------------------------------------------------
 
-    def mapped_file(self, pid: HostPid, mapping: Mapping, writable: bool) -> Index:
+    def mapped_file(self, pid: HostPid, mapping: Mapping, writable: bool, place: Place) -> Index:
         """The index of the file that `mapping` shows.
 
         Args:
             pid: the process.
             mapping: of a file that is not shared memory.
             writable: it is a shared mapping of a file that was opened read-write.
+            place: `place_of` `pid`.
 
         Raises:
             CannotCarry: it cannot be opened again at the destination; says why.
         """
-        place = _place(pid)
         key = (*place, mapping.device, mapping.inode, mapping.name, writable)
         if key not in self._files:
             name = exact_name(pid, mapping)
@@ -198,8 +200,8 @@ class MemoryObjects:
             self._files[key] = self._register(pid, name, LocalFd(fd), writable, mapping.shared)
         return self._files[key]
 
-    def executable(self, pid: HostPid) -> Index:
-        """The index of the file that /proc/PID/exe names.
+    def executable(self, pid: HostPid, place: Place) -> Index:
+        """The index of the file that /proc/PID/exe names; `place` is `place_of` `pid`.
 
         Raises:
             CannotCarry: it cannot be opened again at the destination; says why.
@@ -208,7 +210,7 @@ class MemoryObjects:
         name = procfs.read_link(pid, "exe")
         fd = LocalFd(os.open(f"/proc/{pid}/exe", os.O_PATH | os.O_CLOEXEC))
         result = os.fstat(fd)
-        key = (*_place(pid), result.st_dev, result.st_ino, name.replace(b"\n", b"\\012"), False)
+        key = (*place, result.st_dev, result.st_ino, name.replace(b"\n", b"\\012"), False)
         if key in self._files:
             os.close(fd)
         else:
@@ -266,9 +268,13 @@ class MemoryObjects:
             os.close(reader)
 
 
-def _place(pid: HostPid) -> tuple[int, bytes]:
-    """Where names of `pid` are looked up: mount namespace and root directory."""
-    return os.stat(f"/proc/{pid}/ns/mnt").st_ino, procfs.read_link(pid, "root")
+def place_of(pid: HostPid) -> Place:
+    """Where names of `pid` are looked up; raises `procfs.ProcessGone`."""
+    try:
+        namespace = os.stat(f"/proc/{pid}/ns/mnt").st_ino
+    except FileNotFoundError:
+        raise procfs.ProcessGone(pid) from None
+    return namespace, procfs.read_link(pid, "root")
 
 
 def _refuse_kind(result: os.stat_result, shared: bool) -> None:

@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(arguments: argparse.Namespace) -> int:
     if arguments.to == "-" and arguments.json:
+        arguments.json = False  # not even the error may go to stdout
         raise UsageError("--json and --to - both want stdout; write the image elsewhere")
     if arguments.to == "-" and os.isatty(sys.stdout.fileno()):
         raise UsageError("--to - would write the image to this terminal; redirect stdout")

@@ -1,0 +1,115 @@
+"""Parsing, exit codes and what goes to which stream."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from pipeline.cli import migrate, render
+from pipeline.cli.main import COMMANDS
+from pipeline.errors import Blocker, InDoubt, PipelineError, Refused, UsageError
+
+
+def pipeline(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "pipeline", *words],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+        stdin=subprocess.DEVNULL,
+    )
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_help_shows_an_example(command: str) -> None:
+    done = pipeline(command, "--help")
+    assert done.returncode == 0
+    assert f"python -m pipeline {command}" in done.stdout.partition("example:")[2]
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        (),
+        ("frobnicate",),
+        ("dump",),
+        ("dump", "--pid", "x", "--to", "d"),
+        ("dump", "--pid", "1", "--to", "d", "--leave-running", "--leave-stopped"),
+        ("dump", "--pid", "1", "--to", "-", "--json"),
+        ("dump", "--p", "1", "--to", "d"),
+        ("migrate", "--pid", "1", "--to", "h:1", "--max-downtime", "5"),
+        ("migrate", "--pid", "1", "--to", "h:1", "--mode", "magic"),
+        ("restore", "--from", "d", "--pidfile", "/no/such/directory/pid"),
+    ],
+    ids=" ".join,
+)
+def test_a_wrong_command_line_is_exit_code_2_and_silent_on_stdout(words: tuple[str, ...]) -> None:
+    done = pipeline(*words)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+
+
+def test_the_version_is_printed() -> None:
+    done = pipeline("--version")
+    assert (done.returncode, done.stdout) == (0, "0.1.0\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("300ms", 0.3), ("0.5s", 0.5), ("250us", 0.00025), ("60s", 60)]
+)
+def test_durations_have_units(text: str, seconds: float) -> None:
+    assert migrate.duration_s(text) == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (PipelineError("failed"), 1),
+        (UsageError("wrong"), 2),
+        (Refused([Blocker("pid 5 fd 3", "a kernel's fact", "close it")]), 3),
+        (InDoubt("who knows"), 4),
+    ],
+)
+def test_errors_go_to_stderr_and_as_json_to_stdout(
+    error: PipelineError, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert render.fail("dump", error, json=True) == code
+    out, err = capsys.readouterr()
+    assert err.startswith("dump: ")
+    document = json.loads(out)
+    assert document["error"] == type(error).__name__
+    assert document["exit-code"] == code
+    if isinstance(error, Refused):
+        assert document["blockers"][0]["subject"] == "pid 5 fd 3"
+        assert "pid 5 fd 3: a kernel's fact (close it)" in err
+
+
+def test_a_reader_that_goes_away_is_no_traceback() -> None:
+    done = subprocess.run(
+        ["/bin/sh", "-c", f"{sys.executable} -m pipeline check --json | true"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert "Traceback" not in done.stderr
+    assert "BrokenPipe" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 B"), (999, "999 B"), (18_312_345, "18.3 MB"), (2_500_000_000_000, "2.5 TB")]
+)
+def test_sizes_for_people(count: int, text: str) -> None:
+    assert render.size(count) == text
+
+
+def test_figures_show_the_rate() -> None:
+    assert render.figures(
+        {"total-time": 500, "downtime": 8.25, "transferred": 10_000_000, "mode": "stop"}
+    ) == ("total-time 500 ms, downtime 8.2 ms, transferred 10.0 MB, mode stop, rate 20.0 MB/s")

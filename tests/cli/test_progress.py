@@ -1,0 +1,61 @@
+"""Progress: nothing for a short command, a few lines for a long one, a bar on a terminal."""
+
+from __future__ import annotations
+
+import os
+import pty
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from pipeline.cli import progress
+
+
+def test_a_short_command_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress.Lines("dump") as lines:
+        lines.phase("freeze")
+        lines.advance(1, 2)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_long_command_says_phase_and_bytes(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "PATIENCE_S", -1)
+    with progress.Lines("dump") as lines:
+        lines.phase("memory")
+        lines.advance(1_000_000, 4_000_000)
+        lines.advance(2_000_000, 4_000_000)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err == "dump: memory\ndump: memory: 1.0 MB of 4.0 MB\n"
+
+
+def test_a_terminal_gets_a_bar() -> None:
+    program = """
+        import sys
+        from pipeline.cli import progress
+        progress.PATIENCE_S = -1
+        assert sys.stderr.isatty()
+        with progress.listener("dump") as bar:
+            bar.phase("memory")
+            bar.advance(1_000_000, 4_000_000)
+            bar.phase("write")
+    """
+    controller, terminal = pty.openpty()
+    try:
+        subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(program)],
+            stderr=terminal,
+            check=True,
+            timeout=60,
+            env=os.environ | {"TERM": "xterm", "COLUMNS": "100"},
+        )
+        shown = os.read(controller, 65536).decode()
+    finally:
+        os.close(controller)
+        os.close(terminal)
+    assert "dump: memory" in shown
+    assert "1.0/4.0 MB" in shown

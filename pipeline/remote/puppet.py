@@ -358,6 +358,13 @@ class Puppet:
         ptrace.cont(self.tid)
         return self.wait_exit()
 
+    def die_of(self, number: int) -> int:
+        """Let the puppet be killed by signal `number` (default action, no core); returns its wait status."""
+        ptrace.set_sigmask(self.tid, _ALL_SIGNALS & ~(1 << (number - 1)))
+        os.kill(self.pid, number)
+        ptrace.cont(self.tid)
+        return self.wait_exit()
+
     def kill_and_reap(self) -> None:
         """End the puppet and collect it, as far as it is our child; idempotent."""
         if not self._alive:

@@ -12,8 +12,8 @@ Inherit: namespaces, then only what differs from the parent's mappings.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from pipeline.errors import RebuildError
 from pipeline.ids import LocalFd, RemoteFd
@@ -24,6 +24,7 @@ from pipeline.kernel.syscalls import PRCTL
 from pipeline.ledger import LEDGER
 from pipeline.remote.calls import Call
 from pipeline.remote.puppet import Puppet
+from pipeline.resources import identity
 from pipeline.resources.memory import rebuild
 from pipeline.resources.memory.rebuild import Source
 from pipeline.stages import memory_layout
@@ -36,10 +37,163 @@ _AMBIENT_CLEAR_ALL = 4
 _LAST_CAPABILITY = 40
 
 
-def _capabilities(inheritable: bool) -> Call:
-    """capset: all permitted and effective ones, inheritable or not."""
-    every = (1 << (_LAST_CAPABILITY + 1)) - 1
-    low, high = every & 0xFFFF_FFFF, every >> 32
-    words = (low, low, low if inheritable else 0, high, high, high if inheritable else 0)
+def _capset(permitted: int, inheritable: int) -> Call:
+    """capset(2): permitted and effective, and inheritable ones."""
+    words = [
+        half for shift in (0, 32) for half in (permitted >> shift, permitted >> shift, inheritable >> shift)
+    ]
     header = _CAPABILITY_VERSION_3.to_bytes(4, "little") + bytes(4)
-    return Call(NR.capset, (header, b"".join(word.to_bytes(4, "little") for word in words)), name="capset")
+    data = b"".join((word & 0xFFFF_FFFF).to_bytes(4, "little") for word in words)
+    return Call(NR.capset, (header, data), name="capset")
+
+
+def execute_anew(puppet: Puppet) -> None:
+    """Execute the puppet program where the puppet is now, without losing a capability."""
+    permitted = _permitted(puppet.pid)
+    raised = [bit for bit in range(_LAST_CAPABILITY + 1) if permitted >> bit & 1]
+    calls = [_capset(permitted, permitted)]
+    calls += [Call(NR.prctl, (PRCTL.CAP_AMBIENT, _AMBIENT_RAISE, bit, 0, 0), name="raise") for bit in raised]
+    puppet.run_checked(calls)
+    puppet.exec_puppet()
+    puppet.run_checked(
+        [
+            Call(
+                NR.prctl, (PRCTL.CAP_AMBIENT, _AMBIENT_CLEAR_ALL, 0, 0, 0), name="clear ambient capabilities"
+            ),
+            _capset(permitted, 0),
+            Call(NR.prctl, (PRCTL.SET_DUMPABLE, 1, 0, 0, 0), name="PR_SET_DUMPABLE"),
+        ]
+    )
+
+
+def _permitted(pid: int) -> int:
+    with open(f"/proc/{pid}/status", "rb") as file:
+        return next(int(line.split()[1], 16) for line in file if line.startswith(b"CapPrm:"))
+
+
+class MappedFiles:
+    """The files that mappings and exe links need, opened once and checked to be the same as at the source."""
+
+    def __init__(
+        self, image: Image, contents: Contents, open_path: Callable[[PathRef, int], LocalFd]
+    ) -> None:
+        self._image = image
+        self._contents = contents
+        self._open_path = open_path
+        self._fds: dict[tuple[int, bool], LocalFd] = {}
+
+    def fd(self, index: int, writable: bool) -> LocalFd:
+        """A descriptor of file `index`; owned here.
+
+        Raises:
+            RebuildError: it is not there, or is another one.
+        """
+        key = (index, writable)
+        if key not in self._fds:
+            fd = self._open(self._image.mapped_files[index], writable)
+            LEDGER.take("mapped file", fd)
+            self._fds[key] = fd
+        return self._fds[key]
+
+    def _open(self, file: MappedFile, writable: bool) -> LocalFd:
+        flags = os.O_RDWR if writable else os.O_RDONLY
+        if file.content is not None:
+            source = self._contents.fd(file.content)
+            return LocalFd(os.open(f"/proc/self/fd/{source}", flags | os.O_CLOEXEC))
+        name = os.fsdecode(file.path.path)
+        try:
+            fd = self._open_path(file.path, flags)
+        except OSError as error:
+            raise RebuildError(
+                f"mapped file {name}: {error.strerror}; bring it to this host first"
+            ) from error
+        try:
+            reason = identity.difference(file.identity, fd)
+            if reason:
+                raise RebuildError(f"mapped file {name} is not the same here: {reason}")
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
+
+    def close(self) -> None:
+        """Close all; idempotent."""
+        while self._fds:
+            _, fd = self._fds.popitem()
+            os.close(fd)
+            LEDGER.give_back("mapped file", fd)
+
+
+class Embodiment:
+    """Namespaces and memory for puppets; see `pipeline.stages.growth.Body`.
+
+    Args:
+        image: the records.
+        files: for mappings of files.
+        contents: for mappings of shared memory.
+        join: moves a puppet into the namespaces of a process, the user namespace last.
+    """
+
+    def __init__(
+        self,
+        image: Image,
+        files: MappedFiles,
+        contents: Contents,
+        join: Callable[[Process, Puppet], None],
+        join_owner: Callable[[Puppet, int], None],
+    ) -> None:
+        self._image = image
+        self._files = files
+        self._contents = contents
+        self._join = join
+        self.join_owner = join_owner
+
+    def become(self, process: Process, grown: Grown) -> None:
+        """`Become` of the plan."""
+        puppet = grown.puppet
+        space = self._space(process)
+        self._join(process, puppet)
+        grown.userns = process.namespaces.user
+        execute_anew(puppet)
+        wanted = rebuild.sources(space.vmas)
+        with self._sent(puppet, wanted, space.exe) as (fds, exe):
+            memory_layout.empty(puppet, space)
+            memory_layout.set_bounds(puppet, space, exe)
+            puppet.run_checked(rebuild.create(space, fds))
+
+    def inherit(self, process: Process, grown: Grown) -> None:
+        """`Inherit` of the plan."""
+        puppet = grown.puppet
+        space = self._space(process)
+        parent = self._space(self._image.processes[process.parent])
+        self._join(process, puppet)
+        grown.userns = process.namespaces.user
+        exe = space.exe if space.exe != parent.exe else None
+        with self._sent(puppet, rebuild.missing(parent, space), exe) as (fds, exe_fd):
+            puppet.run_checked(rebuild.inherit(parent, space, fds))
+            memory_layout.set_bounds(puppet, space, exe_fd)
+
+    def _space(self, process: Process) -> AddressSpace:
+        if process.space is None:
+            raise RebuildError(f"pid {process.pids[0]} has no memory in the image")
+        return self._image.spaces[process.space]
+
+    @contextmanager
+    def _sent(
+        self, puppet: Puppet, wanted: Sequence[Source], exe: int | None
+    ) -> Iterator[tuple[dict[Source, RemoteFd], int]]:
+        """Descriptors of the sources and of the executable in the puppet, closed at the end."""
+        local = [self._local(source) for source in wanted]
+        if exe is not None:
+            local.append(self._files.fd(exe, writable=False))
+        numbers = puppet.send_fds(local)
+        fds = {source: RemoteFd(number) for source, number in zip(wanted, numbers, strict=False)}
+        yield fds, numbers[-1] if exe is not None else -1
+        puppet.run_checked([Call(NR.close, (number,)) for number in numbers])
+
+    def _local(self, source: Source) -> LocalFd:
+        if source.kind == "file":
+            writable = self._image.mapped_files[source.number].writable and not source.read_only
+            return self._files.fd(source.number, writable)
+        fd = self._contents.fd(source.number)
+        return self._contents.read_only(source.number) if source.read_only else fd

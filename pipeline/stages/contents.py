@@ -42,6 +42,7 @@ class Contents:
 
     def __init__(self) -> None:
         self._fds: dict[int, LocalFd] = {}
+        self._read_only: dict[int, LocalFd] = {}
         self._seals: dict[int, int] = {}
 
     def make(self, image: Image, launcher: Puppet) -> None:
@@ -101,6 +102,14 @@ class Contents:
                 f"space {space} is no shared memory and no file content of this image"
             ) from None
 
+    def read_only(self, space: int) -> LocalFd:
+        """A descriptor of `space` through which nothing can be mapped writable; owned here."""
+        if space not in self._read_only:
+            fd = LocalFd(os.open(f"/proc/self/fd/{self.fd(space)}", os.O_RDONLY | os.O_CLOEXEC))
+            LEDGER.take("content", fd)
+            self._read_only[space] = fd
+        return self._read_only[space]
+
     def __contains__(self, space: int) -> bool:
         return space in self._fds
 
@@ -118,7 +127,8 @@ class Contents:
 
     def close(self) -> None:
         """Close all; idempotent."""
-        while self._fds:
-            _, fd = self._fds.popitem()
-            os.close(fd)
-            LEDGER.give_back("content", fd)
+        for fds in (self._fds, self._read_only):
+            while fds:
+                _, fd = fds.popitem()
+                os.close(fd)
+                LEDGER.give_back("content", fd)

@@ -19,7 +19,7 @@ import trio
 from pipeline.errors import ImageError
 from pipeline.image.frames import PageRun
 from pipeline.progress import Progress
-from pipeline.stages.memory import LeasedRun
+from pipeline.transport.buffers import LeasedRun
 
 
 def write_run(fd: int, run: PageRun) -> None:

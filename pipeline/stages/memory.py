@@ -26,19 +26,11 @@ from pipeline.resources.memory.pages import (
     read_shared,
     shared_bytes,
 )
-from pipeline.stages.buffers import BufferPool, Lease
+from pipeline.transport.buffers import BufferPool, LeasedRun
 
 #: bytes of one page run, and how many of them may be on their way at once
 BUFFER_BYTES = 4 << 20
 BUFFERS = 6
-
-
-@dataclass(frozen=True, slots=True)
-class LeasedRun:
-    """Pages on their way; whoever gets it releases the lease when the payload is no longer needed."""
-
-    run: PageRun
-    lease: Lease
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,7 +61,9 @@ def empty(puppet: Puppet, space: AddressSpace) -> None:
         RebuildError: this kernel's vdso has another shape than the source's.
     """
     here = kernel_mappings(puppet.pid)
-    wanted: dict[str, tuple[int, int]] = {vma.kind: (vma.start, vma.end) for vma in space.vmas if vma.kind in _KERNEL_MAPPINGS}
+    wanted: dict[str, tuple[int, int]] = {
+        vma.kind: (vma.start, vma.end) for vma in space.vmas if vma.kind in _KERNEL_MAPPINGS
+    }
     for name, (start, end) in wanted.items():
         if name not in here or here[name][1] - here[name][0] != end - start:
             raise RebuildError(

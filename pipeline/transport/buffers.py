@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import trio
 
+from pipeline.image.frames import PageRun
 from pipeline.ledger import LEDGER
 
 
@@ -45,3 +48,11 @@ class BufferPool:
     def _take_back(self, buffer: bytearray) -> None:
         self._free.append(buffer)
         self._room.release()
+
+
+@dataclass(frozen=True, slots=True)
+class LeasedRun:
+    """Pages on their way; whoever gets it releases the lease when the payload is no longer needed."""
+
+    run: PageRun
+    lease: Lease

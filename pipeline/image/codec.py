@@ -1,0 +1,263 @@
+"""Records to bytes and back; bytes from a stranger are bounded before they are looked at.
+
+A record is one msgpack map with its kind under ``type``. Decoding goes in two steps:
+msgpack with a cap on every length, then the types and bounds of
+`pipeline.image.schema`. `Image` collects records and checks that they fit together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import msgpack
+import msgspec
+
+from pipeline.errors import ImageError
+from pipeline.image.schema import (
+    FORMAT_VERSION,
+    AddressSpace,
+    AnyRecord,
+    Content,
+    End,
+    Head,
+    MappedFile,
+    Namespace,
+    OpenFile,
+    Process,
+    Record,
+    SharedMemory,
+    UserNamespace,
+)
+from pipeline.userns.idmap import IdMap, MapError
+
+#: no record is larger; 2**20 mappings of 40 bytes fit
+MAX_RECORD_BYTES = 64 << 20
+_MAX_ITEMS = 1 << 22
+_U64 = (1 << 64) - 1
+_PAGE_BYTES = 4096
+
+
+def encode(record: Record) -> bytes:
+    """One record as msgpack."""
+    packed: bytes = msgpack.packb(msgspec.to_builtins(record, builtin_types=(bytes,)), use_bin_type=True)
+    return packed
+
+
+def unpack(content: bytes | memoryview) -> Any:
+    """Untyped msgpack with every length capped.
+
+    Raises:
+        ImageError: it is no msgpack, or larger than anything of ours.
+    """
+    if len(content) > MAX_RECORD_BYTES:
+        raise ImageError(f"a record of {len(content)} bytes; the largest allowed has {MAX_RECORD_BYTES}")
+    try:
+        return msgpack.unpackb(
+            content,
+            raw=False,
+            strict_map_key=True,
+            max_str_len=1 << 16,
+            max_bin_len=1 << 24,
+            max_array_len=_MAX_ITEMS,
+            max_map_len=1 << 12,
+            max_ext_len=0,
+        )
+    except (ValueError, msgpack.UnpackException, RecursionError) as error:
+        raise ImageError(f"not a valid msgpack record: {error}") from None
+
+
+def decode(content: bytes | memoryview) -> AnyRecord:
+    """One record, typed and bounded.
+
+    Raises:
+        ImageError: it does not fit its type; says where.
+    """
+    try:
+        record: AnyRecord = msgspec.convert(unpack(content), AnyRecord)  # type: ignore[arg-type]
+    except msgspec.ValidationError as error:
+        raise ImageError(f"not a valid record: {error}") from None
+    return record
+
+
+class Image:
+    """All records of an image, in order of arrival, checked against each other.
+
+    Raises:
+        ImageError: from `add` and `complete`: records are missing, double, or refer to nothing.
+    """
+
+    def __init__(self) -> None:
+        self._head: Head | None = None
+        self.user_namespaces: dict[int, UserNamespace] = {}
+        self.namespaces: dict[int, Namespace] = {}
+        self.mapped_files: dict[int, MappedFile] = {}
+        self.shared_memory: dict[int, SharedMemory] = {}
+        self.contents: dict[int, Content] = {}
+        #: address spaces by space number
+        self.spaces: dict[int, AddressSpace] = {}
+        #: processes by level-0 pid, parents before children
+        self.processes: dict[int, Process] = {}
+        self.files: dict[int, OpenFile] = {}
+        self.end: End | None = None
+
+    @property
+    def head(self) -> Head:
+        """The first record."""
+        if self._head is None:
+            raise ImageError("the image does not begin with its head")
+        return self._head
+
+    def records(self) -> Iterable[Record]:
+        """All records but the end, in the order in which they are written."""
+        yield self.head
+        for table in (
+            self.user_namespaces,
+            self.namespaces,
+            self.mapped_files,
+            self.shared_memory,
+            self.contents,
+            self.spaces,
+            self.processes,
+            self.files,
+        ):
+            yield from table.values()  # type: ignore[attr-defined]
+
+    def add(self, record: AnyRecord) -> None:
+        """Take the next record in."""
+        if isinstance(record, Head):
+            if self._head is not None:
+                raise ImageError("the image has two heads")
+            if record.version > FORMAT_VERSION:
+                raise ImageError(
+                    f"the image has format {record.version}; this version reads up to {FORMAT_VERSION}: "
+                    "use a newer pipeline"
+                )
+            self._head = record
+            return
+        if self._head is None:
+            raise ImageError("the image does not begin with its head")
+        if self.end is not None:
+            raise ImageError("records after the end of the image")
+        match record:
+            case UserNamespace():
+                self._put(self.user_namespaces, record.index, record)
+                try:
+                    IdMap(record.uid_map)
+                    IdMap(record.gid_map)
+                except MapError as error:
+                    raise ImageError(f"user namespace {record.index}: {error}") from None
+            case Namespace():
+                self._put(self.namespaces, record.index, record)
+            case MappedFile():
+                self._put(self.mapped_files, record.index, record)
+            case SharedMemory():
+                self._put(self.shared_memory, record.space, record)
+            case Content():
+                self._put(self.contents, record.space, record)
+            case AddressSpace():
+                self._check_mappings(record)
+                self._put(self.spaces, record.space, record)
+            case Process():
+                self._put(self.processes, record.pids[0], record)
+            case OpenFile():
+                self._put(self.files, record.index, record)
+            case End():
+                self.end = record
+
+    @staticmethod
+    def _put(table: dict[int, Any], key: int, record: Record) -> None:
+        if key in table:
+            raise ImageError(f"{type(record).__name__} {key} is there twice")
+        table[key] = record
+
+    @staticmethod
+    def _check_mappings(space: AddressSpace) -> None:
+        reached = 0
+        for vma in space.vmas:
+            fits = reached <= vma.start < vma.end <= _U64 and not (vma.start | vma.end) % _PAGE_BYTES
+            if not fits:
+                raise ImageError(f"space {space.space}: mapping {vma.start:x}-{vma.end:x} is out of order")
+            reached = vma.end
+
+    def check_machine(self, machine: str) -> None:
+        """Raise ImageError if the image was made on another kind of processor."""
+        if self.head.machine != machine:
+            raise ImageError(f"the image was made on {self.head.machine}; this is {machine}")
+
+    def check_references(self) -> None:
+        """Every number that names another record does so, and nobody is his own ancestor.
+
+        Raises:
+            ImageError: names the record and what it refers to.
+        """
+        self._require(0 in self.user_namespaces, "user namespace 0 is missing")
+        for userns in self.user_namespaces.values():
+            parent = userns.parent
+            self._require(
+                (parent is None) == (userns.index == 0)
+                and (parent is None or parent in self.user_namespaces),
+                f"user namespace {userns.index} has no parent",
+            )
+        for namespace in self.namespaces.values():
+            self._require(
+                namespace.owner in self.user_namespaces
+                and (namespace.parent is None or namespace.parent in self.namespaces),
+                f"namespace {namespace.index} has no owner or parent",
+            )
+        for space in self.spaces.values():
+            self._check_space(space)
+        for process in self.processes.values():
+            self._check_process(process)
+        self._require(self.head.root in self.processes, f"the root, pid {self.head.root}, is missing")
+
+    def _check_space(self, space: AddressSpace) -> None:
+        name = f"space {space.space}"
+        self._require(space.exe in self.mapped_files, f"{name}: executable {space.exe} is missing")
+        self._require(space.copy_of is None or space.copy_of in self.spaces, f"{name}: its parent is missing")
+        for vma in space.vmas:
+            known = {"file": self.mapped_files, "shared": self.shared_memory}.get(vma.kind)
+            self._require(
+                vma.backing in known if known is not None else vma.backing is None,  # type: ignore[operator]
+                f"{name}: mapping {vma.start:x}-{vma.end:x} has no backing",
+            )
+
+    def _check_process(self, process: Process) -> None:
+        name = f"pid {process.pids[0]}"
+        members = process.namespaces
+        self._require(
+            members.user in self.user_namespaces, f"{name}: user namespace {members.user} is missing"
+        )
+        for kind in (
+            "pid",
+            "pid_for_children",
+            "mnt",
+            "uts",
+            "ipc",
+            "net",
+            "cgroup",
+            "time",
+            "time_for_children",
+        ):
+            self._require(
+                getattr(members, kind) in self.namespaces, f"{name}: its {kind} namespace is missing"
+            )
+        self._require(
+            process.parent == 0 or process.parent in self.processes, f"{name}: its parent is missing"
+        )
+        if process.state == "zombie":
+            return
+        self._require(process.space in self.spaces, f"{name}: its memory is missing")
+        self._require(bool(process.threads), f"{name} has no threads")
+        self._require(
+            process.cwd is not None and process.root is not None, f"{name} has no root or working directory"
+        )
+        for entry in process.fds:
+            self._require(
+                entry.file in self.files, f"{name} fd {entry.fd}: open file {entry.file} is missing"
+            )
+
+    @staticmethod
+    def _require(holds: bool, otherwise: str) -> None:
+        if not holds:
+            raise ImageError(f"the image does not fit together: {otherwise}")

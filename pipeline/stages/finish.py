@@ -1,0 +1,149 @@
+"""The last steps of a rebuild: from puppets with memory to processes that are ready to run.
+
+The order, each step for all processes before the next begins:
+
+1. threads, since nothing is forked any more;
+2. descriptors: made, joined, handed over;
+3. what had to wait for the pages and the births: advice, locks, guards, seals of memory;
+4. working directory, root, umask;
+5. zombies end;
+6. task state that needs capabilities or numbers: limits, signal actions, timers, ids, filters;
+7. the scratch area goes, registers and masks are put on.
+
+Nothing has run yet. `thaw` then lets everything go: first no puppet dies with us any
+more, then each is detached.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Sequence
+
+from pipeline.errors import RebuildError
+from pipeline.ids import LocalFd
+from pipeline.image.codec import Image
+from pipeline.image.schema import PathRef, Process
+from pipeline.kernel.arch.x86_64 import NR
+from pipeline.kernel.syscalls import CLONE, PRCTL
+from pipeline.remote.calls import Call
+from pipeline.remote.puppet import Puppet
+from pipeline.resources.memory import rebuild
+from pipeline.stages.growth import Grown, Growth
+
+_THREAD = CLONE.VM | CLONE.FS | CLONE.FILES | CLONE.SIGHAND | CLONE.THREAD | CLONE.SYSVSEM
+_SYSCALL = b"\x0f\x05"
+
+
+def living(image: Image, growth: Growth) -> list[tuple[Process, Grown]]:
+    """Every process that is not a zombie, parents first."""
+    return [
+        (process, growth.grown[process.pids[0]])
+        for process in image.processes.values()
+        if process.state != "zombie"
+    ]
+
+
+def make_threads(image: Image, growth: Growth) -> None:
+    """Clone the threads of every process; the leader's puppet is the first of `Grown.threads`."""
+    for process, grown in living(image, growth):
+        grown.threads.append(grown.puppet)
+        for thread in process.threads[1:]:
+            grown.threads.append(growth.clone_task(grown, process.namespaces.pid, thread.pids, _THREAD))
+
+
+def complete_memory(image: Image, growth: Growth) -> None:
+    """Advice, guards, names, locks and seals of every mapping."""
+    for process, grown in living(image, growth):
+        if process.space is not None:
+            grown.puppet.run_checked(rebuild.complete(image.spaces[process.space]))
+
+
+def set_directories(image: Image, growth: Growth, open_path: Callable[[PathRef, int], LocalFd]) -> None:
+    """Root, working directory and umask of every process."""
+    for process, grown in living(image, growth):
+        puppet = grown.puppet
+        if process.root is not None and process.root.path != b"/":
+            _enter(puppet, open_path, process.root, process, "root directory")
+            puppet.syscall(NR.chroot, b".\0")
+        if process.cwd is not None:
+            _enter(puppet, open_path, process.cwd, process, "working directory")
+        puppet.syscall(NR.umask, process.umask)
+
+
+def _enter(
+    puppet: Puppet, open_path: Callable[[PathRef, int], LocalFd], path: PathRef, process: Process, what: str
+) -> None:
+    try:
+        local = open_path(path, os.O_PATH | os.O_DIRECTORY)
+    except OSError as error:
+        raise RebuildError(
+            f"pid {process.pids[0]}: its {what} {os.fsdecode(path.path)}: {error.strerror}"
+        ) from error
+    try:
+        (number,) = puppet.send_fds([local])
+    finally:
+        os.close(local)
+    puppet.run_checked([Call(NR.fchdir, (number,), name=f"fchdir to its {what}"), Call(NR.close, (number,))])
+
+
+def end_zombies(image: Image, growth: Growth) -> None:
+    """Let the zombies die as they did, unseen: their parents' SIGCHLD was before the dump."""
+    for process in image.processes.values():
+        if process.state != "zombie":
+            continue
+        grown = growth.grown[process.pids[0]]
+        puppet = grown.puppet
+        puppet.syscall(NR.prctl, PRCTL.SET_NAME, process.comm + b"\0")
+        status = process.exit_status
+        if os.WIFSIGNALED(status):
+            _die_of(puppet, os.WTERMSIG(status))
+        else:
+            puppet.run_to_exit(NR.exit_group, os.WEXITSTATUS(status))
+        parent = growth.grown.get(process.parent)
+        if parent is not None:
+            parent.puppet.forget_child_signals()
+
+
+def _die_of(puppet: Puppet, number: int) -> None:
+    no_core = bytes(16)
+    rlimit_core = 4
+    puppet.syscall(NR.prlimit64, 0, rlimit_core, no_core, 0)
+    default = bytes(32)
+    if number not in (signal.SIGKILL, signal.SIGSTOP):
+        puppet.syscall(NR.rt_sigaction, number, default, 0, 8)
+    puppet.die_of(number)
+
+
+def put_on(image: Image, growth: Growth, registers: Callable[[Process, int], bytes]) -> None:
+    """Take the scratch area away and give every task its registers, extended state and mask."""
+    for process, grown in living(image, growth):
+        if process.space is not None:
+            grown.puppet.syscall(NR.close_range, grown.puppet.stage.channel_fd, 0xFFFF_FFFF, 0)
+            grown.puppet.leave_scratch(_syscall_instruction(image, process, grown.puppet))
+        for index, (thread, puppet) in enumerate(zip(process.threads, grown.threads, strict=True)):
+            puppet.put_on(registers(process, index), thread.xstate, thread.sigmask)
+
+
+def _syscall_instruction(image: Image, process: Process, puppet: Puppet) -> int:
+    assert process.space is not None
+    code = [vma for vma in image.spaces[process.space].vmas if vma.prot & 4 and vma.kind != "vsyscall"]
+    for vma in sorted(code, key=lambda vma: vma.kind != "vdso"):
+        at = os.pread(puppet.memory, vma.end - vma.start, vma.start).find(_SYSCALL)
+        if at >= 0:
+            return vma.start + at
+    raise RebuildError(f"pid {process.pids[0]} has no system call instruction in any executable mapping")
+
+
+def thaw(image: Image, growth: Growth) -> None:
+    """Let the tree run. After the first line nothing of it dies with us; there is no way back."""
+    tasks: Sequence[tuple[Process, Grown]] = living(image, growth)
+    for _, grown in tasks:
+        for puppet in grown.threads:
+            puppet.disown()
+    for process, grown in tasks:
+        if process.state == "stopped":
+            os.kill(grown.puppet.pid, process.stop_signal or signal.SIGSTOP)
+    for _, grown in tasks:
+        for puppet in grown.threads:
+            puppet.set_free()

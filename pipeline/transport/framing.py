@@ -1,0 +1,145 @@
+"""Frames over any byte stream: files, pipes, sockets, TLS, object stores.
+
+Sending hands the payload on without copying it. Receiving reads the payload straight
+into a leased buffer of the pool. What was read is checked before it is given out; an
+end of the stream in the middle of a frame is an error that says where.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import trio
+
+from pipeline.errors import ImageError
+from pipeline.image import codec, frames
+from pipeline.image.frames import FrameHead, Kind, PageRun
+from pipeline.image.schema import AnyRecord, Record
+from pipeline.transport.buffers import BufferPool, LeasedRun
+
+#: payloads from this size on are summed in a worker thread, so that others get their turn
+_LARGE_BYTES = 256 << 10
+
+
+class ByteSink(Protocol):
+    """Somewhere to write to, in order."""
+
+    async def write(self, *buffers: bytes | memoryview) -> None:
+        """Write all of the buffers; none is referred to after the return."""
+
+
+class ByteSource(Protocol):
+    """Somewhere to read from, in order."""
+
+    async def read_into(self, view: memoryview) -> int:
+        """Read at least one byte into `view`; 0 only at the end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """A protocol message, still packed (see `pipeline.transport.protocol`)."""
+
+    content: bytes
+
+
+Item = AnyRecord | LeasedRun | Message
+
+
+class FrameWriter:
+    """Writes frames to a sink; not to be used by two tasks at once."""
+
+    def __init__(self, sink: ByteSink) -> None:
+        self._sink = sink
+        self.bytes_written = 0
+
+    async def record(self, record: Record) -> None:
+        """Write one record."""
+        await self._write(frames.encode(Kind.RECORD, codec.encode(record)))
+
+    async def message(self, content: bytes) -> None:
+        """Write one protocol message."""
+        await self._write(frames.encode(Kind.MESSAGE, content))
+
+    async def pages(self, run: PageRun) -> None:
+        """Write pages; the caller keeps the buffer."""
+        head = await trio.to_thread.run_sync(frames.encode_pages, run)
+        await self._write(head, run.payload)
+
+    async def _write(self, *buffers: bytes | memoryview) -> None:
+        await self._sink.write(*buffers)
+        self.bytes_written += sum(len(buffer) for buffer in buffers)
+
+
+class FrameReader:
+    """Reads frames from a source.
+
+    Args:
+        source: where from.
+        pool: where payloads go; its buffers hold `frames.MAX_PAYLOAD_BYTES`.
+        name: what messages call the stream.
+    """
+
+    def __init__(self, source: ByteSource, pool: BufferPool, name: str) -> None:
+        self._source = source
+        self._pool = pool
+        self._name = name
+        self.bytes_read = 0
+        self._frames = 0
+
+    def _where(self) -> str:
+        return f"{self._name}: frame {self._frames} at byte {self.bytes_read}"
+
+    async def next(self) -> Item | None:
+        """The next item; None at an end between two frames.
+
+        Ownership: the caller releases the lease of a `LeasedRun`.
+
+        Raises:
+            ImageError: the stream is cut, damaged, or no stream of ours.
+        """
+        where = self._where()
+        raw = bytearray(frames.HEAD.size)
+        if not await self._fill(memoryview(raw), where, may_end=True):
+            return None
+        head = frames.decode_head(raw, where)
+        header = bytearray(head.header_bytes)
+        await self._fill(memoryview(header), where)
+        frames.check_sum(header, head.header_sum, where)
+        self._frames += 1
+        match head.kind:
+            case Kind.RECORD:
+                try:
+                    return codec.decode(bytes(header))
+                except ImageError as error:
+                    raise ImageError(f"{where}: {error}") from None
+            case Kind.MESSAGE:
+                return Message(bytes(header))
+            case Kind.PAGES:
+                return await self._pages(head, bytes(header), where)
+
+    async def _pages(self, head: FrameHead, header: bytes, where: str) -> LeasedRun:
+        lease = await self._pool.lease()
+        try:
+            payload = lease.view[: head.payload_bytes]
+            await self._fill(payload, where)
+            if len(payload) >= _LARGE_BYTES:
+                await trio.to_thread.run_sync(frames.check_sum, payload, head.payload_sum, where)
+            else:
+                frames.check_sum(payload, head.payload_sum, where)
+            return LeasedRun(frames.decode_pages(header, payload, where), lease)
+        except BaseException:
+            lease.release()
+            raise
+
+    async def _fill(self, view: memoryview, where: str, may_end: bool = False) -> bool:
+        done = 0
+        while done < len(view):
+            count = await self._source.read_into(view[done:])
+            if count == 0:
+                if may_end and done == 0:
+                    return False
+                raise ImageError(f"{where}: the stream ends in the middle of a frame: it is truncated")
+            done += count
+            self.bytes_read += count
+        return True

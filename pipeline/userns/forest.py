@@ -1,0 +1,92 @@
+"""The forest of user namespaces of an image, and what an id of one is in another.
+
+Namespace 0 is the external one, shared with the surroundings. Every other has a
+parent in the forest. All translations go along the edges of the forest, one map at a
+time, so an id is exact at any depth or is said to have no mapping.
+
+Source: user_namespaces(7).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Literal
+
+from pipeline.image.schema import Id, UserNamespace
+from pipeline.userns.idmap import IDENTITY, IdMap
+
+IdKind = Literal["uid", "gid"]
+
+#: the kernel's limit of nesting below the initial namespace
+MAX_DEPTH = 32
+
+
+class Forest:
+    """All user namespaces of an image, by index.
+
+    Raises:
+        ValueError: a parent is missing, or the namespaces form a ring.
+    """
+
+    def __init__(self, namespaces: Iterable[UserNamespace]) -> None:
+        self.namespaces = {namespace.index: namespace for namespace in namespaces}
+        self._maps: dict[tuple[int, IdKind], IdMap] = {}
+        for namespace in self.namespaces.values():
+            list(self.ancestors(namespace.index))
+            self._maps[namespace.index, "uid"] = IdMap(namespace.uid_map)
+            self._maps[namespace.index, "gid"] = IdMap(namespace.gid_map)
+
+    def ancestors(self, index: int) -> Iterator[int]:
+        """`index` itself, its parent, and so on up to namespace 0."""
+        at: int | None = index
+        for _ in range(MAX_DEPTH + 2):
+            if at is None:
+                return
+            if at not in self.namespaces:
+                raise ValueError(f"user namespace {at} is not part of the image")
+            yield at
+            at = self.namespaces[at].parent
+        raise ValueError(f"user namespace {index} is nested deeper than {MAX_DEPTH}, or in a ring")
+
+    def is_within(self, inner: int, outer: int) -> bool:
+        """Whether `inner` is `outer` or below it."""
+        return outer in self.ancestors(inner)
+
+    def map_of(self, index: int, kind: IdKind) -> IdMap:
+        """The map between namespace `index` and its parent."""
+        return self._maps[index, kind]
+
+    def to_ancestor(self, index: int, ancestor: int, kind: IdKind) -> IdMap:
+        """From ids of `index` to ids of an ancestor."""
+        composed = IDENTITY
+        for at in self.ancestors(index):
+            if at == ancestor:
+                return composed
+            step = self._maps[at, kind]
+            composed = step if composed is IDENTITY else composed.compose(step)
+        raise ValueError(f"user namespace {ancestor} is no ancestor of {index}")
+
+    def number_in(self, wanted: Id, namespace: int, kind: IdKind) -> int | None:
+        """What `wanted` is called in `namespace`; None where it has no mapping there."""
+        above: list[int] = list(self.ancestors(namespace))
+        number: int | None = wanted.id
+        for at in self.ancestors(wanted.ns):
+            if at in above:
+                break
+            number = self._maps[at, kind].up(number)
+            if number is None:
+                return None
+        for step in reversed(above[: above.index(at)]):
+            number = self._maps[step, kind].down(number)
+            if number is None:
+                return None
+        return number
+
+    def innermost(self, external: int, holder: int, kind: IdKind) -> Id:
+        """An id that namespace 0 calls `external`, said in the innermost namespace from `holder` upwards."""
+        outer = Id(0, external)
+        for at in self.ancestors(holder):
+            number = self.number_in(outer, at, kind)
+            if number is not None:
+                return Id(at, number)
+        return outer

@@ -5,8 +5,8 @@ connection in any state, a client waiting in the accept queue, a pending error, 
 of a connection that has ended. Handshakes half done (SYN queue) are not carried: the
 client sends its SYN again and finds the new listener. TCP Fast Open keys are the host's.
 
-The new socket binds with SO_REUSEADDR, so that connections of the old one in TIME_WAIT
-do not stand in the way; the recorded value is set before it listens.
+Connections of the old listener that are in TIME_WAIT block the address as they would for
+the program itself: unless it has set SO_REUSEADDR.
 
 Source: tcp(7), listen(2); net/ipv4/tcp.c (tcp_get_info, tcp_poll).
 """
@@ -119,10 +119,7 @@ class Tcp(CompleteOnceCreated):
             sockets.give_owner(sock, common, scope, subject)
             socket_options.apply(sock, common.identity, common.options, subject)
             if record.local is not None:
-                reuse = sock.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR)
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 inet_address.bind(sock, common.family, record.local, subject)
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, reuse)
             return sockets.take(sock)
 
     def connect(self, file: OpenFile, record: TcpState, scope: CreateScope) -> None:

@@ -1,0 +1,306 @@
+"""TCP listeners, UDP and netlink sockets: made again with address and options; what has a queue is refused."""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import struct
+from functools import partial
+
+import pytest
+from pipeline.errors import RebuildError
+from pipeline.kernel.syscalls import CLONE, unshare
+from tests.resources.fdharness import Capture, Rebuilt, subject
+from tests.resources.sockharness import OTHER, of
+
+SOL = socket.SOL_SOCKET
+TCP = socket.IPPROTO_TCP
+
+
+def kept(*sockets: socket.socket) -> tuple[int, ...]:
+    """Numbers of sockets that the subject holds from now on."""
+    return tuple(sock.detach() for sock in sockets)
+
+
+def close(*fds: int) -> None:
+    for fd in fds:
+        os.close(fd)
+
+
+def test_a_listener_is_made_again_with_address_backlog_and_options() -> None:
+    def setup() -> tuple[int, ...]:
+        listener = socket.socket(socket.AF_INET6, socket.SOCK_STREAM)
+        listener.setsockopt(SOL, socket.SO_KEEPALIVE, 1)
+        listener.setsockopt(SOL, socket.SO_RCVBUF, 77777)
+        listener.setsockopt(SOL, socket.SO_LINGER, struct.pack("<2i", 1, 5))
+        listener.setsockopt(TCP, socket.TCP_NODELAY, 1)
+        listener.setsockopt(TCP, socket.TCP_KEEPIDLE, 123)
+        listener.setsockopt(TCP, socket.TCP_DEFER_ACCEPT, 7)
+        listener.setsockopt(TCP, socket.TCP_FASTOPEN, 9)
+        listener.setsockopt(TCP, socket.TCP_USER_TIMEOUT, 4321)
+        listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        listener.settimeout(None)
+        listener.bind(("::1", 0))
+        listener.listen(33)
+        os.fchown(listener.fileno(), 7, 8)
+        return kept(listener)
+
+    with subject(setup) as child:
+        (fd,) = child.result
+        with Capture(child.pid) as capture:
+            records = capture.records()
+        child.call(partial(close, fd))
+        with Rebuilt(capture, records) as new, of(new.fd(fd)) as sock:
+            state = next(f.state for f in records if f.kind == "tcp")
+            port = state["local"][1]
+            assert sock.getsockname()[:2] == ("::1", port)
+            assert sock.getsockopt(SOL, socket.SO_RCVBUF) == 2 * 77777
+            assert sock.getsockopt(SOL, socket.SO_LINGER, 8) == struct.pack("<2i", 1, 5)
+            assert sock.getsockopt(SOL, socket.SO_KEEPALIVE) == 1
+            assert sock.getsockopt(SOL, socket.SO_REUSEADDR) == 0
+            assert sock.getsockopt(TCP, socket.TCP_NODELAY) == 1
+            assert sock.getsockopt(TCP, socket.TCP_KEEPIDLE) == 123
+            assert sock.getsockopt(TCP, socket.TCP_DEFER_ACCEPT) == 7
+            assert sock.getsockopt(TCP, socket.TCP_FASTOPEN) == 9
+            assert sock.getsockopt(TCP, socket.TCP_USER_TIMEOUT) == 4321
+            assert sock.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY) == 1
+            assert struct.unpack_from("<I", sock.getsockopt(TCP, socket.TCP_INFO, 32), 28) == (33,)
+            stat = os.fstat(sock.fileno())
+            assert (stat.st_uid, stat.st_gid) == (7, 8)
+            with socket.create_connection(("::1", port)) as client:
+                client.send(b"now")
+                accepted, _ = sock.accept()
+                with accepted:
+                    assert accepted.recv(10) == b"now"
+
+
+def test_a_listener_comes_back_while_its_old_connections_are_in_time_wait() -> None:
+    def setup() -> tuple[int, ...]:
+        return kept(socket.create_server(("127.0.0.1", 0)))
+
+    with subject(setup) as child:
+        (fd,) = child.result
+        with Capture(child.pid) as capture:
+            records = capture.records()
+            with of(capture.view(fd).local) as copy:
+                address = copy.getsockname()
+                with socket.create_connection(address) as client:
+                    accepted, _ = copy.accept()
+                    accepted.close()
+                    assert client.recv(1) == b""
+        child.call(partial(close, fd))
+        with Rebuilt(capture, records) as new, of(new.fd(fd)) as sock:
+            assert sock.getsockname() == address
+
+
+def test_bound_and_fresh_tcp_sockets() -> None:
+    def setup() -> tuple[int, ...]:
+        bound, fresh = socket.socket(), socket.socket()
+        bound.bind(("127.0.0.1", 0))
+        fresh.setsockopt(SOL, socket.SO_REUSEPORT, 1)
+        fresh.setblocking(False)
+        return kept(bound, fresh)
+
+    with subject(setup) as child:
+        bound, fresh = child.result
+        with Capture(child.pid) as capture:
+            records = capture.records()
+        child.call(partial(close, bound))
+        with Rebuilt(capture, records) as new, of(new.fd(bound)) as sock, of(new.fd(fresh)) as other:
+            assert sock.getsockname()[1] == next(
+                f.state["local"][1] for f in records if f.kind == "tcp" and f.state["local"]
+            )
+            with pytest.raises(OSError, match="Invalid argument"):
+                sock.bind(("127.0.0.1", 0))
+            assert other.getsockname() == ("0.0.0.0", 0)
+            assert other.getsockopt(SOL, socket.SO_REUSEPORT) == 1
+            other.bind(("127.0.0.1", 0))
+
+
+def test_sockets_of_one_port_group_come_back_together() -> None:
+    def setup() -> tuple[int, ...]:
+        first = socket.create_server(("127.0.0.1", 0), reuse_port=True)
+        second = socket.create_server(first.getsockname(), reuse_port=True)
+        return kept(first, second)
+
+    with subject(setup) as child:
+        with Capture(child.pid) as capture:
+            records = capture.records()
+        child.call(partial(close, *child.result))
+        with Rebuilt(capture, records) as new:
+            with of(new.fd(child.result[0])) as first, of(new.fd(child.result[1])) as second:
+                assert first.getsockname() == second.getsockname()
+
+
+def test_a_port_that_is_in_use_is_named() -> None:
+    def setup() -> tuple[int, ...]:
+        return kept(socket.create_server(("127.0.0.1", 0)))
+
+    with subject(setup) as child, Capture(child.pid) as capture:
+        with pytest.raises(RebuildError, match=r"127\.0\.0\.1:\d+: the address is in use"):
+            Rebuilt(capture).__enter__()
+
+
+def test_connections_and_waiting_clients_are_refused_for_now() -> None:
+    def setup() -> tuple[int, ...]:
+        listener = socket.create_server(("127.0.0.1", 0))
+        client = socket.create_connection(listener.getsockname())
+        return kept(listener, client)
+
+    with subject(setup) as child, Capture(child.pid) as capture:
+        listener, client = child.result
+        (waiting,), (connected,) = capture.blockers(listener), capture.blockers(client)
+        assert waiting.transient and "1 connection(s) wait to be accepted" in waiting.reason
+        assert connected.transient and "ESTABLISHED, 127.0.0.1:" in connected.reason
+
+
+def test_a_connection_that_was_reset_is_refused() -> None:
+    def setup() -> tuple[int, ...]:
+        listener = socket.create_server(("127.0.0.1", 0))
+        client = socket.create_connection(listener.getsockname())
+        server, _ = listener.accept()
+        server.setsockopt(SOL, socket.SO_LINGER, struct.pack("<2i", 1, 0))
+        server.close()
+        listener.close()
+        return kept(client)
+
+    with subject(setup) as child, Capture(child.pid) as capture:
+        assert "the TCP connection has ended" in capture.reasons(child.result[0])
+
+
+def test_a_packet_filter_is_refused() -> None:
+    def setup() -> tuple[int, ...]:
+        import ctypes
+
+        sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        program = ctypes.create_string_buffer(struct.pack("<HBBI", 6, 0, 0, 0xFFFF), 8)
+        sock.setsockopt(SOL, 26, struct.pack("<H6xQ", 1, ctypes.addressof(program)))
+        return kept(sock)
+
+    with subject(setup) as child, Capture(child.pid) as capture:
+        assert "packet filter" in capture.reasons(child.result[0])
+
+
+def test_an_interface_number_among_the_options_is_refused() -> None:
+    def setup() -> tuple[int, ...]:
+        sock = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
+        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_IF, 1)
+        return kept(sock)
+
+    with subject(setup) as child, Capture(child.pid) as capture:
+        assert "IPV6_MULTICAST_IF" in capture.reasons(child.result[0])
+
+
+def test_udp_sockets_keep_their_ends_options_and_device() -> None:
+    def setup() -> tuple[int, ...]:
+        one, two, fresh = (socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in range(3))
+        one.setsockopt(SOL, socket.SO_BINDTODEVICE, b"lo")
+        one.setsockopt(SOL, socket.SO_BROADCAST, 1)
+        one.setsockopt(socket.IPPROTO_IP, socket.IP_TTL, 77)
+        one.bind(("127.0.0.1", 0))
+        two.bind(("127.0.0.1", 0))
+        one.connect(two.getsockname())
+        return kept(one, two, fresh)
+
+    with subject(setup) as child:
+        one, two, fresh = child.result
+        with Capture(child.pid) as capture:
+            records = capture.records()
+        child.call(partial(close, one, two))
+        with Rebuilt(capture, records) as new:
+            with of(new.fd(one)) as a, of(new.fd(two)) as b, of(new.fd(fresh)) as c:
+                assert a.getpeername() == b.getsockname()
+                assert a.getsockopt(SOL, socket.SO_BROADCAST) == 1
+                assert a.getsockopt(socket.IPPROTO_IP, socket.IP_TTL) == 77
+                assert a.getsockopt(SOL, socket.SO_BINDTODEVICE, 16).rstrip(b"\0") == b"lo"
+                assert c.getsockname() == ("0.0.0.0", 0)
+                a.send(b"to the other")
+                assert b.recvfrom(100) == (b"to the other", a.getsockname())
+
+
+def test_udp_with_something_in_it_is_refused() -> None:
+    def setup() -> tuple[int, ...]:
+        full, empty, corked, failed, grouped = (
+            socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in range(5)
+        )
+        full.bind(("127.0.0.1", 0))
+        empty.bind(("127.0.0.1", 0))
+        full.sendto(b"", full.getsockname())
+        corked.connect(empty.getsockname())
+        corked.setsockopt(socket.IPPROTO_UDP, 1, 1)
+        corked.send(b"held back")
+        failed.connect(("127.0.0.1", 9))
+        failed.send(b"nobody there")
+        grouped.setsockopt(
+            socket.IPPROTO_IP,
+            socket.IP_ADD_MEMBERSHIP,
+            socket.inet_aton("239.1.2.3") + socket.inet_aton("127.0.0.1"),
+        )
+        select.select([], [], [failed], 0.2)
+        return kept(full, empty, corked, failed, grouped)
+
+    with subject(setup) as child, Capture(child.pid) as capture:
+        full, empty, corked, failed, grouped = child.result
+        assert capture.blockers(full)[0].transient and "datagrams wait" in capture.reasons(full)
+        assert not capture.blockers(empty)
+        assert "not sent yet" in capture.reasons(corked)
+        assert "an error waits" in capture.reasons(failed)
+        assert "member of multicast group 239.1.2.3" in capture.reasons(grouped)
+
+
+def test_idle_netlink_sockets_keep_port_groups_and_options() -> None:
+    def setup() -> tuple[int, ...]:
+        route = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0)
+        route.bind((0x7FFF0001, 1 << 0 | 1 << 4))
+        route.setsockopt(270, 1, 33)
+        route.setsockopt(270, 11, 1)
+        return kept(route)
+
+    with subject(setup) as child:
+        (fd,) = child.result
+        with Capture(child.pid) as capture:
+            records = capture.records()
+        child.call(partial(close, fd))
+        with Rebuilt(capture, records) as new, of(new.fd(fd)) as sock:
+            assert sock.getsockname() == (0x7FFF0001, 1 << 0 | 1 << 4)
+            assert int.from_bytes(sock.getsockopt(270, 9, 8), "little") == 1 << 0 | 1 << 4 | 1 << 32
+            assert sock.getsockopt(270, 11) == 1
+
+
+def test_netlink_with_answers_or_hidden_state_is_refused() -> None:
+    def setup() -> tuple[int, ...]:
+        asked = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0)
+        asked.bind((0, 0))
+        asked.send(struct.pack("<IHHII", 20, 18, 0x301, 1, 0) + bytes(4))
+        queue = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 12)
+        return kept(asked, queue)
+
+    with subject(setup) as child, Capture(child.pid) as capture:
+        asked, queue = child.result
+        assert "wait to be read" in capture.reasons(asked)
+        assert "netlink socket of netfilter" in capture.reasons(queue)
+
+
+def test_other_sockets_are_refused_by_name() -> None:
+    def setup() -> tuple[int, ...]:
+        return kept(
+            socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP),
+            socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0),
+        )
+
+    with subject(setup) as child, Capture(child.pid) as capture:
+        for fd, name in zip(child.result, ("raw sockets", "packet sockets"), strict=True):
+            assert OTHER.matches(capture.view(fd))
+            (blocker,) = OTHER.check(capture.view(fd), capture)
+            assert name in blocker.reason
+
+
+def test_a_socket_of_another_network_namespace_is_refused() -> None:
+    def setup() -> tuple[int, ...]:
+        unshare(CLONE.NEWNET)
+        return kept(socket.socket(), socket.socket(socket.AF_UNIX))
+
+    with subject(setup) as child, Capture(child.pid) as capture:
+        for fd in child.result:
+            assert "another network namespace" in capture.reasons(fd)

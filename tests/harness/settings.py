@@ -1,0 +1,64 @@
+"""Where a program runs: how deep in user namespaces, with which maps, in which other namespaces."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+
+CLONE_NEWNS = 0x0002_0000
+CLONE_NEWUTS = 0x0400_0000
+CLONE_NEWIPC = 0x0800_0000
+CLONE_NEWUSER = 0x1000_0000
+CLONE_NEWPID = 0x2000_0000
+CLONE_NEWNET = 0x4000_0000
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """One user namespace: map lines relative to its parent, and the ids (inside) its process takes."""
+
+    uid_map: tuple[str, ...] = ("0 100000 65536",)
+    gid_map: tuple[str, ...] = ("0 100000 65536",)
+    setgroups: str = "allow"
+    uid: int = 0
+    gid: int = 0
+
+
+FIRST = Level()
+SECOND = Level(("0 1000 100",), ("0 2000 100",))
+ONE_ID = Level(("0 0 1",), ("0 0 1",), "deny")
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """User namespaces from the outside in, other namespaces (CLONE_NEW* bits) of the innermost one.
+
+    With `chain` one waiting process stays at every level.
+    """
+
+    name: str
+    levels: tuple[Level, ...] = ()
+    kinds: int = 0
+    chain: bool = False
+
+    @property
+    def depth(self) -> int:
+        return len(self.levels)
+
+    def to_json(self) -> str:
+        return json.dumps({
+            "levels": [[x.uid_map, x.gid_map, x.setgroups, (x.uid, x.gid)] for x in self.levels],
+            "kinds": self.kinds,
+            "chain": self.chain,
+        })
+
+    def with_kinds(self, name: str, kinds: int) -> Setting:
+        return replace(self, name=name, kinds=kinds)
+
+
+CONTAINER = CLONE_NEWPID | CLONE_NEWNS | CLONE_NEWUTS | CLONE_NEWIPC
+DEPTH_0 = Setting("depth0")
+DEPTH_1 = Setting("depth1", (FIRST,))
+DEPTH_2 = Setting("depth2", (FIRST, SECOND))
+DEPTHS = (DEPTH_0, DEPTH_1, DEPTH_2)
+CONTAINER_2 = DEPTH_2.with_kinds("container2", CONTAINER)

@@ -1,0 +1,190 @@
+"""Unix socket pairs with queued data, listening unix and TCP sockets, socket options."""
+
+import socket
+import struct
+
+from support import DIRECTORY, main
+
+SO_PASSCRED = 16
+
+
+def receive_again(reader, writer, expected, size=1 << 16):
+    """Receive all that is queued, and send it again for the next round."""
+    found = []
+    while True:
+        try:
+            piece = reader.recv(size, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            break
+        if not piece and not found:
+            break
+        found.append(piece)
+        if b"".join(found) == b"".join(expected) and len(found) >= len(expected):
+            break
+    if reader.type == socket.SOCK_STREAM:
+        found, expected = [b"".join(found)], [b"".join(expected)]
+    for message in found:
+        writer.send(message)
+    return None if found == expected else f"{[m[:40] for m in found]}"
+
+
+def pairs(program):
+    stream_a, stream_b = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    text = b"".join(b"%07d " % n for n in range(5000))
+    stream_a.sendall(text)
+    stream_b.sendall(b"the other way")
+    program.check("stream", lambda: receive_again(stream_b, stream_a, [text]), lambda: stream_b.recv(3))
+    program.check("stream: other way", lambda: receive_again(stream_a, stream_b, [b"the other way"]), lambda: stream_a.recv(3))
+
+    dgram_a, dgram_b = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    messages = [b"a message", b"", b"another " * 100, b"x"]
+    for message in messages:
+        dgram_a.send(message)
+
+    def datagrams():
+        found = [dgram_b.recv(65536, socket.MSG_DONTWAIT) for _ in messages]
+        for message in found:
+            dgram_a.send(message)
+        return None if found == messages else f"{found}"
+
+    program.check("datagrams", datagrams, lambda: dgram_b.recv(65536))
+
+    packet_a, packet_b = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    packet_a.send(b"first packet")
+    packet_a.send(b"second")
+    program.check(
+        "packets", lambda: receive_again(packet_b, packet_a, [b"first packet", b"second"]), lambda: packet_b.recv(1)
+    )
+    stream_a.setblocking(False)
+    stream_a.setsockopt(socket.SOL_SOCKET, SO_PASSCRED, 1)
+    stream_a.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)
+    stream_b.settimeout(None)
+    stream_b.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("<2q", 9, 0))
+    options = (socket.SO_TYPE, SO_PASSCRED, socket.SO_SNDBUF, socket.SO_RCVBUF)
+    program.same(
+        "options",
+        lambda: [[s.getsockopt(socket.SOL_SOCKET, o) for o in options] for s in (stream_a, stream_b, dgram_a, packet_b)],
+        lambda: dgram_a.setsockopt(socket.SOL_SOCKET, SO_PASSCRED, 1),
+    )
+    program.same(
+        "timeout",
+        lambda: stream_b.getsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, 16),
+        lambda: stream_b.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, bytes(16)),
+    )
+    # The peer has gone, with words still in the queue; one direction shut.
+    gone_a, gone_b = socket.socketpair()
+    gone_a.send(b"last")
+    gone_a.close()
+
+    def peek_last():
+        return gone_b.recv(10, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+
+    program.same("peer gone", peek_last, lambda: gone_b.recv(2))
+    shut_a, shut_b = socket.socketpair()
+    shut_a.shutdown(socket.SHUT_WR)
+
+    def half():
+        shut_b.send(b"y")
+        return shut_b.recv(1, socket.MSG_DONTWAIT), shut_a.recv(1, socket.MSG_DONTWAIT)
+
+    program.same("half closed", half, lambda: shut_a.close())
+    program.keep = stream_a, stream_b, dgram_a, dgram_b, packet_a, packet_b, gone_b, shut_a, shut_b
+
+
+def between_processes(program):
+    mine, theirs = socket.socketpair()
+    mine.send(b"to the child")
+    theirs.send(b"to the parent")
+
+    def body(child):
+        child.check("socket pair", lambda: receive_again(theirs, mine, [b"to the child"]), lambda: theirs.recv(3))
+
+    program.child("peer", body)
+    program.check("socket pair", lambda: receive_again(mine, theirs, [b"to the parent"]), lambda: mine.recv(3))
+
+
+def converse(client, server):
+    """One exchange over a new connection, then an orderly end of it."""
+    server_side, _ = server.accept()
+    client.sendall(b"question")
+    question = server_side.recv(100)
+    server_side.sendall(b"answer")
+    answer = client.recv(100)
+    client.close()
+    rest = server_side.recv(100)
+    server_side.close()
+    return question, answer, rest
+
+
+def listeners(program):
+    path = f"{DIRECTORY}/listening"
+    unix = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    unix.bind(path)
+    unix.listen(5)
+    abstract = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    abstract.bind(b"\0" + path.encode())
+    abstract.listen(2)
+    tcp = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    tcp.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    tcp.bind(("127.0.0.1", 0))
+    tcp.listen(7)
+    tcp.setblocking(False)
+    port = tcp.getsockname()[1]
+    tcp6 = socket.socket(socket.AF_INET6, socket.SOCK_STREAM)
+    tcp6.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+    tcp6.bind(("::1", 0))
+    tcp6.listen(1)
+
+    def by_path():
+        client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        client.connect(path)
+        return converse(client, unix)
+
+    def by_abstract():
+        client = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        client.connect(b"\0" + path.encode())
+        return converse(client, abstract)
+
+    def by_tcp():
+        client = socket.create_connection(("127.0.0.1", port))
+        return converse(client, tcp)
+
+    def by_tcp6():
+        client = socket.create_connection(tcp6.getsockname()[:2])
+        return converse(client, tcp6)
+
+    program.same("unix listener", by_path, lambda: unix.close())
+    program.same("abstract listener", by_abstract, lambda: abstract.close())
+    program.same("tcp listener: name", lambda: (tcp.getsockname(), tcp.gettimeout()), lambda: tcp.close())
+    # Closing a connection leaves TIME_WAIT sockets on the port, which is what a restored listener meets too.
+    program.same("tcp listener", by_tcp, lambda: None if tcp.fileno() < 0 else tcp.close())
+    program.same("tcp6 listener", by_tcp6, lambda: tcp6.close())
+    program.put("port", str(port))
+    program.keep += unix, abstract, tcp, tcp6
+
+
+def bound(program):
+    path = f"{DIRECTORY}/datagrams"
+    receiver = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    receiver.bind(path)
+
+    def by_name():
+        sender = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        sender.sendto(b"to a name", path)
+        sender.close()
+        return receiver.recv(100), receiver.getsockname()
+
+    program.same("bound datagram socket", by_name, lambda: receiver.close())
+    udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    udp.bind(("127.0.0.1", 0))
+    program.same("udp", udp.getsockname, udp.close)
+
+
+def body(program):
+    pairs(program)
+    between_processes(program)
+    listeners(program)
+    bound(program)
+
+
+main(body)

@@ -1,0 +1,26 @@
+"""The test programs themselves, without the engine: each check passes as it is and fails when its state is broken."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from tests.harness.settings import CONTAINER_2, DEPTH_0, Setting
+from tests.harness.tree import PROGRAMS, Tree
+
+NAMES = sorted(path.stem for path in PROGRAMS.iterdir() if path.suffix in {".py", ".c"} and path.stem != "support")
+
+
+@pytest.mark.parametrize("setting", [DEPTH_0, CONTAINER_2], ids=lambda s: s.name)
+@pytest.mark.parametrize("program", NAMES)
+def test_program_names_all_that_is_broken(start: Callable[..., Tree], program: str, setting: Setting) -> None:
+    tree = start(program, setting)
+    assert tree.checks
+    tree.check()
+    tree.check()
+    assert tree.ask("spoil") == []
+    named = {line.split("\t", 1)[0] for line in tree.ask("check")}
+    assert set(tree.checks) - named == set()
+    assert named - set(tree.checks) == set()
+    tree.end()

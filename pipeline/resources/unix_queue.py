@@ -49,11 +49,13 @@ def _from_the_start(sock: socket.socket) -> Iterator[None]:
         sock.setsockopt(socket.SOL_SOCKET, _SO_PEEK_OFF, before)
 
 
-def peek(sock: socket.socket, closed: bool, subject: str, scope: CaptureScope) -> list[Message]:
+def peek(sock: socket.socket, queued: int, closed: bool, subject: str, scope: CaptureScope) -> list[Message]:
     """Every unread message of a socket that has some.
 
     Args:
-        sock: a duplicate of the target's socket, which is frozen.
+        sock: a duplicate of the target's socket, which is frozen. It must have no error pending, or be a
+            stream: looking would take the error away from the target.
+        queued: unread bytes of a stream, behind which nobody may look (an error may be pending there).
         closed: the socket is shut down for reading: an empty answer is the end.
 
     Raises:
@@ -64,7 +66,7 @@ def peek(sock: socket.socket, closed: bool, subject: str, scope: CaptureScope) -
     while True:
         try:
             with _from_the_start(sock):
-                return list(_walk(sock, closed, size, subject, scope))
+                return list(_walk(sock, queued, closed, size, subject, scope))
         except _TooSmall:
             size *= 4
             if size > MAX_MESSAGE_BYTES:
@@ -72,11 +74,12 @@ def peek(sock: socket.socket, closed: bool, subject: str, scope: CaptureScope) -
 
 
 def _walk(
-    sock: socket.socket, closed: bool, size: int, subject: str, scope: CaptureScope
+    sock: socket.socket, queued: int, closed: bool, size: int, subject: str, scope: CaptureScope
 ) -> Iterator[Message]:
     stream = sock.type == socket.SOCK_STREAM
     buffer = bytearray(size)
-    while True:
+    seen = 0
+    while not stream or seen < queued:
         try:
             length, control, flags, sender = sock.recvmsg_into(
                 [buffer],
@@ -90,6 +93,7 @@ def _walk(
             return
         if flags & socket.MSG_TRUNC:
             raise _TooSmall
+        seen += length
         yield Message(bytes(buffer[:length]), b"" if stream else raw_name(sender), credentials)
 
 

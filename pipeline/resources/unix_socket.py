@@ -206,8 +206,10 @@ class Unix:
                 own_credentials=_of_holder(view, scope) if waits else _seen_by_peer(peer, scope),
                 shutdown=diag.shutdown,
                 queue=(
-                    unix_queue.peek(sock, bool(diag.shutdown & SHUT_RECEIVE), view.subject, scope)
-                    if found & select.POLLIN and not listens
+                    unix_queue.peek(
+                        sock, diag.queued, bool(diag.shutdown & SHUT_RECEIVE), view.subject, scope
+                    )
+                    if found & select.POLLIN and not (listens or found & select.POLLERR and not diag.queued)
                     else []
                 ),
             )
@@ -248,7 +250,9 @@ def _check_peer(view: FdView, diag: UnixSocket, table: _Table, scope: CaptureSco
     """The peer must be in the tree, closed, or a listener in the tree that did not accept yet."""
     pending_error = sockets.events(view.local, 0) & select.POLLERR
     closed = diag.peer == 0 and table.listener_of(diag.inode) is None
-    if pending_error and not (closed and diag.kind != socket.SOCK_DGRAM):
+    # A stream gives its error behind its bytes, where nobody looks; the others before.
+    resettable = diag.kind == socket.SOCK_STREAM or (diag.kind == socket.SOCK_SEQPACKET and not diag.queued)
+    if pending_error and not (closed and resettable):
         yield Blocker(view.subject, "an error waits to be read", "wait until it is read", transient=True)
     if diag.peer is None:
         return

@@ -9,6 +9,7 @@ import struct
 from functools import partial
 
 import pytest
+
 from pipeline.errors import RebuildError
 from pipeline.kernel.syscalls import CLONE, unshare
 from tests.resources.fdharness import Capture, Rebuilt, subject
@@ -151,8 +152,10 @@ def test_connections_and_waiting_clients_are_refused_for_now() -> None:
     with subject(setup) as child, Capture(child.pid) as capture:
         listener, client = child.result
         (waiting,), (connected,) = capture.blockers(listener), capture.blockers(client)
-        assert waiting.transient and "1 connection(s) wait to be accepted" in waiting.reason
-        assert connected.transient and "ESTABLISHED, 127.0.0.1:" in connected.reason
+        assert waiting.transient
+        assert "1 connection(s) wait to be accepted" in waiting.reason
+        assert connected.transient
+        assert "ESTABLISHED, 127.0.0.1:" in connected.reason
 
 
 def test_a_connection_that_was_reset_is_refused() -> None:
@@ -242,7 +245,8 @@ def test_udp_with_something_in_it_is_refused() -> None:
 
     with subject(setup) as child, Capture(child.pid) as capture:
         full, empty, corked, failed, grouped = child.result
-        assert capture.blockers(full)[0].transient and "datagrams wait" in capture.reasons(full)
+        assert capture.blockers(full)[0].transient
+        assert "datagrams wait" in capture.reasons(full)
         assert not capture.blockers(empty)
         assert "not sent yet" in capture.reasons(corked)
         assert "an error waits" in capture.reasons(failed)

@@ -1,0 +1,679 @@
+"""Unix sockets: pairs, queues, closed ends, names, listeners; and every refusal."""
+
+from __future__ import annotations
+
+import array
+import os
+import select
+import socket
+import stat
+import struct
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import RebuildError, Refused
+from tests.resources.fdharness import Capture, Rebuilt, Subject, subject
+from tests.resources.sockharness import of, polled
+
+SOL = socket.SOL_SOCKET
+STREAM, DGRAM, SEQPACKET = socket.SOCK_STREAM, socket.SOCK_DGRAM, socket.SOCK_SEQPACKET
+PEEK_OFF, UCRED = 42, struct.Struct("<iII")
+
+
+def kept(*sockets: socket.socket) -> tuple[int, ...]:
+    """Numbers of sockets that the subject holds from now on."""
+    return tuple(sock.detach() for sock in sockets)
+
+
+def close(*fds: int) -> None:
+    for fd in fds:
+        os.close(fd)
+
+
+def unix(kind: int = STREAM) -> socket.socket:
+    return socket.socket(socket.AF_UNIX, kind)
+
+
+def caught(child: Subject) -> tuple[Capture, list]:  # type: ignore[type-arg]
+    """The records of a subject, whose sockets are closed then, as if it had ended."""
+    with Capture(child.pid) as capture:
+        records = capture.records()
+    child.call(partial(os.closerange, 3, 200))
+    return capture, records
+
+
+# -- pairs --------------------------------------------------------------------------
+
+
+def test_a_stream_pair_keeps_unread_bytes_in_both_directions_and_is_not_consumed() -> None:
+    content = os.urandom(150_000)
+
+    def setup() -> tuple[int, ...]:
+        a, b = socket.socketpair()
+        a.sendall(b"from ")
+        a.sendall(b"a")
+        b.setblocking(False)
+        assert b.send(content) == len(content)
+        return kept(a, b)
+
+    with subject(setup) as child, Capture(child.pid) as capture, Rebuilt(capture) as new:
+        a, b = child.result
+        with of(new.fd(a)) as one, of(new.fd(b)) as other:
+            assert one.recv(1 << 20) == content
+            assert other.recv(100) == b"from a"
+            other.send(b"more")
+            assert one.recv(100) == b"more"
+            assert not os.get_blocking(other.fileno())
+            assert os.get_blocking(one.fileno())
+        assert child.call(partial(os.read, b, 100)) == b"from a"
+        assert child.call(partial(os.read, a, 10)) == content[:10]
+
+
+@pytest.mark.parametrize("kind", [DGRAM, SEQPACKET])
+def test_messages_keep_their_bounds_and_peek_offsets_stay(kind: int) -> None:
+    def setup() -> tuple[int, ...]:
+        a, b = socket.socketpair(socket.AF_UNIX, kind)
+        b.setsockopt(SOL, PEEK_OFF, 3)
+        for message in (b"one", b"", b"three" * 1000, b"4"):
+            a.send(message)
+        return kept(a, b)
+
+    with subject(setup) as child, Capture(child.pid) as capture, Rebuilt(capture) as new:
+        _a, b = child.result
+        for fd in (new.fd(b), capture.view(b).local):
+            with of(fd) as sock:
+                assert sock.getsockopt(SOL, PEEK_OFF) == 3
+                assert [sock.recv(9000) for _ in range(4)] == [b"one", b"", b"three" * 1000, b"4"]
+
+
+@pytest.mark.parametrize("kind", [DGRAM, SEQPACKET])
+def test_a_message_longer_than_the_first_buffer(kind: int) -> None:
+    content = os.urandom(700_000)
+
+    def setup() -> tuple[int, ...]:
+        a, b = socket.socketpair(socket.AF_UNIX, kind)
+        a.setsockopt(SOL, 32, 2_000_000)
+        a.send(b"before")
+        a.send(content)
+        return kept(a, b)
+
+    with subject(setup) as child, Capture(child.pid) as capture, Rebuilt(capture) as new:
+        a, b = child.result
+        with of(new.fd(b)) as sock, of(new.fd(a)) as sender:
+            assert sock.recv(10) == b"before"
+            assert sock.recv(1 << 20) == content
+            assert sender.getsockopt(SOL, socket.SO_SNDBUF) == 4_000_000
+
+
+def test_options_and_owner_of_a_pair() -> None:
+    def setup() -> tuple[int, ...]:
+        a, b = socket.socketpair()
+        a.setsockopt(SOL, socket.SO_PASSCRED, 1)
+        a.setsockopt(SOL, socket.SO_SNDBUF, 50_000)
+        a.setsockopt(SOL, socket.SO_RCVTIMEO, struct.pack("<2q", 3, 500_000))
+        os.fchown(a.fileno(), 7, 8)
+        a.send(b"unread")
+        return kept(a, b)
+
+    with subject(setup) as child, Capture(child.pid) as capture, Rebuilt(capture) as new:
+        a, b = child.result
+        with of(new.fd(a)) as sock:
+            assert sock.getsockopt(SOL, socket.SO_PASSCRED) == 1
+            assert sock.getsockopt(SOL, socket.SO_SNDBUF) == 100_000
+            assert sock.getsockopt(SOL, 72) == 1
+            assert sock.getsockopt(SOL, socket.SO_RCVTIMEO, 16) == struct.pack("<2q", 3, 500_000)
+            assert (os.fstat(sock.fileno()).st_uid, os.fstat(sock.fileno()).st_gid) == (7, 8)
+        assert os.read(new.fd(b), 10) == b"unread"
+
+
+def test_halves_that_are_shut_down_stay_so_behind_unread_bytes() -> None:
+    def setup() -> tuple[int, ...]:
+        a, b = socket.socketpair()
+        a.send(b"last words")
+        a.shutdown(socket.SHUT_WR)
+        return kept(a, b)
+
+    with subject(setup) as child, Capture(child.pid) as capture, Rebuilt(capture) as new:
+        a, b = (new.fd(fd) for fd in child.result)
+        assert os.read(b, 100) == b"last words"
+        assert os.read(b, 100) == b""
+        with pytest.raises(BrokenPipeError):
+            os.write(a, b"x")
+        os.write(b, b"answer")
+        assert os.read(a, 100) == b"answer"
+
+
+@pytest.mark.parametrize("kind", [STREAM, SEQPACKET])
+def test_a_peer_that_was_closed(kind: int) -> None:
+    def setup() -> tuple[int, ...]:
+        a, b = socket.socketpair(socket.AF_UNIX, kind)
+        b.send(b"left behind")
+        b.close()
+        return kept(a)
+
+    with subject(setup) as child, Capture(child.pid) as capture, Rebuilt(capture) as new:
+        fd = new.fd(child.result[0])
+        assert polled(fd) == polled(capture.view(child.result[0]).local)
+        assert os.read(fd, 100) == b"left behind"
+        assert os.read(fd, 100) == b""
+        with pytest.raises(BrokenPipeError):
+            os.write(fd, b"x")
+
+
+def test_a_peer_that_was_closed_with_unread_bytes() -> None:
+    def setup() -> tuple[int, ...]:
+        a, b = socket.socketpair()
+        a.send(b"never read")
+        b.send(b"left")
+        b.close()
+        return kept(a)
+
+    with subject(setup) as child, Capture(child.pid) as capture, Rebuilt(capture) as new:
+        fd = new.fd(child.result[0])
+        for end in (fd, capture.view(child.result[0]).local):
+            assert polled(end) & select.POLLERR
+            assert os.read(end, 100) == b"left"
+            with pytest.raises(ConnectionResetError):
+                os.read(end, 100)
+            assert os.read(end, 100) == b""
+
+
+def test_a_seqpacket_peer_that_was_closed_with_unread_messages() -> None:
+    def setup() -> tuple[int, ...]:
+        a, b = socket.socketpair(socket.AF_UNIX, SEQPACKET)
+        a.send(b"never read")
+        b.close()
+        c, d = socket.socketpair(socket.AF_UNIX, SEQPACKET)
+        c.send(b"never read")
+        d.send(b"left")
+        d.close()
+        return kept(a, c)
+
+    with subject(setup) as child:
+        a, c = child.result
+        with Capture(child.pid) as capture:
+            assert "an error waits to be read" in capture.reasons(c)
+        child.call(partial(os.close, c))
+        with Capture(child.pid) as capture, Rebuilt(capture) as new:
+            for end in (new.fd(a), capture.view(a).local):
+                with pytest.raises(ConnectionResetError):
+                    os.read(end, 100)
+                assert os.read(end, 100) == b""
+
+
+def test_a_datagram_peer_that_was_closed() -> None:
+    def setup() -> tuple[int, ...]:
+        a, b = socket.socketpair(socket.AF_UNIX, DGRAM)
+        b.bind(b"\0pipeline-test-closed")
+        b.send(b"left behind")
+        b.close()
+        return kept(a)
+
+    with subject(setup) as child, Capture(child.pid) as capture, Rebuilt(capture) as new:
+        with of(new.fd(child.result[0])) as sock:
+            assert sock.recvfrom(100) == (b"left behind", b"\0pipeline-test-closed")
+            with pytest.raises(ConnectionRefusedError):
+                sock.send(b"x")
+            with pytest.raises(OSError, match="not connected"):
+                sock.send(b"x")
+
+
+def test_ends_in_two_processes_that_share_one_socket() -> None:
+    def setup() -> tuple[int, ...]:
+        a, b = socket.socketpair()
+        forked = os.fork()
+        if not forked:
+            b.close()
+            select.select([], [], [])
+        a.close()
+        return forked, a.fileno(), b.detach(), 0
+
+    with subject(setup) as child:
+        other, _, b, _ = child.result
+        with Capture(child.pid, other) as capture:
+            a = next(fd for fd in range(3, 10) if capture.file_at(other, fd) is not None)
+            with Rebuilt(capture) as new:
+                os.write(new.in_puppet(a, other), b"across")
+                assert os.read(new.in_puppet(b), 100) == b"across"
+
+
+# -- credentials --------------------------------------------------------------------
+
+
+def test_credentials_of_unread_messages_name_the_rebuilt_process() -> None:
+    def setup() -> tuple[int, ...]:
+        a, b = socket.socketpair(socket.AF_UNIX, DGRAM)
+        b.setsockopt(SOL, socket.SO_PASSCRED, 1)
+        ucred = UCRED.pack(os.getpid(), 7, 8)
+        a.sendmsg([b"signed"], [(SOL, 2, ucred)])
+        a.send(b"plain")
+        return kept(a, b)
+
+    with subject(setup) as child, Capture(child.pid) as capture, Rebuilt(capture) as new:
+        with of(new.fd(child.result[1])) as sock:
+            data, ((_, _, ucred),), _, sender = sock.recvmsg(100, 100)
+            assert (data, UCRED.unpack(ucred)) == (b"signed", (new.host_pid(child.pid), 7, 8))
+            assert not sender
+            data, ((_, _, ucred),), _, _ = sock.recvmsg(100, 100)
+            assert (data, UCRED.unpack(ucred)) == (b"plain", (new.host_pid(child.pid), 0, 0))
+
+
+def test_credentials_of_a_process_outside_are_refused_when_seen() -> None:
+    def setup() -> tuple[int, ...]:
+        a, b = socket.socketpair()
+        b.setsockopt(SOL, socket.SO_PASSCRED, 1)
+        a.sendmsg([b"signed"], [(SOL, 2, UCRED.pack(os.getppid(), 0, 0))])
+        return kept(a, b)
+
+    with subject(setup) as child, Capture(child.pid) as capture:
+        with pytest.raises(Refused, match=f"credentials of pid {os.getpid()} outside the tree"):
+            capture.records()
+
+
+def test_peer_ids_are_kept_and_a_listener_is_owned_by_the_rebuilt_process() -> None:
+    def setup() -> tuple[int, ...]:
+        listener = unix()
+        listener.bind(b"\0pipeline-test-ids")
+        listener.listen(5)
+        os.setegid(8)
+        os.seteuid(7)
+        pair = socket.socketpair()
+        os.seteuid(0)
+        os.setegid(0)
+        return kept(listener, *pair)
+
+    def peer(sock: socket.socket) -> tuple[int, int, int]:
+        return UCRED.unpack(sock.getsockopt(SOL, socket.SO_PEERCRED, 12))
+
+    with subject(setup) as child:
+        capture, records = caught(child)
+        _listener, a, b = child.result
+        with Rebuilt(capture, records) as new:
+            for fd in (a, b):
+                with of(new.fd(fd)) as sock:
+                    assert peer(sock)[1:] == (7, 8)
+            with unix() as client:
+                client.connect(b"\0pipeline-test-ids")
+                assert peer(client) == (new.host_pid(child.pid), 0, 0)
+        assert os.geteuid() == 0
+        assert Path("/proc/self/status").stat().st_uid == 0
+
+
+# -- names --------------------------------------------------------------------------
+
+
+def _listening(name: bytes | str, mode: int = 0o640) -> tuple[int, ...]:
+    listener = unix()
+    listener.bind(name)
+    if isinstance(name, str):
+        os.chmod(name, mode)
+        os.chown(name, 7, 8)
+    listener.listen(5)
+    return kept(listener)
+
+
+def test_a_listener_replaces_its_own_stale_file(tmp_path: Path) -> None:
+    path = str(tmp_path / "some" / "socket")
+    os.mkdir(tmp_path / "some")
+    with subject(partial(_listening, path)) as child:
+        capture, records = caught(child)
+        (fd,) = child.result
+        stale = os.stat(path).st_ino
+        with Rebuilt(capture, records) as new, unix() as client, of(new.fd(fd)) as listener:
+            found = os.stat(path)
+            assert stat.S_IMODE(found.st_mode) == 0o640
+            assert (found.st_uid, found.st_gid) == (7, 8)
+            assert found.st_ino != stale
+            assert listener.getsockname() == path
+            client.connect(path)
+            accepted, _ = listener.accept()
+            with accepted:
+                client.send(b"hello")
+                assert accepted.recv(10) == b"hello"
+        assert os.listdir(tmp_path / "some") == ["socket"]
+
+
+def test_a_listener_comes_back_where_its_file_is_missing(tmp_path: Path) -> None:
+    path = str(tmp_path / "socket")
+    with subject(partial(_listening, path)) as child:
+        capture, records = caught(child)
+        os.unlink(path)
+        with Rebuilt(capture, records), unix() as client:
+            client.connect(path)
+    assert os.listdir(tmp_path) == ["socket"]
+
+
+@pytest.mark.parametrize("replacement", ["file", "socket"])
+def test_another_file_in_the_place_of_a_socket_is_not_replaced(tmp_path: Path, replacement: str) -> None:
+    path = tmp_path / "socket"
+    with subject(partial(_listening, str(path))) as child:
+        capture, records = caught(child)
+        path.unlink()
+        if replacement == "file":
+            path.write_text("mine")
+        else:
+            with unix() as other:
+                other.bind(str(path))
+            os.chmod(path, 0o640)
+            os.chown(path, 7, 8)
+        with pytest.raises(RebuildError, match="another file is there"):
+            Rebuilt(capture, records).__enter__()
+        assert os.listdir(tmp_path) == ["socket"]
+        assert path.is_socket() == (replacement == "socket")
+
+
+def test_a_missing_directory_is_named(tmp_path: Path) -> None:
+    os.mkdir(tmp_path / "gone")
+    with subject(partial(_listening, str(tmp_path / "gone" / "socket"))) as child:
+        capture, records = caught(child)
+        os.unlink(tmp_path / "gone" / "socket")
+        os.rmdir(tmp_path / "gone")
+        with pytest.raises(RebuildError, match=r"gone/socket: its directory: .*No such file"):
+            Rebuilt(capture, records).__enter__()
+
+
+def test_a_relative_name_is_kept_as_written_and_its_file_lands_where_it_was(tmp_path: Path) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+
+    def setup() -> tuple[int, ...]:
+        os.chdir(tmp_path / "a" / "b")
+        listener = unix()
+        listener.bind("../.././relative")
+        listener.listen(1)
+        os.chdir("/")
+        return kept(listener)
+
+    with subject(setup) as child:
+        capture, records = caught(child)
+        os.unlink(tmp_path / "relative")
+        here = os.getcwd()
+        with Rebuilt(capture, records) as new, of(new.fd(child.result[0])) as sock, unix() as client:
+            assert sock.getsockname() == "../.././relative"
+            client.connect(str(tmp_path / "relative"))
+        assert os.getcwd() == here
+    assert sorted(os.listdir(tmp_path)) == ["a", "relative"]
+
+
+def test_a_socket_whose_file_was_removed_keeps_the_name_only(tmp_path: Path) -> None:
+    path = str(tmp_path / "removed")
+
+    def setup() -> tuple[int, ...]:
+        listener = unix()
+        listener.bind(path)
+        listener.listen(1)
+        os.unlink(path)
+        Path(path).write_text("another file")
+        return kept(listener)
+
+    with subject(setup) as child:
+        capture, records = caught(child)
+        with Rebuilt(capture, records) as new, of(new.fd(child.result[0])) as sock:
+            assert sock.getsockname() == path
+            assert sock.getsockopt(SOL, socket.SO_ACCEPTCONN)
+        assert Path(path).read_text() == "another file"
+
+
+def test_an_abstract_name_that_is_taken_is_named() -> None:
+    with subject(partial(_listening, b"\0pipeline-test-taken")) as child, Capture(child.pid) as capture:
+        with pytest.raises(
+            RebuildError, match="@pipeline-test-taken: cannot be bound: Address already in use"
+        ):
+            Rebuilt(capture).__enter__()
+
+
+@pytest.mark.parametrize("kind", [STREAM, SEQPACKET])
+@pytest.mark.parametrize("abstract", [False, True])
+def test_an_accepted_connection_has_the_name_of_its_listener(
+    tmp_path: Path, kind: int, abstract: bool
+) -> None:
+    name: bytes | str = b"\0pipeline-test-accepted" if abstract else str(tmp_path / "socket")
+
+    def setup() -> tuple[int, ...]:
+        listener, client = unix(kind), unix(kind)
+        listener.bind(name)
+        listener.listen(5)
+        client.connect(name)
+        server, _ = listener.accept()
+        server.send(b"hello")
+        client.send(b"question")
+        return kept(server, listener, client)
+
+    with subject(setup) as child:
+        capture, records = caught(child)
+        server, listener, client = child.result
+        with Rebuilt(capture, records) as new:
+            with of(new.fd(server)) as accepted, of(new.fd(client)) as caller, of(new.fd(listener)) as door:
+                assert accepted.getsockname() == caller.getpeername() == door.getsockname() == name
+                assert not accepted.getpeername()
+                assert caller.recv(10) == b"hello"
+                assert accepted.recv(10) == b"question"
+                with unix(kind) as another:
+                    another.connect(name)
+                    door.accept()[0].close()
+
+
+def test_an_accepted_connection_without_its_listener(tmp_path: Path) -> None:
+    path = str(tmp_path / "socket")
+
+    def setup() -> tuple[int, ...]:
+        with unix() as listener:
+            listener.bind(path)
+            listener.listen(5)
+            client = unix()
+            client.bind(str(tmp_path / "client"))
+            client.connect(path)
+            server, _ = listener.accept()
+        return kept(client, server)
+
+    with subject(setup) as child:
+        capture, records = caught(child)
+        before = {entry.name: entry.inode() for entry in os.scandir(tmp_path)}
+        with Rebuilt(capture, records) as new:
+            with of(new.fd(child.result[0])) as client, of(new.fd(child.result[1])) as server:
+                assert {client.getsockname(), server.getsockname()} == {path, str(tmp_path / "client")}
+                assert client.getsockname() == server.getpeername()
+        assert {entry.name: entry.inode() for entry in os.scandir(tmp_path)} == before
+
+
+def test_clients_that_wait_are_accepted_later_in_their_order() -> None:
+    def setup() -> tuple[int, ...]:
+        listener = unix()
+        listener.bind(b"\0pipeline-test-waiting")
+        listener.listen(7)
+        clients = [unix() for _ in range(3)]
+        os.seteuid(7)
+        for number, client in enumerate(reversed(clients)):
+            if number == 1:
+                client.bind(b"\0pipeline-test-client")
+            client.connect(b"\0pipeline-test-waiting")
+        return kept(listener, *clients)
+
+    with subject(setup) as child:
+        with Capture(child.pid) as capture:
+            records = capture.records()
+        child.call(partial(os.closerange, 3, 200))
+        listener, *clients = child.result
+        with Rebuilt(capture, records) as new, of(new.fd(listener)) as door:
+            for number, fd in enumerate(reversed(clients)):
+                accepted, name = door.accept()
+                with accepted:
+                    assert name == (b"\0pipeline-test-client" if number == 1 else "")
+                    assert UCRED.unpack(accepted.getsockopt(SOL, socket.SO_PEERCRED, 12))[1] == 7
+                    os.write(new.fd(fd), b"%d" % number)
+                    assert accepted.recv(10) == b"%d" % number
+
+
+# -- datagram sockets -----------------------------------------------------------------
+
+
+def test_bound_datagram_sockets_with_messages_from_everybody(tmp_path: Path) -> None:
+    path = str(tmp_path / "receiver")
+
+    def setup() -> tuple[int, ...]:
+        receiver, named, nameless = unix(DGRAM), unix(DGRAM), unix(DGRAM)
+        receiver.bind(path)
+        named.bind(b"\0pipeline-test-named")
+        named.connect(path)
+        named.send(b"named")
+        nameless.sendto(b"nameless", path)
+        with unix(DGRAM) as gone:
+            gone.bind(str(tmp_path / "gone"))
+            gone.sendto(b"gone", path)
+        named.send(b"again")
+        return kept(receiver, named, nameless)
+
+    with subject(setup) as child:
+        capture, records = caught(child)
+        receiver, named, nameless = child.result
+        with Rebuilt(capture, records) as new, of(new.fd(receiver)) as sock, of(new.fd(named)) as one:
+            os.set_blocking(sock.fileno(), False)
+            assert [sock.recvfrom(100) for _ in range(4)] == [
+                (b"named", b"\0pipeline-test-named"),
+                (b"nameless", None),
+                (b"gone", str(tmp_path / "gone")),
+                (b"again", b"\0pipeline-test-named"),
+            ]
+            assert sock.getsockname() == one.getpeername() == path
+            one.send(b"still connected")
+            assert sock.recv(100) == b"still connected"
+            with of(new.fd(nameless)) as other:
+                other.sendto(b"by path", path)
+            assert sock.recv(100) == b"by path"
+    assert sorted(os.listdir(tmp_path)) == ["gone", "receiver"]
+
+
+def test_two_datagram_sockets_connected_to_each_other(tmp_path: Path) -> None:
+    one_name, other_name = str(tmp_path / "one"), b"\0pipeline-test-other"
+
+    def setup() -> tuple[int, ...]:
+        one, other = unix(DGRAM), unix(DGRAM)
+        one.bind(one_name)
+        other.bind(other_name)
+        one.connect(other_name)
+        other.connect(one_name)
+        one.send(b"waits")
+        return kept(one, other)
+
+    with subject(setup) as child:
+        capture, records = caught(child)
+        with Rebuilt(capture, records) as new:
+            with of(new.fd(child.result[0])) as one, of(new.fd(child.result[1])) as other:
+                assert other.recvfrom(100) == (b"waits", one_name)
+                assert (one.getpeername(), other.getpeername()) == (other_name, one_name)
+                with unix(DGRAM) as stranger, pytest.raises(PermissionError):
+                    stranger.sendto(b"x", one_name)
+
+
+# -- refusals -------------------------------------------------------------------------
+
+
+def test_a_peer_outside_is_named() -> None:
+    ours, theirs = socket.socketpair()
+
+    def setup() -> tuple[int, ...]:
+        other, _ = socket.socketpair()
+        forked = os.fork()
+        if not forked:
+            select.select([], [], [])
+        other.close()
+        return forked, _.detach()
+
+    with ours, theirs, subject(setup) as child, Capture(child.pid) as capture:
+        forked, fd = child.result
+        reasons = capture.reasons(fd)
+        assert "outside the tree" in reasons
+        assert f"pid {forked}" in reasons
+
+
+def test_descriptors_in_flight_are_refused() -> None:
+    def setup() -> tuple[int, ...]:
+        a, b = socket.socketpair()
+        rights = array.array("i", [0, 1])
+        a.sendmsg([b"x"], [(SOL, socket.SCM_RIGHTS, rights)])
+        return kept(a, b)
+
+    with subject(setup) as child, Capture(child.pid) as capture:
+        (blocker,) = capture.blockers(child.result[1])
+        assert "2 descriptor(s) are in flight" in blocker.reason
+        assert not blocker.transient
+        with pytest.raises(Refused, match="in flight"):
+            capture.kind(child.result[1]).capture(capture.view(child.result[1]), capture)
+
+
+def test_out_of_band_data_is_refused() -> None:
+    def setup() -> tuple[int, ...]:
+        a, b = socket.socketpair()
+        a.send(b"!", socket.MSG_OOB)
+        return kept(a, b)
+
+    with subject(setup) as child, Capture(child.pid) as capture:
+        assert "out-of-band data" in capture.reasons(child.result[1])
+
+
+def test_waiting_clients_that_cannot_be_carried_are_refused() -> None:
+    name = b"\0pipeline-test-refused"
+
+    def setup() -> tuple[int, ...]:
+        listener, closed, wrote = unix(), unix(), unix()
+        listener.bind(name)
+        listener.listen(5)
+        wrote.connect(name)
+        wrote.send(b"early")
+        closed.connect(name)
+        closed.close()
+        return kept(listener, wrote)
+
+    with subject(setup) as child, unix() as outsider:
+        outsider.connect(name)
+        with Capture(child.pid) as capture:
+            listener, wrote = child.result
+            reasons = capture.reasons(listener)
+            assert "a client that is closed already waits" in reasons
+            assert "a client outside the tree waits" in reasons
+            assert all(blocker.transient for blocker in capture.blockers(listener))
+            assert "data was sent on a connection that was not accepted" in capture.reasons(wrote)
+
+
+def test_a_connection_that_an_outside_listener_did_not_accept_is_refused() -> None:
+    name = b"\0pipeline-test-outside"
+
+    def setup() -> tuple[int, ...]:
+        client = unix()
+        client.connect(name)
+        return kept(client)
+
+    with unix() as listener:
+        listener.bind(name)
+        listener.listen(5)
+        with subject(setup) as child, Capture(child.pid) as capture:
+            (blocker,) = capture.blockers(child.result[0])
+            assert blocker.transient
+            assert "@pipeline-test-outside outside the tree was not accepted yet" in blocker.reason
+
+
+def test_a_socket_that_somebody_outside_holds_too_is_refused() -> None:
+    def setup() -> tuple[int, ...]:
+        a, b = socket.socketpair()
+        forked = os.fork()
+        if not forked:
+            select.select([], [], [])
+        return forked, *kept(a, b)
+
+    with subject(setup) as child, Capture(child.pid) as capture:
+        forked, a, _ = child.result
+        assert f"also held by pid {forked}" in capture.reasons(a)
+
+
+def test_a_one_sided_peer_without_a_name_is_refused() -> None:
+    def setup() -> tuple[int, ...]:
+        a, b, c = *socket.socketpair(socket.AF_UNIX, DGRAM), unix(DGRAM)
+        c.bind(b"\0pipeline-test-third")
+        a.connect(c.getsockname())
+        return kept(a, b, c)
+
+    with subject(setup) as child, Capture(child.pid) as capture:
+        reasons = capture.reasons(child.result[1])
+        assert "datagram socket without a name that left it" in reasons
+        assert not capture.blockers(child.result[0])

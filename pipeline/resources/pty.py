@@ -36,7 +36,7 @@ from pipeline.kernel import procfs
 from pipeline.kernel.arch.x86_64_numbers import NR
 from pipeline.resources import outside, sockets, terminal
 from pipeline.resources.kinds import CaptureScope, CreateScope, FdView
-from pipeline.resources.paths import filesystem
+from pipeline.resources.paths import O_LARGEFILE, filesystem
 
 _DEVPTS_MAGIC = 0x1CD1
 _TTY_MAJOR = 4
@@ -276,7 +276,7 @@ class Pty:
         Raises:
             RebuildError: the number is taken.
         """
-        access = file.flags & os.O_ACCMODE
+        access = file.flags & (os.O_ACCMODE | O_LARGEFILE | os.O_CLOEXEC)
         if record.role == "hung-up":
             return _open_hung_up(record, access, scope)
         master = scope.once(
@@ -286,11 +286,11 @@ class Pty:
             return LocalFd(os.dup(master))
         if record.role == "slave" or record.path is None:
             return terminal.open_slave(master, access)
-        slave = terminal.open_slave(master, os.O_RDWR)
+        slave = terminal.open_slave(master)
         try:
             node = scope.open(record.path, os.O_PATH)
             try:
-                return terminal.open_controlling(slave, node, access | os.O_NOCTTY)
+                return terminal.open_controlling(slave, node, file.flags & os.O_ACCMODE | os.O_NOCTTY)
             finally:
                 os.close(node)
         finally:
@@ -307,7 +307,7 @@ class Pty:
         if state.node is not None:
             _own_node(state.node, record.number, scope)
         if state.left or state.unfinished:
-            slave = terminal.open_slave(master, os.O_RDWR)
+            slave = terminal.open_slave(master)
             try:
                 if state.unfinished:
                     terminal.type_again(master, slave, state.unfinished)
@@ -325,7 +325,7 @@ class Pty:
             return
         master = scope.file(file.index)
         if state.session or state.slave_exclusive:
-            slave = terminal.open_slave(master, os.O_RDWR)
+            slave = terminal.open_slave(master)
             try:
                 if state.session:
                     _take_control(state, record.number, slave, scope)

@@ -116,9 +116,14 @@ def number(master: LocalFd) -> int:
     return _get(master, _TIOCGPTN)
 
 
-def open_slave(master: LocalFd, flags: int) -> LocalFd:
-    """TIOCGPTPEER: open the slave without its path; the caller owns it. EIO if it is locked."""
-    return LocalFd(fcntl.ioctl(master, _TIOCGPTPEER, flags | os.O_NOCTTY | os.O_CLOEXEC))
+def open_slave(master: LocalFd, flags: int = os.O_RDWR) -> LocalFd:
+    """TIOCGPTPEER: open the slave without its path; the caller owns it. EIO if it is locked.
+
+    The kernel keeps all `flags` as they are given, so close-on-exec is set afterwards.
+    """
+    fd = LocalFd(fcntl.ioctl(master, _TIOCGPTPEER, flags | os.O_NOCTTY))
+    os.set_inheritable(fd, False)
+    return fd
 
 
 def unread(fd: LocalFd) -> int:

@@ -209,7 +209,7 @@ class Unix:
                     unix_queue.peek(
                         sock, diag.queued, bool(diag.shutdown & SHUT_RECEIVE), view.subject, scope
                     )
-                    if found & select.POLLIN and not (listens or found & select.POLLERR and not diag.queued)
+                    if found & select.POLLIN and not (listens or (found & select.POLLERR and not diag.queued))
                     else []
                 ),
             )

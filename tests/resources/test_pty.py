@@ -1,0 +1,313 @@
+"""Pseudo-terminals: both sides, settings, numbers, sessions, what is typed; and every refusal."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pty
+import select
+import signal
+import struct
+import termios
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import RebuildError
+from pipeline.kernel import procfs
+from pipeline.kernel.arch.x86_64 import NR
+from pipeline.remote.puppet import Puppet
+from pipeline.resources import terminal
+from pipeline.resources.pty import check_controlling_terminal
+from tests.resources.fdharness import Capture, Rebuilt, Subject, subject
+from tests.resources.sockharness import polled
+
+TIOCGPTPEER, TIOCSPTLCK, TIOCGPKT, TIOCGSID = 0x5441, 0x40045431, 0x80045438, 0x5429
+
+
+def number(fd: int, request: int) -> int:
+    (value,) = struct.unpack("<i", fcntl.ioctl(fd, request, bytes(4)))
+    return int(value)
+
+
+@contextmanager
+def gone(child: Subject) -> Iterator[Capture]:
+    """The capture of a subject that has closed everything, as if it had ended."""
+    with Capture(child.pid) as capture:
+        records = capture.records()
+    child.call(partial(os.closerange, 3, 200))
+    with Rebuilt(capture, records) as new:
+        yield new  # type: ignore[misc]
+
+
+def test_a_pair_keeps_number_settings_size_owner_and_works() -> None:
+    def setup() -> tuple[int, int]:
+        master, slave = pty.openpty()
+        settings = termios.tcgetattr(slave)
+        settings[3] &= ~termios.ECHO
+        settings[6][termios.VINTR] = b"\x07"
+        termios.tcsetattr(slave, termios.TCSANOW, settings)
+        fcntl.ioctl(master, termios.TIOCSWINSZ, struct.pack("<4H", 33, 111, 5, 6))
+        os.fchown(slave, 7, 8)
+        os.fchmod(slave, 0o600)
+        os.set_blocking(master, False)
+        return master, slave
+
+    with subject(setup) as child:
+        master, slave = child.result
+        wanted = os.readlink(f"/proc/{child.pid}/fd/{slave}")
+        with gone(child) as new:
+            m, s = new.fd(master), new.fd(slave)
+            assert os.readlink(f"/proc/self/fd/{s}") == wanted
+            assert os.ttyname(s) == wanted
+            settings = termios.tcgetattr(s)
+            assert not settings[3] & termios.ECHO
+            assert settings[6][termios.VINTR] == b"\x07"
+            assert fcntl.ioctl(s, termios.TIOCGWINSZ, bytes(8)) == struct.pack("<4H", 33, 111, 5, 6)
+            found = os.fstat(s)
+            assert (found.st_uid, found.st_gid, found.st_mode & 0o7777) == (7, 8, 0o600)
+            assert not os.get_blocking(m)
+            os.write(s, b"out\n")
+            assert os.read(m, 100) == b"out\r\n"
+            os.write(m, b"in\n")
+            assert os.read(s, 100) == b"in\n"
+
+
+def test_packet_mode_lock_and_exclusive_mode_of_each_end() -> None:
+    def setup() -> tuple[int, int]:
+        master, slave = pty.openpty()
+        fcntl.ioctl(master, termios.TIOCPKT, struct.pack("<i", 1))
+        fcntl.ioctl(master, TIOCSPTLCK, struct.pack("<i", 1))
+        fcntl.ioctl(slave, termios.TIOCEXCL)
+        return master, slave
+
+    with subject(setup) as child:
+        master, slave = child.result
+        with gone(child) as new:
+            m, s = new.fd(master), new.fd(slave)
+            assert number(m, TIOCGPKT) == 1
+            assert terminal.locked(m)
+            assert terminal.exclusive(s)
+            assert not terminal.exclusive(m)
+            os.write(s, b"x")
+            assert os.read(m, 10) == b"\0x"
+            with pytest.raises(OSError, match="Input/output error"):
+                fcntl.ioctl(m, TIOCGPTPEER, os.O_RDWR | os.O_NOCTTY)
+
+
+@pytest.mark.parametrize("opened", [False, True])
+def test_a_master_whose_slave_was_never_opened_or_was_closed(opened: bool) -> None:
+    def setup() -> int:
+        master = os.open("/dev/ptmx", os.O_RDWR | os.O_NOCTTY)
+        fcntl.ioctl(master, TIOCSPTLCK, struct.pack("<i", 0))
+        if opened:
+            os.close(fcntl.ioctl(master, TIOCGPTPEER, os.O_RDWR | os.O_NOCTTY))
+        return master
+
+    with subject(setup) as child:
+        with gone(child) as new:
+            m = new.fd(child.result)
+            assert bool(polled(m) & select.POLLHUP) == opened
+            slave = fcntl.ioctl(m, TIOCGPTPEER, os.O_RDWR | os.O_NOCTTY)
+            os.write(slave, b"x")
+            assert os.read(m, 10) == b"x"
+            os.close(slave)
+
+
+def test_a_line_that_is_half_typed_is_kept_on_both_sides_of_the_copy() -> None:
+    def setup() -> tuple[int, int]:
+        master, slave = pty.openpty()
+        settings = termios.tcgetattr(slave)
+        settings[3] &= ~termios.ECHO
+        termios.tcsetattr(slave, termios.TCSANOW, settings)
+        os.write(master, b"done\nhalf a \x16\x03 line")
+        assert os.read(slave, 100) == b"done\n"
+        return master, slave
+
+    with subject(setup) as child, Capture(child.pid) as capture:
+        master, slave = child.result
+        before = termios.tcgetattr(capture.view(slave).local)
+        records = capture.records()
+        assert termios.tcgetattr(capture.view(slave).local) == before
+        m, s = capture.view(master).local, capture.view(slave).local
+        assert not polled(s) & select.POLLIN
+        os.write(m, b"\x7f\x7f\x7f\x7fend\n")
+        assert os.read(s, 100) == b"half a \x03 end\n"
+        child.call(partial(os.closerange, 3, 200))
+        capture._stack.close()
+        with Rebuilt(capture, records) as new:
+            m, s = new.fd(master), new.fd(slave)
+            assert termios.tcgetattr(s) == before
+            assert not polled(s) & select.POLLIN
+            os.write(m, b"\x7f\x7f\x7f\x7fend\n")
+            assert os.read(s, 100) == b"half a \x03 end\n"
+
+
+def _session() -> tuple[int, int, int, int]:
+    """A session with its terminal and a foreground group of another process; /dev/tty is open."""
+    os.setsid()
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
+    member = os.fork()
+    if not member:
+        os.setpgid(0, 0)
+        select.select([], [], [])
+    while os.getpgid(member) != member:
+        time.sleep(0.001)
+    signal.signal(signal.SIGTTOU, signal.SIG_IGN)
+    os.tcsetpgrp(slave, member)
+    return master, slave, os.open("/dev/tty", os.O_RDWR), member
+
+
+def _session_subject() -> tuple[int, int, int, int]:
+    """`_session` in a child, since the subject itself leads a process group already."""
+    reader, writer = os.pipe()
+    leader = os.fork()
+    if not leader:
+        found = _session()
+        os.write(writer, struct.pack("<4i", *found))
+        select.select([], [], [])
+    master, slave, tty, member = struct.unpack("<4i", os.read(reader, 16))
+    os.close(reader)
+    os.close(writer)
+    return leader, member, master, slave, tty  # type: ignore[return-value]
+
+
+@contextmanager
+def session() -> Iterator[tuple[int, int, int, int, int]]:
+    """(leader, member, master, slave, /dev/tty)."""
+    with subject(_session_subject) as child:
+        leader, member, *fds = child.result
+        try:
+            yield leader, member, *fds  # type: ignore[misc]
+        finally:
+            for pid in (leader, member):
+                os.kill(pid, signal.SIGKILL)
+
+
+class _InSession(Rebuilt):
+    """Puppets that lead their own session, as the tree's processes do."""
+
+    def _spawn(self) -> Puppet:
+        puppet = super()._spawn()
+        puppet.syscall(NR.setsid)
+        return puppet
+
+
+def test_the_controlling_terminal_of_a_session_and_dev_tty() -> None:
+    with session() as (leader, member, master, slave, tty):
+        with Capture(leader, member) as capture:
+            for pid in (leader, member):
+                assert not list(check_controlling_terminal(capture.pids[0], capture)), pid
+            records = capture.records()
+        state = next(f.state["terminal"] for f in records if f.kind == "pty" and f.state["terminal"])
+        assert (state["session"], state["foreground"]) == (leader, member)
+        for pid in (leader, member):
+            os.kill(pid, signal.SIGKILL)
+        deadline = time.monotonic() + 5
+        while Path(f"/proc/{leader}/fd/{master}").exists() and time.monotonic() < deadline:
+            time.sleep(0.001)
+        state["foreground"] = 0  # the puppet of the member is in another session
+        with _InSession(capture, records) as new:
+            puppet = new.host_pid(leader)
+            stat = procfs.stat(puppet)
+            assert terminal.decode(stat.tty_nr) == (136, os.minor(os.fstat(new.fd(slave, leader)).st_rdev))
+            assert stat.tpgid == puppet
+            assert number(new.fd(master, leader), TIOCGSID) == puppet
+            assert os.readlink(f"/proc/self/fd/{new.fd(tty, leader)}") == "/dev/tty"
+            os.write(new.fd(tty, leader), b"said\n")
+            assert os.read(new.fd(master, leader), 100) == b"said\r\n"
+            assert sorted(os.listdir(f"/proc/{puppet}/fd"), key=int)[-2:] == ["1000", "1001"]
+
+
+def test_a_terminal_that_is_hung_up() -> None:
+    def setup() -> int:
+        master, slave = pty.openpty()
+        os.close(master)
+        return slave
+
+    with subject(setup) as child, Capture(child.pid) as capture, Rebuilt(capture) as new:
+        fd = new.fd(child.result)
+        assert polled(fd) == polled(capture.view(child.result).local)
+        assert os.read(fd, 10) == b""
+        with pytest.raises(OSError, match="Input/output error"):
+            os.write(fd, b"x")
+
+
+def test_a_number_that_is_taken_is_named() -> None:
+    with subject(pty.openpty) as child, Capture(child.pid) as capture:
+        with pytest.raises(RebuildError, match=r"terminal number \d+ \(/dev/pts/\d+\) is in use"):
+            Rebuilt(capture).__enter__()
+
+
+def test_unread_bytes_are_refused_for_now() -> None:
+    def setup() -> tuple[int, ...]:
+        raw, raw_slave = pty.openpty()
+        line, line_slave = pty.openpty()
+        packet, packet_slave = pty.openpty()
+        os.write(raw_slave, b"output")
+        settings = termios.tcgetattr(line_slave)
+        settings[3] &= ~termios.ECHO
+        termios.tcsetattr(line_slave, termios.TCSANOW, settings)
+        os.write(line, b"input\n")
+        fcntl.ioctl(packet, termios.TIOCPKT, struct.pack("<i", 1))
+        termios.tcflow(packet_slave, termios.TCOOFF)
+        return raw, raw_slave, line, line_slave, packet, packet_slave
+
+    with subject(setup) as child, Capture(child.pid) as capture:
+        raw, raw_slave, line, line_slave, packet, packet_slave = child.result
+        for fd, reason in ((raw, "output of"), (line_slave, "typed input waits"), (packet, "output of")):
+            (blocker,) = capture.blockers(fd)
+            assert reason in blocker.reason
+            assert blocker.transient
+        for fd in (raw_slave, line, packet_slave):
+            assert not capture.blockers(fd)
+
+
+def test_a_terminal_from_outside_is_refused_and_its_owner_named() -> None:
+    master, slave = pty.openpty()
+    name = os.ttyname(slave)
+
+    def setup() -> tuple[int, int, int]:
+        forked_master, forked_slave = pty.openpty()
+        child = os.fork()
+        if not child:
+            os.setsid()
+            fcntl.ioctl(forked_slave, termios.TIOCSCTTY, 0)
+            os.close(forked_master)
+            select.select([], [], [])
+        os.close(forked_slave)
+        return child, forked_master, os.open(name, os.O_RDWR | os.O_NOCTTY)
+
+    with subject(setup) as child:
+        forked, forked_master, opened = child.result
+        deadline = time.monotonic() + 5
+        while not procfs.stat(forked).tty_nr and time.monotonic() < deadline:
+            time.sleep(0.001)
+        with Capture(child.pid) as capture:
+            reasons = capture.reasons(opened)
+            assert "outside the tree" in reasons
+            assert "run tmux inside the tree" in reasons
+            reasons = capture.reasons(forked_master)
+            assert f"used by pid {forked} " in reasons
+            assert f"controls the session of pid {forked} outside the tree" in reasons
+        with Capture(forked) as capture:
+            (blocker,) = check_controlling_terminal(capture.pids[0], capture)
+            assert f"belongs to pid {child.pid} " in blocker.reason
+    os.close(master)
+    os.close(slave)
+
+
+def test_a_console_is_refused(tmp_path: Path) -> None:
+    node = tmp_path / "console"
+    try:
+        os.mknod(node, 0o600 | 0o020000, os.makedev(5, 1))
+        os.close(os.open(node, os.O_RDWR | os.O_NOCTTY))
+    except OSError as error:
+        pytest.skip(f"no console here: {error}")
+    with subject(partial(os.open, node, os.O_RDWR | os.O_NOCTTY)) as child, Capture(child.pid) as capture:
+        assert "terminal device 5:1 is no pseudo-terminal" in capture.reasons(child.result)

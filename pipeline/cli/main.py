@@ -29,11 +29,11 @@ class Command(Protocol):
     EXAMPLE: str
 
     @staticmethod
-    def add_arguments(parser: argparse.ArgumentParser) -> None:
+    def add_arguments(parser: argparse.ArgumentParser, /) -> None:
         """Declare the command's options."""
 
     @staticmethod
-    def execute(arguments: argparse.Namespace) -> int:
+    def execute(arguments: argparse.Namespace, /) -> int:
         """Do it; returns the exit code. PipelineErrors are rendered by the caller."""
 
 

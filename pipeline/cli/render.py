@@ -15,14 +15,14 @@ def say(text: str) -> None:
 
 
 def document(value: object) -> None:
-    """The one JSON document of ``--json``, on stdout. Bytes are shown as text, undecodable ones escaped."""
+    """The one JSON document of ``--json``, on stdout. Bytes are shown as text, or as ``hex:…`` where they are none."""
     import json
 
     print(json.dumps(plain(value), indent=2), flush=True)
 
 
 def plain(value: object) -> Any:
-    """Records, mappings and sequences as what JSON knows; byte strings as text."""
+    """Records, mappings and sequences as what JSON knows; byte strings as text or ``hex:…``."""
     import msgspec
 
     if isinstance(value, msgspec.Struct):
@@ -33,12 +33,20 @@ def plain(value: object) -> Any:
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, bytes | bytearray | memoryview):
-        return bytes(value).decode("utf-8", "backslashreplace")
+        return _printable(bytes(value))
     if isinstance(value, list | tuple | set | frozenset):
         return [plain(item) for item in value]
     if value is None or isinstance(value, str | int | float | bool):
         return value
     return str(value)
+
+
+def _printable(value: bytes) -> str:
+    try:
+        text = value.decode()
+    except UnicodeDecodeError:
+        return f"hex:{value.hex()}"
+    return text if text.isprintable() else f"hex:{value.hex()}"
 
 
 def blocker(item: Blocker) -> dict[str, Any]:

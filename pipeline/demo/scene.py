@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import pipeline
+from pipeline import leftovers
 from pipeline.demo.hosts import Host
 from pipeline.demo.tree import PORT
 from pipeline.errors import PipelineError
@@ -123,7 +124,9 @@ class Scene:
 
     def _build(self) -> None:
         python = interpreter()
-        self.work = Path(tempfile.mkdtemp(prefix="pipeline-demo-"))
+        self.work = Path(tempfile.gettempdir(), f"pipeline-demo-{secrets.token_hex(6)}")
+        self._stack.enter_context(leftovers.noted("directory", self.work))
+        self.work.mkdir(mode=0o700)
         self._stack.callback(shutil.rmtree, self.work)
         self.work.chmod(0o755)
         self._furnish()

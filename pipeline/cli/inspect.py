@@ -1,0 +1,272 @@
+"""Show what an image holds: the tree, its namespaces with their maps, files, memory and sizes.
+
+Only the records are trusted to be read here: nothing is rebuilt or run.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from pipeline.cli import render
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rich.console import Console
+    from rich.table import Table
+    from rich.tree import Tree
+
+    from pipeline.image.codec import Image
+    from pipeline.image.schema import Extent, OpenFile, Process
+
+EXAMPLE = "  python -m pipeline inspect image\n  python -m pipeline inspect image --json | python -m json.tool | less"
+
+#: how many holders of an open file are named before the rest is counted
+_MOST_HOLDERS = 4
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("image", metavar="IMAGE", help="a directory, a URL, or - for stdin")
+    parser.add_argument("--json", action="store_true", help="everything, as one JSON document on stdout")
+
+
+def execute(arguments: argparse.Namespace) -> int:
+    import pipeline
+    from pipeline.cli import recipe
+
+    image = recipe.run(lambda: pipeline.inspect(arguments.image))
+    if arguments.json:
+        render.document(as_document(image))
+    else:
+        from rich.console import Console
+
+        show(image, arguments.image, Console(highlight=False))
+    return 0
+
+
+def page_bytes(image: Image) -> dict[int, int]:
+    """Carried bytes of each space."""
+    return {} if image.end is None else dict(image.end.spaces)
+
+
+def as_document(image: Image) -> dict[str, Any]:
+    """The whole image as JSON knows it; page contents are not part of it."""
+    return {
+        "head": render.plain(image.head),
+        "user-namespaces": render.plain(list(image.user_namespaces.values())),
+        "namespaces": render.plain(list(image.namespaces.values())),
+        "processes": render.plain(list(image.processes.values())),
+        "address-spaces": render.plain(list(image.spaces.values())),
+        "mapped-files": render.plain(list(image.mapped_files.values())),
+        "shared-memory": render.plain(list(image.shared_memory.values())),
+        "contents": render.plain(list(image.contents.values())),
+        "files": render.plain(list(image.files.values())),
+        "page-bytes": {str(space): count for space, count in page_bytes(image).items()},
+        "total-page-bytes": image.end.page_bytes if image.end else None,
+    }
+
+
+def show(image: Image, name: str, console: Console) -> None:
+    """Print it for a person."""
+    _heading(image, name, console)
+    console.print(_process_tree(image))
+    console.print(_user_namespace_tree(image))
+    for table in (_namespaces(image), _memory(image), _files(image)):
+        if table.row_count:
+            console.print()
+            console.print(table)
+
+
+def _heading(image: Image, name: str, console: Console) -> None:
+    from datetime import UTC, datetime
+
+    from rich.markup import escape
+
+    head = image.head
+    made = datetime.fromtimestamp(head.created_ns / 1e9, UTC)
+    console.print(
+        f"[bold]{escape(name)}[/]: format {head.version}, {head.machine}, Linux {escape(head.kernel)}"
+    )
+    console.print(f"made {made:%Y-%m-%d %H:%M:%S} UTC")
+    threads = sum(len(process.threads) for process in image.processes.values())
+    carried = render.size(image.end.page_bytes) if image.end else "not complete"
+    console.print(
+        f"{_many(len(image.processes), 'process', 'processes')}, {_many(threads, 'thread')}, "
+        f"{_many(len(image.files), 'open file')}, pages: {carried}\n"
+    )
+
+
+def _many(count: int, one: str, more: str = "") -> str:
+    return f"{count} {one if count == 1 else more or one + 's'}"
+
+
+def _text(value: bytes) -> str:
+    from rich.markup import escape
+
+    return escape(value.decode("utf-8", "backslashreplace"))
+
+
+def _process_tree(image: Image) -> Tree:
+    from rich.tree import Tree
+
+    top = Tree("[bold]Processes[/]")
+    nodes: dict[int, Tree] = {}
+    for pid, process in image.processes.items():
+        nodes[pid] = nodes.get(process.parent, top).add(_process_line(image, process))
+    return top
+
+
+def _process_line(image: Image, process: Process) -> str:
+    pids = " / ".join(map(str, process.pids))
+    name = _text(process.threads[0].comm if process.threads else process.comm)
+    facts = []
+    if process.threads:
+        credentials = process.threads[0].credentials
+        owner = credentials.uids[1]
+        shift = "" if owner.ns == process.namespaces.user else f" of user namespace {owner.ns}, unmapped here"
+        facts.append(f"uid {owner.id}{shift}")
+        if process.namespaces.user:
+            facts.append(f"user namespace {process.namespaces.user}")
+        if len(process.threads) > 1:
+            facts.append(f"{len(process.threads)} threads")
+        facts.append(_many(len(process.fds), "fd"))
+    if process.space is not None:
+        facts.append(render.size(page_bytes(image).get(process.space, 0)))
+    if process.state != "running":
+        facts.append(process.state)
+    return f"[bold]{pids}[/] [cyan]{name}[/]  {', '.join(facts)}"
+
+
+def _user_namespace_tree(image: Image) -> Tree:
+    from rich.tree import Tree
+
+    members = Counter(process.namespaces.user for process in image.processes.values())
+    nodes: dict[int | None, Tree] = {None: Tree("\n[bold]User namespaces[/]")}
+    waiting = dict(image.user_namespaces)
+    while waiting:
+        ready = [index for index, record in waiting.items() if record.parent in nodes]
+        if not ready:
+            break
+        for index in ready:
+            record = waiting.pop(index)
+            label = f"[bold]{index}[/]" + (
+                "  external: the destination's own" if record.parent is None else ""
+            )
+            if record.parent is not None:
+                label += f"  uid {_map(record.uid_map)}"
+                if record.gid_map != record.uid_map:
+                    label += f"  gid {_map(record.gid_map)}"
+                if record.setgroups == "deny":
+                    label += "  setgroups denied"
+                if record.owner is not None:
+                    label += f"  made by uid {record.owner.id}"
+            label += f"  ({_many(members[index], 'process', 'processes')})"
+            nodes[index] = nodes[record.parent].add(label)
+    return nodes[None]
+
+
+def _map(extents: Sequence[Extent]) -> str:
+    if not extents:
+        return "not mapped"
+    return ", ".join(
+        f"{e.inner} -> {e.lower}" if e.count == 1 else f"{e.inner}-{e.inner + e.count - 1} -> {e.lower}"
+        for e in extents
+    )
+
+
+def _table(title: str, *columns: str, numbers: Sequence[str] = ()) -> Table:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    for column in columns:
+        table.add_column(column, justify="right" if column in numbers else "left", overflow="fold")
+    return table
+
+
+def _namespaces(image: Image) -> Table:
+    table = _table("Other namespaces", "index", "kind", "owner", "parent", "state", numbers=["index"])
+    for record in image.namespaces.values():
+        if record.external:
+            continue
+        state = ", ".join(f"{key} {_brief(value)}" for key, value in record.state.items())
+        parent = "" if record.parent is None else str(record.parent)
+        table.add_row(str(record.index), record.kind, f"user namespace {record.owner}", parent, state)
+    return table
+
+
+def _memory(image: Image) -> Table:
+    table = _table(
+        "Memory",
+        "pid",
+        "executable",
+        "mappings",
+        "size",
+        "carried",
+        "shares",
+        numbers=["mappings", "size", "carried"],
+    )
+    carried = page_bytes(image)
+    for process in image.processes.values():
+        if process.space is None:
+            continue
+        space = image.spaces[process.space]
+        mapped = [vma for vma in space.vmas if vma.kind in {"anon", "file", "shared"}]
+        table.add_row(
+            str(process.pids[0]),
+            _text(image.mapped_files[space.exe].path.path),
+            str(len(mapped)),
+            render.size(sum(vma.end - vma.start for vma in mapped)),
+            render.size(carried.get(process.space, 0)),
+            "" if space.copy_of is None else f"pages of space {space.copy_of}",
+        )
+    for memory in image.shared_memory.values():
+        name = f"{memory.kind} {_text(memory.name)}".strip()
+        size, sent = render.size(memory.size_bytes), render.size(carried.get(memory.space, 0))
+        table.add_row("shared", name, "", size, sent, "")
+    return table
+
+
+def _files(image: Image) -> Table:
+    holders: dict[int, list[str]] = {}
+    for process in image.processes.values():
+        for entry in process.fds:
+            holders.setdefault(entry.file, []).append(f"{process.pids[0]}:{entry.fd}")
+    table = _table("Open files", "index", "kind", "what", "held by pid:fd", numbers=["index"])
+    for index, record in image.files.items():
+        names = holders.get(index, ["a message in a socket"])
+        more = len(names) - _MOST_HOLDERS
+        held = " ".join(names[:_MOST_HOLDERS]) + (f" and {more} more" if more > 0 else "")
+        table.add_row(str(index), record.kind, _what(record), held)
+    return table
+
+
+def _what(record: OpenFile) -> str:
+    facts = [f"{key} {_brief(value)}" for key, value in record.state.items() if key == "path"]
+    facts = [fact.removeprefix("path ") for fact in facts]
+    facts += [
+        f"{key} {_brief(value)}"
+        for key, value in record.state.items()
+        if key != "path" and isinstance(value, int | str) and not isinstance(value, bool)
+    ][:3]
+    if record.position:
+        facts.append(f"at {record.position}")
+    return ", ".join(facts)
+
+
+def _brief(value: object) -> str:
+    """One field of a namespace's or file's state, short."""
+    if isinstance(value, bytes):
+        return _text(value)
+    if isinstance(value, Mapping):
+        return _many(len(value), "entry", "entries")
+    if isinstance(value, list | tuple):
+        # a path is (mount namespace, path)
+        if len(value) == 2 and isinstance(value[1], bytes):
+            return _text(value[1])
+        return _many(len(value), "entry", "entries")
+    from rich.markup import escape
+
+    return escape(str(value))

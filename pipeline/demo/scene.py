@@ -161,13 +161,13 @@ class Scene:
         with os.fdopen(fd, "w", encoding="ascii") as file:
             file.write(secrets.token_hex(32) + "\n")
 
-    def _spawn(self, host: Host, command: list[str], name: str, path: Path) -> int:
+    def _spawn(self, host: Host, command: list[str], name: str, path: str) -> int:
         pid: int = host.ask(
             "spawn",
             command=command,
             out=str(self.work / f"{name}.out"),
             err=str(self.work / f"{name}.err"),
-            environ={"PYTHONPATH": str(path), "PYTHONDONTWRITEBYTECODE": "1"},
+            environ={"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"},
         )
         return pid
 
@@ -176,7 +176,7 @@ class Scene:
         program = str(library / "pipeline" / "demo" / "tree.py")
         self.source.ask("next_pid", pid=FIRST_PID)
         command = [python, program, "conductor", str(self.work), *self.maps]
-        self.root = self._spawn(self.source, command, "tree", library)
+        self.root = self._spawn(self.source, command, "tree", str(library))
         wait_until(lambda: len(self.log()) > 10 or self._failed("tree"), "the tree does not count")
         if self._failed("tree"):
             raise PipelineError(f"the tree did not start:\n{self.text('tree.err')}")
@@ -189,7 +189,7 @@ class Scene:
         program = str(library / "pipeline" / "demo" / "client.py")
         result = self.work / "client.json"
         command = [python, program, SERVICE, str(PORT), GREETING, str(result)]
-        self._client = self._spawn(self.destination, command, "client", library)
+        self._client = self._spawn(self.destination, command, "client", str(library))
         wait_until(result.with_suffix(".ready").exists, "nobody answers the client")
 
     def text(self, name: str) -> str:
@@ -210,9 +210,10 @@ class Scene:
             PipelineError: `serve` does not listen; or `migrate` says it is done and `serve` failed.
         """
         tool = [sys.executable, "-m", "pipeline"]
+        path = os.pathsep.join(filter(None, [str(_PACKAGE.parent), os.environ.get("PYTHONPATH")]))
         secret = ["--secret-file", str(self.work / "secret")]
         listen = ["serve", "--listen", f"{ADDRESSES['host-b']}:0", *secret, "--once"]
-        server = self._spawn(self.destination, [*tool, *listen], "serve", _PACKAGE.parent)
+        server = self._spawn(self.destination, [*tool, *listen], "serve", path)
 
         def ready() -> bool:
             return (
@@ -226,7 +227,7 @@ class Scene:
             raise PipelineError(f"`serve` failed:\n{self.text('serve.err')}")
         to = first.removeprefix("listening on ")
         move = ["migrate", "--pid", str(self.root), "--to", to, *secret, "--json"]
-        mover = self._spawn(self.source, [*tool, *move], "migrate", _PACKAGE.parent)
+        mover = self._spawn(self.source, [*tool, *move], "migrate", path)
         code = self.source.ask("wait", pid=mover, patience_s=60)
         if code is None:
             raise PipelineError(f"`migrate` has not ended after 60 s:\n{self.text('migrate.err')}")

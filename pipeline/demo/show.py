@@ -90,7 +90,7 @@ def _in_own_user_namespace() -> int:
 def _play(*, json: bool) -> int:
     from rich.console import Console
 
-    console = Console(stderr=json, highlight=False)
+    console = Console(stderr=json, highlight=False, soft_wrap=True)
     console.print("[bold]Building two hosts[/] on this machine, joined by a cable")
     with Scene() as scene:
         for name in HOSTS:
@@ -160,23 +160,31 @@ def _not_moved(console: Console, scene: Scene, code: int) -> int:
 def _table(console: Console, processes: Sequence[verdict.Process]) -> None:
     from rich.table import Table
 
-    table = Table(
-        "pid", "pid inside", "program", "level", "uid", "gid", "uid map", "threads", box=None, pad_edge=False
-    )
-    inner: dict[str, int] = {}
+    columns = ("pid", "pid inside", "program", "level", "uid", "uid inside", "uid map", "threads")
+    table = Table(*columns, box=None, pad_edge=False)
+    levels: dict[str, int] = {}
     for process in processes:
-        level = inner.setdefault(process["user namespace"], len(inner))
-        numbers = [process["NSpid"].split()[-1], process["Uid"].split()[1], process["Gid"].split()[1]]
+        uid = int(process["Uid"].split()[1])
         table.add_row(
             str(process["pid"]),
-            numbers[0],
+            process["NSpid"].split()[-1],
             _program(process["command"]),
-            str(level),
-            *numbers[1:],
-            process["uid_map"],
+            str(levels.setdefault(process["user namespace"], len(levels))),
+            str(uid),
+            str(_inside(uid, process["uid_map"])),
+            "every id" if process["uid_map"].endswith(" 4294967295") else process["uid_map"],
             process["Threads"],
         )
     console.print(table)
+
+
+def _inside(uid: int, uid_map: str) -> int | str:
+    """What the process calls a uid that the host calls `uid`."""
+    numbers = [int(word) for word in uid_map.split()]
+    for inner, outer, count in zip(numbers[::3], numbers[1::3], numbers[2::3], strict=True):
+        if outer <= uid < outer + count:
+            return inner + uid - outer
+    return "unmapped"
 
 
 def _program(command: Sequence[str]) -> str:
@@ -189,7 +197,5 @@ def _verdict(console: Console, checks: Sequence[verdict.Check], figures: dict[st
     console.print()
     for check in checks:
         mark = "[green]held[/] " if check.ok else "[bold red]BROKEN[/]"
-        console.print(
-            f"  {mark} {check.name}" + (f": {check.detail}" if check.detail else ""), soft_wrap=True
-        )
+        console.print(f"  {mark} {check.name}" + (f": {check.detail}" if check.detail else ""))
     console.print(f"\n[bold]Figures:[/] {render.figures(figures)}")

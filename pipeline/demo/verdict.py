@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import groupby, pairwise
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 Process = dict[str, Any]
@@ -65,7 +66,7 @@ def counting(log: Sequence[dict[str, Any]], hosts: tuple[str, str]) -> list[Chec
     """No step lost or doubled, seen by the tree itself and by the log; ids and maps checked from inside."""
     numbers = [line["step"] for line in log]
     faults = [line["fault"] for line in log if "fault" in line]
-    visited = list(dict.fromkeys(line["host"] for line in log))
+    visited = [host for host, _ in groupby(log, key=itemgetter("host"))]
     there = [line for line in log if line["host"] == hosts[1]]
     verified = [line for line in log if line["verified"] and "processes" in line]
     threads = [line["threads"] for line in log if "threads" in line]

@@ -160,7 +160,7 @@ def _not_moved(console: Console, scene: Scene, code: int) -> int:
 def _table(console: Console, processes: Sequence[verdict.Process]) -> None:
     from rich.table import Table
 
-    columns = ("pid", "pid inside", "program", "level", "uid", "uid inside", "uid map", "threads")
+    columns = ("pid", "inside", "program", "level", "uid", "inside", "uid map", "threads")
     table = Table(*columns, box=None, pad_edge=False)
     levels: dict[str, int] = {}
     for process in processes:

@@ -411,8 +411,8 @@ class End(Record, frozen=True, kw_only=True, tag="end"):
 
     records: U64
     page_bytes: U64
-    #: bytes of each space, in the order of appearance
-    spaces: list[tuple[Index, U64]] = []
+    #: xxh3_128 over head and header of every frame before this one (heads hold the sums of payloads)
+    digest: Annotated[bytes, Meta(min_length=16, max_length=16)]
 
 
 AnyRecord = (

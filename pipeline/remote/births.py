@@ -13,6 +13,7 @@ Source: clone3 in clone(2); pid_namespaces(7) on ns_last_pid.
 from __future__ import annotations
 
 import errno
+import time
 from collections.abc import Callable, Sequence
 
 from pipeline.errors import RebuildError
@@ -20,6 +21,9 @@ from pipeline.kernel.syscalls import CLONE
 from pipeline.remote.puppet import Puppet, seen_pids
 
 _ATTEMPTS = 50
+#: how long the parent of a dumped tree may take to collect its dead root
+_REAP_TIMEOUT_S = 3.0
+_REAP_PAUSE_S = 0.01
 
 #: Writes the pid to be used next in one pid namespace.
 Announce = Callable[[int], None]
@@ -71,7 +75,9 @@ def clone_with_pids(
                 "(restore into a pid namespace of its own: --new-pidns)"
             )
     seen: tuple[int, ...] = ()
-    for _ in range(_ATTEMPTS if announced else 1):
+    attempts = 0
+    deadline = time.monotonic() + _REAP_TIMEOUT_S
+    while attempts < (_ATTEMPTS if announced else 1):
         for level, pid in announced:
             writer = announce[level]
             assert writer is not None
@@ -79,6 +85,9 @@ def clone_with_pids(
         try:
             child = creator.clone_task(flags, set_tid=chosen, exit_signal=exit_signal, child_tid=child_tid)
         except OSError as error:
+            if error.errno == errno.EEXIST and time.monotonic() < deadline and _is_dead(pids[0]):
+                time.sleep(_REAP_PAUSE_S)
+                continue
             if error.errno == errno.EEXIST:
                 raise RebuildError(
                     f"pid {'/'.join(map(str, reversed(chosen)))} is in use here; end that process, "
@@ -88,9 +97,19 @@ def clone_with_pids(
         seen = seen_pids(child.tid)[-len(pids) :]
         if all(want in (None, got) for want, got in zip(pids, seen, strict=True)):
             return child
+        attempts += 1
         undo_clone(creator, child, flags)
     wanted = "/".join("*" if pid is None else str(pid) for pid in pids)
     raise RebuildError(f"pids {wanted} are in use here or taken again and again; the last clone got {seen}")
+
+
+def _is_dead(pid: int | None) -> bool:
+    """Whether a pid is only held by a process that has ended and is about to be collected by its parent."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return file.read().rpartition(b")")[2].split()[0] in b"ZX"
+    except OSError:
+        return pid is not None
 
 
 def undo_clone(creator: Puppet, child: Puppet, flags: int) -> None:

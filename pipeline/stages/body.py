@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pipeline.errors import RebuildError
 from pipeline.ids import LocalFd, RemoteFd
 from pipeline.image.codec import Image
-from pipeline.image.schema import AddressSpace, MappedFile, PathRef, Process
+from pipeline.image.schema import AddressSpace, Id, MappedFile, PathRef, Process
 from pipeline.kernel.arch.x86_64 import NR
 from pipeline.kernel.syscalls import PRCTL
 from pipeline.ledger import LEDGER
@@ -27,31 +27,23 @@ from pipeline.remote.puppet import Puppet
 from pipeline.resources import identity
 from pipeline.resources.memory import rebuild
 from pipeline.resources.memory.rebuild import Source
+from pipeline.resources.namespaces.keepers import Keepers
+from pipeline.resources.tasks import credentials, reinstate
 from pipeline.stages import memory_layout
 from pipeline.stages.contents import Contents
 from pipeline.stages.growth import Grown
+from pipeline.userns.forest import Forest
 
-_CAPABILITY_VERSION_3 = 0x20080522
 _AMBIENT_RAISE = 2
 _AMBIENT_CLEAR_ALL = 4
 _LAST_CAPABILITY = 40
-
-
-def _capset(permitted: int, inheritable: int) -> Call:
-    """capset(2): permitted and effective, and inheritable ones."""
-    words = [
-        half for shift in (0, 32) for half in (permitted >> shift, permitted >> shift, inheritable >> shift)
-    ]
-    header = _CAPABILITY_VERSION_3.to_bytes(4, "little") + bytes(4)
-    data = b"".join((word & 0xFFFF_FFFF).to_bytes(4, "little") for word in words)
-    return Call(NR.capset, (header, data), name="capset")
 
 
 def execute_anew(puppet: Puppet) -> None:
     """Execute the puppet program where the puppet is now, without losing a capability."""
     permitted = _permitted(puppet.pid)
     raised = [bit for bit in range(_LAST_CAPABILITY + 1) if permitted >> bit & 1]
-    calls = [_capset(permitted, permitted)]
+    calls = [credentials.capset(permitted, permitted, permitted)]
     calls += [Call(NR.prctl, (PRCTL.CAP_AMBIENT, _AMBIENT_RAISE, bit, 0, 0), name="raise") for bit in raised]
     puppet.run_checked(calls)
     puppet.exec_puppet()
@@ -60,7 +52,7 @@ def execute_anew(puppet: Puppet) -> None:
             Call(
                 NR.prctl, (PRCTL.CAP_AMBIENT, _AMBIENT_CLEAR_ALL, 0, 0, 0), name="clear ambient capabilities"
             ),
-            _capset(permitted, 0),
+            credentials.capset(permitted, permitted, 0),
             Call(NR.prctl, (PRCTL.SET_DUMPABLE, 1, 0, 0, 0), name="PR_SET_DUMPABLE"),
         ]
     )
@@ -108,7 +100,7 @@ class MappedFiles:
                 f"mapped file {name}: {error.strerror}; bring it to this host first"
             ) from error
         try:
-            reason = identity.difference(file.identity, fd)
+            reason = identity.difference(fd, file.identity)
             if reason:
                 raise RebuildError(f"mapped file {name} is not the same here: {reason}")
         except BaseException:
@@ -131,7 +123,8 @@ class Embodiment:
         image: the records.
         files: for mappings of files.
         contents: for mappings of shared memory.
-        join: moves a puppet into the namespaces of a process, the user namespace last.
+        keepers: of the namespaces.
+        forest: translates ids.
     """
 
     def __init__(
@@ -139,21 +132,22 @@ class Embodiment:
         image: Image,
         files: MappedFiles,
         contents: Contents,
-        join: Callable[[Process, Puppet], None],
-        join_owner: Callable[[Puppet, int], None],
+        keepers: Keepers,
+        forest: Forest,
     ) -> None:
         self._image = image
         self._files = files
         self._contents = contents
-        self._join = join
-        self.join_owner = join_owner
+        self._keepers = keepers
+        self._forest = forest
+        self.join_owner = keepers.join_owner
+        self.pid_namespace_begins = keepers.mount_late
 
     def become(self, process: Process, grown: Grown) -> None:
         """`Become` of the plan."""
         puppet = grown.puppet
         space = self._space(process)
-        self._join(process, puppet)
-        grown.userns = process.namespaces.user
+        self._move_in(process, grown)
         execute_anew(puppet)
         wanted = rebuild.sources(space.vmas)
         with self._sent(puppet, wanted, space.exe) as (fds, exe):
@@ -166,12 +160,26 @@ class Embodiment:
         puppet = grown.puppet
         space = self._space(process)
         parent = self._space(self._image.processes[process.parent])
-        self._join(process, puppet)
-        grown.userns = process.namespaces.user
+        self._move_in(process, grown)
         exe = space.exe if space.exe != parent.exe else None
         with self._sent(puppet, rebuild.missing(parent, space), exe) as (fds, exe_fd):
             puppet.run_checked(rebuild.inherit(parent, space, fds))
             memory_layout.set_bounds(puppet, space, exe_fd)
+
+    def _move_in(self, process: Process, grown: Grown) -> None:
+        puppet = grown.puppet
+        puppet.stop_signal = reinstate.stop_signal(process)
+        wanted = process.threads[0].credentials
+        credentials.before_join(puppet, wanted, grown.members.user, self._uid, self._gid)
+        self._keepers.join(puppet, grown.members, process.namespaces)
+        puppet.syscall(NR.prctl, PRCTL.SET_DUMPABLE, 1, 0, 0, 0)
+        grown.members = process.namespaces
+
+    def _uid(self, wanted: Id, namespace: int) -> int | None:
+        return self._forest.number_in(wanted, namespace, "uid")
+
+    def _gid(self, wanted: Id, namespace: int) -> int | None:
+        return self._forest.number_in(wanted, namespace, "gid")
 
     def _space(self, process: Process) -> AddressSpace:
         if process.space is None:

@@ -44,16 +44,18 @@ class Contents:
         self._fds: dict[int, LocalFd] = {}
         self._read_only: dict[int, LocalFd] = {}
         self._seals: dict[int, int] = {}
+        self._sizes: dict[int, int] = {}
 
     def make(self, image: Image, launcher: Puppet) -> None:
         """Make every object of the image, empty."""
         for shared in image.shared_memory.values():
-            self._keep(shared.space, self._make_shared(shared, launcher))
+            self._keep(shared.space, self._make_shared(shared, launcher), shared.size_bytes)
         for content in image.contents.values():
-            self._keep(content.space, self._make_file(content))
+            self._keep(content.space, self._make_file(content), content.size_bytes)
 
-    def _keep(self, space: int, fd: LocalFd) -> None:
+    def _keep(self, space: int, fd: LocalFd, size_bytes: int) -> None:
         LEDGER.take("content", fd)
+        self._sizes[space] = size_bytes
         self._fds[space] = fd
 
     def _make_shared(self, shared: SharedMemory, launcher: Puppet) -> LocalFd:
@@ -112,6 +114,10 @@ class Contents:
 
     def __contains__(self, space: int) -> bool:
         return space in self._fds
+
+    def finish_fill(self, space: int) -> None:
+        """The pages of `space` are in; cut off what the last page holds behind the end."""
+        os.ftruncate(self._fds[space], self._sizes[space])
 
     def seal_early(self) -> None:
         """The pages are in, nothing is mapped yet: put on the seals that need that."""

@@ -14,41 +14,52 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import Protocol
+
+from msgspec.structs import replace
 
 from pipeline.errors import RebuildError
 from pipeline.image.codec import Image
 from pipeline.image.plan import Become, Fill, FoundSession, Inherit, JoinGroup, Planner, Remove, Spawn
-from pipeline.image.schema import Process
+from pipeline.image.schema import Memberships, Process
 from pipeline.kernel.arch.x86_64 import NR
 from pipeline.kernel.syscalls import CLONE
 from pipeline.remote.births import Announce, announce_here, clone_with_pids
 from pipeline.remote.puppet import Puppet
+from pipeline.resources.namespaces.members import KINDS
 
 
 @dataclass
 class Grown:
-    """A process that stands as a puppet. `userns` is where it is now, `threads` are the puppets of its tasks."""
+    """A process that stands as a puppet.
+
+    Args:
+        puppet: its first task.
+        members: the namespaces it is in now.
+        pgid: its process group now, a level-0 pid.
+        threads: the puppets of all of its tasks, once there are more.
+    """
 
     puppet: Puppet
-    userns: int
+    members: Memberships
     pgid: int = 0
     threads: list[Puppet] = field(default_factory=list)
 
 
-class Body:
-    """How a puppet gets namespaces and memory: the rooms that `Growth` calls into. See `pipeline.stages.rebuild`."""
+class Body(Protocol):
+    """How a puppet gets namespaces and memory: the rooms that `Growth` calls into."""
 
     def join_owner(self, helper: Puppet, userns: int) -> None:
         """Move a helper into user namespace `userns`, with all capabilities there."""
-        raise RebuildError("no namespaces here")
+
+    def pid_namespace_begins(self, pidns: int, first: Puppet) -> None:
+        """Pid namespace `pidns` has its first process: what waited for it can be done."""
 
     def become(self, process: Process, grown: Grown) -> None:
         """`Become` of the plan."""
-        raise RebuildError("no memory here")
 
     def inherit(self, process: Process, grown: Grown) -> None:
         """`Inherit` of the plan."""
-        raise RebuildError("no memory here")
 
 
 class Growth:
@@ -80,10 +91,17 @@ class Growth:
         self._launcher = launcher
         self._body = body
         self._choose_outer = choose_outer
+        external = {kind: self._external(kind) for kind in KINDS}
+        self._outside = Memberships(
+            user=0, **external, pid_for_children=external["pid"], time_for_children=external["time"]
+        )
         self._announce_outer = announce
         self.grown: dict[int, Grown] = {}
         self._stand_ins: dict[int, tuple[Grown, int]] = {}
         self._wardens: dict[int, Puppet] = {}
+
+    def _external(self, kind: str) -> int:
+        return next(n.index for n in self._planner.namespaces.values() if n.kind == kind and n.external)
 
     # -- the play -------------------------------------------------------------------
 
@@ -176,40 +194,41 @@ class Growth:
         return clone_with_pids(
             creator.puppet,
             self._wanted(pids),
-            self._choosable(levels, creator.userns),
+            self._choosable(levels, creator.members.user),
             self._announcers(levels),
             flags,
             **options,
         )
 
     def _spawn(self, step: Spawn) -> None:
-        creator = self._of(step.creator) if step.creator else Grown(self._launcher, 0)
+        creator = self._of(step.creator) if step.creator else Grown(self._launcher, self._outside)
         flags = CLONE.PARENT if step.sibling or not step.creator else 0
         if step.stand_in:
             pidns = self._pidns_of(step.creator)
             pids = self._stand_in_pids(step, pidns)
             puppet = self.clone_task(creator, pidns, pids, flags)
-            self._stand_ins[step.pid] = (Grown(puppet, creator.userns, creator.pgid), step.creator)
+            self._stand_ins[step.pid] = (Grown(puppet, creator.members, creator.pgid), step.creator)
             return
         process = self._planner.processes[step.pid]
-        userns = creator.userns
+        members = creator.members
         options = {"exit_signal": process.exit_signal}
         if step.pidns is None:
             puppet = self.clone_task(creator, process.namespaces.pid, process.pids, flags, **options)
         elif step.first:
-            userns = self._planner.namespaces[step.pidns].owner
+            members = replace(members, user=self._planner.namespaces[step.pidns].owner, pid=step.pidns)
             puppet = self._clone_first(creator, step, process, options)
         else:
             puppet = self._clone_into(creator, step.pidns, process, flags, options)
-        self.grown[step.pid] = Grown(puppet, userns, creator.pgid)
+        self.grown[step.pid] = Grown(puppet, members, creator.pgid)
         if step.first and step.pidns is not None:
+            self._body.pid_namespace_begins(step.pidns, puppet)
             self._post_warden(step.pidns)
 
     def _pidns_of(self, pid: int) -> int:
         process = self._planner.processes.get(pid)
         if process is not None:
             return process.namespaces.pid
-        return next(n.index for n in self._planner.namespaces.values() if n.kind == "pid" and n.external)
+        return self._external("pid")
 
     def _stand_in_pids(self, step: Spawn, pidns: int) -> list[int]:
         """Pids of a dead leader: known from the members that saw it; only level 0 is recorded."""
@@ -224,11 +243,11 @@ class Growth:
         """The first process of a new pid namespace, by a helper that owns the namespace."""
         assert step.pidns is not None
         owner = self._planner.namespaces[step.pidns].owner
-        helper = Grown(creator.puppet.clone(CLONE.PARENT if not step.creator else 0), creator.userns)
+        helper = Grown(creator.puppet.clone(CLONE.PARENT if not step.creator else 0), creator.members)
         try:
-            if owner != helper.userns:
+            if owner != helper.members.user:
                 self._body.join_owner(helper.puppet, owner)
-                helper.userns = owner
+                helper.members = replace(helper.members, user=owner)
             helper.puppet.syscall(NR.unshare, CLONE.NEWPID)
             return self.clone_task(helper, step.pidns, process.pids, CLONE.PARENT, **options)
         finally:

@@ -118,6 +118,7 @@ class FileObserver:
         self._memory = memory
         self._open = OpenFiles()
         self._peers: dict[Any, Any] = {}
+        self._content_of: dict[tuple[int, int], int] = {}
         self.contents: list[Content] = []
 
     def __enter__(self) -> Self:
@@ -200,10 +201,13 @@ class FileObserver:
 
     def content(self, local: LocalFd, size_bytes: int) -> int:
         """See `CaptureScope.content`."""
-        space = self._spaces.new()
-        self._spaces.hold(space, local)
-        self.contents.append(Content(space=space, size_bytes=size_bytes))
-        return space
+        found = os.fstat(local)
+        key = (found.st_dev, found.st_ino)
+        if key not in self._content_of:
+            space = self._content_of[key] = self._spaces.new()
+            self._spaces.hold(space, local)
+            self.contents.append(Content(space=space, size_bytes=size_bytes))
+        return self._content_of[key]
 
     def memory(self, view: FdView) -> int:
         """See `CaptureScope.memory`."""

@@ -2,8 +2,8 @@
 
 Going out (dump), a record says `Id(0, host id)`; it leaves this stage saying the
 innermost namespace, from its holder's own upwards, in which the id has a number.
-Coming in (restore), it says a place in the forest; this stage asks whether the
-destination can give that id, before anything is built.
+Coming in (restore), ids stay where they are: the forest's maps are what changes, and a
+puppet sets the id that its own namespace knows.
 
 Because ids are found by type and not by a list of fields, a new record cannot be
 forgotten here.
@@ -11,49 +11,83 @@ forgotten here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
 
 from pipeline.image.schema import Id, Process, Record
+from pipeline.userns.forest import Forest, IdKind
 
-Change = Callable[[Id], Id]
+#: translates an id, of the kind that its field is of
+Change = Callable[[IdKind], Callable[[Id], Id]]
+_GROUP_FIELDS = frozenset({"gid", "gids", "groups"})
 
 
-def change_ids(value: Any, change: Change) -> Any:
-    """A copy of `value` (records, lists, tuples of them) in which every `Id` went through `change`."""
+def change_ids(value: Any, change: Change, kind: IdKind = "uid") -> Any:
+    """A copy of `value` (records, lists, tuples of them) in which every `Id` was translated.
+
+    Whether an id is a uid or a gid is said by the name of its field.
+    """
     if isinstance(value, Id):
-        return change(value)
+        return change(kind)(value)
     if isinstance(value, msgspec.Struct):
         changes = {}
         for name in value.__struct_fields__:
             old = getattr(value, name)
             if isinstance(old, msgspec.Struct | list | tuple):
-                new = change_ids(old, change)
+                new = change_ids(old, change, "gid" if name in _GROUP_FIELDS else "uid")
                 if new is not old:
                     changes[name] = new
         return msgspec.structs.replace(value, **changes) if changes else value
     if isinstance(value, list | tuple):
-        changed = [change_ids(item, change) for item in value]
+        if not value or isinstance(value[0], int | bytes | str):
+            return value
+        changed = [change_ids(item, change, kind) for item in value]
         if all(new is old for new, old in zip(changed, value, strict=True)):
             return value
         return type(value)(changed)
     return value
 
 
-def ids_of(value: Any) -> Iterator[Id]:
-    """Every `Id` in a record."""
-    if isinstance(value, Id):
-        yield value
-    elif isinstance(value, msgspec.Struct):
-        for name in value.__struct_fields__:
-            yield from ids_of(getattr(value, name))
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from ids_of(item)
-
-
 def holder_of(record: Record) -> int | None:
     """The user namespace from which a record's ids are to be read; None where it has no holder of its own."""
     return record.namespaces.user if isinstance(record, Process) else None
+
+
+def into_forest(record: Record, state: Record | None, forest: Forest) -> Record:
+    """A captured record with every id moved into the forest of the image.
+
+    Args:
+        record: ids say `Id(0, id as the pipeline sees it)`.
+        state: the record of an open file's kind; it becomes `OpenFile.state`.
+        forest: of the tree.
+    """
+    holder = holder_of(record)
+
+    def change(field: IdKind) -> Change:
+        def innermost(found: Id) -> Id:
+            if found.ns:
+                return found
+            if holder is not None:
+                return forest.innermost(found.id, holder, field)
+            return _at_a_root(found, forest, field)
+
+        return innermost
+
+    translated = change_ids(record, change)
+    if state is not None:
+        kind_state = msgspec.to_builtins(change_ids(state, change), builtin_types=(bytes,))
+        translated = msgspec.structs.replace(translated, state=kind_state)
+    result: Record = translated
+    return result
+
+
+def _at_a_root(found: Id, forest: Forest, kind: IdKind) -> Id:
+    """An id that nobody in the tree holds (a file's owner): in the root of the forest that maps it, if one does."""
+    for namespace in forest.namespaces.values():
+        if namespace.parent == 0:
+            number = forest.number_in(found, namespace.index, kind)
+            if number is not None:
+                return Id(namespace.index, number)
+    return found

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import trio
+import xxhash
 
 from pipeline.errors import ImageError
 from pipeline.image import codec, frames
 from pipeline.image.frames import FrameHead, Kind, PageRun
-from pipeline.image.schema import AnyRecord, Record
+from pipeline.image.schema import AnyRecord, End, Record
 from pipeline.transport.buffers import BufferPool, LeasedRun
 
 #: payloads from this size on are summed in a worker thread, so that others get their turn
@@ -51,6 +52,7 @@ class FrameWriter:
 
     def __init__(self, sink: ByteSink) -> None:
         self._sink = sink
+        self._digest = xxhash.xxh3_128()
         self.bytes_written = 0
 
     async def record(self, record: Record) -> None:
@@ -66,8 +68,13 @@ class FrameWriter:
         head = await trio.to_thread.run_sync(frames.encode_pages, run)
         await self._write(head, run.payload)
 
+    async def end(self, records: int, page_bytes: int) -> None:
+        """Write the end record, which vouches for every frame before it."""
+        await self.record(End(records=records, page_bytes=page_bytes, digest=self._digest.digest()))
+
     async def _write(self, *buffers: bytes | memoryview) -> None:
         await self._sink.write(*buffers)
+        self._digest.update(buffers[0])
         self.bytes_written += sum(len(buffer) for buffer in buffers)
 
 
@@ -84,6 +91,7 @@ class FrameReader:
         self._source = source
         self._pool = pool
         self._name = name
+        self._digest = xxhash.xxh3_128()
         self.bytes_read = 0
         self._frames = 0
 
@@ -107,16 +115,25 @@ class FrameReader:
         await self._fill(memoryview(header), where)
         frames.check_sum(header, head.header_sum, where)
         self._frames += 1
+        if head.kind != Kind.RECORD:
+            self._digest.update(bytes(raw) + header)
         match head.kind:
             case Kind.RECORD:
-                try:
-                    return codec.decode(bytes(header))
-                except ImageError as error:
-                    raise ImageError(f"{where}: {error}") from None
+                return self._record(bytes(header), bytes(raw), where)
             case Kind.MESSAGE:
                 return Message(bytes(header))
             case Kind.PAGES:
                 return await self._pages(head, bytes(header), where)
+
+    def _record(self, header: bytes, raw: bytes, where: str) -> AnyRecord:
+        try:
+            record = codec.decode(header)
+        except ImageError as error:
+            raise ImageError(f"{where}: {error}") from None
+        if isinstance(record, End) and record.digest != self._digest.digest():
+            raise ImageError(f"{where}: frames before the end are missing, double or out of order")
+        self._digest.update(raw + header)
+        return record
 
     async def _pages(self, head: FrameHead, header: bytes, where: str) -> LeasedRun:
         lease = await self._pool.lease()

@@ -53,6 +53,9 @@ class Storage(Protocol):
     def open(self, name: str) -> AbstractAsyncContextManager[ByteSource]:
         """Read an object; ImageError if there is none."""
 
+    async def discard(self, name: str) -> None:
+        """Remove an object, if it is there."""
+
 
 def open_storage(url: str) -> Storage:
     """The storage that `url` names: a directory, ``file://``, ``s3://bucket/prefix`` or ``-``.
@@ -178,6 +181,11 @@ class DirectoryStorage:
         finally:
             os.close(fd)
 
+    async def discard(self, name: str) -> None:
+        """See `Storage.discard`."""
+        with suppress(OSError):
+            (self._path / name).unlink()
+
 
 def _sync_directory(path: Path) -> None:
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -210,6 +218,9 @@ class StreamStorage:
     async def open(self, name: str) -> AsyncIterator[ByteSource]:
         """See `Storage.open`."""
         yield _FileSource(0, "standard input")
+
+    async def discard(self, name: str) -> None:
+        """What was written to a stream cannot be taken back; without its end record it is no image."""
 
 
 # -- object store --------------------------------------------------------------------------
@@ -376,6 +387,13 @@ class ObjectStorage:
         except Exception as error:
             raise StorageError(f"{self.name}/{name}: {error}") from error
         yield _DownloadSource(iter(result.stream(min_chunk_size=1 << 20)), f"{self.name}/{name}")
+
+    async def discard(self, name: str) -> None:
+        """See `Storage.discard`."""
+        import obstore
+
+        with suppress(FileNotFoundError):
+            await trio.to_thread.run_sync(obstore.delete, self._store(), self._path(name))
 
 
 def _give_up(sink: _UploadSink) -> None:

@@ -69,17 +69,19 @@ class Forest:
     def number_in(self, wanted: Id, namespace: int, kind: IdKind) -> int | None:
         """What `wanted` is called in `namespace`; None where it has no mapping there."""
         above: list[int] = list(self.ancestors(namespace))
-        number: int | None = wanted.id
+        number = wanted.id
         for at in self.ancestors(wanted.ns):
             if at in above:
                 break
-            number = self._maps[at, kind].up(number)
-            if number is None:
+            found = self._maps[at, kind].up(number)
+            if found is None:
                 return None
+            number = found
         for step in reversed(above[: above.index(at)]):
-            number = self._maps[step, kind].down(number)
-            if number is None:
+            found = self._maps[step, kind].down(number)
+            if found is None:
                 return None
+            number = found
         return number
 
     def innermost(self, external: int, holder: int, kind: IdKind) -> Id:

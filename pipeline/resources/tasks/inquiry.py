@@ -278,14 +278,13 @@ def _seccomp(tid: HostPid, status: procfs.Status) -> Seccomp:
     return Seccomp(mode=status.seccomp, filters=filters, log=log)
 
 
-def thread_record(inquiry: Inquiry, userns: int, member: Callable[[int], int], levels: int) -> Thread:
+def thread_record(inquiry: Inquiry, userns: int, member: Callable[[int], int]) -> Thread:
     """The record of a stopped thread.
 
     Args:
         inquiry: answered by it.
         userns: the `UserNamespace` index it is in.
         member: level-0 pid of a process or thread of the tree, 0 for others.
-        levels: how many outer pid namespace levels of the pipeline's view belong to the image: all of them.
 
     Raises:
         TargetError: it runs 32-bit code.
@@ -297,7 +296,7 @@ def thread_record(inquiry: Inquiry, userns: int, member: Callable[[int], int], l
         raise TargetError(f"thread {tid} runs 32-bit code, which is not carried")
     rseq = ptrace.get_rseq(tid)
     return Thread(
-        pids=list(status.ns_pid)[-levels:],
+        pids=list(status.ns_pid),
         comm=procfs.read_file(tid, "comm").rstrip(b"\n"),
         registers=registers,
         xstate=ptrace.get_xstate(tid),

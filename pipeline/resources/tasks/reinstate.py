@@ -34,7 +34,24 @@ _RLIM_NLIMITS = 16
 _SECCOMP_SET_MODE_FILTER = 1
 _SECCOMP_FILTER_FLAG_LOG = 2
 _ROBUST_LIST_BYTES = 24
-_LIMIT_NAMES = ["cpu", "fsize", "data", "stack", "core", "rss", "nproc", "nofile", "memlock", "as", "locks", "sigpending", "msgqueue", "nice", "rtprio", "rttime"]
+_LIMIT_NAMES = [
+    "cpu",
+    "fsize",
+    "data",
+    "stack",
+    "core",
+    "rss",
+    "nproc",
+    "nofile",
+    "memlock",
+    "as",
+    "locks",
+    "sigpending",
+    "msgqueue",
+    "nice",
+    "rtprio",
+    "rttime",
+]
 
 
 def stop_signal(process: Process) -> int:

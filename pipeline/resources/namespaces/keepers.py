@@ -1,0 +1,201 @@
+"""Making namespaces again: one keeper for each, alive until the tree has moved in.
+
+A keeper is a helper puppet that has made a namespace and stays in it. A user namespace's
+keeper is cloned from its parent's, becomes the owner that the image names, and unshares;
+then the *parent's* keeper writes the maps, because that is who may: an id map is
+written once, by somebody in the parent (or the namespace itself) with the right
+capabilities there. No step passes through an id that a map lacks.
+
+The keepers of other namespaces are cloned from the keeper of the user namespace that
+shall own them. Keepers stay in the host's pid namespace and see its /proc.
+
+Every keeper is claimed (registered for its end) before it is used; ending a keeper lets
+go of its namespace. Sources: user_namespaces(7), setns(2).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from contextlib import ExitStack
+
+import msgspec
+
+from pipeline.errors import RebuildError
+from pipeline.image.schema import Memberships, Namespace, NamespaceKind, UserNamespace
+from pipeline.kernel.arch.x86_64 import NR
+from pipeline.kernel.syscalls import CLONE, PRCTL
+from pipeline.remote.calls import Call
+from pipeline.remote.puppet import Puppet
+from pipeline.resources.namespaces import mounts, names
+from pipeline.resources.namespaces.members import FLAGS
+from pipeline.userns.forest import Forest
+
+_NO_SETUID_FIXUP = 1 << 2
+_KEEP_CAPS = 1 << 4
+#: joined in this order, the user namespace behind them
+_JOINABLE: tuple[NamespaceKind, ...] = ("uts", "ipc", "net", "cgroup", "mnt")
+
+
+class Keepers:
+    """The namespaces of an image, made again.
+
+    Args:
+        launcher: a puppet in the external namespaces, with all capabilities in its user namespace.
+        forest: the user namespaces, with their maps as the destination wants them.
+        claims: ends the keepers, in reverse order.
+    """
+
+    def __init__(self, launcher: Puppet, forest: Forest, claims: ExitStack) -> None:
+        self._forest = forest
+        self._claims = claims
+        self._user: dict[int, Puppet] = {0: launcher}
+        self._other: dict[int, Puppet] = {}
+        self._states: dict[int, Namespace] = {}
+
+    def make(self, namespaces: Mapping[int, Namespace]) -> None:
+        """Make every user namespace, and every other one but pid namespaces, which begin with a process.
+
+        Raises:
+            RebuildError: the kernel refuses a step; says which namespace.
+        """
+        for userns in self._forest.namespaces.values():
+            if userns.index:
+                try:
+                    self._make_user(userns)
+                except OSError as error:
+                    raise RebuildError(f"user namespace {userns.index}: {error}") from error
+        for namespace in namespaces.values():
+            if not namespace.external and namespace.kind != "pid":
+                try:
+                    self._make_other(namespace)
+                except OSError as error:
+                    raise RebuildError(f"{namespace.kind} namespace {namespace.index}: {error}") from error
+
+    def _clone(self, creator: Puppet) -> Puppet:
+        keeper = creator.clone(CLONE.PARENT)
+        self._claims.callback(keeper.kill_and_reap)
+        return keeper
+
+    def _make_user(self, userns: UserNamespace) -> None:
+        assert userns.parent is not None
+        above = self._user[userns.parent]
+        keeper = self._clone(above)
+        self._become_owner(userns, keeper)
+        keeper.syscall(NR.unshare, CLONE.NEWUSER)
+        self._user[userns.index] = keeper
+        if userns.setgroups == "deny":
+            self._write(above, keeper, "setgroups", b"deny")
+        for name, kind in (("gid_map", "gid"), ("uid_map", "uid")):
+            text = self._forest.map_of(userns.index, kind).text()  # type: ignore[arg-type]
+            if text:
+                self._write(above, keeper, name, text)
+
+    def _become_owner(self, userns: UserNamespace, keeper: Puppet) -> None:
+        """Take the creator's id: the kernel remembers it, and wants it to be mapped where it is."""
+        assert userns.parent is not None
+        owner = userns.owner
+        uid = self._forest.number_in(owner, userns.parent, "uid") if owner is not None else None
+        gid = self._first_gid(userns.parent)
+        calls = [
+            Call(NR.prctl, (PRCTL.SET_SECUREBITS, _NO_SETUID_FIXUP | _KEEP_CAPS, 0, 0, 0), name="securebits")
+        ]
+        if userns.parent != 0 and gid is not None:
+            calls.append(Call(NR.setresgid, (gid, gid, gid), name="setresgid"))
+        if uid is not None:
+            calls.append(Call(NR.setresuid, (uid, uid, uid), name="setresuid"))
+        calls.append(Call(NR.prctl, (PRCTL.SET_DUMPABLE, 1, 0, 0, 0), name="dumpable"))
+        keeper.run_checked(calls)
+
+    def _first_gid(self, userns: int) -> int | None:
+        """Any gid that is mapped in a namespace: the kernel only asks that the creator's is."""
+        extents = self._forest.map_of(userns, "gid").extents
+        return extents[0].inner if extents else None
+
+    @staticmethod
+    def _write(writer: Puppet, keeper: Puppet, name: str, text: bytes) -> None:
+        path = f"/proc/{keeper.pid}/{name}"
+        fd = writer.syscall(NR.openat, -100, path.encode() + b"\0", os.O_WRONLY | os.O_CLOEXEC, 0)
+        try:
+            writer.syscall(NR.write, fd, text, len(text))
+        except OSError as error:
+            raise RebuildError(f"{name} `{text.decode().strip()}` is refused: {error}") from error
+        finally:
+            writer.syscall(NR.close, fd)
+
+    def _make_other(self, namespace: Namespace) -> None:
+        keeper = self._clone(self._user[namespace.owner])
+        keeper.syscall(NR.unshare, FLAGS[namespace.kind])
+        self._other[namespace.index] = keeper
+        self._states[namespace.index] = namespace
+        match namespace.kind:
+            case "uts":
+                names.create_uts(msgspec.convert(namespace.state, names.UtsState), keeper)
+            case "ipc":
+                names.create_ipc(msgspec.convert(namespace.state, names.IpcState), keeper)
+            case "mnt":
+                mounts.create(self._mount_state(namespace.index), keeper)
+            case _:
+                raise RebuildError(f"{namespace.kind} namespaces are not carried")
+
+    def _mount_state(self, index: int) -> mounts.MountState:
+        return msgspec.convert(self._states[index].state, mounts.MountState)
+
+    # -- moving in --------------------------------------------------------------------
+
+    def root_path(self, mntns: int) -> str:
+        """A path to the root of a mount namespace, for the pipeline to open."""
+        keeper = self._other.get(mntns)
+        return f"/proc/{keeper.pid}/root" if keeper is not None else "/"
+
+    def join_owner(self, helper: Puppet, userns: int) -> None:
+        """Move a helper into a user namespace."""
+        self._join(helper, self._user[userns], "user")
+
+    def join(self, puppet: Puppet, now: Memberships, wanted: Memberships) -> None:
+        """Move a puppet from the namespaces it is in to those it shall be in; the user namespace comes last.
+
+        The kernel wants CAP_SYS_ADMIN in the owner of each, which a puppet has as long as it sits in an
+        ancestor of the owner: it does until it has joined its own.
+
+        Raises:
+            RebuildError: setns is refused; says for which kind.
+        """
+        for kind in _JOINABLE:
+            index = getattr(wanted, kind)
+            if index != getattr(now, kind):
+                if index not in self._other:
+                    raise RebuildError(f"puppet {puppet.pid} cannot go back to the external {kind} namespace")
+                self._join(puppet, self._other[index], kind)
+        if wanted.user != now.user:
+            self._join(puppet, self._user[wanted.user], "user")
+
+    @staticmethod
+    def _join(puppet: Puppet, keeper: Puppet, kind: str) -> None:
+        local = os.open(f"/proc/{keeper.pid}/ns/{kind}", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            (number,) = puppet.send_fds([local])
+        finally:
+            os.close(local)
+        try:
+            puppet.syscall(NR.setns, number, FLAGS[kind])
+        except OSError as error:
+            raise RebuildError(f"puppet {puppet.pid} may not join the {kind} namespace: {error}") from error
+        finally:
+            puppet.syscall(NR.close, number)
+
+    def mount_late(self, pidns: int, first: Puppet) -> None:
+        """Mount the procs that show pid namespace `pidns`, by a helper of its first process."""
+        for index, namespace in self._states.items():
+            if namespace.kind != "mnt":
+                continue
+            steps = mounts.late_steps(self._mount_state(index), pidns)
+            if not steps:
+                continue
+            helper = first.clone()
+            try:
+                self._join(helper, self._other[index], "mnt")
+                mounts.do_late(steps, helper)
+            finally:
+                helper.kill_and_reap()
+                first.reap_children()

@@ -1,0 +1,114 @@
+"""uts and ipc namespaces: host name, domain name, System V limits.
+
+Captured by a visitor that joins the namespace. ipc namespaces are carried while they
+hold no objects: System V segments, semaphores and queues, and POSIX message queues,
+are refused by name; limits that differ from a fresh namespace's are set again.
+
+Sources: uts_namespaces(7), ipc_namespaces(7), sysvipc(7).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+
+import msgpack
+
+from pipeline.errors import Blocker
+from pipeline.image.schema import Record
+from pipeline.kernel.arch.x86_64 import NR
+from pipeline.kernel.syscalls import CLONE, mount, unshare
+from pipeline.remote.puppet import Puppet
+from pipeline.userns.visit import visit
+
+_SYSCTLS = ("msgmax", "msgmnb", "msgmni", "sem", "shmall", "shmmax", "shmmni", "shm_rmid_forced")
+_MS_PRIVATE_RECURSIVE = 0x40000 | 0x4000
+
+#: descriptor and CLONE_NEW* flag of every namespace a visitor joins
+Way = Sequence[tuple[int, int]]
+
+
+class UtsState(Record, frozen=True, kw_only=True):
+    """Host and NIS domain name."""
+
+    hostname: bytes
+    domainname: bytes
+
+
+class IpcState(Record, frozen=True, kw_only=True):
+    """kernel.* sysctls that differ from those of a fresh namespace."""
+
+    sysctls: dict[str, bytes] = {}
+
+
+def capture_uts(way: Way) -> UtsState:
+    """The names, as a visitor sees them."""
+
+    def look() -> bytes:
+        return _read("/proc/sys/kernel/hostname") + b"\0" + _read("/proc/sys/kernel/domainname")
+
+    hostname, domainname = visit(way, look).split(b"\0")
+    return UtsState(hostname=hostname.rstrip(b"\n"), domainname=domainname.rstrip(b"\n"))
+
+
+def create_uts(state: UtsState, keeper: Puppet) -> None:
+    """Set the names in the namespace that `keeper` has just made."""
+    keeper.syscall(NR.sethostname, state.hostname, len(state.hostname))
+    keeper.syscall(NR.setdomainname, state.domainname, len(state.domainname))
+
+
+def _read(path: str) -> bytes:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return b"".join(iter(lambda: os.read(fd, 1 << 16), b""))
+    finally:
+        os.close(fd)
+
+
+def _sysctls() -> dict[str, bytes]:
+    return {name: _read(f"/proc/sys/kernel/{name}").strip() for name in _SYSCTLS}
+
+
+def capture_ipc(way: Way) -> IpcState:
+    """The limits that differ from a fresh namespace's."""
+
+    def look() -> bytes:
+        here = _sysctls()
+        unshare(CLONE.NEWIPC)
+        fresh = _sysctls()
+        packed: bytes = msgpack.packb({name: value for name, value in here.items() if value != fresh[name]})
+        return packed
+
+    return IpcState(sysctls=msgpack.unpackb(visit(way, look)))
+
+
+def check_ipc(subject: str, way: Way) -> Iterator[Blocker]:
+    """Objects in an ipc namespace, which are not carried."""
+
+    def look() -> bytes:
+        found = [
+            what
+            for name, what in (("shm", "shared memory"), ("sem", "semaphores"), ("msg", "message queues"))
+            if _read(f"/proc/sysvipc/{name}").count(b"\n") > 1
+        ]
+        unshare(CLONE.NEWNS)
+        mount(None, b"/", None, _MS_PRIVATE_RECURSIVE)
+        mount(b"mqueue", b"/proc/sys", b"mqueue", 0)
+        found += [f"POSIX message queue /{name}" for name in os.listdir("/proc/sys")]
+        packed: bytes = msgpack.packb(found)
+        return packed
+
+    for what in msgpack.unpackb(visit(way, look)):
+        yield Blocker(
+            subject, f"its ipc namespace holds {what}, which is not carried yet", "remove it (ipcrm)"
+        )
+
+
+def create_ipc(state: IpcState, keeper: Puppet) -> None:
+    """Set the limits in the namespace that `keeper` has just made."""
+    for name, value in state.sysctls.items():
+        if name not in _SYSCTLS:
+            continue
+        fd = keeper.syscall(NR.openat, -100, f"/proc/sys/kernel/{name}\0".encode(), os.O_WRONLY, 0)
+        keeper.syscall(NR.write, fd, value, len(value))
+        keeper.syscall(NR.close, fd)

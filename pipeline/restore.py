@@ -1,0 +1,200 @@
+"""Restoring: an image becomes a tree that runs.
+
+::
+
+    read ─ namespace-translate ─ rebuild ─ fill ─ thaw
+
+Records come first, so the tree is built while its pages are still on their way. Until
+`thaw`, every failure and every cancellation leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import msgspec
+import trio
+
+from pipeline.errors import ImageError, RebuildError
+from pipeline.image.codec import Image
+from pipeline.image.frames import MAX_PAYLOAD_BYTES
+from pipeline.image.schema import FORMAT_VERSION, End
+from pipeline.ledger import LEDGER
+from pipeline.progress import NullProgress, Progress
+from pipeline.remote.tracer import tracer_thread
+from pipeline.stages.fill import PageFeed
+from pipeline.stages.rebuild import rebuilt
+from pipeline.transport.buffers import BufferPool, LeasedRun
+from pipeline.transport.framing import ByteSource, FrameReader, Message
+
+_BUFFERS = 6
+
+
+class RestoredTree:
+    """A tree that runs again. The root is a child of this process until this process ends.
+
+    Args:
+        root_pid: in the pid namespace of this process.
+        figures: times in milliseconds, sizes in bytes, by QMP's names.
+    """
+
+    def __init__(self, root_pid: int, figures: dict[str, float]) -> None:
+        self.root_pid = root_pid
+        self.figures = figures
+        self._pidfd = os.pidfd_open(root_pid)
+        LEDGER.take("pidfd of a restored tree", self._pidfd)
+
+    async def wait(self) -> int:
+        """Wait for the root's end; returns its wait status (see os.waitstatus_to_exitcode)."""
+        while True:
+            await trio.lowlevel.wait_readable(self._pidfd)
+            status = self._collect()
+            if status is not None:
+                return status
+
+    def _collect(self) -> int | None:
+        pid, status = os.waitpid(self.root_pid, os.WNOHANG)
+        return status if pid else None
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal to the root; ProcessLookupError if it has ended."""
+        signal.pidfd_send_signal(self._pidfd, number)
+
+    def close(self) -> None:
+        """Give the pidfd back; idempotent."""
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
+            LEDGER.give_back("pidfd of a restored tree", self._pidfd)
+            self._pidfd = -1
+
+
+async def read_records(reader: FrameReader) -> tuple[Image, LeasedRun | None]:
+    """Read all records; they end where the pages begin, whose first run is returned too (None: no pages).
+
+    Raises:
+        ImageError: records are damaged, missing, or do not fit together.
+    """
+    image = Image()
+    while True:
+        item = await reader.next()
+        if item is None:
+            raise ImageError("the image ends before its end record: it is truncated")
+        if isinstance(item, Message):
+            raise ImageError("a protocol message stands among the records")
+        if isinstance(item, LeasedRun):
+            try:
+                image.check_references()
+            except BaseException:
+                item.lease.release()
+                raise
+            return image, item
+        image.add(item)
+        if isinstance(item, End):
+            image.check_references()
+            return image, None
+
+
+async def page_runs(reader: FrameReader, image: Image, first: LeasedRun | None) -> AsyncIterator[LeasedRun]:
+    """The pages behind the records, to the end record, which is checked.
+
+    Raises:
+        ImageError: the stream is cut, or more or fewer pages came than were sent.
+    """
+    total = 0
+    run = first
+    while run is not None:
+        total += len(run.run.payload)
+        yield run
+        item = await reader.next()
+        if item is None:
+            raise ImageError("the image ends before its end record: it is truncated")
+        if isinstance(item, End):
+            image.add(item)
+            run = None
+        elif isinstance(item, LeasedRun):
+            run = item
+        else:
+            raise ImageError("a record stands among the pages")
+    if image.end is None or image.end.page_bytes != total:
+        raise ImageError(f"{total} bytes of pages came, but the image says otherwise: pages are missing")
+
+
+@asynccontextmanager
+async def opened(source: str) -> AsyncIterator[FrameReader]:
+    """A reader of the complete image at `source`.
+
+    Raises:
+        ImageError: there is none, or it is not complete.
+    """
+    from pipeline.transport.storage import IMAGE, MANIFEST, open_storage
+
+    storage = open_storage(source)
+    if storage.has_manifest:
+        async with storage.open(MANIFEST) as manifest:
+            await _check_manifest(manifest)
+    async with storage.open(IMAGE) as stream:
+        yield FrameReader(stream, BufferPool(_BUFFERS, MAX_PAYLOAD_BYTES), storage.name)
+
+
+async def _check_manifest(source: ByteSource) -> None:
+    from pipeline.dump import Manifest
+
+    raw = bytearray(1 << 16)
+    size = await source.read_into(memoryview(raw))
+    try:
+        manifest = msgspec.json.decode(bytes(raw[:size]), type=Manifest)
+    except msgspec.DecodeError as error:
+        raise ImageError(f"the manifest is damaged: {error}") from None
+    if manifest.format > FORMAT_VERSION:
+        raise ImageError(f"the image has format {manifest.format}; this version reads up to {FORMAT_VERSION}")
+
+
+async def restore(
+    source: str,
+    *,
+    detach: bool = False,
+    new_pidns: bool = False,
+    map: str = "same",  # noqa: A002 (the option's name on the command line)
+    progress: Progress | None = None,
+) -> RestoredTree:
+    """Restore the image at `source`.
+
+    Args:
+        source: a directory, a URL, or ``-``.
+        detach: the tree shall outlive this process; its standard descriptors are its own either way.
+        new_pidns: give the tree a pid namespace of its own, so that no pid is in the way.
+        map: how ids of the outermost user namespaces are mapped here; ``same``.
+        progress: is told how far it is.
+
+    Raises:
+        ImageError: the image cannot be used.
+        RebuildError: this host cannot make the tree again; nothing is left of it.
+
+    Cancellation: nothing is left.
+    """
+    if new_pidns or map != "same":
+        raise RebuildError("--new-pidns and --map are not there yet")
+    progress = progress or NullProgress()
+    begin = time.monotonic()
+    progress.phase("setup")
+    async with tracer_thread() as tracer, opened(source) as reader:
+        image, first = await read_records(reader)
+        records_read = time.monotonic()
+        feed = PageFeed(page_runs(reader, image, first), progress)
+        async with rebuilt(image, feed, tracer, progress) as rebuilding:
+            progress.phase("thaw")
+            root = await tracer.run(rebuilding.thaw)
+    del detach
+    return RestoredTree(
+        root,
+        {
+            "total-time": 1e3 * (time.monotonic() - begin),
+            "setup-time": 1e3 * (records_read - begin),
+            "transferred": reader.bytes_read,
+            "page-bytes": feed.bytes_done,
+        },
+    )

@@ -1,0 +1,332 @@
+"""Capturing a stopped tree: all records of an image, and where its pages are read.
+
+The order: who belongs to it; namespaces; open files (memfds are registered before
+mappings that show them); then process by process what only the task itself can tell,
+its memory and its state; then which pages a child still shares with its parent.
+
+The same objects, over a tree that runs, tell `check` what stops it (`tree_blockers`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, suppress
+from typing import Self
+
+from msgspec.structs import replace
+
+from pipeline.errors import Blocker
+from pipeline.ids import HostPid, LocalFd, RemoteAddress
+from pipeline.image.plan import Planner, fill_order, plan
+from pipeline.image.schema import (
+    FORMAT_VERSION,
+    AddressSpace,
+    Head,
+    Id,
+    Memberships,
+    PathRef,
+    Process,
+    Record,
+    Thread,
+)
+from pipeline.kernel import procfs, ptrace, smaps
+from pipeline.kernel.arch import x86_64 as arch
+from pipeline.kernel.syscalls import read_memory
+from pipeline.remote.live import LiveTask, Region, find_places
+from pipeline.resources.memory.capture import Captured, capture_address_space, check_address_space
+from pipeline.resources.memory.objects import MemoryObjects
+from pipeline.resources.memory.sharing import plan_copy_on_write
+from pipeline.resources.namespaces.members import NamespaceCapture
+from pipeline.resources.pty import check_controlling_terminal
+from pipeline.resources.tasks.inquiry import Inquiry, check_task, signal_of, thread_record
+from pipeline.stages.freeze import FrozenProcess, FrozenTree
+from pipeline.stages.memory import FilePages, PageSource, ProcessPages, SharedPages
+from pipeline.stages.observe import FileObserver, Spaces, Tree
+from pipeline.userns.capture import LiveForest
+from pipeline.userns.cradle import is_privileged
+from pipeline.userns.forest import Forest
+
+
+class Capture:
+    """One look at a tree; a context manager that gives back every descriptor it took.
+
+    Args:
+        pids: its processes, parents before children.
+        zombies: those of them that have ended.
+    """
+
+    def __init__(self, pids: Sequence[HostPid], zombies: Sequence[HostPid]) -> None:
+        self._stack = ExitStack()
+        self.tree = Tree(pids)
+        self._zombies = set(zombies)
+        self.living = [pid for pid in pids if pid not in self._zombies]
+        self._spaces = Spaces()
+        self._stack.callback(self._spaces.close)
+        self._forest = LiveForest()
+        self.namespaces = NamespaceCapture(self.living, self._forest, is_privileged())
+        self._objects = self._stack.enter_context(MemoryObjects(self))
+        self.files = self._stack.enter_context(
+            FileObserver(self.tree, self._spaces, self._mount_namespace, self._objects.memory_of)
+        )
+        #: system calls run inside the target
+        self.injected_calls = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stack.close()
+
+    def forest(self) -> Forest:
+        """The user namespaces of the tree."""
+        return self._forest.forest()
+
+    # -- MemoryScope -------------------------------------------------------------------
+
+    def next_space(self) -> int:
+        """See `MemoryScope`."""
+        return self._spaces.new()
+
+    def path(self, pid: HostPid, link: bytes) -> PathRef:
+        """See `MemoryScope`."""
+        return PathRef(self._mount_namespace(pid), link)
+
+    def user(self, uid: int) -> Id:
+        """See `MemoryScope`; translated by the next stage."""
+        return Id(0, uid)
+
+    def group(self, gid: int) -> Id:
+        """See `MemoryScope`; translated by the next stage."""
+        return Id(0, gid)
+
+    def content(self, local: LocalFd, size_bytes: int) -> int:
+        """See `MemoryScope`."""
+        return self.files.content(local, size_bytes)
+
+    def _mount_namespace(self, pid: HostPid) -> int:
+        members = self.namespaces.memberships.get(pid)
+        return members.mnt if members is not None else self.namespaces.external("mnt")
+
+    # -- refusing ------------------------------------------------------------------------
+
+    def blockers(self) -> Iterator[Blocker]:
+        """Everything that is known to stop the tree without asking its tasks."""
+        yield from self.namespaces.blockers
+        self.files.collect(self.living)
+        yield from self.files.blockers()
+        for pid in self.living:
+            with suppress(procfs.ProcessGone):
+                yield from check_task(pid)
+                yield from check_address_space(pid, self._objects)
+                yield from check_controlling_terminal(pid, self.files)
+
+    # -- capturing -------------------------------------------------------------------------
+
+    def take(
+        self, frozen: FrozenTree
+    ) -> tuple[list[tuple[Record, Record | None]], list[PageSource], list[Blocker]]:
+        """Capture the frozen tree.
+
+        Returns:
+            Records in order, each with the record of its kind where it is an open file; the sources of
+            their pages in the order of the plan; and blockers: with any of them the rest is not to be used.
+        """
+        self.files.collect(self.living)
+        blockers = [*self.namespaces.blockers, *self.files.blockers()]
+        for pid in self.living:
+            blockers += [*check_task(pid), *check_controlling_terminal(pid, self.files)]
+        if blockers:
+            return [], [], blockers
+        file_records = list(self.files.records())
+        processes: list[Process] = []
+        captured: dict[int, tuple[HostPid, Captured]] = {}
+        for pid in self.tree.pids:
+            process = frozen.processes[pid]
+            if process.zombie:
+                processes.append(self._zombie(pid))
+                continue
+            record, memory, found = self._process(process)
+            blockers += found
+            processes.append(record)
+            captured[memory.space.space] = (pid, memory)
+        if blockers:
+            return [], [], blockers
+        spaces, sources, planner = self._arrange(processes, captured)
+        blockers += planner.blockers
+        records: list[tuple[Record, Record | None]] = [(self._head(frozen.root, processes, spaces), None)]
+        for group in (
+            self._forest.records,
+            self.namespaces.namespaces,
+            self._objects.mapped_files,
+            [shared.record for shared in self._objects.shared_memory],
+            self.files.contents,
+            spaces,
+            processes,
+        ):
+            records += [(record, None) for record in group]
+        records += file_records
+        return records, sources, blockers
+
+    def _arrange(
+        self, processes: Sequence[Process], captured: dict[int, tuple[HostPid, Captured]]
+    ) -> tuple[list[AddressSpace], list[PageSource], Planner]:
+        """Which child shares pages with its parent; then all sources in the order of growth."""
+        tables = (self.namespaces.namespaces, self._forest.records)
+        planner = Planner(
+            {p.pids[0]: p for p in processes},
+            {},
+            {n.index: n for n in tables[0]},
+            {u.index: u for u in tables[1]},
+        )
+        by_pid = {process.pids[0]: process for process in processes}
+        spaces: dict[int, AddressSpace] = {}
+        runs = {number: memory.runs for number, (_, memory) in captured.items()}
+        for number, (pid, memory) in captured.items():
+            space = memory.space
+            parent = by_pid.get(by_pid[pid].parent)
+            if parent is not None and parent.space is not None and planner.late(parent, by_pid[pid]):
+                parent_pid, parent_memory = captured[parent.space]
+                shared = plan_copy_on_write(
+                    parent_pid, parent_memory.space, parent_memory.runs, pid, space, memory.runs
+                )
+                if shared.shared:
+                    space = replace(space, copy_of=parent.space, dropped=shared.dropped)
+                    runs[number] = shared.send
+            spaces[number] = space
+        planner = plan(processes, list(spaces.values()), *tables)
+        sources: list[PageSource] = [
+            SharedPages(shared.record.space, shared) for shared in self._objects.shared_memory
+        ]
+        for content in self.files.contents:
+            fd = self._spaces.source(content.space)
+            assert fd is not None
+            sources.append(FilePages(content.space, fd, content.size_bytes))
+        sources += [
+            ProcessPages(number, captured[number][0], runs[number]) for number in fill_order(planner.steps)
+        ]
+        return list(spaces.values()), sources, planner
+
+    # -- one process ------------------------------------------------------------------------
+
+    def _zombie(self, pid: HostPid) -> Process:
+        stat, status = procfs.stat(pid), procfs.status(pid)
+        parent = self.tree.member(stat.ppid)
+        members = self.namespaces.memberships[HostPid(parent)]
+        if len(status.ns_pid) > len(procfs.status(HostPid(parent)).ns_pid):
+            members = replace(members, pid=members.pid_for_children)
+        return Process(
+            pids=list(status.ns_pid),
+            parent=parent,
+            pgid=self.tree.group(stat.pgrp),
+            sid=self.tree.group(stat.session),
+            state="zombie",
+            exit_status=stat.exit_code,
+            exit_signal=max(stat.exit_signal, 0),
+            namespaces=members,
+            comm=stat.comm[:15],
+        )
+
+    def _process(self, frozen: FrozenProcess) -> tuple[Process, Captured, list[Blocker]]:
+        pid = frozen.pid
+        tids = [HostPid(tid) for tid in sorted(frozen.tasks, key=lambda tid: (tid != pid, tid))]
+        inquiries = self._ask(pid, tids)
+        leader = inquiries[0]
+        subject = f"pid {pid}"
+        blockers = [b for inquiry in inquiries for b in inquiry.blockers(subject)]
+        memory = capture_address_space(
+            pid,
+            self._objects,
+            brk=leader.brk(),
+            dumpable=leader.dumpable(),
+            thp_disable=leader.thp_disable(),
+        )
+        blockers += memory.blockers
+        stat, status = procfs.stat(pid), procfs.status(pid)
+        members = self.namespaces.memberships[pid]
+        threads = [self._thread(inquiry, members) for inquiry in inquiries]
+        is_root = pid == self.tree.pids[0]
+        record = Process(
+            pids=list(status.ns_pid),
+            parent=0 if is_root else self.tree.member(stat.ppid),
+            pgid=self.tree.group(stat.pgrp),
+            sid=self.tree.group(stat.session),
+            state="stopped" if frozen.stop_signal else "running",
+            exit_signal=max(stat.exit_signal, 0),
+            stop_signal=frozen.stop_signal,
+            namespaces=members,
+            space=memory.space.space,
+            fds=self.files.entries(pid),
+            cwd=self.path(pid, procfs.read_link(pid, "cwd")),
+            root=self.path(pid, procfs.read_link(pid, "root")),
+            umask=status.umask or 0,
+            actions=leader.actions(),
+            pending=[signal_of(info, self.tree.member) for info in ptrace.peek_siginfo(pid, shared=True)],
+            limits=procfs.limits(pid),
+            itimers=leader.itimers(),
+            timers=leader.posix_timers(self.tree.member),
+            oom_score_adj=int(procfs.read_file(pid, "oom_score_adj")),
+            child_subreaper=leader.child_subreaper(),
+            threads=threads,
+            comm=stat.comm[:15],
+        )
+        for what, path in (("working directory", record.cwd), ("root directory", record.root)):
+            if path is not None and path.path.endswith(b" (deleted)"):
+                blockers.append(
+                    Blocker(subject, f"its {what} has been removed", "let it change its directory")
+                )
+        return record, memory, blockers
+
+    def _thread(self, inquiry: Inquiry, members: Memberships) -> Thread:
+        return thread_record(inquiry, members.user, self.tree.member)
+
+    def _ask(self, pid: HostPid, tids: Sequence[HostPid]) -> list[Inquiry]:
+        """Put the questions of every thread to it, by system calls inside it."""
+        memory = os.open(f"/proc/{pid}/mem", os.O_RDWR | os.O_CLOEXEC)
+        try:
+            regions = [
+                Region(
+                    m.start, m.end, bool(m.prot & 1), bool(m.prot & 2), bool(m.prot & 4), not m.shared, m.name
+                )
+                for m in smaps.maps(pid)
+            ]
+            pointers = [arch.Registers(ptrace.get_regs(tid))["rsp"] for tid in tids]
+            places = find_places(pid, regions, pointers, memory)
+            uncaught = ~procfs.status(pid).caught
+            timers = procfs.timers(pid)
+            inquiries = []
+            for tid in tids:
+                inquiry = Inquiry(tid, leader=tid == pid, timers=timers)
+                task = LiveTask(tid, places, memory, uncaught)
+                task.run(inquiry.calls)
+                self.injected_calls += task.injected_calls
+                inquiries.append(inquiry)
+            return inquiries
+        finally:
+            os.close(memory)
+
+    def _head(self, root: HostPid, processes: Sequence[Process], spaces: Sequence[AddressSpace]) -> Head:
+        xstate = next(thread.xstate for process in processes for thread in process.threads)
+        return Head(
+            version=FORMAT_VERSION,
+            machine=arch.MACHINE,
+            page_size_bytes=arch.PAGE_BYTES,
+            xfeatures=arch.xfeatures(xstate),
+            xstate_size_bytes=len(xstate),
+            vdso=self._vdso(root, spaces),
+            kernel=os.uname().release,
+            created_ns=time.time_ns(),
+            root=root,
+            monotonic_ns=time.clock_gettime_ns(time.CLOCK_MONOTONIC),
+            boottime_ns=time.clock_gettime_ns(time.CLOCK_BOOTTIME),
+        )
+
+    @staticmethod
+    def _vdso(root: HostPid, spaces: Sequence[AddressSpace]) -> bytes:
+        for vma in spaces[0].vmas:
+            if vma.kind == "vdso":
+                code = read_memory(root, RemoteAddress(vma.start), vma.end - vma.start)
+                return hashlib.sha256(code.replace(arch.STUB, bytes(len(arch.STUB)))).digest()
+        return bytes(32)

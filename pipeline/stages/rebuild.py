@@ -1,0 +1,281 @@
+"""The rebuild stage: from an image and its pages to a tree that stands ready, all of it stopped.
+
+What is taken is taken in one place, `Rebuilding`, and given back in reverse order however
+it ends. Until `thaw`, ending means that nothing is left; after it, that nothing of the
+tree is ours any more.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+from collections.abc import AsyncIterator, Sequence
+from contextlib import ExitStack, asynccontextmanager
+
+import trio
+
+from pipeline.errors import ImageError, RebuildError
+from pipeline.ids import HostPid, LocalFd
+from pipeline.image.codec import Image
+from pipeline.image.plan import Fill, plan
+from pipeline.image.schema import Id, PathRef, PendingSignal, Process
+from pipeline.kernel import procfs
+from pipeline.kernel.arch import x86_64 as arch
+from pipeline.kernel.syscalls import RESOLVE, openat2
+from pipeline.ledger import LEDGER
+from pipeline.progress import Progress
+from pipeline.remote.calls import Call
+from pipeline.remote.puppet import Puppet, spawn_launcher
+from pipeline.remote.tracer import Tracer
+from pipeline.resources.memory.rebuild import find_hole
+from pipeline.resources.namespaces.keepers import Keepers
+from pipeline.resources.tasks import credentials, reinstate
+from pipeline.stages import finish, memory_layout
+from pipeline.stages.body import Embodiment, MappedFiles
+from pipeline.stages.contents import Contents
+from pipeline.stages.descriptors import Descriptors
+from pipeline.stages.fill import PageFeed
+from pipeline.stages.growth import Growth
+from pipeline.userns.forest import Forest
+
+_LOWEST_CHANNEL_FD = 200
+
+
+def raise_descriptor_limit() -> None:
+    """As many descriptors as this process may have: one is held for every open file of a tree."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+class Rebuilding:
+    """A tree that is being rebuilt; everything it holds is given back by `close`, once.
+
+    All methods run in the tracer's thread.
+
+    Args:
+        image: complete and checked.
+    """
+
+    def __init__(self, image: Image) -> None:
+        self._image = image
+        self._stack = ExitStack()
+        self._thawed = False
+        self._forest = Forest(image.user_namespaces.values())
+        self._planner = plan(
+            list(image.processes.values()),
+            list(image.spaces.values()),
+            list(image.namespaces.values()),
+            list(image.user_namespaces.values()),
+        )
+        if self._planner.blockers:
+            raise ImageError("the tree cannot grow: " + "; ".join(map(str, self._planner.blockers)))
+        self.contents = Contents()
+        self._roots: dict[int, LocalFd] = {}
+
+    # -- the steps ---------------------------------------------------------------------
+
+    def prepare(self) -> None:
+        """Launcher, namespaces, shared objects: all that stands before the first process."""
+        raise_descriptor_limit()
+        image = self._image
+        hole = find_hole([space.vmas for space in image.spaces.values()], memory_layout.HOLE_BYTES)
+        self._launcher = spawn_launcher(hole, self._channel_fd(), self._reserved_pids())
+        self._stack.callback(self._end_launcher)
+        self._keepers = Keepers(self._launcher, self._forest, self._stack)
+        self._keepers.make(image.namespaces)
+        self._stack.callback(self.contents.close)
+        self.contents.make(image, self._launcher)
+        files = MappedFiles(image, self.contents, self._open_path)
+        self._stack.callback(files.close)
+        self._stack.callback(self._close_roots)
+        body = Embodiment(image, files, self.contents, self._keepers, self._forest)
+        self.growth = Growth(
+            image,
+            self._planner,
+            self._launcher,
+            body,
+            choose_outer=any(len(process.pids) == 1 for process in image.processes.values()),
+        )
+        self._stack.callback(self._end_tree)
+        self._steps = self.growth.grow()
+
+    def next_fill(self) -> Fill | None:
+        """Grow until pages are wanted; None when the tree has grown."""
+        return next(self._steps, None)
+
+    def memory_of(self, fill: Fill) -> int:
+        """Where the pages of a process are written: a descriptor of its memory, owned by its puppet."""
+        return next(
+            self.growth.grown[process.pids[0]].puppet.memory
+            for process in self._image.processes.values()
+            if process.space == fill.space
+        )
+
+    def complete(self) -> None:
+        """Everything but letting it run."""
+        image, growth = self._image, self.growth
+        finish.make_threads(image, growth)
+        self.contents.seal_late()
+        puppets = {pid: grown.puppet for pid, grown in growth.grown.items()}
+        descriptors = Descriptors(
+            image, puppets, self.contents, self._root_of, self._here_uid, self._here_gid
+        )
+        try:
+            descriptors.create()
+            descriptors.install()
+            finish.complete_memory(image, growth)
+            finish.set_directories(image, growth, self._open_path)
+            for process, grown in finish.living(image, growth):
+                reinstate.make_timers(process, grown.puppet)
+            descriptors.finish()
+        finally:
+            descriptors.close()
+        finish.end_zombies(image, growth)
+        for process, grown in finish.living(image, growth):
+            self._reinstate(process, grown.threads)
+        finish.put_on(image, growth, lambda process, index: reinstate.final_registers(process.threads[index]))
+
+    def thaw(self) -> HostPid:
+        """Let the tree run; returns the pid of its root here. There is no way back."""
+        root = self.growth.grown[self._image.head.root].puppet.pid
+        self._thawed = True
+        finish.thaw(self._image, self.growth)
+        return root
+
+    def close(self) -> None:
+        """Give everything back, the tree too unless it was thawed; idempotent."""
+        self._stack.close()
+
+    # -- task state -----------------------------------------------------------------------
+
+    def _reinstate(self, process: Process, threads: list[Puppet]) -> None:
+        leader = threads[0]
+        space = self._image.spaces[process.space] if process.space is not None else None
+        reinstate.write_process_files(process, space, leader)
+        self._checked(process, leader, reinstate.process_calls(process, leader))
+        for index, (thread, puppet) in enumerate(zip(process.threads, threads, strict=True)):
+            puppet.stop_signal = leader.stop_signal
+            calls = reinstate.thread_calls(thread, puppet)
+            calls += credentials.after_join(
+                thread.credentials, self._uid, self._gid, procfs.status(puppet.tid)
+            )
+            calls += reinstate.last_calls(thread, space, leader=index == 0)
+            calls += reinstate.queue_calls(
+                process, index, lambda p, process=process: self._sender(process, p)
+            )
+            self._checked(process, puppet, calls)
+        self._checked(process, leader, reinstate.timer_calls(process))
+        for thread, puppet in zip(process.threads, threads, strict=True):
+            reinstate.install_filters(thread, puppet)
+
+    @staticmethod
+    def _checked(process: Process, puppet: Puppet, calls: Sequence[Call]) -> None:
+        try:
+            puppet.run_checked(calls)
+        except OSError as error:
+            raise RebuildError(f"pid {process.pids[0]}: {error}") from error
+
+    def _sender(self, process: Process, pending: PendingSignal) -> tuple[int, int]:
+        """Pid and uid of a signal's sender as `process` sees them."""
+        sender = self._image.processes.get(pending.pid or 0)
+        depth = len(process.pids)
+        pid = sender.pids[depth - 1] if sender is not None and len(sender.pids) >= depth else 0
+        assert pending.uid is not None
+        return pid, reinstate.number_of(process.namespaces.user, pending.uid, self._uid)
+
+    # -- translations and paths -------------------------------------------------------------
+
+    def _uid(self, wanted: Id, namespace: int) -> int | None:
+        return self._forest.number_in(wanted, namespace, "uid")
+
+    def _gid(self, wanted: Id, namespace: int) -> int | None:
+        return self._forest.number_in(wanted, namespace, "gid")
+
+    def _here_uid(self, wanted: Id) -> int:
+        number = self._uid(wanted, 0)
+        if number is None:
+            raise RebuildError(f"uid {wanted.id} of user namespace {wanted.ns} has no mapping here")
+        return number
+
+    def _here_gid(self, wanted: Id) -> int:
+        number = self._gid(wanted, 0)
+        if number is None:
+            raise RebuildError(f"gid {wanted.id} of user namespace {wanted.ns} has no mapping here")
+        return number
+
+    def _root_of(self, mntns: int) -> LocalFd:
+        if mntns not in self._roots:
+            fd = LocalFd(os.open(self._keepers.root_path(mntns), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
+            LEDGER.take("root directory", fd)
+            self._roots[mntns] = fd
+        return self._roots[mntns]
+
+    def _open_path(self, path: PathRef, flags: int) -> LocalFd:
+        return openat2(self._root_of(path.mntns), path.path, flags, 0, RESOLVE.IN_ROOT)
+
+    # -- what is held ---------------------------------------------------------------------------
+
+    def _close_roots(self) -> None:
+        while self._roots:
+            _, fd = self._roots.popitem()
+            os.close(fd)
+            LEDGER.give_back("root directory", fd)
+
+    def _end_launcher(self) -> None:
+        self._launcher.kill_and_reap()
+        self._launcher.stage.channel.close()
+
+    def _end_tree(self) -> None:
+        if not self._thawed:
+            self.growth.kill_all()
+
+    def _channel_fd(self) -> int:
+        tables = [process.fds for process in self._image.processes.values()]
+        highest = max((entry.fd for table in tables for entry in table), default=0)
+        longest = max(map(len, tables), default=0)
+        return max(highest + 2, longest + 2, len(self._image.mapped_files) + 64, _LOWEST_CHANNEL_FD)
+
+    def _reserved_pids(self) -> list[set[int]]:
+        reserved: list[set[int]] = []
+        for process in self._image.processes.values():
+            for pids in [process.pids, *(thread.pids for thread in process.threads)]:
+                for level, pid in enumerate(pids):
+                    while len(reserved) <= level:
+                        reserved.append(set())
+                    reserved[level].add(pid)
+        if reserved:
+            for process in self._image.processes.values():
+                reserved[0] |= {process.sid, process.pgid}
+        return reserved
+
+
+@asynccontextmanager
+async def rebuilt(
+    image: Image, feed: PageFeed, tracer: Tracer, progress: Progress
+) -> AsyncIterator[Rebuilding]:
+    """The tree of `image`, complete and stopped; gone after the block unless it was thawed.
+
+    Raises:
+        RebuildError: the kernel refuses a step.
+        ImageError: records or pages do not fit together.
+    """
+    progress.phase("rebuild")
+    if image.head.machine != arch.MACHINE:
+        image.check_machine(arch.MACHINE)
+    rebuilding = Rebuilding(image)
+    try:
+        await tracer.run(rebuilding.prepare)
+        for space in [*image.shared_memory, *image.contents]:
+            await feed.fill(space, rebuilding.contents.fd(space))
+            await tracer.run(rebuilding.contents.finish_fill, space)
+        rebuilding.contents.seal_early()
+        while (fill := await tracer.run(rebuilding.next_fill)) is not None:
+            await feed.fill(fill.space, await tracer.run(rebuilding.memory_of, fill))
+        await feed.expect_end()
+        await tracer.run(rebuilding.complete)
+        yield rebuilding
+    finally:
+        with trio.CancelScope(shield=True):
+            feed.close()
+            await tracer.run(rebuilding.close)

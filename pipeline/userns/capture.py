@@ -1,0 +1,131 @@
+"""Reading the forest of user namespaces of a live tree.
+
+A namespace is known by its file (st_dev, st_ino); its parent by NS_GET_PARENT, its
+creator by NS_GET_OWNER_UID. Namespaces without a process count too, where they are a
+parent or own another namespace. The walk up ends at the pipeline's own namespace: the
+external one, number 0.
+
+A map file shows its lower ids in the *reader's* namespace, so what is read is put
+relative to the parent before it becomes a record.
+
+Sources: user_namespaces(7), ioctl_ns(2).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from pipeline.errors import Blocker
+from pipeline.ids import HostPid, LocalFd
+from pipeline.image.schema import UserNamespace
+from pipeline.kernel import nsfs, procfs
+from pipeline.kernel.nsfs import NamespaceKey
+from pipeline.kernel.syscalls import CLONE
+from pipeline.userns.forest import Forest
+from pipeline.userns.idmap import IDENTITY, IdMap, parse, relative_to_parent
+from pipeline.userns.visit import visit
+
+
+class OutsideError(Exception):
+    """A namespace is not below the pipeline's own user namespace."""
+
+
+@dataclass
+class LiveForest:
+    """The user namespaces of a tree: their keys, and what is known of each."""
+
+    numbers: dict[NamespaceKey, int] = field(default_factory=dict)
+    records: list[UserNamespace] = field(default_factory=list)
+    _members: dict[NamespaceKey, HostPid] = field(default_factory=dict)
+
+    def forest(self) -> Forest:
+        """The records as a forest."""
+        return Forest(self.records)
+
+    def learn_members(self, pids: Iterable[HostPid]) -> None:
+        """Remember one process of every user namespace, to read maps from."""
+        for pid in pids:
+            try:
+                self._members.setdefault(nsfs.keys(pid)["user"], pid)
+            except (procfs.ProcessGone, KeyError):
+                continue
+
+    def number_of(self, fd: LocalFd) -> int:
+        """The number of the user namespace behind `fd`; it and its ancestors are registered on first sight.
+
+        Raises:
+            OutsideError: it is not the pipeline's own user namespace, nor below it.
+        """
+        key = nsfs.key_of(fd)
+        if not self.records:
+            self.records.append(UserNamespace(index=0))
+            own = os.stat("/proc/self/ns/user")
+            self.numbers[NamespaceKey(own.st_dev, own.st_ino)] = 0
+        if key in self.numbers:
+            return self.numbers[key]
+        try:
+            above = nsfs.parent(fd)
+        except PermissionError:
+            raise OutsideError from None
+        try:
+            parent = self.number_of(above)
+        finally:
+            os.close(above)
+        index = len(self.records)
+        self.records.append(self._record(fd, key, index, parent))
+        self.numbers[key] = index
+        return index
+
+    def _record(self, fd: LocalFd, key: NamespaceKey, index: int, parent: int) -> UserNamespace:
+        forest = self.forest()
+        member = self._members.get(key)
+        creator = nsfs.owner_uid(fd)
+        uid_map, gid_map, setgroups = self._maps(fd, member, parent, forest)
+        return UserNamespace(
+            index=index,
+            parent=parent,
+            owner=forest.innermost(creator, parent, "uid"),
+            uid_map=list(uid_map.extents),
+            gid_map=list(gid_map.extents),
+            setgroups="deny" if setgroups == b"deny" else "allow",
+        )
+
+    @staticmethod
+    def _maps(fd: LocalFd, member: HostPid | None, parent: int, forest: Forest) -> tuple[IdMap, IdMap, bytes]:
+        if member is None:
+            # read from inside, where the lower ids are said relative to the parent
+            names = (b"uid_map", b"gid_map", b"setgroups")
+            answer = visit(
+                [(fd, CLONE.NEWUSER)],
+                lambda: b"\0".join(_read(b"/proc/self/" + name) for name in names),
+            )
+            uids, gids, setgroups = answer.split(b"\0")
+            return IdMap(parse(uids)), IdMap(parse(gids)), setgroups.strip()
+        uid_lines, gid_lines = (
+            parse(procfs.read_file(member, "uid_map")),
+            parse(procfs.read_file(member, "gid_map")),
+        )
+        return (
+            relative_to_parent(uid_lines, forest.to_ancestor(parent, 0, "uid") if parent else IDENTITY),
+            relative_to_parent(gid_lines, forest.to_ancestor(parent, 0, "gid") if parent else IDENTITY),
+            procfs.read_file(member, "setgroups").strip(),
+        )
+
+
+def _read(path: bytes) -> bytes:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return b"".join(iter(lambda: os.read(fd, 1 << 16), b""))
+    finally:
+        os.close(fd)
+
+
+def outside_blocker(pid: HostPid, what: str) -> Blocker:
+    """Why a namespace that is not below ours cannot be carried."""
+    return Blocker(
+        f"pid {pid}",
+        f"its {what} belongs to a user namespace that is not below the pipeline's own",
+        "run the pipeline in the user namespace that contains the whole tree (on the host, as root)",
+    )

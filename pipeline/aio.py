@@ -137,6 +137,10 @@ class Tree:
         """Send a signal to the tree's root."""
         self._tree.send_signal(signal)
 
+    def close(self) -> None:
+        """Let go of the tree, which runs on; idempotent."""
+        self._tree.close()
+
 
 async def dump(
     pid: int,

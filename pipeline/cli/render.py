@@ -74,7 +74,7 @@ def fail(command: str, error: PipelineError, *, json: bool) -> int:
             {
                 "error": type(error).__name__,
                 "message": text,
-                "exit-code": error.exit_code,
+                "exit_code": error.exit_code,
                 "blockers": [blocker(item) for item in blockers],
             }
         )

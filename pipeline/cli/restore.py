@@ -59,6 +59,10 @@ def execute(arguments: argparse.Namespace) -> int:
         raise UsageError("--from - reads the image from stdin, which is a terminal")
     import trio
 
+    from pipeline.userns import cradle
+
+    # a plain user rebuilds in a user namespace of their own, entered before there are threads
+    cradle.enter()
     return trio.run(_main, arguments)
 
 
@@ -77,7 +81,9 @@ async def _main(arguments: argparse.Namespace) -> int:
             progress=progress,
         )
         if arguments.detach:
-            _announce(arguments, await recipe.cancellable(build), progress)
+            tree = await recipe.cancellable(build)
+            _announce(arguments, tree, progress)
+            tree.close()
             return 0
         # Taken before the tree runs, so that no signal falls between its rebuild and its life.
         with trio.open_signal_receiver(*FORWARDED) as signals:
@@ -87,6 +93,7 @@ async def _main(arguments: argparse.Namespace) -> int:
                 nursery.start_soon(_forward, signals, tree)
                 status = await tree.wait()
                 nursery.cancel_scope.cancel()
+            tree.close()
     code = os.waitstatus_to_exitcode(status)
     return code if code >= 0 else 128 - code
 
@@ -100,7 +107,7 @@ def _announce(arguments: argparse.Namespace, tree: RestoredTree, progress: Lines
     progress.__exit__(None, None, None)
     pidfile.write(arguments.pidfile, tree.root_pid)
     if arguments.json:
-        render.document({"root-pid": tree.root_pid, "figures": tree.figures})
+        render.document({"root_pid": tree.root_pid, "figures": tree.figures})
         return
     if arguments.detach:
         print(tree.root_pid, flush=True)

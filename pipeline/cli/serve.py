@@ -36,7 +36,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def execute(arguments: argparse.Namespace) -> int:
     import pipeline
     from pipeline.cli import recipe
+    from pipeline.userns import cradle
 
+    # a plain user rebuilds in a user namespace of their own, entered before there are threads
+    cradle.enter()
     with listener("serve") as progress:
         recipe.run(
             lambda: pipeline.serve(

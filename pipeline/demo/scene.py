@@ -31,6 +31,8 @@ ENDS = {"host-a": "cable-a", "host-b": "cable-b"}
 GREETING = "hello from the tree\n"
 #: pids of the tree on its first host; far from those of the second's own programs
 FIRST_PID = 1000
+#: tries of `migrate` where nothing but a connection on the way stood against it
+_TRIES = 5
 _PACKAGE = Path(pipeline.__file__).parent
 
 
@@ -203,8 +205,10 @@ class Scene:
             json.loads(line) for line in self.text("log").splitlines(keepends=True) if line.endswith("\n")
         ]
 
-    def migrate(self) -> tuple[int, dict[str, Any]]:
-        """`serve` on the destination, `migrate` on the source; returns migrate's exit code and JSON document.
+    def migrate(self) -> tuple[int, dict[str, Any], str]:
+        """`serve` on the destination, `migrate` on the source; returns migrate's exit code, document and stderr.
+
+        A connection of the client that is open at the freeze is a transient blocker: it is tried again.
 
         Raises:
             PipelineError: `serve` does not listen; or `migrate` says it is done and `serve` failed.
@@ -227,16 +231,23 @@ class Scene:
             raise PipelineError(f"`serve` failed:\n{self.text('serve.err')}")
         to = first.removeprefix("listening on ")
         move = ["migrate", "--pid", str(self.root), "--to", to, *secret, "--json"]
-        mover = self._spawn(self.source, [*tool, *move], "migrate", path)
-        code = self.source.ask("wait", pid=mover, patience_s=60)
-        if code is None:
-            raise PipelineError(f"`migrate` has not ended after 60 s:\n{self.text('migrate.err')}")
+        for attempt in range(_TRIES):
+            name = f"migrate-{attempt}"
+            mover = self._spawn(self.source, [*tool, *move], name, path)
+            code = self.source.ask("wait", pid=mover, patience_s=60)
+            if code is None:
+                raise PipelineError(f"`migrate` has not ended after 60 s:\n{self.text(f'{name}.err')}")
+            document = json.loads(self.text(f"{name}.out") or "{}")
+            blockers = document.get("blockers", [])
+            if code != 3 or not all(blocker["transient"] for blocker in blockers):
+                break
+            # a request of the client was on the way at that very moment
+            time.sleep(0.1)
         if code == 0:
             self.move_service_address()
             if self.destination.ask("wait", pid=server, patience_s=20) != 0:
                 raise PipelineError(f"`migrate` is done, and `serve` failed:\n{self.text('serve.err')}")
-        document = self.text("migrate.out")
-        return code, json.loads(document) if document else {}
+        return code, document, self.text(f"{name}.err")
 
     def move_service_address(self) -> None:
         """The address that the client asks goes where the tree is now."""

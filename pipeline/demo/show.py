@@ -104,9 +104,9 @@ def _play(*, json: bool) -> int:
         console.print(f"\n[bold]Before:[/] the tree counts on host-a, a client on host-b asks {SERVICE}:8000")
         _table(console, before)
         console.print(f"\n[bold]Moving[/] pid {scene.root} from host-a to host-b, over TLS")
-        code, moved = scene.migrate()
+        code, moved, said = scene.migrate()
         if code:
-            return _not_moved(console, scene, code)
+            return _not_moved(console, scene, code, said)
         arrived = len(scene.log())
         wait_until(lambda: len(scene.log()) >= arrived + STEPS or _broken(scene), "the tree does not go on")
         time.sleep(0.5)
@@ -145,9 +145,9 @@ def _broken(scene: Scene) -> bool:
     return any("fault" in line for line in scene.log()[-1:])
 
 
-def _not_moved(console: Console, scene: Scene, code: int) -> int:
+def _not_moved(console: Console, scene: Scene, code: int, said: str) -> int:
     console.print(f"[bold red]`migrate` ended with exit code {code}:[/]")
-    console.print(scene.text("migrate.err").rstrip(), markup=False)
+    console.print(said.rstrip(), markup=False)
     console.print("[bold]`serve` says:[/]")
     console.print(scene.text("serve.err").rstrip(), markup=False)
     steps = len(scene.log())

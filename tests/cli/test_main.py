@@ -84,7 +84,7 @@ def test_errors_go_to_stderr_and_as_json_to_stdout(
     assert err.startswith("dump: ")
     document = json.loads(out)
     assert document["error"] == type(error).__name__
-    assert document["exit-code"] == code
+    assert document["exit_code"] == code
     if isinstance(error, Refused):
         assert document["blockers"][0]["subject"] == "pid 5 fd 3"
         assert "pid 5 fd 3: a kernel's fact (close it)" in err

@@ -13,6 +13,7 @@ import errno
 import socket
 import struct
 from collections.abc import Iterator
+from contextlib import suppress
 
 from pipeline.kernel.arch.x86_64_numbers import NR
 from pipeline.kernel.syscalls import syscall
@@ -36,11 +37,7 @@ def _groups(family: int) -> Iterator[tuple[int, bytes]]:
                 else:
                     yield interface, int(words[0], 16).to_bytes(4, "little")
         return
-    try:
-        table = open("/proc/thread-self/net/igmp6", encoding="ascii")
-    except FileNotFoundError:
-        return
-    with table:
+    with suppress(FileNotFoundError), open("/proc/thread-self/net/igmp6", encoding="ascii") as table:
         for line in table:
             words = line.split()
             yield int(words[0]), bytes.fromhex(words[2])

@@ -25,7 +25,7 @@ import struct
 import termios
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from typing import Annotated, Literal
+from typing import Annotated
 
 from msgspec import Meta
 
@@ -34,19 +34,12 @@ from pipeline.ids import HostPid, LocalFd
 from pipeline.image.schema import U32, Id, Index, OpenFile, PathRef, Pid, Record
 from pipeline.kernel import procfs
 from pipeline.kernel.arch.x86_64_numbers import NR
-from pipeline.resources import outside, sockets, terminal
+from pipeline.resources import outside, pty_sides, sockets, terminal
 from pipeline.resources.kinds import CaptureScope, CreateScope, FdView
 from pipeline.resources.paths import O_LARGEFILE, filesystem
+from pipeline.resources.pty_sides import Role
 
-_DEVPTS_MAGIC = 0x1CD1
-_TTY_MAJOR = 4
-_AUX_MAJOR = 5
-_DEV_TTY = 0
-_DEV_PTMX = 2
-_DELETED = b" (deleted)"
 _REMEDY = "start the tree with setsid and its stdio redirected, or run tmux inside the tree"
-
-Role = Literal["master", "slave", "tty", "hung-up"]
 
 
 class Node(Record, frozen=True, kw_only=True):
@@ -94,92 +87,6 @@ class PtyState(Record, frozen=True, kw_only=True):
     terminal: Terminal | None = None
 
 
-def _role(view: FdView) -> Role | None:
-    """None for terminals that are no pseudo-terminals."""
-    device = os.major(view.stat.st_rdev), os.minor(view.stat.st_rdev)
-    if device == (_AUX_MAJOR, _DEV_PTMX):
-        return "master"
-    if device != (_AUX_MAJOR, _DEV_TTY) and device[0] != terminal.PTS_MAJOR:
-        return None
-    found = terminal.device(view.local)
-    if found is None:
-        return "hung-up"
-    if found[0] != terminal.PTS_MAJOR:
-        return None
-    return "tty" if device == (_AUX_MAJOR, _DEV_TTY) else "slave"
-
-
-def _number(view: FdView) -> int:
-    """N of /dev/pts/N; of a slave that is hung up: what its own node says."""
-    found = terminal.device(view.local)
-    return found[1] if found else os.minor(view.stat.st_rdev)
-
-
-def _slave_directory(view: FdView) -> bytes:
-    """Where the devpts instance of a master or slave is mounted, as its process sees it."""
-    directory = os.path.dirname(view.link)
-    if filesystem(view.local) == _DEVPTS_MAGIC:
-        return directory
-    return os.path.join(directory, b"pts")
-
-
-def _instance(view: FdView) -> int | None:
-    """Device number of the devpts instance that a master or slave belongs to; None if it cannot be seen."""
-    if filesystem(view.local) == _DEVPTS_MAGIC:
-        return view.stat.st_dev
-    with suppress(OSError):
-        return os.stat(f"/proc/{view.pid}/root".encode() + _slave_directory(view)).st_dev
-    return None
-
-
-def _masters(scope: CaptureScope, number: int) -> Iterator[tuple[Index, FdView]]:
-    """Every master in the tree that has this number (one for each devpts instance)."""
-    for index, view in scope.files():
-        if _is_terminal(view) and _role(view) == "master" and _number(view) == number:
-            yield index, view
-
-
-def _master_of(view: FdView, scope: CaptureScope) -> tuple[Index, FdView] | None:
-    """The master of a slave or /dev/tty descriptor, if it is in the tree."""
-    for index, master in _masters(scope, _number(view)):
-        if _role(view) == "slave":
-            if _instance(master) == _instance(view):
-                return index, master
-        elif terminal.session(master.local) == procfs.stat(view.pid).session:
-            return index, master
-    return None
-
-
-def _slaves(master: FdView, scope: CaptureScope) -> list[FdView]:
-    """Every slave (or /dev/tty) of `master` that is open in the tree."""
-    return [
-        view
-        for _, view in scope.files()
-        if _is_terminal(view)
-        and _role(view) in ("slave", "tty")
-        and _number(view) == _number(master)
-        and (found := _master_of(view, scope)) is not None
-        and found[1] is master
-    ]
-
-
-def _is_terminal(view: FdView) -> bool:
-    if not stat.S_ISCHR(view.stat.st_mode) or view.flags & os.O_PATH:
-        return False
-    major, minor = os.major(view.stat.st_rdev), os.minor(view.stat.st_rdev)
-    return major in (_TTY_MAJOR, terminal.PTS_MAJOR) or (major == _AUX_MAJOR and minor <= _DEV_PTMX)
-
-
-def _owner_outside(number: int, scope: CaptureScope) -> str:
-    """Who outside the tree has the master of terminal `number`."""
-    for link in (b"/dev/ptmx", b"/dev/pts/ptmx"):
-        for pid, fd in outside.of_link(link, scope):
-            with suppress(OSError):
-                if procfs.fdinfo(pid, fd).get("tty-index") == [str(number)]:
-                    return outside.name_of(pid)
-    return "a process that cannot be seen"
-
-
 def check_controlling_terminal(pid: HostPid, scope: CaptureScope) -> Iterator[Blocker]:
     """The controlling terminal of process `pid`, which needs no descriptor, must be a pty of the tree."""
     found = procfs.stat(pid)
@@ -189,10 +96,10 @@ def check_controlling_terminal(pid: HostPid, scope: CaptureScope) -> Iterator[Bl
     if major != terminal.PTS_MAJOR:
         yield Blocker(f"pid {pid}", f"its controlling terminal is device {major}:{number}", _REMEDY)
         return
-    for _, master in _masters(scope, number):
+    for _, master in pty_sides.masters(scope, number):
         if terminal.session(master.local) == found.session:
             return
-    owner = _owner_outside(number, scope)
+    owner = pty_sides.owner_outside(number, scope)
     yield Blocker(
         f"pid {pid}",
         f"its controlling terminal /dev/pts/{number} belongs to {owner} outside the tree",
@@ -216,11 +123,11 @@ class Pty:
 
     def matches(self, view: FdView) -> bool:
         """Every terminal device; those that are no pseudo-terminal are refused here."""
-        return _is_terminal(view)
+        return pty_sides.is_terminal(view)
 
     def check(self, view: FdView, scope: CaptureScope) -> Iterator[Blocker]:
         """Both sides in the tree, nothing unread."""
-        role = _role(view)
+        role = pty_sides.role(view)
         if role is None:
             number = f"{os.major(view.stat.st_rdev)}:{os.minor(view.stat.st_rdev)}"
             yield Blocker(view.subject, f"terminal device {number} is no pseudo-terminal", _REMEDY)
@@ -230,10 +137,10 @@ class Pty:
         if role == "master":
             yield from _check_master(view, scope)
             return
-        if _master_of(view, scope) is None:
+        if pty_sides.master_of(view, scope) is None:
             yield Blocker(
                 view.subject,
-                f"the terminal belongs to {_owner_outside(_number(view), scope)} outside the tree",
+                f"the terminal belongs to {pty_sides.owner_outside(pty_sides.number(view), scope)} outside the tree",
                 _REMEDY,
             )
         elif terminal.unread(view.local):
@@ -246,25 +153,25 @@ class Pty:
 
     def capture(self, view: FdView, scope: CaptureScope) -> PtyState:
         """Which pair; the master's record holds the state of both sides."""
-        role = _role(view)
+        role = pty_sides.role(view)
         assert role is not None, "check refuses it"
         if role == "hung-up":
             directory = os.path.dirname(view.link)
-            if filesystem(view.local) == _DEVPTS_MAGIC:
+            if filesystem(view.local) == pty_sides.DEVPTS_MAGIC:
                 directory = os.path.dirname(directory)
             ptmx = scope.path(view.pid, os.path.join(directory, b"ptmx"))
-            return PtyState(role=role, number=_number(view), ptmx=ptmx)
+            return PtyState(role=role, number=pty_sides.number(view), ptmx=ptmx)
         if role == "master":
             index = scope.file_at(view.pid, view.fd)
             ptmx = scope.path(view.pid, view.link)
             state = _terminal(view, scope)
-            return PtyState(role=role, number=_number(view), ptmx=ptmx, master=index, terminal=state)
-        found = _master_of(view, scope)
+            return PtyState(role=role, number=pty_sides.number(view), ptmx=ptmx, master=index, terminal=state)
+        found = pty_sides.master_of(view, scope)
         assert found is not None, "check refuses a slave without master"
         index, master = found
         return PtyState(
             role=role,
-            number=_number(view),
+            number=pty_sides.number(view),
             ptmx=scope.path(master.pid, master.link),
             master=index,
             path=scope.path(view.pid, view.link) if role == "tty" else None,
@@ -342,11 +249,11 @@ class Pty:
 
 
 def _check_master(view: FdView, scope: CaptureScope) -> Iterator[Blocker]:
-    name = f"/dev/pts/{_number(view)}"
+    name = f"/dev/pts/{pty_sides.number(view)}"
     holders = outside.same_file(view, scope)
     yield from outside.blockers(view, holders, "the terminal's master is also held by")
-    if not _slaves(view, scope):
-        instance = _instance(view)
+    if not pty_sides.slaves(view, scope):
+        instance = pty_sides.instance(view)
         for pid, fd in outside.of_link(name.encode(), scope):
             with suppress(OSError):
                 if os.stat(f"/proc/{pid}/fd/{fd}").st_dev == instance:
@@ -374,7 +281,7 @@ def _check_master(view: FdView, scope: CaptureScope) -> Iterator[Blocker]:
 def _terminal(view: FdView, scope: CaptureScope) -> Terminal:
     """The state of the pair of a master."""
     master = view.local
-    slaves = _slaves(view, scope)
+    slaves = pty_sides.slaves(view, scope)
     session = terminal.session(master)
     return Terminal(
         settings=terminal.settings(master).pack(),
@@ -406,12 +313,12 @@ def _foreground(master: LocalFd, leader: HostPid) -> Pid:
 
 
 def _node(view: FdView, scope: CaptureScope) -> Node | None:
-    path = os.path.join(_slave_directory(view), str(_number(view)).encode())
+    path = os.path.join(pty_sides.slave_directory(view), str(pty_sides.number(view)).encode())
     try:
         found = os.stat(f"/proc/{view.pid}/root".encode() + path)
     except OSError:
         return None  # its devpts is not mounted where the process could see it
-    if found.st_dev != _instance(view):
+    if found.st_dev != pty_sides.instance(view):
         return None
     return Node(
         path=scope.path(view.pid, path),

@@ -147,6 +147,22 @@ def test_a_line_that_is_half_typed_is_kept_on_both_sides_of_the_copy() -> None:
             assert os.read(s, 100) == b"half a \x03 end\n"
 
 
+def test_a_line_that_is_half_typed_is_not_echoed_again() -> None:
+    def setup() -> tuple[int, int]:
+        master, slave = pty.openpty()
+        os.write(master, b"half")
+        assert os.read(master, 100) == b"half"
+        return master, slave
+
+    with subject(setup) as child, Capture(child.pid) as capture:
+        master, slave = (capture.view(fd).local for fd in child.result)
+        state = capture.kind(child.result[0]).capture(capture.view(child.result[0]), capture)
+        assert state.terminal.unfinished == b"half"
+        assert not terminal.unread(master)
+        os.write(master, b"\n")
+        assert os.read(slave, 100) == b"half\n"
+
+
 def _session() -> tuple[int, int, int, int]:
     """A session with its terminal and a foreground group of another process; /dev/tty is open."""
     os.setsid()

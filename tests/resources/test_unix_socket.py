@@ -8,12 +8,22 @@ import select
 import socket
 import stat
 import struct
+import tempfile
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import pytest
 
 from pipeline.errors import RebuildError, Refused
+from pipeline.ids import HostPid, LocalFd
+from pipeline.image.schema import Id, PathRef
+from pipeline.kernel.sockdiag import UnixDiag
+from pipeline.kernel.syscalls import PRCTL, prctl
+from pipeline.resources.kinds import FdView
+from pipeline.resources.unix_names import Place
+from pipeline.resources.unix_socket import _socket_file
+from pipeline.resources.unix_state import SocketFile
 from tests.resources.fdharness import Capture, Rebuilt, Subject, subject
 from tests.resources.sockharness import of, polled
 
@@ -298,7 +308,7 @@ def test_peer_ids_are_kept_and_a_listener_is_owned_by_the_rebuilt_process() -> N
                 client.connect(b"\0pipeline-test-ids")
                 assert peer(client) == (new.host_pid(child.pid), 0, 0)
         assert os.geteuid() == 0
-        assert Path("/proc/self/status").stat().st_uid == 0
+        assert prctl(PRCTL.GET_DUMPABLE) == 1
 
 
 # -- names --------------------------------------------------------------------------
@@ -396,13 +406,16 @@ def test_a_relative_name_is_kept_as_written_and_its_file_lands_where_it_was(tmp_
     assert sorted(os.listdir(tmp_path)) == ["a", "relative"]
 
 
-def test_a_socket_whose_file_was_removed_keeps_the_name_only(tmp_path: Path) -> None:
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_socket_whose_file_was_removed_keeps_the_name_only(tmp_path: Path, linked: bool) -> None:
     path = str(tmp_path / "removed")
 
     def setup() -> tuple[int, ...]:
         listener = unix()
         listener.bind(path)
         listener.listen(1)
+        if linked:
+            os.link(path, tmp_path / "other name")
         os.unlink(path)
         Path(path).write_text("another file")
         return kept(listener)
@@ -566,25 +579,113 @@ def test_two_datagram_sockets_connected_to_each_other(tmp_path: Path) -> None:
                     stranger.sendto(b"x", one_name)
 
 
+# -- without privileges -----------------------------------------------------------------
+
+
+def _as_nobody(act: Callable[[], str]) -> str:
+    """Run `act` in a child without any capability; returns what it did, or its error."""
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if not pid:
+        try:
+            os.setgroups([])
+            os.setresgid(65534, 65534, 65534)
+            os.setresuid(65534, 65534, 65534)
+            prctl(PRCTL.SET_DUMPABLE, 1)
+            os.write(writer, act().encode())
+        except BaseException as error:  # noqa: BLE001 - the parent compares it
+            os.write(writer, repr(error).encode())
+        finally:
+            os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as pipe:
+        answer = pipe.read()
+    os.waitpid(pid, 0)
+    return answer
+
+
+class _Plain:
+    """As much of a scope as socket files need."""
+
+    def __init__(self) -> None:
+        self.open = partial(Rebuilt.open, self)
+        self.user = self.group = lambda who: who.id if isinstance(who, Id) else Id(0, who)
+        self.path = lambda _pid, link: PathRef(0, link)
+
+
+@pytest.mark.parametrize("name", ["absolute", "../relative"])
+def test_a_plain_user_binds_a_name_as_it_was_written(name: str) -> None:
+    with tempfile.TemporaryDirectory(prefix="pipeline-test-") as directory:
+        os.chmod(directory, 0o777)
+        path = os.path.join(directory, os.path.basename(name))
+        written = path if name == "absolute" else name
+        nobody = Id(0, 65534)
+        file = SocketFile(
+            path=PathRef(0, path.encode()), mode=0o600, uid=nobody, gid=nobody, inode=1, mtime_ns=1
+        )
+
+        def act() -> str:
+            with unix() as sock:
+                place = Place(sock, written.encode(), file, _Plain())
+                place.settle()
+                sock.listen(1)
+                with unix() as client:
+                    client.connect(path)
+                return sock.getsockname()
+
+        assert _as_nobody(act) == written
+        found = os.stat(path)
+        assert (stat.S_IMODE(found.st_mode), found.st_uid) == (0o600, 65534)
+        assert os.listdir(directory) == [os.path.basename(name)]
+
+
+def test_a_socket_file_is_found_by_name_where_the_kernel_does_not_give_it_away() -> None:
+    with tempfile.TemporaryDirectory(prefix="pipeline-test-") as directory:
+        os.chmod(directory, 0o777)
+        path = os.path.join(directory, "socket")
+
+        def act() -> str:
+            with unix() as sock:
+                sock.bind(path)
+                found = fstat_view(sock)
+                with UnixDiag() as diag:
+                    known = diag.find(found.stat.st_ino)
+                file = _socket_file(found, sock, path.encode(), known, _Plain())
+                os.rename(path, path + "2")
+                Path(path).touch()
+                return (
+                    f"{file.path.path.decode()} {_socket_file(found, sock, path.encode(), known, _Plain())}"
+                )
+
+        assert _as_nobody(act) == f"{path} None"
+
+
+def fstat_view(sock: socket.socket) -> FdView:
+    """A view of a socket of this very process."""
+    fd = sock.fileno()
+    return FdView(HostPid(os.getpid()), fd, LocalFd(fd), b"socket:[]", os.fstat(fd), {}, 0, 0)
+
+
 # -- refusals -------------------------------------------------------------------------
 
 
 def test_a_peer_outside_is_named() -> None:
-    ours, theirs = socket.socketpair()
-
     def setup() -> tuple[int, ...]:
-        other, _ = socket.socketpair()
+        ours, theirs = socket.socketpair()
         forked = os.fork()
         if not forked:
+            ours.close()
             select.select([], [], [])
-        other.close()
-        return forked, _.detach()
+        theirs.close()
+        return forked, *kept(ours)
 
-    with ours, theirs, subject(setup) as child, Capture(child.pid) as capture:
+    with subject(setup) as child:
         forked, fd = child.result
-        reasons = capture.reasons(fd)
-        assert "outside the tree" in reasons
-        assert f"pid {forked}" in reasons
+        while len(os.listdir(f"/proc/{forked}/fd")) != len(os.listdir(f"/proc/{child.pid}/fd")):
+            select.select([], [], [], 0.001)
+        with Capture(child.pid) as capture:
+            (blocker,) = capture.blockers(fd)
+            assert f"its peer without a name is held by pid {forked} " in blocker.reason
 
 
 def test_descriptors_in_flight_are_refused() -> None:

@@ -54,7 +54,7 @@ def _reap_orphans() -> None:
     """Zombies that came to us because their parent ended first: nobody else will reap them."""
     for pid in family_of(os.getpid())[1:]:
         try:
-            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            fields = Path(f"/proc/{pid}/stat").read_text("latin-1").rpartition(")")[2].split()
         except OSError:
             continue
         if fields[0] == "Z" and int(fields[1]) == os.getpid():
@@ -67,7 +67,7 @@ def _reap_orphans() -> None:
 def _describe(pid: int) -> str:
     try:
         command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-        name = Path(f"/proc/{pid}/comm").read_text().strip()
+        name = Path(f"/proc/{pid}/comm").read_text("latin-1").strip()
     except OSError:
         return f"process {pid}"
     return f"process {pid} ({name}) {command[:200]}"

@@ -59,7 +59,9 @@ class Workshop:
         source, binary = self.programs / f"{program}.c", self.programs / program
         if not binary.exists():
             compiler = ["cc", "-O1", "-pthread", "-Wall", "-Wno-unused-function", "-o", str(binary), str(source)]
-            subprocess.run([*compiler, "-lrt"], check=True, capture_output=True)
+            done = subprocess.run(compiler, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise RuntimeError(f"{source.name}: {done.stderr}")
         return [str(binary)]
 
     def directory(self) -> Path:
@@ -178,7 +180,7 @@ class Tree:
 
     def alive(self) -> bool:
         try:
-            return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+            return Path(f"/proc/{self.pid}/stat").read_text("latin-1").rpartition(")")[2].split()[0] not in "ZX"
         except OSError:
             return False
 
@@ -189,7 +191,7 @@ class Tree:
         lines = []
         for pid in self.pids():
             try:
-                stat = Path(f"/proc/{pid}/stat").read_text().split("(", 1)[1].rpartition(")")
+                stat = Path(f"/proc/{pid}/stat").read_text("latin-1").split("(", 1)[1].rpartition(")")
                 where = Path(f"/proc/{pid}/syscall").read_text().strip()
                 lines.append(f"pid {pid} ({stat[0]}) {stat[2].split()[0]} in {where}")
             except OSError as error:

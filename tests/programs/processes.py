@@ -8,7 +8,7 @@ from support import main, prctl, status, syscall, wait_for
 
 
 def relations(pid):
-    with open(f"/proc/{pid}/stat") as file:
+    with open(f"/proc/{pid}/stat", encoding="latin-1") as file:
         name, fields = file.read().split("(", 1)[1].rsplit(")", 1)
     fields = fields.split()
     return name, fields[0], fields[1], fields[2], fields[3]  # comm, state, ppid, pgrp, session

@@ -21,6 +21,7 @@ import traceback
 
 DIRECTORY = os.path.abspath(sys.argv[1])
 libc = ctypes.CDLL(None, use_errno=True)
+libc.syscall.restype = ctypes.c_long
 _POLL_S = 0.004
 
 

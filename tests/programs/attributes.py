@@ -1,0 +1,127 @@
+"""Per-task attributes: limits, scheduling, affinity, ioprio, oom_score_adj, personality, and a dozen prctl(2) settings."""
+
+import ctypes
+import os
+import resource
+import signal
+import struct
+
+from support import main, prctl, syscall
+
+SYS_IOPRIO_SET, SYS_IOPRIO_GET, SYS_PERSONALITY = 251, 252, 135
+SYS_SCHED_SETATTR, SYS_SCHED_GETATTR = 314, 315
+PR_SET_PDEATHSIG, PR_GET_PDEATHSIG = 1, 2
+PR_GET_DUMPABLE, PR_SET_DUMPABLE = 3, 4
+PR_GET_KEEPCAPS, PR_SET_KEEPCAPS = 7, 8
+PR_SET_TIMERSLACK, PR_GET_TIMERSLACK = 29, 30
+PR_SET_CHILD_SUBREAPER, PR_GET_CHILD_SUBREAPER = 36, 37
+PR_SET_NO_NEW_PRIVS, PR_GET_NO_NEW_PRIVS = 38, 39
+PR_SET_THP_DISABLE, PR_GET_THP_DISABLE = 41, 42
+ADDR_NO_RANDOMIZE, UNAME26 = 0x0040000, 0x0020000
+
+
+def read_file(path):
+    with open(path) as file:
+        return file.read()
+
+
+def write_file(path, text):
+    with open(path, "w") as file:
+        file.write(text)
+
+
+def get_int(option):
+    value = ctypes.c_int()
+    prctl(option, ctypes.addressof(value))
+    return value.value
+
+
+def limits(program):
+    wanted = {
+        resource.RLIMIT_NOFILE: (777, 900),
+        resource.RLIMIT_CORE: (0, 4096),
+        resource.RLIMIT_STACK: (6 << 20, 32 << 20),
+        resource.RLIMIT_NPROC: (5000, 5001),
+        resource.RLIMIT_CPU: (3000, 4000),
+        resource.RLIMIT_FSIZE: (1 << 40, resource.RLIM_INFINITY),
+        resource.RLIMIT_RTTIME: (1 << 30, 1 << 31),
+        resource.RLIMIT_MSGQUEUE: (4000, 5000),
+    }
+    for limit, value in wanted.items():
+        soft, hard = value
+        old = resource.getrlimit(limit)[1]
+        if old != resource.RLIM_INFINITY and (hard == resource.RLIM_INFINITY or hard > old):
+            hard = old
+        resource.setrlimit(limit, (min(soft, hard) if hard != resource.RLIM_INFINITY else soft, hard))
+    program.same(
+        "limits",
+        lambda: [resource.getrlimit(limit) for limit in range(16)],
+        lambda: resource.setrlimit(resource.RLIMIT_CORE, (0, 0)),
+    )
+
+
+def scheduling(program):
+    def attributes():
+        buffer = ctypes.create_string_buffer(56)
+        syscall(SYS_SCHED_GETATTR, 0, buffer, 56, 0)
+        return struct.unpack("<IIQiI", buffer.raw[:24])
+
+    os.sched_setscheduler(0, os.SCHED_BATCH | os.SCHED_RESET_ON_FORK, os.sched_param(0))
+    os.setpriority(os.PRIO_PROCESS, 0, 7)
+    program.same("policy and nice", attributes, lambda: os.setpriority(os.PRIO_PROCESS, 0, 8))
+    os.sched_setaffinity(0, {0})
+    program.same("affinity", lambda: os.sched_getaffinity(0), lambda: os.sched_setaffinity(0, {0, 1} if (os.cpu_count() or 1) > 1 else {0}))
+    syscall(SYS_IOPRIO_SET, 1, 0, 2 << 13 | 6)
+    program.same("ioprio", lambda: syscall(SYS_IOPRIO_GET, 1, 0), lambda: syscall(SYS_IOPRIO_SET, 1, 0, 3 << 13))
+
+    def idle(child):
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+        child.same("policy", attributes, lambda: os.setpriority(os.PRIO_PROCESS, 0, 9))
+
+    program.child("idle", idle)
+
+    def realtime(child):
+        try:
+            os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(3))
+        except PermissionError:
+            os.setpriority(os.PRIO_PROCESS, 0, 12)  # not allowed in a user namespace
+        child.same("policy", attributes, lambda: os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0)))
+
+    program.child("realtime", realtime)
+
+
+def settings(program):
+    write_file("/proc/self/oom_score_adj", "345")
+    program.same("oom_score_adj", lambda: read_file("/proc/self/oom_score_adj"), lambda: write_file("/proc/self/oom_score_adj", "400"))
+    write_file("/proc/self/coredump_filter", "0x7f")
+    program.same("coredump_filter", lambda: read_file("/proc/self/coredump_filter"), lambda: write_file("/proc/self/coredump_filter", "1"))
+    syscall(SYS_PERSONALITY, ADDR_NO_RANDOMIZE | UNAME26)
+    program.same("personality", lambda: syscall(SYS_PERSONALITY, 0xFFFFFFFF), lambda: syscall(SYS_PERSONALITY, 0))
+    prctl(PR_SET_TIMERSLACK, 123_456)
+    program.same("timer slack", lambda: prctl(PR_GET_TIMERSLACK), lambda: prctl(PR_SET_TIMERSLACK, 99))
+    prctl(PR_SET_CHILD_SUBREAPER, 1)
+    program.same("child subreaper", lambda: get_int(PR_GET_CHILD_SUBREAPER), lambda: prctl(PR_SET_CHILD_SUBREAPER, 0))
+    prctl(PR_SET_THP_DISABLE, 1)
+    program.same("THP disable", lambda: prctl(PR_GET_THP_DISABLE), lambda: prctl(PR_SET_THP_DISABLE, 0))
+    prctl(PR_SET_KEEPCAPS, 1)
+    program.same("keep capabilities", lambda: prctl(PR_GET_KEEPCAPS), lambda: prctl(PR_SET_KEEPCAPS, 0))
+
+    def private(child):
+        prctl(PR_SET_PDEATHSIG, signal.SIGUSR2)
+        prctl(PR_SET_NO_NEW_PRIVS, 1)
+        child.same("pdeathsig", lambda: get_int(PR_GET_PDEATHSIG), lambda: prctl(PR_SET_PDEATHSIG, 0))
+        prctl(PR_SET_DUMPABLE, 0)
+        child.same("dumpable", lambda: prctl(PR_GET_DUMPABLE), lambda: prctl(PR_SET_DUMPABLE, 1))
+        child.same("nothing of the parent's", lambda: (get_int(PR_GET_CHILD_SUBREAPER), prctl(PR_GET_NO_NEW_PRIVS)), lambda: prctl(PR_SET_CHILD_SUBREAPER, 1))
+
+    program.child("private", private)
+    program.same("no_new_privs is the child's only", lambda: prctl(PR_GET_NO_NEW_PRIVS), lambda: prctl(PR_SET_NO_NEW_PRIVS, 1))
+
+
+def body(program):
+    limits(program)
+    settings(program)
+    scheduling(program)
+
+
+main(body)

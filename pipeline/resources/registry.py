@@ -32,7 +32,7 @@ from pipeline.resources.kinds import FdView, FileKind
 @cache
 def kinds() -> tuple[FileKind[Any], ...]:
     """Every kind; the last one matches whatever is left, and refuses it."""
-    from pipeline.resources import inet_listen, inet_other, netlink_socket, pty, unix_socket
+    from pipeline.resources import inet_listen, inet_other, netlink_socket, other_socket, pty, unix_socket
 
     return (
         opath.KIND,
@@ -47,6 +47,7 @@ def kinds() -> tuple[FileKind[Any], ...]:
         inet_listen.KIND,
         inet_other.KIND,
         netlink_socket.KIND,
+        other_socket.KIND,
         pty.KIND,
         device.KIND,
         eventfd.KIND,

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
         TargetError,
         UsageError,
     )
-    from pipeline.inspect import inspect
+    from pipeline.inspect import Inspection, inspect
     from pipeline.migrate import MigrateResult, migrate
     from pipeline.progress import NullProgress, Progress
     from pipeline.restore import RestoredTree, restore
@@ -46,6 +46,7 @@ __all__ = [
     "DumpResult",
     "ImageError",
     "InDoubt",
+    "Inspection",
     "MigrateResult",
     "NullProgress",
     "PeerError",
@@ -70,6 +71,7 @@ _RECIPES = frozenset({"check", "dump", "inspect", "migrate", "restore", "serve"}
 _HOMES = {name: name for name in _RECIPES} | {
     "CheckReport": "check",
     "DumpResult": "dump",
+    "Inspection": "inspect",
     "MigrateResult": "migrate",
     "NullProgress": "progress",
     "Progress": "progress",

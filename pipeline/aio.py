@@ -20,7 +20,7 @@ import pipeline
 if TYPE_CHECKING:
     from pipeline.check import CheckReport
     from pipeline.dump import DumpResult
-    from pipeline.image.codec import Image
+    from pipeline.inspect import Inspection
     from pipeline.migrate import MigrateResult
     from pipeline.progress import Progress
     from pipeline.restore import RestoredTree
@@ -230,6 +230,6 @@ async def check(pid: int | None = None) -> CheckReport:
     return await _run(lambda: pipeline.check(pid))
 
 
-async def inspect(source: str) -> Image:
+async def inspect(source: str) -> Inspection:
     """`pipeline.inspect` for asyncio."""
     return await _run(lambda: pipeline.inspect(source))

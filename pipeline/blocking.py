@@ -17,7 +17,7 @@ import pipeline
 if TYPE_CHECKING:
     from pipeline.check import CheckReport
     from pipeline.dump import DumpResult
-    from pipeline.image.codec import Image
+    from pipeline.inspect import Inspection
     from pipeline.migrate import MigrateResult
     from pipeline.progress import Progress
     from pipeline.restore import RestoredTree
@@ -130,6 +130,6 @@ def check(pid: int | None = None) -> CheckReport:
     return trio.run(lambda: pipeline.check(pid))
 
 
-def inspect(source: str) -> Image:
+def inspect(source: str) -> Inspection:
     """`pipeline.inspect`, blocking."""
     return trio.run(lambda: pipeline.inspect(source))

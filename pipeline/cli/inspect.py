@@ -1,6 +1,6 @@
 """Show what an image holds: the tree, its namespaces with their maps, files, memory and sizes.
 
-Only the records are trusted to be read here: nothing is rebuilt or run.
+The whole image is read and every checksum verified; nothing is rebuilt or run.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from pipeline.image.codec import Image
     from pipeline.image.schema import Extent, OpenFile, Process
+    from pipeline.inspect import Inspection
 
 EXAMPLE = "  python -m pipeline inspect image\n  python -m pipeline inspect image --json | python -m json.tool | less"
 
@@ -37,23 +38,19 @@ def execute(arguments: argparse.Namespace) -> int:
     import pipeline
     from pipeline.cli import recipe
 
-    image = recipe.run(lambda: pipeline.inspect(arguments.image))
+    inspection = recipe.run(lambda: pipeline.inspect(arguments.image))
     if arguments.json:
-        render.document(as_document(image))
+        render.document(as_document(inspection))
     else:
         from rich.console import Console
 
-        show(image, arguments.image, Console(highlight=False))
+        show(inspection, arguments.image, Console(highlight=False))
     return 0
 
 
-def page_bytes(image: Image) -> dict[int, int]:
-    """Carried bytes of each space."""
-    return {} if image.end is None else dict(image.end.spaces)
-
-
-def as_document(image: Image) -> dict[str, Any]:
+def as_document(inspection: Inspection) -> dict[str, Any]:
     """The whole image as JSON knows it; page contents are not part of it."""
+    image = inspection.image
     return {
         "head": render.plain(image.head),
         "user-namespaces": render.plain(list(image.user_namespaces.values())),
@@ -64,27 +61,29 @@ def as_document(image: Image) -> dict[str, Any]:
         "shared-memory": render.plain(list(image.shared_memory.values())),
         "contents": render.plain(list(image.contents.values())),
         "files": render.plain(list(image.files.values())),
-        "page-bytes": {str(space): count for space, count in page_bytes(image).items()},
-        "total-page-bytes": image.end.page_bytes if image.end else None,
+        "page-bytes": {str(space): count for space, count in inspection.page_bytes.items()},
+        "image-bytes": inspection.image_bytes,
     }
 
 
-def show(image: Image, name: str, console: Console) -> None:
+def show(inspection: Inspection, name: str, console: Console) -> None:
     """Print it for a person."""
-    _heading(image, name, console)
-    console.print(_process_tree(image))
+    image, carried = inspection.image, inspection.page_bytes
+    _heading(inspection, name, console)
+    console.print(_process_tree(image, carried))
     console.print(_user_namespace_tree(image))
-    for table in (_namespaces(image), _memory(image), _files(image)):
+    for table in (_namespaces(image), _memory(image, carried), _files(image)):
         if table.row_count:
             console.print()
             console.print(table)
 
 
-def _heading(image: Image, name: str, console: Console) -> None:
+def _heading(inspection: Inspection, name: str, console: Console) -> None:
     from datetime import UTC, datetime
 
     from rich.markup import escape
 
+    image = inspection.image
     head = image.head
     made = datetime.fromtimestamp(head.created_ns / 1e9, UTC)
     console.print(
@@ -92,10 +91,10 @@ def _heading(image: Image, name: str, console: Console) -> None:
     )
     console.print(f"made {made:%Y-%m-%d %H:%M:%S} UTC")
     threads = sum(len(process.threads) for process in image.processes.values())
-    carried = render.size(image.end.page_bytes) if image.end else "not complete"
+    carried = render.size(sum(inspection.page_bytes.values()))
     console.print(
         f"{_many(len(image.processes), 'process', 'processes')}, {_many(threads, 'thread')}, "
-        f"{_many(len(image.files), 'open file')}, pages: {carried}\n"
+        f"{_many(len(image.files), 'open file')}, pages: {carried}, image: {render.size(inspection.image_bytes)}\n"
     )
 
 
@@ -109,17 +108,17 @@ def _text(value: bytes) -> str:
     return escape(value.decode("utf-8", "backslashreplace"))
 
 
-def _process_tree(image: Image) -> Tree:
+def _process_tree(image: Image, carried: Mapping[int, int]) -> Tree:
     from rich.tree import Tree
 
     top = Tree("[bold]Processes[/]")
     nodes: dict[int, Tree] = {}
     for pid, process in image.processes.items():
-        nodes[pid] = nodes.get(process.parent, top).add(_process_line(image, process))
+        nodes[pid] = nodes.get(process.parent, top).add(_process_line(process, carried))
     return top
 
 
-def _process_line(image: Image, process: Process) -> str:
+def _process_line(process: Process, carried: Mapping[int, int]) -> str:
     pids = " / ".join(map(str, process.pids))
     name = _text(process.threads[0].comm if process.threads else process.comm)
     facts = []
@@ -134,7 +133,7 @@ def _process_line(image: Image, process: Process) -> str:
             facts.append(f"{len(process.threads)} threads")
         facts.append(_many(len(process.fds), "fd"))
     if process.space is not None:
-        facts.append(render.size(page_bytes(image).get(process.space, 0)))
+        facts.append(render.size(carried.get(process.space, 0)))
     if process.state != "running":
         facts.append(process.state)
     return f"[bold]{pids}[/] [cyan]{name}[/]  {', '.join(facts)}"
@@ -197,7 +196,7 @@ def _namespaces(image: Image) -> Table:
     return table
 
 
-def _memory(image: Image) -> Table:
+def _memory(image: Image, carried: Mapping[int, int]) -> Table:
     table = _table(
         "Memory",
         "pid",
@@ -208,7 +207,6 @@ def _memory(image: Image) -> Table:
         "shares",
         numbers=["mappings", "size", "carried"],
     )
-    carried = page_bytes(image)
     for process in image.processes.values():
         if process.space is None:
             continue

@@ -97,19 +97,20 @@ def milliseconds(value: float) -> str:
     return f"{value:.0f} ms" if value < 1000 else f"{value / 1000:.2f} s"
 
 
-#: QMP's names whose value is a duration in milliseconds, or a number of bytes
-_DURATIONS = ("total-time", "setup-time", "downtime", "expected-downtime", "frozen-time")
-_BYTES = ("transferred", "remaining", "image-size", "page-bytes")
+#: figures that are numbers of bytes; durations, in milliseconds, end in ``time``
+_BYTES = ("transferred", "remaining", "page-bytes")
 
 
 def figures(values: Mapping[str, Any]) -> str:
     """The figures of a result in one line, and the rate where it can be told."""
     parts = []
     for name, value in values.items():
-        if name in _DURATIONS and isinstance(value, int | float):
+        if name.endswith("time") and isinstance(value, int | float):
             parts.append(f"{name} {milliseconds(value)}")
         elif name in _BYTES and isinstance(value, int | float):
             parts.append(f"{name} {size(value)}")
+        elif isinstance(value, float):
+            parts.append(f"{name} {value:g}")
         else:
             parts.append(f"{name} {value}")
     transferred, total_ms = values.get("transferred"), values.get("total-time")

@@ -12,7 +12,6 @@ from pipeline.image.codec import Image
 from pipeline.image.schema import (
     AddressSpace,
     Credentials,
-    End,
     Extent,
     FdEntry,
     FileIdentity,
@@ -30,6 +29,7 @@ from pipeline.image.schema import (
     UserNamespace,
     Vma,
 )
+from pipeline.inspect import Inspection
 
 _KINDS = ("pid", "mnt", "uts", "ipc", "net", "cgroup", "time")
 
@@ -81,7 +81,7 @@ def _process(pids: list[int], parent: int, user: int, uid: Id) -> Process:
     )
 
 
-def image() -> Image:
+def image() -> Inspection:
     made = Image()
     for record in (
         Head(
@@ -118,10 +118,9 @@ def image() -> Image:
         OpenFile(
             index=0, kind="regular", flags=2, position=77, state={"path": [1, b"/var/log/[x]"], "size": 5}
         ),
-        End(records=16, page_bytes=12288, spaces=[(7, 8192), (9, 4096)]),
     ):
         made.add(record)
-    return made
+    return Inspection(made, {7: 8192, 9: 4096}, 20_000)
 
 
 def shown() -> str:
@@ -134,7 +133,7 @@ def test_a_person_sees_tree_maps_files_and_sizes() -> None:
     text = shown()
     for fact in (
         "s3://bucket/[image]: format 1, x86_64, Linux 6.18.0",
-        "2 processes, 2 threads, 1 open file, pages: 12.3 kB",
+        "2 processes, 2 threads, 1 open file, pages: 12.3 kB, image: 20.0 kB",
         "10 worker[1]",
         "11 / 1 worker[1]",
         "uid 4242 of user namespace 0, unmapped here",
@@ -160,7 +159,7 @@ def test_a_child_stands_below_its_parent() -> None:
 
 def test_the_document_is_json_and_complete() -> None:
     document = json.loads(json.dumps(inspect.as_document(image())))
-    assert document["total-page-bytes"] == 12288
+    assert document["image-bytes"] == 20_000
     assert document["page-bytes"] == {"7": 8192, "9": 4096}
     assert document["processes"][1]["pids"] == [11, 1]
     assert document["processes"][0]["threads"][0]["registers"] == "hex:00ff"

@@ -161,10 +161,9 @@ class Embodiment:
         space = self._space(process)
         parent = self._space(self._image.processes[process.parent])
         self._move_in(process, grown)
-        exe = space.exe if space.exe != parent.exe else None
-        with self._sent(puppet, rebuild.missing(parent, space), exe) as (fds, exe_fd):
+        with self._sent(puppet, rebuild.missing(parent, space), None) as (fds, no_exe):
             puppet.run_checked(rebuild.inherit(parent, space, fds))
-            memory_layout.set_bounds(puppet, space, exe_fd)
+            memory_layout.set_bounds(puppet, space, no_exe)
 
     def _move_in(self, process: Process, grown: Grown) -> None:
         puppet = grown.puppet

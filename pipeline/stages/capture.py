@@ -185,17 +185,18 @@ class Capture:
         spaces: dict[int, AddressSpace] = {}
         runs = {number: memory.runs for number, (_, memory) in captured.items()}
         for number, (pid, memory) in captured.items():
-            space = memory.space
+            spaces[number] = space = memory.space
             parent = by_pid.get(by_pid[pid].parent)
-            if parent is not None and parent.space is not None and planner.late(parent, by_pid[pid]):
-                parent_pid, parent_memory = captured[parent.space]
+            if parent is None or parent.space is None or not planner.late(parent, by_pid[pid]):
+                continue
+            parent_pid, parent_memory = captured[parent.space]
+            if os.path.samefile(f"/proc/{parent_pid}/exe", f"/proc/{pid}/exe"):
                 shared = plan_copy_on_write(
                     parent_pid, parent_memory.space, parent_memory.runs, pid, space, memory.runs
                 )
                 if shared.shared:
-                    space = replace(space, copy_of=parent.space, dropped=shared.dropped)
+                    spaces[number] = replace(space, copy_of=parent.space, dropped=shared.dropped)
                     runs[number] = shared.send
-            spaces[number] = space
         planner = plan(processes, list(spaces.values()), *tables)
         sources: list[PageSource] = [
             SharedPages(shared.record.space, shared) for shared in self._objects.shared_memory

@@ -219,14 +219,14 @@ def scheduling(tid: HostPid) -> Scheduling:
     """Policy, priorities, affinity and I/O priority of a task (sched_getattr, ioprio_get)."""
     raw = bytearray(_SCHED_ATTR.size)
     buffer = (len(raw)).to_bytes(4, "little") + bytes(len(raw) - 4)
-    _, policy, flags, nice, priority, runtime, deadline, period = _SCHED_ATTR.unpack(
+    _, policy, flags, _, priority, runtime, deadline, period = _SCHED_ATTR.unpack(
         _filled(NR.sched_getattr, tid, buffer)
     )
     ioprio = syscall(NR.ioprio_get, _IOPRIO_WHO_PROCESS, tid)
     return Scheduling(
         policy=policy,
         flags=flags,
-        nice=nice,
+        nice=os.getpriority(os.PRIO_PROCESS, tid),
         priority=priority,
         runtime_ns=runtime,
         deadline_ns=deadline,

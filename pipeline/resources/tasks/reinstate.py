@@ -28,6 +28,7 @@ from pipeline.kernel.syscalls import PRCTL
 from pipeline.remote.calls import Call, In, Out
 from pipeline.remote.puppet import Puppet
 from pipeline.resources.tasks import credentials
+from pipeline.resources.tasks.inquiry import scheduling
 
 _SEV_THREAD_ID = 4
 _RLIM_NLIMITS = 16
@@ -103,7 +104,8 @@ def make_timers(process: Process, puppet: Puppet) -> None:
     by_level = {thread.pids[0]: thread.pids[-1] for thread in process.threads}
     for timer in sorted(process.timers, key=lambda timer: timer.id):
         tid = by_level.get(timer.thread or 0, 0)
-        event = struct.pack("<Qiii", timer.sigval, timer.signal, timer.notify, tid).ljust(64, b"\0")
+        notify = timer.notify | (_SEV_THREAD_ID if timer.thread is not None else 0)
+        event = struct.pack("<Qiii", timer.sigval, timer.signal, notify, tid).ljust(64, b"\0")
         while True:
             number = Out(4, timer.id.to_bytes(4, "little", signed=True))
             puppet.syscall(NR.timer_create, timer.clock, event, number)
@@ -219,17 +221,23 @@ def _scheduling(thread: Thread, puppet: Puppet) -> Iterator[Call]:
             (0, size, mask.to_bytes(size, "little")),
             name=f"affinity to processors {wanted.affinity}",
         )
-    attributes = struct.pack(
-        "<IIQiIQQQ", 48, wanted.policy, wanted.flags, wanted.nice, wanted.priority,
-        wanted.runtime_ns, wanted.deadline_ns, wanted.period_ns,
-    )  # fmt: skip
-    from pipeline.resources.tasks.inquiry import scheduling
-
     now = scheduling(puppet.tid)
-    if (now.policy, now.flags, now.nice, now.priority) != (
-        wanted.policy, wanted.flags, wanted.nice, wanted.priority,
-    ):  # fmt: skip
-        yield Call(NR.sched_setattr, (0, attributes, 0), name=f"policy {wanted.policy}, nice {wanted.nice}")
+    if now.nice != wanted.nice:
+        # by itself: SCHED_IDLE keeps a nice value that sched_setattr does not set
+        yield Call(NR.setpriority, (os.PRIO_PROCESS, 0, wanted.nice), name=f"nice {wanted.nice}")
+    if (now.policy, now.flags, now.priority) != (wanted.policy, wanted.flags, wanted.priority):
+        attributes = struct.pack(
+            "<IIQiIQQQ",
+            48,
+            wanted.policy,
+            wanted.flags,
+            wanted.nice,
+            wanted.priority,
+            wanted.runtime_ns,
+            wanted.deadline_ns,
+            wanted.period_ns,
+        )
+        yield Call(NR.sched_setattr, (0, attributes, 0), name=f"scheduling policy {wanted.policy}")
     if now.ioprio != wanted.ioprio:
         yield Call(NR.ioprio_set, (1, 0, wanted.ioprio), name="I/O priority")
 

@@ -110,7 +110,9 @@ class MountsView:
             if have[_key(mount)]:
                 have[_key(mount)] -= 1
                 self._gone.append(mount)
-        self._root_is_ours = bool(there) and _key(there[0]) == _key(own[0])
+        # mounts are listed in the order of their ids, which is not the same in a copy of a namespace
+        roots = [[_key(mount) for mount in mounts if mount.point == b"/"][-1:] for mounts in (own, there)]
+        self._root_is_ours = bool(roots[0]) and roots[0] == roots[1]
 
     def blockers(self, subject: str) -> Iterator[Blocker]:
         """Mounts that are not carried."""

@@ -28,6 +28,8 @@ from pipeline.kernel import procfs, ptrace
 from pipeline.kernel.ptrace import EVENT, OPTION
 from pipeline.ledger import LEDGER
 
+#: between two looks at tasks that were killed
+_END_PAUSE_S = 0.0005
 #: how long a task may take to stop: vfork parents and disk sleepers stop when the kernel lets them
 _STOP_TIMEOUT_S = 10.0
 _SPINS = 200
@@ -257,18 +259,31 @@ def release(tree: FrozenTree) -> None:
 
 
 def end(tree: FrozenTree) -> None:
-    """Kill the frozen tree: every process is told first, so nothing of it runs again; then its end is awaited."""
+    """Kill the frozen tree: every process is told first, so nothing of it runs again; then its end is awaited.
+
+    Ends are taken in rounds, as they come: a leader's is reported after those of its threads, and
+    the first process of a pid namespace ends only when its tracer has taken all the others in it.
+    """
     for process in tree.living():
         with suppress(ProcessLookupError):
             os.kill(process.pid, signal.SIGKILL)
-    for process in tree.processes.values():
-        # a leader's end is reported when its threads' ends have been taken
-        for tid in sorted(process.tasks, key=lambda tid: tid == process.pid):
-            with suppress(ChildProcessError):
-                while (stop := ptrace.wait(tid)) is not None and not stop.exited:
-                    pass
-            del process.tasks[tid]
-            LEDGER.give_back("seized task", tid)
+    while waited := [(process, tid) for process in tree.processes.values() for tid in process.tasks]:
+        for process, tid in waited:
+            if _has_ended(tid):
+                del process.tasks[tid]
+                LEDGER.give_back("seized task", tid)
+        if any(process.tasks for process in tree.processes.values()):
+            time.sleep(_END_PAUSE_S)
+
+
+def _has_ended(tid: int) -> bool:
+    try:
+        while (stop := ptrace.wait(tid, nohang=True)) is not None:
+            if stop.exited:
+                return True
+    except ChildProcessError:
+        return True
+    return False
 
 
 def hold_stopped(tree: FrozenTree) -> None:

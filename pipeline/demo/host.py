@@ -13,6 +13,7 @@ import signal
 import socket
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -127,12 +128,21 @@ class Agent:
         }
 
 
-def main(name: str) -> None:
-    """Serve requests until stdin ends."""
+def _close_all_but(kept: set[int]) -> None:
+    """Nothing that the demo's caller left open may be on a host: it would be held by the tree, too."""
+    for fd in sorted(int(entry) for entry in os.listdir("/proc/self/fd")):
+        if fd not in kept:
+            with suppress(OSError):
+                os.close(fd)
+
+
+def main(name: str, kept: set[int]) -> None:
+    """Serve requests until stdin ends; of the descriptors, only 0, 1, 2 and `kept` stay open."""
     prctl(PRCTL.SET_PDEATHSIG, signal.SIGKILL)
     os.setsid()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     socket.sethostname(name)
+    _close_all_but({0, 1, 2, *kept})
     agent = Agent()
     poll = select.poll()
     poll.register(0, select.POLLIN)
@@ -158,4 +168,4 @@ def main(name: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], set(map(int, sys.argv[2:])))

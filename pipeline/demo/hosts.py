@@ -45,7 +45,7 @@ class Host:
             os.dup2(reply_writer, 1)
             for fd in self._inherited:
                 os.set_inheritable(fd, True)
-            command = [sys.executable, "-m", "pipeline.demo.host", self.name]
+            command = [sys.executable, "-m", "pipeline.demo.host", self.name, *map(str, self._inherited)]
             self.pid = run.start(command, run.Surroundings(others=_KINDS))
         finally:
             for fd, copy in kept.items():

@@ -213,6 +213,8 @@ def answer(name: str, reader: int, writer: int, below: Callable[[dict[str, Any]]
 
 def middle(reader: int, writer: int, second_map: str) -> None:
     """Level 1: pid 1 of a pid namespace."""
+    for fd in (reader, writer):
+        os.set_inheritable(fd, False)
     socket.sethostname("inside")
     mine, theirs = socket.socketpair()
     os.set_inheritable(theirs.fileno(), True)

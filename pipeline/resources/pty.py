@@ -2,16 +2,17 @@
 
 The kernel holds a pair: a master (one open file) and a slave that is opened by number.
 Kept: the number (programs know it as /dev/pts/N), settings, window size, packet mode,
-lock, exclusive mode, owner and mode of the node, a half-typed line, whether the slave was
-ever closed, the session that it controls with its foreground group, slaves that are hung
-up, descriptors of /dev/tty.
+lock, exclusive mode, owner and mode of the node, bytes under way on both sides and lines
+half typed (`pipeline.resources.terminal_bytes`), whether the slave was ever closed, the session
+that it controls with its foreground group, slaves that are hung up, descriptors of /dev/tty.
 
 Refused by name: a side outside the tree (a shell's own terminal), other kinds of terminals,
-other line disciplines, and bytes that wait to be read on either side: a terminal cannot
-be peeked at, and taking them would lose them if the pipeline died.
+other line disciplines, events of packet mode not read yet, a terminal that is stopped
+(^S) or whose buffers are full.
 
-Not preserved: output stopped by ^S flows again; a foreground group without a process
-becomes the session leader's; a hung-up slave may have another number.
+Not preserved: a foreground group without a process
+becomes the session leader's; a hung-up slave may have another number; input typed before
+the slave was ever opened.
 
 Source: pts(4), ioctl_tty(2), credentials(7); drivers/tty/{tty_io,tty_jobctrl,pty}.c.
 """
@@ -29,15 +30,16 @@ from typing import Annotated
 
 from msgspec import Meta
 
-from pipeline.errors import Blocker, RebuildError
+from pipeline.errors import Blocker, RebuildError, Refused
 from pipeline.ids import HostPid, LocalFd
 from pipeline.image.schema import U32, Id, Index, OpenFile, PathRef, Pid, Record
 from pipeline.kernel import procfs
 from pipeline.kernel.arch.x86_64_numbers import NR
-from pipeline.resources import outside, pty_sides, sockets, terminal
+from pipeline.resources import outside, pty_sides, sockets, terminal, terminal_bytes
 from pipeline.resources.kinds import CaptureScope, CreateScope, FdView
 from pipeline.resources.paths import O_LARGEFILE, filesystem
 from pipeline.resources.pty_sides import Role
+from pipeline.resources.terminal_bytes import UnderWay
 
 _REMEDY = "start the tree with setsid and its stdio redirected, or run tmux inside the tree"
 
@@ -56,7 +58,7 @@ class Terminal(Record, frozen=True, kw_only=True):
 
     `settings`: struct termios2. `window`: struct winsize. `left`: every slave was closed, the master reads EIO.
     `session`: level-0 pid of the leader, 0 if none; `foreground`: the group's number inside the leader's
-    own pid namespace. `unfinished`: what was typed of a line.
+    own pid namespace. `under_way`: what waits on both sides.
     """
 
     settings: Annotated[bytes, Meta(min_length=44, max_length=44)]
@@ -68,7 +70,7 @@ class Terminal(Record, frozen=True, kw_only=True):
     left: bool
     session: Pid = 0
     foreground: Pid = 0
-    unfinished: Annotated[bytes, Meta(max_length=4096)] = b""
+    under_way: UnderWay = UnderWay()
     node: Node | None = None
 
 
@@ -113,12 +115,12 @@ class Pty:
     name = "pty"
     record: type[PtyState] = PtyState
     carried: Sequence[str] = (
-        "pseudo-terminals with both sides in the tree: settings, size, number, session and foreground group",
+        "pseudo-terminals with both sides in the tree: settings, number, unread bytes, session, foreground group",
         "hung-up terminals, /dev/tty",
     )
     refused: Sequence[str] = (
         "a terminal with a side outside the tree, a console or serial line",
-        "unread bytes on either side of a terminal",
+        "a terminal that is stopped or full, unread events of packet mode",
     )
 
     def matches(self, view: FdView) -> bool:
@@ -126,7 +128,7 @@ class Pty:
         return pty_sides.is_terminal(view)
 
     def check(self, view: FdView, scope: CaptureScope) -> Iterator[Blocker]:
-        """Both sides in the tree, nothing unread."""
+        """Both sides in the tree."""
         role = pty_sides.role(view)
         if role is None:
             number = f"{os.major(view.stat.st_rdev)}:{os.minor(view.stat.st_rdev)}"
@@ -142,10 +144,6 @@ class Pty:
                 view.subject,
                 f"the terminal belongs to {pty_sides.owner_outside(pty_sides.number(view), scope)} outside the tree",
                 _REMEDY,
-            )
-        elif terminal.unread(view.local):
-            yield Blocker(
-                view.subject, "typed input waits to be read", "wait until it is read", transient=True
             )
         if role == "slave":
             holders = outside.same_link(view, scope)
@@ -204,7 +202,7 @@ class Pty:
             os.close(slave)
 
     def connect(self, file: OpenFile, record: PtyState, scope: CreateScope) -> None:
-        """Settings, size, owner of the node, the half-typed line."""
+        """Settings, size, owner of the node, bytes under way."""
         state = record.terminal
         if state is None:
             return
@@ -213,13 +211,8 @@ class Pty:
         terminal.set_window(master, state.window)
         if state.node is not None:
             _own_node(state.node, record.number, scope)
-        if state.left or state.unfinished:
-            slave = terminal.open_slave(master)
-            try:
-                if state.unfinished:
-                    terminal.type_again(master, slave, state.unfinished)
-            finally:
-                os.close(slave)
+        if state.left or state.under_way != UnderWay():
+            terminal_bytes.put(master, state.under_way)
 
     def finish(self, file: OpenFile, record: PtyState, scope: CreateScope) -> None:
         """Let the session leader take its terminal and name the foreground group; then what would forbid that.
@@ -241,7 +234,7 @@ class Pty:
             finally:
                 os.close(slave)
         if state.packet_mode:
-            terminal.set_packet_mode(master)
+            terminal.set_packet_mode(master, True)
         if state.exclusive:
             terminal.set_exclusive(master)
         if state.locked:
@@ -252,7 +245,8 @@ def _check_master(view: FdView, scope: CaptureScope) -> Iterator[Blocker]:
     name = f"/dev/pts/{pty_sides.number(view)}"
     holders = outside.same_file(view, scope)
     yield from outside.blockers(view, holders, "the terminal's master is also held by")
-    if not pty_sides.slaves(view, scope):
+    inside = pty_sides.slaves(view, scope)
+    if not inside:
         instance = pty_sides.instance(view)
         for pid, fd in outside.of_link(name.encode(), scope):
             with suppress(OSError):
@@ -262,6 +256,10 @@ def _check_master(view: FdView, scope: CaptureScope) -> Iterator[Blocker]:
                         f"its terminal {name} is used by {outside.name_of(pid)} outside the tree",
                         "include that process or end it",
                     )
+    elif not all(sockets.events(slave.local, select.POLLOUT) & select.POLLOUT for slave in inside):
+        yield Blocker(
+            view.subject, f"{name} is stopped (^S) or full", "wait until it is read", transient=True
+        )
     if terminal.discipline(view.local):
         yield Blocker(view.subject, "the terminal has a line discipline other than N_TTY", "reset it")
     leader = terminal.session(view.local)
@@ -269,10 +267,10 @@ def _check_master(view: FdView, scope: CaptureScope) -> Iterator[Blocker]:
         yield Blocker(
             view.subject, f"the terminal controls the session of pid {leader} outside the tree", _REMEDY
         )
-    if terminal.unread(view.local) or sockets.events(view.local, select.POLLPRI) & select.POLLPRI:
+    if sockets.events(view.local, select.POLLPRI) & select.POLLPRI:
         yield Blocker(
             view.subject,
-            f"output of {name} waits to be read",
+            f"an event of {name} (packet mode) waits to be read",
             "wait until it is read",
             transient=True,
         )
@@ -282,6 +280,7 @@ def _terminal(view: FdView, scope: CaptureScope) -> Terminal:
     """The state of the pair of a master."""
     master = view.local
     slaves = pty_sides.slaves(view, scope)
+    left = bool(sockets.events(master, 0) & select.POLLHUP)
     session = terminal.session(master)
     return Terminal(
         settings=terminal.settings(master).pack(),
@@ -290,12 +289,28 @@ def _terminal(view: FdView, scope: CaptureScope) -> Terminal:
         locked=terminal.locked(master),
         exclusive=terminal.exclusive(master),
         slave_exclusive=any(terminal.exclusive(slave.local) for slave in slaves),
-        left=bool(sockets.events(master, 0) & select.POLLHUP),
+        left=left,
         session=scope.member(session) if session else 0,
         foreground=_foreground(master, HostPid(session)) if session else 0,
-        unfinished=terminal.unfinished_line(master, slaves[0].local) if slaves else b"",
+        under_way=_bytes(view) if slaves or left else UnderWay(),
         node=_node(view, scope),
     )
+
+
+def _bytes(view: FdView) -> UnderWay:
+    try:
+        return terminal_bytes.capture(view.local)
+    except BlockingIOError:
+        raise Refused(
+            [
+                Blocker(
+                    view.subject,
+                    "the terminal is stopped (^S), or its buffers are full",
+                    "wait until its bytes are read",
+                    transient=True,
+                )
+            ]
+        ) from None
 
 
 def _foreground(master: LocalFd, leader: HostPid) -> Pid:

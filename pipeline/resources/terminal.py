@@ -1,10 +1,4 @@
-"""The ioctls of pseudo-terminals that the pty kind needs, each one typed, and the delicate ones explained.
-
-Lines typed but not finished are invisible from outside: in canonical mode the kernel
-counts finished lines only, and a terminal cannot be peeked at. `unfinished_line` looks by
-leaving canonical mode for a moment; if there is something it takes it and types it again
-(`type_again`). The target must be frozen; a pipeline killed within these few calls
-leaves the settings changed, or the half-typed line lost.
+"""The ioctls of pseudo-terminals that the pty kind needs, each one typed.
 
 Source: ioctl_tty(2), termios(3), pts(4); drivers/tty/n_tty.c, drivers/tty/pty.c.
 """
@@ -19,7 +13,7 @@ import select
 import socket
 import struct
 import termios
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Self
 
 from pipeline.ids import LocalFd
@@ -35,9 +29,6 @@ _TIOCGPTLCK = 0x80045439
 _TIOCGEXCL = 0x80045440
 _TIOCGPTPEER = 0x5441
 _TIOCGSID = 0x5429
-_ICANON = 2
-_VMIN = 6
-_VTIME = 5
 
 
 def _get(fd: int, request: int) -> int:
@@ -169,9 +160,9 @@ def packet_mode(master: LocalFd) -> bool:
     return bool(_get(master, _TIOCGPKT))
 
 
-def set_packet_mode(master: LocalFd) -> None:
-    """TIOCPKT, on."""
-    _set(master, termios.TIOCPKT, 1)
+def set_packet_mode(master: LocalFd, on: bool) -> None:
+    """TIOCPKT; switching it on forgets what was to be reported."""
+    _set(master, termios.TIOCPKT, on)
 
 
 def locked(master: LocalFd) -> bool:
@@ -192,35 +183,6 @@ def exclusive(fd: LocalFd) -> bool:
 def set_exclusive(fd: LocalFd) -> None:
     """TIOCEXCL, of this end."""
     fcntl.ioctl(fd, termios.TIOCEXCL)
-
-
-def unfinished_line(master: LocalFd, slave: LocalFd) -> bytes:
-    """What was typed of a line in canonical mode; see the module. Finished lines must have been read."""
-    usual = settings(slave)
-    if not usual.lflag & _ICANON:
-        return b""
-    characters = bytearray(usual.characters)
-    characters[_VMIN], characters[_VTIME] = 1, 0
-    set_settings(slave, replace(usual, lflag=usual.lflag & ~_ICANON, characters=bytes(characters)))
-    try:
-        count = unread(slave)
-        typed = os.read(slave, count) if count else b""
-    finally:
-        set_settings(slave, usual)
-    if typed:
-        type_again(master, slave, typed)
-    return typed
-
-
-def type_again(master: LocalFd, slave: LocalFd, typed: bytes) -> None:
-    """Let `typed` be the unfinished line: no echo, no signal, no character has a meaning."""
-    usual = settings(slave)
-    set_settings(slave, replace(usual, iflag=0, lflag=_ICANON, characters=bytes(len(usual.characters))))
-    try:
-        os.write(master, typed)
-        unread(slave)
-    finally:
-        set_settings(slave, usual)
 
 
 def open_controlling(slave: LocalFd, node: LocalFd, flags: int) -> LocalFd:

@@ -17,11 +17,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import RebuildError
+from pipeline.errors import RebuildError, Refused
 from pipeline.kernel import procfs
 from pipeline.kernel.arch.x86_64 import NR
 from pipeline.remote.puppet import Puppet
-from pipeline.resources import terminal
+from pipeline.resources import terminal, terminal_bytes
 from pipeline.resources.pty import check_controlling_terminal
 from tests.resources.fdharness import Capture, Rebuilt, Subject, subject
 from tests.resources.sockharness import polled
@@ -157,7 +157,7 @@ def test_a_line_that_is_half_typed_is_not_echoed_again() -> None:
     with subject(setup) as child, Capture(child.pid) as capture:
         master, slave = (capture.view(fd).local for fd in child.result)
         state = capture.kind(child.result[0]).capture(capture.view(child.result[0]), capture)
-        assert state.terminal.unfinished == b"half"
+        assert state.terminal.under_way.rest == b"half"
         assert not terminal.unread(master)
         os.write(master, b"\n")
         assert os.read(slave, 100) == b"half\n"
@@ -260,28 +260,161 @@ def test_a_number_that_is_taken_is_named() -> None:
             Rebuilt(capture).__enter__()
 
 
-def test_unread_bytes_are_refused_for_now() -> None:
+def _mode(slave: int, off: int) -> None:
+    settings = termios.tcgetattr(slave)
+    settings[3] &= ~off
+    termios.tcsetattr(slave, termios.TCSANOW, settings)
+
+
+@pytest.mark.parametrize("packets", [False, True])
+def test_bytes_under_way_in_raw_mode_stay_on_both_copies(packets: bool) -> None:
+    content = bytes(range(256)) * 7
+
+    def setup() -> tuple[int, int]:
+        master, slave = pty.openpty()
+        _mode(slave, termios.ECHO | termios.ICANON | termios.ISIG | termios.IEXTEN)
+        settings = termios.tcgetattr(slave)
+        settings[0] = settings[1] = 0
+        termios.tcsetattr(slave, termios.TCSANOW, settings)
+        if packets:
+            fcntl.ioctl(master, termios.TIOCPKT, struct.pack("<i", 1))
+        os.write(master, content)
+        os.write(slave, content[::-1] * 2)
+        return master, slave
+
+    def drained(master: int, slave: int) -> None:
+        assert terminal.unread(slave) == len(content)  # type: ignore[arg-type]
+        assert os.read(slave, 9000) == content
+        found = b""
+        while terminal.unread(master):  # type: ignore[arg-type]
+            piece = os.read(master, 9000)
+            found += piece[1:] if packets else piece
+        assert found == content[::-1] * 2
+
+    with subject(setup) as child:
+        with Capture(child.pid) as capture:
+            records = capture.records()
+            before = [termios.tcgetattr(capture.view(fd).local) for fd in child.result]
+            drained(*(capture.view(fd).local for fd in child.result))
+        child.call(partial(os.closerange, 3, 200))
+        with Rebuilt(capture, records) as new:
+            assert [termios.tcgetattr(new.fd(fd)) for fd in child.result] == before
+            assert number(new.fd(child.result[0]), TIOCGPKT) == packets
+            drained(*(new.fd(fd) for fd in child.result))
+
+
+def test_finished_lines_keep_their_ends() -> None:
+    def setup() -> tuple[int, int]:
+        master, slave = pty.openpty()
+        _mode(slave, termios.ECHO)
+        os.write(master, b"one\ntwo\x04\x04\n\x16\x04three\nfo")
+        return master, slave
+
+    def read(master: int, slave: int) -> list[bytes]:
+        found = []
+        while polled(slave) & select.POLLIN:
+            found.append(os.read(slave, 100))
+        os.write(master, b"ur\n")
+        return [*found, os.read(slave, 100)]
+
+    with subject(setup) as child:
+        with Capture(child.pid) as capture:
+            records = capture.records()
+            expected = [b"one\n", b"two", b"", b"\n", b"\x04three\n", b"four\n"]
+            assert read(*(capture.view(fd).local for fd in child.result)) == expected
+        child.call(partial(os.closerange, 3, 200))
+        with Rebuilt(capture, records) as new:
+            assert read(*(new.fd(fd) for fd in child.result)) == expected
+
+
+def test_last_words_before_the_slave_was_closed() -> None:
+    def setup() -> int:
+        master, slave = pty.openpty()
+        os.write(slave, b"bye\n")
+        os.close(slave)
+        return master
+
+    def last(master: int) -> None:
+        assert os.read(master, 100) == b"bye\r\n"
+        with pytest.raises(OSError, match="Input/output error"):
+            os.read(master, 100)
+
+    with subject(setup) as child:
+        with Capture(child.pid) as capture:
+            records = capture.records()
+            last(capture.view(child.result).local)
+        child.call(partial(os.closerange, 3, 200))
+        with Rebuilt(capture, records) as new:
+            last(new.fd(child.result))
+
+
+def test_a_terminal_that_is_stopped_or_full_and_packet_events_are_refused() -> None:
     def setup() -> tuple[int, ...]:
-        raw, raw_slave = pty.openpty()
-        line, line_slave = pty.openpty()
         packet, packet_slave = pty.openpty()
-        os.write(raw_slave, b"output")
-        settings = termios.tcgetattr(line_slave)
-        settings[3] &= ~termios.ECHO
-        termios.tcsetattr(line_slave, termios.TCSANOW, settings)
-        os.write(line, b"input\n")
+        stopped, stopped_slave = pty.openpty()
         fcntl.ioctl(packet, termios.TIOCPKT, struct.pack("<i", 1))
         termios.tcflow(packet_slave, termios.TCOOFF)
-        return raw, raw_slave, line, line_slave, packet, packet_slave
+        os.write(stopped_slave, b"before")
+        termios.tcflow(stopped_slave, termios.TCOOFF)
+        full, full_slave = pty.openpty()
+        os.set_blocking(full_slave, False)
+        while polled(full_slave) & select.POLLOUT:
+            os.write(full_slave, bytes(1000))
+        typed, typed_slave = pty.openpty()
+        _mode(typed_slave, termios.ECHO | termios.ICANON)
+        os.write(typed, bytes(range(65, 85)) * 500)
+        return packet, packet_slave, stopped, stopped_slave, full, full_slave, typed, typed_slave
 
     with subject(setup) as child, Capture(child.pid) as capture:
-        raw, raw_slave, line, line_slave, packet, packet_slave = child.result
-        for fd, reason in ((raw, "output of"), (line_slave, "typed input waits"), (packet, "output of")):
-            (blocker,) = capture.blockers(fd)
-            assert reason in blocker.reason
-            assert blocker.transient
-        for fd in (raw_slave, line, packet_slave):
-            assert not capture.blockers(fd)
+        packet, packet_slave, stopped, _, full, _, typed, _ = child.result
+        assert "(packet mode) waits" in capture.reasons(packet)
+        assert all(blocker.transient for blocker in capture.blockers(packet))
+        assert not capture.blockers(packet_slave)
+        for fd in (stopped, full):
+            assert "is stopped (^S) or full" in capture.reasons(fd)
+            with pytest.raises(Refused, match="is stopped"):
+                capture.kind(fd).capture(capture.view(fd), capture)
+        with pytest.raises(Refused, match="its buffers are full"):
+            capture.kind(typed).capture(capture.view(typed), capture)
+        assert os.read(capture.view(stopped).local, 100) == b"before"
+
+
+def test_a_pipeline_that_is_killed_while_it_looks_leaves_the_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def setup() -> tuple[int, int]:
+        master, slave = pty.openpty()
+        _mode(slave, termios.ECHO)
+        os.write(master, b"half")
+        return master, slave
+
+    def slowly(*arguments: object) -> None:
+        time.sleep(0.3)
+        write(*arguments)
+
+    write = terminal_bytes._write
+    monkeypatch.setattr(terminal_bytes, "_write", slowly)
+    with subject(setup) as child, Capture(child.pid) as capture:
+        master, slave = (capture.view(fd).local for fd in child.result)
+        pipeline = os.fork()
+        if not pipeline:
+            terminal_bytes.capture(master)
+            os._exit(0)
+        time.sleep(0.15)
+        os.kill(pipeline, signal.SIGKILL)
+        os.waitpid(pipeline, 0)
+        deadline = time.monotonic() + 5
+        while Path(f"/proc/self/task/{os.getpid()}/children").read_text().split() != [str(child.pid)]:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+            reap(child.pid)
+        os.write(master, b"\n")
+        assert os.read(slave, 100) == b"half\n"
+
+
+def reap(but: int) -> None:
+    """Collect orphans that became ours; the subject is not one of them."""
+    for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
+        if int(pid) != but:
+            os.waitpid(int(pid), os.WNOHANG)
 
 
 def test_a_terminal_from_outside_is_refused_and_its_owner_named() -> None:

@@ -1,0 +1,244 @@
+"""Bytes under way in a pseudo-terminal: taken, noted, and put back at once.
+
+A terminal cannot be peeked at, and of a line that is typed but not finished the kernel
+does not even tell that it is there. So the bytes are read and written again: output
+through the slave with output processing off; input through the master with echo,
+signals and every special character off, lines with the ends they had. The tree must be
+frozen; settings, packet mode and lock are as before afterwards.
+
+Input reaches the slave by a worker of the kernel, under the settings of that moment. In
+canonical mode a stop and a start character behind it tell that it has arrived: writing
+to the slave is not possible meanwhile. Hence a terminal that is stopped (^S) or whose
+output is full is refused, and one whose input buffer is full, which would let more in.
+
+All this runs in a child process of its own, which no signal reaches: a pipeline that is
+killed meanwhile does not leave a terminal without its bytes or its settings.
+
+Source: termios(3), ioctl_tty(2); drivers/tty/n_tty.c, drivers/tty/pty.c.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import signal
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from pipeline.ids import LocalFd
+from pipeline.image.schema import Record
+from pipeline.resources import terminal
+from pipeline.resources.terminal import Settings
+
+#: more than the buffers of one direction hold
+_MOST_BYTES = 1 << 20
+_IXON = 0o2000
+_ICANON = 0o2
+_EXTPROC = 0o200000
+_VEOF = 4
+_LINE_BYTES = 4096
+_VSTART = 8
+_VSTOP = 9
+#: half of the kernel's buffer (N_TTY_BUF_SIZE)
+_MOST_INPUT_BYTES = 2048
+_PATIENCE_S = 5.0
+_PAUSE_S = 0.000_2
+
+Bytes = Annotated[bytes, Meta(max_length=_MOST_BYTES)]
+
+
+class UnderWay(Record, frozen=True, kw_only=True):
+    """Bytes that wait in a pseudo-terminal.
+
+    `output`: for the master. `lines`: finished lines for the slave; one that does not end in a newline
+    was ended by an end-of-file character. `rest`: what is typed behind them; without canonical mode all
+    of the input.
+    """
+
+    output: Bytes = b""
+    lines: Annotated[list[Bytes], Meta(max_length=1 << 16)] = []
+    rest: Bytes = b""
+
+
+def capture(master: LocalFd) -> UnderWay:
+    """Take what waits on both sides of a pair, and put it back; the slave must have been opened once.
+
+    Raises:
+        OSError: EAGAIN: the output is stopped or full, or the input full; nothing was taken.
+    """
+    answer = _shielded(lambda: msgspec.msgpack.encode(_capture(master)))
+    return msgspec.msgpack.decode(answer, type=UnderWay)
+
+
+def put(master: LocalFd, found: UnderWay) -> None:
+    """Let `found` wait in an empty pair whose settings are final. The slave is opened for it and closed."""
+    slave = terminal.open_slave(master, os.O_RDWR | os.O_NONBLOCK)
+    try:
+        _put_output(master, slave, found.output)
+        _put_input(master, slave, found)
+    finally:
+        os.close(slave)
+
+
+def _shielded(act: Callable[[], bytes]) -> bytes:
+    """Run `act` in a child that no signal but SIGKILL for itself can stop."""
+    reader, writer = os.pipe2(os.O_CLOEXEC)
+    pid = os.fork()
+    if pid == 0:
+        code = 255
+        try:
+            signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+            os.setsid()
+            os.close(reader)
+            left = memoryview(act())
+            while left:
+                left = left[os.write(writer, left) :]
+            code = 0
+        except OSError as error:
+            code = error.errno or 255
+        finally:
+            os._exit(code)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as pipe:
+        answer = pipe.read()
+    _, status = os.waitpid(pid, 0)
+    code = os.waitstatus_to_exitcode(status)
+    if code:
+        raise OSError(abs(code), os.strerror(abs(code)))
+    return answer
+
+
+def _capture(master: LocalFd) -> UnderWay:
+    packets, locked = terminal.packet_mode(master), terminal.locked(master)
+    if packets:
+        terminal.set_packet_mode(master, False)
+    if locked:
+        terminal.set_locked(master, False)
+    try:
+        slave = terminal.open_slave(master, os.O_RDWR | os.O_NONBLOCK)
+        try:
+            if not _writable(slave) or terminal.unread(slave) > _MOST_INPUT_BYTES:
+                raise BlockingIOError(errno.EAGAIN, "the terminal is stopped or full")
+            output = _drain(master)
+            _put_output(master, slave, output)
+            found = _take_input(slave)
+            _put_input(master, slave, found)
+            return msgspec.structs.replace(found, output=output)
+        finally:
+            os.close(slave)
+    finally:
+        if locked:
+            terminal.set_locked(master, True)
+        if packets:
+            terminal.set_packet_mode(master, True)
+
+
+def _events(fd: LocalFd, wanted: int) -> int:
+    poll = select.poll()
+    poll.register(fd, wanted)
+    return sum(found for _, found in poll.poll(0))
+
+
+def _writable(slave: LocalFd) -> bool:
+    return bool(_events(slave, select.POLLOUT) & select.POLLOUT)
+
+
+def _drain(fd: LocalFd) -> bytes:
+    found = bytearray()
+    while count := terminal.unread(fd):
+        found += os.read(fd, count)
+    return bytes(found)
+
+
+def _take_input(slave: LocalFd) -> UnderWay:
+    usual = terminal.settings(slave)
+    if not usual.lflag & _ICANON:
+        return UnderWay(rest=_drain(slave))
+    lines = []
+    while _events(slave, select.POLLIN) & select.POLLIN:
+        lines.append(os.read(slave, _LINE_BYTES))
+    # Without canonical mode, what is typed of a line shows; characters keep their meaning for output.
+    terminal.set_settings(slave, replace(usual, lflag=usual.lflag & ~_ICANON))
+    try:
+        rest = _drain(slave)
+    finally:
+        terminal.set_settings(slave, usual)
+    return UnderWay(lines=lines, rest=rest)
+
+
+def _put_output(master: LocalFd, slave: LocalFd, output: bytes) -> None:
+    if output:
+        usual = terminal.settings(slave)
+        terminal.set_settings(slave, replace(usual, oflag=0))
+        try:
+            _write(slave, output, master)
+        finally:
+            terminal.set_settings(slave, usual)
+
+
+def _put_input(master: LocalFd, slave: LocalFd, found: UnderWay) -> None:
+    """Type everything: no echo, no signal, no character has a meaning but those that end a line."""
+    if not (found.lines or found.rest):
+        return
+    usual = terminal.settings(slave)
+    plain = replace(
+        usual, iflag=0, lflag=usual.lflag & (_ICANON | _EXTPROC), characters=bytes(len(usual.characters))
+    )
+    try:
+        if usual.lflag & _ICANON:
+            _type_lines(master, slave, plain, found)
+        else:
+            terminal.set_settings(slave, plain)
+            _write(master, found.rest, slave)
+            _wait_until(lambda: terminal.unread(slave) == len(found.rest))
+    finally:
+        terminal.set_settings(slave, usual)
+
+
+def _type_lines(master: LocalFd, slave: LocalFd, plain: Settings, found: UnderWay) -> None:
+    used = b"\n".join([*found.lines, found.rest])
+    # 4095 bytes of input that have all but two of 256 values are not typed by anybody.
+    end, stop, start = [byte for byte in range(1, 256) if byte not in used and byte != 0x0A][:3]
+    characters = bytearray(plain.characters)
+    characters[_VEOF], characters[_VSTOP], characters[_VSTART] = end, stop, start
+    terminal.set_settings(slave, replace(plain, iflag=_IXON, characters=bytes(characters)))
+    lines = b"".join(line if line.endswith(b"\n") else line + bytes([end]) for line in found.lines)
+    _write(master, lines + found.rest + bytes([stop]), slave)
+    _wait_until(lambda: not _writable(slave))
+    _write(master, bytes([start]), slave)
+    _wait_until(lambda: _writable(slave))
+
+
+def _wait_until(condition: Callable[[], bool]) -> None:
+    """Wait for the kernel's worker, which needs microseconds.
+
+    Raises:
+        OSError: ETIMEDOUT: it did not come.
+    """
+    deadline = time.monotonic() + _PATIENCE_S
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(errno.ETIMEDOUT, "typed bytes do not arrive at the terminal")
+        time.sleep(_PAUSE_S)
+
+
+def _write(fd: LocalFd, content: bytes, other: LocalFd) -> None:
+    """Write all, while the kernel's worker passes bytes on to the `other` side."""
+    left = memoryview(content)
+
+    def write_more() -> bool:
+        nonlocal left
+        with suppress(BlockingIOError):
+            left = left[os.write(fd, left) :]
+        terminal.unread(other)
+        return not left
+
+    if content:
+        _wait_until(write_more)

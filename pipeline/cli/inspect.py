@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 from collections import Counter
 from collections.abc import Mapping
+from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any
 
 from pipeline.cli import render
@@ -190,9 +191,10 @@ def _namespaces(image: Image) -> Table:
     for record in image.namespaces.values():
         if record.external:
             continue
-        state = ", ".join(f"{key} {_brief(value)}" for key, value in record.state.items())
         parent = "" if record.parent is None else str(record.parent)
-        table.add_row(str(record.index), record.kind, f"user namespace {record.owner}", parent, state)
+        table.add_row(
+            str(record.index), record.kind, f"user namespace {record.owner}", parent, _facts(record.state)
+        )
     return table
 
 
@@ -242,29 +244,44 @@ def _files(image: Image) -> Table:
 
 
 def _what(record: OpenFile) -> str:
-    facts = [f"{key} {_brief(value)}" for key, value in record.state.items() if key == "path"]
-    facts = [fact.removeprefix("path ") for fact in facts]
+    """What a person wants to know of an open file: its name first, then the plain facts of its kind."""
+    state = dict(record.state)
+    facts = [_brief(state.pop(key)) for key in ("path", "link", "name", "local") if state.get(key)]
+    if state.pop("backlog", None) is not None:
+        facts.append("listening")
+    if (peer := state.pop("peer", None)) is not None:
+        facts.append(f"paired with {peer}")
+    if state.pop("pipe", record.index) != record.index:
+        facts.append(f"other end of {record.state['pipe']}")
     facts += [
         f"{key} {_brief(value)}"
-        for key, value in record.state.items()
-        if key != "path" and isinstance(value, int | str) and not isinstance(value, bool)
+        for key, value in state.items()
+        if value and isinstance(value, int | str) and not isinstance(value, bool) and key != "mode"
     ][:3]
     if record.position:
         facts.append(f"at {record.position}")
     return ", ".join(facts)
 
 
+def _facts(state: Mapping[str, object]) -> str:
+    """The fields of a namespace's state that say something."""
+    return ", ".join(f"{key} {_brief(value)}" for key, value in state.items() if value)
+
+
 def _brief(value: object) -> str:
-    """One field of a namespace's or file's state, short."""
+    """One field of a state, short."""
+    from rich.markup import escape
+
     if isinstance(value, bytes):
         return _text(value)
     if isinstance(value, Mapping):
-        return _many(len(value), "entry", "entries")
+        return _brief(value["path"]) if "path" in value else _many(len(value), "entry", "entries")
     if isinstance(value, list | tuple):
-        # a path is (mount namespace, path)
-        if len(value) == 2 and isinstance(value[1], bytes):
-            return _text(value[1])
-        return _many(len(value), "entry", "entries")
-    from rich.markup import escape
-
+        match value:
+            case [int(), bytes() as path]:  # a path in a mount namespace
+                return _text(path)
+            case [bytes() as host, int() as port, *_] if len(host) in {4, 16}:  # an internet address
+                return f"{ip_address(host)}:{port}"
+            case _:
+                return _many(len(value), "entry", "entries")
     return escape(str(value))

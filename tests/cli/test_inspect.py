@@ -118,6 +118,13 @@ def image() -> Inspection:
         OpenFile(
             index=0, kind="regular", flags=2, position=77, state={"path": [1, b"/var/log/[x]"], "size": 5}
         ),
+        OpenFile(
+            index=1,
+            kind="tcp",
+            flags=2,
+            state={"local": [bytes([10, 0, 0, 1]), 80, 0, ""], "backlog": 5, "x": 0},
+        ),
+        OpenFile(index=2, kind="pipe", flags=1, state={"pipe": 3, "mode": 384}),
     ):
         made.add(record)
     return Inspection(made, {7: 8192, 9: 4096}, 20_000)
@@ -133,7 +140,7 @@ def test_a_person_sees_tree_maps_files_and_sizes() -> None:
     text = shown()
     for fact in (
         "s3://bucket/[image]: format 1, x86_64, Linux 6.18.0",
-        "2 processes, 2 threads, 1 open file, pages: 12.3 kB, image: 20.0 kB",
+        "2 processes, 2 threads, 3 open files, pages: 12.3 kB, image: 20.0 kB",
         "10 worker[1]",
         "11 / 1 worker[1]",
         "uid 4242 of user namespace 0, unmapped here",
@@ -145,6 +152,9 @@ def test_a_person_sees_tree_maps_files_and_sizes() -> None:
         "memfd queue",
         "/var/log/[x]",
         "10:0 10:1 11:0 11:1",
+        "10.0.0.1:80, listening",
+        "other end of 3",
+        "a message in a socket",
     ):
         assert fact in text, f"{fact!r} is missing in\n{text}"
 

@@ -26,6 +26,7 @@ from pipeline.ids import HostPid
 from pipeline.image.schema import FORMAT_VERSION, Record
 from pipeline.progress import NullProgress, Progress
 from pipeline.remote.tracer import Tracer, tracer_thread
+from pipeline.resources.tasks.interrupted import Sleepers
 from pipeline.stages import freeze
 from pipeline.stages.capture import Capture
 from pipeline.stages.examine import tree_blockers
@@ -67,14 +68,14 @@ async def frozen(tracer: Tracer, pid: int) -> AsyncIterator[FrozenTree]:
 
 @asynccontextmanager
 async def captured(
-    tracer: Tracer, tree: FrozenTree
+    tracer: Tracer, tree: FrozenTree, sleepers: Sleepers
 ) -> AsyncIterator[tuple[Capture, CapturedRecords, Sequence[PageSource]]]:
     """Everything about the frozen tree.
 
     Raises:
         Refused: something that only showed now stops it.
     """
-    capture = await tracer.run(_open_capture, tree)
+    capture = await tracer.run(_open_capture, tree, sleepers)
     try:
         records, sources, blockers = await tracer.run(capture.take, tree)
         if blockers:
@@ -85,8 +86,15 @@ async def captured(
             await tracer.run(capture.__exit__, None, None, None)
 
 
-def _open_capture(tree: FrozenTree) -> Capture:
-    return Capture(tree.pids(), [p.pid for p in tree.processes.values() if p.zombie])
+def _open_capture(tree: FrozenTree, sleepers: Sleepers) -> Capture:
+    return Capture(tree.pids(), [p.pid for p in tree.processes.values() if p.zombie], sleepers)
+
+
+async def looked_at_sleepers(tracer: Tracer, pid: int) -> Sleepers:
+    """How long the tasks of a running tree have slept: asked before they are woken by the freeze."""
+    sleepers = Sleepers()
+    await tracer.run(lambda: sleepers.look(freeze.walk(HostPid(pid))))
+    return sleepers
 
 
 async def refuse_early(pid: int) -> None:
@@ -208,9 +216,10 @@ async def dump(pid: int, to: str, *, leave: Leave = "end", progress: Progress | 
     await refuse_early(pid)
     async with tracer_thread() as tracer:
         progress.phase("freeze")
+        sleepers = await looked_at_sleepers(tracer, pid)
         freeze_begin = time.monotonic()
         async with frozen(tracer, pid) as tree:
-            async with captured(tracer, tree) as (capture, records, sources):
+            async with captured(tracer, tree, sleepers) as (capture, records, sources):
                 collected = time.monotonic()
                 progress.phase("memory")
                 written = await _store(storage, records, sources, capture.forest(), progress)

@@ -297,6 +297,40 @@ class Puppet:
         """Let no seccomp filter see the calls run from here on (CAP_SYS_ADMIN in the initial user namespace)."""
         ptrace.set_options(self.tid, _OPTIONS | OPTION.EXITKILL | OPTION.SUSPEND_SECCOMP)
 
+    def stop_with(self, number: int) -> None:
+        """From here on the puppet stops itself with signal `number`, the only one that is not blocked."""
+        self.stop_signal = number
+        ptrace.set_sigmask(self.tid, _ALL_SIGNALS & ~(1 << (number - 1)))
+
+    def fall_asleep(self, call: Call) -> int:
+        """Run a system call that sleeps, and interrupt it at once; the puppet rests in an event stop.
+
+        The interruption is asked for at the entry of the call, so it finds every sleeper asleep, and a
+        call that has nothing to wait for at its end.
+
+        Returns:
+            The raw result: -516 where the kernel now holds a restart block for the call. It holds it
+            until another call that sleeps replaces it.
+        """
+        layout = lay_out([call], self._table)
+        _write_all(self.memory, layout.image, self._table)
+        regs = arch.Registers(ptrace.get_regs(self.tid)).replace(
+            rip=self._stub, rbx=self._table, r12=1, r13=self.stop_signal, orig_rax=-1
+        )
+        ptrace.set_regs(self.tid, regs.pack())
+        ptrace.cont_to_syscall(self.tid)
+        stop = ptrace.wait(self.tid)
+        while stop is not None and stop.event:
+            ptrace.cont_to_syscall(self.tid)
+            stop = ptrace.wait(self.tid)
+        if stop is None or stop.exited or stop.signal != signal.SIGTRAP:
+            raise RebuildError(f"puppet {self.tid} did not come to its last call")
+        ptrace.interrupt(self.tid)
+        ptrace.cont(self.tid)
+        self._await_event_stop()
+        self.stage.calls += 1
+        return arch.Registers(ptrace.get_regs(self.tid)).syscall_result
+
     def leave_scratch(self, syscall_instruction: int) -> None:
         """Unmap the scratch area from under the puppet; no call can be run in its process after this.
 

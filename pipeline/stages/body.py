@@ -28,7 +28,7 @@ from pipeline.resources import identity
 from pipeline.resources.memory import rebuild
 from pipeline.resources.memory.rebuild import Source
 from pipeline.resources.namespaces.keepers import Keepers
-from pipeline.resources.tasks import credentials, reinstate
+from pipeline.resources.tasks import credentials
 from pipeline.stages import memory_layout
 from pipeline.stages.contents import Contents
 from pipeline.stages.growth import Grown
@@ -167,7 +167,6 @@ class Embodiment:
 
     def _move_in(self, process: Process, grown: Grown) -> None:
         puppet = grown.puppet
-        puppet.stop_signal = reinstate.stop_signal(process)
         wanted = process.threads[0].credentials
         credentials.before_join(puppet, wanted, grown.members.user, self._uid, self._gid)
         self._keepers.join(puppet, grown.members, process.namespaces)

@@ -41,7 +41,10 @@ from pipeline.resources.memory.objects import MemoryObjects
 from pipeline.resources.memory.sharing import plan_copy_on_write
 from pipeline.resources.namespaces.members import NamespaceCapture
 from pipeline.resources.pty import check_controlling_terminal
-from pipeline.resources.tasks.inquiry import Inquiry, check_task, signal_of, thread_record
+from pipeline.resources.tasks import signals
+from pipeline.resources.tasks.inquiry import Inquiry, thread_record
+from pipeline.resources.tasks.interrupted import Sleepers
+from pipeline.resources.tasks.refusals import check_task
 from pipeline.stages.freeze import FrozenProcess, FrozenTree
 from pipeline.stages.memory import FilePages, PageSource, ProcessPages, SharedPages
 from pipeline.stages.observe import FileObserver, Spaces, Tree
@@ -56,10 +59,15 @@ class Capture:
     Args:
         pids: its processes, parents before children.
         zombies: those of them that have ended.
+        sleepers: has looked at the tree before it was stopped.
     """
 
-    def __init__(self, pids: Sequence[HostPid], zombies: Sequence[HostPid]) -> None:
+    def __init__(
+        self, pids: Sequence[HostPid], zombies: Sequence[HostPid], sleepers: Sleepers | None = None
+    ) -> None:
         self._stack = ExitStack()
+        self._sleepers = sleepers or Sleepers()
+        self._slept_ns: dict[int, int | None] = {}
         self.tree = Tree(pids)
         self._zombies = set(zombies)
         self.living = [pid for pid in pids if pid not in self._zombies]
@@ -264,7 +272,7 @@ class Capture:
             root=self.path(pid, procfs.read_link(pid, "root")),
             umask=status.umask or 0,
             actions=leader.actions(),
-            pending=[signal_of(info, self.tree.member) for info in ptrace.peek_siginfo(pid, shared=True)],
+            pending=signals.pending(pid, shared=True, member=self.tree.member),
             limits=procfs.limits(pid),
             itimers=leader.itimers(),
             timers=leader.posix_timers(self.tree.member),
@@ -281,7 +289,7 @@ class Capture:
         return record, memory, blockers
 
     def _thread(self, inquiry: Inquiry, members: Memberships) -> Thread:
-        return thread_record(inquiry, members.user, self.tree.member)
+        return thread_record(inquiry, members.user, self.tree.member, self._slept_ns.get(inquiry.tid))
 
     def _ask(self, pid: HostPid, tids: Sequence[HostPid]) -> list[Inquiry]:
         """Put the questions of every thread to it, by system calls inside it."""
@@ -293,6 +301,7 @@ class Capture:
                 )
                 for m in smaps.maps(pid)
             ]
+            self._slept_ns.update({tid: self._sleepers.slept_ns(tid) for tid in tids})
             pointers = [arch.Registers(ptrace.get_regs(tid))["rsp"] for tid in tids]
             places = find_places(pid, regions, pointers, memory)
             uncaught = ~procfs.status(pid).caught

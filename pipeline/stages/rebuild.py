@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import resource
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager
 
 import trio
@@ -18,18 +18,17 @@ from pipeline.errors import ImageError, RebuildError
 from pipeline.ids import HostPid, LocalFd
 from pipeline.image.codec import Image
 from pipeline.image.plan import Fill, plan
-from pipeline.image.schema import Id, PathRef, PendingSignal, Process
-from pipeline.kernel import procfs
+from pipeline.image.schema import Id, PathRef
 from pipeline.kernel.arch import x86_64 as arch
 from pipeline.kernel.syscalls import RESOLVE, openat2
 from pipeline.ledger import LEDGER
 from pipeline.progress import Progress
-from pipeline.remote.calls import Call
-from pipeline.remote.puppet import Puppet, spawn_launcher
+from pipeline.remote.puppet import spawn_launcher
 from pipeline.remote.tracer import Tracer
 from pipeline.resources.memory.rebuild import find_hole
 from pipeline.resources.namespaces.keepers import Keepers
-from pipeline.resources.tasks import credentials, reinstate
+from pipeline.resources.tasks import timers
+from pipeline.resources.tasks.reinstate import check_here, reinstate
 from pipeline.stages import finish, memory_layout
 from pipeline.stages.body import Embodiment, MappedFiles
 from pipeline.stages.contents import Contents
@@ -79,6 +78,9 @@ class Rebuilding:
         """Launcher, namespaces, shared objects: all that stands before the first process."""
         raise_descriptor_limit()
         image = self._image
+        blockers = list(check_here(list(image.processes.values())))
+        if blockers:
+            raise RebuildError("this host cannot take the tree: " + "; ".join(map(str, blockers)))
         hole = find_hole([space.vmas for space in image.spaces.values()], memory_layout.HOLE_BYTES)
         self._launcher = spawn_launcher(hole, self._channel_fd(), self._reserved_pids())
         self._stack.callback(self._end_launcher)
@@ -127,14 +129,16 @@ class Rebuilding:
             finish.complete_memory(image, growth)
             finish.set_directories(image, growth, self._open_path)
             for process, grown in finish.living(image, growth):
-                reinstate.make_timers(process, grown.puppet)
+                timers.make_timers(process, grown.puppet)
             descriptors.finish()
         finally:
             descriptors.close()
         finish.end_zombies(image, growth)
+        registers: dict[int, list[bytes]] = {}
         for process, grown in finish.living(image, growth):
-            self._reinstate(process, grown.threads)
-        finish.put_on(image, growth, lambda process, index: reinstate.final_registers(process.threads[index]))
+            space = image.spaces[process.space] if process.space is not None else None
+            registers[process.pids[0]] = reinstate(process, space, grown.threads, self._uid, self._gid)
+        finish.put_on(image, growth, lambda process, index: registers[process.pids[0]][index])
 
     def thaw(self) -> HostPid:
         """Let the tree run; returns the pid of its root here. There is no way back."""
@@ -146,43 +150,6 @@ class Rebuilding:
     def close(self) -> None:
         """Give everything back, the tree too unless it was thawed; idempotent."""
         self._stack.close()
-
-    # -- task state -----------------------------------------------------------------------
-
-    def _reinstate(self, process: Process, threads: list[Puppet]) -> None:
-        leader = threads[0]
-        space = self._image.spaces[process.space] if process.space is not None else None
-        reinstate.write_process_files(process, space, leader)
-        self._checked(process, leader, reinstate.process_calls(process, leader))
-        for index, (thread, puppet) in enumerate(zip(process.threads, threads, strict=True)):
-            puppet.stop_signal = leader.stop_signal
-            calls = reinstate.thread_calls(thread, puppet)
-            calls += credentials.after_join(
-                thread.credentials, self._uid, self._gid, procfs.status(puppet.tid)
-            )
-            calls += reinstate.last_calls(thread, space, leader=index == 0)
-            calls += reinstate.queue_calls(
-                process, index, lambda p, process=process: self._sender(process, p)
-            )
-            self._checked(process, puppet, calls)
-        self._checked(process, leader, reinstate.timer_calls(process))
-        for thread, puppet in zip(process.threads, threads, strict=True):
-            reinstate.install_filters(thread, puppet)
-
-    @staticmethod
-    def _checked(process: Process, puppet: Puppet, calls: Sequence[Call]) -> None:
-        try:
-            puppet.run_checked(calls)
-        except OSError as error:
-            raise RebuildError(f"pid {process.pids[0]}: {error}") from error
-
-    def _sender(self, process: Process, pending: PendingSignal) -> tuple[int, int]:
-        """Pid and uid of a signal's sender as `process` sees them."""
-        sender = self._image.processes.get(pending.pid or 0)
-        depth = len(process.pids)
-        pid = sender.pids[depth - 1] if sender is not None and len(sender.pids) >= depth else 0
-        assert pending.uid is not None
-        return pid, reinstate.number_of(process.namespaces.user, pending.uid, self._uid)
 
     # -- translations and paths -------------------------------------------------------------
 

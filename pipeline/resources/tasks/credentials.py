@@ -1,4 +1,4 @@
-"""Ids and capabilities of a task, given back to a puppet.
+"""Ids and capabilities of a task: read from /proc, and given back to a puppet.
 
 A puppet has all capabilities in the user namespace it is in. The order:
 
@@ -19,7 +19,7 @@ import struct
 from collections.abc import Callable, Iterator, Sequence
 
 from pipeline.errors import RebuildError
-from pipeline.image.schema import Credentials, Id
+from pipeline.image.schema import Credentials, Id, Thread
 from pipeline.kernel import procfs
 from pipeline.kernel.arch.x86_64 import NR
 from pipeline.kernel.syscalls import PRCTL
@@ -33,8 +33,30 @@ _AMBIENT_RAISE = 2
 _AMBIENT_CLEAR_ALL = 4
 _CAPABILITY_VERSION_3 = 0x20080522
 
+_OVERFLOW_ID = 65534
+
 #: what an `Id` is called in a user namespace of the image; None where it has no mapping
 Number = Callable[[Id, int], int | None]
+
+
+def captured(status: procfs.Status, userns: int, securebits: int) -> Credentials:
+    """All ids and capabilities of a task; ids as the pipeline sees them (`Id(0, …)`).
+
+    Args:
+        status: of the task.
+        userns: the `UserNamespace` index it is in.
+        securebits: PR_GET_SECUREBITS, as the task itself says.
+    """
+    inheritable, permitted, effective, bounding, ambient = status.caps
+    return Credentials(
+        userns=userns,
+        uids=[Id(0, uid) for uid in status.uids],
+        gids=[Id(0, gid) for gid in status.gids],
+        groups=[Id(0, gid) for gid in status.groups],
+        caps=[inheritable, permitted, effective, bounding, ambient],
+        securebits=securebits,
+        no_new_privs=status.no_new_privs,
+    )
 
 
 def capset(effective: int, permitted: int, inheritable: int) -> Call:
@@ -92,12 +114,25 @@ def _set_groups(puppet: Puppet, wanted: Credentials, namespace: int, gid: Number
     puppet.run([call])
     if call.result < 0:
         # setgroups is denied (one-id maps of plain users): right only if there is nothing to change
-        here = procfs.status(puppet.tid).groups
-        if sorted(here) != sorted(_required(i, 0, gid, "group") for i in wanted.groups):
+        here = sorted(procfs.status(puppet.tid).groups)
+        mapped = _ids_of_our_namespace("gid_map")
+        if here != sorted(_seen(i, gid, mapped) for i in wanted.groups):
             raise RebuildError(
                 f"supplementary groups {numbers} cannot be set: setgroups is denied in user namespace "
-                f"{namespace}, and the restorer has {sorted(here)}"
+                f"{namespace}, and the restorer has {here}"
             )
+
+
+def _ids_of_our_namespace(name: str) -> list[range]:
+    with open(f"/proc/self/{name}", "rb") as file:
+        lines = [line.split() for line in file]
+    return [range(int(inner), int(inner) + int(count)) for inner, _, count in lines]
+
+
+def _seen(wanted: Id, number: Number, mapped: Sequence[range]) -> int:
+    """How /proc shows an id to us: the overflow id where our own user namespace does not map it."""
+    found = number(wanted, 0)
+    return found if found is not None and any(found in ids for ids in mapped) else _OVERFLOW_ID
 
 
 def after_join(wanted: Credentials, uid: Number, gid: Number, now: procfs.Status) -> Iterator[Call]:
@@ -128,6 +163,26 @@ def after_join(wanted: Credentials, uid: Number, gid: Number, now: procfs.Status
     for bit in _bits(bound & ~bounding):
         yield Call(NR.prctl, (PRCTL.CAPBSET_DROP, bit, 0, 0, 0), name=f"drop capability {bit}")
     yield capset(effective, permitted, inheritable)
+
+
+def check_result(thread: Thread, puppet: Puppet, uid: Number, gid: Number) -> None:
+    """Compare what the kernel says of a puppet with what it shall have.
+
+    Raises:
+        RebuildError: something is different; says what.
+    """
+    wanted, now = thread.credentials, procfs.status(puppet.tid)
+    uids, gids = _ids_of_our_namespace("uid_map"), _ids_of_our_namespace("gid_map")
+    pairs = {
+        "uids": (list(now.uids), [_seen(i, uid, uids) for i in wanted.uids]),
+        "gids": (list(now.gids), [_seen(i, gid, gids) for i in wanted.gids]),
+        "supplementary groups": (sorted(now.groups), sorted(_seen(i, gid, gids) for i in wanted.groups)),
+        "capabilities": ([f"{c:x}" for c in now.caps], [f"{c:x}" for c in wanted.caps]),
+        "no_new_privs": (now.no_new_privs, wanted.no_new_privs),
+    }
+    for what, (has, shall) in pairs.items():
+        if has != shall:
+            raise RebuildError(f"thread {thread.pids[0]}: its {what} came out as {has}, wanted {shall}")
 
 
 def _bits(value: int) -> Iterator[int]:

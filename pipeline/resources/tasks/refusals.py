@@ -1,0 +1,111 @@
+"""States of tasks that are not carried, each refused by name.
+
+`check_task` asks /proc and calls that take a pid only, and touches nothing: it runs on a
+tree that goes on running. What only the task itself can tell is asked in `inquiry`.
+
+Not seen, because the kernel shows it to nobody: Landlock domains, undo values of System V
+semaphores (SEM_UNDO), the ioperm bitmap, a tracer granted by PR_SET_PTRACER.
+Not carried and not refused: the session keyring (every login has one); the restored
+process is in the restorer's.
+
+Sources: proc_pid_status(5), proc_pid_stat(5), kcmp(2); include/linux/sched.h for PF_*.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+
+from pipeline.errors import Blocker
+from pipeline.ids import HostPid
+from pipeline.kernel import procfs
+from pipeline.kernel.syscalls import KCMP, kcmp
+from pipeline.resources.tasks.scheduling import check_scheduling
+from pipeline.resources.tasks.seccomp import check_seccomp
+from pipeline.resources.tasks.timers import check_timers
+
+_PF_MEMALLOC_NOIO = 0x0008_0000
+_PF_LOCAL_THROTTLE = 0x0010_0000
+_ELFCLASS32 = 1
+_SHARED = {KCMP.FILES: "descriptor table", KCMP.FS: "working directory, root and umask"}
+_NAMESPACES = ("user", "mnt", "uts", "ipc", "net", "cgroup", "time")
+
+
+def check_task(pid: HostPid) -> Iterator[Blocker]:
+    """Everything about a process and its threads that is not carried, as far as it shows from outside.
+
+    Raises:
+        procfs.ProcessGone: it has ended.
+    """
+    subject = f"pid {pid}"
+    threads = procfs.tasks(pid)
+    leader = procfs.status(pid)
+    if leader.state in "ZX":
+        if len(threads) > 1:
+            yield Blocker(subject, "its first thread has ended and others run", "wait for them")
+        return
+    yield from _process(subject, pid, len(threads))
+    namespaces = _namespaces(pid)
+    for tid in threads:
+        name = subject + (f" thread {tid}" if tid != pid else "")
+        with suppress(procfs.ProcessGone, ProcessLookupError):  # a thread that has ended is not in the way
+            status = procfs.status(tid)
+            yield from check_seccomp(name, status)
+            yield from check_scheduling(name, tid)
+            yield from _thread(name, tid, status)
+            if tid != pid:
+                yield from _apart(name, pid, tid)
+                if _namespaces(tid) != namespaces:
+                    yield Blocker(name, "is in other namespaces than the first thread of its process")
+
+
+def _process(subject: str, pid: HostPid, threads: int) -> Iterator[Blocker]:
+    with suppress(OSError), open(f"/proc/{pid}/exe", "rb") as file:
+        if file.read(5)[4:] == bytes([_ELFCLASS32]):
+            yield Blocker(subject, "is a 32-bit program")
+    with suppress(FileNotFoundError, PermissionError):
+        yield from check_timers(subject, procfs.timers(pid), threads)
+    me = os.getpid()
+    with suppress(OSError):  # EINVAL: there is no security module
+        theirs, ours = (procfs.read_file(HostPid(p), "attr/current").rstrip(b"\0\n") for p in (pid, me))
+        if theirs != ours:
+            yield Blocker(subject, f"is confined by the security module as {theirs.decode(errors='replace')}")
+
+
+def _thread(subject: str, tid: HostPid, status: procfs.Status) -> Iterator[Blocker]:
+    fields = status.fields
+    if fields.get("x86_Thread_features", b"").strip():
+        yield Blocker(subject, "uses a shadow stack")
+    mask = fields.get("untag_mask", b"")
+    if mask and int(mask, 16) != 0xFFFF_FFFF_FFFF_FFFF:
+        yield Blocker(subject, "uses tagged addresses (linear address masking)")
+    store_bypass, branches = (
+        fields.get(key, b"") for key in ("Speculation_Store_Bypass", "SpeculationIndirectBranch")
+    )
+    if store_bypass.startswith(b"thread") and b"mitigated" in store_bypass:
+        yield Blocker(subject, "has store bypass speculation switched off (PR_SET_SPECULATION_CTRL)")
+    if branches.startswith(b"conditional") and b"disabled" in branches:
+        yield Blocker(subject, "has indirect branch speculation switched off (PR_SET_SPECULATION_CTRL)")
+    flusher = _PF_MEMALLOC_NOIO | _PF_LOCAL_THROTTLE
+    if procfs.stat(tid).flags & flusher == flusher:
+        yield Blocker(subject, "is an I/O flusher (PR_SET_IO_FLUSHER)")
+
+
+def _apart(subject: str, pid: HostPid, tid: HostPid) -> Iterator[Blocker]:
+    """What a thread does not share with its process although threads mostly do."""
+    for kind, what in _SHARED.items():
+        with suppress(PermissionError):
+            if kcmp(pid, tid, kind):
+                yield Blocker(subject, f"has a {what} of its own (unshare)")
+
+
+def _namespaces(tid: HostPid) -> list[tuple[int, int]]:
+    found = []
+    for name in _NAMESPACES:
+        try:
+            result = os.stat(f"/proc/{tid}/ns/{name}")
+        except FileNotFoundError:
+            continue  # a kind that this kernel does not have
+        found.append((result.st_dev, result.st_ino))
+    return found

@@ -1,0 +1,131 @@
+"""Seccomp filters of a task, read and given back by its tracer.
+
+A filter judges every later call of its task, also those that we run inside it. Where we
+may suspend filters (CAP_SYS_ADMIN in the initial user namespace) they are installed
+first, while the puppet has every capability; where we may not, as the very last thing.
+
+Filters that all threads of a process have in common are installed once for all of them
+(SECCOMP_FILTER_FLAG_TSYNC), so that they stay one chain and a later synchronization by
+the program works.
+
+Refused: strict mode; filters that hand calls to a supervisor (SECCOMP_RET_USER_NOTIF);
+filters that we may not read. Sources: seccomp(2), ptrace(2).
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Iterator, Sequence
+
+from pipeline.errors import Blocker, RebuildError, TargetError
+from pipeline.ids import HostPid
+from pipeline.image.schema import Process, Seccomp, Thread
+from pipeline.kernel import procfs, ptrace
+from pipeline.kernel.arch.x86_64 import NR
+from pipeline.remote.calls import Call, In
+from pipeline.remote.puppet import Puppet
+
+_SET_MODE_FILTER = 1
+_FLAG_TSYNC = 1
+_FLAG_LOG = 2
+_STRICT = 1
+_BPF_RET_K = 0x06
+_RET_ACTION = 0xFFFF_0000
+_RET_USER_NOTIF = 0x7FC0_0000
+_CAP_SYS_ADMIN = 21
+
+# -- capture ---------------------------------------------------------------------------
+
+
+def check_seccomp(subject: str, status: procfs.Status) -> Iterator[Blocker]:
+    """Modes that are not carried, and filters that we may not read; touches nothing."""
+    if status.seccomp == _STRICT:
+        yield Blocker(subject, "is in strict seccomp mode, in which it cannot be asked anything")
+    elif status.seccomp and not procfs.status(HostPid(os.getpid())).caps[2] >> _CAP_SYS_ADMIN & 1:
+        yield Blocker(
+            subject,
+            "has a seccomp filter, which only root in the initial user namespace may read",
+            "run the pipeline as root",
+        )
+
+
+def seccomp(tid: HostPid, status: procfs.Status) -> Seccomp:
+    """The filters of a stopped task, in the order of their installation.
+
+    Raises:
+        TargetError: a filter cannot be read.
+    """
+    filters: list[bytes] = []
+    log: list[bool] = []
+    for index in range(status.seccomp_filters):
+        try:
+            program = ptrace.seccomp_get_filter(tid, index)
+        except OSError as error:
+            raise TargetError(f"thread {tid}: seccomp filter {index}: {error.strerror}") from error
+        if program is None:
+            raise TargetError(f"thread {tid}: seccomp filter {index} is not there")
+        filters.insert(0, program)
+        log.insert(0, bool(ptrace.seccomp_get_flags(tid, index) & _FLAG_LOG))
+    return Seccomp(mode=status.seccomp, filters=filters, log=log)
+
+
+def check_filters(subject: str, found: Seccomp) -> Iterator[Blocker]:
+    """Filters that are not carried, by what they can answer."""
+    for index, program in enumerate(found.filters):
+        for code, _, _, value in struct.iter_unpack("<HBBI", program):
+            if code == _BPF_RET_K and value & _RET_ACTION == _RET_USER_NOTIF:
+                yield Blocker(
+                    subject, f"seccomp filter {index} hands calls to a supervisor (SECCOMP_RET_USER_NOTIF)"
+                )
+                break
+
+
+# -- rebuild ---------------------------------------------------------------------------
+
+
+def suspend(threads: Sequence[Puppet]) -> bool:
+    """Let no filter judge the calls that we run in these puppets; False where we may not (rootless)."""
+    try:
+        for puppet in threads:
+            puppet.suspend_seccomp()
+    except PermissionError:
+        return False
+    return True
+
+
+def install_filters(process: Process, threads: Sequence[Puppet]) -> None:
+    """Install every filter of every thread, oldest first.
+
+    Args:
+        process: the record.
+        threads: its puppets; they need CAP_SYS_ADMIN in their user namespace, or no_new_privs.
+
+    Raises:
+        RebuildError: the kernel refuses a filter.
+    """
+    if len(threads) > 1 and _common(process.threads):
+        _install(process, 0, threads[0], _FLAG_TSYNC)
+        return
+    for index, puppet in enumerate(threads):
+        _install(process, index, puppet, 0)
+
+
+def _common(threads: Sequence[Thread]) -> bool:
+    """Whether all threads have the same filters, and synchronizing would change nothing else."""
+    first = threads[0]
+    return all(
+        thread.seccomp == first.seccomp and thread.credentials.no_new_privs == first.credentials.no_new_privs
+        for thread in threads
+    )
+
+
+def _install(process: Process, index: int, puppet: Puppet, flags: int) -> None:
+    wanted = process.threads[index].seccomp
+    for number, (program, log) in enumerate(zip(wanted.filters, wanted.log, strict=True)):
+        fprog = In([len(program) // 8, In([program])])
+        call = Call(NR.seccomp, (_SET_MODE_FILTER, flags | (_FLAG_LOG if log else 0), fprog))
+        puppet.run([call])
+        if call.result:
+            reason = os.strerror(-call.result) if call.result < 0 else f"thread {call.result} has others"
+            raise RebuildError(f"pid {process.pids[0]}: seccomp filter {number} is refused: {reason}")

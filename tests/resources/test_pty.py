@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import pty
 import select
 import signal
 import struct
@@ -18,15 +17,34 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import RebuildError, Refused
+from pipeline.ids import HostPid
 from pipeline.kernel import procfs
 from pipeline.kernel.arch.x86_64 import NR
+from pipeline.kernel.syscalls import CLONE, mount, setns, unshare
 from pipeline.remote.puppet import Puppet
 from pipeline.resources import terminal, terminal_bytes
 from pipeline.resources.pty import check_controlling_terminal
 from tests.resources.fdharness import Capture, Rebuilt, Subject, subject
 from tests.resources.sockharness import polled
 
+_MS_REC, _MS_PRIVATE = 1 << 14, 1 << 18
 TIOCGPTPEER, TIOCSPTLCK, TIOCGPKT, TIOCGSID = 0x5441, 0x40045431, 0x80045438, 0x5429
+
+
+@pytest.fixture(autouse=True)
+def _own_terminals() -> Iterator[None]:
+    """A devpts of our own in a mount namespace of our own, so that numbers are free when they should be."""
+    home = os.open("/proc/self/ns/mnt", os.O_RDONLY)
+    here = os.getcwd()
+    unshare(CLONE.NEWNS)
+    try:
+        mount(None, b"/", None, _MS_REC | _MS_PRIVATE)
+        mount(b"devpts", b"/dev/pts", b"devpts", 0, b"newinstance,ptmxmode=0666")
+        yield
+    finally:
+        setns(home, CLONE.NEWNS)
+        os.close(home)
+        os.chdir(here)
 
 
 def number(fd: int, request: int) -> int:
@@ -46,7 +64,7 @@ def gone(child: Subject) -> Iterator[Capture]:
 
 def test_a_pair_keeps_number_settings_size_owner_and_works() -> None:
     def setup() -> tuple[int, int]:
-        master, slave = pty.openpty()
+        master, slave = os.openpty()
         settings = termios.tcgetattr(slave)
         settings[3] &= ~termios.ECHO
         settings[6][termios.VINTR] = b"\x07"
@@ -79,7 +97,7 @@ def test_a_pair_keeps_number_settings_size_owner_and_works() -> None:
 
 def test_packet_mode_lock_and_exclusive_mode_of_each_end() -> None:
     def setup() -> tuple[int, int]:
-        master, slave = pty.openpty()
+        master, slave = os.openpty()
         fcntl.ioctl(master, termios.TIOCPKT, struct.pack("<i", 1))
         fcntl.ioctl(master, TIOCSPTLCK, struct.pack("<i", 1))
         fcntl.ioctl(slave, termios.TIOCEXCL)
@@ -102,15 +120,16 @@ def test_packet_mode_lock_and_exclusive_mode_of_each_end() -> None:
 @pytest.mark.parametrize("opened", [False, True])
 def test_a_master_whose_slave_was_never_opened_or_was_closed(opened: bool) -> None:
     def setup() -> int:
-        master = os.open("/dev/ptmx", os.O_RDWR | os.O_NOCTTY)
-        fcntl.ioctl(master, TIOCSPTLCK, struct.pack("<i", 0))
         if opened:
-            os.close(fcntl.ioctl(master, TIOCGPTPEER, os.O_RDWR | os.O_NOCTTY))
-        return master
+            master, slave = os.openpty()
+            os.close(slave)
+            return master
+        return os.open("/dev/ptmx", os.O_RDWR | os.O_NOCTTY)
 
     with subject(setup) as child:
         with gone(child) as new:
             m = new.fd(child.result)
+            terminal.set_locked(m, False)
             assert bool(polled(m) & select.POLLHUP) == opened
             slave = fcntl.ioctl(m, TIOCGPTPEER, os.O_RDWR | os.O_NOCTTY)
             os.write(slave, b"x")
@@ -120,7 +139,7 @@ def test_a_master_whose_slave_was_never_opened_or_was_closed(opened: bool) -> No
 
 def test_a_line_that_is_half_typed_is_kept_on_both_sides_of_the_copy() -> None:
     def setup() -> tuple[int, int]:
-        master, slave = pty.openpty()
+        master, slave = os.openpty()
         settings = termios.tcgetattr(slave)
         settings[3] &= ~termios.ECHO
         termios.tcsetattr(slave, termios.TCSANOW, settings)
@@ -149,7 +168,7 @@ def test_a_line_that_is_half_typed_is_kept_on_both_sides_of_the_copy() -> None:
 
 def test_a_line_that_is_half_typed_is_not_echoed_again() -> None:
     def setup() -> tuple[int, int]:
-        master, slave = pty.openpty()
+        master, slave = os.openpty()
         os.write(master, b"half")
         assert os.read(master, 100) == b"half"
         return master, slave
@@ -166,7 +185,7 @@ def test_a_line_that_is_half_typed_is_not_echoed_again() -> None:
 def _session() -> tuple[int, int, int, int]:
     """A session with its terminal and a foreground group of another process; /dev/tty is open."""
     os.setsid()
-    master, slave = pty.openpty()
+    master, slave = os.openpty()
     fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
     member = os.fork()
     if not member:
@@ -225,7 +244,8 @@ def test_the_controlling_terminal_of_a_session_and_dev_tty() -> None:
         for pid in (leader, member):
             os.kill(pid, signal.SIGKILL)
         deadline = time.monotonic() + 5
-        while Path(f"/proc/{leader}/fd/{master}").exists() and time.monotonic() < deadline:
+        while any(procfs.stat(HostPid(pid)).state != "Z" for pid in (leader, member)):
+            assert time.monotonic() < deadline
             time.sleep(0.001)
         state["foreground"] = 0  # the puppet of the member is in another session
         with _InSession(capture, records) as new:
@@ -242,7 +262,7 @@ def test_the_controlling_terminal_of_a_session_and_dev_tty() -> None:
 
 def test_a_terminal_that_is_hung_up() -> None:
     def setup() -> int:
-        master, slave = pty.openpty()
+        master, slave = os.openpty()
         os.close(master)
         return slave
 
@@ -255,7 +275,7 @@ def test_a_terminal_that_is_hung_up() -> None:
 
 
 def test_a_number_that_is_taken_is_named() -> None:
-    with subject(pty.openpty) as child, Capture(child.pid) as capture:
+    with subject(os.openpty) as child, Capture(child.pid) as capture:
         with pytest.raises(RebuildError, match=r"terminal number \d+ \(/dev/pts/\d+\) is in use"):
             Rebuilt(capture).__enter__()
 
@@ -271,7 +291,7 @@ def test_bytes_under_way_in_raw_mode_stay_on_both_copies(packets: bool) -> None:
     content = bytes(range(256)) * 7
 
     def setup() -> tuple[int, int]:
-        master, slave = pty.openpty()
+        master, slave = os.openpty()
         _mode(slave, termios.ECHO | termios.ICANON | termios.ISIG | termios.IEXTEN)
         settings = termios.tcgetattr(slave)
         settings[0] = settings[1] = 0
@@ -305,7 +325,7 @@ def test_bytes_under_way_in_raw_mode_stay_on_both_copies(packets: bool) -> None:
 
 def test_finished_lines_keep_their_ends() -> None:
     def setup() -> tuple[int, int]:
-        master, slave = pty.openpty()
+        master, slave = os.openpty()
         _mode(slave, termios.ECHO)
         os.write(master, b"one\ntwo\x04\x04\n\x16\x04three\nfo")
         return master, slave
@@ -329,7 +349,7 @@ def test_finished_lines_keep_their_ends() -> None:
 
 def test_last_words_before_the_slave_was_closed() -> None:
     def setup() -> int:
-        master, slave = pty.openpty()
+        master, slave = os.openpty()
         os.write(slave, b"bye\n")
         os.close(slave)
         return master
@@ -350,18 +370,18 @@ def test_last_words_before_the_slave_was_closed() -> None:
 
 def test_a_terminal_that_is_stopped_or_full_and_packet_events_are_refused() -> None:
     def setup() -> tuple[int, ...]:
-        packet, packet_slave = pty.openpty()
-        stopped, stopped_slave = pty.openpty()
+        packet, packet_slave = os.openpty()
+        stopped, stopped_slave = os.openpty()
         fcntl.ioctl(packet, termios.TIOCPKT, struct.pack("<i", 1))
         termios.tcflow(packet_slave, termios.TCOOFF)
         os.write(stopped_slave, b"before")
         termios.tcflow(stopped_slave, termios.TCOOFF)
-        full, full_slave = pty.openpty()
+        full, full_slave = os.openpty()
         os.set_blocking(full_slave, False)
         while polled(full_slave) & select.POLLOUT or number(full, termios.FIONREAD) < 4095:
             with suppress(BlockingIOError):
                 os.write(full_slave, bytes(1000))
-        typed, typed_slave = pty.openpty()
+        typed, typed_slave = os.openpty()
         _mode(typed_slave, termios.ECHO | termios.ICANON)
         os.write(typed, bytes(range(65, 85)) * 500)
         return packet, packet_slave, stopped, stopped_slave, full, full_slave, typed, typed_slave
@@ -382,7 +402,7 @@ def test_a_terminal_that_is_stopped_or_full_and_packet_events_are_refused() -> N
 
 def test_a_pipeline_that_is_killed_while_it_looks_leaves_the_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     def setup() -> tuple[int, int]:
-        master, slave = pty.openpty()
+        master, slave = os.openpty()
         _mode(slave, termios.ECHO)
         os.write(master, b"half")
         return master, slave
@@ -419,11 +439,11 @@ def reap(but: int) -> None:
 
 
 def test_a_terminal_from_outside_is_refused_and_its_owner_named() -> None:
-    master, slave = pty.openpty()
+    master, slave = os.openpty()
     name = os.ttyname(slave)
 
     def setup() -> tuple[int, int, int]:
-        forked_master, forked_slave = pty.openpty()
+        forked_master, forked_slave = os.openpty()
         child = os.fork()
         if not child:
             os.setsid()

@@ -19,7 +19,7 @@ from contextlib import asynccontextmanager
 import msgspec
 import trio
 
-from pipeline.errors import ImageError, RebuildError
+from pipeline.errors import ImageError, UsageError
 from pipeline.image.codec import Image
 from pipeline.image.frames import MAX_PAYLOAD_BYTES
 from pipeline.image.schema import FORMAT_VERSION, End
@@ -176,8 +176,8 @@ async def restore(
 
     Cancellation: nothing is left.
     """
-    if new_pidns or map != "same":
-        raise RebuildError("--new-pidns and --map are not there yet")
+    if map != "same":
+        raise UsageError(f"--map {map}: only `same` is supported")
     progress = progress or NullProgress()
     begin = time.monotonic()
     progress.phase("setup")
@@ -185,7 +185,7 @@ async def restore(
         image, first = await read_records(reader)
         records_read = time.monotonic()
         feed = PageFeed(page_runs(reader, image, first), progress)
-        async with rebuilt(image, feed, tracer, progress) as rebuilding:
+        async with rebuilt(image, feed, tracer, progress, new_pidns) as rebuilding:
             progress.phase("thaw")
             root = await tracer.run(rebuilding.thaw)
     del detach

@@ -13,10 +13,12 @@ Source: clone3 in clone(2); pid_namespaces(7) on ns_last_pid.
 from __future__ import annotations
 
 import errno
+import os
 import time
 from collections.abc import Callable, Sequence
 
 from pipeline.errors import RebuildError
+from pipeline.kernel.arch.x86_64 import NR
 from pipeline.kernel.syscalls import CLONE
 from pipeline.remote.puppet import Puppet, seen_pids
 
@@ -29,14 +31,46 @@ _REAP_PAUSE_S = 0.01
 Announce = Callable[[int], None]
 
 
-def announce_here(pid: int) -> None:
-    """Announce `pid` in the pipeline's own pid namespace.
+class AnnounceHere:
+    """Announces pids in the pipeline's own pid namespace, and sets the counter back at the end.
 
-    Raises:
-        OSError: EPERM without CAP_CHECKPOINT_RESTORE in its owner.
+    Left where it is, the counter would give the next programs of this host the numbers right behind
+    the tree's, which the tree of somebody else may be waiting for.
     """
-    with open("/proc/sys/kernel/ns_last_pid", "wb", buffering=0) as file:
-        file.write(str(pid - 1).encode())
+
+    _PATH = "/proc/sys/kernel/ns_last_pid"
+
+    def __init__(self) -> None:
+        self._before: int | None = None
+
+    def __call__(self, pid: int) -> None:
+        """Announce `pid`; OSError: EPERM without CAP_CHECKPOINT_RESTORE in the namespace's owner."""
+        if self._before is None:
+            with open(self._PATH, "rb") as file:
+                self._before = int(file.read())
+        self._write(pid - 1)
+
+    def _write(self, value: int) -> None:
+        with open(self._PATH, "wb", buffering=0) as file:
+            file.write(str(value).encode())
+
+    def set_back(self) -> None:
+        """Set the counter to what it was before the first announcement; idempotent."""
+        if self._before is not None:
+            before, self._before = self._before, None
+            self._write(before)
+
+
+def announce_by(puppet: Puppet) -> Announce:
+    """Announces pids in the pid namespace of `puppet`, which has all capabilities in its owner."""
+
+    def announce(pid: int) -> None:
+        fd = puppet.syscall(NR.openat, -100, b"/proc/sys/kernel/ns_last_pid\0", os.O_WRONLY, 0)
+        text = str(pid - 1).encode()
+        puppet.syscall(NR.write, fd, text, len(text))
+        puppet.syscall(NR.close, fd)
+
+    return announce
 
 
 def clone_with_pids(

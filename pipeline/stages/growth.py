@@ -24,7 +24,7 @@ from pipeline.image.plan import Become, Fill, FoundSession, Inherit, JoinGroup, 
 from pipeline.image.schema import Memberships, Process
 from pipeline.kernel.arch.x86_64 import NR
 from pipeline.kernel.syscalls import CLONE
-from pipeline.remote.births import Announce, announce_here, clone_with_pids
+from pipeline.remote.births import Announce, announce_by, clone_with_pids
 from pipeline.remote.puppet import Puppet
 from pipeline.resources.namespaces.members import KINDS
 
@@ -74,6 +74,8 @@ class Growth:
             0 where level 0 is where the launcher is.
         choose_outer: False where level-0 pids need not be kept: no process of the tree sees them.
         announce: how to announce a pid at level 0; None where nobody can.
+        first: the first process of a pid namespace made for the tree: the parent of its root; None where
+            the tree's root becomes the restorer's child.
     """
 
     def __init__(
@@ -84,7 +86,8 @@ class Growth:
         body: Body,
         *,
         choose_outer: bool,
-        announce: Announce | None = announce_here,
+        announce: Announce | None,
+        first: Puppet | None = None,
     ) -> None:
         self._image = image
         self._planner = planner
@@ -96,9 +99,19 @@ class Growth:
             user=0, **external, pid_for_children=external["pid"], time_for_children=external["time"]
         )
         self._announce_outer = announce
+        self._first = first
         self.grown: dict[int, Grown] = {}
         self._stand_ins: dict[int, tuple[Grown, int]] = {}
         self._wardens: dict[int, Puppet] = {}
+
+    @property
+    def _outer(self) -> Puppet:
+        """Who clones the root."""
+        return self._first or self._launcher
+
+    def _is_launcher(self, creator: int) -> bool:
+        """Whether a creator of the plan is the launcher, whose clones are the restorer's children."""
+        return not creator and self._first is None
 
     def _external(self, kind: str) -> int:
         return next(n.index for n in self._planner.namespaces.values() if n.kind == kind and n.external)
@@ -169,16 +182,7 @@ class Growth:
 
     def _warden_announcer(self, pidns: int) -> Announce | None:
         warden = self._wardens.get(pidns)
-        if warden is None:
-            return None
-
-        def announce(pid: int) -> None:
-            fd = warden.syscall(NR.openat, -100, b"/proc/sys/kernel/ns_last_pid\0", os.O_WRONLY, 0)
-            text = str(pid - 1).encode()
-            warden.syscall(NR.write, fd, text, len(text))
-            warden.syscall(NR.close, fd)
-
-        return announce
+        return announce_by(warden) if warden is not None else None
 
     def _wanted(self, pids: Sequence[int]) -> list[int | None]:
         wanted: list[int | None] = list(pids)
@@ -201,8 +205,8 @@ class Growth:
         )
 
     def _spawn(self, step: Spawn) -> None:
-        creator = self._of(step.creator) if step.creator else Grown(self._launcher, self._outside)
-        flags = CLONE.PARENT if step.sibling or not step.creator else 0
+        creator = self._of(step.creator) if step.creator else Grown(self._outer, self._outside)
+        flags = CLONE.PARENT if step.sibling or self._is_launcher(step.creator) else 0
         if step.stand_in:
             pidns = self._pidns_of(step.creator)
             pids = self._stand_in_pids(step, pidns)
@@ -243,7 +247,8 @@ class Growth:
         """The first process of a new pid namespace, by a helper that owns the namespace."""
         assert step.pidns is not None
         owner = self._planner.namespaces[step.pidns].owner
-        helper = Grown(creator.puppet.clone(CLONE.PARENT if not step.creator else 0), creator.members)
+        beside = self._is_launcher(step.creator)
+        helper = Grown(creator.puppet.clone(CLONE.PARENT if beside else 0), creator.members)
         try:
             if owner != helper.members.user:
                 self._body.join_owner(helper.puppet, owner)
@@ -251,10 +256,10 @@ class Growth:
             helper.puppet.syscall(NR.unshare, CLONE.NEWPID)
             return self.clone_task(helper, step.pidns, process.pids, CLONE.PARENT, **options)
         finally:
-            if step.creator:
-                self._end_helper(creator.puppet, helper.puppet)
-            else:
+            if beside:
                 helper.puppet.kill_and_reap()
+            else:
+                self._end_helper(creator.puppet, helper.puppet)
 
     def _clone_into(
         self, creator: Grown, pidns: int, process: Process, flags: int, options: dict[str, int]
@@ -297,10 +302,11 @@ class Growth:
 
     def _remove(self, pid: int) -> None:
         stand_in, creator = self._stand_ins.pop(pid)
-        if creator:
-            self._end_helper(self._of(creator).puppet, stand_in.puppet)
-        else:
+        if self._is_launcher(creator):
             stand_in.puppet.kill_and_reap()
+        else:
+            parent = self._of(creator).puppet if creator else self._outer
+            self._end_helper(parent, stand_in.puppet)
 
     def _end_helper(self, parent: Puppet, helper: Puppet) -> None:
         helper.kill_and_reap()

@@ -23,6 +23,8 @@ from pipeline.kernel.arch import x86_64 as arch
 from pipeline.kernel.syscalls import RESOLVE, openat2
 from pipeline.ledger import LEDGER
 from pipeline.progress import Progress
+from pipeline.remote.births import Announce, AnnounceHere, announce_by
+from pipeline.remote.init import Init
 from pipeline.remote.puppet import spawn_launcher
 from pipeline.remote.tracer import Tracer
 from pipeline.resources.memory.rebuild import find_hole
@@ -54,10 +56,13 @@ class Rebuilding:
 
     Args:
         image: complete and checked.
+        new_pidns: make a pid namespace for the tree, with a first process that waits for it.
     """
 
-    def __init__(self, image: Image) -> None:
+    def __init__(self, image: Image, new_pidns: bool = False) -> None:
         self._image = image
+        self._new_pidns = new_pidns
+        self._init: Init | None = None
         self._stack = ExitStack()
         self._thawed = False
         self._forest = Forest(image.user_namespaces.values())
@@ -84,6 +89,15 @@ class Rebuilding:
         hole = find_hole([space.vmas for space in image.spaces.values()], memory_layout.HOLE_BYTES)
         self._launcher = spawn_launcher(hole, self._channel_fd(), self._reserved_pids())
         self._stack.callback(self._end_launcher)
+        announce: Announce
+        if self._new_pidns:
+            self._init = Init(self._launcher)
+            self._stack.callback(self._end_init)
+            announce = announce_by(self._init.puppet)
+        else:
+            here = AnnounceHere()
+            self._stack.callback(here.set_back)
+            announce = here
         self._keepers = Keepers(self._launcher, self._forest, self._stack)
         self._keepers.make(image.namespaces)
         self._stack.callback(self.contents.close)
@@ -98,6 +112,8 @@ class Rebuilding:
             self._launcher,
             body,
             choose_outer=any(len(process.pids) == 1 for process in image.processes.values()),
+            announce=announce,
+            first=self._init.puppet if self._init is not None else None,
         )
         self._stack.callback(self._end_tree)
         self._steps = self.growth.grow()
@@ -144,8 +160,14 @@ class Rebuilding:
         """Let the tree run; returns the pid of its root here. There is no way back."""
         root = self.growth.grown[self._image.head.root].puppet.pid
         self._thawed = True
+        if self._init is not None:
+            self._init.set_free(self._image.processes[self._image.head.root].pids[0])
         finish.thaw(self._image, self.growth)
         return root
+
+    def _end_init(self) -> None:
+        if self._init is not None and not self._thawed:
+            self._init.puppet.kill_and_reap()
 
     def close(self) -> None:
         """Give everything back, the tree too unless it was thawed; idempotent."""
@@ -173,7 +195,10 @@ class Rebuilding:
 
     def _root_of(self, mntns: int) -> LocalFd:
         if mntns not in self._roots:
-            fd = LocalFd(os.open(self._keepers.root_path(mntns), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
+            path = self._keepers.root_path(mntns)
+            if path == "/" and self._init is not None:
+                path = f"/proc/{self._init.puppet.pid}/root"
+            fd = LocalFd(os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
             LEDGER.take("root directory", fd)
             self._roots[mntns] = fd
         return self._roots[mntns]
@@ -211,7 +236,13 @@ class Rebuilding:
                     while len(reserved) <= level:
                         reserved.append(set())
                     reserved[level].add(pid)
-        if reserved:
+        if self._new_pidns:
+            reserved.insert(0, set())
+            if 1 in reserved[1]:
+                raise RebuildError("the tree holds pid 1 itself; it needs no pid namespace around it")
+            for process in self._image.processes.values():
+                reserved[1] |= {process.sid, process.pgid}
+        elif reserved:
             for process in self._image.processes.values():
                 reserved[0] |= {process.sid, process.pgid}
         return reserved
@@ -219,7 +250,7 @@ class Rebuilding:
 
 @asynccontextmanager
 async def rebuilt(
-    image: Image, feed: PageFeed, tracer: Tracer, progress: Progress
+    image: Image, feed: PageFeed, tracer: Tracer, progress: Progress, new_pidns: bool = False
 ) -> AsyncIterator[Rebuilding]:
     """The tree of `image`, complete and stopped; gone after the block unless it was thawed.
 
@@ -230,7 +261,7 @@ async def rebuilt(
     progress.phase("rebuild")
     if image.head.machine != arch.MACHINE:
         image.check_machine(arch.MACHINE)
-    rebuilding = Rebuilding(image)
+    rebuilding = Rebuilding(image, new_pidns)
     try:
         await tracer.run(rebuilding.prepare)
         for space in [*image.shared_memory, *image.contents]:

@@ -65,7 +65,7 @@ def into_forest(record: Record, state: Record | None, forest: Forest) -> Record:
     """
     holder = holder_of(record)
 
-    def change(field: IdKind) -> Change:
+    def change(field: IdKind) -> Callable[[Id], Id]:
         def innermost(found: Id) -> Id:
             if found.ns:
                 return found

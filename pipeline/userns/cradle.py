@@ -17,19 +17,22 @@ Sources: user_namespaces(7), newuidmap(1), subuid(5).
 
 from __future__ import annotations
 
-import ctypes
 import os
 import pwd
 import shutil
+import struct
 import subprocess
 import threading
 from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.errors import PipelineError
-from pipeline.kernel.syscalls import CLONE, unshare
+from pipeline.kernel.arch.x86_64 import NR
+from pipeline.kernel.syscalls import CLONE, PRCTL, prctl, syscall, unshare
 
 _CAP_SYS_ADMIN = 21
+_CAPABILITY_VERSION_3 = 0x20080522
+_AMBIENT_RAISE = 2
 
 
 def is_privileged() -> bool:
@@ -94,7 +97,22 @@ def enter() -> None:
         Path("/proc/self/setgroups").write_text("deny")
         _write("/proc/self/gid_map", f"{gid} {gid} 1")
         _write("/proc/self/uid_map", f"{uid} {uid} 1")
-    ctypes.CDLL(None).prctl(4, 1, 0, 0, 0)  # PR_SET_DUMPABLE: our /proc files stay ours
+    prctl(PRCTL.SET_DUMPABLE, 1)  # our /proc files stay ours
+    _keep_capabilities()
+
+
+def _keep_capabilities() -> None:
+    """Make the capabilities ambient: whoever is not root in the cradle would lose them by execve."""
+    header = struct.pack("<Ii", _CAPABILITY_VERSION_3, 0)
+    every = (1 << (_last_capability() + 1)) - 1
+    low, high = every & 0xFFFF_FFFF, every >> 32
+    syscall(NR.capset, header, struct.pack("<6I", low, low, low, high, high, high))
+    for bit in range(_last_capability() + 1):
+        prctl(PRCTL.CAP_AMBIENT, _AMBIENT_RAISE, bit)
+
+
+def _last_capability() -> int:
+    return int(Path("/proc/sys/kernel/cap_last_cap").read_text())
 
 
 def _write(path: str, text: str) -> None:

@@ -1,0 +1,66 @@
+"""The first process of a pid namespace that is made around a tree (``--new-pidns``).
+
+A pid namespace lives as long as its first process, and orphans become its children. So
+it gets one that does nothing but collect the dead, and that ends with the root of the
+tree, with its exit status: a few instructions (`pipeline.kernel.arch.x86_64.INIT`) in the
+page of the puppet program. It lives in a mount namespace with a /proc of its own.
+
+Source: pid_namespaces(7).
+"""
+
+from __future__ import annotations
+
+from pipeline.errors import RebuildError
+from pipeline.kernel import ptrace
+from pipeline.kernel.arch import x86_64 as arch
+from pipeline.kernel.arch.x86_64 import NR
+from pipeline.kernel.syscalls import CLONE, PRCTL
+from pipeline.remote.puppet import Puppet
+
+_MS_REC_PRIVATE = 0x4000 | 0x40000
+_NAME = b"pipeline-init\0"
+
+
+class Init:
+    """A pid namespace and its first process, still a puppet.
+
+    Args:
+        launcher: in the namespace around it, with all capabilities in its user namespace.
+    """
+
+    def __init__(self, launcher: Puppet) -> None:
+        maker = launcher.clone(CLONE.PARENT)
+        try:
+            maker.syscall(NR.unshare, CLONE.NEWPID | CLONE.NEWNS)
+            self.puppet = maker.clone(CLONE.PARENT)
+        finally:
+            maker.kill_and_reap()
+        try:
+            self._set_up()
+        except BaseException:
+            self.puppet.kill_and_reap()
+            raise
+
+    def _set_up(self) -> None:
+        puppet = self.puppet
+        if puppet.syscall(NR.getpid) != 1:
+            raise RebuildError("the first process of a new pid namespace is not its process 1")
+        puppet.syscall(NR.mount, 0, b"/\0", 0, _MS_REC_PRIVATE, 0)
+        puppet.syscall(NR.mount, b"proc\0", b"/proc\0", b"proc\0", 2 | 4 | 8, 0)
+        puppet.syscall(NR.prctl, PRCTL.SET_NAME, _NAME)
+
+    def set_free(self, root: int) -> None:
+        """Let it run: it collects the dead until process `root` (a pid inside) ends.
+
+        Nothing can be cloned from it any more.
+        """
+        puppet = self.puppet
+        puppet.syscall(NR.close_range, puppet.stage.channel_fd, 0xFFFF_FFFF, 0)
+        puppet.syscall(NR.setsid)
+        regs = arch.Registers(ptrace.get_regs(puppet.tid)).replace(
+            rip=arch.PUPPET_INIT, rbp=root, orig_rax=-1
+        )
+        puppet.disown()
+        ptrace.set_regs(puppet.tid, regs.pack())
+        ptrace.set_sigmask(puppet.tid, 0)
+        puppet.set_free()

@@ -30,6 +30,7 @@ from pipeline.stages.fill import PageFeed
 from pipeline.stages.rebuild import rebuilt
 from pipeline.transport.buffers import BufferPool, LeasedRun
 from pipeline.transport.framing import ByteSource, FrameReader, Message
+from pipeline.userns.cradle import owns_pid_namespace
 
 _BUFFERS = 6
 
@@ -181,6 +182,7 @@ async def restore(
     progress = progress or NullProgress()
     begin = time.monotonic()
     progress.phase("setup")
+    new_pidns = new_pidns or not owns_pid_namespace()
     async with tracer_thread() as tracer, opened(source) as reader:
         image, first = await read_records(reader)
         records_read = time.monotonic()

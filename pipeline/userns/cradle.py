@@ -27,6 +27,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.errors import PipelineError
+from pipeline.ids import LocalFd
+from pipeline.kernel import nsfs
 from pipeline.kernel.arch.x86_64 import NR
 from pipeline.kernel.syscalls import CLONE, PRCTL, prctl, syscall, unshare
 
@@ -42,6 +44,21 @@ def is_privileged() -> bool:
             if line.startswith(b"CapEff:"):
                 return bool(int(line.split()[1], 16) >> _CAP_SYS_ADMIN & 1)
     return False
+
+
+def owns_pid_namespace() -> bool:
+    """Whether this process may choose pids where it is: its pid namespace is owned by its user namespace.
+
+    In a cradle it is not: the tree then gets a pid namespace of its own.
+    """
+    fd = LocalFd(os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC))
+    try:
+        os.close(nsfs.owner(fd))
+    except PermissionError:
+        return False
+    finally:
+        os.close(fd)
+    return is_privileged()
 
 
 def subordinate_ranges(path: str, user: str, uid: int) -> list[tuple[int, int]]:

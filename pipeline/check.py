@@ -8,7 +8,6 @@ at once, and the tree is only looked at, never stopped.
 from __future__ import annotations
 
 import ctypes
-import errno
 import os
 import platform
 import shutil
@@ -18,6 +17,7 @@ import trio
 from msgspec import Struct
 
 from pipeline.errors import Blocker, PipelineError
+from pipeline.ids import LocalFd
 from pipeline.kernel.arch import x86_64 as arch
 from pipeline.kernel.arch.x86_64 import NR
 from pipeline.kernel.syscalls import (
@@ -118,8 +118,7 @@ def _pagemap_scan() -> None:
 
     fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
     try:
-        if not pagemap.has_scan(fd):
-            raise OSError(errno.ENOTTY, os.strerror(errno.ENOTTY))
+        pagemap.scan(LocalFd(fd), 0, 1 << 12)
     finally:
         os.close(fd)
 

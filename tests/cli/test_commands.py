@@ -1,0 +1,194 @@
+"""The commands on real trees: streams, exit codes, pid files, signals, what is printed where."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+TOOL = [sys.executable, "-m", "pipeline"]
+
+
+def pipeline(*words: object, **options: object) -> subprocess.CompletedProcess[bytes]:
+    if "input" not in options:
+        options["stdin"] = subprocess.DEVNULL
+    return subprocess.run([*TOOL, *map(str, words)], check=False, timeout=60, capture_output=True, **options)  # type: ignore[call-overload]
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory() as name:
+        yield Path(name)
+
+
+class Program:
+    """A shell script, detached, in a user namespace of its own; killed at the end."""
+
+    def __init__(self, script: str) -> None:
+        done = pipeline("run", "--userns", "--detach", "--", "/bin/sh", "-c", script)
+        assert done.returncode == 0, done.stderr
+        self.pid = int(done.stdout)
+
+    def state(self) -> str:
+        """The letter of proc_pid_stat(5); empty if there is no such process."""
+        try:
+            return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            return ""
+
+    def runs(self) -> bool:
+        return self.state() not in {"", "Z", "X"}
+
+    def end(self) -> None:
+        with suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
+        self.collect()
+
+    def collect(self) -> None:
+        """Wait until nothing holds the tree's pids: the test run is the subreaper of what is detached."""
+        deadline = time.monotonic() + 10
+        while Path(f"/proc/{self.pid}").exists() and time.monotonic() < deadline:
+            self._reap()
+            time.sleep(0.005)
+        self._reap()
+
+    @staticmethod
+    def _reap() -> None:
+        with suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+
+
+@pytest.fixture
+def program() -> Iterator[Program]:
+    program = Program("exec sleep 1000")
+    yield program
+    program.end()
+
+
+def test_dump_ends_the_tree_and_restore_prints_its_pid(program: Program, folder: Path) -> None:
+    image, pidfile = folder / "image", folder / "pid"
+    dumped = pipeline("dump", "--pid", program.pid, "--to", image, "--json")
+    assert dumped.returncode == 0, dumped.stderr
+    result = json.loads(dumped.stdout)
+    assert result["root_pid"] == program.pid
+    assert {"total-time", "downtime", "setup-time", "transferred"} <= set(result["figures"])
+    assert not program.runs()
+    program.collect()
+    restored = pipeline("restore", "--from", image, "--detach", "--pidfile", pidfile)
+    assert restored.returncode == 0, restored.stderr
+    assert restored.stdout == f"{program.pid}\n".encode()
+    assert pidfile.read_text() == f"{program.pid}\n"
+    assert program.runs()
+
+
+@pytest.mark.parametrize(("option", "states"), [("--leave-running", "SR"), ("--leave-stopped", "T")])
+def test_dump_leaves_the_tree_as_it_is_told(program: Program, folder: Path, option: str, states: str) -> None:
+    dumped = pipeline("dump", "--pid", program.pid, "--to", folder / "image", option)
+    assert dumped.returncode == 0, dumped.stderr
+    assert dumped.stdout == b""
+    assert program.state() in set(states)
+
+
+def test_an_image_goes_through_a_pipe(program: Program) -> None:
+    dumped = pipeline("dump", "--pid", program.pid, "--to", "-")
+    assert dumped.returncode == 0, dumped.stderr
+    inspected = pipeline("inspect", "-", "--json", input=dumped.stdout)
+    assert inspected.returncode == 0, inspected.stderr
+    assert [process["pids"] for process in json.loads(inspected.stdout)["processes"]] == [[program.pid]]
+    program.collect()
+    restored = pipeline("restore", "--from", "-", "--detach", "--json", input=dumped.stdout)
+    assert restored.returncode == 0, restored.stderr
+    assert json.loads(restored.stdout)["root_pid"] == program.pid
+    assert program.runs()
+
+
+def test_restore_stays_forwards_signals_and_exits_with_the_status(folder: Path) -> None:
+    program = Program("trap 'exit 9' USR1; while :; do sleep 0.05; done")
+    try:
+        dumped = pipeline("dump", "--pid", program.pid, "--to", folder / "image")
+        assert dumped.returncode == 0, dumped.stderr
+        program.collect()
+        with subprocess.Popen(
+            [*TOOL, "restore", "--from", folder / "image", "--json"],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        ) as restore:
+            assert restore.stdout is not None
+            assert restore.stdout.readline() == b"{\n"
+            assert b"root_pid" in restore.stdout.readline()
+            restore.send_signal(signal.SIGUSR1)
+            assert restore.wait(30) == 9
+    finally:
+        program.end()
+
+
+def test_what_is_in_the_way_is_named_and_is_exit_code_3(folder: Path) -> None:
+    with subprocess.Popen(["/bin/sleep", "1000"], stdin=subprocess.PIPE) as child:
+        try:
+            checked = pipeline("check", "--pid", child.pid, "--json")
+            dumped = pipeline("dump", "--pid", child.pid, "--to", folder / "image", "--json")
+            assert (checked.returncode, dumped.returncode) == (3, 3)
+            error = json.loads(dumped.stdout)
+            assert (error["error"], error["exit_code"]) == ("Refused", 3)
+            subjects = {blocker["subject"] for blocker in error["blockers"]}
+            assert any(subject.startswith(f"pid {child.pid} fd 0") for subject in subjects)
+            assert subjects <= {blocker["subject"] for blocker in json.loads(checked.stdout)["blockers"]}
+            assert b"nothing was touched" in dumped.stderr
+            assert child.poll() is None
+            assert not (folder / "image").exists()
+        finally:
+            child.kill()
+
+
+def test_a_pid_that_is_not_there_is_said(folder: Path) -> None:
+    done = pipeline("dump", "--pid", 4194303, "--to", folder / "image")
+    assert done.returncode in {1, 2, 3}
+    assert b"4194303" in done.stderr
+    assert b"Traceback" not in done.stderr
+
+
+def test_sigint_during_a_dump_rolls_it_back(program: Program) -> None:
+    """The image goes to a pipe that is full: the dump stands in the middle when the signal comes."""
+    reader, writer = os.pipe()
+    try:
+        os.set_blocking(writer, False)
+        with suppress(BlockingIOError):
+            while True:
+                os.write(writer, bytes(65536))
+        os.set_blocking(writer, True)
+        with subprocess.Popen(
+            [*TOOL, "dump", "--pid", str(program.pid), "--to", "-"], stdout=writer, stderr=subprocess.PIPE
+        ) as dump:
+            deadline = time.monotonic() + 20
+            while program.state() != "t" and time.monotonic() < deadline:
+                time.sleep(0.005)
+            assert program.state() == "t"
+            dump.send_signal(signal.SIGINT)
+            # a thread that writes to a pipe cannot be interrupted: let it go on
+            os.read(reader, 1 << 20)
+            assert dump.wait(30) == 130
+            assert dump.stderr is not None
+            assert b"rolling back" in dump.stderr.read()
+    finally:
+        os.close(reader)
+        os.close(writer)
+    assert program.state() in {"S", "R"}
+
+
+def test_clean_and_check_work_without_a_tree() -> None:
+    assert pipeline("clean").returncode == 0
+    checked = pipeline("check", "--json")
+    assert checked.returncode in {0, 1}
+    rows = json.loads(checked.stdout)["host"]
+    assert all(set(row) == {"name", "ok", "needed", "detail", "remedy"} for row in rows)

@@ -28,9 +28,9 @@ def test_importing_the_package_imports_nothing_else() -> None:
 def test_a_recipes_name_is_the_recipe_whoever_imported_its_module(name: str, first: str) -> None:
     assert (
         run(f"""
-        import inspect, pipeline
+        import inspect as standard, pipeline
         {first.format(name)}
-        print(inspect.iscoroutinefunction(pipeline.{name}))
+        print(standard.iscoroutinefunction(pipeline.{name}))
     """)
         == "True"
     )

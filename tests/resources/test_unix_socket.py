@@ -426,6 +426,7 @@ def test_a_socket_whose_file_was_removed_keeps_the_name_only(tmp_path: Path, lin
             assert sock.getsockname() == path
             assert sock.getsockopt(SOL, socket.SO_ACCEPTCONN)
         assert Path(path).read_text() == "another file"
+        assert sorted(os.listdir(tmp_path)) == [*["other name"][:linked], "removed"]
 
 
 def test_an_abstract_name_that_is_taken_is_named() -> None:
@@ -652,7 +653,8 @@ def test_a_socket_file_is_found_by_name_where_the_kernel_does_not_give_it_away()
                     known = diag.find(found.stat.st_ino)
                 file = _socket_file(found, sock, path.encode(), known, _Plain())
                 os.rename(path, path + "2")
-                Path(path).touch()
+                with unix() as other:
+                    other.bind(path)
                 return (
                     f"{file.path.path.decode()} {_socket_file(found, sock, path.encode(), known, _Plain())}"
                 )

@@ -133,7 +133,8 @@ def freeze(root: HostPid, suspend_seccomp: bool) -> FrozenTree:
 
     Args:
         root: its root, checked by `check_root`.
-        suspend_seccomp: ask for PTRACE_O_SUSPEND_SECCOMP (CAP_SYS_ADMIN in the initial user namespace).
+        suspend_seccomp: ask for PTRACE_O_SUSPEND_SECCOMP (CAP_SYS_ADMIN in the initial user namespace);
+            done without where the kernel refuses it.
 
     Raises:
         Refused: a task is traced by somebody else, or may not be traced by us.
@@ -192,7 +193,7 @@ def _stop_tasks(tree: FrozenTree, process: FrozenProcess) -> bool:
 def _seize(tree: FrozenTree, process: FrozenProcess, tid: HostPid) -> bool:
     LEDGER.take("seized task", tid)
     try:
-        ptrace.seize(tid, tree.options)
+        _seize_one(tree, tid)
         process.tasks[tid] = FrozenTask(tid)
         ptrace.interrupt(tid)
     except ProcessLookupError:
@@ -217,6 +218,17 @@ def _seize(tree: FrozenTree, process: FrozenProcess, tid: HostPid) -> bool:
             ) from error
         return False
     return True
+
+
+def _seize_one(tree: FrozenTree, tid: HostPid) -> None:
+    try:
+        ptrace.seize(tid, tree.options)
+    except PermissionError:
+        if not tree.options:
+            raise
+        # suspending filters takes the initial user namespace's CAP_SYS_ADMIN; our own may be a lesser one
+        ptrace.seize(tid)
+        tree.options = 0
 
 
 def _await_stop(process: FrozenProcess, tid: HostPid) -> None:

@@ -22,97 +22,24 @@ from __future__ import annotations
 import os
 import select
 import stat
-import struct
-import termios
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from typing import Annotated
-
-from msgspec import Meta
 
 from pipeline.errors import Blocker, RebuildError, Refused
 from pipeline.ids import HostPid, LocalFd
-from pipeline.image.schema import U32, Id, Index, OpenFile, PathRef, Pid, Record
-from pipeline.kernel import procfs
-from pipeline.kernel.arch.x86_64_numbers import NR
-from pipeline.resources import outside, pty_sides, sockets, terminal, terminal_bytes
+from pipeline.image.schema import OpenFile
+from pipeline.resources import outside, pty_session, pty_sides, sockets, terminal, terminal_bytes
 from pipeline.resources.kinds import CaptureScope, CreateScope, FdView
 from pipeline.resources.paths import O_LARGEFILE, filesystem
-from pipeline.resources.pty_sides import Role
+from pipeline.resources.pty_session import REMEDY
+from pipeline.resources.pty_state import KIND_NAME, Node, PtyState, Terminal
 from pipeline.resources.terminal_bytes import UnderWay
-
-_REMEDY = "start the tree with setsid and its stdio redirected, or run tmux inside the tree"
-
-
-class Node(Record, frozen=True, kw_only=True):
-    """The file /dev/pts/N."""
-
-    path: PathRef
-    mode: Annotated[int, Meta(ge=0, le=0o7777)]
-    uid: Id
-    gid: Id
-
-
-class Terminal(Record, frozen=True, kw_only=True):
-    """State of a pair, recorded with its master.
-
-    `settings`: struct termios2. `window`: struct winsize. `left`: every slave was closed, the master reads EIO.
-    `session`: level-0 pid of the leader, 0 if none; `foreground`: the group's number inside the leader's
-    own pid namespace. `under_way`: what waits on both sides.
-    """
-
-    settings: Annotated[bytes, Meta(min_length=44, max_length=44)]
-    window: Annotated[bytes, Meta(min_length=8, max_length=8)]
-    packet_mode: bool
-    locked: bool
-    exclusive: bool
-    slave_exclusive: bool
-    left: bool
-    session: Pid = 0
-    foreground: Pid = 0
-    under_way: UnderWay = UnderWay()
-    node: Node | None = None
-
-
-class PtyState(Record, frozen=True, kw_only=True):
-    """One open file of a terminal.
-
-    `master`: the open file that stands for the pair (itself for a master; None for role ``hung-up``).
-    `ptmx`: what to open for a new pair. `path`: /dev/tty for role ``tty``. `terminal`: of a master only.
-    """
-
-    role: Role
-    number: U32
-    ptmx: PathRef
-    master: Index | None = None
-    path: PathRef | None = None
-    terminal: Terminal | None = None
-
-
-def check_controlling_terminal(pid: HostPid, scope: CaptureScope) -> Iterator[Blocker]:
-    """The controlling terminal of process `pid`, which needs no descriptor, must be a pty of the tree."""
-    found = procfs.stat(pid)
-    if not found.tty_nr:
-        return
-    major, number = terminal.decode(found.tty_nr)
-    if major != terminal.PTS_MAJOR:
-        yield Blocker(f"pid {pid}", f"its controlling terminal is device {major}:{number}", _REMEDY)
-        return
-    for _, master in pty_sides.masters(scope, number):
-        if terminal.session(master.local) == found.session:
-            return
-    owner = pty_sides.owner_outside(number, scope)
-    yield Blocker(
-        f"pid {pid}",
-        f"its controlling terminal /dev/pts/{number} belongs to {owner} outside the tree",
-        _REMEDY,
-    )
 
 
 class Pty:
     """See the module."""
 
-    name = "pty"
+    name = KIND_NAME
     record: type[PtyState] = PtyState
     carried: Sequence[str] = (
         "pseudo-terminals with both sides in the tree: settings, number, unread bytes, session, foreground group",
@@ -132,7 +59,7 @@ class Pty:
         role = pty_sides.role(view)
         if role is None:
             number = f"{os.major(view.stat.st_rdev)}:{os.minor(view.stat.st_rdev)}"
-            yield Blocker(view.subject, f"terminal device {number} is no pseudo-terminal", _REMEDY)
+            yield Blocker(view.subject, f"terminal device {number} is no pseudo-terminal", REMEDY)
             return
         if role == "hung-up":
             return
@@ -143,7 +70,7 @@ class Pty:
             yield Blocker(
                 view.subject,
                 f"the terminal belongs to {pty_sides.owner_outside(pty_sides.number(view), scope)} outside the tree",
-                _REMEDY,
+                REMEDY,
             )
         if role == "slave":
             holders = outside.same_link(view, scope)
@@ -185,7 +112,8 @@ class Pty:
         if record.role == "hung-up":
             return _open_hung_up(record, access, scope)
         master = scope.once(
-            ("pty", record.master), lambda: scope.own(_open_master(record.ptmx, record.number, scope))
+            pty_session.pair_key(record.master),
+            lambda: scope.own(pty_session.open_master(record.ptmx, record.number, scope.open)),
         )
         if record.role == "master":
             return LocalFd(os.dup(master))
@@ -215,10 +143,10 @@ class Pty:
             terminal_bytes.put(master, state.under_way)
 
     def finish(self, file: OpenFile, record: PtyState, scope: CreateScope) -> None:
-        """Let the session leader take its terminal and name the foreground group; then what would forbid that.
+        """The foreground group of the session, and what would have forbidden anything before.
 
         Raises:
-            RebuildError: the leader cannot take it.
+            RebuildError: the leader cannot name the group.
         """
         state = record.terminal
         if state is None:
@@ -228,7 +156,7 @@ class Pty:
             slave = terminal.open_slave(master)
             try:
                 if state.session:
-                    _take_control(state, record.number, slave, scope)
+                    pty_session.settle_session(state, record.number, slave, scope)
                 if state.slave_exclusive:
                     terminal.set_exclusive(slave)
             finally:
@@ -265,7 +193,7 @@ def _check_master(view: FdView, scope: CaptureScope) -> Iterator[Blocker]:
     leader = terminal.session(view.local)
     if leader and not scope.member(leader):
         yield Blocker(
-            view.subject, f"the terminal controls the session of pid {leader} outside the tree", _REMEDY
+            view.subject, f"the terminal controls the session of pid {leader} outside the tree", REMEDY
         )
     if sockets.events(view.local, select.POLLPRI) & select.POLLPRI:
         yield Blocker(
@@ -291,7 +219,8 @@ def _terminal(view: FdView, scope: CaptureScope) -> Terminal:
         slave_exclusive=any(terminal.exclusive(slave.local) for slave in slaves),
         left=left,
         session=scope.member(session) if session else 0,
-        foreground=_foreground(master, HostPid(session)) if session else 0,
+        foreground=pty_session.foreground(master, HostPid(session)) if session else 0,
+        without=pty_session.without(session, scope) if session else [],
         under_way=_bytes(view) if slaves or left else UnderWay(),
         node=_node(view, scope),
     )
@@ -311,20 +240,6 @@ def _bytes(view: FdView) -> UnderWay:
                 )
             ]
         ) from None
-
-
-def _foreground(master: LocalFd, leader: HostPid) -> Pid:
-    """The foreground group's number in the pid namespace of the session leader; 0 if nobody is in it."""
-    group = terminal.foreground(master)
-    if not group:
-        return 0
-    level = len(procfs.status(leader).ns_tgid) - 1
-    candidates = [group, *(int(name) for name in os.listdir("/proc") if name.isdecimal())]
-    for pid in candidates:
-        with suppress(ProcessLookupError):
-            if procfs.stat(HostPid(pid)).pgrp == group:
-                return procfs.status(HostPid(pid)).ns_pgid[level]
-    return 0
 
 
 def _node(view: FdView, scope: CaptureScope) -> Node | None:
@@ -361,32 +276,10 @@ def _own_node(node: Node, number: int, scope: CreateScope) -> None:
         os.close(fd)
 
 
-def _open_master(ptmx: PathRef, number: int, scope: CreateScope) -> LocalFd:
-    """A new, unlocked pair with this number; the kernel gives the lowest free one, so lower ones are held.
-
-    Raises:
-        RebuildError: the number is taken here.
-    """
-    held: list[LocalFd] = []
-    try:
-        while True:
-            master = scope.open(ptmx, os.O_RDWR | os.O_NOCTTY)
-            held.append(master)
-            got = terminal.number(master)
-            if got == number:
-                terminal.set_locked(master, False)
-                return held.pop()
-            if got > number:
-                raise RebuildError(f"terminal number {number} (/dev/pts/{number}) is in use here")
-    finally:
-        for fd in held:
-            os.close(fd)
-
-
 def _open_hung_up(record: PtyState, access: int, scope: CreateScope) -> LocalFd:
     """A slave whose master is closed; with its number if that is free."""
     try:
-        master = _open_master(record.ptmx, record.number, scope)
+        master = pty_session.open_master(record.ptmx, record.number, scope.open)
     except RebuildError:
         master = scope.open(record.ptmx, os.O_RDWR | os.O_NOCTTY)
         terminal.set_locked(master, False)
@@ -394,23 +287,6 @@ def _open_hung_up(record: PtyState, access: int, scope: CreateScope) -> LocalFd:
         return terminal.open_slave(master, access)
     finally:
         os.close(master)
-
-
-def _take_control(state: Terminal, number: int, slave: LocalFd, scope: CreateScope) -> None:
-    """TIOCSCTTY and TIOCSPGRP by the leader of the session, through a descriptor lent to it."""
-    lent = scope.send(state.session, slave)
-    try:
-        scope.inject(state.session, NR.ioctl, lent, termios.TIOCSCTTY, 0)
-        if state.foreground:
-            scope.inject(
-                state.session, NR.ioctl, lent, termios.TIOCSPGRP, struct.pack("<i", state.foreground)
-            )
-    except OSError as error:
-        raise RebuildError(
-            f"pid {state.session} cannot take its controlling terminal /dev/pts/{number}: {error.strerror}"
-        ) from error
-    finally:
-        scope.inject(state.session, NR.close, lent)
 
 
 KIND = Pty()

@@ -40,7 +40,7 @@ from pipeline.resources.memory.capture import Captured, capture_address_space, c
 from pipeline.resources.memory.objects import MemoryObjects
 from pipeline.resources.memory.sharing import plan_copy_on_write
 from pipeline.resources.namespaces.members import NamespaceCapture
-from pipeline.resources.pty import check_controlling_terminal
+from pipeline.resources.pty_session import check_controlling_terminal
 from pipeline.resources.tasks import signals
 from pipeline.resources.tasks.inquiry import Inquiry, thread_record
 from pipeline.resources.tasks.interrupted import Sleepers

@@ -12,10 +12,11 @@ Source: clone3 in clone(2); pid_namespaces(7) on ns_last_pid.
 
 from __future__ import annotations
 
-import errno
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Protocol
 
 from pipeline.errors import RebuildError
 from pipeline.kernel.arch.x86_64 import NR
@@ -27,12 +28,19 @@ _ATTEMPTS = 50
 _REAP_TIMEOUT_S = 3.0
 _REAP_PAUSE_S = 0.01
 
-#: Writes the pid to be used next in one pid namespace.
-Announce = Callable[[int], None]
+
+class Announcer(Protocol):
+    """Says in one pid namespace which pid is to be given out next."""
+
+    def announce(self, pid: int) -> None:
+        """Announce `pid`."""
+
+    def done(self) -> None:
+        """The clone was made, or failed."""
 
 
-class AnnounceHere:
-    """Announces pids in the pipeline's own pid namespace, and sets the counter back at the end.
+class Here:
+    """Announces pids in the pipeline's own pid namespace, and sets the counter back at once.
 
     Left where it is, the counter would give the next programs of this host the numbers right behind
     the tree's, which the tree of somebody else may be waiting for.
@@ -41,43 +49,42 @@ class AnnounceHere:
     _PATH = "/proc/sys/kernel/ns_last_pid"
 
     def __init__(self) -> None:
-        self._before: int | None = None
+        self._before = 0
 
-    def __call__(self, pid: int) -> None:
-        """Announce `pid`; OSError: EPERM without CAP_CHECKPOINT_RESTORE in the namespace's owner."""
-        if self._before is None:
-            with open(self._PATH, "rb") as file:
-                self._before = int(file.read())
-        self._write(pid - 1)
+    def announce(self, pid: int) -> None:
+        """See `Announcer`; OSError: EPERM without CAP_CHECKPOINT_RESTORE in the namespace's owner."""
+        with open(self._PATH, "r+b", buffering=0) as file:
+            self._before = max(self._before, int(file.read(32)))
+            os.pwrite(file.fileno(), str(pid - 1).encode(), 0)
 
-    def _write(self, value: int) -> None:
+    def done(self) -> None:
+        """Set the counter to the highest it was before an announcement."""
         with open(self._PATH, "wb", buffering=0) as file:
-            file.write(str(value).encode())
-
-    def set_back(self) -> None:
-        """Set the counter to what it was before the first announcement; idempotent."""
-        if self._before is not None:
-            before, self._before = self._before, None
-            self._write(before)
+            file.write(str(self._before).encode())
 
 
-def announce_by(puppet: Puppet) -> Announce:
-    """Announces pids in the pid namespace of `puppet`, which has all capabilities in its owner."""
+class Inside:
+    """Announces pids in the pid namespace of a puppet that has all capabilities in its owner."""
 
-    def announce(pid: int) -> None:
-        fd = puppet.syscall(NR.openat, -100, b"/proc/sys/kernel/ns_last_pid\0", os.O_WRONLY, 0)
+    def __init__(self, puppet: Puppet) -> None:
+        self._puppet = puppet
+
+    def announce(self, pid: int) -> None:
+        """See `Announcer`."""
+        fd = self._puppet.syscall(NR.openat, -100, b"/proc/sys/kernel/ns_last_pid\0", os.O_WRONLY, 0)
         text = str(pid - 1).encode()
-        puppet.syscall(NR.write, fd, text, len(text))
-        puppet.syscall(NR.close, fd)
+        self._puppet.syscall(NR.write, fd, text, len(text))
+        self._puppet.syscall(NR.close, fd)
 
-    return announce
+    def done(self) -> None:
+        """Nobody but the tree is there to be disturbed."""
 
 
 def clone_with_pids(
     creator: Puppet,
     pids: Sequence[int | None],
     choosable: int,
-    announce: Sequence[Announce | None],
+    announcers: Sequence[Announcer | None],
     flags: int = 0,
     *,
     exit_signal: int = 0,
@@ -88,7 +95,7 @@ def clone_with_pids(
     Args:
         pids: outermost first, as `seen_pids` gives them; None where any will do.
         choosable: how many of the innermost levels the creator may list in set_tid.
-        announce: per level of `pids`, how to announce a pid there; None where nobody can.
+        announcers: per level of `pids`, who can announce a pid there; None where nobody can.
         flags: CLONE_*.
         exit_signal: see `Puppet.clone`.
         child_tid: see `Puppet.clone`.
@@ -101,40 +108,61 @@ def clone_with_pids(
         if pid is None or len(chosen) == choosable:
             break
         chosen.append(pid)
-    announced = [(level, pid) for level, pid in enumerate(pids[: len(pids) - len(chosen)]) if pid is not None]
-    for level, pid in announced:
-        if announce[level] is None:
+    announced: list[tuple[Announcer, int]] = []
+    for level, pid in enumerate(pids[: len(pids) - len(chosen)]):
+        announcer = announcers[level]
+        if pid is not None and announcer is None:
             raise RebuildError(
                 f"pid {pid} of pid namespace level {level} cannot be chosen here "
                 "(restore into a pid namespace of its own: --new-pidns)"
             )
-    seen: tuple[int, ...] = ()
-    attempts = 0
+        if pid is not None and announcer is not None:
+            announced.append((announcer, pid))
     deadline = time.monotonic() + _REAP_TIMEOUT_S
-    while attempts < (_ATTEMPTS if announced else 1):
-        for level, pid in announced:
-            writer = announce[level]
-            assert writer is not None
-            writer(pid)
+    missed = 0
+    while True:
         try:
-            child = creator.clone_task(flags, set_tid=chosen, exit_signal=exit_signal, child_tid=child_tid)
-        except OSError as error:
-            if error.errno == errno.EEXIST and time.monotonic() < deadline and _is_dead(pids[0]):
-                time.sleep(_REAP_PAUSE_S)
-                continue
-            if error.errno == errno.EEXIST:
-                raise RebuildError(
-                    f"pid {'/'.join(map(str, reversed(chosen)))} is in use here; end that process, "
-                    "or restore into a pid namespace of its own (--new-pidns)"
-                ) from error
-            raise
-        seen = seen_pids(child.tid)[-len(pids) :]
-        if all(want in (None, got) for want, got in zip(pids, seen, strict=True)):
-            return child
-        attempts += 1
-        undo_clone(creator, child, flags)
-    wanted = "/".join("*" if pid is None else str(pid) for pid in pids)
-    raise RebuildError(f"pids {wanted} are in use here or taken again and again; the last clone got {seen}")
+            child = _clone_announced(creator, announced, flags, chosen, exit_signal, child_tid)
+        except FileExistsError:
+            child = None
+        if child is not None:
+            seen = seen_pids(child.tid)[-len(pids) :]
+            if all(want in (None, got) for want, got in zip(pids, seen, strict=True)):
+                return child
+            undo_clone(creator, child, flags)
+            missed += 1
+        if _is_dead(pids[0]) and time.monotonic() < deadline:
+            time.sleep(_REAP_PAUSE_S)
+        elif child is None or missed >= _ATTEMPTS:
+            wanted = "/".join("*" if pid is None else str(pid) for pid in pids)
+            raise RebuildError(
+                f"pid {wanted} is in use here{_holder(pids[0])}; end that process, "
+                "or restore into a pid namespace of its own (--new-pidns)"
+            )
+
+
+def _clone_announced(
+    creator: Puppet,
+    announced: Sequence[tuple[Announcer, int]],
+    flags: int,
+    chosen: Sequence[int],
+    exit_signal: int,
+    child_tid: int,
+) -> Puppet:
+    try:
+        for announcer, pid in announced:
+            announcer.announce(pid)
+        return creator.clone_task(flags, set_tid=chosen, exit_signal=exit_signal, child_tid=child_tid)
+    finally:
+        for announcer, _ in announced:
+            announcer.done()
+
+
+def _holder(pid: int | None) -> str:
+    with suppress(OSError):
+        with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as file:
+            return f" ({file.read().strip()})"
+    return ""
 
 
 def _is_dead(pid: int | None) -> bool:
@@ -143,7 +171,7 @@ def _is_dead(pid: int | None) -> bool:
         with open(f"/proc/{pid}/stat", "rb") as file:
             return file.read().rpartition(b")")[2].split()[0] in b"ZX"
     except OSError:
-        return pid is not None
+        return False
 
 
 def undo_clone(creator: Puppet, child: Puppet, flags: int) -> None:

@@ -21,6 +21,7 @@ from enum import IntEnum
 from pipeline.errors import RebuildError
 from pipeline.ids import HostPid, LocalFd
 from pipeline.image.schema import OpenFile, PathRef
+from pipeline.kernel import procfs
 from pipeline.kernel.arch.x86_64_numbers import NR
 from pipeline.kernel.syscalls import RESOLVE, openat2, syscall
 from pipeline.resources.kinds import CreateScope, FdView
@@ -98,8 +99,24 @@ def _start(pid: HostPid, link: bytes) -> tuple[bytes, bytes]:
     elif link.startswith(root + b"/"):
         below = link[len(root) :]
     else:
-        raise FileNotFoundError(errno.ENOENT, f"outside the root directory of pid {pid}", os.fsdecode(link))
+        # opened before chroot(2): a parent that has not changed its root still reaches it
+        return f"/proc/{_unconfined(pid)}/root".encode(), link
     return f"/proc/{pid}/root".encode(), below
+
+
+def _unconfined(pid: HostPid) -> HostPid:
+    """The nearest ancestor in the same mount namespace whose root directory is the namespace's.
+
+    Raises:
+        OSError: ENOENT: there is none.
+    """
+    here = os.readlink(f"/proc/{pid}/ns/mnt")
+    at = pid
+    while os.readlink(f"/proc/{at}/root".encode()) != b"/":
+        at = procfs.status(at).ppid
+        if not at or os.readlink(f"/proc/{at}/ns/mnt") != here:
+            raise FileNotFoundError(errno.ENOENT, f"outside the root directory of pid {pid}")
+    return at
 
 
 def look_up(pid: HostPid, link: bytes) -> os.stat_result:

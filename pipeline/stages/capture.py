@@ -36,6 +36,7 @@ from pipeline.kernel import procfs, ptrace, smaps
 from pipeline.kernel.arch import x86_64 as arch
 from pipeline.kernel.syscalls import read_memory
 from pipeline.remote.live import LiveTask, Region, find_places
+from pipeline.resources.memory.alike import is_forked
 from pipeline.resources.memory.capture import Captured, capture_address_space, check_address_space
 from pipeline.resources.memory.objects import MemoryObjects
 from pipeline.resources.memory.sharing import plan_copy_on_write
@@ -198,7 +199,9 @@ class Capture:
             if parent is None or parent.space is None or not planner.late(parent, by_pid[pid]):
                 continue
             parent_pid, parent_memory = captured[parent.space]
-            if os.path.samefile(f"/proc/{parent_pid}/exe", f"/proc/{pid}/exe"):
+            if is_forked(parent_memory.space.vmas, space.vmas) and os.path.samefile(
+                f"/proc/{parent_pid}/exe", f"/proc/{pid}/exe"
+            ):
                 shared = plan_copy_on_write(
                     parent_pid, parent_memory.space, parent_memory.runs, pid, space, memory.runs
                 )

@@ -24,7 +24,7 @@ from pipeline.image.plan import Become, Fill, FoundSession, Inherit, JoinGroup, 
 from pipeline.image.schema import Memberships, Process
 from pipeline.kernel.arch.x86_64 import NR
 from pipeline.kernel.syscalls import CLONE
-from pipeline.remote.births import Announce, announce_by, clone_with_pids
+from pipeline.remote.births import Announcer, Inside, clone_with_pids
 from pipeline.remote.puppet import Puppet
 from pipeline.resources.namespaces.members import KINDS
 
@@ -73,7 +73,7 @@ class Growth:
         first_level: how many outer pid namespace levels of the image are replaced by the launcher's own:
             0 where level 0 is where the launcher is.
         choose_outer: False where level-0 pids need not be kept: no process of the tree sees them.
-        announce: how to announce a pid at level 0; None where nobody can.
+        announcer: announces pids at level 0; None where nobody can.
         first: the first process of a pid namespace made for the tree: the parent of its root; None where
             the tree's root becomes the restorer's child.
     """
@@ -86,7 +86,7 @@ class Growth:
         body: Body,
         *,
         choose_outer: bool,
-        announce: Announce | None,
+        announcer: Announcer | None,
         first: Puppet | None = None,
     ) -> None:
         self._image = image
@@ -98,7 +98,7 @@ class Growth:
         self._outside = Memberships(
             user=0, **external, pid_for_children=external["pid"], time_for_children=external["time"]
         )
-        self._announce_outer = announce
+        self._announcer = announcer
         self._first = first
         self.grown: dict[int, Grown] = {}
         self._stand_ins: dict[int, tuple[Grown, int]] = {}
@@ -177,12 +177,12 @@ class Growth:
             count += 1
         return count
 
-    def _announcers(self, levels: Sequence[int]) -> list[Announce | None]:
-        return [self._announce_outer, *(self._warden_announcer(pidns) for pidns in levels[1:])]
+    def _announcers(self, levels: Sequence[int]) -> list[Announcer | None]:
+        return [self._announcer, *(self._warden_announcer(pidns) for pidns in levels[1:])]
 
-    def _warden_announcer(self, pidns: int) -> Announce | None:
+    def _warden_announcer(self, pidns: int) -> Announcer | None:
         warden = self._wardens.get(pidns)
-        return announce_by(warden) if warden is not None else None
+        return Inside(warden) if warden is not None else None
 
     def _wanted(self, pids: Sequence[int]) -> list[int | None]:
         wanted: list[int | None] = list(pids)
@@ -280,8 +280,15 @@ class Growth:
                 creator.puppet.syscall(NR.close, fd)
 
     def _post_warden(self, pidns: int) -> None:
-        """Where pid namespaces lie deeper, keep somebody in this one who may announce pids in it."""
-        if any(n.kind == "pid" and n.parent == pidns for n in self._planner.namespaces.values()):
+        """Keep somebody in a new pid namespace who may announce pids in it, where somebody will need that.
+
+        Whoever sits in a user namespace below the owner's may not list this level in set_tid.
+        """
+        owner = self._planner.namespaces[pidns].owner
+        if any(
+            pidns in self._levels(process.namespaces.pid) and process.namespaces.user != owner
+            for process in self._planner.processes.values()
+        ):
             self._wardens[pidns] = self._first_of(pidns).puppet.clone()
 
     # -- groups and ends ----------------------------------------------------------------

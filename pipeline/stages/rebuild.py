@@ -23,7 +23,7 @@ from pipeline.kernel.arch import x86_64 as arch
 from pipeline.kernel.syscalls import RESOLVE, openat2
 from pipeline.ledger import LEDGER
 from pipeline.progress import Progress
-from pipeline.remote.births import Announce, AnnounceHere, announce_by
+from pipeline.remote.births import Announcer, Here, Inside
 from pipeline.remote.init import Init
 from pipeline.remote.puppet import spawn_launcher
 from pipeline.remote.tracer import Tracer
@@ -89,15 +89,13 @@ class Rebuilding:
         hole = find_hole([space.vmas for space in image.spaces.values()], memory_layout.HOLE_BYTES)
         self._launcher = spawn_launcher(hole, self._channel_fd(), self._reserved_pids())
         self._stack.callback(self._end_launcher)
-        announce: Announce
+        announcer: Announcer
         if self._new_pidns:
             self._init = Init(self._launcher)
             self._stack.callback(self._end_init)
-            announce = announce_by(self._init.puppet)
+            announcer = Inside(self._init.puppet)
         else:
-            here = AnnounceHere()
-            self._stack.callback(here.set_back)
-            announce = here
+            announcer = Here()
         self._keepers = Keepers(self._launcher, self._forest, self._stack)
         self._keepers.make(image.namespaces)
         self._stack.callback(self.contents.close)
@@ -112,7 +110,7 @@ class Rebuilding:
             self._launcher,
             body,
             choose_outer=any(len(process.pids) == 1 for process in image.processes.values()),
-            announce=announce,
+            announcer=announcer,
             first=self._init.puppet if self._init is not None else None,
         )
         self._stack.callback(self._end_tree)

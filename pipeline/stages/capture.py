@@ -42,7 +42,7 @@ from pipeline.resources.memory.objects import MemoryObjects
 from pipeline.resources.memory.sharing import plan_copy_on_write
 from pipeline.resources.namespaces.members import NamespaceCapture
 from pipeline.resources.pty_session import check_controlling_terminal
-from pipeline.resources.tasks import signals
+from pipeline.resources.tasks import credentials, signals
 from pipeline.resources.tasks.inquiry import Inquiry, thread_record
 from pipeline.resources.tasks.interrupted import Sleepers
 from pipeline.resources.tasks.refusals import check_task
@@ -234,11 +234,14 @@ class Capture:
             parent=parent,
             pgid=self.tree.group(stat.pgrp),
             sid=self.tree.group(stat.session),
+            sids=list(status.ns_sid),
+            pgids=list(status.ns_pgid),
             state="zombie",
             exit_status=stat.exit_code,
             exit_signal=max(stat.exit_signal, 0),
             namespaces=members,
             comm=stat.comm[:15],
+            credentials=credentials.captured(status, members.user, 0),
         )
 
     def _process(self, frozen: FrozenProcess) -> tuple[Process, Captured, list[Blocker]]:
@@ -265,6 +268,8 @@ class Capture:
             parent=0 if is_root else self.tree.member(stat.ppid),
             pgid=self.tree.group(stat.pgrp),
             sid=self.tree.group(stat.session),
+            sids=list(status.ns_sid),
+            pgids=list(status.ns_pgid),
             state="stopped" if frozen.stop_signal else "running",
             exit_signal=max(stat.exit_signal, 0),
             stop_signal=frozen.stop_signal,

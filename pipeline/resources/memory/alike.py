@@ -32,6 +32,15 @@ def ordinary(vmas: Sequence[Vma]) -> list[Vma]:
     return [vma for vma in vmas if vma.kind not in KERNEL_KINDS]
 
 
+def is_forked(parent: Sequence[Vma], child: Sequence[Vma]) -> bool:
+    """Whether the child can have come from the parent by fork alone: exec puts the kernel's mappings elsewhere."""
+
+    def kernels(vmas: Sequence[Vma]) -> list[tuple[str, int, int]]:
+        return [(vma.kind, vma.start, vma.end) for vma in vmas if vma.kind in KERNEL_KINDS]
+
+    return kernels(parent) == kernels(child)
+
+
 def huge_advice(vma: Vma) -> list[int]:
     """MADV_HUGEPAGE or MADV_NOHUGEPAGE, as far as set: given before the pages come, and never taken back."""
     return [value for value in vma.advice if value in HUGE_ADVICE]

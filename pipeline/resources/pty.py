@@ -28,6 +28,7 @@ from contextlib import suppress
 from pipeline.errors import Blocker, RebuildError, Refused
 from pipeline.ids import HostPid, LocalFd
 from pipeline.image.schema import OpenFile
+from pipeline.kernel import procfs
 from pipeline.resources import outside, pty_session, pty_sides, sockets, terminal, terminal_bytes
 from pipeline.resources.kinds import CaptureScope, CreateScope, FdView
 from pipeline.resources.paths import O_LARGEFILE, filesystem
@@ -100,6 +101,7 @@ class Pty:
             ptmx=scope.path(master.pid, master.link),
             master=index,
             path=scope.path(view.pid, view.link) if role == "tty" else None,
+            leader=scope.member(procfs.stat(view.pid).session) if role == "tty" else 0,
         )
 
     def create(self, file: OpenFile, record: PtyState, scope: CreateScope) -> LocalFd:
@@ -119,15 +121,7 @@ class Pty:
             return LocalFd(os.dup(master))
         if record.role == "slave" or record.path is None:
             return terminal.open_slave(master, access)
-        slave = terminal.open_slave(master)
-        try:
-            node = scope.open(record.path, os.O_PATH)
-            try:
-                return terminal.open_controlling(slave, node, file.flags & os.O_ACCMODE | os.O_NOCTTY)
-            finally:
-                os.close(node)
-        finally:
-            os.close(slave)
+        return pty_session.open_from_inside(record.leader, record.path, file.flags & os.O_ACCMODE, scope)
 
     def connect(self, file: OpenFile, record: PtyState, scope: CreateScope) -> None:
         """Settings, size, owner of the node, bytes under way."""

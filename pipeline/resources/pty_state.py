@@ -49,7 +49,8 @@ class PtyState(Record, frozen=True, kw_only=True):
     """One open file of a terminal.
 
     `master`: the open file that stands for the pair (itself for a master; None for role ``hung-up``).
-    `ptmx`: what to open for a new pair. `path`: /dev/tty for role ``tty``. `terminal`: of a master only.
+    `ptmx`: what to open for a new pair. `path`: /dev/tty for role ``tty``, and
+    `leader` the leader of the session whose terminal that is. `terminal`: of a master only.
     """
 
     role: Role
@@ -57,4 +58,5 @@ class PtyState(Record, frozen=True, kw_only=True):
     ptmx: PathRef
     master: Index | None = None
     path: PathRef | None = None
+    leader: Pid = 0
     terminal: Terminal | None = None

@@ -5,12 +5,10 @@ Source: ioctl_tty(2), termios(3), pts(4); drivers/tty/n_tty.c, drivers/tty/pty.c
 
 from __future__ import annotations
 
-import array
 import errno
 import fcntl
 import os
 import select
-import socket
 import struct
 import termios
 from dataclasses import dataclass
@@ -183,39 +181,3 @@ def exclusive(fd: LocalFd) -> bool:
 def set_exclusive(fd: LocalFd) -> None:
     """TIOCEXCL, of this end."""
     fcntl.ioctl(fd, termios.TIOCEXCL)
-
-
-def open_controlling(slave: LocalFd, node: LocalFd, flags: int) -> LocalFd:
-    """Open /dev/tty so that it means `slave`: in a child whose controlling terminal that becomes for a moment.
-
-    Args:
-        slave: of a terminal that controls no session.
-        node: /dev/tty, opened with O_PATH.
-        flags: for open(2).
-
-    Raises:
-        OSError: what the child met.
-    """
-    ours, theirs = socket.socketpair()
-    with ours:
-        pid = os.fork()
-        if pid == 0:
-            code = 255
-            try:
-                os.setsid()
-                fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
-                fd = os.open(f"/proc/self/fd/{node}", flags)
-                socket.send_fds(theirs, [b"t"], [fd])
-                code = 0
-            except OSError as error:
-                code = error.errno or 255
-            finally:
-                os._exit(code)
-        theirs.close()
-        _, status = os.waitpid(pid, 0)
-        code = os.waitstatus_to_exitcode(status)
-        if code:
-            raise OSError(abs(code), os.strerror(abs(code)))
-        _, control, _, _ = ours.recvmsg(1, 64, socket.MSG_CMSG_CLOEXEC)
-    (fd,) = array.array("i", control[0][2])
-    return LocalFd(fd)

@@ -23,7 +23,7 @@ from pipeline.kernel.arch.x86_64 import NR
 from pipeline.kernel.syscalls import CLONE, mount, setns, unshare
 from pipeline.remote.puppet import Puppet
 from pipeline.resources import terminal, terminal_bytes
-from pipeline.resources.pty import check_controlling_terminal
+from pipeline.resources.pty_session import ControllingTerminals, check_controlling_terminal
 from tests.resources.fdharness import Capture, Rebuilt, Subject, subject
 from tests.resources.sockharness import polled
 
@@ -225,12 +225,27 @@ def session() -> Iterator[tuple[int, int, int, int, int]]:
 
 
 class _InSession(Rebuilt):
-    """Puppets that lead their own session, as the tree's processes do."""
+    """A leader that takes its terminal before its child is born, as the tree's processes do."""
+
+    def __enter__(self) -> Rebuilt:
+        self._terminals = ControllingTerminals(self.files, self.open)
+        self._stack.callback(self._terminals.close)
+        self._once.update(self._terminals.made)
+        return super().__enter__()
 
     def _spawn(self) -> Puppet:
-        puppet = super()._spawn()
-        puppet.syscall(NR.setsid)
-        return puppet
+        if not self._puppets and not hasattr(self, "_leader"):
+            self._leader = super()._spawn()
+            self._leader.syscall(NR.setsid)
+            self._terminals.session_founded(self._pids[0], self._leader)
+            return self._leader
+        member = self._leader.clone()
+        self._stack.callback(member.kill_and_reap)
+        member.syscall(NR.setpgid, 0, 0)
+        for file in self.files:
+            if file.state.get("terminal"):
+                file.state["terminal"]["foreground"] = member.pid
+        return member
 
 
 def test_the_controlling_terminal_of_a_session_and_dev_tty() -> None:
@@ -247,12 +262,12 @@ def test_the_controlling_terminal_of_a_session_and_dev_tty() -> None:
         while any(procfs.stat(HostPid(pid)).state != "Z" for pid in (leader, member)):
             assert time.monotonic() < deadline
             time.sleep(0.001)
-        state["foreground"] = 0  # the puppet of the member is in another session
         with _InSession(capture, records) as new:
-            puppet = new.host_pid(leader)
-            stat = procfs.stat(puppet)
-            assert terminal.decode(stat.tty_nr) == (136, os.minor(os.fstat(new.fd(slave, leader)).st_rdev))
-            assert stat.tpgid == puppet
+            puppet, other = new.host_pid(leader), new.host_pid(member)
+            device = 136, os.minor(os.fstat(new.fd(slave, leader)).st_rdev)
+            for pid in (puppet, other):
+                assert terminal.decode(procfs.stat(pid).tty_nr) == device
+                assert procfs.stat(pid).tpgid == other
             assert number(new.fd(master, leader), TIOCGSID) == puppet
             assert os.readlink(f"/proc/self/fd/{new.fd(tty, leader)}") == "/dev/tty"
             os.write(new.fd(tty, leader), b"said\n")

@@ -28,6 +28,7 @@ from pipeline.resources import identity
 from pipeline.resources.memory import rebuild
 from pipeline.resources.memory.rebuild import Source
 from pipeline.resources.namespaces.keepers import Keepers
+from pipeline.resources.pty_session import ControllingTerminals
 from pipeline.resources.tasks import credentials
 from pipeline.stages import memory_layout
 from pipeline.stages.contents import Contents
@@ -125,6 +126,7 @@ class Embodiment:
         contents: for mappings of shared memory.
         keepers: of the namespaces.
         forest: translates ids.
+        terminals: what session leaders take when they found their session.
     """
 
     def __init__(
@@ -134,12 +136,14 @@ class Embodiment:
         contents: Contents,
         keepers: Keepers,
         forest: Forest,
+        terminals: ControllingTerminals,
     ) -> None:
         self._image = image
         self._files = files
         self._contents = contents
         self._keepers = keepers
         self._forest = forest
+        self.session_founded = terminals.session_founded
         self.join_owner = keepers.join_owner
         self.pid_namespace_begins = keepers.mount_late
 

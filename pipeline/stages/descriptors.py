@@ -49,6 +49,7 @@ class Descriptors:
         contents: shared memory and file contents.
         root_of: gives an O_PATH descriptor of the root of a mount namespace; not owned here.
         user, group: translate an `Id` to what the restorer sees.
+        made: what `once` shall find made already; not owned here.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class Descriptors:
         root_of: Callable[[int], int],
         user: Callable[[Id], int],
         group: Callable[[Id], int],
+        made: Mapping[tuple[Any, ...], Any],
     ) -> None:
         self._image = image
         self._puppets = puppets
@@ -69,7 +71,7 @@ class Descriptors:
         self._files: dict[int, LocalFd] = {}
         self._records: dict[int, Record] = {}
         self._owned: list[LocalFd] = []
-        self._made_once: dict[tuple[Any, ...], Any] = {}
+        self._made_once: dict[tuple[Any, ...], Any] = dict(made)
         self._holders: dict[int, list[tuple[int, int]]] = defaultdict(list)
         for process in image.processes.values():
             for entry in process.fds:

@@ -55,6 +55,9 @@ class Body(Protocol):
     def pid_namespace_begins(self, pidns: int, first: Puppet) -> None:
         """Pid namespace `pidns` has its first process: what waited for it can be done."""
 
+    def session_founded(self, leader: int, puppet: Puppet) -> None:
+        """Session `leader` has begun: its terminal is taken before anybody is born into it."""
+
     def become(self, process: Process, grown: Grown) -> None:
         """`Become` of the plan."""
 
@@ -127,6 +130,7 @@ class Growth:
                 case FoundSession(pid):
                     self._of(pid).puppet.syscall(NR.setsid)
                     self._of(pid).pgid = pid
+                    self._body.session_founded(pid, self._of(pid).puppet)
                 case JoinGroup(pid, pgid):
                     self._join_group(pid, pgid)
                 case Become(pid):

@@ -29,6 +29,7 @@ from pipeline.remote.puppet import spawn_launcher
 from pipeline.remote.tracer import Tracer
 from pipeline.resources.memory.rebuild import find_hole
 from pipeline.resources.namespaces.keepers import Keepers
+from pipeline.resources.pty_session import ControllingTerminals
 from pipeline.resources.tasks import timers
 from pipeline.resources.tasks.reinstate import check_here, reinstate
 from pipeline.stages import finish, memory_layout
@@ -103,7 +104,9 @@ class Rebuilding:
         files = MappedFiles(image, self.contents, self._open_path)
         self._stack.callback(files.close)
         self._stack.callback(self._close_roots)
-        body = Embodiment(image, files, self.contents, self._keepers, self._forest)
+        self._terminals = ControllingTerminals(image.files.values(), self._open_path)
+        self._stack.callback(self._terminals.close)
+        body = Embodiment(image, files, self.contents, self._keepers, self._forest, self._terminals)
         self.growth = Growth(
             image,
             self._planner,
@@ -135,7 +138,13 @@ class Rebuilding:
         self.contents.seal_late()
         puppets = {pid: grown.puppet for pid, grown in growth.grown.items()}
         descriptors = Descriptors(
-            image, puppets, self.contents, self._root_of, self._here_uid, self._here_gid
+            image,
+            puppets,
+            self.contents,
+            self._root_of,
+            self._here_uid,
+            self._here_gid,
+            self._terminals.made,
         )
         try:
             descriptors.create()

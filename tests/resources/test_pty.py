@@ -182,8 +182,11 @@ def test_a_line_that_is_half_typed_is_not_echoed_again() -> None:
         assert os.read(slave, 100) == b"half\n"
 
 
-def _session() -> tuple[int, int, int, int]:
-    """A session with its terminal and a foreground group of another process; /dev/tty is open."""
+def _session() -> tuple[int, ...]:
+    """A session with its terminal, a foreground group of another process, and a third that laid it off.
+
+    /dev/tty is open.
+    """
     os.setsid()
     master, slave = os.openpty()
     fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
@@ -195,32 +198,38 @@ def _session() -> tuple[int, int, int, int]:
         time.sleep(0.001)
     signal.signal(signal.SIGTTOU, signal.SIG_IGN)
     os.tcsetpgrp(slave, member)
-    return master, slave, os.open("/dev/tty", os.O_RDWR), member
+    tty = os.open("/dev/tty", os.O_RDWR)
+    without = os.fork()
+    if not without:
+        fcntl.ioctl(tty, termios.TIOCNOTTY)
+        select.select([], [], [])
+    while procfs.stat(HostPid(without)).tty_nr:
+        time.sleep(0.001)
+    return master, slave, tty, member, without
 
 
-def _session_subject() -> tuple[int, int, int, int]:
+def _session_subject() -> tuple[int, ...]:
     """`_session` in a child, since the subject itself leads a process group already."""
     reader, writer = os.pipe()
     leader = os.fork()
     if not leader:
         found = _session()
-        os.write(writer, struct.pack("<4i", *found))
+        os.write(writer, struct.pack("<5i", *found))
         select.select([], [], [])
-    master, slave, tty, member = struct.unpack("<4i", os.read(reader, 16))
+    master, slave, tty, member, without = struct.unpack("<5i", os.read(reader, 20))
     os.close(reader)
     os.close(writer)
-    return leader, member, master, slave, tty  # type: ignore[return-value]
+    return leader, member, without, master, slave, tty
 
 
 @contextmanager
-def session() -> Iterator[tuple[int, int, int, int, int]]:
-    """(leader, member, master, slave, /dev/tty)."""
+def session() -> Iterator[tuple[int, ...]]:
+    """(leader, member, one without terminal, master, slave, /dev/tty)."""
     with subject(_session_subject) as child:
-        leader, member, *fds = child.result
         try:
-            yield leader, member, *fds  # type: ignore[misc]
+            yield child.result
         finally:
-            for pid in (leader, member):
+            for pid in child.result[:3]:
                 os.kill(pid, signal.SIGKILL)
 
 
@@ -236,30 +245,32 @@ class _InSession(Rebuilt):
     def _spawn(self) -> Puppet:
         if not self._puppets and not hasattr(self, "_leader"):
             self._leader = super()._spawn()
+            self._born: list[Puppet] = []
             self._leader.syscall(NR.setsid)
             self._terminals.session_founded(self._pids[0], self._leader)
             return self._leader
         member = self._leader.clone()
         self._stack.callback(member.kill_and_reap)
+        self._born.append(member)
         member.syscall(NR.setpgid, 0, 0)
-        for file in self.files:
+        for file in self.files if len(self._born) == 1 else ():
             if file.state.get("terminal"):
                 file.state["terminal"]["foreground"] = member.pid
         return member
 
 
 def test_the_controlling_terminal_of_a_session_and_dev_tty() -> None:
-    with session() as (leader, member, master, slave, tty):
-        with Capture(leader, member) as capture:
-            for pid in (leader, member):
-                assert not list(check_controlling_terminal(capture.pids[0], capture)), pid
+    with session() as (leader, member, without, master, slave, tty):
+        with Capture(leader, member, without) as capture:
+            for pid in capture.pids:
+                assert not list(check_controlling_terminal(pid, capture))
             records = capture.records()
         state = next(f.state["terminal"] for f in records if f.kind == "pty" and f.state["terminal"])
-        assert (state["session"], state["foreground"]) == (leader, member)
-        for pid in (leader, member):
+        assert (state["session"], state["foreground"], state["without"]) == (leader, member, [without])
+        for pid in (leader, member, without):
             os.kill(pid, signal.SIGKILL)
         deadline = time.monotonic() + 5
-        while any(procfs.stat(HostPid(pid)).state != "Z" for pid in (leader, member)):
+        while any(procfs.stat(HostPid(pid)).state != "Z" for pid in (leader, member, without)):
             assert time.monotonic() < deadline
             time.sleep(0.001)
         with _InSession(capture, records) as new:
@@ -268,6 +279,7 @@ def test_the_controlling_terminal_of_a_session_and_dev_tty() -> None:
             for pid in (puppet, other):
                 assert terminal.decode(procfs.stat(pid).tty_nr) == device
                 assert procfs.stat(pid).tpgid == other
+            assert not procfs.stat(new.host_pid(without)).tty_nr
             assert number(new.fd(master, leader), TIOCGSID) == puppet
             assert os.readlink(f"/proc/self/fd/{new.fd(tty, leader)}") == "/dev/tty"
             os.write(new.fd(tty, leader), b"said\n")

@@ -124,7 +124,7 @@ def _capture(master: LocalFd) -> UnderWay:
     try:
         slave = terminal.open_slave(master, os.O_RDWR | os.O_NONBLOCK)
         try:
-            if not _writable(slave) or terminal.unread(slave) > _MOST_INPUT_BYTES:
+            if not _writable(slave) or _settled(slave) > _MOST_INPUT_BYTES:
                 raise BlockingIOError(errno.EAGAIN, "the terminal is stopped or full")
             output = _drain(master)
             _put_output(master, slave, output)
@@ -148,6 +148,17 @@ def _events(fd: LocalFd, wanted: int) -> int:
 
 def _writable(slave: LocalFd) -> bool:
     return bool(_events(slave, select.POLLOUT) & select.POLLOUT)
+
+
+def _settled(slave: LocalFd) -> int:
+    """Bytes of input, once the kernel's worker has nothing more to bring; poll(2) waits for it only at zero."""
+    count = terminal.unread(slave)
+    while count:
+        time.sleep(_PAUSE_S)
+        before, count = count, terminal.unread(slave)
+        if before == count:
+            break
+    return count
 
 
 def _drain(fd: LocalFd) -> bytes:

@@ -405,9 +405,14 @@ def test_a_terminal_that_is_stopped_or_full_and_packet_events_are_refused() -> N
         termios.tcflow(stopped_slave, termios.TCOOFF)
         full, full_slave = os.openpty()
         os.set_blocking(full_slave, False)
-        while polled(full_slave) & select.POLLOUT or number(full, termios.FIONREAD) < 4095:
-            with suppress(BlockingIOError):
-                os.write(full_slave, bytes(1000))
+        times_full = 0
+        while times_full < 5:
+            times_full += 1
+            time.sleep(0.002)
+            while polled(full_slave) & select.POLLOUT:
+                times_full = 0
+                with suppress(BlockingIOError):
+                    os.write(full_slave, bytes(1000))
         typed, typed_slave = os.openpty()
         _mode(typed_slave, termios.ECHO | termios.ICANON)
         os.write(typed, bytes(range(65, 85)) * 500)

@@ -74,7 +74,7 @@ def decode(content: bytes | memoryview) -> AnyRecord:
         ImageError: it does not fit its type; says where.
     """
     try:
-        record: AnyRecord = msgspec.convert(unpack(content), AnyRecord)  # type: ignore[arg-type]
+        record: AnyRecord = msgspec.convert(unpack(content), AnyRecord)
     except msgspec.ValidationError as error:
         raise ImageError(f"not a valid record: {error}") from None
     return record
@@ -121,7 +121,7 @@ class Image:
             self.processes,
             self.files,
         ):
-            yield from table.values()  # type: ignore[attr-defined]
+            yield from table.values()
 
     def add(self, record: AnyRecord) -> None:
         """Take the next record in."""

@@ -43,6 +43,7 @@ class Spawn:
         pidns: a `Namespace` index to be entered for the clone, where it is not the creator's own.
         first: the new process is the first of `pidns`, which begins to exist with it.
         stand_in: not a process of the tree: founds a session or group and ends.
+        pids: of a stand-in, per pid namespace level.
     """
 
     pid: int
@@ -51,6 +52,7 @@ class Spawn:
     pidns: int | None = None
     first: bool = False
     stand_in: bool = False
+    pids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,7 +245,13 @@ class Planner:
             )
             return None
         self._stand_in_sessions[key] = sid
-        self.steps += [Spawn(sid, creator, stand_in=True), FoundSession(sid)]
+        pids = tuple(child.sids or [sid])
+        if 0 in pids:
+            self.blockers.append(
+                Blocker(f"pid {pid}", "its session had a leader outside its pid namespace, which is gone")
+            )
+            return None
+        self.steps += [Spawn(sid, creator, stand_in=True, pids=pids), FoundSession(sid)]
         self._state[sid] = _State(sid, sid)
         return sid
 
@@ -311,7 +319,15 @@ class Planner:
                 continue
             if pgid not in self.processes and pgid not in stand_ins:
                 stand_ins[pgid] = pid
-                self.steps += [Spawn(pgid, pid, stand_in=True), JoinGroup(pgid, pgid)]
+                pids = tuple(process.pgids or [pgid])
+                if 0 in pids:
+                    self.blockers.append(
+                        Blocker(
+                            f"pid {pid}", "its group had a leader outside its pid namespace, which is gone"
+                        )
+                    )
+                    continue
+                self.steps += [Spawn(pgid, pid, stand_in=True, pids=pids), JoinGroup(pgid, pgid)]
                 self._state[pgid] = _State(self._state[pid].sid, pgid)
             leader_sid = self._state[pgid].sid if pgid in self._state else None
             if leader_sid != self._state[pid].sid:

@@ -351,6 +351,9 @@ class Process(Record, frozen=True, kw_only=True, tag="process"):
     parent: Pid
     pgid: Pid
     sid: Pid
+    #: session and group as every level of `pids` sees them; 0 where they are led from further out
+    sids: Annotated[list[Pid], Meta(max_length=33)] = []
+    pgids: Annotated[list[Pid], Meta(max_length=33)] = []
     state: Literal["running", "stopped", "zombie"]
     #: wait status of a zombie (as WEXITSTATUS/WTERMSIG read it)
     exit_status: U32 = 0
@@ -372,9 +375,11 @@ class Process(Record, frozen=True, kw_only=True, tag="process"):
     timers: Annotated[list[PosixTimer], Meta(max_length=65536)] = []
     oom_score_adj: I32 = 0
     child_subreaper: bool = False
-    #: leader first; empty for a zombie but for one entry that names it
+    #: leader first; empty for a zombie
     threads: Annotated[list[Thread], Meta(max_length=1 << 16)] = []
     comm: Annotated[bytes, Meta(max_length=15)] = b""
+    #: ids of a zombie, which has no thread that could say them
+    credentials: Credentials | None = None
 
 
 class Owner(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):

@@ -87,13 +87,18 @@ def _enter(
     puppet.run_checked([Call(NR.fchdir, (number,), name=f"fchdir to its {what}"), Call(NR.close, (number,))])
 
 
-def end_zombies(image: Image, growth: Growth) -> None:
-    """Let the zombies die as they did, unseen: their parents' SIGCHLD was before the dump."""
+def end_zombies(image: Image, growth: Growth, give_ids: Callable[[Process, Grown], None]) -> None:
+    """Let the zombies die as they did, unseen: their parents' SIGCHLD was before the dump.
+
+    Args:
+        give_ids: gives one the ids it died with.
+    """
     for process in image.processes.values():
         if process.state != "zombie":
             continue
         grown = growth.grown[process.pids[0]]
         puppet = grown.puppet
+        give_ids(process, grown)
         puppet.syscall(NR.prctl, PRCTL.SET_NAME, process.comm + b"\0")
         status = process.exit_status
         if os.WIFSIGNALED(status):

@@ -27,6 +27,7 @@ from pipeline.ids import HostPid
 from pipeline.kernel import procfs, ptrace
 from pipeline.kernel.ptrace import EVENT, OPTION
 from pipeline.ledger import LEDGER
+from pipeline.resources.tasks import interrupted
 
 #: between two looks at tasks that were killed
 _END_PAUSE_S = 0.0005
@@ -255,6 +256,7 @@ def _await_stop(process: FrozenProcess, tid: HostPid) -> None:
             return
         if stop.event == EVENT.STOP:
             process.tasks[tid].stop_signal = stop.signal if stop.group_stop else 0
+            interrupted.settle(tid)
             return
         # a signal was on its way: let it in, the interrupt is still pending
         ptrace.cont(tid, stop.signal if not stop.event else 0)

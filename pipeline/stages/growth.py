@@ -11,6 +11,7 @@ stops at each `Fill` and lets its caller bring them: it is a generator.
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -213,8 +214,8 @@ class Growth:
         flags = CLONE.PARENT if step.sibling or self._is_launcher(step.creator) else 0
         if step.stand_in:
             pidns = self._pidns_of(step.creator)
-            pids = self._stand_in_pids(step, pidns)
-            puppet = self.clone_task(creator, pidns, pids, flags)
+            # its siblings, the members of its session, inherit its exit signal
+            puppet = self.clone_task(creator, pidns, step.pids, flags, exit_signal=signal.SIGCHLD)
             self._stand_ins[step.pid] = (Grown(puppet, creator.members, creator.pgid), step.creator)
             return
         process = self._planner.processes[step.pid]
@@ -237,15 +238,6 @@ class Growth:
         if process is not None:
             return process.namespaces.pid
         return self._external("pid")
-
-    def _stand_in_pids(self, step: Spawn, pidns: int) -> list[int]:
-        """Pids of a dead leader: known from the members that saw it; only level 0 is recorded."""
-        depth = len(self._levels(pidns))
-        if depth > 1:
-            raise RebuildError(
-                f"pid {step.pid}: the dead leader of a session or group inside a nested pid namespace"
-            )
-        return [step.pid]
 
     def _clone_first(self, creator: Grown, step: Spawn, process: Process, options: dict[str, int]) -> Puppet:
         """The first process of a new pid namespace, by a helper that owns the namespace."""
@@ -307,7 +299,7 @@ class Growth:
             depth = len(process.pids)
             if leader is not None and len(leader.pids) < depth:
                 raise RebuildError(f"pid {pid}: its process group {pgid} is led from an outer pid namespace")
-            number = leader.pids[depth - 1] if leader is not None else pgid
+            number = leader.pids[depth - 1] if leader is not None else process.pgids[-1]
             member.puppet.syscall(NR.setpgid, 0, number)
         member.pgid = pgid
 
@@ -322,6 +314,20 @@ class Growth:
     def _end_helper(self, parent: Puppet, helper: Puppet) -> None:
         helper.kill_and_reap()
         parent.reap_children()
+
+    def look_ahead(self) -> None:
+        """Put the children yet to be born of each process into the pid namespace it has chosen for them."""
+        for pid, process in self._planner.processes.items():
+            members = process.namespaces
+            if process.state != "zombie" and members.pid_for_children != members.pid:
+                puppet = self.grown[pid].puppet
+                first = os.pidfd_open(self._first_of(members.pid_for_children).puppet.pid)
+                try:
+                    (inside,) = puppet.send_fds([first])
+                finally:
+                    os.close(first)
+                puppet.syscall(NR.setns, inside, CLONE.NEWPID)
+                puppet.syscall(NR.close, inside)
 
     def kill_all(self) -> None:
         """End every puppet, children before parents, each collected by its parent; idempotent."""

@@ -18,7 +18,8 @@ from pipeline.errors import ImageError, RebuildError
 from pipeline.ids import HostPid, LocalFd
 from pipeline.image.codec import Image
 from pipeline.image.plan import Fill, plan
-from pipeline.image.schema import Id, PathRef
+from pipeline.image.schema import Id, PathRef, Process
+from pipeline.kernel import procfs
 from pipeline.kernel.arch import x86_64 as arch
 from pipeline.kernel.syscalls import RESOLVE, openat2
 from pipeline.ledger import LEDGER
@@ -30,14 +31,14 @@ from pipeline.remote.tracer import Tracer
 from pipeline.resources.memory.rebuild import find_hole
 from pipeline.resources.namespaces.keepers import Keepers
 from pipeline.resources.pty_session import ControllingTerminals
-from pipeline.resources.tasks import timers
+from pipeline.resources.tasks import credentials, timers
 from pipeline.resources.tasks.reinstate import check_here, reinstate
 from pipeline.stages import finish, memory_layout
 from pipeline.stages.body import Embodiment, MappedFiles
 from pipeline.stages.contents import Contents
 from pipeline.stages.descriptors import Descriptors
 from pipeline.stages.fill import PageFeed
-from pipeline.stages.growth import Growth
+from pipeline.stages.growth import Grown, Growth
 from pipeline.userns.forest import Forest
 
 _LOWEST_CHANNEL_FD = 200
@@ -156,7 +157,8 @@ class Rebuilding:
             descriptors.finish()
         finally:
             descriptors.close()
-        finish.end_zombies(image, growth)
+        growth.look_ahead()
+        finish.end_zombies(image, growth, self._give_ids)
         registers: dict[int, list[bytes]] = {}
         for process, grown in finish.living(image, growth):
             space = image.spaces[process.space] if process.space is not None else None
@@ -179,6 +181,16 @@ class Rebuilding:
     def close(self) -> None:
         """Give everything back, the tree too unless it was thawed; idempotent."""
         self._stack.close()
+
+    def _give_ids(self, process: Process, grown: Grown) -> None:
+        """The ids of a zombie; of its namespaces only the user namespace outlives it."""
+        wanted = process.credentials
+        if wanted is None:
+            return
+        if wanted.userns != grown.members.user:
+            self._keepers.join_owner(grown.puppet, wanted.userns)
+        now = procfs.status(grown.puppet.tid)
+        grown.puppet.run_checked(list(credentials.after_join(wanted, self._uid, self._gid, now)))
 
     # -- translations and paths -------------------------------------------------------------
 

@@ -110,10 +110,10 @@ class FrameReader:
         raw = bytearray(frames.HEAD.size)
         if not await self._fill(memoryview(raw), where, may_end=True):
             return None
-        head = frames.decode_head(raw, where)
+        head = frames.decode_head(bytes(raw), where)
         header = bytearray(head.header_bytes)
         await self._fill(memoryview(header), where)
-        frames.check_sum(header, head.header_sum, where)
+        frames.check_sum(bytes(header), head.header_sum, where)
         self._frames += 1
         if head.kind != Kind.RECORD:
             self._digest.update(bytes(raw) + header)

@@ -83,7 +83,7 @@ def test_child_outside_its_parents_user_namespace_is_born_before_the_parent_move
 
 def test_dead_session_leader_gets_a_stand_in() -> None:
     steps = planned(process([10]), process([11], 10, sid=9, pgid=9)).steps
-    assert Spawn(9, 10, stand_in=True) in steps
+    assert Spawn(9, 10, stand_in=True, pids=(9,)) in steps
     assert Spawn(11, 9, sibling=True) in steps
     assert Remove(9) in steps
 

@@ -22,10 +22,10 @@ from dataclasses import dataclass, field
 from pipeline.errors import Blocker, TargetError
 from pipeline.ids import HostPid, RemoteAddress
 from pipeline.image.schema import PosixTimer, Rseq, SignalAction, Thread
-from pipeline.kernel import procfs, ptrace, rseq
+from pipeline.kernel import procfs, ptrace
 from pipeline.kernel.arch import x86_64 as arch
 from pipeline.kernel.arch.x86_64 import NR
-from pipeline.kernel.syscalls import PRCTL, read_memory, syscall
+from pipeline.kernel.syscalls import PRCTL, syscall
 from pipeline.remote.calls import Call, Out
 from pipeline.resources.tasks import credentials, interrupted, scheduling, seccomp, signals, timers
 
@@ -182,7 +182,7 @@ def _robust_list(tid: HostPid) -> tuple[int, int]:
 def thread_record(
     inquiry: Inquiry, userns: int, member: Callable[[int], int], slept_ns: int | None = None
 ) -> Thread:
-    """The record of a stopped thread.
+    """The record of a stopped thread, which `interrupted.settle` was called for at its stop.
 
     Args:
         inquiry: answered by it.
@@ -196,18 +196,13 @@ def thread_record(
     tid = inquiry.tid
     status = procfs.status(tid)
     area = ptrace.get_rseq(tid)
-
-    def read(address: int, size_bytes: int) -> bytes:
-        return read_memory(tid, RemoteAddress(address), size_bytes)
-
-    registers = arch.Registers(ptrace.get_regs(tid))
-    registers = interrupted.undisturbed(rseq.settled(registers, area, read))
+    registers = ptrace.get_regs(tid)
     if status.seccomp_filters and not status.seccomp:
         raise TargetError(f"thread {tid} has seccomp filters and no seccomp mode")
     return Thread(
         pids=list(status.ns_pid),
         comm=procfs.read_file(tid, "comm").removesuffix(b"\n"),
-        registers=registers.pack(),
+        registers=registers,
         xstate=ptrace.get_xstate(tid),
         sigmask=ptrace.get_sigmask(tid),
         pending=signals.pending(tid, shared=False, member=member),
@@ -221,5 +216,5 @@ def thread_record(
         pdeathsig=inquiry.pdeathsig(),
         personality=int(procfs.read_file(tid, "personality"), 16),
         timer_slack_ns=inquiry.timer_slack_ns(),
-        sleep_left_ns=interrupted.sleep_left_ns(registers, slept_ns, read),
+        sleep_left_ns=interrupted.sleep_left_ns(arch.Registers(registers), slept_ns, interrupted.reader(tid)),
     )

@@ -35,11 +35,12 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 
-from pipeline.ids import HostPid
+from pipeline.ids import HostPid, RemoteAddress
 from pipeline.image.schema import Thread
-from pipeline.kernel import procfs
+from pipeline.kernel import procfs, ptrace, rseq
 from pipeline.kernel.arch import x86_64 as arch
 from pipeline.kernel.arch.x86_64 import NR
+from pipeline.kernel.syscalls import read_memory
 from pipeline.remote.calls import Call
 
 _EINTR = -4
@@ -156,7 +157,24 @@ def _read_clock(processor: int) -> int:
         os.sched_setaffinity(0, before)
 
 
-# -- capture -----------------------------------------------------------------------------
+# -- at the stop -------------------------------------------------------------------------
+
+
+def settle(tid: HostPid) -> None:
+    """Take back what our stopping has done to a thread: out of a restartable sequence, no needless EINTR.
+
+    Called right after the stop, before anything is run inside the thread. Holds for the thread as well
+    when we are killed: the kernel restarts the call, or would have left the sequence itself.
+    """
+    stopped = arch.Registers(ptrace.get_regs(tid))
+    calm = undisturbed(rseq.settled(stopped, ptrace.get_rseq(tid), reader(tid)))
+    if calm is not stopped:
+        ptrace.set_regs(tid, calm.pack())
+
+
+def reader(tid: HostPid) -> Read:
+    """Reads the memory of a task."""
+    return lambda address, size_bytes: read_memory(tid, RemoteAddress(address), size_bytes)
 
 
 def undisturbed(regs: arch.Registers) -> arch.Registers:
@@ -164,6 +182,9 @@ def undisturbed(regs: arch.Registers) -> arch.Registers:
     if not regs.in_syscall or regs.syscall_result != _EINTR or regs["orig_rax"] not in _NEVER_RESTARTED:
         return regs
     return regs.replace(rax=arch.ERESTARTNOHAND)
+
+
+# -- capture -----------------------------------------------------------------------------
 
 
 def sleep_left_ns(regs: arch.Registers, slept_ns: int | None, read: Read) -> int | None:

@@ -57,14 +57,14 @@ def online_processors() -> set[int]:
 
 def scheduling(tid: HostPid) -> Scheduling:
     """How `tid` is scheduled."""
-    _, policy, flags, nice, priority, runtime, deadline, period, *_ = _attributes(tid)
+    _, policy, flags, _, priority, runtime, deadline, period, *_ = _attributes(tid)
     if policy in _FAIR and runtime == _attributes(0)[5]:
         runtime = 0  # the kernel's own slice, not one that was asked for
     affinity = os.sched_getaffinity(tid)
     return Scheduling(
         policy=policy,
         flags=flags,
-        nice=nice,
+        nice=os.getpriority(os.PRIO_PROCESS, tid),  # sched_getattr hides that of real-time tasks
         priority=priority,
         runtime_ns=runtime,
         deadline_ns=deadline,
@@ -117,6 +117,13 @@ def scheduling_calls(thread: Thread, puppet: Puppet) -> Iterator[Call]:
             puppet.tid,
             f"affinity to processors {wanted.affinity or 'all'}",
         )
+    if now.nice != wanted.nice:
+        # sched_setattr passes over it for some policies
+        yield from _outside(
+            lambda who: (NR.setpriority, (os.PRIO_PROCESS, who, wanted.nice)),
+            puppet.tid,
+            f"nice {wanted.nice}",
+        )
     if _comparable(now) != _comparable(wanted):
         raw = _ATTR.pack(
             _ATTR.size - 8, wanted.policy, wanted.flags, wanted.nice, wanted.priority,
@@ -125,7 +132,7 @@ def scheduling_calls(thread: Thread, puppet: Puppet) -> Iterator[Call]:
         yield from _outside(
             lambda who: (NR.sched_setattr, (who, raw, 0)),
             puppet.tid,
-            f"policy {wanted.policy}, nice {wanted.nice}, priority {wanted.priority}",
+            f"policy {wanted.policy}, priority {wanted.priority}",
         )
     if now.ioprio != wanted.ioprio:
         yield from _outside(
@@ -139,7 +146,6 @@ def _comparable(value: Scheduling) -> tuple[int, ...]:
     return (
         value.policy,
         value.flags,
-        value.nice,
         value.priority,
         value.runtime_ns,
         value.deadline_ns,

@@ -1,0 +1,271 @@
+"""Serving: trees arrive and run here.
+
+::
+
+    wire ─ read ─ namespace-translate ─ rebuild ─ fill ─ prepared ... commit ─ thaw
+
+A tree is built while it comes; nothing of it runs before the source has said that it has
+ended its own. A source that is lost before that word leaves the tree *in doubt*: it is
+held, stopped, until the source comes back with its decision, or a person decides
+(SIGUSR1: it runs here; SIGINT: it is given up).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import trio
+
+from pipeline.errors import ImageError, PeerError, RebuildError, Refused
+from pipeline.ids import HostPid
+from pipeline.kernel.arch import x86_64 as arch
+from pipeline.progress import NullProgress, Progress
+from pipeline.remote.tracer import Tracer, tracer_thread
+from pipeline.restore import RestoredTree, page_runs, read_records
+from pipeline.stages.fill import PageFeed
+from pipeline.stages.rebuild import Rebuilding, rebuilt
+from pipeline.transport import identity, protocol
+from pipeline.transport.framing import Message
+from pipeline.transport.protocol import Accept, Commit, Completed, Decision, Hello, Offer, Prepared, Refuse
+from pipeline.transport.tcp import Channel, listen, parse_address
+from pipeline.userns.cradle import owns_pid_namespace
+
+
+@dataclass
+class _Held:
+    """A tree in doubt: waits for somebody to decide."""
+
+    migration: str
+    decided: trio.Event = field(default_factory=trio.Event)
+    committed: bool = False
+    running: trio.Event = field(default_factory=trio.Event)
+    root_pid: int = 0
+
+    def decide(self, committed: bool) -> None:
+        """Settle it; the first word counts."""
+        if not self.decided.is_set():
+            self.committed = committed
+            self.decided.set()
+
+
+class _Server:
+    """What the connections of one `serve` share."""
+
+    def __init__(
+        self,
+        tracer: Tracer,
+        new_pidns: bool,
+        progress: Progress,
+        restored: Callable[[RestoredTree], None],
+        said: Callable[[str], None],
+        arrived: trio.Event,
+        nursery: trio.Nursery,
+    ) -> None:
+        self._nursery = nursery
+        self._tracer = tracer
+        self._new_pidns = new_pidns
+        self._progress = progress
+        self._restored = restored
+        self._said = said
+        self._arrived = arrived
+        self._held: dict[str, _Held] = {}
+        self._settled: dict[str, int] = {}
+
+    def decide_all(self, committed: bool) -> None:
+        """A person decides about everything that is in doubt."""
+        for held in self._held.values():
+            held.decide(committed)
+
+    async def handle(self, channel: Channel) -> None:
+        """One connection: a migration, or the decision about an earlier one."""
+        hello = await channel.hear()
+        if not isinstance(hello, Hello) or hello.version != protocol.VERSION:
+            raise PeerError(f"{channel.peer} speaks another protocol")
+        await channel.say(Hello(protocol.VERSION, arch.MACHINE, os.uname().release))
+        match await channel.hear():
+            case Offer() as offer:
+                await self._receive(channel, offer)
+            case Decision() as decision:
+                await self._settle(channel, decision)
+            case _:
+                raise PeerError(f"{channel.peer} neither offers nor decides")
+
+    # -- a migration ---------------------------------------------------------------------
+
+    async def _receive(self, channel: Channel, offer: Offer) -> None:
+        await channel.say(Accept())
+        try:
+            image, first = await read_records(channel.reader)
+            image.check_machine(arch.MACHINE)
+            feed = PageFeed(page_runs(channel.reader, image, first), self._progress)
+            async with rebuilt(image, feed, self._tracer, self._progress, self._new_pidns) as rebuilding:
+                await channel.say(Prepared())
+                await self._await_commit(channel, offer, rebuilding, feed)
+        except (RebuildError, ImageError, Refused) as error:
+            self._said(f"{channel.peer}: {error}")
+            await self._refuse(channel, str(error))
+
+    @staticmethod
+    async def _refuse(channel: Channel, reason: str) -> None:
+        with trio.move_on_after(5) as scope:
+            scope.shield = True
+            try:
+                await channel.say(Refuse(reason[:60_000]))
+                await _drain(channel)
+            except PeerError:
+                return
+
+    async def _await_commit(
+        self, channel: Channel, offer: Offer, rebuilding: Rebuilding, feed: PageFeed
+    ) -> None:
+        held = self._held[offer.migration] = _Held(offer.migration)
+        try:
+            try:
+                word = await channel.hear()
+            except PeerError as lost:
+                await self._in_doubt(channel, offer, held, lost)
+                if not held.committed:
+                    self._said(f"the tree of migration {offer.migration} is given up")
+                    return
+                await self._run(held, rebuilding, feed)
+                return
+            if isinstance(word, Commit):
+                with trio.CancelScope(shield=True):
+                    root = await self._run(held, rebuilding, feed)
+                    await channel.say(Completed(root))
+            else:
+                self._said(f"{channel.peer} keeps its tree")
+        finally:
+            del self._held[offer.migration]
+
+    async def _in_doubt(self, channel: Channel, offer: Offer, held: _Held, lost: PeerError) -> None:
+        self._said(
+            f"in doubt: {lost}. The tree of pid {offer.root} of {channel.peer} stands here, stopped "
+            f"(migration {offer.migration}). If it runs on over there, press ^C here; if it is gone there, "
+            f"let it run here: kill -USR1 {os.getpid()}"
+        )
+        try:
+            await held.decided.wait()
+        except trio.Cancelled:
+            self._said(f"migration {offer.migration}: ended while in doubt; the tree is given up here")
+            raise
+
+    async def _run(self, held: _Held, rebuilding: Rebuilding, feed: PageFeed) -> HostPid:
+        with trio.CancelScope(shield=True):
+            root = await self._tracer.run(rebuilding.thaw)
+        held.root_pid = self._settled[held.migration] = root
+        held.running.set()
+        tree = RestoredTree(root, {"page-bytes": feed.bytes_done})
+        self._restored(tree)
+        self._nursery.start_soon(self._collect, tree)
+        self._arrived.set()
+        return root
+
+    @staticmethod
+    async def _collect(tree: RestoredTree) -> None:
+        """Its root is our child: take its end when it comes."""
+        try:
+            await tree.wait()
+        finally:
+            tree.close()
+
+    # -- a decision ------------------------------------------------------------------------
+
+    async def _settle(self, channel: Channel, decision: Decision) -> None:
+        held = self._held.get(decision.migration)
+        if held is not None:
+            held.decide(decision.committed)
+            if decision.committed:
+                await held.running.wait()
+        root = self._settled.get(decision.migration)
+        if root is None:
+            await channel.say(Refuse(f"nothing is known here of migration {decision.migration}"))
+        else:
+            await channel.say(Completed(root))
+
+
+async def _drain(channel: Channel) -> None:
+    """Read until the other side has gone, so that what we said last is not lost in a reset."""
+    while (item := await channel.reader.next()) is not None:
+        if not isinstance(item, Message) and hasattr(item, "lease"):
+            item.lease.release()
+
+
+async def serve(
+    address: str,
+    *,
+    secret_file: str | None,
+    once: bool = False,
+    new_pidns: bool = False,
+    plaintext: bool = False,
+    on_listening: Callable[[str, int, str | None], None],
+    on_restored: Callable[[RestoredTree], None] | None = None,
+    on_message: Callable[[str], None] | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Receive trees until cancelled.
+
+    Args:
+        address: HOST:PORT to listen on; port 0 picks one.
+        secret_file: the secret that both sides share; None makes one, which `on_listening` is told.
+        once: end when one tree has arrived.
+        new_pidns: give every tree a pid namespace of its own.
+        plaintext: no TLS; both sides still prove the secret.
+        on_listening: told host, port, and the secret if it was made here.
+        on_restored: given each tree that runs; it is waited for here.
+        on_message: told what went wrong with a peer, and what is in doubt.
+        progress: is told how far it is.
+
+    Raises:
+        UsageError: the address or the secret cannot be used.
+
+    Cancellation: a tree that is on its way is given up here, and runs on at its source.
+    """
+    host, port = parse_address(address)
+    made = identity.generate_secret() if secret_file is None else None
+    secret = identity.load_secret(secret_file) if secret_file is not None else (made or "").encode()
+    new_pidns = new_pidns or not owns_pid_namespace()
+    arrived = trio.Event()
+
+    def quiet(*_: object) -> None:
+        """Nobody wants to know."""
+
+    async with tracer_thread() as tracer:
+        async with trio.open_nursery() as nursery:
+            server = _Server(
+                tracer,
+                new_pidns,
+                progress or NullProgress(),
+                on_restored or quiet,
+                on_message or quiet,
+                arrived,
+                nursery,
+            )
+            if threading.current_thread() is threading.main_thread():
+                nursery.start_soon(_listen_to_person, server)
+
+            async def run() -> None:
+                await listen(
+                    host,
+                    port,
+                    secret,
+                    server.handle,
+                    plaintext=plaintext,
+                    listening=lambda h, p: on_listening(h, p, made),
+                    failed=on_message or quiet,
+                )
+
+            nursery.start_soon(run)
+            if once:
+                await arrived.wait()
+                nursery.cancel_scope.cancel()
+
+
+async def _listen_to_person(server: _Server) -> None:
+    with trio.open_signal_receiver(signal.SIGUSR1) as signals:
+        async for _ in signals:
+            server.decide_all(committed=True)

@@ -1,0 +1,173 @@
+"""What the two sides of a migration say to each other, as a table. Pure.
+
+One tree, never two. The source decides, and its decision is an act: it ends its tree,
+and then says ``Commit``. Before that, whatever goes wrong ends with the source running
+and nothing at the destination. After it, the source never runs the tree again. A
+destination that has said ``Prepared`` and hears nothing holds the tree stopped, *in
+doubt*, until it is told: by the source, which comes back and says ``Decision``, or by a
+person. It never guesses.
+
+The tables below say who may send what in which state; anything else is a `PeerError`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgpack
+import msgspec
+from msgspec import Meta, Struct
+
+from pipeline.errors import ImageError, PeerError
+from pipeline.image.codec import unpack
+
+VERSION = 1
+_MAX_MESSAGE_BYTES = 1 << 20
+
+Role = Literal["source", "destination"]
+State = Literal["fresh", "greeted", "offered", "active", "prepared", "committed", "completed", "cancelled"]
+Text = Annotated[str, Meta(max_length=65536)]
+MigrationId = Annotated[str, Meta(min_length=16, max_length=64)]
+
+
+class Message(Struct, frozen=True, forbid_unknown_fields=True):
+    """Base of all messages."""
+
+
+class Hello(Message, frozen=True, tag="hello"):
+    """First word of both sides."""
+
+    version: int
+    machine: Text
+    kernel: Text
+
+
+class Offer(Message, frozen=True, tag="offer"):
+    """The source would like to send a tree; records and pages follow an `Accept`."""
+
+    migration: MigrationId
+    root: int
+    processes: int
+
+
+class Accept(Message, frozen=True, tag="accept"):
+    """Go ahead."""
+
+
+class Refuse(Message, frozen=True, tag="refuse"):
+    """The destination cannot take the tree; the source runs on."""
+
+    reason: Text
+
+
+class Prepared(Message, frozen=True, tag="prepared"):
+    """The tree stands complete at the destination, stopped."""
+
+
+class Commit(Message, frozen=True, tag="commit"):
+    """The source has ended its tree."""
+
+
+class Completed(Message, frozen=True, tag="completed"):
+    """The tree runs at the destination."""
+
+    root_pid: int
+
+
+class Cancel(Message, frozen=True, tag="cancel"):
+    """The source keeps its tree."""
+
+    reason: Text = ""
+
+
+class Decision(Message, frozen=True, tag="decision"):
+    """After a lost connection: what the source had decided about a migration in doubt."""
+
+    migration: MigrationId
+    committed: bool
+
+
+AnyMessage = Hello | Offer | Accept | Refuse | Prepared | Commit | Completed | Cancel | Decision
+
+#: (state, message) -> state; messages of the source
+SOURCE_SAYS: dict[tuple[State, type[Message]], State] = {
+    ("fresh", Hello): "fresh",
+    ("greeted", Offer): "offered",
+    ("greeted", Decision): "committed",
+    ("active", Cancel): "cancelled",
+    ("prepared", Cancel): "cancelled",
+    ("prepared", Commit): "committed",
+}
+#: messages of the destination
+DESTINATION_SAYS: dict[tuple[State, type[Message]], State] = {
+    ("fresh", Hello): "greeted",
+    ("offered", Accept): "active",
+    ("offered", Refuse): "cancelled",
+    ("active", Refuse): "cancelled",
+    ("active", Prepared): "prepared",
+    ("prepared", Refuse): "cancelled",
+    ("committed", Completed): "completed",
+    ("committed", Refuse): "cancelled",
+}
+
+
+class Conversation:
+    """Where two sides are with each other, seen from either of them.
+
+    Both sides keep one and tell it every message, in the order in which they were sent.
+    """
+
+    def __init__(self, role: Role) -> None:
+        self.role = role
+        self.state: State = "fresh"
+
+    def said(self, message: Message) -> None:
+        """We send `message`; PeerError would be our own mistake."""
+        self._step(message, ours=True)
+
+    def heard(self, message: Message) -> None:
+        """The peer sent `message`.
+
+        Raises:
+            PeerError: it may not be sent now.
+        """
+        self._step(message, ours=False)
+
+    def _step(self, message: Message, ours: bool) -> None:
+        by_source = (self.role == "source") == ours
+        table = SOURCE_SAYS if by_source else DESTINATION_SAYS
+        key = (self.state, type(message))
+        if key not in table:
+            who = "this side" if ours else "the other side"
+            raise PeerError(f"{who} says {type(message).__name__} when the migration is {self.state}")
+        self.state = table[key]
+
+
+def encode(message: Message) -> bytes:
+    """A message as msgpack."""
+    packed: bytes = msgpack.packb(msgspec.to_builtins(message))
+    return packed
+
+
+def decode(content: bytes) -> AnyMessage:
+    """A message, typed and bounded.
+
+    Raises:
+        PeerError: it is none of ours.
+    """
+    if len(content) > _MAX_MESSAGE_BYTES:
+        raise PeerError(f"a message of {len(content)} bytes")
+    try:
+        message: AnyMessage = msgspec.convert(unpack(content), AnyMessage)
+    except (ImageError, msgspec.ValidationError) as error:
+        raise PeerError(f"a message that cannot be understood: {error}") from None
+    return message
+
+
+def diagram() -> str:
+    """The tables as a Mermaid state diagram, for the documentation."""
+    lines = ["stateDiagram-v2", "    [*] --> fresh"]
+    for who, table in (("source", SOURCE_SAYS), ("destination", DESTINATION_SAYS)):
+        lines += [f"    {a} --> {b}: {who} says {m.__name__}" for (a, m), b in table.items() if a != b]
+    lines += ["    completed --> [*]", "    cancelled --> [*]"]
+    return "\n".join(lines) + "\n"

@@ -30,6 +30,11 @@ def duration_s(text: str) -> float:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--plaintext",
+        action="store_true",
+        help="no TLS: both sides prove the secret, but everybody on the way can read the memory of the tree",
+    )
     parser.add_argument("--pid", type=int, required=True, metavar="PID", help="the root of the tree")
     parser.add_argument("--to", required=True, metavar="HOST:PORT", help="where `serve` listens")
     parser.add_argument("--secret-file", metavar="FILE", help="the secret that both sides share (mode 0600)")
@@ -61,6 +66,7 @@ def execute(arguments: argparse.Namespace) -> int:
                 secret_file=arguments.secret_file,
                 mode=arguments.mode,
                 max_downtime_s=arguments.max_downtime,
+                plaintext=arguments.plaintext,
                 progress=progress,
             )
         )

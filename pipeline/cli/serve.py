@@ -27,6 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--listen", required=True, metavar="HOST:PORT", help="where to listen; port 0 picks a free one"
     )
     parser.add_argument("--secret-file", metavar="FILE", help="the secret that both sides share (mode 0600)")
+    parser.add_argument(
+        "--plaintext",
+        action="store_true",
+        help="no TLS: both sides prove the secret, but everybody on the way can read the memory of the tree",
+    )
     parser.add_argument("--once", action="store_true", help="end after one tree has arrived")
     parser.add_argument(
         "--new-pidns", action="store_true", help="rebuild each tree in a pid namespace of its own"
@@ -49,6 +54,8 @@ def execute(arguments: argparse.Namespace) -> int:
                 new_pidns=arguments.new_pidns,
                 on_listening=_listening,
                 on_restored=_restored,
+                on_message=lambda text: render.say(f"serve: {text}"),
+                plaintext=arguments.plaintext,
                 progress=progress,
             )
         )

@@ -187,7 +187,7 @@ def _maps(pid: int) -> tuple[list[str], int]:
     for entry in found:
         last = joined[-1] if joined else None
         follows = last is not None and last[1] == entry[0] and [last[2], *last[4:]] == [entry[2], *entry[4:]]
-        if last is not None and follows and (not entry[4] or entry[3] == last[3] + entry[0] - last[0]):
+        if last is not None and follows and (entry[4][:1] in {"", "["} or entry[3] == last[3] + entry[0] - last[0]):
             last[1] = entry[1]
         else:
             joined.append(entry)
@@ -196,7 +196,12 @@ def _maps(pid: int) -> tuple[list[str], int]:
 
 
 def _without_number(name: str) -> str:
-    """Names of anonymous files carry an inode number: `socket:[123]`, `pipe:[5]`."""
+    """A name without what the kernel or the restore chose: `socket:[123]`, `/where/it/was (deleted)`.
+
+    A deleted file has no name any more; its content is made again where the restorer has room.
+    """
+    if name.endswith(" (deleted)") and not name.startswith(("/memfd:", "/dev/zero")):
+        return "(deleted)"
     return re.sub(r"^(socket|pipe|net|user|mnt|pid|uts|ipc|cgroup|time):\[\d+\]$", r"\1:", name)
 
 

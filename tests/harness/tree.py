@@ -193,7 +193,8 @@ class Tree:
             try:
                 stat = Path(f"/proc/{pid}/stat").read_text("latin-1").split("(", 1)[1].rpartition(")")
                 where = Path(f"/proc/{pid}/syscall").read_text().strip()
-                lines.append(f"pid {pid} ({stat[0]}) {stat[2].split()[0]} in {where}")
+                wchan = Path(f"/proc/{pid}/wchan").read_text()
+                lines.append(f"pid {pid} ({stat[0]}) {stat[2].split()[0]} {wchan} in {where}")
             except OSError as error:
                 lines.append(f"pid {pid}: {error}")
         return "\n".join(lines)
@@ -274,9 +275,16 @@ def dump(tree: Tree, image: Path) -> None:
 
 
 def restore(tree: Tree, image: Path) -> None:
-    """Restore `tree` from `image` with the pids it had."""
+    """Restore `tree` from `image` with the pids it had.
+
+    Another program of this machine may have taken one of them meanwhile: then it is tried again for a moment.
+    """
     pidfile = tree.directory / "pid"
-    done = engine("restore", "--from", image, "--detach", "--pidfile", pidfile)
+    for _ in range(5):
+        done = engine("restore", "--from", image, "--detach", "--pidfile", pidfile)
+        if done.returncode == 0 or "in use" not in done.stderr:
+            break
+        time.sleep(0.5)
     assert done.returncode == 0, said(done)
     assert int(pidfile.read_text()) == tree.pid, "the root has another pid"
     pidfile.unlink()

@@ -149,10 +149,13 @@ static void *waiter(void *argument) {
             usr1 = 0;
             break;
         case WRITE: {
-            /* More than fits: the rest goes in as the check reads. */
+            /* More than fits: the rest goes in as the check reads. A stop ends the call early with what went in. */
             static char block[200000];
-            if (write(pipes[WRITE][1], block, sizeof block) != sizeof block)
-                error = errno ? errno : -1;
+            for (size_t sent = 0; sent < sizeof block && !error;) {
+                ssize_t count = write(pipes[WRITE][1], block, sizeof block - sent);
+                error = count <= 0 ? errno : 0;
+                sent += count > 0 ? count : 0;
+            }
             break;
         }
         }

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
 import trio
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from pipeline.restore import RestoredTree
 
 T = TypeVar("T")
+P = ParamSpec("P")
 
 
 class _Bridge:
@@ -113,6 +114,15 @@ class _ForwardedProgress:
         self._loop.call_soon_threadsafe(self._progress.advance, bytes_done, bytes_total)
 
 
+def _in_loop(loop: asyncio.AbstractEventLoop, callback: Callable[P, None]) -> Callable[P, None]:
+    """The callback, to be called from another thread and run in the loop's."""
+
+    def call(*args: P.args, **_: P.kwargs) -> None:
+        loop.call_soon_threadsafe(callback, *args)
+
+    return call
+
+
 def _forward(progress: Progress | None) -> Progress | None:
     return None if progress is None else _ForwardedProgress(progress, asyncio.get_running_loop())
 
@@ -197,11 +207,12 @@ async def migrate(
 
 
 async def serve(
-    listen: str,
+    address: str,
     *,
     secret_file: str | None,
     on_listening: Callable[[str, int, str | None], None],
     on_restored: Callable[[RestoredTree], None] | None = None,
+    on_message: Callable[[str], None] | None = None,
     once: bool = False,
     new_pidns: bool = False,
     plaintext: bool = False,
@@ -210,16 +221,16 @@ async def serve(
     """`pipeline.serve` for asyncio; cancel the task to stop it."""
     loop = asyncio.get_running_loop()
     listener = _forward(progress)
-    restored = on_restored and (lambda tree: loop.call_soon_threadsafe(on_restored, tree))
     await _run(
         lambda: pipeline.serve(
-            listen,
+            address,
             secret_file=secret_file,
             once=once,
             new_pidns=new_pidns,
             plaintext=plaintext,
-            on_listening=lambda *address: loop.call_soon_threadsafe(on_listening, *address),
-            on_restored=restored,
+            on_listening=_in_loop(loop, on_listening),
+            on_restored=on_restored and _in_loop(loop, on_restored),
+            on_message=on_message and _in_loop(loop, on_message),
             progress=listener,
         )
     )

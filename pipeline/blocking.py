@@ -100,11 +100,12 @@ def migrate(
 
 
 def serve(
-    listen: str,
+    address: str,
     *,
     secret_file: str | None,
     on_listening: Callable[[str, int, str | None], None],
     on_restored: Callable[[RestoredTree], None] | None = None,
+    on_message: Callable[[str], None] | None = None,
     once: bool = False,
     new_pidns: bool = False,
     plaintext: bool = False,
@@ -113,13 +114,14 @@ def serve(
     """`pipeline.serve`, blocking until Ctrl-C or, with `once`, until one tree has arrived."""
     trio.run(
         lambda: pipeline.serve(
-            listen,
+            address,
             secret_file=secret_file,
             once=once,
             new_pidns=new_pidns,
             plaintext=plaintext,
             on_listening=on_listening,
             on_restored=on_restored,
+            on_message=on_message,
             progress=progress,
         )
     )

@@ -28,10 +28,10 @@ from pipeline.remote.tracer import Tracer, tracer_thread
 from pipeline.restore import RestoredTree, page_runs, read_records
 from pipeline.stages.fill import PageFeed
 from pipeline.stages.rebuild import Rebuilding, rebuilt
-from pipeline.transport import identity, protocol
+from pipeline.transport import identity, protocol, tcp
 from pipeline.transport.framing import Message
 from pipeline.transport.protocol import Accept, Commit, Completed, Decision, Hello, Offer, Prepared, Refuse
-from pipeline.transport.tcp import Channel, listen, parse_address
+from pipeline.transport.tcp import Channel, parse_address
 from pipeline.userns.cradle import owns_pid_namespace
 
 
@@ -196,7 +196,7 @@ async def _drain(channel: Channel) -> None:
 
 
 async def serve(
-    address: str,
+    listen: str,
     *,
     secret_file: str | None,
     once: bool = False,
@@ -210,7 +210,7 @@ async def serve(
     """Receive trees until cancelled.
 
     Args:
-        address: HOST:PORT to listen on; port 0 picks one.
+        listen: HOST:PORT to listen on; port 0 picks one.
         secret_file: the secret that both sides share; None makes one, which `on_listening` is told.
         once: end when one tree has arrived.
         new_pidns: give every tree a pid namespace of its own.
@@ -225,7 +225,7 @@ async def serve(
 
     Cancellation: a tree that is on its way is given up here, and runs on at its source.
     """
-    host, port = parse_address(address)
+    host, port = parse_address(listen)
     made = identity.generate_secret() if secret_file is None else None
     secret = identity.load_secret(secret_file) if secret_file is not None else (made or "").encode()
     new_pidns = new_pidns or not owns_pid_namespace()
@@ -249,7 +249,7 @@ async def serve(
                 nursery.start_soon(_listen_to_person, server)
 
             async def run() -> None:
-                await listen(
+                await tcp.listen(
                     host,
                     port,
                     secret,

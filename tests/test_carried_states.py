@@ -13,7 +13,9 @@ from tests.harness.tree import PROGRAMS, Tree, dump, restore
 
 pytestmark = pytest.mark.root
 
-NAMES = sorted(path.stem for path in PROGRAMS.iterdir() if path.suffix in {".py", ".c"} and path.stem != "support")
+NAMES = sorted(
+    path.stem for path in PROGRAMS.iterdir() if path.suffix in {".py", ".c"} and path.stem != "support"
+)
 
 
 def carry(tree: Tree, image: Path) -> None:

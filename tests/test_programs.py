@@ -9,7 +9,9 @@ import pytest
 from tests.harness.settings import CONTAINER_2, DEPTH_0, Setting
 from tests.harness.tree import PROGRAMS, Tree
 
-NAMES = sorted(path.stem for path in PROGRAMS.iterdir() if path.suffix in {".py", ".c"} and path.stem != "support")
+NAMES = sorted(
+    path.stem for path in PROGRAMS.iterdir() if path.suffix in {".py", ".c"} and path.stem != "support"
+)
 
 
 @pytest.mark.parametrize("setting", [DEPTH_0, CONTAINER_2], ids=lambda s: s.name)

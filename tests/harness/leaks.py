@@ -119,7 +119,9 @@ class Inventory:
         found = [_describe(pid) for pid in self._processes()]
         found += [f"mount {line}" for line in sorted(_mounts() - self.mounts)]
         now = _descriptors()
-        found += [f"descriptor {fd} -> {name}" for fd, name in now.items() if self.descriptors.get(fd) != name]
+        found += [
+            f"descriptor {fd} -> {name}" for fd, name in now.items() if self.descriptors.get(fd) != name
+        ]
         found += [f"network namespace {name}" for name in sorted(_named_namespaces() - self.namespaces)]
         found += [f"temporary file {name}" for name in sorted(_files(self.temporary) - self.files)]
         return found

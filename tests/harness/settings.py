@@ -46,11 +46,13 @@ class Setting:
         return len(self.levels)
 
     def to_json(self) -> str:
-        return json.dumps({
-            "levels": [[x.uid_map, x.gid_map, x.setgroups, (x.uid, x.gid)] for x in self.levels],
-            "kinds": self.kinds,
-            "chain": self.chain,
-        })
+        return json.dumps(
+            {
+                "levels": [[x.uid_map, x.gid_map, x.setgroups, (x.uid, x.gid)] for x in self.levels],
+                "kinds": self.kinds,
+                "chain": self.chain,
+            }
+        )
 
     def with_kinds(self, name: str, kinds: int) -> Setting:
         return replace(self, name=name, kinds=kinds)

@@ -11,8 +11,10 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import json
 import os
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -187,11 +189,18 @@ def _maps(pid: int) -> tuple[list[str], int]:
     for entry in found:
         last = joined[-1] if joined else None
         follows = last is not None and last[1] == entry[0] and [last[2], *last[4:]] == [entry[2], *entry[4:]]
-        if last is not None and follows and (entry[4][:1] in {"", "["} or entry[3] == last[3] + entry[0] - last[0]):
+        if (
+            last is not None
+            and follows
+            and (entry[4][:1] in {"", "["} or entry[3] == last[3] + entry[0] - last[0])
+        ):
             last[1] = entry[1]
         else:
             joined.append(entry)
-    lines = [f"{start:x}-{end:x} {mode} {offset:x} {name} [{flags}]" for start, end, mode, offset, name, flags in joined]
+    lines = [
+        f"{start:x}-{end:x} {mode} {offset:x} {name} [{flags}]"
+        for start, end, mode, offset, name, flags in joined
+    ]
     return lines, anonymous_kib
 
 
@@ -347,3 +356,9 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
         else:
             lines.append(f"{key}: was {old!r}, is {new!r}")
     return lines
+
+
+if __name__ == "__main__":
+    from tests.harness.tree import family_of
+
+    print(json.dumps(take(family_of(int(sys.argv[1])))))

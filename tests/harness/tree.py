@@ -8,6 +8,7 @@ through files in a directory of its own (see `tests/programs/support.py`). `dump
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -58,7 +59,16 @@ class Workshop:
             return [self.python, "-S", "-s", "-E", "-B", str(script)]
         source, binary = self.programs / f"{program}.c", self.programs / program
         if not binary.exists():
-            compiler = ["cc", "-O1", "-pthread", "-Wall", "-Wno-unused-function", "-o", str(binary), str(source)]
+            compiler = [
+                "cc",
+                "-O1",
+                "-pthread",
+                "-Wall",
+                "-Wno-unused-function",
+                "-o",
+                str(binary),
+                str(source),
+            ]
             done = subprocess.run(compiler, capture_output=True, text=True, check=False)
             if done.returncode:
                 raise RuntimeError(f"{source.name}: {done.stderr}")
@@ -106,10 +116,8 @@ def reap(pids: Sequence[int], timeout_s: float = 10.0) -> list[int]:
     while True:
         still = []
         for pid in left:
-            try:
+            with contextlib.suppress(ChildProcessError):
                 os.waitpid(pid, os.WNOHANG)
-            except ChildProcessError:
-                pass
             if os.path.exists(f"/proc/{pid}"):
                 still.append(pid)
         left = still
@@ -131,16 +139,31 @@ class Tree:
 
     @classmethod
     def start(
-        cls, workshop: Workshop, program: str, setting: Setting = DEPTH_0, arguments: Sequence[str] = ()
+        cls,
+        workshop: Workshop,
+        program: str,
+        setting: Setting = DEPTH_0,
+        arguments: Sequence[str] = (),
+        within: Sequence[str] = (),
     ) -> Tree:
-        """Start `program` and wait until all its roles are ready. RuntimeError with its log if it is not."""
+        """Start `program` and wait until all its roles are ready. RuntimeError with its log if it is not.
+
+        `within`: a command that runs its arguments in a child elsewhere (nsenter); the tree is that child then.
+        """
         directory = workshop.directory()
         starter = [workshop.python, "-S", "-s", "-E", "-B", str(workshop.programs / "starter.py")]
-        command = [*starter, setting.to_json(), *workshop.command(program), str(directory), *arguments]
+        command = [
+            *within,
+            *starter,
+            setting.to_json(),
+            *workshop.command(program),
+            str(directory),
+            *arguments,
+        ]
         with open(directory / "log", "ab") as log, open(os.devnull, "rb") as null:
             os.chmod(directory / "log", 0o666)
             environment = {"PATH": "/usr/bin:/bin", "LANG": "C", "TEST_PROGRAM": program}
-            pid = os.posix_spawn(
+            pid = os.posix_spawnp(
                 command[0],
                 command,
                 environment,
@@ -156,6 +179,8 @@ class Tree:
         tree = cls(directory, pid)
         try:
             tree._wait_ready()
+            if within:
+                (tree.pid,) = children_of(pid)
         except BaseException:
             tree.kill()
             raise
@@ -180,7 +205,9 @@ class Tree:
 
     def alive(self) -> bool:
         try:
-            return Path(f"/proc/{self.pid}/stat").read_text("latin-1").rpartition(")")[2].split()[0] not in "ZX"
+            return (
+                Path(f"/proc/{self.pid}/stat").read_text("latin-1").rpartition(")")[2].split()[0] not in "ZX"
+            )
         except OSError:
             return False
 
@@ -258,6 +285,7 @@ def engine(*arguments: str | Path, timeout_s: float = 60.0) -> subprocess.Comple
         text=True,
         errors="replace",
         timeout=timeout_s,
+        check=False,
     )
 
 

@@ -33,7 +33,11 @@ def eventfds(program):
         return found
 
     program.same("semaphore", one, lambda: os.dup2(os.eventfd(5), semaphore))
-    program.same("eventfd: flags", lambda: [fcntl.fcntl(fd, fcntl.F_GETFL) for fd in (plain, semaphore)], lambda: os.set_blocking(semaphore, False))
+    program.same(
+        "eventfd: flags",
+        lambda: [fcntl.fcntl(fd, fcntl.F_GETFL) for fd in (plain, semaphore)],
+        lambda: os.set_blocking(semaphore, False),
+    )
     return plain
 
 
@@ -69,7 +73,7 @@ def epolls(program, event):
         return first, second
 
     program.same("epoll: edge-triggered", edge, lambda: os.close(write))
-    program.same("epoll in epoll", lambda: [fd for fd, _ in nested.poll(0)], lambda: nested.close())
+    program.same("epoll in epoll", lambda: [fd for fd, _ in nested.poll(0)], nested.close)
 
     program.keep = [epoll, nested]
 
@@ -107,19 +111,37 @@ def timerfds(program):
 
         return run
 
-    program.same("timerfd: interval", lambda: gettime(far)[:2], lambda: syscall(SYS_TIMERFD_SETTIME, far, 0, struct.pack("<4q", 1, 0, 5000, 0), None))
-    program.check("timerfd: time left", remaining(far, 5000), lambda: syscall(SYS_TIMERFD_SETTIME, far, 0, struct.pack("<4q", 1, 0, 50, 0), None))
-    program.check("timerfd: boot clock", remaining(boot, 6000), lambda: syscall(SYS_TIMERFD_SETTIME, boot, 0, struct.pack("<4q", 0, 0, 0, 0), None))
+    program.same(
+        "timerfd: interval",
+        lambda: gettime(far)[:2],
+        lambda: syscall(SYS_TIMERFD_SETTIME, far, 0, struct.pack("<4q", 1, 0, 5000, 0), None),
+    )
+    program.check(
+        "timerfd: time left",
+        remaining(far, 5000),
+        lambda: syscall(SYS_TIMERFD_SETTIME, far, 0, struct.pack("<4q", 1, 0, 50, 0), None),
+    )
+    program.check(
+        "timerfd: boot clock",
+        remaining(boot, 6000),
+        lambda: syscall(SYS_TIMERFD_SETTIME, boot, 0, struct.pack("<4q", 0, 0, 0, 0), None),
+    )
 
     ticks = syscall(SYS_TIMERFD_CREATE, time.CLOCK_MONOTONIC, 0)
     syscall(SYS_TIMERFD_SETTIME, ticks, 0, struct.pack("<4q", 0, 20_000_000, 0, 20_000_000), None)
 
     def ticking():
-        return select.select([ticks], [], [], 2)[0] == [ticks] and struct.unpack("<Q", os.read(ticks, 8))[0] >= 1
+        return (
+            select.select([ticks], [], [], 2)[0] == [ticks] and struct.unpack("<Q", os.read(ticks, 8))[0] >= 1
+        )
 
     program.same("timerfd: ticks", ticking, lambda: syscall(SYS_TIMERFD_SETTIME, ticks, 0, bytes(32), None))
     fired = make(time.CLOCK_REALTIME, 0, 1, 1)  # an absolute time long ago
-    program.same("timerfd: expired, not read", lambda: select.select([fired], [], [], 0)[0] == [fired], lambda: os.read(fired, 8))
+    program.same(
+        "timerfd: expired, not read",
+        lambda: select.select([fired], [], [], 0)[0] == [fired],
+        lambda: os.read(fired, 8),
+    )
 
 
 def signalfds(program):
@@ -152,14 +174,22 @@ def memfds(program):
     def replaced():
         return os.dup2(plain, fd)
 
-    program.same("memfd: sealed", lambda: (fcntl.fcntl(fd, F_GET_SEALS), os.pread(fd, 1 << 20, 0), os.lseek(fd, 0, 1)), replaced)
+    program.same(
+        "memfd: sealed",
+        lambda: (fcntl.fcntl(fd, F_GET_SEALS), os.pread(fd, 1 << 20, 0), os.lseek(fd, 0, 1)),
+        replaced,
+    )
     program.same("memfd: name", lambda: os.readlink(f"/proc/self/fd/{fd}"), replaced)
-    program.same("memfd: not sealed", lambda: (fcntl.fcntl(plain, F_GET_SEALS), os.fstat(plain).st_size, os.pread(plain, 3, 1 << 19)), lambda: os.pwrite(plain, b"y", 1 << 19))
+    program.same(
+        "memfd: not sealed",
+        lambda: (fcntl.fcntl(plain, F_GET_SEALS), os.fstat(plain).st_size, os.pread(plain, 3, 1 << 19)),
+        lambda: os.pwrite(plain, b"y", 1 << 19),
+    )
 
 
 def pidfds(program):
     def body(child):
-        child.same("pid", lambda: os.getpid(), lambda: setattr(os, "getpid", lambda: 0))
+        child.same("pid", os.getpid, lambda: setattr(os, "getpid", lambda: 0))
 
     pid = program.child("watched", body)
     fd = os.pidfd_open(pid)

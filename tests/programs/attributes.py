@@ -1,4 +1,4 @@
-"""Per-task attributes: limits, scheduling, affinity, ioprio, oom_score_adj, personality, and a dozen prctl(2) settings."""
+"""Per-task attributes: limits, scheduling, affinity, ioprio, oom_score_adj, personality, settings of prctl(2)."""
 
 import ctypes
 import os
@@ -70,9 +70,15 @@ def scheduling(program):
     os.setpriority(os.PRIO_PROCESS, 0, 7)
     program.same("policy and nice", attributes, lambda: os.setpriority(os.PRIO_PROCESS, 0, 8))
     os.sched_setaffinity(0, {0})
-    program.same("affinity", lambda: os.sched_getaffinity(0), lambda: os.sched_setaffinity(0, {0, 1} if (os.cpu_count() or 1) > 1 else {0}))
+    program.same(
+        "affinity",
+        lambda: os.sched_getaffinity(0),
+        lambda: os.sched_setaffinity(0, {0, 1} if (os.cpu_count() or 1) > 1 else {0}),
+    )
     syscall(SYS_IOPRIO_SET, 1, 0, 2 << 13 | 6)
-    program.same("ioprio", lambda: syscall(SYS_IOPRIO_GET, 1, 0), lambda: syscall(SYS_IOPRIO_SET, 1, 0, 3 << 13))
+    program.same(
+        "ioprio", lambda: syscall(SYS_IOPRIO_GET, 1, 0), lambda: syscall(SYS_IOPRIO_SET, 1, 0, 3 << 13)
+    )
 
     def idle(child):
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
@@ -92,15 +98,27 @@ def scheduling(program):
 
 def settings(program):
     write_file("/proc/self/oom_score_adj", "345")
-    program.same("oom_score_adj", lambda: read_file("/proc/self/oom_score_adj"), lambda: write_file("/proc/self/oom_score_adj", "400"))
+    program.same(
+        "oom_score_adj",
+        lambda: read_file("/proc/self/oom_score_adj"),
+        lambda: write_file("/proc/self/oom_score_adj", "400"),
+    )
     write_file("/proc/self/coredump_filter", "0x7f")
-    program.same("coredump_filter", lambda: read_file("/proc/self/coredump_filter"), lambda: write_file("/proc/self/coredump_filter", "1"))
+    program.same(
+        "coredump_filter",
+        lambda: read_file("/proc/self/coredump_filter"),
+        lambda: write_file("/proc/self/coredump_filter", "1"),
+    )
     syscall(SYS_PERSONALITY, ADDR_NO_RANDOMIZE | UNAME26)
-    program.same("personality", lambda: syscall(SYS_PERSONALITY, 0xFFFFFFFF), lambda: syscall(SYS_PERSONALITY, 0))
+    program.same(
+        "personality", lambda: syscall(SYS_PERSONALITY, 0xFFFFFFFF), lambda: syscall(SYS_PERSONALITY, 0)
+    )
     prctl(PR_SET_TIMERSLACK, 123_456)
     program.same("timer slack", lambda: prctl(PR_GET_TIMERSLACK), lambda: prctl(PR_SET_TIMERSLACK, 99))
     prctl(PR_SET_CHILD_SUBREAPER, 1)
-    program.same("child subreaper", lambda: get_int(PR_GET_CHILD_SUBREAPER), lambda: prctl(PR_SET_CHILD_SUBREAPER, 0))
+    program.same(
+        "child subreaper", lambda: get_int(PR_GET_CHILD_SUBREAPER), lambda: prctl(PR_SET_CHILD_SUBREAPER, 0)
+    )
     prctl(PR_SET_THP_DISABLE, 1)
     program.same("THP disable", lambda: prctl(PR_GET_THP_DISABLE), lambda: prctl(PR_SET_THP_DISABLE, 0))
     prctl(PR_SET_KEEPCAPS, 1)
@@ -112,10 +130,18 @@ def settings(program):
         child.same("pdeathsig", lambda: get_int(PR_GET_PDEATHSIG), lambda: prctl(PR_SET_PDEATHSIG, 0))
         prctl(PR_SET_DUMPABLE, 0)
         child.same("dumpable", lambda: prctl(PR_GET_DUMPABLE), lambda: prctl(PR_SET_DUMPABLE, 1))
-        child.same("nothing of the parent's", lambda: (get_int(PR_GET_CHILD_SUBREAPER), prctl(PR_GET_NO_NEW_PRIVS)), lambda: prctl(PR_SET_CHILD_SUBREAPER, 1))
+        child.same(
+            "nothing of the parent's",
+            lambda: (get_int(PR_GET_CHILD_SUBREAPER), prctl(PR_GET_NO_NEW_PRIVS)),
+            lambda: prctl(PR_SET_CHILD_SUBREAPER, 1),
+        )
 
     program.child("private", private)
-    program.same("no_new_privs is the child's only", lambda: prctl(PR_GET_NO_NEW_PRIVS), lambda: prctl(PR_SET_NO_NEW_PRIVS, 1))
+    program.same(
+        "no_new_privs is the child's only",
+        lambda: prctl(PR_GET_NO_NEW_PRIVS),
+        lambda: prctl(PR_SET_NO_NEW_PRIVS, 1),
+    )
 
 
 def body(program):

@@ -1,4 +1,4 @@
-"""Real, effective, saved and filesystem ids, groups, five capability sets, securebits, no_new_privs: by process and thread."""
+"""Ids of all four kinds, groups, five capability sets, securebits, no_new_privs: by process and by thread."""
 
 import os
 import struct
@@ -42,7 +42,11 @@ def user(program):
     os.setresgid(11, 12, 13)
     os.setresuid(21, 22, 23)
     program.same("ids and capabilities", everything, lambda: os.setresuid(-1, 21, -1))
-    program.same("from inside", lambda: (os.getresuid(), os.getresgid(), os.getgroups()), lambda: os.setresuid(-1, 23, -1))
+    program.same(
+        "from inside",
+        lambda: (os.getresuid(), os.getresgid(), os.getgroups()),
+        lambda: os.setresuid(-1, 23, -1),
+    )
 
 
 def keeps_capabilities(program):
@@ -87,7 +91,11 @@ def threads_differ(program):
 
     threading.Thread(target=run, daemon=True).start()
     wait_for(lambda: tids, "the thread")
-    program.same("the thread's", lambda: everything(f"self/task/{tids[0]}"), lambda: tids.append(0) or wait_for(lambda: len(tids) == 3, "it"))
+    program.same(
+        "the thread's",
+        lambda: everything(f"self/task/{tids[0]}"),
+        lambda: tids.append(0) or wait_for(lambda: len(tids) == 3, "it"),
+    )
     program.same("the leader's", lambda: everything("thread-self"), lambda: syscall(SYS_SETFSUID, 9))
 
 

@@ -48,7 +48,11 @@ def regular(program):
     # fd numbers with a hole, and one far up
     high = fcntl.fcntl(fd, fcntl.F_DUPFD, 700)
     os.lseek(fd, 123, os.SEEK_SET)
-    program.same("dup shares", lambda: (high, same_file(os.getpid(), fd, os.getpid(), high)), lambda: os.dup2(readonly, high))
+    program.same(
+        "dup shares",
+        lambda: (high, same_file(os.getpid(), fd, os.getpid(), high)),
+        lambda: os.dup2(readonly, high),
+    )
 
     def moves_together():
         os.lseek(fd, 5, os.SEEK_CUR)
@@ -65,7 +69,9 @@ def regular(program):
 
     locked = os.open(path, os.O_RDWR)
     fcntl.fcntl(locked, fcntl.F_SETOWN, os.getpid())
-    program.same("owner", lambda: fcntl.fcntl(locked, fcntl.F_GETOWN), lambda: fcntl.fcntl(locked, fcntl.F_SETOWN, 0))
+    program.same(
+        "owner", lambda: fcntl.fcntl(locked, fcntl.F_GETOWN), lambda: fcntl.fcntl(locked, fcntl.F_SETOWN, 0)
+    )
     return fd
 
 
@@ -78,7 +84,11 @@ def deleted(program):
     os.lseek(fd, 77, os.SEEK_SET)
     program.same("deleted: content", lambda: content(fd), lambda: os.pwrite(fd, b"!", 5))
     program.same("deleted: offset", lambda: position(fd), lambda: os.lseek(fd, 0, os.SEEK_SET))
-    program.same("deleted: attributes", lambda: (oct(os.fstat(fd).st_mode), os.fstat(fd).st_nlink), lambda: os.fchmod(fd, 0o777))
+    program.same(
+        "deleted: attributes",
+        lambda: (oct(os.fstat(fd).st_mode), os.fstat(fd).st_nlink),
+        lambda: os.fchmod(fd, 0o777),
+    )
 
     def both():
         return os.fstat(fd).st_ino == os.fstat(other).st_ino
@@ -97,7 +107,9 @@ def deleted(program):
     )
     program.check(
         "sparse: stays sparse",
-        lambda: None if os.fstat(sparse).st_blocks * 512 < 1 << 20 else f"{os.fstat(sparse).st_blocks} blocks",
+        lambda: (
+            None if os.fstat(sparse).st_blocks * 512 < 1 << 20 else f"{os.fstat(sparse).st_blocks} blocks"
+        ),
         lambda: os.pwrite(sparse, b"x" * (2 << 20), 0),
     )
     unnamed = os.open(DIRECTORY, os.O_RDWR | os.O_TMPFILE, 0o600)
@@ -130,11 +142,17 @@ def directories(program):
         return b"".join(pieces)
 
     program.same("directory: place", lambda: position(fd), lambda: os.lseek(fd, 0, os.SEEK_SET))
-    program.same("directory: the rest", rest, lambda: [os.unlink(f"{where}/{name}") for name in os.listdir(where)])
+    program.same(
+        "directory: the rest", rest, lambda: [os.unlink(f"{where}/{name}") for name in os.listdir(where)]
+    )
 
     path_only = os.open(where, os.O_PATH)
     program.same("O_PATH", lambda: flags(path_only), lambda: os.dup2(fd, path_only))
-    program.same("O_PATH: openat below", lambda: content(os.open("../regular", os.O_RDONLY, dir_fd=path_only))[:10], lambda: os.rename(f"{DIRECTORY}/regular", f"{DIRECTORY}/gone"))
+    program.same(
+        "O_PATH: openat below",
+        lambda: content(os.open("../regular", os.O_RDONLY, dir_fd=path_only))[:10],
+        lambda: os.rename(f"{DIRECTORY}/regular", f"{DIRECTORY}/gone"),
+    )
 
 
 def devices(program):
@@ -142,10 +160,17 @@ def devices(program):
     zero = os.open("/dev/zero", os.O_RDONLY | os.O_NONBLOCK)
     program.same(
         "/dev/null",
-        lambda: (os.fstat(null).st_rdev, stat.S_ISCHR(os.fstat(null).st_mode), os.read(null, 1), os.write(null, b"x")),
+        lambda: (
+            os.fstat(null).st_rdev,
+            stat.S_ISCHR(os.fstat(null).st_mode),
+            os.read(null, 1),
+            os.write(null, b"x"),
+        ),
         lambda: os.dup2(zero, null),
     )
-    program.same("/dev/zero", lambda: (os.fstat(zero).st_rdev, os.read(zero, 4), flags(zero)), lambda: os.dup2(0, zero))
+    program.same(
+        "/dev/zero", lambda: (os.fstat(zero).st_rdev, os.read(zero, 4), flags(zero)), lambda: os.dup2(0, zero)
+    )
     full = os.open("/dev/full", os.O_WRONLY)
     program.same("/dev/full", lambda: os.fstat(full).st_rdev, lambda: os.dup2(0, full))
     random = os.open("/dev/urandom", os.O_RDONLY)

@@ -55,18 +55,32 @@ def body(program):
     # Nothing inside a process can change these: the spoilt check compares with a wrong value instead.
     broken = []
     before = read_bytes("auxv")
-    program.check("auxv", lambda: None if read_bytes("auxv") == before and not broken else "differs", lambda: broken.append(1))
+    program.check(
+        "auxv",
+        lambda: None if read_bytes("auxv") == before and not broken else "differs",
+        lambda: broken.append(1),
+    )
     exe = os.readlink("/proc/self/exe")
     program.check(
         "exe",
-        lambda: None if os.readlink("/proc/self/exe") == exe and not broken else os.readlink("/proc/self/exe"),
+        lambda: (
+            None if os.readlink("/proc/self/exe") == exe and not broken else os.readlink("/proc/self/exe")
+        ),
         lambda: broken.append(1),
     )
     bounds = fields()
-    program.check("bounds of the address space", lambda: None if fields() == bounds and not broken else f"{fields()}", lambda: broken.append(1))
+    program.check(
+        "bounds of the address space",
+        lambda: None if fields() == bounds and not broken else f"{fields()}",
+        lambda: broken.append(1),
+    )
     vdso = find_vdso()
     code = ctypes.string_at(vdso, 64)
-    program.check("vdso", lambda: None if ctypes.string_at(find_vdso(), 64) == code and not broken else "moved", lambda: broken.append(1))
+    program.check(
+        "vdso",
+        lambda: None if ctypes.string_at(find_vdso(), 64) == code and not broken else "moved",
+        lambda: broken.append(1),
+    )
 
     def clocks():
         """Through the vdso and through the kernel: the same time."""

@@ -111,7 +111,15 @@ def body(program):
 
     above.send(b"from the top to the bottom")
     in_user_namespace(program, "middle", "0 10 30", "0 20 30", (1, 2), middle)
-    in_user_namespace(program, "aside", "7 0 1", "9 0 1", (7, 9), lambda c: c.same("as seen from inside", everything, less), "deny")
+    in_user_namespace(
+        program,
+        "aside",
+        "7 0 1",
+        "9 0 1",
+        (7, 9),
+        lambda c: c.same("as seen from inside", everything, less),
+        "deny",
+    )
 
     def through_pipe():
         found = os.read(pipe_read, 100)

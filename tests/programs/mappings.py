@@ -28,7 +28,8 @@ def readable(address, length=1):
         syscall(1, write, address, length)
         return True
     except OSError as error:
-        assert error.errno == errno.EFAULT
+        if error.errno != errno.EFAULT:
+            raise
         return False
     finally:
         os.close(read)
@@ -71,7 +72,11 @@ def anonymous(program):
     private = map_at(400 * PAGE)
     put(private + 50 * PAGE, data)
     program.same("private", lambda: get(private, 400 * PAGE), lambda: put(private + 99 * PAGE, b"!"))
-    program.same("private: untouched pages read as zero", lambda: get(private, PAGE) == bytes(PAGE), lambda: put(private, b"!"))
+    program.same(
+        "private: untouched pages read as zero",
+        lambda: get(private, PAGE) == bytes(PAGE),
+        lambda: put(private, b"!"),
+    )
 
     shared = map_at(64 * PAGE, flags=SHARED | ANON)
     put(shared + 5 * PAGE, data[: 20 * PAGE])
@@ -79,7 +84,9 @@ def anonymous(program):
 
     big = map_at(1 << 36, flags=PRIVATE | ANON | NORESERVE)
     put(big + (1 << 35), b"an island in 64 GiB")
-    program.same("reserved, sparse", lambda: (get(big + (1 << 35), 20), smaps(big)), lambda: put(big + (1 << 35), b"!"))
+    program.same(
+        "reserved, sparse", lambda: (get(big + (1 << 35), 20), smaps(big)), lambda: put(big + (1 << 35), b"!")
+    )
 
     none = map_at(8 * PAGE)
     put(none, b"behind PROT_NONE" * 100)
@@ -92,22 +99,42 @@ def anonymous(program):
         syscall(SYS_MPROTECT, none, 8 * PAGE, PROT_NONE)
         return hidden, found
 
-    program.same("PROT_NONE with content", behind, lambda: syscall(SYS_MPROTECT, none, 8 * PAGE, READ | WRITE) or put(none, b"!"))
+    program.same(
+        "PROT_NONE with content",
+        behind,
+        lambda: syscall(SYS_MPROTECT, none, 8 * PAGE, READ | WRITE) or put(none, b"!"),
+    )
 
     readonly = map_at(4 * PAGE)
     put(readonly, b"read-only now")
     syscall(SYS_MPROTECT, readonly, 4 * PAGE, READ)
-    program.same("read-only", lambda: (get(readonly, 20), smaps(readonly)[1]), lambda: syscall(SYS_MPROTECT, readonly, 4 * PAGE, READ | WRITE))
+    program.same(
+        "read-only",
+        lambda: (get(readonly, 20), smaps(readonly)[1]),
+        lambda: syscall(SYS_MPROTECT, readonly, 4 * PAGE, READ | WRITE),
+    )
 
     code = map_at(PAGE, READ | WRITE)
     put(code, bytes.fromhex("b82a000000c3"))  # mov eax, 42; ret
     syscall(SYS_MPROTECT, code, PAGE, READ | EXEC)
-    program.same("code that was written", ctypes.CFUNCTYPE(ctypes.c_int)(code), lambda: syscall(SYS_MPROTECT, code, PAGE, READ | WRITE) or put(code, bytes.fromhex("b82b000000c3")) or syscall(SYS_MPROTECT, code, PAGE, READ | EXEC))
+    program.same(
+        "code that was written",
+        ctypes.CFUNCTYPE(ctypes.c_int)(code),
+        lambda: (
+            syscall(SYS_MPROTECT, code, PAGE, READ | WRITE)
+            or put(code, bytes.fromhex("b82b000000c3"))
+            or syscall(SYS_MPROTECT, code, PAGE, READ | EXEC)
+        ),
+    )
 
     guarded = map_at(16 * PAGE)
     put(guarded, b"g" * 16 * PAGE)
     syscall(SYS_MADVISE, guarded + 4 * PAGE, 2 * PAGE, MADV_GUARD_INSTALL)
-    program.same("guard pages", lambda: [readable(guarded + n * PAGE) for n in range(16)], lambda: syscall(SYS_MADVISE, guarded, PAGE, MADV_GUARD_INSTALL))
+    program.same(
+        "guard pages",
+        lambda: [readable(guarded + n * PAGE) for n in range(16)],
+        lambda: syscall(SYS_MADVISE, guarded, PAGE, MADV_GUARD_INSTALL),
+    )
 
     down = map_at(8 * PAGE, flags=PRIVATE | ANON | GROWSDOWN)
     put(down, b"grows down")
@@ -153,11 +180,15 @@ def advice(program):
         syscall(SYS_MUNMAP, area + 5 * PAGE, 2 * PAGE)
         put(area, name.encode())
         syscall(SYS_MADVISE, area, 5 * PAGE, value)
-        program.same(f"advice {name}", lambda area=area: (get(area, 12), smaps(area)), locking(area, 5 * PAGE))
+        program.same(
+            f"advice {name}", lambda area=area: (get(area, 12), smaps(area)), locking(area, 5 * PAGE)
+        )
     mixed = map_at(9 * PAGE)
     syscall(SYS_MADVISE, mixed + 3 * PAGE, 3 * PAGE, MADV_DONTDUMP)
     syscall(SYS_MADVISE, mixed + 3 * PAGE, 3 * PAGE, MADV_DONTFORK)
-    program.same("two advices", lambda: [smaps(mixed + n * PAGE)[-1] for n in (0, 4, 8)], locking(mixed, 9 * PAGE))
+    program.same(
+        "two advices", lambda: [smaps(mixed + n * PAGE)[-1] for n in (0, 4, 8)], locking(mixed, 9 * PAGE)
+    )
 
 
 def locks(program):
@@ -167,7 +198,11 @@ def locks(program):
     on_fault = map_at(6 * PAGE, flags=SHARED | ANON)
     syscall(SYS_MLOCK2, on_fault, 6 * PAGE, MLOCK_ONFAULT)
     put(on_fault, b"x")
-    program.same("mlock on fault", lambda: (get(on_fault, 3), smaps(on_fault)[-1]), lambda: syscall(150, on_fault, 6 * PAGE))
+    program.same(
+        "mlock on fault",
+        lambda: (get(on_fault, 3), smaps(on_fault)[-1]),
+        lambda: syscall(150, on_fault, 6 * PAGE),
+    )
 
 
 def names(program):
@@ -187,7 +222,11 @@ def files(program):
     private = map_at(8 * PAGE, READ | WRITE, PRIVATE, fd, 4 * PAGE)
     put(private + 2 * PAGE, b"changed, private")
     syscall(SYS_MPROTECT, private, 8 * PAGE, READ)
-    program.same("file, private, changed, read-only now", lambda: (get(private, 8 * PAGE), smaps(private)[1:4]), lambda: syscall(SYS_MPROTECT, private, 8 * PAGE, READ | WRITE) or put(private, b"!"))
+    program.same(
+        "file, private, changed, read-only now",
+        lambda: (get(private, 8 * PAGE), smaps(private)[1:4]),
+        lambda: syscall(SYS_MPROTECT, private, 8 * PAGE, READ | WRITE) or put(private, b"!"),
+    )
     shared = map_at(8 * PAGE, READ | WRITE, SHARED, fd, 0)
     put(shared + PAGE, b"changed, shared")
 
@@ -197,13 +236,16 @@ def files(program):
             file.seek(3 * PAGE)
             return file.read(20), get(shared + PAGE, 20), smaps(shared)[1:4]
 
-
     def replace():
         syscall(SYS_MMAP, shared, 8 * PAGE, READ | WRITE, PRIVATE | ANON | FIXED, -1, 0)
 
     program.same("file, shared", through_file, replace)
     beyond = map_at(4 * PAGE, READ, SHARED, fd, 14 * PAGE)  # two pages behind the end of the file
-    program.same("beyond the end", lambda: [readable(beyond + n * PAGE) for n in range(4)], lambda: syscall(SYS_MUNMAP, beyond, 4 * PAGE))
+    program.same(
+        "beyond the end",
+        lambda: [readable(beyond + n * PAGE) for n in range(4)],
+        lambda: syscall(SYS_MUNMAP, beyond, 4 * PAGE),
+    )
     os.close(fd)
 
     gone = f"{DIRECTORY}/mapped-and-deleted"
@@ -241,7 +283,9 @@ def memfds(program):
     alone = map_at(4 * PAGE, READ | WRITE, SHARED, only)
     os.close(only)
     put(alone, b"no descriptor left")
-    program.same("memfd without a descriptor", lambda: (get(alone, 20), smaps(alone)[3]), lambda: put(alone, b"!"))
+    program.same(
+        "memfd without a descriptor", lambda: (get(alone, 20), smaps(alone)[3]), lambda: put(alone, b"!")
+    )
 
 
 def body(program):

@@ -1,5 +1,6 @@
 """What a process sees of the namespaces it is in: ids, maps, pids, names, mounts. Needs no privilege by itself."""
 
+import contextlib
 import ctypes
 import os
 import socket
@@ -13,7 +14,12 @@ def read_file(path):
 
 
 def ids():
-    return os.getresuid(), os.getresgid(), os.getgroups(), [status(f) for f in ("Uid", "Gid", "Groups", "CapEff")]
+    return (
+        os.getresuid(),
+        os.getresgid(),
+        os.getgroups(),
+        [status(f) for f in ("Uid", "Gid", "Groups", "CapEff")],
+    )
 
 
 def maps():
@@ -51,10 +57,8 @@ def body(program):
     program.same("pids", lambda: (numbers(), list(broken)), lambda: broken.append(1))
     program.same("maps", lambda: (maps(), list(broken)), lambda: broken.append(1))
     program.same("mounts", lambda: (mounts(), list(broken)), lambda: broken.append(1))
-    try:
+    with contextlib.suppress(PermissionError):
         socket.sethostname("named-inside") if in_pid_namespace else None
-    except PermissionError:
-        pass
     program.same("host name", lambda: (socket.gethostname(), list(broken)), lambda: broken.append(1))
 
     def child(inner):
@@ -62,7 +66,14 @@ def body(program):
         inner.same("pids", lambda: (numbers(), list(broken)), lambda: broken.append(1))
 
     program.child("child", child)
-    program.same("/proc", lambda: (sorted(int(x) for x in os.listdir("/proc") if x.isdigit()) if in_pid_namespace else 0, list(broken)), lambda: broken.append(1))
+    program.same(
+        "/proc",
+        lambda: (
+            sorted(int(x) for x in os.listdir("/proc") if x.isdigit()) if in_pid_namespace else 0,
+            list(broken),
+        ),
+        lambda: broken.append(1),
+    )
 
 
 main(body)

@@ -24,8 +24,16 @@ def body(program):
     big_read, big_write = os.pipe2(os.O_NONBLOCK)
     size = fcntl.fcntl(big_write, F_SETPIPE_SZ, 1 << 20)
     os.write(big_write, b"z" * (size - 4096))
-    program.same("size", lambda: fcntl.fcntl(big_read, F_GETPIPE_SZ), lambda: os.read(big_read, 1 << 20) and fcntl.fcntl(big_read, F_SETPIPE_SZ, 4096))
-    program.same("flags", lambda: [fcntl.fcntl(fd, fcntl.F_GETFL) for fd in (read, write, big_read, big_write)], lambda: os.set_blocking(big_read, True))
+    program.same(
+        "size",
+        lambda: fcntl.fcntl(big_read, F_GETPIPE_SZ),
+        lambda: os.read(big_read, 1 << 20) and fcntl.fcntl(big_read, F_SETPIPE_SZ, 4096),
+    )
+    program.same(
+        "flags",
+        lambda: [fcntl.fcntl(fd, fcntl.F_GETFL) for fd in (read, write, big_read, big_write)],
+        lambda: os.set_blocking(big_read, True),
+    )
 
     packet_read, packet_write = os.pipe2(O_DIRECT | os.O_NONBLOCK)
     messages = [b"one", b"second", b"3"]
@@ -65,8 +73,14 @@ def body(program):
     fifo_write = os.open(path, os.O_WRONLY)
     fifo_both = os.open(path, os.O_RDWR | os.O_NONBLOCK)
     os.write(fifo_write, b"through a name")
-    program.check("FIFO", lambda: put_back(fifo_read, fifo_write, b"through a name"), lambda: os.read(fifo_both, 3))
-    program.same("FIFO: flags", lambda: [fcntl.fcntl(fd, fcntl.F_GETFL) for fd in (fifo_read, fifo_write, fifo_both)], lambda: os.set_blocking(fifo_both, True))
+    program.check(
+        "FIFO", lambda: put_back(fifo_read, fifo_write, b"through a name"), lambda: os.read(fifo_both, 3)
+    )
+    program.same(
+        "FIFO: flags",
+        lambda: [fcntl.fcntl(fd, fcntl.F_GETFL) for fd in (fifo_read, fifo_write, fifo_both)],
+        lambda: os.set_blocking(fifo_both, True),
+    )
 
     def through_name():
         by_name = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
@@ -91,7 +105,9 @@ def body(program):
         )
 
     program.child("other", other_end)
-    program.check("from the child", lambda: put_back(up_read, up_write, b"from the child"), lambda: os.read(up_read, 3))
+    program.check(
+        "from the child", lambda: put_back(up_read, up_write, b"from the child"), lambda: os.read(up_read, 3)
+    )
 
     # A reader that is alone: writing into what nobody reads must fail.
     alone_read, alone_write = os.pipe()

@@ -49,7 +49,7 @@ def session_leader(program):
         os.setpgid(0, 0)
         time.sleep(1000)
     wait_for(lambda: os.getpgid(leader) == leader, "the group leader")
-    for number in range(2):
+    for _number in range(2):
         member = os.fork()
         if member == 0:
             os.setpgid(0, leader)
@@ -60,7 +60,9 @@ def session_leader(program):
         program.children.append(member)
     os.kill(leader, signal.SIGKILL)
     os.waitpid(leader, 0)
-    program.same("group without its leader", lambda: [os.getpgid(p) for p in group], lambda: os.setpgid(group[0], 0))
+    program.same(
+        "group without its leader", lambda: [os.getpgid(p) for p in group], lambda: os.setpgid(group[0], 0)
+    )
     program.same("sessions", lambda: [os.getsid(p) for p in group], lambda: reap(group[1]))
 
 
@@ -148,7 +150,11 @@ def body(program):
         while True:
             time.sleep(0.5)
     program.children.append(last)
-    program.same("children", lambda: [relations(p)[2:] for p in program.answering + program.children], lambda: reap(last))
+    program.same(
+        "children",
+        lambda: [relations(p)[2:] for p in program.answering + program.children],
+        lambda: reap(last),
+    )
 
 
 main(body)

@@ -74,7 +74,11 @@ def body(program):
         def run(child):
             put(cow + (number + 1) * PAGE, b"changed by child %d" % number)
             child.same("own pages", lambda: get(cow, 8 * PAGE), lambda: put(cow, b"!"))
-            child.same("not changed", lambda: get(cow + 8 * PAGE, (PAGES - 8) * PAGE) == data[8 * PAGE :], lambda: put(cow + 20 * PAGE, bytes(8)))
+            child.same(
+                "not changed",
+                lambda: get(cow + 8 * PAGE, (PAGES - 8) * PAGE) == data[8 * PAGE :],
+                lambda: put(cow + 20 * PAGE, bytes(8)),
+            )
             child.check("copy-on-write stays shared", cow_stays_shared, unshare_pages)
             child.same("wiped", lambda: get(wiped, 17), lambda: put(wiped, b"!"))
 
@@ -101,7 +105,11 @@ def body(program):
                 found.append(struct.unpack("<Q", buffer.raw)[0] - token)
         return found
 
-    program.same("seen by the children", same_memory, lambda: syscall(SYS_MMAP, shared, 16 * PAGE, READ | WRITE, PRIVATE | ANON | 0x10, -1, 0))
+    program.same(
+        "seen by the children",
+        same_memory,
+        lambda: syscall(SYS_MMAP, shared, 16 * PAGE, READ | WRITE, PRIVATE | ANON | 0x10, -1, 0),
+    )
     program.same("own pages", lambda: get(cow, PAGES * PAGE) == data, lambda: put(cow + 30 * PAGE, bytes(8)))
     program.check("copy-on-write stays shared", cow_stays_shared, unshare_pages)
     program.same("kept from children", lambda: get(secret, 20), lambda: put(secret, b"!"))

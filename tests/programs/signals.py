@@ -1,4 +1,4 @@
-"""Signal actions, masks, pending signals with their siginfo, alternate stacks, itimers, POSIX timers, stopped processes."""
+"""Signal actions, masks, pending signals with siginfo, alternate stacks, itimers, POSIX timers, stopped processes."""
 
 import ctypes
 import os
@@ -105,7 +105,11 @@ def other_thread(program):
         while True:
             now = ctypes.create_string_buffer(24)
             syscall(SYS_SIGALTSTACK, None, now)
-            results["now"] = now.raw, signal.pthread_sigmask(signal.SIG_BLOCK, ()), status("SigPnd", f"self/task/{results['tid']}")
+            results["now"] = (
+                now.raw,
+                signal.pthread_sigmask(signal.SIG_BLOCK, ()),
+                status("SigPnd", f"self/task/{results['tid']}"),
+            )
             if go.is_set():
                 take({RT + 5})
             time.sleep(0.01)
@@ -139,9 +143,21 @@ def interval_timers(program):
 
         return run
 
-    program.check("ITIMER_REAL", near(signal.ITIMER_REAL, 4000, 11, True), lambda: signal.setitimer(signal.ITIMER_REAL, 0))
-    program.check("ITIMER_VIRTUAL", near(signal.ITIMER_VIRTUAL, 5000, 0, False), lambda: signal.setitimer(signal.ITIMER_VIRTUAL, 5))
-    program.check("ITIMER_PROF", near(signal.ITIMER_PROF, 6000, 13, False), lambda: signal.setitimer(signal.ITIMER_PROF, 6000, 1))
+    program.check(
+        "ITIMER_REAL",
+        near(signal.ITIMER_REAL, 4000, 11, True),
+        lambda: signal.setitimer(signal.ITIMER_REAL, 0),
+    )
+    program.check(
+        "ITIMER_VIRTUAL",
+        near(signal.ITIMER_VIRTUAL, 5000, 0, False),
+        lambda: signal.setitimer(signal.ITIMER_VIRTUAL, 5),
+    )
+    program.check(
+        "ITIMER_PROF",
+        near(signal.ITIMER_PROF, 6000, 13, False),
+        lambda: signal.setitimer(signal.ITIMER_PROF, 6000, 1),
+    )
 
 
 def posix_timers(program):
@@ -244,7 +260,11 @@ def body(program):
     posix_timers(program)
     other_thread(program)  # inherits a mask with all that the timers send
     stopped(program)
-    program.same("actions", lambda: {n: action(n) for n in range(1, 65)}, lambda: signal.signal(signal.SIGWINCH, signal.SIG_IGN))
+    program.same(
+        "actions",
+        lambda: {n: action(n) for n in range(1, 65)},
+        lambda: signal.signal(signal.SIGWINCH, signal.SIG_IGN),
+    )
     program.same("mask", lambda: status("SigBlk"), lambda: signal.pthread_sigmask(signal.SIG_BLOCK, {RT + 9}))
 
 

@@ -34,7 +34,11 @@ def pairs(program):
     stream_a.sendall(text)
     stream_b.sendall(b"the other way")
     program.check("stream", lambda: receive_again(stream_b, stream_a, [text]), lambda: stream_b.recv(3))
-    program.check("stream: other way", lambda: receive_again(stream_a, stream_b, [b"the other way"]), lambda: stream_a.recv(3))
+    program.check(
+        "stream: other way",
+        lambda: receive_again(stream_a, stream_b, [b"the other way"]),
+        lambda: stream_a.recv(3),
+    )
 
     dgram_a, dgram_b = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
     messages = [b"a message", b"", b"another " * 100, b"x"]
@@ -53,7 +57,9 @@ def pairs(program):
     packet_a.send(b"first packet")
     packet_a.send(b"second")
     program.check(
-        "packets", lambda: receive_again(packet_b, packet_a, [b"first packet", b"second"]), lambda: packet_b.recv(1)
+        "packets",
+        lambda: receive_again(packet_b, packet_a, [b"first packet", b"second"]),
+        lambda: packet_b.recv(1),
     )
     stream_a.setblocking(False)
     stream_a.setsockopt(socket.SOL_SOCKET, SO_PASSCRED, 1)
@@ -63,7 +69,10 @@ def pairs(program):
     options = (socket.SO_TYPE, SO_PASSCRED, socket.SO_SNDBUF, socket.SO_RCVBUF)
     program.same(
         "options",
-        lambda: [[s.getsockopt(socket.SOL_SOCKET, o) for o in options] for s in (stream_a, stream_b, dgram_a, packet_b)],
+        lambda: [
+            [s.getsockopt(socket.SOL_SOCKET, o) for o in options]
+            for s in (stream_a, stream_b, dgram_a, packet_b)
+        ],
         lambda: dgram_a.setsockopt(socket.SOL_SOCKET, SO_PASSCRED, 1),
     )
     program.same(
@@ -87,7 +96,7 @@ def pairs(program):
         shut_b.send(b"y")
         return shut_b.recv(1, socket.MSG_DONTWAIT), shut_a.recv(1, socket.MSG_DONTWAIT)
 
-    program.same("half closed", half, lambda: shut_a.close())
+    program.same("half closed", half, shut_a.close)
     program.keep = stream_a, stream_b, dgram_a, dgram_b, packet_a, packet_b, gone_b, shut_a, shut_b
 
 
@@ -97,10 +106,14 @@ def between_processes(program):
     theirs.send(b"to the parent")
 
     def body(child):
-        child.check("socket pair", lambda: receive_again(theirs, mine, [b"to the child"]), lambda: theirs.recv(3))
+        child.check(
+            "socket pair", lambda: receive_again(theirs, mine, [b"to the child"]), lambda: theirs.recv(3)
+        )
 
     program.child("peer", body)
-    program.check("socket pair", lambda: receive_again(mine, theirs, [b"to the parent"]), lambda: mine.recv(3))
+    program.check(
+        "socket pair", lambda: receive_again(mine, theirs, [b"to the parent"]), lambda: mine.recv(3)
+    )
 
 
 def converse(client, server):
@@ -153,12 +166,12 @@ def listeners(program):
         client = socket.create_connection(tcp6.getsockname()[:2])
         return converse(client, tcp6)
 
-    program.same("unix listener", by_path, lambda: unix.close())
-    program.same("abstract listener", by_abstract, lambda: abstract.close())
-    program.same("tcp listener: name", lambda: (tcp.getsockname(), tcp.gettimeout()), lambda: tcp.close())
+    program.same("unix listener", by_path, unix.close)
+    program.same("abstract listener", by_abstract, abstract.close)
+    program.same("tcp listener: name", lambda: (tcp.getsockname(), tcp.gettimeout()), tcp.close)
     # Closing a connection leaves TIME_WAIT sockets on the port, which is what a restored listener meets too.
     program.same("tcp listener", by_tcp, lambda: None if tcp.fileno() < 0 else tcp.close())
-    program.same("tcp6 listener", by_tcp6, lambda: tcp6.close())
+    program.same("tcp6 listener", by_tcp6, tcp6.close)
     program.put("port", str(port))
     program.keep += unix, abstract, tcp, tcp6
 
@@ -174,7 +187,7 @@ def bound(program):
         sender.close()
         return receiver.recv(100), receiver.getsockname()
 
-    program.same("bound datagram socket", by_name, lambda: receiver.close())
+    program.same("bound datagram socket", by_name, receiver.close)
     udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     udp.bind(("127.0.0.1", 0))
     program.same("udp", udp.getsockname, udp.close)

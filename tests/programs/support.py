@@ -97,7 +97,7 @@ class Program:
                 body(program)
                 program.serve()
                 code = 0
-            except BaseException:
+            except BaseException:  # noqa: BLE001 (a forked child must not return into its parent's frames)
                 traceback.print_exc()
             finally:
                 sys.stderr.flush()
@@ -137,7 +137,7 @@ class Program:
         for name, (run, _) in self.checks.items():
             try:
                 difference = run()
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 (whatever a check meets is a difference)
                 difference = f"{type(error).__name__}: {error}"
             if difference is not None:
                 lines.append(f"{self.role}/{name}\t{difference}".replace("\n", " "))
@@ -148,7 +148,7 @@ class Program:
         for name, (_, spoil) in self.checks.items():
             try:
                 spoil()
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 (likewise)
                 lines.append(f"{self.role}/{name}: spoiling failed: {error!r}")
         return lines
 

@@ -83,14 +83,18 @@ def body(program):
             signal.signal(signal.SIGHUP, signal.SIG_IGN)
             fcntl.ioctl(slave, termios.TIOCNOTTY)
 
-        child.same("settings", lambda: settings(slave), lambda: termios.tcsetattr(slave, termios.TCSANOW, spoilt))
+        child.same(
+            "settings", lambda: settings(slave), lambda: termios.tcsetattr(slave, termios.TCSANOW, spoilt)
+        )
         child.same("controlling terminal", lambda: (controlling(), tty_number()), leave)
 
     spoilt = termios.tcgetattr(slave)
     spoilt[6][termios.VINTR] = b"\x06"
     program.child("shell", shell)
     os.write(slave, b"output that nobody has read")
-    program.check("output", lambda: again(master, slave, b"output that nobody has read"), lambda: os.read(master, 3))
+    program.check(
+        "output", lambda: again(master, slave, b"output that nobody has read"), lambda: os.read(master, 3)
+    )
 
     def again(reader, writer, expected):
         time.sleep(0.02)  # the line discipline passes bytes on in a worker
@@ -101,10 +105,22 @@ def body(program):
 
     os.write(master, b"typed ahead")
     program.check("input", lambda: again(slave, master, b"typed ahead"), lambda: os.write(master, b"!"))
-    program.same("name and number", lambda: (name, os.ttyname(slave), fcntl.ioctl(master, TIOCGPTN, bytes(4))), lambda: os.dup2(os.openpty()[1], slave))
+    program.same(
+        "name and number",
+        lambda: (name, os.ttyname(slave), fcntl.ioctl(master, TIOCGPTN, bytes(4))),
+        lambda: os.dup2(os.openpty()[1], slave),
+    )
     program.same("window", lambda: window(slave), lambda: set_window(master, 1, 2, 3, 4))
-    program.same("lock", lambda: fcntl.ioctl(master, TIOCGPTLCK, bytes(4)), lambda: fcntl.ioctl(master, TIOCSPTLCK, struct.pack("<i", 1)))
-    program.same("flags", lambda: [fcntl.fcntl(fd, fcntl.F_GETFL) for fd in (master, slave)], lambda: os.set_blocking(slave, False))
+    program.same(
+        "lock",
+        lambda: fcntl.ioctl(master, TIOCGPTLCK, bytes(4)),
+        lambda: fcntl.ioctl(master, TIOCSPTLCK, struct.pack("<i", 1)),
+    )
+    program.same(
+        "flags",
+        lambda: [fcntl.fcntl(fd, fcntl.F_GETFL) for fd in (master, slave)],
+        lambda: os.set_blocking(slave, False),
+    )
 
 
 main(body)

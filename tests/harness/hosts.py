@@ -1,0 +1,136 @@
+"""Two "hosts" on one machine: each a pid and a mount namespace of its own with its own /proc.
+
+What runs in one does not see the other, so a tree can be on both with the same pids, as
+it is for a moment in every migration. Files and the network are shared.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tests.harness.settings import Setting
+from tests.harness.tree import ROOT, Tree, Workshop, children_of, family_of, reap
+
+#: the first process: orphans that come to it are reaped by the kernel
+_INIT = (
+    "import signal; signal.signal(signal.SIGCHLD, signal.SIG_IGN); print('up', flush=True); signal.pause()"
+)
+
+
+class Host:
+    """A running "host"; `close` ends all that is in it."""
+
+    def __init__(self) -> None:
+        command = [
+            "unshare",
+            "--pid",
+            "--fork",
+            "--kill-child",
+            "--mount",
+            "--mount-proc",
+            sys.executable,
+            "-c",
+            _INIT,
+        ]
+        self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+        assert self._process.stdout is not None
+        try:
+            assert self._process.stdout.readline() == b"up\n", "the host's first process did not start"
+            (self.init,) = children_of(self._process.pid)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+        family = family_of(self._process.pid)
+        self._process.kill()
+        self._process.wait()
+        reap(family)
+
+    def command(self, *arguments: str | Path) -> list[str]:
+        """The command line that runs `arguments` in this host."""
+        return ["nsenter", "-t", str(self.init), "-p", "-m", "-w" + str(ROOT), "--", *map(str, arguments)]
+
+    def run(self, *arguments: str | Path, timeout_s: float = 60.0) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            self.command(*arguments),
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=timeout_s,
+            check=False,
+        )
+
+    def engine(self, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+        """`python -m pipeline ARGUMENTS` in this host."""
+        return self.run(sys.executable, "-m", "pipeline", *arguments)
+
+    def start(self, workshop: Workshop, program: str, setting: Setting, first_pid: int) -> Tree:
+        """Start a program in this host, with pids from `first_pid` on."""
+        last = f"echo {first_pid - 1} > /proc/sys/kernel/ns_last_pid"
+        done = self.run("sh", "-c", last)
+        assert done.returncode == 0, done.stderr
+        return Tree.start(workshop, program, setting, within=self.command())
+
+    def snapshot(self, root: int) -> dict[str, Any]:
+        """What /proc in this host says of the tree of `root`, a pid of this host."""
+        done = self.run(sys.executable, "-m", "tests.harness.snapshot", str(root))
+        assert done.returncode == 0, done.stderr
+        found: dict[str, Any] = json.loads(done.stdout)
+        return found
+
+    def outer_pid(self, pid: int) -> int:
+        """The pid outside of the process that has `pid` in this host."""
+        namespace = os.readlink(f"/proc/{self.init}/ns/pid")
+        for name in os.listdir("/proc"):
+            if not name.isdigit():
+                continue
+            try:
+                lines = Path(f"/proc/{name}/status").read_text("latin-1").splitlines()
+                (numbers,) = [line.split()[1:] for line in lines if line.startswith("NSpid:")]
+                below = [os.readlink(f"/proc/{name}/ns/pid")]
+            except OSError:
+                continue
+            if (
+                len(numbers) >= 2
+                and numbers[1] == str(pid)
+                and (below == [namespace] or self._holds(int(name)))
+            ):
+                return int(name)
+        raise ProcessLookupError(f"no process has pid {pid} in this host")
+
+    def _holds(self, pid: int) -> bool:
+        while pid > 1:
+            if pid == self.init:
+                return True
+            pid = int(Path(f"/proc/{pid}/stat").read_text("latin-1").rpartition(")")[2].split()[1])
+        return False
+
+
+def inner_pid(pid: int) -> int:
+    """The pid in its host of a process, of which `pid` is the one outside."""
+    lines = Path(f"/proc/{pid}/status").read_text("latin-1").splitlines()
+    (numbers,) = [line.split()[1:] for line in lines if line.startswith("NSpid:")]
+    return int(numbers[1])
+
+
+def terminate(process: subprocess.Popen[str]) -> Sequence[str]:
+    """End a command that was started with `Host.command`, and what it said."""
+    for child in children_of(process.pid):
+        os.kill(child, signal.SIGTERM)
+    try:
+        return process.communicate(timeout=10)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.communicate()

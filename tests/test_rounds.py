@@ -1,0 +1,102 @@
+"""One tree through many dumps and restores, and through migrations: nothing wears off."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from tests.harness import snapshot
+from tests.harness.hosts import Host, inner_pid, terminate
+from tests.harness.settings import CONTAINER_2, DEPTH_0, DEPTH_1, DEPTH_2, Setting
+from tests.harness.tree import Tree, Workshop, dump, engine, reap, restore, said
+
+pytestmark = pytest.mark.root
+
+ROUNDS = 10
+
+
+@pytest.mark.parametrize(
+    ("program", "setting"), [("processes", DEPTH_2), ("pipes", DEPTH_1), ("threads", CONTAINER_2)], ids=str
+)
+def test_ten_rounds_of_one_tree(
+    start: Callable[..., Tree], tmp_path: Path, program: str, setting: Setting
+) -> None:
+    tree = start(program, setting)
+    before = snapshot.take(tree.pids())
+    sizes = []
+    for number in range(ROUNDS):
+        image = tmp_path / f"image{number}"
+        dump(tree, image)
+        restore(tree, image)
+        tree.check()
+        sizes.append(sum(path.stat().st_size for path in image.iterdir()))
+    differences = snapshot.compare(before, snapshot.take(tree.pids()))
+    assert not differences, "\n".join(differences[:40])
+    assert sizes[-1] < sizes[1] * 1.1, f"the image grows from round to round: {sizes}"
+    assert tree.end() == 0
+
+
+def test_dump_that_leaves_running_ten_times(start: Callable[..., Tree], tmp_path: Path) -> None:
+    tree = start("blocked", DEPTH_1)
+    before = snapshot.take(tree.pids())
+    for number in range(ROUNDS):
+        done = engine("dump", "--pid", tree.pid, "--to", tmp_path / f"image{number}", "--leave-running")
+        assert done.returncode == 0, said(done)
+        tree.check()
+    # The mapping of the program's own vdso counts: nothing of the dumps may stay in the tree.
+    differences = [line for line in snapshot.compare(before, snapshot.take(tree.pids())) if "KiB" not in line]
+    assert not differences, "\n".join(differences[:40])
+
+
+@pytest.fixture
+def hosts(nothing_left_behind: None) -> Iterator[tuple[Host, Host]]:
+    with ExitStack() as stack:
+        found = []
+        for _ in range(2):
+            found.append(Host())
+            stack.callback(found[-1].close)
+        yield found[0], found[1]
+
+
+@pytest.mark.parametrize("setting", [DEPTH_0, DEPTH_2, CONTAINER_2], ids=lambda s: s.name)
+@pytest.mark.parametrize("program", ["processes", "threads", "pipes", "sharing"])
+def test_migration_between_two_hosts(
+    hosts: tuple[Host, Host], workshop: Workshop, tmp_path: Path, program: str, setting: Setting
+) -> None:
+    source, destination = hosts
+    secret = tmp_path / "secret"
+    secret.write_text("a secret that is long enough for both sides\n")
+    secret.chmod(0o600)
+    tree = source.start(workshop, program, setting, first_pid=5000)
+    root, family = inner_pid(tree.pid), tree.pids()
+    before = source.snapshot(root)
+    command = [sys.executable, "-m", "pipeline", "serve", "--listen", "127.0.0.1:0", "--once"]
+    server = subprocess.Popen(
+        destination.command(*command, "--secret-file", secret),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert server.stdout is not None
+        line = server.stdout.readline()
+        assert line.startswith("listening on "), f"{line} {terminate(server)}"
+        to = line.split()[-1]
+        done = source.engine("migrate", "--pid", str(root), "--to", to, "--secret-file", secret)
+        assert done.returncode == 0, said(done) + str(terminate(server))
+        out, err = server.communicate(timeout=20)
+        assert server.returncode == 0, err
+        assert f"restored: root pid {root}" in out
+        assert not reap(family), "the source still runs"
+    finally:
+        terminate(server)
+    tree.pid = destination.outer_pid(root)
+    tree.check()
+    differences = snapshot.compare(before, destination.snapshot(root))
+    assert not differences, "\n".join(differences[:40])

@@ -231,7 +231,9 @@ def get_rseq(tid: int) -> tuple[int, int, int, int] | None:
 
 
 def seccomp_get_filter(tid: int, index: int) -> bytes | None:
-    """Seccomp filter number `index`, newest first, 8 bytes an instruction; None behind the last.
+    """Seccomp filter number `index`, oldest first, 8 bytes an instruction; None behind the last.
+
+    (ptrace(2) says newest first; the kernel's get_nth_filter counts from the oldest.)
 
     Raises:
         OSError: EACCES without CAP_SYS_ADMIN in the initial namespace, EMEDIUMTYPE (not cBPF).
@@ -246,7 +248,7 @@ def seccomp_get_filter(tid: int, index: int) -> bytes | None:
 
 
 def seccomp_get_flags(tid: int, index: int) -> int:
-    """SECCOMP_FILTER_FLAG_* of filter number `index`, newest first (PTRACE_SECCOMP_GET_METADATA)."""
+    """SECCOMP_FILTER_FLAG_* of filter number `index`, oldest first (PTRACE_SECCOMP_GET_METADATA)."""
     buffer = ctypes.create_string_buffer(struct.pack("<QQ", index, 0), 16)
     _request(PTRACE.SECCOMP_GET_METADATA, tid, 16, buffer)
     return int.from_bytes(buffer.raw[8:], "little")

@@ -120,10 +120,12 @@ class Inquiry:
         return [timers.interval_timer(answer.data) for answer in self._itimers]
 
     def posix_timers(self, member: Callable[[int], int]) -> list[PosixTimer]:
-        """Every POSIX timer with its remaining time; `member` gives the level-0 pid of a thread."""
+        """Every POSIX timer by id, with its remaining time; `member` gives the level-0 pid of a thread."""
         return [
             timers.posix_timer(timer, answer.data, member)
-            for timer, answer in zip(self.timers, self._timer_values, strict=True)
+            for timer, answer in sorted(
+                zip(self.timers, self._timer_values, strict=True), key=lambda pair: pair[0].id
+            )
         ]
 
     def child_subreaper(self) -> bool:

@@ -166,10 +166,18 @@ def settle(tid: HostPid) -> None:
     Called right after the stop, before anything is run inside the thread. Holds for the thread as well
     when we are killed: the kernel restarts the call, or would have left the sequence itself.
     """
-    stopped = arch.Registers(ptrace.get_regs(tid))
-    calm = undisturbed(rseq.settled(stopped, ptrace.get_rseq(tid), reader(tid)))
-    if calm is not stopped:
-        ptrace.set_regs(tid, calm.pack())
+    try:
+        raw = ptrace.get_regs(tid)
+        if len(raw) != arch.REGISTERS_BYTES:
+            return  # 32-bit code, which is refused later
+        stopped = arch.Registers(raw)
+        calm = undisturbed(stopped)
+        if not stopped.in_syscall:
+            calm = rseq.settled(stopped, ptrace.get_rseq(tid), reader(tid))
+        if calm is not stopped:
+            ptrace.set_regs(tid, calm.pack())
+    except ProcessLookupError:
+        return  # it was killed meanwhile; whoever awaits its end will see that
 
 
 def reader(tid: HostPid) -> Read:

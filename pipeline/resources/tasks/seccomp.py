@@ -65,8 +65,8 @@ def seccomp(tid: HostPid, status: procfs.Status) -> Seccomp:
             raise TargetError(f"thread {tid}: seccomp filter {index}: {error.strerror}") from error
         if program is None:
             raise TargetError(f"thread {tid}: seccomp filter {index} is not there")
-        filters.insert(0, program)
-        log.insert(0, bool(ptrace.seccomp_get_flags(tid, index) & _FLAG_LOG))
+        filters.append(program)
+        log.append(bool(ptrace.seccomp_get_flags(tid, index) & _FLAG_LOG))
     return Seccomp(mode=status.seccomp, filters=filters, log=log)
 
 

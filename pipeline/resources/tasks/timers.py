@@ -24,8 +24,10 @@ from pipeline.kernel.syscalls import PRCTL
 from pipeline.remote.calls import Call, Out, Remote
 
 _SIGEV_THREAD_ID = 4
-_CLOCK_THREAD_CPUTIME_ID = 3
-_CLOCKFD = 3
+#: the low three bits of a negative clock number say what it is; the rest is whose, 0 being the creator
+_CLOCK_KIND = 7
+_CLOCK_OF_FD = 3
+_CLOCK_OF_THREAD = 4
 _NS = 10**9
 _US = 10**6
 
@@ -41,9 +43,11 @@ def check_timers(subject: str, timers: Sequence[procfs.Timer], threads: int) -> 
         threads: how many threads it has.
     """
     for timer in timers:
-        if timer.clock < 0 and timer.clock & 7 == _CLOCKFD:
+        if timer.clock >= 0:
+            continue
+        if timer.clock & _CLOCK_KIND == _CLOCK_OF_FD:
             yield Blocker(subject, f"timer {timer.id} runs on a clock that is an open file")
-        elif timer.clock == _CLOCK_THREAD_CPUTIME_ID and threads > 1:
+        elif timer.clock & _CLOCK_OF_THREAD and not ~(timer.clock >> 3) and threads > 1:
             yield Blocker(
                 subject,
                 f"timer {timer.id} measures the time of one of {threads} threads (CLOCK_THREAD_CPUTIME_ID), "

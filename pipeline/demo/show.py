@@ -165,13 +165,15 @@ def _table(console: Console, processes: Sequence[verdict.Process]) -> None:
     levels: dict[str, int] = {}
     for process in processes:
         uid = int(process["Uid"].split()[1])
+        level = levels.setdefault(process["user namespace"], len(levels))
         table.add_row(
             str(process["pid"]),
             process["NSpid"].split()[-1],
             _program(process["command"]),
-            str(levels.setdefault(process["user namespace"], len(levels))),
+            str(level),
             str(uid),
-            str(_inside(uid, process["uid_map"])),
+            # at level 0 the host's ids are the process's own, and its map leads out of the host
+            str(_inside(uid, process["uid_map"]) if level else uid),
             "every id" if process["uid_map"].endswith(" 4294967295") else process["uid_map"],
             process["Threads"],
         )

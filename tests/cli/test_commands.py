@@ -192,3 +192,75 @@ def test_clean_and_check_work_without_a_tree() -> None:
     assert checked.returncode in {0, 1}
     rows = json.loads(checked.stdout)["host"]
     assert all(set(row) == {"name", "ok", "needed", "detail", "remedy"} for row in rows)
+
+
+def test_serve_says_where_and_with_what_and_migrate_gets_there(program: Program, folder: Path) -> None:
+    """Source and destination share this machine's pids, so the destination makes a namespace for them."""
+    serve = [*TOOL, "serve", "--listen", "127.0.0.1:0", "--once", "--new-pidns"]
+    with subprocess.Popen(serve, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        first = server.stdout.readline()
+        assert first.startswith("listening on 127.0.0.1:")
+        to = first.split()[-1]
+        assert server.stdout.readline() == "on the other host:\n"
+        subprocess.run(["/bin/sh", "-c", server.stdout.readline()], check=True, cwd=folder)
+        command = server.stdout.readline()
+        assert f"migrate --pid PID --to {to} --secret-file pipeline-secret" in command
+        assert (folder / "pipeline-secret").stat().st_mode & 0o077 == 0
+        moved = pipeline(
+            *[
+                "migrate",
+                "--pid",
+                program.pid,
+                "--to",
+                to,
+                "--secret-file",
+                folder / "pipeline-secret",
+                "--json",
+            ]
+        )
+        assert moved.returncode == 0, moved.stderr
+        last = server.stdout.readline()
+        assert last == f"restored: root pid {json.loads(moved.stdout)['root_pid']}\n"
+        assert server.wait(30) == 0
+    assert not program.runs()
+    program.collect()
+    program.pid = int(last.rpartition(" ")[2])
+    assert program.runs()
+
+
+def test_migrate_without_the_secret_leaves_the_tree_running(program: Program, folder: Path) -> None:
+    (folder / "wrong").touch(mode=0o600)
+    (folder / "wrong").write_text("0123456789abcdef" * 4)
+    serve = [*TOOL, "serve", "--listen", "127.0.0.1:0", "--once", "--new-pidns"]
+    with subprocess.Popen(serve, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        to = server.stdout.readline().split()[-1]
+        refused = pipeline("migrate", "--pid", program.pid, "--to", to, "--secret-file", folder / "wrong")
+        assert refused.returncode == 1
+        assert b"Traceback" not in refused.stderr
+        assert program.runs()
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(30) == 143
+
+
+def test_plain_code_and_asyncio_do_the_same(program: Program, folder: Path) -> None:
+    import asyncio
+
+    from pipeline import aio, blocking
+
+    dumped = blocking.dump(program.pid, str(folder / "one"))
+    assert dumped.root_pid == program.pid
+    program.collect()
+
+    async def back_and_forth() -> int:
+        tree = await aio.restore(str(folder / "one"))
+        again = await aio.dump(tree.root_pid, str(folder / "two"), leave="running")
+        assert again.processes == 1
+        assert (await aio.inspect(str(folder / "two"))).image.head.root == tree.root_pid
+        tree.send_signal(signal.SIGTERM)
+        status = await tree.wait()
+        tree.close()
+        return status
+
+    assert os.waitstatus_to_exitcode(asyncio.run(back_and_forth())) == -signal.SIGTERM

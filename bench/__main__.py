@@ -104,7 +104,7 @@ def there_and_back(folder: Path, rounds: int, program: str, *words: str) -> tupl
 
 
 @contextmanager
-def serving(folder: Path, secret: Path) -> Iterator[str]:
+def serving(folder: Path, secret: Path, *options: str) -> Iterator[str]:
     """`serve --once` on loopback, with pids of its own: source and destination share this machine."""
     command = [
         *TOOL,
@@ -118,7 +118,7 @@ def serving(folder: Path, secret: Path) -> Iterator[str]:
     ]
     with (
         (folder / "serve.err").open("w") as err,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=err, text=True) as server,
+        subprocess.Popen([*command, *options], stdout=subprocess.PIPE, stderr=err, text=True) as server,
     ):
         assert server.stdout is not None
         first = server.stdout.readline()
@@ -134,8 +134,8 @@ def serving(folder: Path, secret: Path) -> Iterator[str]:
             server.kill()
 
 
-def migrations(folder: Path, rounds: int, mib: int) -> list[dict[str, Any]]:
-    """Move a program over loopback, TLS."""
+def migrations(folder: Path, rounds: int, mib: int, *options: str) -> list[dict[str, Any]]:
+    """Move a program over loopback."""
     secret = folder / "secret"
     secret.touch(mode=0o600)
     secret.write_text(secrets.token_hex(32))
@@ -143,9 +143,9 @@ def migrations(folder: Path, rounds: int, mib: int) -> list[dict[str, Any]]:
     for _ in range(rounds):
         pid = start(folder, LARGE, str(mib))
         try:
-            with serving(folder, secret) as to:
+            with serving(folder, secret, *options) as to:
                 results.append(
-                    measured("migrate", "--pid", str(pid), "--to", to, "--secret-file", str(secret))
+                    measured("migrate", "--pid", str(pid), "--to", to, "--secret-file", str(secret), *options)
                 )
         finally:
             kill(pid)
@@ -182,11 +182,11 @@ def main() -> None:
         above = median(dumps, "peak-bytes") - idle_bytes()
         print(f"  dumper's peak memory: {above / 1e6:.0f} MB above the interpreter's with its imports")
         if not arguments.no_migrate:
-            moved = migrations(folder, arguments.rounds, arguments.mib)
-            rate = median(moved, "transferred") / median(moved, "total-time") / 1e6
-            print(
-                f"  migrate over loopback, TLS: {rate:.2f} GB/s, downtime {median(moved, 'downtime'):.0f} ms"
-            )
+            for wire, options in (("TLS", ()), ("plain", ("--plaintext",))):
+                moved = migrations(folder, arguments.rounds, arguments.mib, *options)
+                rate = median(moved, "transferred") / median(moved, "total-time") / 1e6
+                downtime = median(moved, "downtime")
+                print(f"  migrate over loopback, {wire}: {rate:.2f} GB/s, downtime {downtime:.0f} ms")
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from pipeline.kernel.syscalls import CLONE, PRCTL
 from pipeline.remote.calls import Call
 from pipeline.remote.puppet import Puppet
 from pipeline.resources.memory import rebuild
+from pipeline.resources.tasks import signals
 from pipeline.stages.growth import Grown, Growth
 
 _THREAD = CLONE.VM | CLONE.FS | CLONE.FILES | CLONE.SIGHAND | CLONE.THREAD | CLONE.SYSVSEM
@@ -147,7 +148,7 @@ def thaw(image: Image, growth: Growth) -> None:
         for puppet in grown.threads:
             puppet.disown()
     for process, grown in tasks:
-        if process.state == "stopped":
+        if process.state == "stopped" or signals.stops_when_free(process):
             os.kill(grown.puppet.pid, process.stop_signal or signal.SIGSTOP)
     for _, grown in tasks:
         for puppet in grown.threads:

@@ -207,7 +207,7 @@ async def migrate(
 
 
 async def serve(
-    address: str,
+    listen: str,
     *,
     secret_file: str | None,
     on_listening: Callable[[str, int, str | None], None],
@@ -223,7 +223,7 @@ async def serve(
     listener = _forward(progress)
     await _run(
         lambda: pipeline.serve(
-            address,
+            listen,
             secret_file=secret_file,
             once=once,
             new_pidns=new_pidns,

@@ -100,7 +100,7 @@ def migrate(
 
 
 def serve(
-    address: str,
+    listen: str,
     *,
     secret_file: str | None,
     on_listening: Callable[[str, int, str | None], None],
@@ -114,7 +114,7 @@ def serve(
     """`pipeline.serve`, blocking until Ctrl-C or, with `once`, until one tree has arrived."""
     trio.run(
         lambda: pipeline.serve(
-            address,
+            listen,
             secret_file=secret_file,
             once=once,
             new_pidns=new_pidns,

@@ -17,8 +17,8 @@ from pipeline.userns.idmap import IDENTITY, IdMap
 
 IdKind = Literal["uid", "gid"]
 
-#: the kernel's limit of nesting below the initial namespace
-MAX_DEPTH = 32
+#: levels below the initial namespace that the kernel takes: it asks whether the *parent* is deeper than 32
+MAX_DEPTH = 33
 
 
 class Forest:

@@ -5,6 +5,9 @@ A map is what /proc/PID/uid_map says, read *relative to the parent*: extents
 extent is first + count - 1; what no extent covers has no mapping, which is a state
 (`None`) and never a number.
 
+Lines and their order are kept: the kernel takes an extent only if it lies within one
+extent of the parent's map, so two lines that continue each other may not become one.
+
 Sources: user_namespaces(7); kernel/user_namespace.c map_write.
 """
 
@@ -13,6 +16,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from functools import cached_property
+from itertools import pairwise
 
 from pipeline.image.schema import Extent
 
@@ -30,22 +34,26 @@ class MapError(ValueError):
 class IdMap:
     """An immutable map between a namespace (inner) and its parent (lower).
 
+    Args:
+        extents: its lines, in any order; `extents` keeps it, as the kernel does up to five lines.
+
     Raises:
         MapError: extents overlap, wrap around, or are too many.
     """
 
     def __init__(self, extents: Iterable[Extent]) -> None:
-        self.extents: tuple[Extent, ...] = tuple(sorted(extents, key=lambda extent: extent.inner))
+        self.extents: tuple[Extent, ...] = tuple(extents)
+        self._by_inner = tuple(sorted(self.extents, key=lambda extent: extent.inner))
         self._by_lower = tuple(sorted(self.extents, key=lambda extent: extent.lower))
         if len(self.extents) > MAX_EXTENTS:
             raise MapError(f"{len(self.extents)} extents; the kernel takes {MAX_EXTENTS}")
         for extent in self.extents:
             if extent.count < 1 or max(extent.inner, extent.lower) + extent.count > NO_ID:
                 raise MapError(f"extent {self._line(extent)} is empty or reaches id {NO_ID}")
-        for one, other in zip(self.extents, self.extents[1:], strict=False):
+        for one, other in pairwise(self._by_inner):
             if one.inner + one.count > other.inner:
                 raise MapError(f"extents {self._line(one)} and {self._line(other)} overlap inside")
-        for one, other in zip(self._by_lower, self._by_lower[1:], strict=False):
+        for one, other in pairwise(self._by_lower):
             if one.lower + one.count > other.lower:
                 raise MapError(f"extents {self._line(one)} and {self._line(other)} overlap in the parent")
 
@@ -64,7 +72,7 @@ class IdMap:
 
     @cached_property
     def _inner_starts(self) -> list[int]:
-        return [extent.inner for extent in self.extents]
+        return [extent.inner for extent in self._by_inner]
 
     @cached_property
     def _lower_starts(self) -> list[int]:
@@ -75,7 +83,7 @@ class IdMap:
         at = bisect_right(self._inner_starts, inner) - 1
         if at < 0:
             return None
-        extent = self.extents[at]
+        extent = self._by_inner[at]
         return extent.lower + inner - extent.inner if inner - extent.inner < extent.count else None
 
     def down(self, lower: int) -> int | None:
@@ -104,7 +112,7 @@ class IdMap:
         Raises:
             MapError: more text than the kernel takes in one write.
         """
-        content = b"".join(b"%d %d %d\n" % (e.inner, e.lower, e.count) for e in self.extents)
+        content = b"\n".join(b"%d %d %d" % (e.inner, e.lower, e.count) for e in self.extents)
         if len(content) > MAX_TEXT_BYTES:
             raise MapError(f"{len(content)} bytes of map; the kernel takes {MAX_TEXT_BYTES}")
         return content
@@ -139,31 +147,14 @@ def relative_to_parent(as_read: Iterable[Extent], parent_to_reader: IdMap) -> Id
     """A map as its reader sees it, put relative to the parent of its namespace.
 
     The kernel prints each extent's lower id as the *reader* sees it: translate it back through
-    everything between the reader and the parent. An extent that crosses a seam there is cut.
+    everything between the reader and the parent. Each extent lies within one extent of the parent's
+    map, so it stays one.
 
     Args:
         as_read: extents with lower ids in the reader's namespace.
         parent_to_reader: from ids of the parent to ids of the reader.
     """
-    back = parent_to_reader.inverse()
-    cut = IdMap(
-        Extent(inner, lower, count)
-        for extent in as_read
-        for inner, lower, count in _through(extent, back.extents)
-    )
-    return IdMap(_joined(cut.extents))
-
-
-def _joined(extents: Sequence[Extent]) -> list[Extent]:
-    """Neighbours that continue each other on both sides, as one."""
-    result: list[Extent] = []
-    for extent in extents:
-        last = result[-1] if result else None
-        if last and last.inner + last.count == extent.inner and last.lower + last.count == extent.lower:
-            result[-1] = Extent(last.inner, last.lower, last.count + extent.count)
-        else:
-            result.append(extent)
-    return result
+    return IdMap(as_read).compose(parent_to_reader.inverse())
 
 
 #: every id to itself: the map of a namespace seen from itself

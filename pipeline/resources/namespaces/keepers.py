@@ -18,6 +18,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from contextlib import ExitStack
+from pathlib import Path
 
 import msgspec
 
@@ -30,6 +31,7 @@ from pipeline.remote.puppet import Puppet
 from pipeline.resources.namespaces import mounts, names
 from pipeline.resources.namespaces.members import FLAGS
 from pipeline.userns.forest import Forest
+from pipeline.userns.idmap import MapError
 
 _NO_SETUID_FIXUP = 1 << 2
 _KEEP_CAPS = 1 << 4
@@ -59,11 +61,11 @@ class Keepers:
         Raises:
             RebuildError: the kernel refuses a step; says which namespace.
         """
-        for userns in self._forest.namespaces.values():
+        for userns in sorted(self._forest.namespaces.values(), key=self._depth):
             if userns.index:
                 try:
                     self._make_user(userns)
-                except OSError as error:
+                except (OSError, MapError) as error:
                     raise RebuildError(f"user namespace {userns.index}: {error}") from error
         for namespace in namespaces.values():
             if not namespace.external and namespace.kind != "pid":
@@ -71,6 +73,9 @@ class Keepers:
                     self._make_other(namespace)
                 except OSError as error:
                     raise RebuildError(f"{namespace.kind} namespace {namespace.index}: {error}") from error
+
+    def _depth(self, userns: UserNamespace) -> int:
+        return len(list(self._forest.ancestors(userns.index)))
 
     def _clone(self, creator: Puppet) -> Puppet:
         keeper = creator.clone(CLONE.PARENT)
@@ -86,10 +91,21 @@ class Keepers:
         self._user[userns.index] = keeper
         if userns.setgroups == "deny":
             self._write(above, keeper, "setgroups", b"deny")
+        elif Path(f"/proc/{keeper.pid}/setgroups").read_bytes().strip() == b"deny":
+            raise RebuildError(
+                f"user namespace {userns.index}: setgroups was allowed in it, and is denied to whatever is made here"
+                " (restore as root, or with newgidmap and a range in /etc/subgid)"
+            )
         for name, kind in (("gid_map", "gid"), ("uid_map", "uid")):
             text = self._forest.map_of(userns.index, kind).text()  # type: ignore[arg-type]
             if text:
-                self._write(above, keeper, name, text)
+                try:
+                    self._write(above, keeper, name, text)
+                except OSError as error:
+                    raise RebuildError(
+                        f"user namespace {userns.index}: {name} `{text.decode()}` is refused: {error}; each line "
+                        "has to lie within one line of the map around it"
+                    ) from error
 
     def _become_owner(self, userns: UserNamespace, keeper: Puppet) -> None:
         """Take the creator's id: the kernel remembers it, and wants it to be mapped where it is."""
@@ -118,8 +134,6 @@ class Keepers:
         fd = writer.syscall(NR.openat, -100, path.encode() + b"\0", os.O_WRONLY | os.O_CLOEXEC, 0)
         try:
             writer.syscall(NR.write, fd, text, len(text))
-        except OSError as error:
-            raise RebuildError(f"{name} `{text.decode().strip()}` is refused: {error}") from error
         finally:
             writer.syscall(NR.close, fd)
 

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -19,23 +20,13 @@ import pytest
 
 from pipeline.image.codec import unpack
 from pipeline.image.frames import HEAD, Kind, encode
-from tests.harness import snapshot
-from tests.harness.settings import DEPTH_1
-from tests.harness.tree import ROOT, Tree, dump, engine, restore, said
+from tests.harness.carry import unharmed
+from tests.harness.settings import CONTAINER_2, DEPTH_1, Setting
+from tests.harness.tree import ROOT, Tree, dump, engine, family_of, reap, restore, said
 
 pytestmark = pytest.mark.root
 
 Start = Callable[..., Tree]
-
-
-@contextmanager
-def unharmed(tree: Tree) -> Iterator[None]:
-    """The body must leave `tree` running as it was, traced by nobody."""
-    before = snapshot.take(tree.pids())
-    yield
-    tree.check()
-    differences = snapshot.compare(before, snapshot.take(tree.pids()))
-    assert not differences, "\n".join(differences[:20])
 
 
 def assert_nothing_written(image: Path) -> None:
@@ -123,60 +114,21 @@ def test_dump_one_that_is_traced(start: Start, tmp_path: Path) -> None:
 
 
 def test_all_of_a_tree_that_forks_while_it_is_frozen(start: Start, tmp_path: Path) -> None:
+    others = set(family_of(os.getpid()))
     tree = start("forking", DEPTH_1)
     for number in range(4):
         done = engine("dump", "--pid", tree.pid, "--to", tmp_path / f"running{number}", "--leave-running")
         assert done.returncode == 0, said(done)
         tree.check()
     for number in range(3):
-        _dump_moving(tree, tmp_path / f"image{number}")
-        restore(tree, tmp_path / f"image{number}")
+        image = tmp_path / f"image{number}"
+        done = engine("dump", "--pid", tree.pid, "--to", image)
+        assert done.returncode == 0, said(done)
+        # Whoever lost its parent has come to us.
+        left = reap([pid for pid in family_of(os.getpid()) if pid not in others])
+        assert not left, f"left running: {left}"
+        restore(tree, image)
         tree.check()
-
-
-def _dump_moving(tree: Tree, image: Path) -> None:
-    """A dump of a tree whose members change all the time: whoever is below the root must be gone."""
-    done = engine("dump", "--pid", tree.pid, "--to", image)
-    assert done.returncode == 0, said(done)
-    os.waitpid(tree.pid, 0)
-    deadline = time.monotonic() + 5
-    while _named("forking"):
-        _reap_all()
-        assert time.monotonic() < deadline, f"left running: {_named('forking')}"
-        time.sleep(0.01)
-
-
-def _named(name: str) -> list[int]:
-    """Processes of this session's programs by name, our own children and theirs."""
-    found = []
-    for pid in os.listdir("/proc"):
-        if pid.isdigit():
-            try:
-                link = os.readlink(f"/proc/{pid}/exe")
-            except OSError:
-                continue
-            if link.endswith(f"/programs/{name}") and f"/proc/{pid}" and _is_ours(int(pid)):
-                found.append(int(pid))
-    return found
-
-
-def _is_ours(pid: int) -> bool:
-    while pid > 1:
-        if pid == os.getpid():
-            return True
-        try:
-            pid = int(Path(f"/proc/{pid}/stat").read_text("latin-1").rpartition(")")[2].split()[1])
-        except OSError:
-            return False
-    return False
-
-
-def _reap_all() -> None:
-    try:
-        while os.waitpid(-1, os.WNOHANG)[0]:
-            continue
-    except ChildProcessError:
-        return
 
 
 # --- images ---
@@ -332,6 +284,45 @@ def test_pid_that_is_in_use(dumped: tuple[Tree, Path]) -> None:
         done = engine("restore", "--from", image, "--detach")
         assert done.returncode in {1, 3}, said(done)
         assert_refused(done, done.returncode, f"{tree.pid}")
+
+
+@contextmanager
+def occupied(pid: int) -> Iterator[None]:
+    """A process of ours has `pid` (clone3 with set_tid)."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.syscall.restype = ctypes.c_long
+    wanted = (ctypes.c_int * 1)(pid)
+    # struct clone_args: exit_signal at 32, set_tid at 64, set_tid_size at 72
+    arguments = struct.pack("<11Q", 0, 0, 0, 0, signal.SIGCHLD, 0, 0, 0, ctypes.addressof(wanted), 1, 0)
+    result = libc.syscall(ctypes.c_long(435), arguments, ctypes.c_long(len(arguments)))
+    if result == 0:
+        libc.pause()
+        os._exit(1)
+    assert result == pid, os.strerror(ctypes.get_errno())
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+@pytest.mark.parametrize("setting", [DEPTH_1, CONTAINER_2], ids=lambda s: s.name)
+@pytest.mark.parametrize("program", ["threads", "processes"])
+def test_pid_deep_in_the_tree_that_is_in_use(
+    start: Start, tmp_path: Path, program: str, setting: Setting
+) -> None:
+    """The rebuild has come far when it meets the pid: all of it must go again."""
+    tree = start(program, setting)
+    tasks = sorted({int(task) for pid in tree.pids() for task in os.listdir(f"/proc/{pid}/task")})
+    dump(tree, tmp_path / "image")
+    for pid in (tasks[1], tasks[-1]):
+        with occupied(pid):
+            done = engine("restore", "--from", tmp_path / "image", "--detach", timeout_s=20)
+            assert_refused(done, 1, str(pid), "in use")
+        left = [task for task in tasks if os.path.exists(f"/proc/{task}")]
+        assert not left, f"something was left: {left}"
+    restore(tree, tmp_path / "image")
+    tree.check()
 
 
 # --- destinations ---

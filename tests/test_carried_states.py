@@ -7,26 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import snapshot
+from tests.harness.carry import carry
 from tests.harness.settings import CONTAINER_2, DEPTH_0, DEPTH_1, DEPTH_2, Setting
-from tests.harness.tree import PROGRAMS, Tree, dump, restore
+from tests.harness.tree import PROGRAMS, Tree
 
 pytestmark = pytest.mark.root
 
 NAMES = sorted(
     path.stem for path in PROGRAMS.iterdir() if path.suffix in {".py", ".c"} and path.stem != "support"
 )
-
-
-def carry(tree: Tree, image: Path) -> None:
-    """One dump and one restore of `tree`, which must come back as it was."""
-    before = snapshot.take(tree.pids())
-    dump(tree, image)
-    restore(tree, image)
-    after = snapshot.take(tree.pids())
-    tree.check()
-    differences = snapshot.compare(before, after)
-    assert not differences, "\n".join(["/proc differs:", *differences[:40]])
 
 
 @pytest.mark.parametrize("setting", [DEPTH_0, DEPTH_1, DEPTH_2, CONTAINER_2], ids=lambda s: s.name)

@@ -339,12 +339,25 @@ def _namespace(namespaces: Namespaces, pid: int, kind: str) -> str | None:
         os.close(fd)
 
 
+def _task(key: str) -> str:
+    """The process or thread that an entry is about: `12` or `12 thread 13`."""
+    words = key.split(" ")
+    return " ".join(words[:3]) if words[1] == "thread" else words[0]
+
+
+def _tasks(snapshot: dict[str, Any]) -> set[str]:
+    return {_task(key) for key in snapshot if key[0].isdigit()}
+
+
 def compare(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     """One line for each difference; lists are compared entry by entry."""
     lines: list[str] = []
+    for verb, some, others in (("gone", before, after), ("came", after, before)):
+        lines += [f"{verb}: {task}" for task in sorted(_tasks(some) - _tasks(others))]
+    both = _tasks(before) & _tasks(after)
     for key in sorted(before.keys() | after.keys()):
         old, new = before.get(key), after.get(key)
-        if old == new:
+        if old == new or (key[0].isdigit() and _task(key) not in both):
             continue
         if key.endswith("anonymous KiB") and old is not None and abs(old - new) <= ANONYMOUS_SLACK_KIB:
             continue

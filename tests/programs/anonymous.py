@@ -189,7 +189,8 @@ def memfds(program):
 
 def pidfds(program):
     def body(child):
-        child.same("pid", os.getpid, lambda: setattr(os, "getpid", lambda: 0))
+        broken = []
+        child.same("pid", lambda: (os.getpid(), list(broken)), lambda: broken.append(1))
 
     pid = program.child("watched", body)
     fd = os.pidfd_open(pid)

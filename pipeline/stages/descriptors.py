@@ -113,6 +113,8 @@ class Descriptors:
     def _install(self, puppet: Puppet, entries: Sequence[FdEntry]) -> None:
         ordered = sorted(entries, key=lambda entry: entry.fd)
         landed = puppet.send_fds([self._files[entry.file] for entry in ordered])
+        if landed != list(range(len(landed))):
+            raise RebuildError(f"puppet {puppet.pid} has descriptors of its own: they landed at {landed}")
         moves: list[Call] = []
         for number, entry in reversed(list(zip(landed, ordered, strict=True))):
             if number != entry.fd:

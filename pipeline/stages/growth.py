@@ -268,12 +268,16 @@ class Growth:
         finally:
             os.close(first)
         creator.puppet.syscall(NR.setns, inside, CLONE.NEWPID)
+        close = [(NR.close, fd) for fd in (own, inside)]
         try:
-            return self.clone_task(creator, pidns, process.pids, flags, **options)
+            child = self.clone_task(creator, pidns, process.pids, flags, **options)
         finally:
             creator.puppet.syscall(NR.setns, own, CLONE.NEWPID)
-            for fd in (own, inside):
-                creator.puppet.syscall(NR.close, fd)
+            for number, fd in close:
+                creator.puppet.syscall(number, fd)
+        for number, fd in close:  # it has inherited them
+            child.syscall(number, fd)
+        return child
 
     def _post_warden(self, pidns: int) -> None:
         """Keep somebody in a new pid namespace who may announce pids in it, where somebody will need that.

@@ -13,19 +13,14 @@ from pipeline.ids import HostPid
 from pipeline.image.schema import Extent, Id, UserNamespace
 from pipeline.kernel import nsfs
 from pipeline.kernel.syscalls import CLONE
-from pipeline.resources.namespaces.keepers import Keepers
 from pipeline.userns.capture import LiveForest
 from pipeline.userns.forest import Forest
 from pipeline.userns.idmap import NO_ID, parse
 from pipeline.userns.visit import visit
-from tests.userns.conftest import Making
 from tests.userns.forests import forests
+from tests.userns.making import making, user_pids
 
 pytestmark = pytest.mark.root
-
-
-def keeper_pids(keepers: Keepers) -> dict[int, HostPid]:
-    return {index: puppet.pid for index, puppet in keepers._user.items() if index}
 
 
 def read_again(pids: dict[int, HostPid], members: bool) -> Forest:
@@ -88,10 +83,9 @@ def as_kernel_says(forest: Forest) -> dict[int, UserNamespace]:
     }
 
 
-def check(forest: Forest, making: Making) -> None:
+def check(forest: Forest) -> None:
     with making(forest) as keepers:
-        keepers.make({})
-        pids = keeper_pids(keepers)
+        pids = user_pids(keepers)
         expected = as_kernel_says(forest)
         for index, pid in pids.items():
             assert parse(ask(pid, "uid_map")) == list(expected[index].uid_map)
@@ -103,8 +97,8 @@ def check(forest: Forest, making: Making) -> None:
 
 @settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
 @given(forests(most=5, lines=8))
-def test_random_forests_are_read_as_they_were_made(making: Making, forest: Forest) -> None:
-    check(forest, making)
+def test_random_forests_are_read_as_they_were_made(forest: Forest) -> None:
+    check(forest)
 
 
 def chain(*maps: list[Extent], setgroups: str = "allow", owners: tuple[int, ...] = ()) -> Forest:
@@ -155,19 +149,18 @@ PARTICULAR = {
 
 
 @pytest.mark.parametrize("forest", PARTICULAR.values(), ids=PARTICULAR.keys())
-def test_particular_forests_are_read_as_they_were_made(making: Making, forest: Forest) -> None:
-    check(forest, making)
+def test_particular_forests_are_read_as_they_were_made(forest: Forest) -> None:
+    check(forest)
 
 
-def test_maps_that_were_never_written_stay_unwritten(making: Making) -> None:
-    check(Forest([UserNamespace(index=0), UserNamespace(index=1, parent=0, owner=Id(0, 0))]), making)
+def test_maps_that_were_never_written_stay_unwritten() -> None:
+    check(Forest([UserNamespace(index=0), UserNamespace(index=1, parent=0, owner=Id(0, 0))]))
 
 
-def test_an_ancestor_without_a_process_is_part_of_the_forest(making: Making) -> None:
+def test_an_ancestor_without_a_process_is_part_of_the_forest() -> None:
     forest = chain([Extent(0, 100_000, 65_536)], [Extent(0, 1000, 100)], [Extent(7, 5, 3)])
     with making(forest) as keepers:
-        keepers.make({})
-        lowest = keeper_pids(keepers)[3]
+        lowest = user_pids(keepers)[3]
         for index in (1, 2):
             keepers._user[index].kill_and_reap()
         live = LiveForest()
@@ -180,22 +173,22 @@ def test_an_ancestor_without_a_process_is_part_of_the_forest(making: Making) -> 
         assert live.forest().namespaces == forest.namespaces
 
 
-def test_a_map_too_long_for_one_write_is_refused(making: Making) -> None:
+def test_a_map_too_long_for_one_write_is_refused() -> None:
     far = 4_000_000_000
     forest = chain([Extent(far + 2 * n, far + 2 * n, 1) for n in range(300)])
-    with making(forest) as keepers, pytest.raises(RebuildError, match=r"user namespace 1: .* bytes of map"):
-        keepers.make({})
+    with pytest.raises(RebuildError, match=r"user namespace 1: .* bytes of map"), making(forest):
+        pass
 
 
-def test_a_map_outside_of_the_parent_is_refused(making: Making) -> None:
+def test_a_map_outside_of_the_parent_is_refused() -> None:
     forest = chain([Extent(0, 100_000, 10)], [Extent(0, 5, 6)])
-    with making(forest) as keepers, pytest.raises(RebuildError, match=r"user namespace 2: .*map `0 5 6`"):
-        keepers.make({})
+    with pytest.raises(RebuildError, match=r"user namespace 2: .*map `0 5 6`"), making(forest):
+        pass
 
 
-def test_setgroups_that_is_denied_here_but_was_allowed_is_refused(making: Making) -> None:
+def test_setgroups_that_is_denied_here_but_was_allowed_is_refused() -> None:
     forest = chain([Extent(0, 100_000, 10)], [Extent(0, 5, 1)], setgroups="deny")
     allowed = replace(forest.namespaces[2], setgroups="allow")
     forest = Forest([forest.namespaces[0], forest.namespaces[1], allowed])
-    with making(forest) as keepers, pytest.raises(RebuildError, match="setgroups"):
-        keepers.make({})
+    with pytest.raises(RebuildError, match="setgroups"), making(forest):
+        pass

@@ -67,12 +67,12 @@ class Keepers:
                     self._make_user(userns)
                 except (OSError, MapError) as error:
                     raise RebuildError(f"user namespace {userns.index}: {error}") from error
-        for namespace in namespaces.values():
-            if not namespace.external and namespace.kind != "pid":
-                try:
-                    self._make_other(namespace)
-                except OSError as error:
-                    raise RebuildError(f"{namespace.kind} namespace {namespace.index}: {error}") from error
+        others = [n for n in namespaces.values() if not n.external and n.kind != "pid"]
+        for namespace in sorted(others, key=lambda n: n.kind == "mnt"):  # mounts may show an ipc namespace
+            try:
+                self._make_other(namespace)
+            except (OSError, msgspec.ValidationError) as error:
+                raise RebuildError(f"{namespace.kind} namespace {namespace.index}: {error}") from error
 
     def _depth(self, userns: UserNamespace) -> int:
         return len(list(self._forest.ancestors(userns.index)))
@@ -146,11 +146,22 @@ class Keepers:
             case "uts":
                 names.create_uts(msgspec.convert(namespace.state, names.UtsState), keeper)
             case "ipc":
-                names.create_ipc(msgspec.convert(namespace.state, names.IpcState), keeper)
+                state = msgspec.convert(namespace.state, names.IpcState)
+                mapped = namespace.owner == 0 or self._forest.map_of(namespace.owner, "uid").up(0) is not None
+                names.create_ipc(state, keeper, root_inside=mapped)
             case "mnt":
-                mounts.create(self._mount_state(namespace.index), keeper)
+                mounts.create(
+                    self._mount_state(namespace.index),
+                    keeper,
+                    lambda ipc: self._join(keeper, self._keeper_of(ipc, "ipc"), "ipc"),
+                )
             case _:
                 raise RebuildError(f"{namespace.kind} namespaces are not carried")
+
+    def _keeper_of(self, index: int, kind: str) -> Puppet:
+        if index not in self._other or self._states[index].kind != kind:
+            raise RebuildError(f"namespace {index} is no {kind} namespace of the tree")
+        return self._other[index]
 
     def _mount_state(self, index: int) -> mounts.MountState:
         return msgspec.convert(self._states[index].state, mounts.MountState)

@@ -15,17 +15,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
+from functools import cached_property
 
 import msgspec
 
 from pipeline.errors import Blocker
 from pipeline.ids import HostPid, LocalFd
-from pipeline.image.schema import Memberships, Namespace, NamespaceKind
+from pipeline.image.schema import Id, Memberships, Namespace, NamespaceKind
 from pipeline.kernel import nsfs, procfs
+from pipeline.kernel.mountinfo import mountinfo
 from pipeline.kernel.nsfs import NamespaceKey
 from pipeline.kernel.syscalls import CLONE
-from pipeline.resources.namespaces import mounts, names
+from pipeline.resources.namespaces import names
+from pipeline.resources.namespaces.mounts_view import MountsView, PeerGroups, Surroundings
 from pipeline.userns.capture import LiveForest, OutsideError, outside_blocker
 
 KINDS: tuple[NamespaceKind, ...] = ("pid", "mnt", "uts", "ipc", "net", "cgroup", "time")
@@ -170,15 +173,9 @@ class NamespaceCapture:
         if namespace.kind not in ("uts", "ipc", "mnt"):
             return
         pid = self._first_seen[namespace.index]
-        fds: list[LocalFd] = []
         try:
-            way = []
-            if not self._privileged:
-                fds.append(nsfs.open_namespace(pid, "user"))
-                way.append((fds[-1], CLONE.NEWUSER))
-            fds.append(nsfs.open_namespace(pid, namespace.kind))
-            way.append((fds[-1], FLAGS[namespace.kind]))
-            state = msgspec.to_builtins(self._state(namespace, pid, way), builtin_types=(bytes,))
+            with ExitStack() as fds:
+                found = self._state(namespace, pid, self._way(namespace.index, fds))
         except procfs.ProcessGone:
             return
         except OSError as error:
@@ -188,9 +185,7 @@ class NamespaceCapture:
                 )
             )
             return
-        finally:
-            for fd in fds:
-                os.close(fd)
+        state = msgspec.to_builtins(found, builtin_types=(bytes,))
         self.namespaces[namespace.index] = msgspec.structs.replace(namespace, state=state)
 
     def _state(self, namespace: Namespace, pid: HostPid, way: names.Way) -> msgspec.Struct:
@@ -199,9 +194,46 @@ class NamespaceCapture:
         if namespace.kind == "ipc":
             self.blockers.extend(names.check_ipc(f"pid {pid}", way))
             return names.capture_ipc(way)
-        view = mounts.MountsView(self._unconfined(namespace.index, pid), self._pid_namespace_at)
-        self.blockers.extend(view.blockers(f"pid {pid}"))
-        return view.state()
+        view = MountsView(self._unconfined(namespace.index, pid), self._surroundings(namespace.owner))
+        self.blockers.extend(view.blockers)
+        return view.state
+
+    def _surroundings(self, owner: int) -> Surroundings:
+        forest = self._forest.forest()
+        return Surroundings(
+            uid=lambda number: forest.number_in(Id(0, number), owner, "uid"),
+            gid=lambda number: forest.number_in(Id(0, number), owner, "gid"),
+            pid_namespace_at=self._pid_namespace_at,
+            ipc_namespace_of=self._ipc_namespace_of,
+            groups=self._peer_groups,
+        )
+
+    @cached_property
+    def _peer_groups(self) -> PeerGroups:
+        groups = PeerGroups()
+        for namespace in self.namespaces:
+            if namespace.kind == "mnt" and not namespace.external:
+                groups.learn(mountinfo(self._unconfined(namespace.index, self._first_seen[namespace.index])))
+        return groups
+
+    def _way(self, index: int, fds: ExitStack) -> names.Way:
+        """What a visitor joins to be in namespace `index`; the descriptors are closed by `fds`."""
+        pid, kind = self._first_seen[index], self.namespaces[index].kind
+        way = []
+        for link in (kind,) if self._privileged else ("user", kind):
+            fd = nsfs.open_namespace(pid, link)
+            fds.callback(os.close, fd)
+            way.append((fd, FLAGS[link]))
+        return way
+
+    def _ipc_namespace_of(self, device: int) -> int | None:
+        """The ipc namespace of the tree whose mqueue file system has this st_dev."""
+        for namespace in self.namespaces:
+            if namespace.kind == "ipc" and not namespace.external:
+                with ExitStack() as fds, suppress(OSError, procfs.ProcessGone):
+                    if names.mqueue_device(self._way(namespace.index, fds)) == device:
+                        return namespace.index
+        return None
 
     def _unconfined(self, mntns: int, first: HostPid) -> HostPid:
         """A member of a mount namespace that has not changed its root directory, as far as there is one."""

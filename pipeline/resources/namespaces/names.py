@@ -14,14 +14,24 @@ from collections.abc import Iterator, Sequence
 
 import msgpack
 
-from pipeline.errors import Blocker
+from pipeline.errors import Blocker, RebuildError
 from pipeline.image.schema import Record
 from pipeline.kernel.arch.x86_64 import NR
-from pipeline.kernel.syscalls import CLONE, mount, unshare
+from pipeline.kernel.syscalls import CLONE, PRCTL, mount, unshare
 from pipeline.remote.puppet import Puppet
 from pipeline.userns.visit import visit
 
-_SYSCTLS = ("msgmax", "msgmnb", "msgmni", "sem", "shmall", "shmmax", "shmmni", "shm_rmid_forced")
+#: what of /proc/sys belongs to an ipc namespace; the *_next_id files are for restorers of objects only
+_SYSCTLS = (
+    *(
+        f"kernel/{name}"
+        for name in ("msgmax", "msgmnb", "msgmni", "sem", "shmall", "shmmax", "shmmni", "shm_rmid_forced")
+    ),
+    *(
+        f"fs/mqueue/{name}"
+        for name in ("queues_max", "msg_max", "msgsize_max", "msg_default", "msgsize_default")
+    ),
+)
 _MS_PRIVATE_RECURSIVE = 0x40000 | 0x4000
 
 #: descriptor and CLONE_NEW* flag of every namespace a visitor joins
@@ -36,7 +46,7 @@ class UtsState(Record, frozen=True, kw_only=True):
 
 
 class IpcState(Record, frozen=True, kw_only=True):
-    """kernel.* sysctls that differ from those of a fresh namespace."""
+    """Sysctls that differ from those of a fresh namespace, by their path below /proc/sys."""
 
     sysctls: dict[str, bytes] = {}
 
@@ -66,7 +76,9 @@ def _read(path: str) -> bytes:
 
 
 def _sysctls() -> dict[str, bytes]:
-    return {name: _read(f"/proc/sys/kernel/{name}").strip() for name in _SYSCTLS}
+    return {
+        name: _read(f"/proc/sys/{name}").strip() for name in _SYSCTLS if os.path.exists(f"/proc/sys/{name}")
+    }
 
 
 def capture_ipc(way: Way) -> IpcState:
@@ -91,10 +103,7 @@ def check_ipc(subject: str, way: Way) -> Iterator[Blocker]:
             for name, what in (("shm", "shared memory"), ("sem", "semaphores"), ("msg", "message queues"))
             if _read(f"/proc/sysvipc/{name}").count(b"\n") > 1
         ]
-        unshare(CLONE.NEWNS)
-        mount(None, b"/", None, _MS_PRIVATE_RECURSIVE)
-        mount(b"mqueue", b"/proc/sys", b"mqueue", 0)
-        found += [f"POSIX message queue /{name}" for name in os.listdir("/proc/sys")]
+        found += [f"POSIX message queue /{name}" for name in os.listdir(_mount_mqueue())]
         packed: bytes = msgpack.packb(found)
         return packed
 
@@ -104,11 +113,41 @@ def check_ipc(subject: str, way: Way) -> Iterator[Blocker]:
         )
 
 
-def create_ipc(state: IpcState, keeper: Puppet) -> None:
-    """Set the limits in the namespace that `keeper` has just made."""
+def _mount_mqueue() -> str:
+    """Mount the message queues of the ipc namespace that the caller is in, where only the caller sees them."""
+    unshare(CLONE.NEWNS)
+    mount(None, b"/", None, _MS_PRIVATE_RECURSIVE)
+    mount(b"mqueue", b"/proc/sys", b"mqueue", 0)
+    return "/proc/sys"
+
+
+def mqueue_device(way: Way) -> int:
+    """st_dev of the mqueue file system of an ipc namespace; there is one for each."""
+    return int(visit(way, lambda: b"%d" % os.stat(_mount_mqueue()).st_dev))
+
+
+def create_ipc(state: IpcState, keeper: Puppet, root_inside: bool) -> None:
+    """Set the limits in the namespace that `keeper` has just made.
+
+    The files belong to root of the owning user namespace, and no capability stands in for its uid.
+
+    Args:
+        state: comes from an image: a name that is none of ours is refused.
+        keeper: has all capabilities in the owning user namespace.
+        root_inside: whether that namespace maps uid 0.
+    """
+    if state.sysctls and root_inside:
+        keeper.syscall(NR.setresuid, 0, 0, 0)
+        keeper.syscall(NR.prctl, PRCTL.SET_DUMPABLE, 1)
     for name, value in state.sysctls.items():
         if name not in _SYSCTLS:
-            continue
-        fd = keeper.syscall(NR.openat, -100, f"/proc/sys/kernel/{name}\0".encode(), os.O_WRONLY, 0)
-        keeper.syscall(NR.write, fd, value, len(value))
-        keeper.syscall(NR.close, fd)
+            raise RebuildError(f"{name} is no limit of an ipc namespace")
+        fd = keeper.syscall(NR.openat, -100, f"/proc/sys/{name}\0".encode(), os.O_WRONLY | os.O_CLOEXEC, 0)
+        try:
+            keeper.syscall(NR.write, fd, value, len(value))
+        except OSError as error:
+            raise RebuildError(
+                f"/proc/sys/{name} of an ipc namespace may not become {value!r}: {error}"
+            ) from error
+        finally:
+            keeper.syscall(NR.close, fd)

@@ -1,0 +1,298 @@
+"""Looking at a mount namespace: what was done to it since it was a copy of the pipeline's own.
+
+Carried: proc of a pid namespace of the tree, mqueue of an ipc namespace of the tree,
+devpts, empty tmpfs, bind mounts of what the external namespace shows too (sysfs, cgroups
+and the external proc are that: mounted twice they are one file system); mounts that are
+gone; flags; propagation that is the same everywhere, and single shared mounts.
+
+Refused by name: another root file system (pivot_root), tmpfs with content, overlayfs,
+block devices, idmapped mounts, options that are not known here, mounts that are covered
+by others or lie on one that was moved, and peer groups within the tree.
+
+Sources: mount_namespaces(7), mount(2), proc_pid_mountinfo(5), tmpfs(5).
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from pipeline.errors import Blocker
+from pipeline.ids import HostPid
+from pipeline.kernel.mountinfo import Mount, mountinfo
+from pipeline.resources.namespaces.mounts import SHARED, UNBINDABLE, MountState, Propagation, Step
+
+_FLAGS = {
+    b"rw": 0, b"ro": 1, b"nosuid": 2, b"nodev": 4, b"noexec": 8, b"noatime": 1024, b"nodiratime": 2048,
+    b"relatime": 1 << 21, b"nosymfollow": 256,
+}  # fmt: skip
+_STRICTATIME = 1 << 24
+_ATIME = _FLAGS[b"noatime"] | _FLAGS[b"relatime"]
+#: options of the file system that are passed again; those of ids are translated
+_DATA = {
+    b"devpts": {b"gid", b"uid", b"mode", b"ptmxmode", b"max"},
+    b"tmpfs": {b"size", b"nr_inodes", b"nr_blocks", b"huge"},
+    b"proc": {b"hidepid", b"gid", b"subset"},
+    b"mqueue": set(),
+}
+#: options that say nothing: defaults, or said by what `MountsView` reads from the root directory
+_PASSED_OVER = {b"rw", b"ro", b"inode32", b"inode64", b"seclabel"}
+_FROM_ROOT = {b"tmpfs": {b"mode", b"uid", b"gid"}}
+
+
+@dataclass
+class PeerGroups:
+    """Who shares mount events in all mount namespaces of the tree: members and masters by group number."""
+
+    members: Counter[int] = field(default_factory=Counter)
+    masters: set[int] = field(default_factory=set)
+
+    def learn(self, mounts: Sequence[Mount]) -> None:
+        """Take in the mounts of one namespace."""
+        self.members.update(mount.shared for mount in mounts if mount.shared)
+        self.masters.update(mount.master for mount in mounts if mount.master)
+
+    def alone(self, group: int) -> bool:
+        """Whether a group has one member and nobody follows it."""
+        return self.members[group] == 1 and group not in self.masters
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What a mount namespace of a tree is looked at with.
+
+    Args:
+        uid: from an id as the pipeline sees it to one of the owning user namespace; `gid` likewise.
+        pid_namespace_at: the `Namespace` index of the pid namespace that the proc at a path shows; None
+            for one that is not the tree's.
+        ipc_namespace_of: the index of the ipc namespace that an mqueue with this st_dev shows, likewise.
+        groups: of the whole tree.
+    """
+
+    uid: Callable[[int], int | None]
+    gid: Callable[[int], int | None]
+    pid_namespace_at: Callable[[str], int | None]
+    ipc_namespace_of: Callable[[int], int | None]
+    groups: PeerGroups
+
+
+def _key(mount: Mount) -> tuple[bytes, bytes, int, bytes]:
+    return mount.point, mount.root, mount.device, mount.kind
+
+
+def _flags(mount: Mount) -> int:
+    flags = sum(_FLAGS.get(option, 0) for option in mount.options)
+    return flags if flags & _ATIME else flags | _STRICTATIME
+
+
+class MountsView:
+    """The mount namespace of `pid`, compared with the pipeline's own.
+
+    Args:
+        pid: a process in it whose root is the namespace's root.
+        surroundings: of the namespace.
+
+    `blockers` and `state` are complete when it is made.
+    """
+
+    def __init__(self, pid: HostPid, surroundings: Surroundings) -> None:
+        self._pid = pid
+        self._subject = f"pid {pid}"
+        self._around = surroundings
+        self.blockers: list[Blocker] = []
+        own, there = mountinfo(HostPid(os.getpid())), mountinfo(pid)
+        self._own = own
+        have = Counter(map(_key, own))
+        self._kept: list[Mount] = []
+        self._added: list[Mount] = []
+        for mount in there:
+            if have[_key(mount)]:
+                have[_key(mount)] -= 1
+                self._kept.append(mount)
+            else:
+                self._added.append(mount)
+        self._gone: list[Mount] = []
+        for mount in reversed(own):
+            if have[_key(mount)]:
+                have[_key(mount)] -= 1
+                self._gone.append(mount)
+        # mounts are listed in the order of their ids, which is not the same in a copy of a namespace
+        roots = [[_key(mount) for mount in mounts if mount.point == b"/"][-1:] for mounts in (own, there)]
+        if not roots[0] or roots[0] != roots[1]:
+            self._refuse("its mount namespace has another root filesystem, which is not carried yet")
+            self.state = MountState()
+        else:
+            self.state = self._state()
+
+    def _refuse(self, reason: str, remedy: str = "") -> None:
+        self.blockers.append(Blocker(self._subject, reason, remedy))
+
+    def _state(self) -> MountState:
+        propagation = self._propagation()
+        steps = [Step("umount", mount.point) for mount in self._gone]
+        reached = {mount.id for mount in self._kept}
+        for mount in self._added:
+            step = self._step(mount)
+            if mount.parent not in reached:
+                step = None
+                self._refuse_mount(mount, "lies on a mount that was moved, which is not carried")
+            reached.add(mount.id)
+            if step is not None:
+                steps.append(step)
+                steps += self._own_propagation(mount, None)
+        before = {_key(mount): mount for mount in self._own}
+        for mount in self._kept:
+            if mount.options != before[_key(mount)].options:
+                self._check_options(mount)
+                steps.append(Step("remount", mount.point, flags=_flags(mount)))
+            steps += self._own_propagation(mount, before[_key(mount)])
+        self._check_late(steps)
+        return MountState(propagation=propagation, steps=steps)
+
+    def _check_late(self, steps: Sequence[Step]) -> None:
+        """Nothing may be mounted on, below or around the place of a mount that has to wait."""
+        for index, late in enumerate(steps):
+            for step in steps[index + 1 :]:
+                if late.late is not None and step.late != late.late and _overlap(step.point, late.point):
+                    point = os.fsdecode(step.point)
+                    self._refuse(
+                        f"mount {point} came after proc at {os.fsdecode(late.point)}", f"umount {point}"
+                    )
+
+    # -- propagation --------------------------------------------------------------------
+
+    def _propagation(self) -> Propagation:
+        """How the mounts that came with the copy propagate: in the same way, all of them."""
+        before = {_key(mount): mount for mount in self._own}
+        pairs = [(mount, before[_key(mount)]) for mount in self._kept]
+        linked = [(mount, own) for mount, own in pairs if own.shared or own.master]
+        if any(mount.shared and mount.shared == own.shared for mount, own in linked):
+            odd = [m for m, own in linked if (m.shared, m.master) != (own.shared, own.master)]
+            found: Propagation = "shared"
+        elif any(mount.master for mount, _ in linked):
+            odd = [m for m, own in linked if m.master != (own.shared or own.master)]
+            found = "slave"
+        else:
+            odd, found = [], "private"
+        for mount in odd:
+            self._refuse_mount(mount, f"propagates in another way than the rest, which is {found}")
+        masters = {own.shared or own.master for _, own in linked} if found == "slave" else set()
+        for mount in (*self._kept, *self._added):
+            if mount.master and mount.master not in masters and mount not in odd:
+                self._refuse_mount(mount, "is a slave of a mount of the tree, which is not carried")
+        return found
+
+    def _own_propagation(self, mount: Mount, own: Mount | None) -> Iterator[Step]:
+        """A shared mount, alone in its group, or an unbindable one."""
+        if mount.shared and (own is None or mount.shared != own.shared):
+            if not self._around.groups.alone(mount.shared):
+                self._refuse_mount(mount, "shares its mounts with others of the tree, which is not carried")
+            yield Step("propagation", mount.point, flags=SHARED)
+        if mount.unbindable:
+            yield Step("propagation", mount.point, flags=UNBINDABLE)
+
+    # -- one mount --------------------------------------------------------------------------
+
+    def _refuse_mount(self, mount: Mount, reason: str, remedy: str | None = None) -> None:
+        point, kind = os.fsdecode(mount.point), os.fsdecode(mount.kind)
+        self._refuse(f"mount {point} ({kind}) {reason}", f"umount {point}" if remedy is None else remedy)
+
+    def _check_options(self, mount: Mount) -> None:
+        for option in mount.options:
+            if option not in _FLAGS:
+                self._refuse_mount(mount, f"has the option {os.fsdecode(option)}, which is not carried")
+
+    def _at(self, point: bytes) -> str:
+        return f"/proc/{self._pid}/root{os.fsdecode(point)}"
+
+    def _step(self, mount: Mount) -> Step | None:
+        """How a mount that is only there is made again; None where it is refused."""
+        self._check_options(mount)
+        source = self._bind_source(mount)
+        if source is not None:
+            return Step("bind", mount.point, source, flags=_flags(mount))
+        if mount.kind not in _DATA or mount.root != b"/":
+            self._refuse_mount(mount, "is not carried yet")
+            return None
+        try:
+            root = os.stat(self._at(mount.point))
+        except OSError as error:
+            self._refuse_mount(mount, f"cannot be looked at: {error.strerror}", "")
+            return None
+        if root.st_dev != mount.device:
+            self._refuse_mount(mount, "is covered by another mount, which is not carried")
+            return None
+        late = ipc = None
+        if mount.kind == b"proc":
+            late = self._around.pid_namespace_at(self._at(mount.point))
+            if late is None:
+                self._refuse_mount(mount, "shows a pid namespace that is not the tree's")
+        elif mount.kind == b"mqueue":
+            ipc = self._around.ipc_namespace_of(mount.device)
+            if ipc is None:
+                self._refuse_mount(mount, "shows an ipc namespace that is not the tree's")
+        elif mount.kind == b"tmpfs" and os.listdir(self._at(mount.point)):
+            self._refuse_mount(mount, "has content, which is not carried yet", "empty or umount it")
+        flags = _flags(mount) | (_FLAGS[b"ro"] if b"ro" in mount.super_options else 0)
+        return Step("mount", mount.point, mount.source, mount.kind, flags, self._data(mount, root), late, ipc)
+
+    def _data(self, mount: Mount, root: os.stat_result) -> bytes:
+        """The options of the file system, ids as its owner knows them."""
+        told = []
+        for option in mount.super_options:
+            name, _, value = option.partition(b"=")
+            if name in {b"uid", b"gid"} and name in _DATA[mount.kind]:
+                told.append(self._id_option(mount, name, int(value)))
+            elif name in _DATA[mount.kind]:
+                told.append(option)
+            elif option not in _PASSED_OVER and name not in _FROM_ROOT.get(mount.kind, ()):
+                self._refuse_mount(mount, f"has the option {os.fsdecode(option)}, which is not carried")
+        if mount.kind == b"tmpfs":
+            told += [
+                b"mode=%o" % (root.st_mode & 0o7777),
+                self._id_option(mount, b"uid", root.st_uid),
+                self._id_option(mount, b"gid", root.st_gid),
+            ]
+        return b",".join(told)
+
+    def _id_option(self, mount: Mount, name: bytes, seen: int) -> bytes:
+        inner = (self._around.uid if name == b"uid" else self._around.gid)(seen)
+        if inner is None:
+            what = os.fsdecode(name)
+            self._refuse_mount(mount, f"belongs to {what} {seen}, which its user namespace does not map")
+            return name + b"=0"
+        return b"%s=%d" % (name, inner)
+
+    def _bind_source(self, mount: Mount) -> bytes | None:
+        """Where the external namespace shows the root of `mount`, and this one did then; None where neither does."""
+        try:
+            wanted = os.stat(self._at(mount.point))
+        except OSError:
+            return None
+        for own in self._own:
+            if own.device != mount.device or own.kind != mount.kind or own in self._gone:
+                continue
+            if mount.root == own.root or mount.root.startswith(own.root.rstrip(b"/") + b"/"):
+                rest = mount.root[len(own.root.rstrip(b"/")) :].strip(b"/")
+                source = os.path.join(own.point, rest) if rest else own.point
+                if _shows(os.fsdecode(source), wanted) and not self._covered_before(mount, source):
+                    return source
+        return None
+
+    def _covered_before(self, mount: Mount, path: bytes) -> bool:
+        """Whether something was mounted over `path` before `mount` was."""
+        earlier = self._added[: self._added.index(mount)]
+        return any(path == other.point or path.startswith(other.point + b"/") for other in earlier)
+
+
+def _overlap(one: bytes, other: bytes) -> bool:
+    return any(a == b or a.startswith(b.rstrip(b"/") + b"/") for a, b in ((one, other), (other, one)))
+
+
+def _shows(path: str, wanted: os.stat_result) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), wanted)
+    except OSError:
+        return False

@@ -1,0 +1,294 @@
+"""Mount namespaces: made again they show the same mounts, or they are refused by name."""
+
+from __future__ import annotations
+
+import os
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pipeline.ids import HostPid
+from pipeline.kernel.arch.x86_64 import NR
+from pipeline.kernel.mountinfo import mountinfo
+from pipeline.kernel.syscalls import CLONE, mount, syscall, unshare
+from tests.userns.making import captured, held, made_again, making, other_keepers, own_namespace, refused
+
+pytestmark = pytest.mark.root
+
+RDONLY, NOSUID, NODEV, NOEXEC, REMOUNT, NOATIME, MOVE, BIND, REC = 1, 2, 4, 8, 32, 1024, 8192, 4096, 16384
+UNBINDABLE, PRIVATE, SLAVE, SHARED = 1 << 17, 1 << 18, 1 << 19, 1 << 20
+MAPS = [None, "0 100000 65536", "1000 100000 10"]
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A directory that everybody can reach, with two directories and a file in it."""
+    for directory in (tmp_path, *tmp_path.parents[:2]):
+        directory.chmod(0o755)
+    for name in ("a", "b", "a/inner"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "file").write_text("x")
+    return tmp_path
+
+
+def looks(pid: HostPid) -> list[tuple[object, ...]]:
+    """What mountinfo says, without the numbers that are the kernel's."""
+    return [
+        (m.point, m.root, m.options, m.kind, bool(m.shared), bool(m.master), m.unbindable)
+        for m in mountinfo(pid)
+    ]
+
+
+def begin() -> None:
+    unshare(CLONE.NEWNS)
+    mount(None, b"/", None, REC | PRIVATE)
+
+
+def only_private(place: bytes) -> None:
+    """Nothing but a copy."""
+
+
+def empty_tmpfs(place: bytes) -> None:
+    mount(b"own", place + b"/a", b"tmpfs", NOSUID | NODEV, b"size=1m,mode=711,nr_inodes=77")
+
+
+def read_only_tmpfs(place: bytes) -> None:
+    mount(b"own", place + b"/a", b"tmpfs", RDONLY | NOATIME)
+
+
+def tmpfs_with_owner(place: bytes) -> None:
+    first = int(Path("/proc/self/uid_map").read_text().split()[0])
+    mount(b"own", place + b"/a", b"tmpfs", 0)
+    os.chown(place + b"/a", first + 3, first + 4)
+    os.chmod(place + b"/a", 0o1751)
+
+
+def bind_directory(place: bytes) -> None:
+    mount(place + b"/a", place + b"/b", None, BIND)
+
+
+def bind_read_only(place: bytes) -> None:
+    mount(place + b"/a/inner", place + b"/b", None, BIND)
+    mount(None, place + b"/b", None, BIND | REMOUNT | RDONLY | NOSUID | NODEV | NOEXEC)
+
+
+def bind_file(place: bytes) -> None:
+    mount(b"/dev/null", place + b"/file", None, BIND)
+
+
+def bind_on_itself(place: bytes) -> None:
+    mount(place, place, None, BIND)
+    mount(None, place, None, BIND | REMOUNT | RDONLY)
+
+
+def several(place: bytes) -> None:
+    mount(b"one", place + b"/b", b"tmpfs", 0)
+    mount(place + b"/a", b"/mnt", None, BIND)
+    mount(b"two", place + b"/a", b"tmpfs", 0)
+    mount(None, b"/sys", None, BIND | REMOUNT | RDONLY)
+
+
+def terminals(place: bytes) -> None:
+    mount(b"devpts", place + b"/a", b"devpts", NOSUID, b"ptmxmode=666,mode=620")
+
+
+def shared_alone(place: bytes) -> None:
+    mount(b"own", place + b"/a", b"tmpfs", 0)
+    mount(None, place + b"/a", None, SHARED)
+    mount(place, place + b"/b", None, BIND)
+    mount(None, place + b"/b", None, UNBINDABLE)
+
+
+CARRIED = [
+    only_private, empty_tmpfs, read_only_tmpfs, tmpfs_with_owner, bind_directory, bind_read_only, bind_file,
+    bind_on_itself, several, terminals, shared_alone,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("id_map", MAPS)
+@pytest.mark.parametrize("act", CARRIED, ids=lambda act: act.__name__)
+def test_mounts_are_made_again(act: Callable[[bytes], None], id_map: str | None, place: Path) -> None:
+    def whole() -> None:
+        begin()
+        act(os.fsencode(place))
+
+    with held(whole, id_map) as pid, made_again(pid, "mnt") as (record, again):
+        assert looks(again) == looks(pid)
+        for name in ("a", "b"):
+            one, other = (os.stat(f"/proc/{p}/root{place}/{name}") for p in (pid, again))
+            assert (one.st_mode, one.st_uid, one.st_gid) == (other.st_mode, other.st_uid, other.st_gid)
+        size, again_size = (os.statvfs(f"/proc/{p}/root{place}/a") for p in (pid, again))
+        assert (size.f_blocks, size.f_files) == (again_size.f_blocks, again_size.f_files)
+        assert own_namespace(captured(again)[0], "mnt").state == record.state
+
+
+def test_unmounted_is_unmounted_again(place: Path) -> None:
+    gone = next(m.point for m in reversed(mountinfo(HostPid(os.getpid()))) if m.point.startswith(b"/sys/fs"))
+
+    def whole() -> None:
+        begin()
+        syscall(NR.umount2, gone, 0)
+
+    with held(whole) as pid, made_again(pid, "mnt") as (_, again):
+        assert looks(again) == looks(pid)
+        assert gone not in [m.point for m in mountinfo(again)]
+
+
+@pytest.mark.parametrize("id_map", MAPS[:2])
+def test_message_queues_of_the_own_ipc_namespace(id_map: str | None, place: Path) -> None:
+    def whole() -> None:
+        unshare(CLONE.NEWIPC)
+        begin()
+        mount(b"mqueue", os.fsencode(place / "a"), b"mqueue", NOSUID)
+
+    with held(whole, id_map) as pid:
+        capture, forest = captured(pid)
+        assert not capture.blockers
+        with making(forest, {n.index: n for n in capture.namespaces}) as keepers:
+            mnt, ipc = (own_namespace(capture, kind).index for kind in ("mnt", "ipc"))
+            again = other_keepers(keepers)[mnt]
+            assert looks(again.pid) == looks(pid)
+            # queues made in the ipc namespace are seen at the mount
+            maker = other_keepers(keepers)[ipc]
+            maker.syscall(NR.setresuid, 0, 0, 0)
+            maker.syscall(NR.setresgid, 0, 0, 0)
+            maker.syscall(NR.mq_open, b"seen\0", os.O_CREAT | os.O_RDWR, 0o600, 0)
+            assert os.listdir(f"/proc/{again.pid}/root{place}/a") == ["seen"]
+
+
+def tmpfs_with_content(place: bytes) -> None:
+    empty_tmpfs(place)
+    Path(os.fsdecode(place), "a/something").touch()
+
+
+def overlay(place: bytes) -> None:
+    mount(b"overlay", b"/mnt", b"overlay", 0, b"lowerdir=%s/a:%s/b" % (place, place))
+
+
+def another_root(place: bytes) -> None:
+    mount(b"root", place + b"/a", b"tmpfs", 0)
+    os.mkdir(place + b"/a/old")
+    syscall(NR.pivot_root, place + b"/a", place + b"/a/old")
+
+
+def bind_of_own_tmpfs(place: bytes) -> None:
+    empty_tmpfs(place)
+    os.mkdir(place + b"/a/x")
+    mount(place + b"/a/x", place + b"/b", None, BIND)
+    mount(None, place + b"/a", b"tmpfs", 0)
+
+
+def peers(place: bytes) -> None:
+    mount(b"own", place + b"/a", b"tmpfs", 0)
+    mount(None, place + b"/a", None, SHARED)
+    mount(place + b"/a", place + b"/b", None, BIND)
+
+
+def slave_of_own(place: bytes) -> None:
+    mount(b"own", place + b"/a", b"tmpfs", 0)
+    mount(None, place + b"/a", None, SHARED)
+    mount(place + b"/a", place + b"/b", None, BIND)
+    mount(None, place + b"/b", None, SLAVE)
+
+
+def covered(place: bytes) -> None:
+    mount(b"one", place + b"/a", b"tmpfs", 0)
+    mount(b"two", place + b"/a", b"tmpfs", 0)
+
+
+def message_queues_of_outside(place: bytes) -> None:
+    mount(b"mqueue", place + b"/a", b"mqueue", 0)
+
+
+REFUSED = {
+    tmpfs_with_content: "/a (tmpfs) has content",
+    overlay: "/mnt (overlay) is not carried",
+    another_root: "another root filesystem",
+    bind_of_own_tmpfs: "/a (tmpfs)",
+    peers: "shares its mounts with others",
+    slave_of_own: "slave of a mount of the tree",
+    covered: "is covered by another mount",
+    message_queues_of_outside: "(mqueue) shows an ipc namespace that is not the tree's",
+}
+
+
+@pytest.mark.parametrize("act", REFUSED, ids=lambda act: act.__name__)
+def test_mounts_that_are_not_carried(act: Callable[[bytes], None], place: Path) -> None:
+    def whole() -> None:
+        begin()
+        act(os.fsencode(place))
+
+    with held(whole) as pid:
+        capture, _ = captured(pid)
+        assert any(REFUSED[act] in str(blocker) for blocker in capture.blockers), capture.blockers
+
+
+def test_an_idmapped_mount_is_refused(place: Path) -> None:
+    mount_setattr, open_tree, move_mount = 442, 428, 429
+
+    def whole() -> None:
+        begin()
+        users = os.open(f"/proc/{mapped}/ns/user", os.O_RDONLY)
+        tree = syscall(open_tree, -100, os.fsencode(place / "a"), 1)  # type: ignore[arg-type]
+        attributes = (0x100000).to_bytes(8, "little") + bytes(16) + users.to_bytes(8, "little")
+        syscall(mount_setattr, tree, b"", 0x1000, attributes, 32)  # type: ignore[arg-type]
+        syscall(move_mount, tree, b"", -100, os.fsencode(place / "b"), 4)  # type: ignore[arg-type]
+
+    with held(lambda: None, MAPS[1]) as mapped, held(whole) as pid:
+        assert "has the option idmapped" in refused(pid)
+
+
+# -- propagation, seen from a namespace whose mounts are shared ----------------------------
+
+
+def in_shared_mounts(body: Callable[[], None]) -> None:
+    """Run `body` in a child whose mounts are all shared, as they are on most hosts."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            unshare(CLONE.NEWNS)
+            mount(None, b"/", None, REC | SHARED)
+            body()
+            code = 0
+        except BaseException:  # noqa: BLE001 - said by the child, seen by its exit code
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+@pytest.mark.parametrize("id_map", MAPS[:2])
+@pytest.mark.parametrize("flag", [PRIVATE, SLAVE, None], ids=["private", "slave", "as it was"])
+def test_propagation_of_a_whole_namespace(flag: int | None, id_map: str | None, place: Path) -> None:
+    def whole() -> None:
+        unshare(CLONE.NEWNS)
+        if flag is not None:
+            mount(None, b"/", None, REC | flag)
+            mount(b"own", os.fsencode(place / "a"), b"tmpfs", 0)
+
+    def body() -> None:
+        with held(whole, id_map) as pid, made_again(pid, "mnt") as (record, again):
+            assert looks(again) == looks(pid)
+            linked = [(m.shared, m.master) for m in mountinfo(pid) if m.point != os.fsencode(place / "a")]
+            assert [
+                (m.shared, m.master) for m in mountinfo(again) if m.point != os.fsencode(place / "a")
+            ] == linked
+            assert own_namespace(captured(again)[0], "mnt").state == record.state
+
+    in_shared_mounts(body)
+
+
+def test_mixed_propagation_is_refused(place: Path) -> None:
+    def whole() -> None:
+        unshare(CLONE.NEWNS)
+        mount(None, b"/", None, REC | SLAVE)
+        mount(None, b"/sys", None, PRIVATE)
+
+    def body() -> None:
+        with held(whole) as pid:
+            assert "mount /sys (sysfs) propagates in another way" in refused(pid)
+
+    in_shared_mounts(body)

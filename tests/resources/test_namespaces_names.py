@@ -1,0 +1,140 @@
+"""uts and ipc namespaces: names, limits, and what is refused."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from pipeline.kernel.arch.x86_64 import NR
+from pipeline.kernel.syscalls import CLONE, mount, syscall, unshare
+from pipeline.resources.namespaces.members import FLAGS
+from tests.userns.making import captured, held, made_again, own_namespace, refused
+
+pytestmark = pytest.mark.root
+MAPS = [None, "0 100000 65536", "1000 100000 10"]
+_PRIVATE = 0x40000 | 0x4000
+
+
+def name_it() -> None:
+    unshare(CLONE.NEWUTS)
+    syscall(NR.sethostname, b"inside.example", 14)
+    syscall(NR.setdomainname, b"(none of yours)", 15)
+
+
+@pytest.mark.parametrize("id_map", MAPS)
+def test_host_and_domain_name(id_map: str | None) -> None:
+    with held(name_it, id_map) as pid, made_again(pid, "uts") as (record, again):
+        assert record.state == {"hostname": b"inside.example", "domainname": b"(none of yours)"}
+        capture, _ = captured(again)
+        assert own_namespace(capture, "uts").state == record.state
+        assert record.owner == (1 if id_map else 0)
+    assert os.uname().nodename != "inside.example"
+
+
+def test_empty_names() -> None:
+    def act() -> None:
+        unshare(CLONE.NEWUTS)
+        syscall(NR.sethostname, b"", 0)
+        syscall(NR.setdomainname, b"", 0)
+
+    with held(act) as pid, made_again(pid, "uts") as (_, again):
+        state = own_namespace(captured(again)[0], "uts").state
+        assert state == {"hostname": b"", "domainname": b""}
+
+
+SYSCTLS = {
+    "kernel/msgmax": "4096",
+    "kernel/sem": "100\t32000\t50\t77",
+    "kernel/shmmax": "1048576",
+    "kernel/shm_rmid_forced": "1",
+    "fs/mqueue/queues_max": "17",
+    "fs/mqueue/msg_default": "9",
+}
+
+
+def limit_it() -> None:
+    unshare(CLONE.NEWIPC)
+    for name, value in SYSCTLS.items():
+        fd = os.open(f"/proc/sys/{name}", os.O_WRONLY)
+        os.write(fd, value.encode())
+        os.close(fd)
+
+
+@pytest.mark.parametrize("id_map", MAPS[:2])
+def test_limits_of_an_ipc_namespace(id_map: str | None) -> None:
+    with held(limit_it, id_map) as pid, made_again(pid, "ipc") as (record, again):
+        expected = {name: value.encode() for name, value in SYSCTLS.items()}
+        assert record.state == {"sysctls": expected}
+        assert own_namespace(captured(again)[0], "ipc").state == record.state
+
+
+def test_fresh_ipc_namespace_without_root_inside() -> None:
+    with held(lambda: unshare(CLONE.NEWIPC), MAPS[2]) as pid, made_again(pid, "ipc") as (record, again):
+        assert record.state == {"sysctls": {}}
+        assert own_namespace(captured(again)[0], "ipc").state == record.state
+
+
+def _shm() -> None:
+    syscall(NR.shmget, 0, 4096, 0o1600)
+
+
+def _sem() -> None:
+    syscall(NR.semget, 0, 1, 0o1600)
+
+
+def _msg() -> None:
+    syscall(NR.msgget, 0, 0o1600)
+
+
+def _queue() -> None:
+    syscall(NR.mq_open, b"here", os.O_CREAT | os.O_RDWR, 0o600, 0)
+
+
+@pytest.mark.parametrize("id_map", MAPS[:2])
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (_shm, "shared memory"),
+        (_sem, "semaphores"),
+        (_msg, "message queues"),
+        (_queue, "POSIX message queue /here"),
+    ],
+)
+def test_objects_in_an_ipc_namespace_are_refused(make, said: str, id_map: str | None) -> None:
+    def act() -> None:
+        unshare(CLONE.NEWIPC)
+        make()
+
+    with held(act, id_map) as pid:
+        assert f"ipc namespace holds {said}" in refused(pid)
+
+
+@pytest.mark.parametrize("kind", ["net", "cgroup", "time"])
+def test_kinds_that_are_not_carried_are_refused_by_name(kind: str) -> None:
+    def act() -> None:
+        unshare(FLAGS[kind])
+
+    with held(act) as pid:
+        if kind == "time":  # the caller itself stays where it is
+            capture, _ = captured(pid)
+            assert "time namespace" in str(capture.blockers[0])
+        else:
+            assert f"{kind} namespace of its own" in refused(pid)
+
+
+def test_a_pid_namespace_without_first_process_is_refused() -> None:
+    with held(lambda: unshare(CLONE.NEWPID)) as pid:
+        assert "has no first process yet" in refused(pid)
+
+
+def test_nothing_of_the_looking_stays(tmp_path: Path) -> None:
+    def act() -> None:
+        unshare(CLONE.NEWIPC | CLONE.NEWNS)
+        mount(None, b"/", None, _PRIVATE)
+
+    with held(act) as pid:
+        before = Path(f"/proc/{pid}/mountinfo").read_bytes()
+        assert not captured(pid)[0].blockers
+        assert Path(f"/proc/{pid}/mountinfo").read_bytes() == before

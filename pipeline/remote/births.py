@@ -177,7 +177,8 @@ def _is_dead(pid: int | None) -> bool:
 def undo_clone(creator: Puppet, child: Puppet, flags: int) -> None:
     """End a helper or a missed clone, and collect it where the kernel wants its parent to."""
     if flags & CLONE.THREAD:
-        raise RebuildError(f"thread of puppet {creator.pid} got another pid than announced")
+        child.run_to_exit(NR.exit, 0)  # this thread alone
+        return
     child.kill_and_reap()
     if not flags & CLONE.PARENT:
         creator.reap_children()

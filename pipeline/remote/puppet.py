@@ -22,6 +22,7 @@ import os
 import signal
 import socket
 import struct
+import time
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import suppress
@@ -45,6 +46,7 @@ _SCM_MAX_FDS = 253
 _OPTIONS = OPTION.TRACEFORK | OPTION.TRACEVFORK | OPTION.TRACECLONE | OPTION.TRACEEXEC
 _ALL_SIGNALS = 0xFFFF_FFFF_FFFF_FFFF
 _AT_EMPTY_PATH = 0x1000
+_END_PAUSE_S = 0.0002
 
 
 @dataclass
@@ -406,10 +408,23 @@ class Puppet:
         with suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGKILL)
         with suppress(ChildProcessError):
-            while (stop := ptrace.wait(self.tid)) is not None and not stop.exited:
-                with suppress(ProcessLookupError):
-                    ptrace.cont(self.tid)
+            while not self._has_ended():
+                time.sleep(_END_PAUSE_S)
         self._struck_out()
+
+    def _has_ended(self) -> bool:
+        """Take the next report of the killed task, and of threads of it that nobody else waits for."""
+        stop = ptrace.wait(self.tid, nohang=True)
+        if stop is not None:
+            return stop.exited
+        if self.tid == self.pid:
+            # the end of a process is reported when all of its threads' ends have been taken
+            with suppress(FileNotFoundError):
+                for tid in map(int, os.listdir(f"/proc/{self.pid}/task")):
+                    if tid != self.pid:
+                        with suppress(ChildProcessError):
+                            ptrace.wait(tid, nohang=True)
+        return False
 
     def reap_children(self) -> None:
         """Collect the puppet's dead children inside it, and forget that they died.

@@ -367,7 +367,7 @@ def test_disk_that_is_full(start: Start, tmp_path: Path) -> None:
             timeout=60,
             check=False,
         )
-        assert_refused(done, 1, "no space left")
+        assert_refused(done, 1, "space", "small")
     assert not done.stdout, f"left behind: {done.stdout}"
 
 

@@ -50,6 +50,15 @@ def _files(temporary: Path) -> set[str]:
     return {str(path.relative_to(temporary)) for path in temporary.rglob("*")}
 
 
+def _notes() -> set[str]:
+    """What the engine noted as made and not taken away again, by processes that are gone."""
+    try:
+        names = os.listdir("/run/pipeline")
+    except OSError:
+        return set()
+    return {name for name in names if not Path(f"/proc/{name.split('-')[0]}").exists()}
+
+
 def _reap_orphans() -> None:
     """Zombies that came to us because their parent ended first: nobody else will reap them."""
     for pid in family_of(os.getpid())[1:]:
@@ -83,6 +92,7 @@ class Inventory:
     descriptors: dict[int, str]
     namespaces: set[str]
     files: set[str]
+    notes: set[str]
 
     @classmethod
     def take(cls, temporary: Path) -> Inventory:
@@ -93,6 +103,7 @@ class Inventory:
             _descriptors(),
             _named_namespaces(),
             _files(temporary),
+            _notes(),
         )
 
     def leaks(self) -> list[str]:
@@ -123,5 +134,6 @@ class Inventory:
             f"descriptor {fd} -> {name}" for fd, name in now.items() if self.descriptors.get(fd) != name
         ]
         found += [f"network namespace {name}" for name in sorted(_named_namespaces() - self.namespaces)]
+        found += [f"note of a leftover {name}" for name in sorted(_notes() - self.notes)]
         found += [f"temporary file {name}" for name in sorted(_files(self.temporary) - self.files)]
         return found

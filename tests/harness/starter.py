@@ -2,7 +2,8 @@
 
 Run as a script: ``starter.py SETTING-AS-JSON PROGRAM ARG...``. Standard library only.
 
-The setting: ``{"levels": [[uid_lines, gid_lines, setgroups, ids], ...], "kinds": flags, "chain": bool}``.
+The setting: ``{"levels": [[uid_lines, gid_lines, setgroups, ids], ...], "kinds": flags, "chain": bool,
+"host_ids": [uid, gid] or null}``. `host_ids` are taken first: a plain user then makes the namespaces.
 Each level is a user namespace inside the one before: the lines of its maps relative to
 its parent, ``"allow"`` or ``"deny"``, and the (uid, gid) that the process takes inside.
 The last level also gets the namespaces of `kinds` (CLONE_NEW* bits), with a /proc of
@@ -81,6 +82,12 @@ def main():
     os.closerange(3, 1 << 20)  # what the test's own surroundings left open is no part of the program
     if os.getsid(0) != os.getpid():
         os.setsid()
+    if setting["host_ids"]:
+        uid, gid = setting["host_ids"]
+        os.setgroups([])
+        os.setresgid(gid, gid, gid)
+        os.setresuid(uid, uid, uid)
+        call(libc.prctl, 4, 1, 0, 0, 0)
     for number, level in enumerate(setting["levels"]):
         if setting["chain"] and number:
             stay_parent()

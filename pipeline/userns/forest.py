@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Literal
 
+from pipeline.errors import ImageError
 from pipeline.image.schema import Id, UserNamespace
 from pipeline.userns.idmap import IDENTITY, IdMap
 
@@ -25,7 +26,7 @@ class Forest:
     """All user namespaces of an image, by index.
 
     Raises:
-        ValueError: a parent is missing, or the namespaces form a ring.
+        ImageError: from here and from every translation: a namespace is missing, or they form a ring.
     """
 
     def __init__(self, namespaces: Iterable[UserNamespace]) -> None:
@@ -43,10 +44,10 @@ class Forest:
             if at is None:
                 return
             if at not in self.namespaces:
-                raise ValueError(f"user namespace {at} is not part of the image")
+                raise ImageError(f"user namespace {at} is not part of the image")
             yield at
             at = self.namespaces[at].parent
-        raise ValueError(f"user namespace {index} is nested deeper than {MAX_DEPTH}, or in a ring")
+        raise ImageError(f"user namespace {index} is nested deeper than {MAX_DEPTH}, or in a ring")
 
     def is_within(self, inner: int, outer: int) -> bool:
         """Whether `inner` is `outer` or below it."""

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.errors import ImageError
 from pipeline.image.schema import Extent, Id, UserNamespace
 from pipeline.userns.forest import MAX_DEPTH, Forest
 from tests.userns.forests import forests
@@ -102,10 +103,15 @@ def test_is_within() -> None:
 
 
 def test_a_missing_parent_and_a_ring_are_refused() -> None:
-    with pytest.raises(ValueError, match="user namespace 7 is not part"):
+    with pytest.raises(ImageError, match="user namespace 7 is not part"):
         Forest([UserNamespace(index=1, parent=7)])
-    with pytest.raises(ValueError, match="ring"):
+    with pytest.raises(ImageError, match="ring"):
         Forest([UserNamespace(index=1, parent=2), UserNamespace(index=2, parent=1)])
+
+
+def test_an_id_of_a_namespace_that_is_not_there_is_refused() -> None:
+    with pytest.raises(ImageError, match="user namespace 9 is not part"):
+        SMALL.number_in(Id(9, 0), 0, "uid")
 
 
 def test_depth_is_bounded_as_the_kernel_does() -> None:
@@ -113,5 +119,5 @@ def test_depth_is_bounded_as_the_kernel_does() -> None:
         return [UserNamespace(index=n, parent=n - 1 if n else None) for n in range(depth + 1)]
 
     assert len(list(Forest(chain(MAX_DEPTH)).ancestors(MAX_DEPTH))) == MAX_DEPTH + 1
-    with pytest.raises(ValueError, match="deeper than 33"):
+    with pytest.raises(ImageError, match="deeper than 33"):
         Forest(chain(MAX_DEPTH + 1))

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 import trio
 from msgspec import Struct
 
-from pipeline.errors import Blocker, PipelineError
+from pipeline.errors import Blocker
 from pipeline.ids import LocalFd
 from pipeline.kernel.arch import x86_64 as arch
 from pipeline.kernel.arch.x86_64 import NR
@@ -225,11 +225,7 @@ def _host_rows() -> Iterator[Row]:
 
 
 async def check(pid: int | None = None) -> CheckReport:
-    """Say what this host can do and, with a pid, everything that stops that tree.
-
-    Raises:
-        PipelineError: there is no process `pid`.
-    """
+    """Say what this host can do and, with a pid, everything that stops that tree."""
     return await trio.to_thread.run_sync(_check, pid)
 
 
@@ -239,6 +235,3 @@ def _check(pid: int | None) -> CheckReport:
     rows = list(_host_rows())
     blockers = [] if pid is None else sorted(set(tree_blockers(pid)))
     return CheckReport(rows, blockers)
-
-
-__all__ = ["CheckReport", "PipelineError", "Row", "check"]

@@ -29,13 +29,15 @@ import xxhash
 from pipeline.errors import ImageError
 from pipeline.image.codec import MAX_RECORD_BYTES, unpack
 
-HEAD = struct.Struct("<4sB3xIIQQ")
+HEAD = struct.Struct("<4sB3sIIQQ")
 MAGIC = b"PLFR"
+_ZERO = bytes(3)
 #: most bytes of pages in one frame
 MAX_PAYLOAD_BYTES = 4 << 20
 MAX_SEGMENTS = 1024
 _PAGE_BYTES = 4096
 _ADDRESS_END = 1 << 63
+_SPACE_END = 1 << 24
 
 
 class Kind(IntEnum):
@@ -69,7 +71,7 @@ class FrameHead:
 def encode(kind: Kind, header: bytes, payload: memoryview | bytes = b"") -> bytes:
     """Head and header of a frame; the payload follows it unchanged (it is not copied here)."""
     sums = xxhash.xxh3_64_intdigest(header), xxhash.xxh3_64_intdigest(payload)
-    return HEAD.pack(MAGIC, kind, len(header), len(payload), *sums) + header
+    return HEAD.pack(MAGIC, kind, _ZERO, len(header), len(payload), *sums) + header
 
 
 def encode_pages(run: PageRun) -> bytes:
@@ -84,8 +86,8 @@ def decode_head(raw: bytes | memoryview, where: str) -> FrameHead:
     Raises:
         ImageError: wrong magic, unknown kind, or a length over its cap; `where` says which frame.
     """
-    magic, kind, header_bytes, payload_bytes, header_sum, payload_sum = HEAD.unpack(raw)
-    if magic != MAGIC:
+    magic, kind, zero, header_bytes, payload_bytes, header_sum, payload_sum = HEAD.unpack(raw)
+    if magic != MAGIC or zero != _ZERO:
         raise ImageError(f"{where}: this is no frame (damaged, or not an image of ours)")
     if kind not in Kind.__members__.values():
         raise ImageError(f"{where}: frame kind {kind} is not known")
@@ -113,6 +115,7 @@ def decode_pages(header: bytes, payload: memoryview, where: str) -> PageRun:
         isinstance(values, list)
         and len(values) == 2
         and isinstance(values[0], int)
+        and 0 <= values[0] <= _SPACE_END
         and isinstance(values[1], list)
         and 0 < len(values[1]) <= MAX_SEGMENTS
     ):

@@ -13,11 +13,7 @@ from pipeline.stages.freeze import check_root, check_traced, walk
 
 
 def tree_blockers(pid: int) -> Iterator[Blocker]:
-    """Every blocker of the tree below `pid`, which goes on running meanwhile.
-
-    Raises:
-        PipelineError: there is no process `pid`.
-    """
+    """Every blocker of the tree below `pid`, which goes on running meanwhile."""
     at_root = list(check_root(pid))
     yield from at_root
     if at_root:

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from pipeline.errors import Blocker, PipelineError, Refused, TargetError
+from pipeline.errors import Blocker, Refused, TargetError
 from pipeline.ids import HostPid
 from pipeline.kernel import procfs, ptrace
 from pipeline.kernel.ptrace import EVENT, OPTION
@@ -87,18 +87,15 @@ def walk(root: HostPid) -> list[HostPid]:
 
 
 def check_root(pid: int) -> Iterator[Blocker]:
-    """Why `pid` cannot be the root of a tree to be frozen.
-
-    Raises:
-        PipelineError: there is no such process.
-    """
+    """Why `pid` cannot be the root of a tree to be frozen."""
     subject = f"pid {pid}"
-    if pid <= 0:
-        raise PipelineError(f"{pid} is not a pid")
     try:
-        status = procfs.status(HostPid(pid))
+        status = procfs.status(HostPid(pid)) if pid > 0 else None
     except procfs.ProcessGone:
-        raise PipelineError(f"there is no process {pid} (look with: ps -e)") from None
+        status = None
+    if status is None:
+        yield Blocker(subject, "there is no such process", "look with: ps -e")
+        return
     if status.tgid != pid:
         yield Blocker(subject, f"is a thread of process {status.tgid}", f"give --pid {status.tgid}")
         return

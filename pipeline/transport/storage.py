@@ -113,7 +113,7 @@ class _FileSource:
 
 def _said(error: OSError) -> str:
     if error.errno == errno.ENOSPC:
-        return "no space is left on the device; free some, or give --to another place"
+        return "no space left on device; free some, or give --to another place"
     return error.strerror or str(error)
 
 
@@ -135,6 +135,8 @@ class DirectoryStorage:
                 raise UsageError(
                     f"{self.name} holds an image already; give --to a new directory, or remove it"
                 )
+        if self._path.exists() and any(self._path.iterdir()):
+            raise UsageError(f"{self.name} is not empty; give --to a new directory, or empty it")
 
     @asynccontextmanager
     async def create(self, name: str) -> AsyncIterator[ByteSink]:

@@ -7,7 +7,6 @@ import fcntl
 import os
 import select
 import signal
-import socket
 import struct
 import threading
 import time
@@ -395,7 +394,6 @@ def _inotify() -> int:
         (lambda: syscall(NR.memfd_secret, 0), "secret memory"),
         (lambda: syscall(NR.landlock_create_ruleset, (1).to_bytes(8, "little"), 8, 0), "Landlock"),
         (lambda: os.memfd_create("huge", os.MFD_HUGETLB), "huge pages"),
-        (lambda: socket.socket(socket.AF_UNIX).detach(), "socket"),
     ],
 )
 def test_what_is_refused_is_refused_by_name(opening: Callable[[], int], words: str) -> None:

@@ -8,6 +8,7 @@ from contextlib import suppress
 from pipeline.errors import Blocker
 from pipeline.ids import HostPid
 from pipeline.kernel import procfs
+from pipeline.resources.namespaces.members import check_visible
 from pipeline.stages.capture import Capture
 from pipeline.stages.freeze import check_root, check_traced, walk
 
@@ -19,6 +20,13 @@ def tree_blockers(pid: int) -> Iterator[Blocker]:
     if at_root:
         return
     pids = walk(HostPid(pid))
+    hidden: list[Blocker] = []
+    for member in pids:
+        with suppress(procfs.ProcessGone):
+            hidden += check_visible(member)
+    yield from hidden
+    if hidden:
+        return
     for member in pids:
         with suppress(procfs.ProcessGone):
             yield from check_traced(member)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +12,16 @@ from pipeline.ids import HostPid
 from pipeline.kernel.arch.x86_64 import NR
 from pipeline.kernel.mountinfo import mountinfo
 from pipeline.kernel.syscalls import CLONE, mount, syscall, unshare
-from tests.userns.making import captured, held, made_again, making, other_keepers, own_namespace, refused
+from tests.userns.making import (
+    captured,
+    held,
+    in_child,
+    made_again,
+    making,
+    other_keepers,
+    own_namespace,
+    refused,
+)
 
 pytestmark = pytest.mark.root
 
@@ -245,19 +253,13 @@ def test_an_idmapped_mount_is_refused(place: Path) -> None:
 
 def in_shared_mounts(body: Callable[[], None]) -> None:
     """Run `body` in a child whose mounts are all shared, as they are on most hosts."""
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            unshare(CLONE.NEWNS)
-            mount(None, b"/", None, REC | SHARED)
-            body()
-            code = 0
-        except BaseException:  # noqa: BLE001 - said by the child, seen by its exit code
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    assert os.waitpid(child, 0)[1] == 0
+
+    def shared() -> None:
+        unshare(CLONE.NEWNS)
+        mount(None, b"/", None, REC | SHARED)
+        body()
+
+    in_child(shared)
 
 
 @pytest.mark.parametrize("id_map", MAPS[:2])

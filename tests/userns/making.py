@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from pipeline.remote.puppet import Puppet, spawn_launcher
 from pipeline.resources.namespaces.keepers import Keepers
 from pipeline.resources.namespaces.members import NamespaceCapture
 from pipeline.userns.capture import LiveForest
+from pipeline.userns.cradle import is_privileged
 from pipeline.userns.forest import Forest
 
 _SCRATCH = RemoteAddress(0x2000_0000_0000)
@@ -76,6 +78,8 @@ def held(act: Callable[[], object], id_map: str | None = None) -> Iterator[HostP
     try:
         if id_map is not None:
             assert os.read(from_child, 1) == b"m"
+            if os.geteuid() != 0:
+                Path(f"/proc/{pid}/setgroups").write_text("deny")
             for name in ("gid_map", "uid_map"):
                 Path(f"/proc/{pid}/{name}").write_text(id_map)
             os.write(to_child, b"g")
@@ -90,9 +94,9 @@ def held(act: Callable[[], object], id_map: str | None = None) -> Iterator[HostP
 
 
 def captured(*pids: HostPid) -> tuple[NamespaceCapture, Forest]:
-    """The namespaces of these processes, captured as root does it."""
+    """The namespaces of these processes, captured as this process may."""
     live = LiveForest()
-    capture = NamespaceCapture(pids, live, privileged=True)
+    capture = NamespaceCapture(pids, live, privileged=is_privileged())
     return capture, live.forest()
 
 
@@ -118,3 +122,18 @@ def refused(pid: HostPid) -> str:
     (blocker,) = capture.blockers
     assert blocker.subject == f"pid {pid}"
     return str(blocker)
+
+
+def in_child(body: Callable[[], None]) -> None:
+    """Run `body` in a child; what it raises is printed there, and fails the test."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            body()
+            code = 0
+        except BaseException:  # noqa: BLE001 - seen by the exit code
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    assert os.waitpid(child, 0)[1] == 0

@@ -14,7 +14,7 @@ Sources: namespaces(7), pid_namespaces(7), ioctl_ns(2).
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
 from functools import cached_property
 
@@ -42,6 +42,23 @@ _REFUSED = {
     "time": "start it without a time namespace of its own",
 }
 _LINKS = (*KINDS, "pid_for_children", "time_for_children")
+
+
+def check_visible(pid: HostPid) -> Iterator[Blocker]:
+    """Whether the pipeline may look at a process at all.
+
+    Raises:
+        procfs.ProcessGone: it has ended.
+    """
+    try:
+        nsfs.keys(pid)
+    except PermissionError:
+        yield Blocker(
+            f"pid {pid}",
+            "may not be looked at: it runs for another user, has raised its privileges, "
+            "or is in a user namespace that is not below the pipeline's own",
+            "run the pipeline as its user, or as root in the user namespace that contains the whole tree",
+        )
 
 
 class NamespaceCapture:

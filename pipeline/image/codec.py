@@ -210,6 +210,22 @@ class Image:
         for process in self.processes.values():
             self._check_process(process)
         self._require(self.head.root in self.processes, f"the root, pid {self.head.root}, is missing")
+        self._no_ring("user namespace", {n.index: n.parent for n in self.user_namespaces.values()})
+        self._no_ring("namespace", {n.index: n.parent for n in self.namespaces.values()})
+        self._no_ring("space", {s.space: s.copy_of for s in self.spaces.values()})
+        self._no_ring("pid", {p.pids[0]: p.parent or None for p in self.processes.values()})
+
+    def _no_ring(self, what: str, above: dict[int, int | None]) -> None:
+        """Everything in `above` leads, step by step, to None."""
+        ends: set[int] = set()
+        for start in above:
+            way: set[int] = set()
+            at: int | None = start
+            while at is not None and at not in ends:
+                self._require(at not in way, f"{what} {at} is its own ancestor")
+                way.add(at)
+                at = above[at]
+            ends |= way
 
     def _check_space(self, space: AddressSpace) -> None:
         name = f"space {space.space}"

@@ -95,6 +95,8 @@ def decode_head(raw: bytes | memoryview, where: str) -> FrameHead:
         raise ImageError(f"{where}: lengths {header_bytes} and {payload_bytes} are out of bounds")
     if payload_bytes and kind != Kind.PAGES:
         raise ImageError(f"{where}: a payload where none belongs")
+    if not payload_bytes:
+        check_sum(b"", payload_sum, where)
     return FrameHead(Kind(kind), header_bytes, payload_bytes, header_sum, payload_sum)
 
 

@@ -17,7 +17,7 @@ from contextlib import asynccontextmanager, suppress
 
 import trio
 
-from pipeline.errors import PeerError, UsageError
+from pipeline.errors import ImageError, PeerError, UsageError
 from pipeline.image.frames import MAX_PAYLOAD_BYTES
 from pipeline.transport import identity, protocol
 from pipeline.transport.buffers import BufferPool
@@ -42,9 +42,10 @@ def parse_address(text: str) -> tuple[str, int]:
         host = host[1:-1]
     elif ":" in host:
         raise UsageError(f"{text}: write an IPv6 address in brackets, like [::1]:7000")
-    if not separator or not host or not port.isdigit() or int(port) > 65535:
+    number = int(port) if port.isascii() and port.isdigit() and len(port) <= 5 else -1
+    if not separator or not host or not 0 <= number <= 65535:
         raise UsageError(f"{text}: not HOST:PORT, like 192.0.2.7:7000")
-    return host, int(port)
+    return host, number
 
 
 class _Bytes:
@@ -109,9 +110,14 @@ class Channel:
         """The next message.
 
         Raises:
-            PeerError: the other side went away, refused, or says what it may not.
+            PeerError: the other side went away (also in the middle of a frame), refused, or
+                says what it may not.
         """
-        return self.understand(await self.reader.next())
+        try:
+            item = await self.reader.next()
+        except ImageError as error:
+            raise PeerError(f"{self.peer} went away or sends what is no frame: {error}") from error
+        return self.understand(item)
 
     def understand(self, item: Item | None) -> AnyMessage:
         """An item of the reader that must be a message; raises as `hear`."""
@@ -217,8 +223,10 @@ async def listen(
     """
 
     async def handle(stream: trio.SocketStream) -> None:
-        peer = "{}:{}".format(*stream.socket.getpeername()[:2])
+        peer = "a peer"
         try:
+            with suppress(OSError):  # it may be gone again already
+                peer = "{}:{}".format(*stream.socket.getpeername()[:2])
             with suppress(OSError):
                 stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             secured = await _secured(stream, secret, "server", plaintext, peer)

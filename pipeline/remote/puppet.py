@@ -413,17 +413,17 @@ class Puppet:
         self._struck_out()
 
     def _has_ended(self) -> bool:
-        """Take the next report of the killed task, and of threads of it that nobody else waits for."""
+        """Take the next report of the killed task, and of the other tasks of its process."""
         stop = ptrace.wait(self.tid, nohang=True)
         if stop is not None:
             return stop.exited
-        if self.tid == self.pid:
-            # the end of a process is reported when all of its threads' ends have been taken
-            with suppress(FileNotFoundError):
-                for tid in map(int, os.listdir(f"/proc/{self.pid}/task")):
-                    if tid != self.pid:
-                        with suppress(ChildProcessError):
-                            ptrace.wait(tid, nohang=True)
+        # Ends wait for each other: a process's for those of its threads, and the last thread of a pid
+        # namespace's first process for the release of every pid in it, its sisters' too.
+        with suppress(FileNotFoundError):
+            for tid in map(int, os.listdir(f"/proc/{self.pid}/task")):
+                if tid != self.tid:
+                    with suppress(ChildProcessError):
+                        ptrace.wait(tid, nohang=True)
         return False
 
     def reap_children(self) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.image.codec import unpack
-from pipeline.image.frames import HEAD, Kind, encode
+from pipeline.image.frames import HEAD, Kind, decode_head, encode
 from tests.harness.carry import unharmed
 from tests.harness.settings import CONTAINER_2, DEPTH_1, Setting
 from tests.harness.tree import ROOT, Tree, dump, engine, family_of, reap, restore, said
@@ -159,13 +159,13 @@ def _rewrite_head(image: Path, **changes: object) -> None:
 
     path = image / "image"
     content = path.read_bytes()
-    _, kind, header_bytes, payload_bytes, _, _ = HEAD.unpack(content[: HEAD.size])
-    assert kind == Kind.RECORD
-    record = unpack(content[HEAD.size : HEAD.size + header_bytes])
+    head = decode_head(content[: HEAD.size], "the first frame")
+    assert (head.kind, head.payload_bytes) == (Kind.RECORD, 0)
+    record = unpack(content[HEAD.size : HEAD.size + head.header_bytes])
     assert record["type"] == "head"
     record.update(changes)
     frame = encode(Kind.RECORD, msgpack.packb(record))
-    changed = frame + content[HEAD.size + header_bytes + payload_bytes :]
+    changed = frame + content[HEAD.size + head.header_bytes :]
     path.write_bytes(changed)
     manifest = image / "manifest"
     manifest.write_text(manifest.read_text().replace(str(len(content)), str(len(changed))))
@@ -319,7 +319,7 @@ def test_pid_deep_in_the_tree_that_is_in_use(
         with occupied(pid):
             done = engine("restore", "--from", tmp_path / "image", "--detach", timeout_s=20)
             assert_refused(done, 1, str(pid), "in use")
-        left = [task for task in tasks if os.path.exists(f"/proc/{task}")]
+        left = reap(tasks, 2.0)
         assert not left, f"something was left: {left}"
     restore(tree, tmp_path / "image")
     tree.check()

@@ -21,7 +21,9 @@ ROUNDS = 10
 
 
 @pytest.mark.parametrize(
-    ("program", "setting"), [("processes", DEPTH_2), ("pipes", DEPTH_1), ("threads", CONTAINER_2)], ids=str
+    ("program", "setting"),
+    [("processes", DEPTH_2), ("pipes", DEPTH_1), ("threads", CONTAINER_2)],
+    ids=["processes-depth2", "pipes-depth1", "threads-container2"],
 )
 def test_ten_rounds_of_one_tree(
     start: Callable[..., Tree], tmp_path: Path, program: str, setting: Setting

@@ -232,6 +232,11 @@ class _GiveUp(Exception):
     """Ends an upload that must not become an object."""
 
 
+def _brief(error: BaseException) -> str:
+    """What obstore says, without the dump of its own state that follows."""
+    return str(error).partition("\n\nDebug source:")[0].strip()
+
+
 class _UploadSink:
     """Hands parts to the thread that uploads; holds two parts at the most."""
 
@@ -257,7 +262,7 @@ class _UploadSink:
                 self.parts.put_nowait(part)
                 return
             await trio.sleep(0.002)
-        raise StorageError(f"upload: {self.failed[0]}")
+        raise StorageError(f"upload: {_brief(self.failed[0])}")
 
     async def finish(self) -> None:
         if self._part:
@@ -282,7 +287,7 @@ class _DownloadSource:
             try:
                 chunk = await trio.to_thread.run_sync(next, self._chunks, None)
             except Exception as error:
-                raise StorageError(f"{self._name}: {error}") from error
+                raise StorageError(f"{self._name}: {_brief(error)}") from error
             if chunk is None:
                 return 0
             self._rest = memoryview(bytes(chunk))
@@ -315,7 +320,7 @@ class ObjectStorage:
             try:
                 self._made = from_url(self._bucket_url, **plain)  # type: ignore[call-overload]
             except Exception as error:
-                raise StorageError(f"{self.name}: {error}") from error
+                raise StorageError(f"{self.name}: {_brief(error)}") from error
         return self._made
 
     def _path(self, name: str) -> str:
@@ -337,7 +342,7 @@ class ObjectStorage:
         except StorageError:
             raise
         except Exception as error:
-            raise StorageError(f"{self.name}: {error}") from error
+            raise StorageError(f"{self.name}: {_brief(error)}") from error
         if taken:
             raise UsageError(f"{self.name} holds an image already; give another prefix, or remove it")
 
@@ -355,6 +360,7 @@ class ObjectStorage:
             except BaseException as error:  # noqa: BLE001 (said by whoever waits for the upload)
                 sink.failed.append(error)
 
+        lost: list[Exception] = []
         async with trio.open_nursery() as nursery:
             done = trio.Event()
 
@@ -367,13 +373,18 @@ class ObjectStorage:
             try:
                 yield sink
                 await sink.finish()
+            except Exception as error:  # noqa: BLE001 (raised below: a nursery would wrap it in a group)
+                _give_up(sink)
+                lost.append(error)
             except BaseException:
                 _give_up(sink)
                 raise
             with trio.CancelScope(shield=True):
                 await done.wait()
+        if lost:
+            raise lost[0]
         if sink.failed:
-            raise StorageError(f"{self.name}/{name}: {sink.failed[0]}")
+            raise StorageError(f"{self.name}/{name}: {_brief(sink.failed[0])}")
 
     @asynccontextmanager
     async def open(self, name: str) -> AsyncIterator[ByteSource]:
@@ -387,7 +398,7 @@ class ObjectStorage:
         except StorageError:
             raise
         except Exception as error:
-            raise StorageError(f"{self.name}/{name}: {error}") from error
+            raise StorageError(f"{self.name}/{name}: {_brief(error)}") from error
         yield _DownloadSource(iter(result.stream(min_chunk_size=1 << 20)), f"{self.name}/{name}")
 
     async def discard(self, name: str) -> None:

@@ -69,9 +69,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str | None]:
                 "-ip=127.0.0.1",
                 "-ip.bind=127.0.0.1",
                 "-s3",
-                "-volume.max=20",
-            ]
-            + ["-master.volumeSizeLimitMB=64", "-s3.port.iceberg=0", *options],
+                *sizes,
+                *options,
+            ],
             stdout=log,
             stderr=log,
             cwd=place,

@@ -123,18 +123,3 @@ def test_proc_of_the_own_pid_namespace_waits_for_its_first_process(tmp_path: Pat
         assert step[1] == b"/proc"
         assert step[5] == b"hidepid=invisible"
         assert step[6] == capture.memberships[low].pid
-
-
-def test_what_came_after_a_proc_on_it_is_refused(tmp_path: Path) -> None:
-    def container() -> None:
-        unshare(CLONE.NEWPID | CLONE.NEWNS)
-        mount(None, b"/", None, 0x44000)
-
-    def first() -> None:
-        mount(b"proc", b"/proc", b"proc", 0)
-        mount(b"own", b"/proc/sys", b"tmpfs", 0)
-
-    with held(with_child(container, first)) as top:
-        (low,) = children(top)
-        capture, _ = captured(top, low)
-        assert "mount /proc/sys came after proc at /proc" in str(capture.blockers)

@@ -16,7 +16,7 @@ go of its namespace. Sources: user_namespaces(7), setns(2).
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -30,11 +30,13 @@ from pipeline.remote.calls import Call
 from pipeline.remote.puppet import Puppet
 from pipeline.resources.namespaces import mounts, names
 from pipeline.resources.namespaces.members import FLAGS
-from pipeline.userns.forest import Forest
+from pipeline.userns.forest import Forest, IdKind
 from pipeline.userns.idmap import MapError
 
 _NO_SETUID_FIXUP = 1 << 2
 _KEEP_CAPS = 1 << 4
+#: groups first: whoever has given up the uid may not be allowed to change them
+_SET_IDS: tuple[tuple[IdKind, NR], ...] = (("gid", NR.setresgid), ("uid", NR.setresuid))
 #: joined in this order, the user namespace behind them
 _JOINABLE: tuple[NamespaceKind, ...] = ("uts", "ipc", "net", "cgroup", "mnt")
 
@@ -54,6 +56,8 @@ class Keepers:
         self._user: dict[int, Puppet] = {0: launcher}
         self._other: dict[int, Puppet] = {}
         self._states: dict[int, Namespace] = {}
+        self._mounts_to_do: dict[int, Sequence[mounts.Step]] = {}
+        self._firsts: dict[int, Puppet] = {}
 
     def make(self, namespaces: Mapping[int, Namespace]) -> None:
         """Make every user namespace, and every other one but pid namespaces, which begin with a process.
@@ -96,8 +100,8 @@ class Keepers:
                 f"user namespace {userns.index}: setgroups was allowed in it, and is denied to whatever is made here"
                 " (restore as root, or with newgidmap and a range in /etc/subgid)"
             )
-        for name, kind in (("gid_map", "gid"), ("uid_map", "uid")):
-            text = self._forest.map_of(userns.index, kind).text()  # type: ignore[arg-type]
+        for kind, _ in _SET_IDS:
+            name, text = f"{kind}_map", self._forest.map_of(userns.index, kind).text()
             if text:
                 try:
                     self._write(above, keeper, name, text)
@@ -123,6 +127,17 @@ class Keepers:
         calls.append(Call(NR.prctl, (PRCTL.SET_DUMPABLE, 1, 0, 0, 0), name="dumpable"))
         keeper.run_checked(calls)
 
+    def _become_root_inside(self, userns: int, keeper: Puppet) -> None:
+        """Take ids 0 in the user namespace that the keeper is in, as far as it is one of ours and maps them."""
+        if userns == 0:
+            return
+        calls = [
+            Call(number, (0, 0, 0), name=number.name)
+            for kind, number in _SET_IDS
+            if self._forest.map_of(userns, kind).up(0) is not None
+        ]
+        keeper.run_checked([*calls, Call(NR.prctl, (PRCTL.SET_DUMPABLE, 1, 0, 0, 0), name="dumpable")])
+
     def _first_gid(self, userns: int) -> int | None:
         """Any gid that is mapped in a namespace: the kernel only asks that the creator's is."""
         extents = self._forest.map_of(userns, "gid").extents
@@ -139,6 +154,8 @@ class Keepers:
 
     def _make_other(self, namespace: Namespace) -> None:
         keeper = self._clone(self._user[namespace.owner])
+        if namespace.kind == "ipc":  # the root of its message queues will belong to the maker
+            self._become_root_inside(namespace.owner, keeper)
         keeper.syscall(NR.unshare, FLAGS[namespace.kind])
         self._other[namespace.index] = keeper
         self._states[namespace.index] = namespace
@@ -146,15 +163,12 @@ class Keepers:
             case "uts":
                 names.create_uts(msgspec.convert(namespace.state, names.UtsState), keeper)
             case "ipc":
-                state = msgspec.convert(namespace.state, names.IpcState)
-                mapped = namespace.owner == 0 or self._forest.map_of(namespace.owner, "uid").up(0) is not None
-                names.create_ipc(state, keeper, root_inside=mapped)
+                names.create_ipc(msgspec.convert(namespace.state, names.IpcState), keeper)
             case "mnt":
-                mounts.create(
-                    self._mount_state(namespace.index),
-                    keeper,
-                    lambda ipc: self._join(keeper, self._keeper_of(ipc, "ipc"), "ipc"),
-                )
+                state_of_mounts = msgspec.convert(namespace.state, mounts.MountState)
+                mounts.begin(state_of_mounts, keeper)
+                self._mounts_to_do[namespace.index] = state_of_mounts.steps
+                self._mount(namespace.index)
             case _:
                 raise RebuildError(f"{namespace.kind} namespaces are not carried")
 
@@ -163,8 +177,30 @@ class Keepers:
             raise RebuildError(f"namespace {index} is no {kind} namespace of the tree")
         return self._other[index]
 
-    def _mount_state(self, index: int) -> mounts.MountState:
-        return msgspec.convert(self._states[index].state, mounts.MountState)
+    def _mount(self, mntns: int) -> None:
+        """Do the next mounts of a namespace, up to one that shows a pid namespace without a first process."""
+        steps = self._mounts_to_do[mntns]
+        while steps:
+            step = steps[0]
+            if step.late is None:
+                keeper = self._other[mntns]
+                if step.ipc is not None:
+                    self._join(keeper, self._keeper_of(step.ipc, "ipc"), "ipc")
+                mounts.do([step], keeper)
+            elif step.late in self._firsts:
+                self._mount_inside(step, mntns, self._firsts[step.late])
+            else:
+                return
+            steps = self._mounts_to_do[mntns] = steps[1:]
+
+    def _mount_inside(self, step: mounts.Step, mntns: int, first: Puppet) -> None:
+        helper = first.clone()
+        try:
+            self._join(helper, self._other[mntns], "mnt")
+            mounts.do([step], helper)
+        finally:
+            helper.kill_and_reap()
+            first.reap_children()
 
     # -- moving in --------------------------------------------------------------------
 
@@ -210,17 +246,7 @@ class Keepers:
             puppet.syscall(NR.close, number)
 
     def mount_late(self, pidns: int, first: Puppet) -> None:
-        """Mount the procs that show pid namespace `pidns`, by a helper of its first process."""
-        for index, namespace in self._states.items():
-            if namespace.kind != "mnt":
-                continue
-            steps = mounts.late_steps(self._mount_state(index), pidns)
-            if not steps:
-                continue
-            helper = first.clone()
-            try:
-                self._join(helper, self._other[index], "mnt")
-                mounts.do_late(steps, helper)
-            finally:
-                helper.kill_and_reap()
-                first.reap_children()
+        """Go on with the mounts that waited for `first`, the first process of pid namespace `pidns`."""
+        self._firsts[pidns] = first
+        for mntns in self._mounts_to_do:
+            self._mount(mntns)

@@ -9,8 +9,8 @@ This file makes them; `pipeline.resources.namespaces.mounts_view` records them, 
 what is carried and what is refused.
 
 Some file systems show another namespace: a proc mount a pid namespace, and can only be
-mounted from inside it, so such steps wait until that has its first process (`late`); an
-mqueue mount an ipc namespace, which the keeper joins first (`ipc`).
+mounted from inside it, so this step, and those behind it, wait until that has its first
+process (`late`); an mqueue mount an ipc namespace, which the keeper joins first (`ipc`).
 
 Sources: mount_namespaces(7), mount(2).
 """
@@ -18,7 +18,7 @@ Sources: mount_namespaces(7), mount(2).
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
@@ -65,31 +65,23 @@ class MountState(Record, frozen=True, kw_only=True):
     steps: list[Step] = []
 
 
-def create(state: MountState, keeper: Puppet, join_ipc: Callable[[int], None]) -> None:
-    """Do the steps that can be done at once in the namespace that `keeper` has just made.
-
-    Args:
-        state: of the namespace.
-        keeper: a puppet in it, with all capabilities in its owner.
-        join_ipc: moves the keeper into an ipc namespace, by index.
-    """
+def begin(state: MountState, keeper: Puppet) -> None:
+    """Set how the mounts of the copy propagate; `keeper` has just made the namespace."""
     if state.propagation != "shared":
         flags = _REC | (_SLAVE if state.propagation == "slave" else _PRIVATE)
         _call(keeper, "propagation", b"/", NR.mount, 0, b"/\0", 0, flags, 0)
-    for step in state.steps:
-        if step.late is None:
-            if step.ipc is not None:
-                join_ipc(step.ipc)
-            _do(step, keeper)
 
 
-def late_steps(state: MountState, pidns: int) -> Sequence[Step]:
-    """The steps that wait for the first process of pid namespace `pidns`."""
-    return [step for step in state.steps if step.late == pidns]
+def do(steps: Sequence[Step], puppet: Puppet) -> None:
+    """Do steps, in order.
 
+    Args:
+        steps: of one namespace.
+        puppet: is in it with all capabilities in its owner, and in the namespaces that the steps show.
 
-def do_late(steps: Sequence[Step], puppet: Puppet) -> None:
-    """Do steps from inside their pid namespace; the puppet has joined the mount namespace."""
+    Raises:
+        RebuildError: names the step and the mount point.
+    """
     for step in steps:
         _do(step, puppet)
 

@@ -2,8 +2,9 @@
 
 Carried: proc of a pid namespace of the tree, mqueue of an ipc namespace of the tree,
 devpts, empty tmpfs, bind mounts of what the external namespace shows too (sysfs, cgroups
-and the external proc are that: mounted twice they are one file system); mounts that are
-gone; flags; propagation that is the same everywhere, and single shared mounts.
+and the external proc are that: mounted twice they are one file system) or an earlier
+mount does (a read-only /proc/sys); mounts that are gone; flags; propagation that is the
+same everywhere, and single shared mounts.
 
 Refused by name: another root file system (pivot_root), tmpfs with content, overlayfs,
 block devices, idmapped mounts, options that are not known here, mounts that are covered
@@ -148,18 +149,7 @@ class MountsView:
                 self._check_options(mount)
                 steps.append(Step("remount", mount.point, flags=_flags(mount)))
             steps += self._own_propagation(mount, before[_key(mount)])
-        self._check_late(steps)
         return MountState(propagation=propagation, steps=steps)
-
-    def _check_late(self, steps: Sequence[Step]) -> None:
-        """Nothing may be mounted on, below or around the place of a mount that has to wait."""
-        for index, late in enumerate(steps):
-            for step in steps[index + 1 :]:
-                if late.late is not None and step.late != late.late and _overlap(step.point, late.point):
-                    point = os.fsdecode(step.point)
-                    self._refuse(
-                        f"mount {point} came after proc at {os.fsdecode(late.point)}", f"umount {point}"
-                    )
 
     # -- propagation --------------------------------------------------------------------
 
@@ -266,29 +256,39 @@ class MountsView:
         return b"%s=%d" % (name, inner)
 
     def _bind_source(self, mount: Mount) -> bytes | None:
-        """Where the external namespace shows the root of `mount`, and this one did then; None where neither does."""
+        """Where the root of `mount` was to be seen when it was made; None where that is not sure.
+
+        In the external namespace, or on a mount that came before it in this one.
+        """
         try:
             wanted = os.stat(self._at(mount.point))
         except OSError:
             return None
-        for own in self._own:
-            if own.device != mount.device or own.kind != mount.kind or own in self._gone:
+        earlier = self._added[: self._added.index(mount)]
+        places = [("", other, earlier) for other in self._own if other not in self._gone]
+        places += [(self._at(b""), other, earlier[index + 1 :]) for index, other in enumerate(earlier)]
+        for root, other, between in places:
+            source = _path_on(other, mount)
+            if source is None or _cover(between, source):
                 continue
-            if mount.root == own.root or mount.root.startswith(own.root.rstrip(b"/") + b"/"):
-                rest = mount.root[len(own.root.rstrip(b"/")) :].strip(b"/")
-                source = os.path.join(own.point, rest) if rest else own.point
-                if _shows(os.fsdecode(source), wanted) and not self._covered_before(mount, source):
-                    return source
+            if _shows(root + os.fsdecode(source), wanted):
+                return source
         return None
 
-    def _covered_before(self, mount: Mount, path: bytes) -> bool:
-        """Whether something was mounted over `path` before `mount` was."""
-        earlier = self._added[: self._added.index(mount)]
-        return any(path == other.point or path.startswith(other.point + b"/") for other in earlier)
+
+def _path_on(other: Mount, mount: Mount) -> bytes | None:
+    """The path at which `other` shows the directory that is the root of `mount`."""
+    top = other.root.rstrip(b"/")
+    if (other.device, other.kind) != (mount.device, mount.kind):
+        return None
+    if mount.root != other.root and not mount.root.startswith(top + b"/"):
+        return None
+    return os.path.join(other.point, mount.root[len(top) :].strip(b"/")).rstrip(b"/") or b"/"
 
 
-def _overlap(one: bytes, other: bytes) -> bool:
-    return any(a == b or a.startswith(b.rstrip(b"/") + b"/") for a, b in ((one, other), (other, one)))
+def _cover(mounts: Sequence[Mount], path: bytes) -> bool:
+    """Whether one of these mounts lies on `path`, or above it."""
+    return any(path == mount.point or path.startswith(mount.point + b"/") for mount in mounts)
 
 
 def _shows(path: str, wanted: os.stat_result) -> bool:

@@ -17,7 +17,7 @@ import msgpack
 from pipeline.errors import Blocker, RebuildError
 from pipeline.image.schema import Record
 from pipeline.kernel.arch.x86_64 import NR
-from pipeline.kernel.syscalls import CLONE, PRCTL, mount, unshare
+from pipeline.kernel.syscalls import CLONE, mount, unshare
 from pipeline.remote.puppet import Puppet
 from pipeline.userns.visit import visit
 
@@ -126,19 +126,14 @@ def mqueue_device(way: Way) -> int:
     return int(visit(way, lambda: b"%d" % os.stat(_mount_mqueue()).st_dev))
 
 
-def create_ipc(state: IpcState, keeper: Puppet, root_inside: bool) -> None:
+def create_ipc(state: IpcState, keeper: Puppet) -> None:
     """Set the limits in the namespace that `keeper` has just made.
-
-    The files belong to root of the owning user namespace, and no capability stands in for its uid.
 
     Args:
         state: comes from an image: a name that is none of ours is refused.
-        keeper: has all capabilities in the owning user namespace.
-        root_inside: whether that namespace maps uid 0.
+        keeper: is root inside where the owning user namespace maps uid 0: the files belong to root there,
+            and no capability stands in for the uid.
     """
-    if state.sysctls and root_inside:
-        keeper.syscall(NR.setresuid, 0, 0, 0)
-        keeper.syscall(NR.prctl, PRCTL.SET_DUMPABLE, 1)
     for name, value in state.sysctls.items():
         if name not in _SYSCTLS:
             raise RebuildError(f"{name} is no limit of an ipc namespace")

@@ -27,6 +27,8 @@ from pipeline.transport.protocol import AnyMessage, Conversation, Refuse, Role
 HANDSHAKE_S = 10.0
 _BUFFERS = 6
 _CHUNK_BYTES = 1 << 20
+#: a read gives one record at most; asking for more only costs a larger buffer each time
+_TLS_RECORD_BYTES = 16 << 10
 _NONCE_BYTES = 32
 _PROOF_BYTES = 32
 
@@ -78,7 +80,7 @@ class _Bytes:
             if isinstance(self._stream, trio.SocketStream):
                 count: int = await self._stream.socket.recv_into(view)
                 return count
-            data = await self._stream.receive_some(min(len(view), _CHUNK_BYTES))
+            data = await self._stream.receive_some(min(len(view), _TLS_RECORD_BYTES))
         except (trio.BrokenResourceError, trio.ClosedResourceError, OSError) as error:
             raise self._failed(error) from error
         view[: len(data)] = data

@@ -23,12 +23,11 @@ from pipeline.transport import identity, protocol
 from pipeline.transport.buffers import BufferPool
 from pipeline.transport.framing import FrameReader, FrameWriter, Item, Message
 from pipeline.transport.protocol import AnyMessage, Conversation, Refuse, Role
+from pipeline.transport.tls import TlsStream
 
 HANDSHAKE_S = 10.0
 _BUFFERS = 6
 _CHUNK_BYTES = 1 << 20
-#: a read gives one record at most; asking for more only costs a larger buffer each time
-_TLS_RECORD_BYTES = 16 << 10
 _NONCE_BYTES = 32
 _PROOF_BYTES = 32
 
@@ -80,7 +79,9 @@ class _Bytes:
             if isinstance(self._stream, trio.SocketStream):
                 count: int = await self._stream.socket.recv_into(view)
                 return count
-            data = await self._stream.receive_some(min(len(view), _TLS_RECORD_BYTES))
+            if isinstance(self._stream, TlsStream):
+                return await self._stream.read_into(view)
+            data = await self._stream.receive_some(len(view))
         except (trio.BrokenResourceError, trio.ClosedResourceError, OSError) as error:
             raise self._failed(error) from error
         view[: len(data)] = data
@@ -170,9 +171,7 @@ async def _secured(
             return stream
         server = role == "server"
         context = identity.server_context(secret) if server else identity.client_context(secret)
-        tls: trio.SSLStream[trio.SocketStream] = trio.SSLStream(
-            stream, context, server_side=server, https_compatible=True
-        )
+        tls = TlsStream(stream, context, server_side=server)
         try:
             await tls.do_handshake()
         except (trio.BrokenResourceError, OSError) as error:

@@ -87,7 +87,7 @@ class UserNamespace(Record, frozen=True, kw_only=True, tag="userns"):
     """A user namespace; `index` 0 is the external one and has no parent.
 
     `uid_map`/`gid_map` are relative to the parent; empty where not written yet.
-    `owner` is the creator's euid, inside the parent.
+    `owner` is the creator's euid, inside the parent. `limits`: what of /proc/sys/user has been set in it.
     """
 
     index: Index
@@ -96,6 +96,7 @@ class UserNamespace(Record, frozen=True, kw_only=True, tag="userns"):
     uid_map: Extents = []
     gid_map: Extents = []
     setgroups: Literal["allow", "deny"] = "allow"
+    limits: Annotated[dict[str, I32], Meta(max_length=64)] = {}
 
 
 NamespaceKind = Literal["pid", "mnt", "uts", "ipc", "net", "cgroup", "time"]

@@ -163,6 +163,7 @@ class Rebuilding:
         for process, grown in finish.living(image, growth):
             space = image.spaces[process.space] if process.space is not None else None
             registers[process.pids[0]] = reinstate(process, space, grown.threads, self._uid, self._gid)
+        self._keepers.set_limits()
         finish.put_on(image, growth, lambda process, index: registers[process.pids[0]][index])
 
     def thaw(self) -> HostPid:

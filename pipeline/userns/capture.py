@@ -8,7 +8,7 @@ external one, number 0.
 A map file shows its lower ids in the *reader's* namespace, so what is read is put
 relative to the parent before it becomes a record.
 
-Sources: user_namespaces(7), ioctl_ns(2).
+Sources: user_namespaces(7), namespaces(7), ioctl_ns(2).
 """
 
 from __future__ import annotations
@@ -26,6 +26,10 @@ from pipeline.kernel.syscalls import CLONE
 from pipeline.userns.forest import Forest
 from pipeline.userns.idmap import IDENTITY, IdMap, parse, relative_to_parent
 from pipeline.userns.visit import visit
+
+_LIMITS = b"/proc/sys/user"
+#: what every limit is in a fresh user namespace
+NO_LIMIT = 0x7FFF_FFFF
 
 
 class OutsideError(Exception):
@@ -90,6 +94,7 @@ class LiveForest:
             uid_map=list(uid_map.extents),
             gid_map=list(gid_map.extents),
             setgroups="deny" if setgroups == b"deny" else "allow",
+            limits=_limits(fd),
         )
 
     @staticmethod
@@ -112,6 +117,18 @@ class LiveForest:
             relative_to_parent(gid_lines, forest.to_ancestor(parent, 0, "gid") if parent else IDENTITY),
             procfs.read_file(member, "setgroups").strip(),
         )
+
+
+def _limits(fd: LocalFd) -> dict[str, int]:
+    """The limits of /proc/sys/user that were set in a namespace; a fresh one has the highest number for each."""
+
+    def look() -> bytes:
+        names = os.listdir(_LIMITS)
+        return b"".join(name + b" " + _read(_LIMITS + b"/" + name) for name in names)
+
+    words = visit([(fd, CLONE.NEWUSER)], look).split()
+    found = {name.decode(): int(value) for name, value in zip(words[::2], words[1::2], strict=True)}
+    return {name: value for name, value in found.items() if value != NO_LIMIT}
 
 
 def _read(path: bytes) -> bytes:

@@ -31,13 +31,14 @@ mount -t mqueue own /media
 echo 4096 > /proc/sys/kernel/msgmax
 echo 17 > /proc/sys/fs/mqueue/queues_max
 hostname carried
+echo 9 > /proc/sys/user/max_user_namespaces
 mount --bind /proc/sys /proc/sys
 mount -o remount,bind,ro /proc/sys
 mount -t tmpfs -o size=4k,ro own /proc/fs
 mount --bind /srv /opt
 """
 LOOK = """
-cat /proc/sys/kernel/msgmax /proc/sys/fs/mqueue/queues_max
+cat /proc/sys/user/max_user_namespaces /proc/sys/kernel/msgmax /proc/sys/fs/mqueue/queues_max
 hostname
 stat -c '%a %u %g' /srv /mnt /media
 stat -f -c '%T %b' /srv /media

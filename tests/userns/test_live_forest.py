@@ -12,6 +12,7 @@ from pipeline.errors import RebuildError
 from pipeline.ids import HostPid
 from pipeline.image.schema import Extent, Id, UserNamespace
 from pipeline.kernel import nsfs
+from pipeline.kernel.arch.x86_64 import NR
 from pipeline.kernel.syscalls import CLONE
 from pipeline.userns.capture import LiveForest
 from pipeline.userns.forest import Forest
@@ -45,6 +46,7 @@ def read_again(pids: dict[int, HostPid], members: bool) -> Forest:
             uid_map=record.uid_map,
             gid_map=record.gid_map,
             setgroups=record.setgroups,
+            limits=record.limits,
         )
 
     return Forest(map(renumbered, live.records))
@@ -155,6 +157,25 @@ def test_particular_forests_are_read_as_they_were_made(forest: Forest) -> None:
 
 def test_maps_that_were_never_written_stay_unwritten() -> None:
     check(Forest([UserNamespace(index=0), UserNamespace(index=1, parent=0, owner=Id(0, 0))]))
+
+
+def test_limits_of_a_user_namespace_are_set_again() -> None:
+    forest = chain([Extent(0, 100_000, 65_536)], [Extent(7, 1000, 1)])
+    limited = replace(forest.namespaces[2], limits={"max_user_namespaces": 0, "max_pid_namespaces": 3})
+    forest = Forest([forest.namespaces[0], forest.namespaces[1], limited])
+    with making(forest) as keepers:
+        keepers.set_limits()
+        assert read_again(user_pids(keepers), members=True).namespaces == forest.namespaces
+        with pytest.raises(OSError, match="ENOSPC"):
+            keepers._user[2].syscall(NR.unshare, CLONE.NEWUSER)
+
+
+def test_a_limit_that_does_not_exist_is_refused() -> None:
+    forest = chain([Extent(0, 100_000, 65_536)])
+    limited = replace(forest.namespaces[1], limits={"../kernel/hostname": 0})
+    with making(Forest([forest.namespaces[0], limited])) as keepers:
+        with pytest.raises(RebuildError, match="no limit"):
+            keepers.set_limits()
 
 
 def test_an_ancestor_without_a_process_is_part_of_the_forest() -> None:

@@ -78,6 +78,23 @@ class Keepers:
             except (OSError, msgspec.ValidationError) as error:
                 raise RebuildError(f"{namespace.kind} namespace {namespace.index}: {error}") from error
 
+    def set_limits(self) -> None:
+        """Set the limits of /proc/sys/user; last of all, because they may forbid what was made here.
+
+        Raises:
+            RebuildError: a name is no limit, or the kernel refuses a value.
+        """
+        for index, userns in self._forest.namespaces.items():
+            for name, value in userns.limits.items():
+                if not userns.index or name not in os.listdir("/proc/sys/user"):
+                    raise RebuildError(f"user namespace {index}: this kernel has no limit {name}")
+                try:
+                    self._put(self._user[index], f"/proc/sys/user/{name}", b"%d" % value)
+                except OSError as error:
+                    raise RebuildError(
+                        f"user namespace {index}: {name} may not be {value}: {error}"
+                    ) from error
+
     def _depth(self, userns: UserNamespace) -> int:
         return len(list(self._forest.ancestors(userns.index)))
 
@@ -94,7 +111,7 @@ class Keepers:
         keeper.syscall(NR.unshare, CLONE.NEWUSER)
         self._user[userns.index] = keeper
         if userns.setgroups == "deny":
-            self._write(above, keeper, "setgroups", b"deny")
+            self._put(above, f"/proc/{keeper.pid}/setgroups", b"deny")
         elif Path(f"/proc/{keeper.pid}/setgroups").read_bytes().strip() == b"deny":
             raise RebuildError(
                 f"user namespace {userns.index}: setgroups was allowed in it, and is denied to whatever is made here"
@@ -104,7 +121,7 @@ class Keepers:
             name, text = f"{kind}_map", self._forest.map_of(userns.index, kind).text()
             if text:
                 try:
-                    self._write(above, keeper, name, text)
+                    self._put(above, f"/proc/{keeper.pid}/{name}", text)
                 except OSError as error:
                     raise RebuildError(
                         f"user namespace {userns.index}: {name} `{text.decode()}` is refused: {error}; each line "
@@ -144,8 +161,7 @@ class Keepers:
         return extents[0].inner if extents else None
 
     @staticmethod
-    def _write(writer: Puppet, keeper: Puppet, name: str, text: bytes) -> None:
-        path = f"/proc/{keeper.pid}/{name}"
+    def _put(writer: Puppet, path: str, text: bytes) -> None:
         fd = writer.syscall(NR.openat, -100, path.encode() + b"\0", os.O_WRONLY | os.O_CLOEXEC, 0)
         try:
             writer.syscall(NR.write, fd, text, len(text))

@@ -21,7 +21,7 @@ import msgspec
 import trio
 from msgspec import Struct
 
-from pipeline.errors import Blocker, Refused
+from pipeline.errors import Blocker, Refused, ungrouped
 from pipeline.ids import HostPid
 from pipeline.image.schema import FORMAT_VERSION, Record
 from pipeline.progress import NullProgress, Progress
@@ -125,27 +125,28 @@ async def write_image(
     pool = BufferPool(BUFFERS, BUFFER_BYTES)
     page_bytes = 0
     count = 0
-    async with trio.open_nursery() as nursery:
-        record_send, record_receive = trio.open_memory_channel[Record](64)
-        page_send, page_receive = trio.open_memory_channel[LeasedRun](BUFFERS)
-        nursery.start_soon(translate_records, records, forest, record_send)
-        nursery.start_soon(stream_memory, sources, page_send, pool, progress)
-        try:
-            async for record in record_receive:
-                await writer.record(record)
-                count += 1
-            async for leased in page_receive:
-                try:
-                    await writer.pages(leased.run)
-                    page_bytes += len(leased.run.payload)
-                finally:
-                    leased.lease.release()
-        finally:
-            while True:  # what is still in the channel when we are cancelled
-                try:
-                    page_receive.receive_nowait().lease.release()
-                except (trio.WouldBlock, trio.EndOfChannel, trio.ClosedResourceError):
-                    break
+    with ungrouped():
+        async with trio.open_nursery() as nursery:
+            record_send, record_receive = trio.open_memory_channel[Record](64)
+            page_send, page_receive = trio.open_memory_channel[LeasedRun](BUFFERS)
+            nursery.start_soon(translate_records, records, forest, record_send)
+            nursery.start_soon(stream_memory, sources, page_send, pool, progress)
+            try:
+                async for record in record_receive:
+                    await writer.record(record)
+                    count += 1
+                async for leased in page_receive:
+                    try:
+                        await writer.pages(leased.run)
+                        page_bytes += len(leased.run.payload)
+                    finally:
+                        leased.lease.release()
+            finally:
+                while True:  # what is still in the channel when we are cancelled
+                    try:
+                        page_receive.receive_nowait().lease.release()
+                    except (trio.WouldBlock, trio.EndOfChannel, trio.ClosedResourceError):
+                        break
     await writer.end(count, page_bytes)
     return page_bytes
 

@@ -8,7 +8,8 @@ mapping or map line, and what to do about it. `OSError` stays raw in
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 
@@ -78,3 +79,17 @@ class PeerError(PipelineError):
 
 class RebuildError(PipelineError):
     """The kernel refused a step of the rebuild; nothing of the half-built tree is left."""
+
+
+@contextmanager
+def ungrouped() -> Iterator[None]:
+    """Let an error that is alone in the exception group of a nursery come out as itself."""
+    try:
+        yield
+    except BaseExceptionGroup as group:
+        error: BaseException = group
+        while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+            error = error.exceptions[0]
+        if error is group:
+            raise
+        raise error from None

@@ -11,6 +11,8 @@ import ctypes
 import gc
 import os
 import signal
+import socket
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +27,21 @@ def become_subreaper() -> None:
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
+def _of_obstore(fd: int, name: str) -> bool:
+    """Whether `fd` is of obstore's runtime or connection pool, which live as long as the process that used them."""
+    if "obstore" not in sys.modules:
+        return False
+    if name in {"anon_inode:[eventpoll]", "anon_inode:[eventfd]"}:
+        return True
+    if not name.startswith("socket:"):
+        return False
+    with socket.socket(fileno=os.dup(fd)) as copy:
+        try:
+            return copy.family in {socket.AF_INET, socket.AF_INET6} and bool(copy.getpeername())
+        except OSError:
+            return False
+
+
 def _descriptors() -> dict[int, str]:
     found = {}
     for name in os.listdir("/proc/self/fd"):
@@ -32,7 +49,7 @@ def _descriptors() -> dict[int, str]:
             found[int(name)] = os.readlink(f"/proc/self/fd/{name}")
         except OSError:
             continue  # the directory's own descriptor
-    return found
+    return {fd: name for fd, name in found.items() if not _of_obstore(fd, name)}
 
 
 def _mounts() -> set[str]:

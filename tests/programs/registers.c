@@ -16,7 +16,7 @@ static struct set {
     volatile int spoil;
 } sets[4];
 
-#define SPIN 2000000L
+#define SPIN 400000L
 static unsigned char patterns[4][32 * 64 + 64] __attribute__((aligned(64)));
 
 /* The registers stay loaded through the spin: it is one piece of assembly, with no call and no other register. */

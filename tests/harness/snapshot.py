@@ -64,6 +64,7 @@ FDINFO_MAY_DIFFER = {
     "it_value": "a running timer: the programs check what is left",
     "eventfd-id": "a number of the kernel",
 }
+# O_TMPFILE may go: it says how an unnamed file once came to be; it is opened again from another
 #: namespaces of a process
 KINDS = ("user", "pid", "pid_for_children", "mnt", "uts", "ipc", "net", "cgroup", "time", "time_for_children")
 #: plain files of /proc/PID that must be equal as they are
@@ -226,6 +227,10 @@ def _descriptors(pid: int) -> dict[str, Any]:
             name, _, value = line.partition(":")
             if name == "tfd":  # an epoll entry ends with the position, inode and device of what it watches
                 lines.append(" ".join(line.split()[:6]))
+            elif name == "flags":
+                flags = int(value, 8)
+                unnamed = flags & os.O_TMPFILE == os.O_TMPFILE
+                lines.append(f"flags:{flags & ~os.O_TMPFILE if unnamed else flags:o}")
             elif name not in FDINFO_MAY_DIFFER:
                 lines.append(f"{name}:{' '.join(value.split())}")
         found[f"fd {fd}"] = [_without_number(_link(f"/proc/{pid}/fd/{fd}") or ""), *sorted(lines)]

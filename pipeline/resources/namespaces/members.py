@@ -209,8 +209,9 @@ class NamespaceCapture:
         if namespace.kind == "uts":
             return names.capture_uts(way)
         if namespace.kind == "ipc":
-            self.blockers.extend(names.check_ipc(f"pid {pid}", way))
-            return names.capture_ipc(way)
+            state, blockers = names.capture_ipc(f"pid {pid}", way)
+            self.blockers.extend(blockers)
+            return state
         view = MountsView(self._unconfined(namespace.index, pid), self._surroundings(namespace.owner))
         self.blockers.extend(view.blockers)
         return view.state

@@ -10,7 +10,7 @@ Sources: uts_namespaces(7), ipc_namespaces(7), sysvipc(7).
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import msgpack
 
@@ -81,21 +81,8 @@ def _sysctls() -> dict[str, bytes]:
     }
 
 
-def capture_ipc(way: Way) -> IpcState:
-    """The limits that differ from a fresh namespace's."""
-
-    def look() -> bytes:
-        here = _sysctls()
-        unshare(CLONE.NEWIPC)
-        fresh = _sysctls()
-        packed: bytes = msgpack.packb({name: value for name, value in here.items() if value != fresh[name]})
-        return packed
-
-    return IpcState(sysctls=msgpack.unpackb(visit(way, look)))
-
-
-def check_ipc(subject: str, way: Way) -> Iterator[Blocker]:
-    """Objects in an ipc namespace, which are not carried."""
+def capture_ipc(subject: str, way: Way) -> tuple[IpcState, list[Blocker]]:
+    """The limits that differ from a fresh namespace's; and objects, which are not carried."""
 
     def look() -> bytes:
         found = [
@@ -104,21 +91,27 @@ def check_ipc(subject: str, way: Way) -> Iterator[Blocker]:
             if _read(f"/proc/sysvipc/{name}").count(b"\n") > 1
         ]
         found += [f"POSIX message queue /{name}" for name in os.listdir(_mount_mqueue())]
-        packed: bytes = msgpack.packb(found)
+        here = _sysctls()
+        unshare(CLONE.NEWIPC)
+        fresh = _sysctls()
+        limits = {name: value for name, value in here.items() if value != fresh[name]}
+        packed: bytes = msgpack.packb((limits, found))
         return packed
 
-    for what in msgpack.unpackb(visit(way, look)):
-        yield Blocker(
-            subject, f"its ipc namespace holds {what}, which is not carried yet", "remove it (ipcrm)"
-        )
+    limits, objects = msgpack.unpackb(visit(way, look))
+    blockers = [
+        Blocker(subject, f"its ipc namespace holds {what}, which is not carried yet", "remove it (ipcrm)")
+        for what in objects
+    ]
+    return IpcState(sysctls=limits), blockers
 
 
 def _mount_mqueue() -> str:
     """Mount the message queues of the ipc namespace that the caller is in, where only the caller sees them."""
     unshare(CLONE.NEWNS)
     mount(None, b"/", None, _MS_PRIVATE_RECURSIVE)
-    mount(b"mqueue", b"/proc/sys", b"mqueue", 0)
-    return "/proc/sys"
+    mount(b"mqueue", b"/proc/fs", b"mqueue", 0)
+    return "/proc/fs"
 
 
 def mqueue_device(way: Way) -> int:

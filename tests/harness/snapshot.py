@@ -65,6 +65,8 @@ FDINFO_MAY_DIFFER = {
     "eventfd-id": "a number of the kernel",
 }
 # O_TMPFILE may go: it says how an unnamed file once came to be; it is opened again from another
+#: flags of files without a name: O_TMPFILE (with its O_DIRECTORY) and O_NOFOLLOW say how they were opened once
+UNNAMED_MAY_DIFFER = os.O_TMPFILE | os.O_NOFOLLOW
 #: namespaces of a process
 KINDS = ("user", "pid", "pid_for_children", "mnt", "uts", "ipc", "net", "cgroup", "time", "time_for_children")
 #: plain files of /proc/PID that must be equal as they are
@@ -132,6 +134,15 @@ def kcmp(pid_a: int, pid_b: int, kind: int, a: int = 0, b: int = 0) -> int:
     if result < 0:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
     return result
+
+
+def _is_same_file(pid_a: int, fd_a: int, pid_b: int, fd_b: int) -> bool:
+    try:
+        return kcmp(pid_a, pid_b, KCMP_FILE, fd_a, fd_b) == 0
+    except OSError as error:
+        if error.errno == errno.EBADF:  # closed since it was listed
+            return False
+        raise
 
 
 def _read(path: str) -> str | None:
@@ -215,13 +226,26 @@ def _without_number(name: str) -> str:
     return re.sub(r"^(socket|pipe|net|user|mnt|pid|uts|ipc|cgroup|time):\[\d+\]$", r"\1:", name)
 
 
-def _descriptors(pid: int) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+def _open_files(pid: int) -> dict[int, str]:
+    """Open descriptors and what they lead to.
+
+    Without those that a running program opens for a moment: the harness's requests, and files of /proc.
+    """
+    found: dict[int, str] = {}
     try:
         numbers = sorted(map(int, os.listdir(f"/proc/{pid}/fd")))
     except OSError:
         return found
     for fd in numbers:
+        link = _link(f"/proc/{pid}/fd/{fd}")
+        if link is not None and not link.startswith("/proc/") and "/request." not in link:
+            found[fd] = link
+    return found
+
+
+def _descriptors(pid: int) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for fd, link in _open_files(pid).items():
         lines = []
         for line in (_read(f"/proc/{pid}/fdinfo/{fd}") or "").splitlines():
             name, _, value = line.partition(":")
@@ -231,9 +255,11 @@ def _descriptors(pid: int) -> dict[str, Any]:
                 flags = int(value, 8)
                 unnamed = flags & os.O_TMPFILE == os.O_TMPFILE
                 lines.append(f"flags:{flags & ~os.O_TMPFILE if unnamed else flags:o}")
+            elif name == "flags" and link.endswith(" (deleted)"):
+                lines.append(f"flags:{int(value, 8) & ~UNNAMED_MAY_DIFFER:o}")
             elif name not in FDINFO_MAY_DIFFER:
                 lines.append(f"{name}:{' '.join(value.split())}")
-        found[f"fd {fd}"] = [_without_number(_link(f"/proc/{pid}/fd/{fd}") or ""), *sorted(lines)]
+        found[f"fd {fd}"] = [_without_number(link), *sorted(lines)]
     return found
 
 
@@ -242,13 +268,9 @@ def _sharing(pids: list[int]) -> dict[str, Any]:
     facts: dict[str, Any] = {}
     groups: list[tuple[int, int, list[str]]] = []
     for pid in pids:
-        try:
-            numbers = sorted(map(int, os.listdir(f"/proc/{pid}/fd")))
-        except OSError:
-            continue
-        for fd in numbers:
+        for fd in _open_files(pid):
             for other, number, members in groups:
-                if kcmp(pid, other, KCMP_FILE, fd, number) == 0:
+                if _is_same_file(pid, fd, other, number):
                     members.append(f"{pid}:{fd}")
                     break
             else:
@@ -267,12 +289,7 @@ def _pipes(pids: list[int]) -> list[list[str]]:
     """Descriptors of the same pipe or socket inode: both ends of one pipe have one inode."""
     found: dict[str, list[str]] = {}
     for pid in pids:
-        try:
-            numbers = sorted(map(int, os.listdir(f"/proc/{pid}/fd")))
-        except OSError:
-            continue
-        for fd in numbers:
-            link = _link(f"/proc/{pid}/fd/{fd}") or ""
+        for fd, link in _open_files(pid).items():
             if link.startswith("pipe:"):
                 found.setdefault(link, []).append(f"{pid}:{fd}")
     return sorted(found.values())

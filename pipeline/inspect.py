@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from pipeline.image.codec import Image
 from pipeline.restore import opened, page_runs, read_records
+from pipeline.transport.buffers import LeasedRun
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,13 @@ async def inspect(source: str) -> Inspection:
     page_bytes: Counter[int] = Counter()
     async with opened(source) as reader:
         image, first = await read_records(reader)
+        if first is not None:
+            _count(first, page_bytes)
         async for leased in page_runs(reader, image, first):
-            page_bytes[leased.run.space] += len(leased.run.payload)
-            leased.lease.release()
+            _count(leased, page_bytes)
         return Inspection(image, dict(page_bytes), reader.bytes_read)
+
+
+def _count(leased: LeasedRun, page_bytes: Counter[int]) -> None:
+    page_bytes[leased.run.space] += len(leased.run.payload)
+    leased.lease.release()

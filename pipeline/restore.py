@@ -99,25 +99,29 @@ async def read_records(reader: FrameReader) -> tuple[Image, LeasedRun | None]:
             return image, None
 
 
+def page_feed(reader: FrameReader, image: Image, first: LeasedRun | None, progress: Progress) -> PageFeed:
+    """The pages behind the records, for whoever fills a space; it owns `first`, the run already read."""
+    return PageFeed(first, page_runs(reader, image, first), progress)
+
+
 async def page_runs(reader: FrameReader, image: Image, first: LeasedRun | None) -> AsyncIterator[LeasedRun]:
-    """The pages behind the records, to the end record, which is checked.
+    """The page runs behind `first`, to the end record, which is checked.
 
     Raises:
         ImageError: the stream is cut, or more or fewer pages came than were sent.
     """
-    total = 0
-    run = first
-    while run is not None:
-        total += len(run.run.payload)
-        yield run
+    total = len(first.run.payload) if first is not None else 0
+    more = first is not None
+    while more:
         item = await reader.next()
         if item is None:
             raise ImageError("the image ends before its end record: it is truncated")
         if isinstance(item, End):
             image.add(item)
-            run = None
+            more = False
         elif isinstance(item, LeasedRun):
-            run = item
+            total += len(item.run.payload)
+            yield item
         else:
             raise ImageError("a record stands among the pages")
     if image.end is None or image.end.page_bytes != total:
@@ -186,7 +190,7 @@ async def restore(
     async with tracer_thread() as tracer, opened(source) as reader:
         image, first = await read_records(reader)
         records_read = time.monotonic()
-        feed = PageFeed(page_runs(reader, image, first), progress)
+        feed = page_feed(reader, image, first, progress)
         async with rebuilt(image, feed, tracer, progress, new_pidns) as rebuilding:
             progress.phase("thaw")
             root = await tracer.run(rebuilding.thaw)

@@ -25,7 +25,7 @@ from pipeline.ids import HostPid
 from pipeline.kernel.arch import x86_64 as arch
 from pipeline.progress import NullProgress, Progress
 from pipeline.remote.tracer import Tracer, tracer_thread
-from pipeline.restore import RestoredTree, page_runs, read_records
+from pipeline.restore import RestoredTree, page_feed, read_records
 from pipeline.stages.fill import PageFeed
 from pipeline.stages.rebuild import Rebuilding, rebuilt
 from pipeline.transport import identity, protocol, tcp
@@ -101,7 +101,7 @@ class _Server:
         try:
             image, first = await read_records(channel.reader)
             image.check_machine(arch.MACHINE)
-            feed = PageFeed(page_runs(channel.reader, image, first), self._progress)
+            feed = page_feed(channel.reader, image, first, self._progress)
             async with rebuilt(image, feed, self._tracer, self._progress, self._new_pidns) as rebuilding:
                 await channel.say(Prepared())
                 await self._await_commit(channel, offer, rebuilding, feed)

@@ -9,7 +9,6 @@ The same objects, over a tree that runs, tell `check` what stops it (`tree_block
 
 from __future__ import annotations
 
-import hashlib
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -19,7 +18,7 @@ from typing import Self
 from msgspec.structs import replace
 
 from pipeline.errors import Blocker
-from pipeline.ids import HostPid, LocalFd, RemoteAddress
+from pipeline.ids import HostPid, LocalFd
 from pipeline.image.plan import Planner, fill_order, plan
 from pipeline.image.schema import (
     FORMAT_VERSION,
@@ -34,7 +33,6 @@ from pipeline.image.schema import (
 )
 from pipeline.kernel import procfs, ptrace, smaps
 from pipeline.kernel.arch import x86_64 as arch
-from pipeline.kernel.syscalls import read_memory
 from pipeline.remote.live import LiveTask, Region, find_places
 from pipeline.resources.memory.alike import is_forked
 from pipeline.resources.memory.capture import Captured, capture_address_space, check_address_space
@@ -48,6 +46,7 @@ from pipeline.resources.tasks.interrupted import Sleepers
 from pipeline.resources.tasks.refusals import check_task
 from pipeline.stages.freeze import FrozenProcess, FrozenTree
 from pipeline.stages.memory import FilePages, PageSource, ProcessPages, SharedPages
+from pipeline.stages.memory_layout import vdso_digest
 from pipeline.stages.observe import FileObserver, Spaces, Tree
 from pipeline.userns.capture import LiveForest
 from pipeline.userns.cradle import is_privileged
@@ -165,7 +164,7 @@ class Capture:
             return [], [], blockers
         spaces, sources, planner = self._arrange(processes, captured)
         blockers += planner.blockers
-        records: list[tuple[Record, Record | None]] = [(self._head(frozen.root, processes, spaces), None)]
+        records: list[tuple[Record, Record | None]] = [(self._head(frozen.root, processes), None)]
         for group in (
             self._forest.records,
             self.namespaces.namespaces,
@@ -325,7 +324,7 @@ class Capture:
         finally:
             os.close(memory)
 
-    def _head(self, root: HostPid, processes: Sequence[Process], spaces: Sequence[AddressSpace]) -> Head:
+    def _head(self, root: HostPid, processes: Sequence[Process]) -> Head:
         xstate = next(thread.xstate for process in processes for thread in process.threads)
         return Head(
             version=FORMAT_VERSION,
@@ -333,18 +332,10 @@ class Capture:
             page_size_bytes=arch.PAGE_BYTES,
             xfeatures=arch.xfeatures(xstate),
             xstate_size_bytes=len(xstate),
-            vdso=self._vdso(root, spaces),
+            vdso=vdso_digest(root),
             kernel=os.uname().release,
             created_ns=time.time_ns(),
             root=root,
             monotonic_ns=time.clock_gettime_ns(time.CLOCK_MONOTONIC),
             boottime_ns=time.clock_gettime_ns(time.CLOCK_BOOTTIME),
         )
-
-    @staticmethod
-    def _vdso(root: HostPid, spaces: Sequence[AddressSpace]) -> bytes:
-        for vma in spaces[0].vmas:
-            if vma.kind == "vdso":
-                code = read_memory(root, RemoteAddress(vma.start), vma.end - vma.start)
-                return hashlib.sha256(code.replace(arch.STUB, bytes(len(arch.STUB)))).digest()
-        return bytes(32)

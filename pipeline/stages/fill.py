@@ -42,16 +42,21 @@ class PageFeed:
     """Hands page runs of the stream to whoever fills the space they belong to.
 
     Args:
-        runs: the stream of page runs, in order.
+        first: the first page run, owned by the feed from now on.
+        runs: the stream of those behind it, in order.
         progress: is told the bytes that have been written.
         total_bytes: how many will come, where known.
     """
 
     def __init__(
-        self, runs: AsyncIterator[LeasedRun], progress: Progress, total_bytes: int | None = None
+        self,
+        first: LeasedRun | None,
+        runs: AsyncIterator[LeasedRun],
+        progress: Progress,
+        total_bytes: int | None = None,
     ) -> None:
         self._runs = runs
-        self._next: LeasedRun | None = None
+        self._next = first
         self._ended = False
         self._progress = progress
         self._total = total_bytes

@@ -11,14 +11,16 @@ Source: prctl(2) PR_SET_MM; kernel/sys.c prctl_set_mm_map.
 
 from __future__ import annotations
 
+import hashlib
 import struct
 from collections.abc import Iterator, Sequence
 
 from pipeline.errors import RebuildError
+from pipeline.ids import HostPid, RemoteAddress
 from pipeline.image.schema import AddressSpace
 from pipeline.kernel.arch import x86_64 as arch
 from pipeline.kernel.arch.x86_64 import NR
-from pipeline.kernel.syscalls import PR_SET_MM_MAP, PRCTL
+from pipeline.kernel.syscalls import PR_SET_MM_MAP, PRCTL, read_memory
 from pipeline.remote.calls import Call, In
 from pipeline.remote.puppet import SCRATCH_BYTES, Puppet
 
@@ -42,6 +44,15 @@ def kernel_mappings(pid: int) -> dict[str, tuple[int, int]]:
                 start, end = line.split(None, 1)[0].split(b"-")
                 found[name[1:-1].decode()] = (int(start, 16), int(end, 16))
     return found
+
+
+def vdso_digest(pid: HostPid) -> bytes:
+    """SHA-256 of a process's vdso, without what `pipeline.remote.live` may have left in it; zeros if it has none."""
+    found = kernel_mappings(pid).get("vdso")
+    if found is None:
+        return bytes(hashlib.sha256().digest_size)
+    code = read_memory(pid, RemoteAddress(found[0]), found[1] - found[0])
+    return hashlib.sha256(code.replace(arch.STUB, bytes(len(arch.STUB)))).digest()
 
 
 def _gaps(kept: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:

@@ -19,7 +19,7 @@ from pipeline.ids import HostPid, LocalFd
 from pipeline.image.codec import Image
 from pipeline.image.plan import Fill, plan
 from pipeline.image.schema import Id, PathRef, Process
-from pipeline.kernel import procfs
+from pipeline.kernel import procfs, ptrace
 from pipeline.kernel.arch import x86_64 as arch
 from pipeline.kernel.syscalls import RESOLVE, openat2
 from pipeline.ledger import LEDGER
@@ -91,6 +91,7 @@ class Rebuilding:
         hole = find_hole([space.vmas for space in image.spaces.values()], memory_layout.HOLE_BYTES)
         self._launcher = spawn_launcher(hole, self._channel_fd(), self._reserved_pids())
         self._stack.callback(self._end_launcher)
+        self._check_processor_and_vdso()
         announcer: Announcer
         if self._new_pidns:
             self._init = Init(self._launcher)
@@ -119,6 +120,26 @@ class Rebuilding:
         )
         self._stack.callback(self._end_tree)
         self._steps = self.growth.grow()
+
+    def _check_processor_and_vdso(self) -> None:
+        """What the tree's registers and code rely on must be the same here; the launcher tells.
+
+        Raises:
+            RebuildError: says what is not.
+        """
+        head = self._image.head
+        xstate = ptrace.get_xstate(self._launcher.tid)
+        missing = head.xfeatures & ~arch.xfeatures(xstate)
+        if missing or head.xstate_size_bytes != len(xstate):
+            raise RebuildError(
+                f"this processor keeps other extended state than the source's (XCR0 {arch.xfeatures(xstate):#x} "
+                f"in {len(xstate)} bytes; the tree has {head.xfeatures:#x} in {head.xstate_size_bytes})"
+            )
+        if any(head.vdso) and head.vdso != memory_layout.vdso_digest(self._launcher.pid):
+            raise RebuildError(
+                f"the vdso of this kernel ({os.uname().release}) is not that of the source's ({head.kernel}); "
+                "code of the tree holds addresses in it: restore under the same kernel build"
+            )
 
     def next_fill(self) -> Fill | None:
         """Grow until pages are wanted; None when the tree has grown."""

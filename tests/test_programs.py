@@ -9,6 +9,8 @@ import pytest
 from tests.harness.settings import CONTAINER_2
 from tests.harness.tree import PROGRAMS, Tree
 
+pytestmark = pytest.mark.root
+
 NAMES = sorted(
     path.stem for path in PROGRAMS.iterdir() if path.suffix in {".py", ".c"} and path.stem != "support"
 )

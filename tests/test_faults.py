@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -133,7 +134,8 @@ def test_dump_interrupted_says_so_and_gives_back(
         dumper.send_signal(number)
         dumper.communicate()
         assert dumper.returncode in (0, 128 + number, -number)
-        assert (image / "manifest").exists() == (dumper.returncode == 0)
+        if dumper.returncode == 128 + number:  # else it came before the command listened, or after its work
+            assert not (image / "manifest").exists()
         tree.check()
 
 
@@ -150,7 +152,7 @@ def test_restore_killed_leaves_no_half_tree(start: Callable[..., Tree], tmp_path
         restorer.send_signal(signal.SIGKILL)
         if restorer.wait() == 0:
             break
-        time.sleep(0.05)
+        _wait_for_puppets()
         left = [pid for pid in family_of(os.getpid()) if pid in family and _runs(pid)]
         if set(left) == {pid for pid in family if _runs(pid)} and len(left) >= len(family) - 1:
             break  # it was killed after the thaw
@@ -159,6 +161,26 @@ def test_restore_killed_leaves_no_half_tree(start: Callable[..., Tree], tmp_path
     else:
         restore(tree, image)
     tree.check()
+
+
+def _wait_for_puppets() -> None:
+    """The kernel kills the puppets of a killed restorer; stand-ins for dead leaders are among them."""
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        children = [pid for pid in family_of(os.getpid())[1:] if _name(pid) == "memfd:puppet"]
+        if not children:
+            return
+        for pid in children:
+            with suppress(ChildProcessError):
+                os.waitpid(pid, os.WNOHANG)
+        time.sleep(0.01)
+
+
+def _name(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except OSError:
+        return ""
 
 
 def _runs(pid: int) -> bool:

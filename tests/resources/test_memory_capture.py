@@ -8,6 +8,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -231,6 +232,9 @@ def test_deleted_executable_is_carried(folder: str, memfd: bool) -> None:
         fd = os.open(path, os.O_RDONLY)
     child = subprocess.Popen([path, "1000"], executable=path, pass_fds=[fd] if memfd else [])
     os.close(fd)
+    # Popen returns when the old program is gone; the new one may not be mapped yet
+    while b"[vdso]" not in (maps := Path(f"/proc/{child.pid}/maps").read_bytes()) or b"libc.so" not in maps:
+        time.sleep(0.005)
     if not memfd:
         os.unlink(path)
     try:

@@ -85,6 +85,14 @@ class Inherit:
 
 
 @dataclass(frozen=True, slots=True)
+class BeginTime:
+    """`pid` makes time namespace `timens`, for the children it bears from now on."""
+
+    pid: int
+    timens: int
+
+
+@dataclass(frozen=True, slots=True)
 class Fill:
     """The pages of `space` come now."""
 
@@ -98,7 +106,7 @@ class Remove:
     pid: int
 
 
-Step = Spawn | FoundSession | JoinGroup | Become | Inherit | Fill | Remove
+Step = Spawn | FoundSession | JoinGroup | Become | Inherit | BeginTime | Fill | Remove
 
 
 @dataclass
@@ -276,6 +284,11 @@ class Planner:
             self._join(process, process.pgid)
         for child in early:
             self._bear(child, pid, born_in)
+        begins_time = self._time_to_begin(process)
+        if begins_time is not None and self.namespaces[begins_time].owner != process.namespaces.user:
+            self.steps.append(BeginTime(pid, begins_time))
+            self._refuse_time(process, [c for c in own if c not in early], begins_time, inside=False)
+            begins_time = None
         if process.state != "zombie":
             space = process.space
             parent = self.processes.get(process.parent)
@@ -288,10 +301,36 @@ class Planner:
             self.steps.append(Inherit(pid) if inherits else Become(pid))
             if space is not None:
                 self.steps.append(Fill(space))
+        if begins_time is not None:
+            self._refuse_time(process, early, begins_time, inside=True)
+            for child in own:
+                if child.namespaces.time != begins_time:
+                    self._bear(child, pid, process.namespaces.user)
+            self.steps.append(BeginTime(pid, begins_time))
         for child in own:
             self._bear(child, pid, process.namespaces.user)
         for key in [k for k in self._stand_in_sessions if k[0] == pid]:
             self.steps.append(Remove(self._stand_in_sessions.pop(key)))
+
+    def _time_to_begin(self, process: Process) -> int | None:
+        """The time namespace that a process has made for its children, and is not in itself."""
+        members = process.namespaces
+        own = members.time_for_children != members.time and process.state != "zombie"
+        return members.time_for_children if own else None
+
+    def _refuse_time(
+        self, parent: Process, children: Sequence[Process], timens: int, *, inside: bool
+    ) -> None:
+        """Children that would be born on the wrong side of `timens`."""
+        for child in children:
+            if (child.namespaces.time == timens) == inside and child.state != "zombie":
+                self.blockers.append(
+                    Blocker(
+                        f"pid {child.pids[0]}",
+                        f"its time namespace and that for the children of pid {parent.pids[0]} cannot be given "
+                        "to them in the order in which they must be born",
+                    )
+                )
 
     def _led_by_living(self, pgid: int) -> bool:
         return pgid in self._spawned and self._state[pgid].pgid == pgid

@@ -91,6 +91,9 @@ class CaptureScope(Protocol):
     def memory(self, view: FdView) -> Index:
         """The `SharedMemory` space of a memfd or shared mapping behind `view`, registered on first use."""
 
+    def namespace(self, view: FdView) -> tuple[str, Index] | None:
+        """Kind and number of the namespace behind a namespace file; None for one that is not the tree's to make."""
+
     def peers(self) -> dict[Any, Any]:
         """A scratch dictionary shared by all kinds during one capture (socket tables, inode groups)."""
 
@@ -118,6 +121,9 @@ class CreateScope(Protocol):
 
     def content(self, space: Index) -> LocalFd:
         """The local descriptor (memfd or unnamed file) that holds the bytes of `space`; owned by the scope."""
+
+    def namespace(self, kind: str, index: Index) -> LocalFd:
+        """Open a namespace: a `UserNamespace` of kind `user`, else a `Namespace`; the caller owns the result."""
 
     def file(self, index: Index) -> LocalFd:
         """Local descriptor of an open file that `create` made (phases 2 and 3); owned by the scope."""

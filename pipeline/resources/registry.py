@@ -17,6 +17,7 @@ from pipeline.resources import (
     fifo,
     kernel_files,
     memfd,
+    namespace_file,
     opath,
     pidfd,
     pipes,
@@ -37,6 +38,7 @@ def kinds() -> tuple[FileKind[Any], ...]:
     return (
         opath.KIND,
         memfd.KIND,
+        namespace_file.KIND,
         kernel_files.KIND,
         unnamed.KIND,
         regular.KIND,

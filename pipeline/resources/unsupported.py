@@ -49,7 +49,6 @@ _BY_LINK: Sequence[tuple[bytes, str, str]] = (
     (b"/secretmem", "secret memory cannot be read from outside", "use memfd_create instead"),
     (b"socket:[", "this kind of socket is not carried", "close it"),
 )
-_NAMESPACES = (b"mnt:[", b"net:[", b"pid:[", b"user:[", b"uts:[", b"ipc:[", b"cgroup:[", b"time:[")
 
 
 class NoState(Record, frozen=True):
@@ -64,7 +63,7 @@ class Unsupported(CompleteOnceCreated):
     carried: Sequence[str] = ()
     refused: Sequence[str] = (
         "inotify, fanotify, io_uring, userfaultfd, perf, BPF, KVM, secret memory",
-        "namespace descriptors, devices with state, block devices, whatever is not known",
+        "devices with state, block devices, whatever is not known",
     )
 
     def matches(self, view: FdView) -> bool:
@@ -97,11 +96,6 @@ def _reason(view: FdView) -> tuple[str, str]:
     for start, reason, remedy in _BY_LINK:
         if view.link.startswith(start):
             return reason, remedy
-    if view.link.startswith(_NAMESPACES):
-        return (
-            "a descriptor of a namespace is not carried",
-            "close it; /proc/PID/ns names the namespace as well",
-        )
     mode = view.stat.st_mode
     if stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
         number = f"{os.major(view.stat.st_rdev)}:{os.minor(view.stat.st_rdev)}"

@@ -15,6 +15,8 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+from msgspec.structs import replace
+
 from pipeline.errors import RebuildError
 from pipeline.ids import LocalFd, RemoteFd
 from pipeline.image.codec import Image
@@ -146,6 +148,8 @@ class Embodiment:
         self.session_founded = terminals.session_founded
         self.join_owner = keepers.join_owner
         self.pid_namespace_begins = keepers.mount_late
+        self.begin_time = keepers.begin_time
+        self.choose_empty_pids = keepers.choose_empty_pids
 
     def become(self, process: Process, grown: Grown) -> None:
         """`Become` of the plan."""
@@ -175,7 +179,10 @@ class Embodiment:
         credentials.before_join(puppet, wanted, grown.members.user, self._uid, self._gid)
         self._keepers.join(puppet, grown.members, process.namespaces)
         puppet.syscall(NR.prctl, PRCTL.SET_DUMPABLE, 1, 0, 0, 0)
-        grown.members = process.namespaces
+        # the namespace for its children is a step of its own, if it is not the one it is in
+        here = process.namespaces
+        begun = grown.members.time_for_children == here.time_for_children
+        grown.members = here if begun else replace(here, time_for_children=here.time)
 
     def _uid(self, wanted: Id, namespace: int) -> int | None:
         return self._forest.number_in(wanted, namespace, "uid")

@@ -77,7 +77,13 @@ class Capture:
         self.namespaces = NamespaceCapture(self.living, self._forest, is_privileged())
         self._objects = self._stack.enter_context(MemoryObjects(self))
         self.files = self._stack.enter_context(
-            FileObserver(self.tree, self._spaces, self._mount_namespace, self._objects.memory_of)
+            FileObserver(
+                self.tree,
+                self._spaces,
+                self._mount_namespace,
+                self._objects.memory_of,
+                self.namespaces.number_of,
+            )
         )
         #: system calls run inside the target
         self.injected_calls = 0
@@ -122,9 +128,9 @@ class Capture:
 
     def blockers(self) -> Iterator[Blocker]:
         """Everything that is known to stop the tree without asking its tasks."""
-        yield from self.namespaces.blockers
         self.files.collect(self.living)
         yield from self.files.blockers()
+        yield from self.namespaces.blockers  # behind the files, which may hold further namespaces
         for pid in self.living:
             with suppress(procfs.ProcessGone):
                 yield from check_task(pid)
@@ -143,7 +149,7 @@ class Capture:
             their pages in the order of the plan; and blockers: with any of them the rest is not to be used.
         """
         self.files.collect(self.living)
-        blockers = [*self.namespaces.blockers, *self.files.blockers()]
+        blockers = [*self.files.blockers(), *self.namespaces.blockers]
         for pid in self.living:
             blockers += [*check_task(pid), *check_controlling_terminal(pid, self.files)]
         if blockers:

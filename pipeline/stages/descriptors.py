@@ -48,6 +48,7 @@ class Descriptors:
         puppets: the leaders of all processes that stand, by level-0 pid.
         contents: shared memory and file contents.
         root_of: gives an O_PATH descriptor of the root of a mount namespace; not owned here.
+        namespace: opens a namespace of the image by kind and number.
         user, group: translate an `Id` to what the restorer sees.
         made: what `once` shall find made already; not owned here.
     """
@@ -58,6 +59,7 @@ class Descriptors:
         puppets: Mapping[int, Puppet],
         contents: Contents,
         root_of: Callable[[int], int],
+        namespace: Callable[[str, int], LocalFd],
         user: Callable[[Id], int],
         group: Callable[[Id], int],
         made: Mapping[tuple[Any, ...], Any],
@@ -66,6 +68,7 @@ class Descriptors:
         self._puppets = puppets
         self._contents = contents
         self._root_of = root_of
+        self.namespace = namespace
         self.user = user
         self.group = group
         self._files: dict[int, LocalFd] = {}

@@ -21,7 +21,17 @@ from msgspec.structs import replace
 
 from pipeline.errors import RebuildError
 from pipeline.image.codec import Image
-from pipeline.image.plan import Become, Fill, FoundSession, Inherit, JoinGroup, Planner, Remove, Spawn
+from pipeline.image.plan import (
+    Become,
+    BeginTime,
+    Fill,
+    FoundSession,
+    Inherit,
+    JoinGroup,
+    Planner,
+    Remove,
+    Spawn,
+)
 from pipeline.image.schema import Memberships, Process
 from pipeline.kernel.arch.x86_64 import NR
 from pipeline.kernel.syscalls import CLONE
@@ -58,6 +68,12 @@ class Body(Protocol):
 
     def session_founded(self, leader: int, puppet: Puppet) -> None:
         """Session `leader` has begun: its terminal is taken before anybody is born into it."""
+
+    def begin_time(self, timens: int, puppet: Puppet) -> None:
+        """`BeginTime` of the plan."""
+
+    def choose_empty_pids(self, pidns: int, puppet: Puppet) -> None:
+        """Pid namespace `pidns`, in which nobody lives, is made for the children of `puppet`."""
 
     def become(self, process: Process, grown: Grown) -> None:
         """`Become` of the plan."""
@@ -138,6 +154,10 @@ class Growth:
                     self._body.become(self._planner.processes[pid], self.grown[pid])
                 case Inherit(pid):
                     self._body.inherit(self._planner.processes[pid], self.grown[pid])
+                case BeginTime(pid, timens):
+                    grown = self.grown[pid]
+                    self._body.begin_time(timens, grown.puppet)
+                    grown.members = replace(grown.members, time_for_children=timens)
                 case Remove(pid):
                     self._remove(pid)
                 case Fill():
@@ -156,11 +176,18 @@ class Growth:
     def _of(self, pid: int) -> Grown:
         return self.grown[pid] if pid in self.grown else self._stand_ins[pid][0]
 
+    def first_of(self, pidns: int) -> int:
+        """The pid here of a process in pid namespace `pidns`: its first one, or, of the external one, who clones."""
+        return self._outer.pid if pidns == self._external("pid") else self._first_of(pidns).puppet.pid
+
     def _first_of(self, pidns: int) -> Grown:
         for pid, process in self._planner.processes.items():
             if process.namespaces.pid == pidns and process.pids[-1] == 1:
                 return self.grown[pid]
         raise RebuildError(f"pid namespace {pidns} has no first process in the image")
+
+    def _lives(self, pidns: int) -> bool:
+        return any(process.namespaces.pid == pidns for process in self._planner.processes.values())
 
     # -- births -----------------------------------------------------------------------
 
@@ -219,7 +246,7 @@ class Growth:
             self._stand_ins[step.pid] = (Grown(puppet, creator.members, creator.pgid), step.creator)
             return
         process = self._planner.processes[step.pid]
-        members = creator.members
+        members = replace(creator.members, time=creator.members.time_for_children)
         options = {"exit_signal": process.exit_signal}
         if step.pidns is None:
             puppet = self.clone_task(creator, process.namespaces.pid, process.pids, flags, **options)
@@ -325,6 +352,9 @@ class Growth:
             members = process.namespaces
             if process.state != "zombie" and members.pid_for_children != members.pid:
                 puppet = self.grown[pid].puppet
+                if not self._lives(members.pid_for_children):
+                    self._body.choose_empty_pids(members.pid_for_children, puppet)
+                    continue
                 first = os.pidfd_open(self._first_of(members.pid_for_children).puppet.pid)
                 try:
                     (inside,) = puppet.send_fds([first])

@@ -103,6 +103,7 @@ class FileObserver:
         spaces: numbers for contents.
         mount_namespace: the `Namespace` index of the mount namespace of a process.
         memory: registers the shared memory behind a descriptor and returns its space.
+        namespace: the kind and number of the namespace behind descriptor `fd` of a process.
     """
 
     def __init__(
@@ -111,11 +112,13 @@ class FileObserver:
         spaces: Spaces,
         mount_namespace: Callable[[HostPid], int],
         memory: Callable[[FdView], int],
+        namespace: Callable[[LocalFd, HostPid, int], tuple[str, int] | None],
     ) -> None:
         self._tree = tree
         self._spaces = spaces
         self._mount_namespace = mount_namespace
         self._memory = memory
+        self._namespace = namespace
         self._open = OpenFiles()
         self._peers: dict[Any, Any] = {}
         self._content_of: dict[tuple[int, int], int] = {}
@@ -212,6 +215,10 @@ class FileObserver:
     def memory(self, view: FdView) -> int:
         """See `CaptureScope.memory`."""
         return self._memory(view)
+
+    def namespace(self, view: FdView) -> tuple[str, int] | None:
+        """See `CaptureScope.namespace`."""
+        return self._namespace(view.local, view.pid, view.fd)
 
     def peers(self) -> dict[Any, Any]:
         """See `CaptureScope.peers`."""

@@ -100,7 +100,9 @@ class Rebuilding:
         else:
             announcer = Here()
         self._keepers = Keepers(self._launcher, self._forest, self._stack)
-        self._keepers.make(image.namespaces)
+        members = [process.namespaces for process in image.processes.values()]
+        begun_later = {m.time_for_children for m in members if m.time_for_children != m.time}
+        self._keepers.make(image.namespaces, begun_later)
         self._stack.callback(self.contents.close)
         self.contents.make(image, self._launcher)
         files = MappedFiles(image, self.contents, self._open_path)
@@ -164,6 +166,7 @@ class Rebuilding:
             puppets,
             self.contents,
             self._root_of,
+            self._open_namespace,
             self._here_uid,
             self._here_gid,
             self._terminals.made,
@@ -246,6 +249,12 @@ class Rebuilding:
 
     def _open_path(self, path: PathRef, flags: int) -> LocalFd:
         return openat2(self._root_of(path.mntns), path.path, flags, 0, RESOLVE.IN_ROOT)
+
+    def _open_namespace(self, kind: str, index: int) -> LocalFd:
+        """A namespace of the image as an open file; the caller owns it."""
+        pid = self.growth.first_of(index) if kind == "pid" else self._keepers.seat_of(kind, index)
+        link = "time_for_children" if kind == "time" else kind
+        return LocalFd(os.open(f"/proc/{pid}/ns/{link}", os.O_RDONLY | os.O_CLOEXEC))
 
     # -- what is held ---------------------------------------------------------------------------
 

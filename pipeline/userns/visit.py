@@ -1,7 +1,7 @@
 """Asking something inside a namespace: a short-lived visitor joins it, looks, and answers.
 
 Only the visitor changes namespaces. It is a thread where it can be, which costs a tenth of a
-millisecond; only a process of one thread may join a user namespace, so then it is a child. A child
+millisecond; only a process of one thread may join a user or time namespace, so then it is a child. A child
 does nothing but system calls between fork and exit, so that it is safe to fork where other
 threads run.
 
@@ -19,17 +19,18 @@ from pipeline.kernel.syscalls import CLONE, setns, unshare
 _CHUNK_BYTES = 1 << 16
 
 
-def visit(namespaces: Sequence[tuple[int, int]], look: Callable[[], bytes]) -> bytes:
+def visit(namespaces: Sequence[tuple[int, int]], look: Callable[[], bytes], *, alone: bool = False) -> bytes:
     """Join namespaces in a visitor and return what `look` returns there.
 
     Args:
         namespaces: (descriptor, CLONE_NEW* flag), joined in this order.
         look: runs in the visitor; must not use locks of other threads. It may unshare namespaces.
+        alone: the visitor must be a process of one thread, because of a time namespace.
 
     Raises:
         OSError: joining or looking failed, with the errno.
     """
-    if any(flag & CLONE.NEWUSER for _, flag in namespaces):
+    if alone or any(flag & CLONE.NEWUSER for _, flag in namespaces):
         return _by_child(namespaces, look)
     return _by_thread(namespaces, look)
 

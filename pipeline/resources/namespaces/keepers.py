@@ -16,7 +16,7 @@ go of its namespace. Sources: user_namespaces(7), setns(2).
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from pipeline.kernel.arch.x86_64 import NR
 from pipeline.kernel.syscalls import CLONE, PRCTL
 from pipeline.remote.calls import Call
 from pipeline.remote.puppet import Puppet
-from pipeline.resources.namespaces import mounts, names
+from pipeline.resources.namespaces import clocks, mounts, names, pids
 from pipeline.resources.namespaces.members import FLAGS
 from pipeline.userns.forest import Forest, IdKind
 from pipeline.userns.idmap import MapError
@@ -38,7 +38,7 @@ _KEEP_CAPS = 1 << 4
 #: groups first: whoever has given up the uid may not be allowed to change them
 _SET_IDS: tuple[tuple[IdKind, NR], ...] = (("gid", NR.setresgid), ("uid", NR.setresuid))
 #: joined in this order, the user namespace behind them
-_JOINABLE: tuple[NamespaceKind, ...] = ("uts", "ipc", "net", "cgroup", "mnt")
+_JOINABLE: tuple[NamespaceKind, ...] = ("uts", "ipc", "net", "cgroup", "time", "mnt")
 
 
 class Keepers:
@@ -59,8 +59,12 @@ class Keepers:
         self._mounts_to_do: dict[int, Sequence[mounts.Step]] = {}
         self._firsts: dict[int, Puppet] = {}
 
-    def make(self, namespaces: Mapping[int, Namespace]) -> None:
+    def make(self, namespaces: Mapping[int, Namespace], begun_later: Collection[int] = ()) -> None:
         """Make every user namespace, and every other one but pid namespaces, which begin with a process.
+
+        Args:
+            namespaces: by index.
+            begun_later: time namespaces that processes of the tree have to make themselves (`begin_time`).
 
         Raises:
             RebuildError: the kernel refuses a step; says which namespace.
@@ -71,7 +75,12 @@ class Keepers:
                     self._make_user(userns)
                 except (OSError, MapError) as error:
                     raise RebuildError(f"user namespace {userns.index}: {error}") from error
-        others = [n for n in namespaces.values() if not n.external and n.kind != "pid"]
+        self._states.update(namespaces)
+        others = [
+            n
+            for n in namespaces.values()
+            if not n.external and n.kind != "pid" and n.index not in begun_later
+        ]
         for namespace in sorted(others, key=lambda n: n.kind == "mnt"):  # mounts may show an ipc namespace
             try:
                 self._make_other(namespace)
@@ -172,10 +181,14 @@ class Keepers:
         keeper = self._clone(self._user[namespace.owner])
         if namespace.kind == "ipc":  # the root of its message queues will belong to the maker
             self._become_root_inside(namespace.owner, keeper)
-        keeper.syscall(NR.unshare, FLAGS[namespace.kind])
+        if namespace.kind != "time":
+            keeper.syscall(NR.unshare, FLAGS[namespace.kind])
         self._other[namespace.index] = keeper
-        self._states[namespace.index] = namespace
         match namespace.kind:
+            case "time":
+                clocks.begin(msgspec.convert(namespace.state, clocks.TimeState), keeper)
+            case "cgroup":
+                pass  # its root is the cgroup that we are in
             case "uts":
                 names.create_uts(msgspec.convert(namespace.state, names.UtsState), keeper)
             case "ipc":
@@ -218,12 +231,43 @@ class Keepers:
             helper.kill_and_reap()
             first.reap_children()
 
+    def begin_time(self, timens: int, puppet: Puppet) -> None:
+        """Let a process of the tree make time namespace `timens` for its children.
+
+        Raises:
+            RebuildError: the kernel refuses it.
+        """
+        try:
+            clocks.begin(msgspec.convert(self._states[timens].state, clocks.TimeState), puppet)
+        except (OSError, msgspec.ValidationError) as error:
+            raise RebuildError(f"time namespace {timens}: {error}") from error
+        self._other[timens] = puppet
+
+    def choose_empty_pids(self, pidns: int, puppet: Puppet) -> None:
+        """Let a process of the tree choose a pid namespace for its children in which nobody lives.
+
+        Raises:
+            RebuildError: the kernel refuses it.
+        """
+        try:
+            pids.choose_empty(msgspec.convert(self._states[pidns].state, pids.PidState), puppet)
+        except (OSError, msgspec.ValidationError) as error:
+            raise RebuildError(f"pid namespace {pidns}: {error}") from error
+
     # -- moving in --------------------------------------------------------------------
 
     def root_path(self, mntns: int) -> str:
         """A path to the root of a mount namespace, for the pipeline to open."""
         keeper = self._other.get(mntns)
         return f"/proc/{keeper.pid}/root" if keeper is not None else "/"
+
+    def seat_of(self, kind: str, index: int) -> int:
+        """The pid here of somebody in a namespace that is not of kind pid: a user namespace's, or another's number."""
+        if kind == "user" and index in self._user:
+            return self._user[index].pid
+        if index in self._states and self._states[index].external:
+            return self._user[0].pid
+        return self._keeper_of(index, kind).pid
 
     def join_owner(self, helper: Puppet, userns: int) -> None:
         """Move a helper into a user namespace."""
@@ -249,7 +293,8 @@ class Keepers:
 
     @staticmethod
     def _join(puppet: Puppet, keeper: Puppet, kind: str) -> None:
-        local = os.open(f"/proc/{keeper.pid}/ns/{kind}", os.O_RDONLY | os.O_CLOEXEC)
+        link = "time_for_children" if kind == "time" else kind
+        local = os.open(f"/proc/{keeper.pid}/ns/{link}", os.O_RDONLY | os.O_CLOEXEC)
         try:
             (number,) = puppet.send_fds([local])
         finally:

@@ -4,9 +4,11 @@ Namespaces are numbered over all kinds; the first seven are the external ones, w
 pipeline itself is in. pid namespaces form levels; whatever lies between a process and the
 pipeline's own is part of the image.
 
-Not carried yet, and refused by name: own network, cgroup and time namespaces; a pid
-namespace that waits for its first process; members of a pid namespace that is not
-below the pipeline's.
+A namespace that nobody of the tree is in may be held by a descriptor: it is carried, too, where
+that can be looked into from outside.
+
+Refused by name: own network namespaces, members of a pid namespace that is not below the
+pipeline's, or whose first process is not part of the tree.
 
 Sources: namespaces(7), pid_namespaces(7), ioctl_ns(2).
 """
@@ -16,6 +18,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from functools import cached_property
 
 import msgspec
@@ -27,8 +30,9 @@ from pipeline.kernel import nsfs, procfs
 from pipeline.kernel.mountinfo import mountinfo
 from pipeline.kernel.nsfs import NamespaceKey
 from pipeline.kernel.syscalls import CLONE
-from pipeline.resources.namespaces import names
+from pipeline.resources.namespaces import cgroups, clocks, names
 from pipeline.resources.namespaces.mounts_view import MountsView, PeerGroups, Surroundings
+from pipeline.resources.namespaces.pids import PidState
 from pipeline.userns.capture import LiveForest, OutsideError, outside_blocker
 
 KINDS: tuple[NamespaceKind, ...] = ("pid", "mnt", "uts", "ipc", "net", "cgroup", "time")
@@ -38,8 +42,6 @@ FLAGS = {
 }  # fmt: skip
 _REFUSED = {
     "net": "start it in the host's network namespace (without --net)",
-    "cgroup": "start it without a cgroup namespace of its own",
-    "time": "start it without a time namespace of its own",
 }
 _LINKS = (*KINDS, "pid_for_children", "time_for_children")
 
@@ -61,6 +63,23 @@ def check_visible(pid: HostPid) -> Iterator[Blocker]:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class _Seat:
+    """Where a namespace was seen first: by a link of `pid` below /proc, which opens it."""
+
+    pid: HostPid
+    path: str
+    #: the link is a descriptor: nobody of the tree needs to be in the namespace
+    held: bool = False
+
+    def open(self) -> LocalFd:
+        """Open it; the caller owns the result. ProcessGone: it is not there any more."""
+        try:
+            return LocalFd(os.open(self.path, os.O_RDONLY | os.O_CLOEXEC))
+        except (FileNotFoundError, ProcessLookupError):
+            raise procfs.ProcessGone(self.pid) from None
+
+
 class NamespaceCapture:
     """The namespaces of a tree; blockers are collected, not raised.
 
@@ -77,7 +96,7 @@ class NamespaceCapture:
         self.namespaces: list[Namespace] = []
         self.memberships: dict[HostPid, Memberships] = {}
         self._numbers: dict[tuple[str, NamespaceKey], int] = {}
-        self._first_seen: dict[int, HostPid] = {}
+        self._seats: dict[int, _Seat] = {}
         own = nsfs.keys(HostPid(os.getpid()))
         for kind in KINDS:
             index = len(self.namespaces)
@@ -88,8 +107,34 @@ class NamespaceCapture:
         for pid in pids:
             with suppress(procfs.ProcessGone):
                 self._capture(pid)
+        self._check_first_processes()
         for namespace in [n for n in self.namespaces if not n.external]:
             self._look_inside(namespace)
+
+    def number_of(self, local: LocalFd, pid: HostPid, fd: int) -> tuple[str, int] | None:
+        """The kind and number of the namespace behind an open namespace file of the tree.
+
+        A user namespace is known by its `UserNamespace` index, any other by its `Namespace` index. One that
+        nobody of the tree is in becomes part of the tree, too.
+
+        Args:
+            local: a duplicate of descriptor `fd` of process `pid`.
+
+        Returns:
+            None where it is not the tree's: outside of the pipeline's own user namespace.
+        """
+        flag = nsfs.kind_of(local)
+        kind = next(name for name, known in FLAGS.items() if known == flag)
+        if kind == "user":
+            try:
+                return kind, self._forest.number_of(local)
+            except OutsideError:
+                return None
+        known = len(self.namespaces)
+        index = self._register(_Seat(pid, f"/proc/{pid}/fd/{fd}", held=True), kind, local)
+        for namespace in self.namespaces[known:]:
+            self._look_inside(namespace)
+        return kind, index
 
     def external(self, kind: NamespaceKind) -> int:
         """The number of the external namespace of a kind."""
@@ -106,15 +151,8 @@ class NamespaceCapture:
         for link in _LINKS:
             kind = link.removesuffix("_for_children")
             if link not in keys:
-                if link == "pid_for_children":
-                    self.blockers.append(
-                        Blocker(
-                            f"pid {pid}",
-                            "has made a pid namespace for its children that has no first process yet",
-                            "let it fork once",
-                        )
-                    )
-                found[link] = self.external(kind)  # type: ignore[arg-type]
+                unborn = link == "pid_for_children"
+                found[link] = self._unborn(user, found["pid"]) if unborn else self.external(kind)  # type: ignore[arg-type]
                 continue
             found[link] = self._number(pid, kind, link, keys[link])
         self.memberships[pid] = Memberships(user=user, **found)
@@ -129,23 +167,34 @@ class NamespaceCapture:
     def _number(self, pid: HostPid, kind: str, link: str, key: NamespaceKey) -> int:
         if (kind, key) in self._numbers:
             return self._numbers[kind, key]
-        fd = nsfs.open_namespace(pid, link)
+        seat = _Seat(pid, f"/proc/{pid}/ns/{link}")
+        fd = seat.open()
         try:
-            return self._register(pid, kind, fd)
+            return self._register(seat, kind, fd)
         finally:
             os.close(fd)
 
-    def _register(self, pid: HostPid, kind: str, fd: LocalFd) -> int:
+    def _unborn(self, user: int, parent: int) -> int:
+        """A pid namespace that waits for its first process. The kernel does not show it to anybody.
+
+        It is taken to be owned by the user namespace of who made it, as `unshare -U -p` does.
+        """
+        index = len(self.namespaces)
+        self.namespaces.append(Namespace(index=index, kind="pid", external=False, owner=user, parent=parent))
+        return index
+
+    def _register(self, seat: _Seat, kind: str, fd: LocalFd) -> int:
+        pid = seat.pid
         key = nsfs.key_of(fd)
         if (kind, key) in self._numbers:
             return self._numbers[kind, key]
         parent = None
         if kind == "pid":
-            parent = self._parent_of(pid, fd)
+            parent = self._parent_of(seat, fd)
         owner = self._owner_of(pid, kind, fd)
         index = len(self.namespaces)
         self._numbers[kind, key] = index
-        self._first_seen[index] = pid
+        self._seats[index] = seat
         self.namespaces.append(
             Namespace(index=index, kind=kind, external=False, owner=owner, parent=parent)  # type: ignore[arg-type]
         )
@@ -159,14 +208,16 @@ class NamespaceCapture:
             )
         return index
 
-    def _parent_of(self, pid: HostPid, fd: LocalFd) -> int:
+    def _parent_of(self, seat: _Seat, fd: LocalFd) -> int:
         try:
             above = nsfs.parent(fd)
         except PermissionError:
-            self.blockers.append(Blocker(f"pid {pid}", "its pid namespace is not below the pipeline's own"))
+            self.blockers.append(
+                Blocker(f"pid {seat.pid}", "its pid namespace is not below the pipeline's own")
+            )
             return self.external("pid")
         try:
-            return self._register(pid, "pid", above)
+            return self._register(seat, "pid", above)
         finally:
             os.close(above)
 
@@ -187,12 +238,12 @@ class NamespaceCapture:
     # -- what is inside ---------------------------------------------------------------
 
     def _look_inside(self, namespace: Namespace) -> None:
-        if namespace.kind not in ("uts", "ipc", "mnt"):
+        if namespace.index not in self._seats:
             return
-        pid = self._first_seen[namespace.index]
+        pid = self._seats[namespace.index].pid
         try:
             with ExitStack() as fds:
-                found = self._state(namespace, pid, self._way(namespace.index, fds))
+                found = self._state(namespace, self._seats[namespace.index], self._way(namespace.index, fds))
         except procfs.ProcessGone:
             return
         except OSError as error:
@@ -202,16 +253,36 @@ class NamespaceCapture:
                 )
             )
             return
-        state = msgspec.to_builtins(found, builtin_types=(bytes,))
-        self.namespaces[namespace.index] = msgspec.structs.replace(namespace, state=state)
+        if found is not None:
+            state = msgspec.to_builtins(found, builtin_types=(bytes,))
+            self.namespaces[namespace.index] = msgspec.structs.replace(namespace, state=state)
 
-    def _state(self, namespace: Namespace, pid: HostPid, way: names.Way) -> msgspec.Struct:
+    def _state(self, namespace: Namespace, seat: _Seat, way: names.Way) -> msgspec.Struct | None:
+        pid = seat.pid
+        if namespace.kind in ("mnt", "pid", "cgroup") and seat.held:
+            self.blockers.append(
+                Blocker(
+                    f"pid {pid}",
+                    f"holds a descriptor of a {namespace.kind} namespace that no process of the tree is in",
+                    "close it",
+                )
+            )
+            return None
+        if namespace.kind == "pid":
+            return self._state_of_pids(namespace, seat)
+        if namespace.kind == "time":
+            return clocks.capture(way)
+        if namespace.kind == "cgroup":
+            self.blockers.extend(cgroups.check(self._members("cgroup", namespace.index), way))
+            return None
         if namespace.kind == "uts":
             return names.capture_uts(way)
         if namespace.kind == "ipc":
             state, blockers = names.capture_ipc(f"pid {pid}", way)
             self.blockers.extend(blockers)
             return state
+        if namespace.kind != "mnt":
+            return None
         view = MountsView(self._unconfined(namespace.index, pid), self._surroundings(namespace.owner))
         self.blockers.extend(view.blockers)
         return view.state
@@ -231,18 +302,73 @@ class NamespaceCapture:
         groups = PeerGroups()
         for namespace in self.namespaces:
             if namespace.kind == "mnt" and not namespace.external:
-                groups.learn(mountinfo(self._unconfined(namespace.index, self._first_seen[namespace.index])))
+                first = self._seats[namespace.index].pid
+                groups.learn(mountinfo(self._unconfined(namespace.index, first)))
         return groups
 
     def _way(self, index: int, fds: ExitStack) -> names.Way:
         """What a visitor joins to be in namespace `index`; the descriptors are closed by `fds`."""
-        pid, kind = self._first_seen[index], self.namespaces[index].kind
-        way = []
-        for link in (kind,) if self._privileged else ("user", kind):
-            fd = nsfs.open_namespace(pid, link)
-            fds.callback(os.close, fd)
-            way.append((fd, FLAGS[link]))
+        fd = self._seats[index].open()
+        fds.callback(os.close, fd)
+        way = [(int(fd), int(FLAGS[self.namespaces[index].kind]))]
+        if not self._privileged:
+            owner = nsfs.owner(fd)
+            fds.callback(os.close, owner)
+            way.insert(0, (owner, FLAGS["user"]))
         return way
+
+    def _members(self, kind: str, index: int) -> list[HostPid]:
+        """The processes of the tree that are in a namespace."""
+        return [pid for pid, members in self.memberships.items() if getattr(members, kind) == index]
+
+    # -- pid namespaces -----------------------------------------------------------------
+
+    def _check_first_processes(self) -> None:
+        """A pid namespace can only be made again together with its first process."""
+        for namespace in self.namespaces:
+            members = self._members("pid", namespace.index)
+            if namespace.kind != "pid" or namespace.external or not members:
+                continue
+            depth = len(self._levels(namespace.index))
+            firsts = []
+            for pid in members:
+                with suppress(procfs.ProcessGone):
+                    firsts.append(procfs.status(pid).ns_pid[depth - 1 :] == (1,))
+            if not any(firsts):
+                self.blockers.append(
+                    Blocker(
+                        f"pid {members[0]}",
+                        "is in a pid namespace whose first process is not part of the tree",
+                        "give the pid of a tree that holds the whole pid namespace",
+                    )
+                )
+
+    def _levels(self, pidns: int) -> list[int]:
+        levels: list[int] = []
+        at: int | None = pidns
+        while at is not None:
+            levels.append(at)
+            at = self.namespaces[at].parent
+        return levels
+
+    def _state_of_pids(self, namespace: Namespace, seat: _Seat) -> PidState | None:
+        """A pid namespace in which nobody lives: all have ended, or they are not of the tree."""
+        if self._members("pid", namespace.index) or any(n.parent == namespace.index for n in self.namespaces):
+            return None
+        key = next(key for key, index in self._numbers.items() if index == namespace.index)[1]
+        for name in os.listdir("/proc"):
+            if name.isdigit():
+                with suppress(OSError, procfs.ProcessGone):
+                    if nsfs.keys(HostPid(int(name))).get("pid") == key:
+                        self.blockers.append(
+                            Blocker(
+                                f"pid {seat.pid}",
+                                f"forks into a pid namespace of others, such as pid {name}",
+                                "give the pid of a tree that holds the whole pid namespace",
+                            )
+                        )
+                        return None
+        return PidState(ended=True)
 
     def _ipc_namespace_of(self, device: int) -> int | None:
         """The ipc namespace of the tree whose mqueue file system has this st_dev."""

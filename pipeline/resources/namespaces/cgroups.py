@@ -1,0 +1,48 @@
+"""Cgroup namespaces: where the names of cgroups begin.
+
+A cgroup namespace has a root: the cgroup that its maker was in. Which cgroup that is belongs to
+the host, and so does the membership of a process: a tree is restored in the cgroup of the
+restorer. So a namespace is carried while all its members are *at* its root, where all names are
+`/`, in every hierarchy; at the destination the restorer's cgroup becomes the root.
+
+Refused: members in a cgroup below the root, or outside of it.
+
+Source: cgroup_namespaces(7).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from pipeline.errors import Blocker
+from pipeline.ids import HostPid
+from pipeline.resources.namespaces.names import Way
+from pipeline.userns.visit import visit
+
+
+def check(members: Sequence[HostPid], way: Way) -> Iterator[Blocker]:
+    """What stops a cgroup namespace from being carried.
+
+    Args:
+        members: the processes of the tree that are in it.
+        way: what a visitor joins to be in it.
+    """
+
+    def look() -> bytes:
+        views = []
+        for pid in members:
+            with open(f"/proc/{pid}/cgroup", "rb") as file:
+                views.append(file.read())
+        return b"\0".join(views)
+
+    for pid, view in zip(members, visit(way, look).split(b"\0"), strict=True):
+        for line in view.splitlines():
+            hierarchy, controllers, path = line.split(b":", 2)
+            if path != b"/":
+                name = controllers.decode() or "unified"
+                yield Blocker(
+                    f"pid {pid}",
+                    f"is in cgroup {path.decode(errors='replace')} of its cgroup namespace ({name} hierarchy"
+                    f" {hierarchy.decode()}); only members at the root of a cgroup namespace are carried",
+                    "move it to the root of its cgroup namespace",
+                )

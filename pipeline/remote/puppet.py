@@ -23,7 +23,7 @@ import signal
 import socket
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -59,6 +59,8 @@ class Stage:
         channel_fd: number of its other end in every puppet; `channel_fd` + 1 is the puppet program.
         reserved: pids that only processes of the tree may have, a set per pid namespace level.
         calls: how many system calls were run inside puppets.
+        alive: every puppet that has not ended or been set free, in the order of birth: whatever becomes of
+            the caller of a clone, nobody is lost.
     """
 
     scratch: RemoteAddress
@@ -66,6 +68,13 @@ class Stage:
     channel_fd: int
     reserved: Sequence[AbstractSet[int]] = ()
     calls: int = field(default=0)
+    alive: dict[HostPid, Puppet] = field(default_factory=dict)
+
+    def end(self, keep: Collection[HostPid] = ()) -> None:
+        """End every puppet but those to `keep`, the last born first: children before their parents; idempotent."""
+        for tid, puppet in reversed(list(self.alive.items())):
+            if tid not in keep:
+                puppet.kill_and_reap()
 
 
 class Puppet:
@@ -85,7 +94,8 @@ class Puppet:
         self._table = RemoteAddress(stage.scratch + _CODE_BYTES)
         self._memory: int | None = None
         self._new_tasks: list[int] = []
-        self._alive = True
+        LEDGER.take("puppet", tid)
+        stage.alive[tid] = self
 
     def __repr__(self) -> str:
         return f"<Puppet {self.tid}>"
@@ -230,7 +240,6 @@ class Puppet:
         tid = HostPid(self._new_tasks.pop())
         child = Puppet(self.stage, tid, self.pid if flags & CLONE.THREAD else tid)
         child._stub, child._table = self._stub, self._table
-        LEDGER.take("puppet", tid)
         child._await_event_stop()
         ptrace.set_options(tid, _OPTIONS | OPTION.EXITKILL)
         ptrace.set_sigmask(tid, _ALL_SIGNALS & ~(1 << (child.stop_signal - 1)))
@@ -403,7 +412,7 @@ class Puppet:
 
     def kill_and_reap(self) -> None:
         """End the puppet and collect it, as far as it is our child; idempotent."""
-        if not self._alive:
+        if self.stage.alive.get(self.tid) is not self:
             return
         with suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGKILL)
@@ -455,8 +464,7 @@ class Puppet:
 
     def _struck_out(self) -> None:
         self._forget_memory()
-        if self._alive:
-            self._alive = False
+        if self.stage.alive.pop(self.tid, None) is not None:
             LEDGER.give_back("puppet", self.tid)
 
 
@@ -545,7 +553,6 @@ def _spawn(stage: Stage, channel: int) -> Puppet:
     finally:
         os.close(reader)
     puppet = Puppet(stage, pid, pid)
-    LEDGER.take("puppet", pid)
     try:
         ptrace.seize(pid, _OPTIONS | OPTION.EXITKILL)
         ptrace.interrupt(pid)

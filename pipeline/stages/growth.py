@@ -120,6 +120,7 @@ class Growth:
         )
         self._announcer = announcer
         self._first = first
+        self._before = set(launcher.stage.alive)
         self.grown: dict[int, Grown] = {}
         self._stand_ins: dict[int, tuple[Grown, int]] = {}
         self._wardens: dict[int, Puppet] = {}
@@ -364,20 +365,21 @@ class Growth:
                 puppet.syscall(NR.close, inside)
 
     def kill_all(self) -> None:
-        """End every puppet, children before parents, each collected by its parent; idempotent."""
-        for pidns in list(self._wardens):
-            self._end_helper(self._first_of(pidns).puppet, self._wardens.pop(pidns))
-        for pid in list(reversed(self._stand_ins)):
-            self._remove(pid)
+        """End everybody who was born here, children before parents, each collected by its parent; idempotent.
+
+        First whoever is no process of the tree, or has found no place in it when its birth went wrong.
+        """
+        placed = {task.tid for grown in self.grown.values() for task in (grown.puppet, *grown.threads)}
+        self._launcher.stage.end(keep=self._before | placed)
+        self._stand_ins.clear()
+        self._wardens.clear()
         for pid in list(reversed(self.grown)):
             grown = self.grown.pop(pid)
+            with suppress(OSError, RebuildError):
+                grown.puppet.reap_children()
             for thread in reversed(grown.threads[1:]):
                 thread.kill_and_reap()
             grown.puppet.kill_and_reap()
-            parent = self.grown.get(self._planner.processes[pid].parent)
-            if parent is not None:
-                with suppress(OSError, RebuildError):
-                    parent.puppet.reap_children()
 
 
 def _pid_inside(puppet: Puppet) -> int:

@@ -265,7 +265,7 @@ class Rebuilding:
             LEDGER.give_back("root directory", fd)
 
     def _end_launcher(self) -> None:
-        self._launcher.kill_and_reap()
+        self._launcher.stage.end()
         self._launcher.stage.channel.close()
 
     def _end_tree(self) -> None:

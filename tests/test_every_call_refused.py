@@ -1,0 +1,115 @@
+"""The kernel refuses one call after the other: nothing is left, and nothing is given back twice.
+
+This is the failure that this project started from: a tool met an id without a mapping, gave up,
+and its way out freed the same map twice.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+import pipeline
+from pipeline.errors import PipelineError
+from pipeline.ledger import LEDGER
+from pipeline.remote.calls import Call
+from pipeline.remote.live import LiveTask
+from pipeline.remote.puppet import Puppet
+from tests.harness.settings import CLONE_NEWIPC, CLONE_NEWNS, CLONE_NEWPID, CLONE_NEWUTS, DEPTH_2, Setting
+from tests.harness.tree import Tree, dump, family_of, reap, restore
+
+pytestmark = pytest.mark.root
+
+#: a tree on three levels, the innermost a container
+ACROSS = Setting(
+    "across", DEPTH_2.levels, CLONE_NEWPID | CLONE_NEWNS | CLONE_NEWUTS | CLONE_NEWIPC, chain=True
+)
+
+
+class _Refusing:
+    """Counts tables of calls run in puppets or live tasks; the kernel refuses table `at`."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, who: type[Puppet | LiveTask], at: int | None) -> None:
+        self.count = 0
+        run = who.run
+
+        def refusing(task: Any, calls: Sequence[Call]) -> None:
+            self.count += 1
+            if self.count == at:
+                raise OSError(errno.EPERM, "refused by the test")
+            run(task, calls)
+
+        patch.setattr(who, "run", refusing)
+
+
+def _restore(image: Path, at: int | None) -> int:
+    """Restore with call `at` refused; returns how many calls were made."""
+
+    async def attempt() -> None:
+        restored = await pipeline.restore(str(image), detach=True)
+        restored.close()
+
+    with pytest.MonkeyPatch.context() as patch:
+        calls = _Refusing(patch, Puppet, at)
+        try:
+            trio.run(attempt)
+        except (PipelineError, OSError):
+            assert at is not None
+        else:
+            assert at is None, f"call {at} was refused, and nobody noticed"
+    return calls.count
+
+
+def test_restore_with_each_call_refused_leaves_nothing(start: Callable[..., Tree], tmp_path: Path) -> None:
+    tree = start("namespaced", ACROSS)
+    image = tmp_path / "image"
+    family = tree.pids()
+    dump(tree, image)
+    total = _restore(image, None)
+    assert total > 100
+    tree.check()
+    image = tmp_path / "again"
+    dump(tree, image)
+    for at in range(1, total + 1):
+        _restore(image, at)
+        assert not LEDGER.held(), f"after call {at} of {total} was refused"
+        assert not reap(family, 3.0), f"after call {at} of {total} was refused"
+        left = family_of(os.getpid())[1:]
+        assert not left, f"after call {at} of {total} was refused"
+    assert all(taken == given for taken, given in LEDGER.statistics().values())
+    restore(tree, image)
+    tree.check()
+
+
+def test_dump_with_each_call_refused_leaves_the_tree_running(
+    start: Callable[..., Tree], tmp_path: Path
+) -> None:
+    tree = start("threads", ACROSS)
+    family = tree.pids()
+
+    async def attempt(number: int) -> None:
+        await pipeline.dump(tree.pid, str(tmp_path / str(number)))
+
+    at = refused = 1
+    while refused:
+        with pytest.MonkeyPatch.context() as patch:
+            calls = _Refusing(patch, LiveTask, at)
+            try:
+                trio.run(attempt, at)
+            except (PipelineError, OSError):
+                tree.check()
+            else:
+                refused = 0
+        assert calls.count == at - (not refused)
+        assert not LEDGER.held(), f"after call {at} was refused"
+        at += 1
+    assert at > 4
+    assert not reap(family)
+    restore(tree, tmp_path / str(at - 1))
+    tree.check()

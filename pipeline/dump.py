@@ -13,38 +13,27 @@ was; only a complete and synced image lets it end.
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
 from typing import Literal
 
 import msgspec
 import trio
 from msgspec import Struct
 
-from pipeline.errors import Blocker, Refused, ungrouped
-from pipeline.ids import HostPid
+from pipeline.errors import ungrouped
 from pipeline.image.schema import FORMAT_VERSION, Record
 from pipeline.progress import NullProgress, Progress
-from pipeline.remote.tracer import Tracer, tracer_thread
-from pipeline.resources.tasks.interrupted import Sleepers
+from pipeline.remote.tracer import tracer_thread
 from pipeline.stages import freeze
-from pipeline.stages.capture import Capture
-from pipeline.stages.examine import tree_blockers
-from pipeline.stages.freeze import FrozenTree
 from pipeline.stages.memory import BUFFER_BYTES, BUFFERS, PageSource, stream_memory
 from pipeline.stages.translate import into_forest
+from pipeline.standstill import CapturedRecords, refuse_early, standstill
 from pipeline.transport.buffers import BufferPool, LeasedRun
 from pipeline.transport.framing import FrameWriter
 from pipeline.transport.storage import IMAGE, MANIFEST, Storage
-from pipeline.userns.cradle import is_privileged
 from pipeline.userns.forest import Forest
 
 Leave = Literal["end", "running", "stopped"]
-#: a blocker that may go away by itself (a connection in flight) is looked at again this often
-_TRANSIENT_TRIES = 5
-_TRANSIENT_PAUSE_S = 0.2
-
-CapturedRecords = Sequence[tuple[Record, Record | None]]
 
 
 class DumpResult(Struct, frozen=True):
@@ -53,62 +42,6 @@ class DumpResult(Struct, frozen=True):
     root_pid: int
     processes: int
     figures: dict[str, float]
-
-
-@asynccontextmanager
-async def frozen(tracer: Tracer, pid: int) -> AsyncIterator[FrozenTree]:
-    """The tree below `pid`, stopped inside the block; runs on after it, unless it was ended or held."""
-    tree = await tracer.run(freeze.freeze, HostPid(pid), is_privileged())
-    try:
-        yield tree
-    finally:
-        with trio.CancelScope(shield=True):
-            await tracer.run(freeze.release, tree)
-
-
-@asynccontextmanager
-async def captured(
-    tracer: Tracer, tree: FrozenTree, sleepers: Sleepers
-) -> AsyncIterator[tuple[Capture, CapturedRecords, Sequence[PageSource]]]:
-    """Everything about the frozen tree.
-
-    Raises:
-        Refused: something that only showed now stops it.
-    """
-    capture = await tracer.run(_open_capture, tree, sleepers)
-    try:
-        records, sources, blockers = await tracer.run(capture.take, tree)
-        if blockers:
-            raise Refused(blockers)
-        yield capture, records, sources
-    finally:
-        with trio.CancelScope(shield=True):
-            await tracer.run(capture.__exit__, None, None, None)
-
-
-def _open_capture(tree: FrozenTree, sleepers: Sleepers) -> Capture:
-    return Capture(tree.pids(), [p.pid for p in tree.processes.values() if p.zombie], sleepers)
-
-
-async def looked_at_sleepers(tracer: Tracer, pid: int) -> Sleepers:
-    """How long the tasks of a running tree have slept: asked before they are woken by the freeze."""
-    sleepers = Sleepers()
-    await tracer.run(lambda: sleepers.look(freeze.walk(HostPid(pid))))
-    return sleepers
-
-
-async def refuse_early(pid: int) -> None:
-    """Raise Refused with everything that stops the tree, all of it at once; nothing is touched.
-
-    A blocker that may go away by itself is waited for, a little.
-    """
-    for attempt in range(_TRANSIENT_TRIES):
-        blockers: Sequence[Blocker] = await trio.to_thread.run_sync(lambda: list(tree_blockers(pid)))
-        if not blockers:
-            return
-        if attempt == _TRANSIENT_TRIES - 1 or not all(blocker.transient for blocker in blockers):
-            raise Refused(blockers)
-        await trio.sleep(_TRANSIENT_PAUSE_S)
 
 
 async def write_image(
@@ -217,30 +150,26 @@ async def dump(pid: int, to: str, *, leave: Leave = "end", progress: Progress | 
     await refuse_early(pid)
     async with tracer_thread() as tracer:
         progress.phase("freeze")
-        sleepers = await looked_at_sleepers(tracer, pid)
-        freeze_begin = time.monotonic()
-        async with frozen(tracer, pid) as tree:
-            async with captured(tracer, tree, sleepers) as (capture, records, sources):
-                collected = time.monotonic()
-                progress.phase("memory")
-                written = await _store(storage, records, sources, capture.forest(), progress)
-                injected, processes = capture.injected_calls, len(capture.tree.pids)
+        async with standstill(tracer, pid) as still:
+            progress.phase("memory")
+            written = await _store(storage, still.records, still.sources, still.forest, progress)
+            await still.let_go_of_files()
             with trio.CancelScope(shield=True):
                 if leave == "end":
-                    await tracer.run(freeze.end, tree)
+                    await tracer.run(freeze.end, still.tree)
                 elif leave == "stopped":
-                    await tracer.run(freeze.hold_stopped, tree)
+                    await tracer.run(freeze.hold_stopped, still.tree)
         thawed = time.monotonic()
     return DumpResult(
         root_pid=pid,
-        processes=processes,
+        processes=still.processes,
         figures={
             "total-time": 1e3 * (time.monotonic() - begin),
-            "setup-time": 1e3 * (freeze_begin - begin),
-            "downtime": 1e3 * (thawed - freeze_begin),
-            "collect-time": 1e3 * (collected - freeze_begin),
+            "setup-time": 1e3 * (still.begun_s - begin),
+            "downtime": 1e3 * (thawed - still.begun_s),
+            "collect-time": 1e3 * (still.captured_s - still.begun_s),
             "transferred": written.image_bytes,
             "page-bytes": written.page_bytes,
-            "injected-calls": injected,
+            "injected-calls": still.injected_calls,
         },
     )

@@ -22,12 +22,13 @@ from typing import Literal
 import trio
 from msgspec import Struct
 
-from pipeline.dump import captured, frozen, looked_at_sleepers, refuse_early, write_image
+from pipeline.dump import write_image
 from pipeline.errors import InDoubt, PeerError, UsageError
 from pipeline.kernel.arch import x86_64 as arch
 from pipeline.progress import NullProgress, Progress
 from pipeline.remote.tracer import tracer_thread
 from pipeline.stages import freeze
+from pipeline.standstill import refuse_early, standstill
 from pipeline.transport import identity, protocol
 from pipeline.transport.protocol import Commit, Completed, Decision, Hello, Offer
 from pipeline.transport.tcp import Channel, connect, parse_address
@@ -105,35 +106,33 @@ async def migrate(
         await channel.say(Offer(migration, pid, processes))
         if not isinstance(await channel.hear(), protocol.Accept):
             raise PeerError(f"{channel.peer} did not answer the offer")
-        sleepers = await looked_at_sleepers(tracer, pid)
         progress.phase("freeze")
-        freeze_begin = time.monotonic()
-        async with frozen(tracer, pid) as tree:
-            async with captured(tracer, tree, sleepers) as (capture, records, sources):
-                collected = time.monotonic()
-                progress.phase("memory")
-                page_bytes = await write_image(channel.writer, records, sources, capture.forest(), progress)
-                sent = time.monotonic()
-                progress.phase("prepare")
-                if not isinstance(await channel.hear(), protocol.Prepared):
-                    raise PeerError(f"{channel.peer} did not get ready")
-                injected, processes = capture.injected_calls, len(capture.tree.pids)
+        async with standstill(tracer, pid) as still:
+            progress.phase("memory")
+            page_bytes = await write_image(
+                channel.writer, still.records, still.sources, still.forest, progress
+            )
+            sent = time.monotonic()
+            progress.phase("prepare")
+            if not isinstance(await channel.hear(), protocol.Prepared):
+                raise PeerError(f"{channel.peer} did not get ready")
+            await still.let_go_of_files()
             with trio.CancelScope(shield=True):
-                await tracer.run(freeze.end, tree)  # the decision
+                await tracer.run(freeze.end, still.tree)  # the decision
                 completed = await _tell(channel, migration, secret, plaintext, (host, port))
         done = time.monotonic()
     return MigrateResult(
         root_pid=completed.root_pid,
-        processes=processes,
+        processes=still.processes,
         figures={
             "total-time": 1e3 * (done - begin),
-            "setup-time": 1e3 * (freeze_begin - begin),
-            "downtime": 1e3 * (done - freeze_begin),
-            "collect-time": 1e3 * (collected - freeze_begin),
-            "transfer-time": 1e3 * (sent - collected),
+            "setup-time": 1e3 * (still.begun_s - begin),
+            "downtime": 1e3 * (done - still.begun_s),
+            "collect-time": 1e3 * (still.captured_s - still.begun_s),
+            "transfer-time": 1e3 * (sent - still.captured_s),
             "transferred": channel.writer.bytes_written,
             "page-bytes": page_bytes,
-            "injected-calls": injected,
+            "injected-calls": still.injected_calls,
         },
     )
 

@@ -27,7 +27,7 @@ ROOMS: dict[str, set[str]] = {
     "stages": {"image", "kernel", "remote", "userns", "resources", "transport"},
 }
 LOWER = set(ROOMS)
-RECIPES = {"check", "dump", "inspect", "migrate", "restore", "run", "serve", "aio", "blocking"}
+RECIPES = {"check", "dump", "inspect", "migrate", "restore", "run", "serve", "standstill", "aio", "blocking"}
 TOP = {"cli", "demo", "__main__"}
 
 FORBIDDEN_IN_PURE = {"trio", "ctypes", "socket", "ssl", "anyio"}

@@ -160,7 +160,13 @@ class Capture:
         for pid in self.tree.pids:
             process = frozen.processes[pid]
             if process.zombie:
-                processes.append(self._zombie(pid))
+                zombie = self._zombie(pid)
+                if zombie is None:
+                    blockers.append(
+                        Blocker(f"pid {pid}", "has ended, and its parent has left the tree", transient=True)
+                    )
+                else:
+                    processes.append(zombie)
                 continue
             record, memory, found = self._process(process)
             blockers += found
@@ -228,9 +234,12 @@ class Capture:
 
     # -- one process ------------------------------------------------------------------------
 
-    def _zombie(self, pid: HostPid) -> Process:
+    def _zombie(self, pid: HostPid) -> Process | None:
+        """A process that has ended and was not collected yet; None if that is somebody else's to do by now."""
         stat, status = procfs.stat(pid), procfs.status(pid)
         parent = self.tree.member(stat.ppid)
+        if not parent:
+            return None
         members = self.namespaces.memberships[HostPid(parent)]
         if len(status.ns_pid) > len(procfs.status(HostPid(parent)).ns_pid):
             members = replace(members, pid=members.pid_for_children)

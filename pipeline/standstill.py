@@ -1,0 +1,133 @@
+"""A tree that stands still: frozen, and everything about it captured. What dump and migrate have in common.
+
+What is refused is refused before anything is touched. Some things stand in the way for a moment
+only, such as a connection that is just being made: they are waited for, a little, before the
+freeze; and where one shows only behind it, the tree is let go and stopped once more.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+
+import trio
+
+from pipeline.errors import Blocker, Refused
+from pipeline.ids import HostPid
+from pipeline.image.schema import Record
+from pipeline.remote.tracer import Tracer
+from pipeline.resources.tasks.interrupted import Sleepers
+from pipeline.stages import freeze
+from pipeline.stages.capture import Capture
+from pipeline.stages.examine import tree_blockers
+from pipeline.stages.freeze import FrozenTree
+from pipeline.stages.memory import PageSource
+from pipeline.userns.cradle import is_privileged
+from pipeline.userns.forest import Forest
+
+#: how often what may go away by itself is looked at again, before and behind the freeze
+_TRANSIENT_TRIES = 5
+_TRANSIENT_PAUSE_S = 0.2
+
+#: each record with that of its kind, where it is an open file
+CapturedRecords = Sequence[tuple[Record, Record | None]]
+
+
+async def refuse_early(pid: int) -> None:
+    """Raise Refused with everything that stops the tree, all of it at once; nothing is touched."""
+    for attempt in range(_TRANSIENT_TRIES):
+        blockers: Sequence[Blocker] = await trio.to_thread.run_sync(lambda: list(tree_blockers(pid)))
+        if not blockers:
+            return
+        if attempt == _TRANSIENT_TRIES - 1 or not all(blocker.transient for blocker in blockers):
+            raise Refused(blockers)
+        await trio.sleep(_TRANSIENT_PAUSE_S)
+
+
+class Standstill:
+    """A frozen tree and what was captured of it; see `standstill`.
+
+    `begun_s`, `captured_s`: when the freeze began and when everything was known, on the clock of
+    time.monotonic. `records`: as they are written. `sources`: of pages, in the order of the growth plan.
+    """
+
+    def __init__(
+        self,
+        tree: FrozenTree,
+        capture: Capture,
+        records: CapturedRecords,
+        sources: Sequence[PageSource],
+        begun_s: float,
+        held: AsyncExitStack,
+    ) -> None:
+        self.tree = tree
+        self.records = records
+        self.sources = sources
+        self.forest: Forest = capture.forest()
+        self.processes = len(capture.tree.pids)
+        self.injected_calls = capture.injected_calls
+        self.begun_s = begun_s
+        self.captured_s = time.monotonic()
+        self._held = held
+
+    async def let_go_of_files(self) -> None:
+        """Close what is held of the tree's open files, so that with the tree they end; idempotent."""
+        await self._held.aclose()
+
+
+@asynccontextmanager
+async def standstill(tracer: Tracer, pid: int) -> AsyncIterator[Standstill]:
+    """The tree below `pid`, stopped and captured; runs on after the block, unless it was ended or held.
+
+    Raises:
+        Refused: something that only showed when it stood still stops it; it runs on.
+    """
+    for attempt in range(_TRANSIENT_TRIES):
+        # how long tasks have slept is asked before the freeze wakes them
+        sleepers = Sleepers()
+        await tracer.run(lambda now=sleepers: now.look(freeze.walk(HostPid(pid))))
+        begun_s = time.monotonic()
+        async with _frozen(tracer, pid) as tree:
+            async with AsyncExitStack() as held:
+                try:
+                    capture, records, sources = await held.enter_async_context(
+                        _captured(tracer, tree, sleepers)
+                    )
+                except Refused as refused:
+                    last = attempt == _TRANSIENT_TRIES - 1
+                    if last or not all(blocker.transient for blocker in refused.blockers):
+                        raise
+                else:
+                    yield Standstill(tree, capture, records, sources, begun_s, held)
+                    return
+        await trio.sleep(_TRANSIENT_PAUSE_S)
+
+
+@asynccontextmanager
+async def _frozen(tracer: Tracer, pid: int) -> AsyncIterator[FrozenTree]:
+    tree = await tracer.run(freeze.freeze, HostPid(pid), is_privileged())
+    try:
+        yield tree
+    finally:
+        with trio.CancelScope(shield=True):
+            await tracer.run(freeze.release, tree)
+
+
+@asynccontextmanager
+async def _captured(
+    tracer: Tracer, tree: FrozenTree, sleepers: Sleepers
+) -> AsyncIterator[tuple[Capture, CapturedRecords, Sequence[PageSource]]]:
+    capture = await tracer.run(_open_capture, tree, sleepers)
+    try:
+        records, sources, blockers = await tracer.run(capture.take, tree)
+        if blockers:
+            raise Refused(blockers)
+        yield capture, records, sources
+    finally:
+        with trio.CancelScope(shield=True):
+            await tracer.run(capture.__exit__, None, None, None)
+
+
+def _open_capture(tree: FrozenTree, sleepers: Sleepers) -> Capture:
+    return Capture(tree.pids(), [p.pid for p in tree.processes.values() if p.zombie], sleepers)

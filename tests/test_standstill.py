@@ -1,0 +1,58 @@
+"""What shows only when the tree stands still: waited for if it may go away by itself, refused if not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import trio
+
+from pipeline.errors import Blocker, Refused
+from pipeline.ledger import LEDGER
+from pipeline.remote.tracer import tracer_thread
+from pipeline.stages.capture import Capture
+from pipeline.standstill import standstill
+from tests.harness.tree import Tree
+
+pytestmark = pytest.mark.root
+
+
+def looks_until_still(pid: int, patch: pytest.MonkeyPatch, blocker: Blocker, times: int) -> int:
+    """Stop a tree while `blocker` is found the first `times` times; returns how often it was looked at."""
+    looks = 0
+    take = Capture.take
+
+    def found(capture: Capture, tree: Any) -> Any:
+        nonlocal looks
+        looks += 1
+        return ([], [], [blocker]) if looks <= times else take(capture, tree)
+
+    async def main() -> None:
+        async with tracer_thread() as tracer, standstill(tracer, pid) as still:
+            assert still.records and still.processes == 1
+
+    patch.setattr(Capture, "take", found)
+    trio.run(main)
+    return looks
+
+
+def test_what_goes_away_by_itself_is_looked_at_again(
+    start: Callable[..., Tree], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree = start("quiet")
+    blocker = Blocker("pid 1", "a connection is being made", "", transient=True)
+    assert looks_until_still(tree.pid, monkeypatch, blocker, 2) == 3
+    assert not LEDGER.held()
+    tree.check()
+
+
+@pytest.mark.parametrize("transient", [True, False])
+def test_what_stays_is_refused_and_the_tree_runs_on(
+    start: Callable[..., Tree], monkeypatch: pytest.MonkeyPatch, transient: bool
+) -> None:
+    tree = start("quiet")
+    with pytest.raises(Refused):
+        looks_until_still(tree.pid, monkeypatch, Blocker("pid 1", "stays", "", transient=transient), 100)
+    assert not LEDGER.held()
+    tree.check()

@@ -30,7 +30,8 @@ def looks_until_still(pid: int, patch: pytest.MonkeyPatch, blocker: Blocker, tim
 
     async def main() -> None:
         async with tracer_thread() as tracer, standstill(tracer, pid) as still:
-            assert still.records and still.processes == 1
+            assert still.records
+            assert still.processes == 1
 
     patch.setattr(Capture, "take", found)
     trio.run(main)

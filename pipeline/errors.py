@@ -77,6 +77,10 @@ class PeerError(PipelineError):
     """The other side refused, lied, failed to prove itself or went away."""
 
 
+class PeerRefused(PeerError):
+    """The other side is well, and will not or cannot do it; its reason is in the text."""
+
+
 class RebuildError(PipelineError):
     """The kernel refused a step of the rebuild; nothing of the half-built tree is left."""
 

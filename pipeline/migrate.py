@@ -17,20 +17,22 @@ from __future__ import annotations
 import os
 import secrets
 import time
-from typing import Literal
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from typing import Literal, Self
 
 import trio
 from msgspec import Struct
 
 from pipeline.dump import write_image
-from pipeline.errors import InDoubt, PeerError, UsageError
+from pipeline.errors import InDoubt, PeerError, PeerRefused, UsageError
 from pipeline.kernel.arch import x86_64 as arch
 from pipeline.progress import NullProgress, Progress
 from pipeline.remote.tracer import tracer_thread
 from pipeline.stages import freeze
 from pipeline.standstill import refuse_early, standstill
 from pipeline.transport import identity, protocol
-from pipeline.transport.protocol import Commit, Completed, Decision, Hello, Offer
+from pipeline.transport.protocol import Cancel, Commit, Completed, Decision, Hello, Offer
 from pipeline.transport.tcp import Channel, connect, parse_address
 
 Mode = Literal["stop", "precopy", "postcopy", "hybrid"]
@@ -39,6 +41,9 @@ Mode = Literal["stop", "precopy", "postcopy", "hybrid"]
 _COMPLETE_S = 30.0
 _SETTLE_S = 60.0
 _SETTLE_PAUSE_S = 1.0
+#: how long a destination that may hold a tree in doubt is told that it stays here
+_TAKE_BACK_S = 30.0
+_TAKE_BACK_TRY_S = 4.0
 
 
 class MigrateResult(Struct, frozen=True):
@@ -107,19 +112,22 @@ async def migrate(
         if not isinstance(await channel.hear(), protocol.Accept):
             raise PeerError(f"{channel.peer} did not answer the offer")
         progress.phase("freeze")
-        async with standstill(tracer, pid) as still:
+        told = _Decision(channel, migration, lambda: connect(host, port, secret, plaintext=plaintext))
+        async with told, standstill(tracer, pid) as still:
             progress.phase("memory")
             page_bytes = await write_image(
                 channel.writer, still.records, still.sources, still.forest, progress
             )
+            told.all_sent = True
             sent = time.monotonic()
             progress.phase("prepare")
             if not isinstance(await channel.hear(), protocol.Prepared):
                 raise PeerError(f"{channel.peer} did not get ready")
             await still.let_go_of_files()
             with trio.CancelScope(shield=True):
-                await tracer.run(freeze.end, still.tree)  # the decision
-                completed = await _tell(channel, migration, secret, plaintext, (host, port))
+                told.committed = True  # the decision: from the first kill on the tree is the destination's
+                await tracer.run(freeze.end, still.tree)
+                completed = await told.commit()
         done = time.monotonic()
     return MigrateResult(
         root_pid=completed.root_pid,
@@ -137,37 +145,90 @@ async def migrate(
     )
 
 
-async def _tell(
-    channel: Channel, migration: str, secret: bytes, plaintext: bool, address: tuple[str, int]
-) -> Completed:
-    """Tell the destination that the tree is its own now, on a new connection if this one is broken.
+class _Decision:
+    """What the source has decided, and that the destination hears of it; a context manager around the standstill.
 
-    Raises:
-        InDoubt: it could not be told.
+    If the block fails before the decision, the tree runs on here first, and then a destination that
+    may stand prepared is told to give its own up: else it would hold it, in doubt, for a person to settle.
+
+    Args:
+        channel: of the migration.
+        migration: its id.
+        reconnect: makes a new connection.
     """
-    reason = "it does not answer"
-    try:
-        with trio.fail_after(_COMPLETE_S):
-            await channel.say(Commit())
-            answer = await channel.hear()
-            if isinstance(answer, Completed):
-                return answer
-    except (PeerError, trio.TooSlowError) as error:
-        reason = str(error) or reason
-    deadline = time.monotonic() + _SETTLE_S
-    while time.monotonic() < deadline:
-        await trio.sleep(_SETTLE_PAUSE_S)
+
+    def __init__(
+        self, channel: Channel, migration: str, reconnect: Callable[[], AbstractAsyncContextManager[Channel]]
+    ) -> None:
+        self._channel = channel
+        self._migration = migration
+        self._reconnect = reconnect
+        #: all frames are written: the destination may be prepared
+        self.all_sent = False
+        #: the tree is ended here
+        self.committed = False
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if error is not None and self.all_sent and not self.committed:
+            with trio.CancelScope(shield=True):
+                await self._take_back()
+
+    async def commit(self) -> Completed:
+        """Tell that the tree is ended here, on a new connection if this one is broken.
+
+        Raises:
+            InDoubt: the destination could not be told.
+        """
+        reason = "it does not answer"
         try:
             with trio.fail_after(_COMPLETE_S):
-                async with connect(*address, secret, plaintext=plaintext) as again:
-                    await greet(again)
-                    await again.say(Decision(migration, committed=True))
-                    answer = await again.hear()
-                    if isinstance(answer, Completed):
-                        return answer
+                await self._channel.say(Commit())
+                answer = await self._channel.hear()
+                if isinstance(answer, Completed):
+                    return answer
         except (PeerError, trio.TooSlowError) as error:
             reason = str(error) or reason
-    raise InDoubt(
-        f"the tree is ended here, and {channel.peer} could not be told ({reason}). If `serve` still runs there, "
-        f"it holds the tree of migration {migration}, stopped: send SIGUSR1 to that serve process to let it run"
-    )
+        deadline = trio.current_time() + _SETTLE_S
+        while trio.current_time() < deadline:
+            await trio.sleep(_SETTLE_PAUSE_S)
+            try:
+                answer = await self._decide(_COMPLETE_S)
+                if isinstance(answer, Completed):
+                    return answer
+            except (PeerError, trio.TooSlowError) as error:
+                reason = str(error) or reason
+        raise InDoubt(
+            f"the tree is ended here, and {self._channel.peer} could not be told ({reason}). If `serve` still runs "
+            f"there, it holds the tree of migration {self._migration}, stopped: send SIGUSR1 to that serve process "
+            "to let it run"
+        )
+
+    async def _decide(self, within_s: float) -> protocol.AnyMessage:
+        with trio.fail_after(within_s):
+            async with self._reconnect() as again:
+                await greet(again)
+                await again.say(Decision(self._migration, self.committed))
+                return await again.hear()
+
+    async def _take_back(self) -> None:
+        """Tell the destination that the tree stays here, until it says that it has given up; or for a while."""
+        with trio.move_on_after(_TAKE_BACK_S):
+            try:
+                with trio.fail_after(_TAKE_BACK_TRY_S):
+                    await self._channel.say(Cancel())
+                    while True:
+                        await self._channel.hear()
+            except PeerRefused:
+                return
+            except (PeerError, trio.TooSlowError):
+                pass  # a new connection
+            while True:
+                try:
+                    await self._decide(_TAKE_BACK_TRY_S)
+                except PeerRefused:
+                    return
+                except (PeerError, trio.TooSlowError):
+                    await trio.sleep(_SETTLE_PAUSE_S)

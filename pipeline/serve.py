@@ -105,6 +105,8 @@ class _Server:
             async with rebuilt(image, feed, self._tracer, self._progress, self._new_pidns) as rebuilding:
                 await channel.say(Prepared())
                 await self._await_commit(channel, offer, rebuilding, feed)
+            if channel.conversation.state == "cancelling":
+                await self._refuse(channel, "given up, as the source wishes")
         except (RebuildError, ImageError, Refused) as error:
             self._said(f"{channel.peer}: {error}")
             await self._refuse(channel, str(error))

@@ -25,7 +25,9 @@ VERSION = 1
 _MAX_MESSAGE_BYTES = 1 << 20
 
 Role = Literal["source", "destination"]
-State = Literal["fresh", "greeted", "offered", "active", "prepared", "committed", "completed", "cancelled"]
+State = Literal[
+    "fresh", "greeted", "offered", "active", "prepared", "committed", "completed", "cancelling", "cancelled"
+]
 Text = Annotated[str, Meta(max_length=65536)]
 MigrationId = Annotated[str, Meta(min_length=16, max_length=64)]
 
@@ -75,7 +77,7 @@ class Completed(Message, frozen=True, tag="completed"):
 
 
 class Cancel(Message, frozen=True, tag="cancel"):
-    """The source keeps its tree."""
+    """The source keeps its tree; the destination says `Refuse` when its own is gone."""
 
     reason: Text = ""
 
@@ -94,8 +96,8 @@ SOURCE_SAYS: dict[tuple[State, type[Message]], State] = {
     ("fresh", Hello): "fresh",
     ("greeted", Offer): "offered",
     ("greeted", Decision): "committed",
-    ("active", Cancel): "cancelled",
-    ("prepared", Cancel): "cancelled",
+    ("active", Cancel): "cancelling",
+    ("prepared", Cancel): "cancelling",
     ("prepared", Commit): "committed",
 }
 #: messages of the destination
@@ -106,6 +108,8 @@ DESTINATION_SAYS: dict[tuple[State, type[Message]], State] = {
     ("active", Refuse): "cancelled",
     ("active", Prepared): "prepared",
     ("prepared", Refuse): "cancelled",
+    ("cancelling", Prepared): "cancelling",
+    ("cancelling", Refuse): "cancelled",
     ("committed", Completed): "completed",
     ("committed", Refuse): "cancelled",
 }

@@ -17,7 +17,7 @@ from contextlib import asynccontextmanager, suppress
 
 import trio
 
-from pipeline.errors import ImageError, PeerError, UsageError
+from pipeline.errors import ImageError, PeerError, PeerRefused, UsageError
 from pipeline.image.frames import MAX_PAYLOAD_BYTES
 from pipeline.transport import identity, protocol
 from pipeline.transport.buffers import BufferPool
@@ -26,10 +26,24 @@ from pipeline.transport.protocol import AnyMessage, Conversation, Refuse, Role
 from pipeline.transport.tls import TlsStream
 
 HANDSHAKE_S = 10.0
+#: a peer that is silently gone (its host, or the way to it), or takes nothing, is given up after this time
+_SILENCE_S = 60
+_KEEPALIVE_S = 10
 _BUFFERS = 6
 _CHUNK_BYTES = 1 << 20
 _NONCE_BYTES = 32
 _PROOF_BYTES = 32
+
+
+def notice_silence(connected: trio.socket.SocketType) -> None:
+    """Let the kernel end a connection whose other side does not answer any more: a tree may stand still meanwhile.
+
+    Source: tcp(7), TCP_USER_TIMEOUT.
+    """
+    connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _KEEPALIVE_S)
+    connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _KEEPALIVE_S)
+    connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * _SILENCE_S)
 
 
 def parse_address(text: str) -> tuple[str, int]:
@@ -131,7 +145,7 @@ class Channel:
         message = protocol.decode(item.content)
         self.conversation.heard(message)
         if isinstance(message, Refuse):
-            raise PeerError(f"{self.peer} refused: {message.reason}")
+            raise PeerRefused(f"{self.peer} refused: {message.reason}")
         return message
 
 
@@ -196,6 +210,7 @@ async def connect(host: str, port: int, secret: bytes, *, plaintext: bool = Fals
         reason = "no answer" if isinstance(error, trio.TooSlowError) else str(error)
         raise PeerError(f"cannot connect to {peer}: {reason}; is `serve` running there?") from error
     try:
+        notice_silence(socket_stream.socket)
         stream = await _secured(socket_stream, secret, "client", plaintext, peer)
         yield Channel(stream, "source", peer)
     finally:
@@ -230,6 +245,7 @@ async def listen(
                 peer = "{}:{}".format(*stream.socket.getpeername()[:2])
             with suppress(OSError):
                 stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                notice_silence(stream.socket)
             secured = await _secured(stream, secret, "server", plaintext, peer)
             await handler(Channel(secured, "destination", peer))
         except PeerError as error:

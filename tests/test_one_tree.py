@@ -1,0 +1,280 @@
+"""One tree, never two, never none: both recipes over a network that cuts, swallows and refuses, on a clock that jumps.
+
+The engine is replaced by a world that knows where the tree runs; migrate, serve, the channel and the tables
+of the protocol are the real ones. Hypothesis chooses what becomes of each connection, byte by byte.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
+from typing import Any, Literal
+
+import pytest
+import trio
+import trio.testing
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pipeline.errors import ImageError, InDoubt, PeerError, PipelineError
+from pipeline.progress import NullProgress
+from pipeline.transport.tcp import Channel
+
+source_recipe = importlib.import_module("pipeline.migrate")  # the package gives the function under this name
+destination_recipe = importlib.import_module("pipeline.serve")
+
+#: what the kernel does to a connection whose other side is silently gone (tcp.notice_silence)
+SILENCE_S = 60.0
+
+
+@dataclass(frozen=True)
+class Fate:
+    """What becomes of a connection after so many bytes in a direction: reset at once, or silence and then reset."""
+
+    how: Literal["fine", "cut", "silence", "refused"]
+    direction: Literal["there", "back"] = "there"
+    after_bytes: int = 0
+
+
+FATES = st.one_of(
+    st.just(Fate("fine")),
+    st.just(Fate("refused")),
+    st.builds(
+        Fate, st.sampled_from(["cut", "silence"]), st.sampled_from(["there", "back"]), st.integers(0, 400)
+    ),
+)
+
+
+@dataclass
+class World:
+    """Where the tree is."""
+
+    source_runs: bool = True
+    there: Literal["nothing", "stands", "runs"] = "nothing"
+    messages: list[str] = field(default_factory=list)
+
+    def check(self) -> None:
+        assert not (self.source_runs and self.there == "runs"), "two"
+        assert self.source_runs or self.there != "nothing", "none"
+
+    def end(self, _: object) -> None:
+        self.source_runs = False
+        self.check()
+
+    def thaw(self) -> int:
+        assert self.there == "stands"
+        self.there = "runs"
+        self.check()
+        return 77
+
+
+class _Tracer:
+    async def run(self, act: Callable[..., Any], *args: Any) -> Any:
+        await trio.lowlevel.checkpoint()
+        return act(*args)
+
+
+@asynccontextmanager
+async def _tracer_thread() -> AsyncIterator[_Tracer]:
+    yield _Tracer()
+
+
+class Network:
+    """Connections from the source to the server, each with its fate; those beyond the list are fine, or refused."""
+
+    def __init__(
+        self, fates: Sequence[Fate], server: Any, nursery: trio.Nursery, world: World, comes_back: bool
+    ) -> None:
+        self._fates = list(fates)
+        self._last = Fate("fine" if comes_back else "refused")
+        self._server, self._nursery, self._world = server, nursery, world
+
+    @asynccontextmanager
+    async def connect(self, *_: Any, **__: Any) -> AsyncIterator[Channel]:
+        fate = self._fates.pop(0) if self._fates else self._last
+        if fate.how == "refused":
+            raise PeerError("nobody listens")
+        end_here, wire_here = trio.testing.memory_stream_pair()
+        end_there, wire_there = trio.testing.memory_stream_pair()
+        self._nursery.start_soon(self._wire, fate, wire_here, wire_there)
+        self._nursery.start_soon(self._answer, end_there)
+        try:
+            yield Channel(end_here, "source", "there")
+        finally:
+            with trio.CancelScope(shield=True):
+                await trio.aclose_forcefully(end_here)
+
+    async def _answer(self, stream: trio.abc.Stream) -> None:
+        try:
+            await self._server.handle(Channel(stream, "destination", "here"))
+        except PeerError:
+            pass
+        finally:
+            with trio.CancelScope(shield=True):
+                await trio.aclose_forcefully(stream)
+                self._world.check()
+
+    async def _wire(self, fate: Fate, near: Any, far: Any) -> None:
+        async with trio.open_nursery() as nursery:
+            broken = trio.Event()
+
+            async def carry(direction: str, source: Any, sink: Any) -> None:
+                left = fate.after_bytes if fate.how != "fine" and fate.direction == direction else math.inf
+                try:
+                    while data := await source.receive_some(64):
+                        passed = data[: int(min(left, len(data)))]
+                        left -= len(passed)
+                        if passed:
+                            await sink.send_all(passed)
+                        if left <= 0:
+                            if fate.how == "silence":
+                                await trio.sleep(SILENCE_S)
+                            break
+                except (trio.BrokenResourceError, trio.ClosedResourceError):
+                    pass
+                broken.set()
+
+            nursery.start_soon(carry, "there", near, far)
+            nursery.start_soon(carry, "back", far, near)
+            await broken.wait()
+            for stream in (near, far):
+                await trio.aclose_forcefully(stream)
+            nursery.cancel_scope.cancel()
+
+
+def play(
+    patch: pytest.MonkeyPatch, fates: Sequence[Fate], comes_back: bool, cancel_at_s: float | None
+) -> tuple[World, BaseException | None, int]:
+    """One migration in such a network; the world afterwards, how it ended, and how many trees are in doubt."""
+    world = World()
+    ended: list[BaseException | None] = [None]
+
+    @asynccontextmanager
+    async def standstill(*_: Any) -> AsyncIterator[Any]:
+        async def let_go_of_files() -> None:
+            await trio.lowlevel.checkpoint()
+
+        yield SimpleNamespace(
+            records=(), sources=(), forest=None, processes=1, injected_calls=0, begun_s=0.0, captured_s=0.0,
+            tree=None, let_go_of_files=let_go_of_files,
+        )  # fmt: skip
+
+    async def write_image(writer: Any, *_: Any) -> int:
+        await writer.end(0, 0)
+        return 0
+
+    async def read_records(reader: Any) -> tuple[Any, None]:
+        item = await reader.next()
+        if item is None:
+            raise ImageError("the image is cut")
+        return SimpleNamespace(check_machine=lambda _: None), None
+
+    @asynccontextmanager
+    async def rebuilt(*_: Any) -> AsyncIterator[Any]:
+        await trio.sleep(0.1)
+        world.there = "stands"
+        try:
+            yield world
+        finally:
+            if world.there == "stands":
+                world.there = "nothing"
+                world.check()
+
+    async def nothing(*_: Any) -> None:
+        await trio.lowlevel.checkpoint()
+
+    for module, names in (
+        (
+            source_recipe,
+            {
+                "standstill": standstill, "write_image": write_image, "refuse_early": nothing,
+                "tracer_thread": _tracer_thread, "freeze": SimpleNamespace(walk=lambda _: [1], end=world.end),
+                "identity": SimpleNamespace(load_secret=lambda _: b""),
+            },
+        ),
+        (
+            destination_recipe,
+            {
+                "read_records": read_records, "rebuilt": rebuilt,
+                "page_feed": lambda *_: SimpleNamespace(bytes_done=0),
+                "RestoredTree": lambda *_: SimpleNamespace(wait=nothing, close=lambda: None),
+            },
+        ),
+    ):  # fmt: skip
+        for name, value in names.items():
+            patch.setattr(module, name, value)
+
+    async def main() -> tuple[World, int]:
+        async with trio.open_nursery() as nursery:
+            server = destination_recipe._Server(
+                _Tracer(), False, NullProgress(), lambda _: None, world.messages.append, trio.Event(), nursery
+            )  # type: ignore[arg-type]
+            network = Network(fates, server, nursery, world, comes_back)
+            patch.setattr(source_recipe, "connect", network.connect)
+            with trio.CancelScope() as scope:
+                if cancel_at_s is not None:
+                    scope.deadline = trio.current_time() + cancel_at_s
+                try:
+                    await source_recipe.migrate(1, "there:1", secret_file="")
+                except PipelineError as error:
+                    ended[0] = error
+            if scope.cancelled_caught:
+                ended[0] = KeyboardInterrupt()
+            await trio.sleep(10 * SILENCE_S)
+            world.check()
+            found = replace(world)  # ending serve gives up what is in doubt: that is a person's decision
+            world.source_runs = True
+            held = len(server._held)
+            nursery.cancel_scope.cancel()
+        return found, held
+
+    found, held = trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+    return found, ended[0], held
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    fates=st.lists(FATES, max_size=5),
+    comes_back=st.booleans(),
+    cancel_at_s=st.none() | st.floats(0, 1) | st.floats(0, 200),
+)
+def test_one_tree_whatever_the_network_does(
+    fates: list[Fate], comes_back: bool, cancel_at_s: float | None
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        world, error, held = play(patch, fates, comes_back, cancel_at_s)
+    if error is None:
+        assert not world.source_runs
+        assert (world.there, held) == ("runs", 0)
+    elif isinstance(error, InDoubt):
+        assert not world.source_runs
+        assert world.there == "runs" or held == 1
+    elif world.source_runs:
+        # whoever could be told holds nothing
+        assert (world.there, held) == ("nothing", 0) or not comes_back
+    else:
+        # cancelled while it was telling
+        assert world.there == "runs" or held == 1
+
+
+def test_a_fine_network_moves_the_tree() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        world, error, held = play(patch, [], True, None)
+    assert (error, held, world.there, world.source_runs) == (None, 0, "runs", False)
+
+
+@pytest.mark.parametrize("how", ["cut", "silence"])
+@pytest.mark.parametrize("direction", ["there", "back"])
+def test_the_first_connection_broken_after_every_byte(how: Any, direction: Any) -> None:
+    ends = set()
+    for after in range(0, 400, 3):
+        with pytest.MonkeyPatch.context() as patch:
+            world, error, held = play(patch, [Fate(how, direction, after)], True, None)
+        assert held == 0
+        ends.add((world.source_runs, world.there))
+        assert (world.there == "runs") == (error is None)
+    assert ends == {(True, "nothing"), (False, "runs")}

@@ -19,13 +19,15 @@ from contextlib import suppress
 from typing import Protocol
 
 from pipeline.errors import RebuildError
+from pipeline.ids import HostPid
+from pipeline.kernel import procfs
 from pipeline.kernel.arch.x86_64 import NR
 from pipeline.kernel.syscalls import CLONE
 from pipeline.remote.puppet import Puppet, seen_pids
 
 _ATTEMPTS = 50
 #: how long the parent of a dumped tree may take to collect its dead root
-_REAP_TIMEOUT_S = 3.0
+_REAP_TIMEOUT_S = 10.0
 _REAP_PAUSE_S = 0.01
 
 
@@ -136,7 +138,7 @@ def clone_with_pids(
         elif child is None or missed >= _ATTEMPTS:
             wanted = "/".join("*" if pid is None else str(pid) for pid in pids)
             raise RebuildError(
-                f"pid {wanted} is in use here{_holder(pids[0])}; end that process, "
+                f"pid {wanted} is in use here{_named(pids[0])}; end that process, "
                 "or restore into a pid namespace of its own (--new-pidns)"
             )
 
@@ -158,20 +160,34 @@ def _clone_announced(
             announcer.done()
 
 
-def _holder(pid: int | None) -> str:
-    with suppress(OSError):
-        with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as file:
-            return f" ({file.read().strip()})"
-    return ""
+def _holders(pid: int | None) -> list[procfs.Stat]:
+    """Who keeps a number from being given out: its process or thread, else the members of its group or session."""
+    if pid is None:
+        return []
+    with suppress(procfs.ProcessGone):
+        return [procfs.stat(HostPid(pid))]
+    found = []
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            with suppress(procfs.ProcessGone):
+                stat = procfs.stat(HostPid(int(name)))
+                if pid in (stat.pgrp, stat.session):
+                    found.append(stat)
+    return found
+
+
+def _named(pid: int | None) -> str:
+    holders = _holders(pid)
+    if not holders:
+        return ""
+    names = ", ".join(f"{h.comm.decode(errors='replace')}, pid {h.pid}" for h in holders[:3])
+    return f" ({names})" if holders[0].pid == pid else f" (as the group or session of {names})"
 
 
 def _is_dead(pid: int | None) -> bool:
-    """Whether a pid is only held by a process that has ended and is about to be collected by its parent."""
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            return file.read().rpartition(b")")[2].split()[0] in b"ZX"
-    except OSError:
-        return False
+    """Whether a pid is only held by processes that have ended and are about to be collected by their parents."""
+    holders = _holders(pid)
+    return bool(holders) and all(holder.state in "ZX" for holder in holders)
 
 
 def undo_clone(creator: Puppet, child: Puppet, flags: int) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import shutil
 import subprocess
 import sys
 import time
@@ -88,3 +90,25 @@ def test_an_image_is_removed_manifest_first(folder: Path) -> None:
     assert place.names() == ["a", "b"]
     place.remove("a")
     assert place.names() == ["b"]
+
+
+@pytest.mark.root
+@pytest.mark.skipif(
+    not (shutil.which("Xvnc") and shutil.which("xclock")),
+    reason="needs Debian's tigervnc-standalone-server and x11-apps",
+)
+def test_the_clock_of_a_plain_users_vnc_server_goes_on(folder: Path) -> None:
+    """The case that the project started from; the example itself waits for the hands to move, three times."""
+    environ = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / "vnc" / "seed_case.py", folder],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environ,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    pictures = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert sorted(pictures) == ["1-started.png", "2-restored.png", "3-migrated.png"]
+    assert all(picture.startswith(b"\x89PNG") for picture in pictures.values())

@@ -170,13 +170,16 @@ async def restore(
     detach: bool = False,
     new_pidns: bool = False,
     map: str = "same",  # noqa: A002 (the recipe's own argument)
+    unmapped: Literal["refuse", "overflow"] = "refuse",
     progress: Progress | None = None,
 ) -> Tree:
     """`pipeline.restore` for asyncio; returns when the tree runs."""
     listener = _forward(progress)
     return Tree(
         await _run(
-            lambda: pipeline.restore(source, detach=detach, new_pidns=new_pidns, map=map, progress=listener)
+            lambda: pipeline.restore(
+                source, detach=detach, new_pidns=new_pidns, map=map, unmapped=unmapped, progress=listener
+            )
         )
     )
 
@@ -215,6 +218,8 @@ async def serve(
     on_message: Callable[[str], None] | None = None,
     once: bool = False,
     new_pidns: bool = False,
+    map: str = "same",  # noqa: A002 (the recipe's own argument)
+    unmapped: Literal["refuse", "overflow"] = "refuse",
     plaintext: bool = False,
     progress: Progress | None = None,
 ) -> None:
@@ -227,6 +232,8 @@ async def serve(
             secret_file=secret_file,
             once=once,
             new_pidns=new_pidns,
+            map=map,
+            unmapped=unmapped,
             plaintext=plaintext,
             on_listening=_in_loop(loop, on_listening),
             on_restored=on_restored and _in_loop(loop, on_restored),

@@ -65,12 +65,15 @@ def restore(
     detach: bool = False,
     new_pidns: bool = False,
     map: str = "same",  # noqa: A002 (the recipe's own argument)
+    unmapped: Literal["refuse", "overflow"] = "refuse",
     progress: Progress | None = None,
 ) -> Tree:
     """`pipeline.restore`, blocking; returns when the tree runs."""
     return Tree(
         trio.run(
-            lambda: pipeline.restore(source, detach=detach, new_pidns=new_pidns, map=map, progress=progress)
+            lambda: pipeline.restore(
+                source, detach=detach, new_pidns=new_pidns, map=map, unmapped=unmapped, progress=progress
+            )
         )
     )
 
@@ -108,6 +111,8 @@ def serve(
     on_message: Callable[[str], None] | None = None,
     once: bool = False,
     new_pidns: bool = False,
+    map: str = "same",  # noqa: A002 (the recipe's own argument)
+    unmapped: Literal["refuse", "overflow"] = "refuse",
     plaintext: bool = False,
     progress: Progress | None = None,
 ) -> None:
@@ -118,6 +123,8 @@ def serve(
             secret_file=secret_file,
             once=once,
             new_pidns=new_pidns,
+            map=map,
+            unmapped=unmapped,
             plaintext=plaintext,
             on_listening=on_listening,
             on_restored=on_restored,

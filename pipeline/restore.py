@@ -19,7 +19,7 @@ from contextlib import asynccontextmanager
 import msgspec
 import trio
 
-from pipeline.errors import ImageError, UsageError
+from pipeline.errors import ImageError
 from pipeline.image.codec import Image
 from pipeline.image.frames import MAX_PAYLOAD_BYTES
 from pipeline.image.schema import FORMAT_VERSION, End
@@ -31,34 +31,39 @@ from pipeline.stages.rebuild import rebuilt
 from pipeline.transport.buffers import BufferPool, LeasedRun
 from pipeline.transport.framing import ByteSource, FrameReader, Message
 from pipeline.userns.cradle import owns_pid_namespace
+from pipeline.userns.destination import Unmapped
 
 _BUFFERS = 6
 
 
 class RestoredTree:
-    """A tree that runs again. The root is a child of this process until this process ends.
+    """A tree that runs again. Its root, or the first process around it, is our child until this process ends.
 
     Args:
         root_pid: in the pid namespace of this process.
+        child_pid: who ends with the root and with its status: the root itself, or the first process of a pid
+            namespace that was made around it (a signal's number plus 128 is its status then).
         figures: times in milliseconds, sizes in bytes, by QMP's names.
     """
 
-    def __init__(self, root_pid: int, figures: dict[str, float]) -> None:
+    def __init__(self, root_pid: int, child_pid: int, figures: dict[str, float]) -> None:
         self.root_pid = root_pid
+        self._child_pid = child_pid
         self.figures = figures
         self._pidfd = os.pidfd_open(root_pid)
-        LEDGER.take("pidfd of a restored tree", self._pidfd)
+        self._child = os.pidfd_open(child_pid)
+        LEDGER.take("pidfds of a restored tree", self._pidfd)
 
     async def wait(self) -> int:
         """Wait for the root's end; returns its wait status (see os.waitstatus_to_exitcode)."""
         while True:
-            await trio.lowlevel.wait_readable(self._pidfd)
+            await trio.lowlevel.wait_readable(self._child)
             status = self._collect()
             if status is not None:
                 return status
 
     def _collect(self) -> int | None:
-        pid, status = os.waitpid(self.root_pid, os.WNOHANG)
+        pid, status = os.waitpid(self._child_pid, os.WNOHANG)
         return status if pid else None
 
     def send_signal(self, number: int) -> None:
@@ -66,10 +71,11 @@ class RestoredTree:
         signal.pidfd_send_signal(self._pidfd, number)
 
     def close(self) -> None:
-        """Give the pidfd back; idempotent."""
+        """Give the pidfds back; idempotent."""
         if self._pidfd >= 0:
             os.close(self._pidfd)
-            LEDGER.give_back("pidfd of a restored tree", self._pidfd)
+            os.close(self._child)
+            LEDGER.give_back("pidfds of a restored tree", self._pidfd)
             self._pidfd = -1
 
 
@@ -164,6 +170,7 @@ async def restore(
     detach: bool = False,
     new_pidns: bool = False,
     map: str = "same",  # noqa: A002 (the option's name on the command line)
+    unmapped: Unmapped = "refuse",
     progress: Progress | None = None,
 ) -> RestoredTree:
     """Restore the image at `source`.
@@ -172,17 +179,17 @@ async def restore(
         source: a directory, a URL, or ``-``.
         detach: the tree shall outlive this process; its standard descriptors are its own either way.
         new_pidns: give the tree a pid namespace of its own, so that no pid is in the way.
-        map: how ids of the outermost user namespaces are mapped here; ``same``.
+        map: where the ids of the outermost user namespaces lie here: ``same``, ``BASE:COUNT``, or ``auto``.
+        unmapped: ids that have no place here: ``refuse``, or let the ``overflow`` id stand for them.
         progress: is told how far it is.
 
     Raises:
         ImageError: the image cannot be used.
+        Refused: ids of the tree have no place here.
         RebuildError: this host cannot make the tree again; nothing is left of it.
 
     Cancellation: nothing is left.
     """
-    if map != "same":
-        raise UsageError(f"--map {map}: only `same` is supported")
     progress = progress or NullProgress()
     begin = time.monotonic()
     progress.phase("setup")
@@ -191,12 +198,13 @@ async def restore(
         image, first = await read_records(reader)
         records_read = time.monotonic()
         feed = page_feed(reader, image, first, progress)
-        async with rebuilt(image, feed, tracer, progress, new_pidns) as rebuilding:
+        async with rebuilt(image, feed, tracer, progress, new_pidns, map, unmapped) as rebuilding:
             progress.phase("thaw")
             root = await tracer.run(rebuilding.thaw)
     del detach
     return RestoredTree(
         root,
+        rebuilding.child_pid,
         {
             "total-time": 1e3 * (time.monotonic() - begin),
             "setup-time": 1e3 * (records_read - begin),

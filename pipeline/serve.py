@@ -33,6 +33,7 @@ from pipeline.transport.framing import Message
 from pipeline.transport.protocol import Accept, Commit, Completed, Decision, Hello, Offer, Prepared, Refuse
 from pipeline.transport.tcp import Channel, parse_address
 from pipeline.userns.cradle import owns_pid_namespace
+from pipeline.userns.destination import Unmapped
 
 
 @dataclass
@@ -59,6 +60,7 @@ class _Server:
         self,
         tracer: Tracer,
         new_pidns: bool,
+        placing: tuple[str, Unmapped],
         progress: Progress,
         restored: Callable[[RestoredTree], None],
         said: Callable[[str], None],
@@ -68,6 +70,7 @@ class _Server:
         self._nursery = nursery
         self._tracer = tracer
         self._new_pidns = new_pidns
+        self._placing = placing
         self._progress = progress
         self._restored = restored
         self._said = said
@@ -102,7 +105,9 @@ class _Server:
             image, first = await read_records(channel.reader)
             image.check_machine(arch.MACHINE)
             feed = page_feed(channel.reader, image, first, self._progress)
-            async with rebuilt(image, feed, self._tracer, self._progress, self._new_pidns) as rebuilding:
+            async with rebuilt(
+                image, feed, self._tracer, self._progress, self._new_pidns, *self._placing
+            ) as rebuilding:
                 await channel.say(Prepared())
                 await self._await_commit(channel, offer, rebuilding, feed)
             if channel.conversation.state == "cancelling":
@@ -161,7 +166,7 @@ class _Server:
             root = await self._tracer.run(rebuilding.thaw)
         held.root_pid = self._settled[held.migration] = root
         held.running.set()
-        tree = RestoredTree(root, {"page-bytes": feed.bytes_done})
+        tree = RestoredTree(root, rebuilding.child_pid, {"page-bytes": feed.bytes_done})
         self._restored(tree)
         self._nursery.start_soon(self._collect, tree)
         self._arrived.set()
@@ -203,6 +208,8 @@ async def serve(
     secret_file: str | None,
     once: bool = False,
     new_pidns: bool = False,
+    map: str = "same",  # noqa: A002 (the option's name on the command line)
+    unmapped: Unmapped = "refuse",
     plaintext: bool = False,
     on_listening: Callable[[str, int, str | None], None],
     on_restored: Callable[[RestoredTree], None] | None = None,
@@ -216,6 +223,7 @@ async def serve(
         secret_file: the secret that both sides share; None makes one, which `on_listening` is told.
         once: end when one tree has arrived.
         new_pidns: give every tree a pid namespace of its own.
+        map, unmapped: see `pipeline.restore`.
         plaintext: no TLS; both sides still prove the secret.
         on_listening: told host, port, and the secret if it was made here.
         on_restored: given each tree that runs; it is waited for here.
@@ -241,6 +249,7 @@ async def serve(
             server = _Server(
                 tracer,
                 new_pidns,
+                (map, unmapped),
                 progress or NullProgress(),
                 on_restored or quiet,
                 on_message or quiet,

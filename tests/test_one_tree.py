@@ -65,6 +65,8 @@ class World:
         self.source_runs = False
         self.check()
 
+    child_pid = 77
+
     def thaw(self) -> int:
         assert self.there == "stands"
         self.there = "runs"
@@ -211,7 +213,14 @@ def play(
     async def main() -> tuple[World, int]:
         async with trio.open_nursery() as nursery:
             server = destination_recipe._Server(
-                _Tracer(), False, NullProgress(), lambda _: None, world.messages.append, trio.Event(), nursery
+                _Tracer(),
+                False,
+                ("same", "refuse"),
+                NullProgress(),
+                lambda _: None,
+                world.messages.append,
+                trio.Event(),
+                nursery,
             )  # type: ignore[arg-type]
             network = Network(fates, server, nursery, world, comes_back)
             patch.setattr(source_recipe, "connect", network.connect)

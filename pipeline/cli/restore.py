@@ -13,7 +13,7 @@ import sys
 from functools import partial
 from typing import TYPE_CHECKING
 
-from pipeline.cli import pidfile, render
+from pipeline.cli import pidfile, placing, render
 from pipeline.cli.progress import Lines, Terminal, listener
 from pipeline.errors import UsageError
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 EXAMPLE = (
     "  python -m pipeline restore --from image\n"
+    "  python -m pipeline restore --from image --map 200000:65536\n"
     "  python -m pipeline restore --from s3://bucket/prefix --detach --pidfile pid"
 )
 
@@ -50,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--new-pidns", action="store_true", help="rebuild the tree in a pid namespace of its own"
     )
+    placing.add_arguments(parser)
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout, once the tree runs")
 
 
@@ -78,6 +80,8 @@ async def _main(arguments: argparse.Namespace) -> int:
             arguments.source,
             detach=arguments.detach,
             new_pidns=arguments.new_pidns,
+            map=arguments.map,
+            unmapped=arguments.unmapped,
             progress=progress,
         )
         if arguments.detach:

@@ -10,7 +10,7 @@ import argparse
 import socket
 from typing import TYPE_CHECKING
 
-from pipeline.cli import render
+from pipeline.cli import placing, render
 from pipeline.cli.progress import listener
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--new-pidns", action="store_true", help="rebuild each tree in a pid namespace of its own"
     )
+    placing.add_arguments(parser)
 
 
 def execute(arguments: argparse.Namespace) -> int:
@@ -52,6 +53,8 @@ def execute(arguments: argparse.Namespace) -> int:
                 secret_file=arguments.secret_file,
                 once=arguments.once,
                 new_pidns=arguments.new_pidns,
+                map=arguments.map,
+                unmapped=arguments.unmapped,
                 on_listening=_listening,
                 on_restored=_restored,
                 on_message=lambda text: render.say(f"serve: {text}"),

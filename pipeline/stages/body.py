@@ -20,7 +20,7 @@ from msgspec.structs import replace
 from pipeline.errors import RebuildError
 from pipeline.ids import LocalFd, RemoteFd
 from pipeline.image.codec import Image
-from pipeline.image.schema import AddressSpace, Id, MappedFile, PathRef, Process
+from pipeline.image.schema import AddressSpace, MappedFile, PathRef, Process
 from pipeline.kernel.arch.x86_64 import NR
 from pipeline.kernel.syscalls import PRCTL
 from pipeline.ledger import LEDGER
@@ -35,7 +35,7 @@ from pipeline.resources.tasks import credentials
 from pipeline.stages import memory_layout
 from pipeline.stages.contents import Contents
 from pipeline.stages.growth import Grown
-from pipeline.userns.forest import Forest
+from pipeline.userns.destination import Destination
 
 _AMBIENT_RAISE = 2
 _AMBIENT_CLEAR_ALL = 4
@@ -127,7 +127,7 @@ class Embodiment:
         files: for mappings of files.
         contents: for mappings of shared memory.
         keepers: of the namespaces.
-        forest: translates ids.
+        ids: what ids are called in each user namespace.
         terminals: what session leaders take when they found their session.
     """
 
@@ -137,14 +137,14 @@ class Embodiment:
         files: MappedFiles,
         contents: Contents,
         keepers: Keepers,
-        forest: Forest,
+        ids: Destination,
         terminals: ControllingTerminals,
     ) -> None:
         self._image = image
         self._files = files
         self._contents = contents
         self._keepers = keepers
-        self._forest = forest
+        self._ids = ids
         self.session_founded = terminals.session_founded
         self.join_owner = keepers.join_owner
         self.pid_namespace_begins = keepers.mount_late
@@ -176,19 +176,13 @@ class Embodiment:
     def _move_in(self, process: Process, grown: Grown) -> None:
         puppet = grown.puppet
         wanted = process.threads[0].credentials
-        credentials.before_join(puppet, wanted, grown.members.user, self._uid, self._gid)
+        credentials.before_join(puppet, wanted, grown.members.user, self._ids.uid, self._ids.gid)
         self._keepers.join(puppet, grown.members, process.namespaces)
         puppet.syscall(NR.prctl, PRCTL.SET_DUMPABLE, 1, 0, 0, 0)
         # the namespace for its children is a step of its own, if it is not the one it is in
         here = process.namespaces
         begun = grown.members.time_for_children == here.time_for_children
         grown.members = here if begun else replace(here, time_for_children=here.time)
-
-    def _uid(self, wanted: Id, namespace: int) -> int | None:
-        return self._forest.number_in(wanted, namespace, "uid")
-
-    def _gid(self, wanted: Id, namespace: int) -> int | None:
-        return self._forest.number_in(wanted, namespace, "gid")
 
     def _space(self, process: Process) -> AddressSpace:
         if process.space is None:

@@ -19,11 +19,12 @@ from __future__ import annotations
 import fcntl
 import os
 import tempfile
+from collections.abc import Callable
 
 from pipeline.errors import RebuildError
 from pipeline.ids import LocalFd
 from pipeline.image.codec import Image
-from pipeline.image.schema import Content, SharedMemory
+from pipeline.image.schema import Content, Id, SharedMemory
 from pipeline.kernel.arch.x86_64 import NR
 from pipeline.ledger import LEDGER
 from pipeline.remote.puppet import Puppet
@@ -46,10 +47,20 @@ class Contents:
         self._seals: dict[int, int] = {}
         self._sizes: dict[int, int] = {}
 
-    def make(self, image: Image, launcher: Puppet) -> None:
-        """Make every object of the image, empty."""
+    def make(
+        self, image: Image, launcher: Puppet, uid: Callable[[Id], int], gid: Callable[[Id], int]
+    ) -> None:
+        """Make every object of the image, empty.
+
+        Args:
+            launcher: maps anonymous memory.
+            uid, gid: translate owners to ids here.
+        """
         for shared in image.shared_memory.values():
-            self._keep(shared.space, self._make_shared(shared, launcher), shared.size_bytes)
+            fd = self._make_shared(shared, launcher)
+            self._keep(shared.space, fd, shared.size_bytes)
+            if shared.kind == "memfd" and shared.uid is not None and shared.gid is not None:
+                _give(fd, uid(shared.uid), gid(shared.gid))
         for content in image.contents.values():
             self._keep(content.space, self._make_file(content), content.size_bytes)
 
@@ -138,3 +149,12 @@ class Contents:
                 _, fd = fds.popitem()
                 os.close(fd)
                 LEDGER.give_back("content", fd)
+
+
+def _give(fd: LocalFd, uid: int, gid: int) -> None:
+    now = os.fstat(fd)
+    if (now.st_uid, now.st_gid) != (uid, gid):
+        try:
+            os.fchown(fd, uid, gid)
+        except OSError as error:
+            raise RebuildError(f"a memfd cannot belong to {uid}:{gid} here: {error.strerror}") from error

@@ -18,7 +18,7 @@ from pipeline.errors import ImageError, RebuildError
 from pipeline.ids import HostPid, LocalFd
 from pipeline.image.codec import Image
 from pipeline.image.plan import Fill, plan
-from pipeline.image.schema import Id, PathRef, Process
+from pipeline.image.schema import PathRef, Process
 from pipeline.kernel import procfs, ptrace
 from pipeline.kernel.arch import x86_64 as arch
 from pipeline.kernel.syscalls import RESOLVE, openat2
@@ -39,7 +39,7 @@ from pipeline.stages.contents import Contents
 from pipeline.stages.descriptors import Descriptors
 from pipeline.stages.fill import PageFeed
 from pipeline.stages.growth import Grown, Growth
-from pipeline.userns.forest import Forest
+from pipeline.userns.destination import Destination, Unmapped
 
 _LOWEST_CHANNEL_FD = 200
 
@@ -59,15 +59,18 @@ class Rebuilding:
     Args:
         image: complete and checked.
         new_pidns: make a pid namespace for the tree, with a first process that waits for it.
+        placing, unmapped: see `Destination`.
     """
 
-    def __init__(self, image: Image, new_pidns: bool = False) -> None:
+    def __init__(
+        self, image: Image, new_pidns: bool = False, placing: str = "same", unmapped: Unmapped = "refuse"
+    ) -> None:
         self._image = image
         self._new_pidns = new_pidns
         self._init: Init | None = None
         self._stack = ExitStack()
         self._thawed = False
-        self._forest = Forest(image.user_namespaces.values())
+        self._ids = Destination(image, placing, unmapped)
         self._planner = plan(
             list(image.processes.values()),
             list(image.spaces.values()),
@@ -85,6 +88,7 @@ class Rebuilding:
         """Launcher, namespaces, shared objects: all that stands before the first process."""
         raise_descriptor_limit()
         image = self._image
+        self._ids.refuse_unplaced()
         blockers = list(check_here(list(image.processes.values())))
         if blockers:
             raise RebuildError("this host cannot take the tree: " + "; ".join(map(str, blockers)))
@@ -99,18 +103,18 @@ class Rebuilding:
             announcer = Inside(self._init.puppet)
         else:
             announcer = Here()
-        self._keepers = Keepers(self._launcher, self._forest, self._stack)
+        self._keepers = Keepers(self._launcher, self._ids.forest, self._stack)
         members = [process.namespaces for process in image.processes.values()]
         begun_later = {m.time_for_children for m in members if m.time_for_children != m.time}
         self._keepers.make(image.namespaces, begun_later)
         self._stack.callback(self.contents.close)
-        self.contents.make(image, self._launcher)
+        self.contents.make(image, self._launcher, self._ids.uid_here, self._ids.gid_here)
         files = MappedFiles(image, self.contents, self._open_path)
         self._stack.callback(files.close)
         self._stack.callback(self._close_roots)
         self._terminals = ControllingTerminals(image.files.values(), self._open_path)
         self._stack.callback(self._terminals.close)
-        body = Embodiment(image, files, self.contents, self._keepers, self._forest, self._terminals)
+        body = Embodiment(image, files, self.contents, self._keepers, self._ids, self._terminals)
         self.growth = Growth(
             image,
             self._planner,
@@ -167,8 +171,8 @@ class Rebuilding:
             self.contents,
             self._root_of,
             self._open_namespace,
-            self._here_uid,
-            self._here_gid,
+            self._ids.uid_here,
+            self._ids.gid_here,
             self._terminals.made,
         )
         try:
@@ -186,7 +190,9 @@ class Rebuilding:
         registers: dict[int, list[bytes]] = {}
         for process, grown in finish.living(image, growth):
             space = image.spaces[process.space] if process.space is not None else None
-            registers[process.pids[0]] = reinstate(process, space, grown.threads, self._uid, self._gid)
+            registers[process.pids[0]] = reinstate(
+                process, space, grown.threads, self._ids.uid, self._ids.gid
+            )
         self._keepers.set_limits()
         finish.put_on(image, growth, lambda process, index: registers[process.pids[0]][index])
 
@@ -198,6 +204,13 @@ class Rebuilding:
             self._init.set_free(self._image.processes[self._image.head.root].pids[0])
         finish.thaw(self._image, self.growth)
         return root
+
+    @property
+    def child_pid(self) -> HostPid:
+        """Our child that ends with the root of the tree: the first process around it, or the root itself."""
+        if self._init is not None:
+            return self._init.puppet.pid
+        return self.growth.grown[self._image.head.root].puppet.pid
 
     def _end_init(self) -> None:
         if self._init is not None and not self._thawed:
@@ -215,27 +228,9 @@ class Rebuilding:
         if wanted.userns != grown.members.user:
             self._keepers.join_owner(grown.puppet, wanted.userns)
         now = procfs.status(grown.puppet.tid)
-        grown.puppet.run_checked(list(credentials.after_join(wanted, self._uid, self._gid, now)))
+        grown.puppet.run_checked(list(credentials.after_join(wanted, self._ids.uid, self._ids.gid, now)))
 
     # -- translations and paths -------------------------------------------------------------
-
-    def _uid(self, wanted: Id, namespace: int) -> int | None:
-        return self._forest.number_in(wanted, namespace, "uid")
-
-    def _gid(self, wanted: Id, namespace: int) -> int | None:
-        return self._forest.number_in(wanted, namespace, "gid")
-
-    def _here_uid(self, wanted: Id) -> int:
-        number = self._uid(wanted, 0)
-        if number is None:
-            raise RebuildError(f"uid {wanted.id} of user namespace {wanted.ns} has no mapping here")
-        return number
-
-    def _here_gid(self, wanted: Id) -> int:
-        number = self._gid(wanted, 0)
-        if number is None:
-            raise RebuildError(f"gid {wanted.id} of user namespace {wanted.ns} has no mapping here")
-        return number
 
     def _root_of(self, mntns: int) -> LocalFd:
         if mntns not in self._roots:
@@ -300,7 +295,13 @@ class Rebuilding:
 
 @asynccontextmanager
 async def rebuilt(
-    image: Image, feed: PageFeed, tracer: Tracer, progress: Progress, new_pidns: bool = False
+    image: Image,
+    feed: PageFeed,
+    tracer: Tracer,
+    progress: Progress,
+    new_pidns: bool = False,
+    placing: str = "same",
+    unmapped: Unmapped = "refuse",
 ) -> AsyncIterator[Rebuilding]:
     """The tree of `image`, complete and stopped; gone after the block unless it was thawed.
 
@@ -311,7 +312,7 @@ async def rebuilt(
     progress.phase("rebuild")
     if image.head.machine != arch.MACHINE:
         image.check_machine(arch.MACHINE)
-    rebuilding = Rebuilding(image, new_pidns)
+    rebuilding = Rebuilding(image, new_pidns, placing, unmapped)
     try:
         await tracer.run(rebuilding.prepare)
         for space in [*image.shared_memory, *image.contents]:

@@ -9,8 +9,8 @@ Source: user_namespaces(7).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Literal
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Literal, get_args
 
 from pipeline.errors import ImageError
 from pipeline.image.schema import Id, UserNamespace
@@ -25,17 +25,25 @@ MAX_DEPTH = 33
 class Forest:
     """All user namespaces of an image, by index.
 
+    Args:
+        namespaces: with namespace 0, the external one.
+        outside: from ids of namespace 0 to ids of the host or restorer; left out, they are the same.
+
     Raises:
         ImageError: from here and from every translation: a namespace is missing, or they form a ring.
     """
 
-    def __init__(self, namespaces: Iterable[UserNamespace]) -> None:
+    def __init__(
+        self, namespaces: Iterable[UserNamespace], outside: Mapping[IdKind, IdMap] | None = None
+    ) -> None:
         self.namespaces = {namespace.index: namespace for namespace in namespaces}
         self._maps: dict[tuple[int, IdKind], IdMap] = {}
         for namespace in self.namespaces.values():
             list(self.ancestors(namespace.index))
             self._maps[namespace.index, "uid"] = IdMap(namespace.uid_map)
             self._maps[namespace.index, "gid"] = IdMap(namespace.gid_map)
+        for kind in get_args(IdKind):
+            self._maps[0, kind] = IDENTITY if outside is None else outside[kind]
 
     def ancestors(self, index: int) -> Iterator[int]:
         """`index` itself, its parent, and so on up to namespace 0."""
@@ -54,8 +62,14 @@ class Forest:
         return outer in self.ancestors(inner)
 
     def map_of(self, index: int, kind: IdKind) -> IdMap:
-        """The map between namespace `index` and its parent."""
+        """The map between namespace `index` and its parent; of namespace 0: to the ids outside of the image."""
         return self._maps[index, kind]
+
+    def lines_of(self, index: int, kind: IdKind) -> IdMap:
+        """The map of namespace `index` as it is written here: those of roots with ids outside of the image."""
+        own = self._maps[index, kind]
+        outside = self._maps[0, kind]
+        return own if self.namespaces[index].parent != 0 or outside is IDENTITY else own.compose(outside)
 
     def to_ancestor(self, index: int, ancestor: int, kind: IdKind) -> IdMap:
         """From ids of `index` to ids of an ancestor."""
@@ -68,7 +82,7 @@ class Forest:
         raise ValueError(f"user namespace {ancestor} is no ancestor of {index}")
 
     def number_in(self, wanted: Id, namespace: int, kind: IdKind) -> int | None:
-        """What `wanted` is called in `namespace`; None where it has no mapping there."""
+        """What `wanted` is called in `namespace` (0: outside of the image); None where it has no mapping there."""
         above: list[int] = list(self.ancestors(namespace))
         number = wanted.id
         for at in self.ancestors(wanted.ns):
@@ -83,7 +97,7 @@ class Forest:
             if found is None:
                 return None
             number = found
-        return number
+        return number if namespace else self._maps[0, kind].up(number)
 
     def innermost(self, external: int, holder: int, kind: IdKind) -> Id:
         """An id that namespace 0 calls `external`, said in the innermost namespace from `holder` upwards."""

@@ -38,15 +38,13 @@ class IdMap:
         extents: its lines, in any order; `extents` keeps it, as the kernel does up to five lines.
 
     Raises:
-        MapError: extents overlap, wrap around, or are too many.
+        MapError: extents overlap or wrap around.
     """
 
     def __init__(self, extents: Iterable[Extent]) -> None:
         self.extents: tuple[Extent, ...] = tuple(extents)
         self._by_inner = tuple(sorted(self.extents, key=lambda extent: extent.inner))
         self._by_lower = tuple(sorted(self.extents, key=lambda extent: extent.lower))
-        if len(self.extents) > MAX_EXTENTS:
-            raise MapError(f"{len(self.extents)} extents; the kernel takes {MAX_EXTENTS}")
         for extent in self.extents:
             if extent.count < 1 or max(extent.inner, extent.lower) + extent.count > NO_ID:
                 raise MapError(f"extent {self._line(extent)} is empty or reaches id {NO_ID}")
@@ -110,8 +108,10 @@ class IdMap:
         """What is written to /proc/PID/uid_map by somebody in the parent namespace.
 
         Raises:
-            MapError: more text than the kernel takes in one write.
+            MapError: more lines, or more text, than the kernel takes in one write.
         """
+        if len(self.extents) > MAX_EXTENTS:
+            raise MapError(f"{len(self.extents)} extents; the kernel takes {MAX_EXTENTS}")
         content = b"\n".join(b"%d %d %d" % (e.inner, e.lower, e.count) for e in self.extents)
         if len(content) > MAX_TEXT_BYTES:
             raise MapError(f"{len(content)} bytes of map; the kernel takes {MAX_TEXT_BYTES}")

@@ -112,14 +112,17 @@ def test_an_image_goes_through_a_pipe(program: Program) -> None:
     assert program.runs()
 
 
-def test_restore_stays_forwards_signals_and_exits_with_the_status(folder: Path) -> None:
+@pytest.mark.parametrize("where", [(), ("--new-pidns",)], ids=["here", "new-pidns"])
+def test_restore_stays_forwards_signals_and_exits_with_the_status(
+    folder: Path, where: tuple[str, ...]
+) -> None:
     program = Program("trap 'exit 9' USR1; while :; do sleep 0.05; done")
     try:
         dumped = pipeline("dump", "--pid", program.pid, "--to", folder / "image")
         assert dumped.returncode == 0, dumped.stderr
         program.collect()
         with subprocess.Popen(
-            [*TOOL, "restore", "--from", folder / "image", "--json"],
+            [*TOOL, "restore", "--from", folder / "image", "--json", *where],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -390,7 +390,6 @@ def _inotify() -> int:
         (lambda: syscall(NR.userfaultfd, 1), "a userfaultfd is tied"),
         (lambda: syscall(NR.io_uring_setup, 2, bytes(120)), "io_uring"),
         (lambda: syscall(NR.fanotify_init, 0, 0), "fanotify"),
-        (lambda: os.open("/proc/self/ns/uts", os.O_RDONLY), "descriptor of a namespace"),
         (lambda: syscall(NR.memfd_secret, 0), "secret memory"),
         (lambda: syscall(NR.landlock_create_ruleset, (1).to_bytes(8, "little"), 8, 0), "Landlock"),
         (lambda: os.memfd_create("huge", os.MFD_HUGETLB), "huge pages"),

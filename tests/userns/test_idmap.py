@@ -107,7 +107,6 @@ def test_highest_id_is_mapped_and_the_number_behind_it_is_none() -> None:
         ([Extent(2, 0, NO_ID)], "4294967295"),
         ([Extent(0, 0, 2), Extent(1, 10, 1)], "overlap inside"),
         ([Extent(0, 0, 2), Extent(5, 1, 1)], "overlap in the parent"),
-        ([Extent(2 * n, 2 * n, 1) for n in range(341)], "341 extents"),
     ],
 )
 def test_what_the_kernel_would_not_take_is_refused(extents: list[Extent], said: str) -> None:
@@ -134,3 +133,10 @@ def test_neighbouring_lines_stay_two_lines() -> None:
     read = [Extent(0, 1000, 1), Extent(1, 2000, 1)]
     assert relative_to_parent(read, parent).extents == (Extent(0, 0, 1), Extent(1, 1, 1))
     assert all(one.count == 1 for one, _ in pairwise(relative_to_parent(read, parent).extents))
+
+
+def test_more_lines_than_the_kernel_takes_are_not_written() -> None:
+    extents = [Extent(2 * n, 2 * n, 1) for n in range(341)]
+    assert IdMap(extents[:340]).text().count(b"\n") == 339
+    with pytest.raises(MapError, match="341 extents"):
+        IdMap(extents).text()

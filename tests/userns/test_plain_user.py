@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import trio
 
-from pipeline.errors import RebuildError
+import pipeline
+from pipeline.errors import RebuildError, Refused
 from pipeline.ids import HostPid
 from pipeline.image.schema import Extent, Id, UserNamespace
 from pipeline.kernel.arch.x86_64 import NR
 from pipeline.kernel.syscalls import CLONE, PRCTL, mount, prctl, syscall, unshare
 from pipeline.resources.namespaces.members import check_visible
+from pipeline.restore import RestoredTree
 from pipeline.userns import cradle
 from pipeline.userns.forest import Forest
+from tests.harness.settings import Level, Setting
+from tests.harness.tree import Tree, dump
 from tests.userns.making import captured, held, in_child, making, other_keepers, own_namespace
 
 pytestmark = pytest.mark.root
@@ -143,3 +149,40 @@ def test_a_process_that_may_not_be_looked_at_is_refused() -> None:
     as_plain_user(beside)
     with held(lambda: None) as of_root:
         as_plain_user(lambda: look(of_root, "another user"))
+
+
+def test_a_tree_of_another_user_lies_on_the_own_id(start: Callable[..., Tree], tmp_path: Path) -> None:
+    theirs = Setting("theirs", (Level(("7 1234 1",), ("8 2345 1",), "deny", 7, 8),), host_ids=(1234, 2345))
+    tree = start("quiet", theirs)
+    image = tree.directory / "image"
+    dump(tree, image)
+    for path in (*image.iterdir(), *tree.directory.iterdir()):
+        path.chmod(0o777)
+
+    async def attempt(placing: str) -> RestoredTree:
+        return await pipeline.restore(str(image), detach=True, map=placing)
+
+    def end(restored: RestoredTree) -> None:
+        os.kill(restored.root_pid, signal.SIGKILL)
+        assert os.waitstatus_to_exitcode(trio.run(restored.wait)) in {-signal.SIGKILL, 128 + signal.SIGKILL}
+        restored.close()
+
+    # once as root, so that everything is imported: the user may not be able to read this interpreter
+    end(trio.run(attempt, "same"))
+
+    def body() -> None:
+        cradle.enter()
+        with pytest.raises(Refused, match="line `7 1234 1` of its uid_map has no place here"):
+            trio.run(attempt, "same")
+        restored = trio.run(attempt, "auto")
+        try:
+            status = Path(f"/proc/{restored.root_pid}/status").read_text().splitlines()
+            assert [line.split()[1] for line in status if line.startswith(("Uid:", "Gid:"))] == [
+                str(USER)
+            ] * 2
+            for name, line in (("uid_map", ["7", str(USER), "1"]), ("gid_map", ["8", str(USER), "1"])):
+                assert Path(f"/proc/{restored.root_pid}/{name}").read_text().split() == line
+        finally:
+            end(restored)
+
+    as_plain_user(body)

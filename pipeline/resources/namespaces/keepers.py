@@ -127,7 +127,7 @@ class Keepers:
                 " (restore as root, or with newgidmap and a range in /etc/subgid)"
             )
         for kind, _ in _SET_IDS:
-            name, text = f"{kind}_map", self._forest.map_of(userns.index, kind).text()
+            name, text = f"{kind}_map", self._forest.lines_of(userns.index, kind).text()
             if text:
                 try:
                     self._put(above, f"/proc/{keeper.pid}/{name}", text)

@@ -109,18 +109,21 @@ def _required(wanted: Id, namespace: int, number: Number, kind: str) -> int:
 
 
 def _set_groups(puppet: Puppet, wanted: Credentials, namespace: int, gid: Number) -> None:
-    numbers = [_required(i, namespace, gid, "group") for i in wanted.groups]
-    call = Call(NR.setgroups, (len(numbers), struct.pack(f"<{len(numbers)}I", *numbers)), may_fail=True)
-    puppet.run([call])
-    if call.result < 0:
-        # setgroups is denied (one-id maps of plain users): right only if there is nothing to change
-        here = sorted(procfs.status(puppet.tid).groups)
-        mapped = _ids_of_our_namespace("gid_map")
-        if here != sorted(_seen(i, gid, mapped) for i in wanted.groups):
-            raise RebuildError(
-                f"supplementary groups {numbers} cannot be set: setgroups is denied in user namespace "
-                f"{namespace}, and the restorer has {here}"
-            )
+    numbers = [number for number in (gid(i, namespace) for i in wanted.groups) if number is not None]
+    if len(numbers) == len(wanted.groups):
+        call = Call(NR.setgroups, (len(numbers), struct.pack(f"<{len(numbers)}I", *numbers)), may_fail=True)
+        puppet.run([call])
+        if call.result >= 0:
+            return
+    # setgroups is denied (one-id maps of plain users): right only if there is nothing to change
+    here = sorted(procfs.status(puppet.tid).groups)
+    mapped = _ids_of_our_namespace("gid_map")
+    shall = sorted(_seen(i, gid, mapped) for i in wanted.groups)
+    if here != shall:
+        raise RebuildError(
+            f"supplementary groups {shall} cannot be set: setgroups is denied in user namespace "
+            f"{namespace}, and the restorer has {here}"
+        )
 
 
 def _ids_of_our_namespace(name: str) -> list[range]:

@@ -31,6 +31,7 @@ from pipeline.kernel.syscalls import (
     syscall,
     unshare,
 )
+from pipeline.userns.portrait import Portrait
 
 _PR_SET_MM_MAP_SIZE = 15
 _CAP_CHECKPOINT_RESTORE = 40
@@ -50,10 +51,14 @@ class Row(Struct, frozen=True):
 
 
 class CheckReport(Struct, frozen=True):
-    """The answer of `check`. `blockers` is empty where no pid was given, or where the tree can be carried."""
+    """The answer of `check`. `blockers` is empty where no pid was given, or where the tree can be carried.
+
+    `portrait`: of the tree's namespaces; None where no pid was given, or where it may not be looked at.
+    """
 
     rows: list[Row]
     blockers: list[Blocker]
+    portrait: Portrait | None = None
 
     @property
     def ok(self) -> bool:
@@ -230,8 +235,9 @@ async def check(pid: int | None = None) -> CheckReport:
 
 
 def _check(pid: int | None) -> CheckReport:
-    from pipeline.stages.examine import tree_blockers
+    from pipeline.stages.examine import portrait, tree_blockers
 
     rows = list(_host_rows())
-    blockers = [] if pid is None else sorted(set(tree_blockers(pid)))
-    return CheckReport(rows, blockers)
+    if pid is None:
+        return CheckReport(rows, [])
+    return CheckReport(rows, sorted(set(tree_blockers(pid))), portrait(pid))

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pipeline.image.codec import Image
 from pipeline.restore import opened, page_runs, read_records
 from pipeline.transport.buffers import LeasedRun
+from pipeline.userns.portrait import Portrait, Sitter, paint
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +28,21 @@ class Inspection:
     image: Image
     page_bytes: dict[int, int]
     image_bytes: int
+
+    def portrait(self) -> Portrait:
+        """Its namespaces, and who lives where."""
+        sitters = []
+        for process in self.image.processes.values():
+            first = process.threads[0] if process.threads else None
+            sitters.append(
+                Sitter(
+                    process.pids,
+                    (first.comm if first else process.comm).decode(errors="backslashreplace"),
+                    process.namespaces,
+                    first.credentials if first else process.credentials,
+                )
+            )
+        return paint(self.image.user_namespaces.values(), self.image.namespaces.values(), sitters)
 
 
 async def inspect(source: str) -> Inspection:

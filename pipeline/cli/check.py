@@ -1,7 +1,7 @@
 """Say what this host can do, row by row, with the remedy for each missing thing.
 
-With --pid: everything that would stop that tree from being dumped, all of it at once,
-before anything is touched; the exit code is then 3. It is 1 where this host lacks
+With --pid: the tree's namespaces and who lives in them, and everything that would stop it from
+being dumped, all of it at once, before anything is touched; the exit code is then 3. It is 1 where this host lacks
 something that nothing works without (NO; a small no costs only what its row says).
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from pipeline.cli import render
+from pipeline.cli import forest, render
 
 if TYPE_CHECKING:
     from pipeline.check import CheckReport
@@ -51,6 +51,7 @@ def _plain(report: CheckReport) -> dict[str, object]:
             for row in report.rows
         ],
         "blockers": [render.blocker(blocker) for blocker in report.blockers],
+        "namespaces": None if report.portrait is None else forest.as_document(report.portrait),
     }
 
 
@@ -64,6 +65,9 @@ def _show(report: CheckReport, pid: int | None) -> None:
     if pid is None:
         return
     print()
+    if report.portrait is not None:
+        forest.draw(report.portrait)
+        print()
     if not report.blockers:
         print(f"pid {pid}: nothing stops this tree from being carried")
         return

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any
 
-from pipeline.cli import render
+from pipeline.cli import forest, render
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,7 +24,11 @@ if TYPE_CHECKING:
     from pipeline.image.schema import Extent, OpenFile, Process
     from pipeline.inspect import Inspection
 
-EXAMPLE = "  python -m pipeline inspect image\n  python -m pipeline inspect image --json | python -m json.tool | less"
+EXAMPLE = (
+    "  python -m pipeline inspect image\n"
+    "  python -m pipeline inspect image --namespaces\n"
+    "  python -m pipeline inspect image --json | python -m json.tool | less"
+)
 
 #: how many holders of an open file are named before the rest is counted
 _MOST_HOLDERS = 4
@@ -32,6 +36,11 @@ _MOST_HOLDERS = 4
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("image", metavar="IMAGE", help="a directory, a URL, or - for stdin")
+    parser.add_argument(
+        "--namespaces",
+        action="store_true",
+        help="only the namespaces: their owners, maps and members, what is external, and which ids are unmapped",
+    )
     parser.add_argument("--json", action="store_true", help="everything, as one JSON document on stdout")
 
 
@@ -41,7 +50,10 @@ def execute(arguments: argparse.Namespace) -> int:
 
     inspection = recipe.run(lambda: pipeline.inspect(arguments.image))
     if arguments.json:
-        render.document(as_document(inspection))
+        picture = forest.as_document(inspection.portrait())
+        render.document(picture if arguments.namespaces else as_document(inspection))
+    elif arguments.namespaces:
+        forest.draw(inspection.portrait())
     else:
         from rich.console import Console
 

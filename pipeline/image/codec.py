@@ -145,6 +145,7 @@ class Image:
                 try:
                     IdMap(record.uid_map)
                     IdMap(record.gid_map)
+                    IdMap(record.projid_map)
                 except MapError as error:
                     raise ImageError(f"user namespace {record.index}: {error}") from None
             case Namespace():

@@ -86,7 +86,7 @@ class Head(Record, frozen=True, kw_only=True, tag="head"):
 class UserNamespace(Record, frozen=True, kw_only=True, tag="userns"):
     """A user namespace; `index` 0 is the external one and has no parent.
 
-    `uid_map`/`gid_map` are relative to the parent; empty where not written yet.
+    `uid_map`, `gid_map` and `projid_map` are relative to the parent; empty where not written yet.
     `owner` is the creator's euid, inside the parent. `limits`: what of /proc/sys/user has been set in it.
     """
 
@@ -95,6 +95,7 @@ class UserNamespace(Record, frozen=True, kw_only=True, tag="userns"):
     owner: Id | None = None
     uid_map: Extents = []
     gid_map: Extents = []
+    projid_map: Extents = []
     setgroups: Literal["allow", "deny"] = "allow"
     limits: Annotated[dict[str, I32], Meta(max_length=64)] = {}
 

@@ -24,6 +24,7 @@ from typing import NamedTuple
 from pipeline.ids import HostPid
 
 _CHUNK_BYTES = 1 << 16
+_PF_EXITING = 0x0000_0004
 _PF_KTHREAD = 0x0020_0000
 RLIM_INFINITY = 0xFFFF_FFFF_FFFF_FFFF
 
@@ -263,6 +264,14 @@ def parse_stat(content: bytes) -> Stat:
 def stat(pid: HostPid) -> Stat:
     """Read /proc/PID/stat; `ProcessGone`."""
     return parse_stat(read_file(pid, "stat"))
+
+
+def is_exiting(tid: HostPid) -> bool:
+    """Whether a task is on its way out or gone: it runs nothing of its program any more (PF_EXITING)."""
+    try:
+        return bool(stat(tid).flags & _PF_EXITING)
+    except ProcessGone:
+        return True
 
 
 def is_kernel_thread(pid: HostPid) -> bool:

@@ -187,7 +187,7 @@ def _named(pid: int | None) -> str:
 def _is_dead(pid: int | None) -> bool:
     """Whether a pid is only held by processes that have ended and are about to be collected by their parents."""
     holders = _holders(pid)
-    return bool(holders) and all(holder.state in "ZX" for holder in holders)
+    return bool(holders) and all(h.state in "ZX" or procfs.is_exiting(HostPid(h.pid)) for h in holders)
 
 
 def undo_clone(creator: Puppet, child: Puppet, flags: int) -> None:

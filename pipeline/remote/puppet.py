@@ -188,19 +188,20 @@ class Puppet:
 
     # -- making more --------------------------------------------------------------
 
-    def clone(self, flags: int = 0, *, set_tid: Sequence[int] = ()) -> Puppet:
+    def clone(self, flags: int = 0, *, set_tid: Sequence[int] = (), exit_signal: int = 0) -> Puppet:
         """Clone a helper: a puppet that is no process of the tree and takes none of its pids.
 
-        Its end notifies nobody; a parent collects it with __WALL (see `pipeline.remote.births`).
+        Its end notifies nobody, unless told so; a parent collects it with __WALL (see `pipeline.remote.births`).
 
         Args:
             flags: CLONE_*; with CLONE_PARENT the helper is a sibling.
             set_tid: pids by level, innermost first, for as many levels as the puppet may choose.
+            exit_signal: what its parent gets at its end, and at that of the siblings it clones.
         """
         missed: list[Puppet] = []
         try:
             while True:
-                helper = self.clone_task(flags, set_tid=set_tid)
+                helper = self.clone_task(flags, set_tid=set_tid, exit_signal=exit_signal)
                 seen = seen_pids(helper.tid)
                 if not any(pid in taken for pid, taken in zip(seen, self.stage.reserved, strict=False)):
                     return helper
@@ -435,20 +436,24 @@ class Puppet:
                         ptrace.wait(tid, nohang=True)
         return False
 
-    def reap_children(self) -> None:
+    def reap_children(self, exit_signal: int = signal.SIGCHLD) -> None:
         """Collect the puppet's dead children inside it, and forget that they died.
 
         Only while the tree grows or is given up: no process of the tree is dead yet, so whoever is
         was a helper, or is not wanted any more.
+
+        Args:
+            exit_signal: what they sent, besides SIGCHLD.
         """
         with suppress(ChildProcessError):
             while self.syscall(arch.NR.wait4, -1, 0, ptrace.WALL | os.WNOHANG, 0) > 0:
                 pass
-        self.forget_child_signals()
+        self.forget_child_signals(exit_signal)
 
-    def forget_child_signals(self) -> None:
+    def forget_child_signals(self, exit_signal: int = signal.SIGCHLD) -> None:
         """Take SIGCHLD out of the puppet's queue, where the end of a child during the rebuild put it."""
-        child_set = (1 << (signal.SIGCHLD - 1)).to_bytes(8, "little")
+        numbers = {int(signal.SIGCHLD), exit_signal} - {0}
+        child_set = sum(1 << (number - 1) for number in numbers).to_bytes(8, "little")
         with suppress(BlockingIOError):
             while True:
                 self.syscall(arch.NR.rt_sigtimedwait, child_set, 0, bytes(16), 8)

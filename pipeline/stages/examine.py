@@ -1,4 +1,4 @@
-"""Everything that stops a tree from being carried, found without touching it."""
+"""A running tree, looked at without touching it: what stops it from being carried, and where it lives."""
 
 from __future__ import annotations
 
@@ -8,9 +8,14 @@ from contextlib import suppress
 from pipeline.errors import Blocker
 from pipeline.ids import HostPid
 from pipeline.kernel import procfs
-from pipeline.resources.namespaces.members import check_visible
+from pipeline.resources.namespaces.members import NamespaceCapture, check_visible
+from pipeline.resources.tasks import credentials
 from pipeline.stages.capture import Capture
 from pipeline.stages.freeze import check_root, check_traced, walk
+from pipeline.stages.translate import in_forest
+from pipeline.userns.capture import LiveForest
+from pipeline.userns.cradle import is_privileged
+from pipeline.userns.portrait import Portrait, Sitter, paint
 
 
 def tree_blockers(pid: int) -> Iterator[Blocker]:
@@ -37,3 +42,31 @@ def tree_blockers(pid: int) -> Iterator[Blocker]:
                 zombies.append(member)
     with Capture(pids, zombies) as capture:
         yield from capture.blockers()
+
+
+def portrait(pid: int) -> Portrait | None:
+    """The namespaces of the tree below `pid`, and who lives where; None where it may not be looked at."""
+    if any(True for _ in check_root(pid)):
+        return None
+    forest = LiveForest()
+    pids = []
+    for member in walk(HostPid(pid)):
+        with suppress(procfs.ProcessGone):
+            if any(True for _ in check_visible(member)):
+                return None
+            pids.append(member)
+    namespaces = NamespaceCapture(pids, forest, is_privileged())
+    sitters = []
+    for member, members in namespaces.memberships.items():
+        with suppress(procfs.ProcessGone):
+            status = procfs.status(member)
+            found = credentials.captured(status, members.user, 0)
+            sitters.append(
+                Sitter(
+                    list(status.ns_pid),
+                    status.name.decode(errors="backslashreplace"),
+                    members,
+                    in_forest(found, members.user, forest.forest()),
+                )
+            )
+    return paint(forest.records, namespaces.namespaces, sitters)

@@ -31,6 +31,8 @@ from pipeline.resources.tasks import interrupted
 
 #: between two looks at tasks that were killed
 _END_PAUSE_S = 0.0005
+#: how long tasks are waited for that are all ending and wait for others to collect their dead
+_END_GRACE_S = 0.2
 #: how long a task may take to stop: vfork parents and disk sleepers stop when the kernel lets them
 _STOP_TIMEOUT_S = 10.0
 _SPINS = 200
@@ -273,17 +275,28 @@ def end(tree: FrozenTree) -> None:
     """Kill the frozen tree: every process is told first, so nothing of it runs again; then its end is awaited.
 
     Ends are taken in rounds, as they come: a leader's is reported after those of its threads, and
-    the first process of a pid namespace ends only when its tracer has taken all the others in it.
+    the first process of a pid namespace ends only when all the others in it are collected, also those
+    whose parent is further out. That is for whoever adopts them to do; who has nothing left but that to wait
+    for is not waited for long: it runs nothing any more.
     """
     for process in tree.living():
         with suppress(ProcessLookupError):
             os.kill(process.pid, signal.SIGKILL)
+    grace_until = 0.0
     while waited := [(process, tid) for process in tree.processes.values() for tid in process.tasks]:
+        over = grace_until and time.monotonic() > grace_until
+        left = 0
         for process, tid in waited:
-            if _has_ended(tid):
+            if _has_ended(tid) or over:
                 del process.tasks[tid]
                 LEDGER.give_back("seized task", tid)
-        if any(process.tasks for process in tree.processes.values()):
+            else:
+                left += 1
+        if left < len(waited) or not all(procfs.is_exiting(HostPid(tid)) for _, tid in waited):
+            grace_until = 0.0
+        elif not grace_until:
+            grace_until = time.monotonic() + _END_GRACE_S
+        if left:
             time.sleep(_END_PAUSE_S)
 
 

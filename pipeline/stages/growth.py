@@ -163,6 +163,9 @@ class Growth:
                     self._remove(pid)
                 case Fill():
                     yield step
+
+    def end_wardens(self) -> None:
+        """Nobody is born any more, threads neither: whoever announced pids ends."""
         for pidns in list(self._wardens):
             self._end_helper(self._first_of(pidns).puppet, self._wardens.pop(pidns))
 
@@ -272,7 +275,11 @@ class Growth:
         assert step.pidns is not None
         owner = self._planner.namespaces[step.pidns].owner
         beside = self._is_launcher(step.creator)
-        helper = Grown(creator.puppet.clone(CLONE.PARENT if beside else 0), creator.members)
+        # the siblings that it clones have its exit signal
+        helper = Grown(
+            creator.puppet.clone(CLONE.PARENT if beside else 0, exit_signal=process.exit_signal),
+            creator.members,
+        )
         try:
             if owner != helper.members.user:
                 self._body.join_owner(helper.puppet, owner)
@@ -283,7 +290,7 @@ class Growth:
             if beside:
                 helper.puppet.kill_and_reap()
             else:
-                self._end_helper(creator.puppet, helper.puppet)
+                self._end_helper(creator.puppet, helper.puppet, process.exit_signal)
 
     def _clone_into(
         self, creator: Grown, pidns: int, process: Process, flags: int, options: dict[str, int]
@@ -343,9 +350,9 @@ class Growth:
             parent = self._of(creator).puppet if creator else self._outer
             self._end_helper(parent, stand_in.puppet)
 
-    def _end_helper(self, parent: Puppet, helper: Puppet) -> None:
+    def _end_helper(self, parent: Puppet, helper: Puppet, exit_signal: int = signal.SIGCHLD) -> None:
         helper.kill_and_reap()
-        parent.reap_children()
+        parent.reap_children(exit_signal)
 
     def look_ahead(self) -> None:
         """Put the children yet to be born of each process into the pid namespace it has chosen for them."""

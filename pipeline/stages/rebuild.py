@@ -163,6 +163,7 @@ class Rebuilding:
         """Everything but letting it run."""
         image, growth = self._image, self.growth
         finish.make_threads(image, growth)
+        growth.end_wardens()
         self.contents.seal_late()
         puppets = {pid: grown.puppet for pid, grown in growth.grown.items()}
         descriptors = Descriptors(

@@ -16,7 +16,7 @@ from typing import Any
 
 import msgspec
 
-from pipeline.image.schema import Id, Process, Record
+from pipeline.image.schema import Credentials, Id, Process, Record
 from pipeline.userns.forest import Forest, IdKind
 
 #: translates an id, of the kind that its field is of
@@ -53,6 +53,14 @@ def change_ids(value: Any, change: Change, kind: IdKind = "uid") -> Any:
 def holder_of(record: Record) -> int | None:
     """The user namespace from which a record's ids are to be read; None where it has no holder of its own."""
     return record.namespaces.user if isinstance(record, Process) else None
+
+
+def in_forest(found: Credentials, holder: int, forest: Forest) -> Credentials:
+    """The ids of a task, said in the innermost namespace from `holder` upwards."""
+    moved: Credentials = change_ids(
+        found, lambda kind: lambda one: one if one.ns else forest.innermost(one.id, holder, kind)
+    )
+    return moved
 
 
 def into_forest(record: Record, state: Record | None, forest: Forest) -> Record:

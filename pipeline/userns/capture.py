@@ -16,6 +16,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import get_args
 
 from pipeline.errors import Blocker
 from pipeline.ids import HostPid, LocalFd
@@ -23,7 +24,7 @@ from pipeline.image.schema import UserNamespace
 from pipeline.kernel import nsfs, procfs
 from pipeline.kernel.nsfs import NamespaceKey
 from pipeline.kernel.syscalls import CLONE
-from pipeline.userns.forest import Forest
+from pipeline.userns.forest import Forest, IdKind
 from pipeline.userns.idmap import IDENTITY, IdMap, parse, relative_to_parent
 from pipeline.userns.visit import visit
 
@@ -86,37 +87,40 @@ class LiveForest:
         forest = self.forest()
         member = self._members.get(key)
         creator = nsfs.owner_uid(fd)
-        uid_map, gid_map, setgroups = self._maps(fd, member, parent, forest)
+        maps, setgroups = self._maps(fd, member, parent, forest)
         return UserNamespace(
             index=index,
             parent=parent,
             owner=forest.innermost(creator, parent, "uid"),
-            uid_map=list(uid_map.extents),
-            gid_map=list(gid_map.extents),
+            uid_map=list(maps["uid"].extents),
+            gid_map=list(maps["gid"].extents),
+            projid_map=list(maps["projid"].extents),
             setgroups="deny" if setgroups == b"deny" else "allow",
             limits=_limits(fd),
         )
 
     @staticmethod
-    def _maps(fd: LocalFd, member: HostPid | None, parent: int, forest: Forest) -> tuple[IdMap, IdMap, bytes]:
+    def _maps(
+        fd: LocalFd, member: HostPid | None, parent: int, forest: Forest
+    ) -> tuple[dict[IdKind, IdMap], bytes]:
+        """The maps, relative to the parent, and what /proc/PID/setgroups says."""
+        kinds: tuple[IdKind, ...] = get_args(IdKind)
+        names = [*(f"{kind}_map".encode() for kind in kinds), b"setgroups"]
         if member is None:
             # read from inside, where the lower ids are said relative to the parent
-            names = (b"uid_map", b"gid_map", b"setgroups")
             answer = visit(
                 [(fd, CLONE.NEWUSER)],
                 lambda: b"\0".join(_read(b"/proc/self/" + name) for name in names),
             )
-            uids, gids, setgroups = answer.split(b"\0")
-            return IdMap(parse(uids)), IdMap(parse(gids)), setgroups.strip()
-        uid_lines, gid_lines = (
-            parse(procfs.read_file(member, "uid_map")),
-            parse(procfs.read_file(member, "gid_map")),
-        )
-        return (
-            relative_to_parent(uid_lines, forest.to_ancestor(parent, 0, "uid") if parent else IDENTITY),
-            relative_to_parent(gid_lines, forest.to_ancestor(parent, 0, "gid") if parent else IDENTITY),
-            procfs.read_file(member, "setgroups").strip(),
-        )
+            *maps, setgroups = answer.split(b"\0")
+            return {
+                kind: IdMap(parse(text)) for kind, text in zip(kinds, maps, strict=True)
+            }, setgroups.strip()
+        *maps, setgroups = (procfs.read_file(member, name.decode()) for name in names)
+        above = {kind: forest.to_ancestor(parent, 0, kind) if parent else IDENTITY for kind in kinds}
+        return {
+            kind: relative_to_parent(parse(text), above[kind]) for kind, text in zip(kinds, maps, strict=True)
+        }, setgroups.strip()
 
 
 def _limits(fd: LocalFd) -> dict[str, int]:

@@ -16,7 +16,7 @@ from pipeline.errors import ImageError
 from pipeline.image.schema import Id, UserNamespace
 from pipeline.userns.idmap import IDENTITY, IdMap
 
-IdKind = Literal["uid", "gid"]
+IdKind = Literal["uid", "gid", "projid"]
 
 #: levels below the initial namespace that the kernel takes: it asks whether the *parent* is deeper than 32
 MAX_DEPTH = 33
@@ -27,7 +27,7 @@ class Forest:
 
     Args:
         namespaces: with namespace 0, the external one.
-        outside: from ids of namespace 0 to ids of the host or restorer; left out, they are the same.
+        outside: from ids of namespace 0 to ids of the host or restorer; kinds left out are the same.
 
     Raises:
         ImageError: from here and from every translation: a namespace is missing, or they form a ring.
@@ -42,8 +42,9 @@ class Forest:
             list(self.ancestors(namespace.index))
             self._maps[namespace.index, "uid"] = IdMap(namespace.uid_map)
             self._maps[namespace.index, "gid"] = IdMap(namespace.gid_map)
+            self._maps[namespace.index, "projid"] = IdMap(namespace.projid_map)
         for kind in get_args(IdKind):
-            self._maps[0, kind] = IDENTITY if outside is None else outside[kind]
+            self._maps[0, kind] = IDENTITY if outside is None else outside.get(kind, IDENTITY)
 
     def ancestors(self, index: int) -> Iterator[int]:
         """`index` itself, its parent, and so on up to namespace 0."""

@@ -371,6 +371,14 @@ def _tasks(snapshot: dict[str, Any]) -> set[str]:
     return {_task(key) for key in snapshot if key[0].isdigit()}
 
 
+def _stacks(mounts: list[Any]) -> dict[str, list[Any]]:
+    """Mounts by their place. What lies on what matters; the order of places is that in which a copy was made."""
+    found: dict[str, list[Any]] = {}
+    for mount in mounts:
+        found.setdefault(str(mount).split()[1], []).append(mount)
+    return found
+
+
 def compare(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     """One line for each difference; lists are compared entry by entry."""
     lines: list[str] = []
@@ -386,7 +394,8 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
         if isinstance(old, list) and isinstance(new, list):
             lines += [f"{key}: gone: {item}" for item in old if item not in new]
             lines += [f"{key}: came: {item}" for item in new if item not in old]
-            if sorted(map(repr, old)) == sorted(map(repr, new)):
+            same = sorted(map(repr, old)) == sorted(map(repr, new))
+            if same and not (key.endswith(" mounts") and _stacks(old) == _stacks(new)):
                 lines.append(f"{key}: another order")
         else:
             lines.append(f"{key}: was {old!r}, is {new!r}")

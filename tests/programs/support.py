@@ -49,7 +49,7 @@ def status(field, pid="self"):
     return None
 
 
-def wait_for(condition, what, timeout_s=10.0):
+def wait_for(condition, what, timeout_s=5.0):
     """Poll until `condition()` is true; its value. RuntimeError after `timeout_s`."""
     deadline = time.monotonic() + timeout_s
     while not (value := condition()):
@@ -169,7 +169,7 @@ class Program:
         for pid in self.children:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        for pid in self.children + self.answering:
+        for pid in reversed(self.children + self.answering):  # a pid namespace ends after all in it
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(pid, 0)
 

@@ -126,7 +126,8 @@ class Keepers:
                 f"user namespace {userns.index}: setgroups was allowed in it, and is denied to whatever is made here"
                 " (restore as root, or with newgidmap and a range in /etc/subgid)"
             )
-        for kind, _ in _SET_IDS:
+        kinds: tuple[IdKind, ...] = ("gid", "uid", "projid")
+        for kind in kinds:
             name, text = f"{kind}_map", self._forest.lines_of(userns.index, kind).text()
             if text:
                 try:

@@ -294,6 +294,7 @@ class NamespaceCapture:
             gid=lambda number: forest.number_in(Id(0, number), owner, "gid"),
             pid_namespace_at=self._pid_namespace_at,
             ipc_namespace_of=self._ipc_namespace_of,
+            pid_namespace_of=self._pid_namespaces_by_device.get,
             groups=self._peer_groups,
         )
 
@@ -378,6 +379,22 @@ class NamespaceCapture:
                     if names.mqueue_device(self._way(namespace.index, fds)) == device:
                         return namespace.index
         return None
+
+    @cached_property
+    def _pid_namespaces_by_device(self) -> dict[int, int]:
+        """Pid namespaces of the tree by the st_dev of their proc, as far as one is to be seen somewhere."""
+        found: dict[int, int] = {}
+        for namespace in self.namespaces:
+            if namespace.kind == "mnt" and not namespace.external:
+                pid = self._unconfined(namespace.index, self._seats[namespace.index].pid)
+                for mount in mountinfo(pid):
+                    if mount.kind == b"proc" and mount.root == b"/":
+                        path = f"/proc/{pid}/root{os.fsdecode(mount.point)}"
+                        with suppress(OSError):
+                            number = self._pid_namespace_at(path)
+                            if number is not None:
+                                found[os.stat(path).st_dev] = number
+        return found
 
     def _unconfined(self, mntns: int, first: HostPid) -> HostPid:
         """A member of a mount namespace that has not changed its root directory, as far as there is one."""

@@ -38,6 +38,8 @@ _DATA = {
     b"proc": {b"hidepid", b"gid", b"subset"},
     b"mqueue": set(),
 }
+#: file systems that are made again from their options alone, also where another mount covers them
+_WITHOUT_STATE = {b"proc", b"mqueue"}
 #: options that say nothing: defaults, or said by what `MountsView` reads from the root directory
 _PASSED_OVER = {b"rw", b"ro", b"inode32", b"inode64", b"seclabel"}
 _FROM_ROOT = {b"tmpfs": {b"mode", b"uid", b"gid"}}
@@ -69,6 +71,7 @@ class Surroundings:
         pid_namespace_at: the `Namespace` index of the pid namespace that the proc at a path shows; None
             for one that is not the tree's.
         ipc_namespace_of: the index of the ipc namespace that an mqueue with this st_dev shows, likewise.
+        pid_namespace_of: that of the pid namespace which a proc with this st_dev shows, wherever it is seen.
         groups: of the whole tree.
     """
 
@@ -76,6 +79,7 @@ class Surroundings:
     gid: Callable[[int], int | None]
     pid_namespace_at: Callable[[str], int | None]
     ipc_namespace_of: Callable[[int], int | None]
+    pid_namespace_of: Callable[[int], int | None]
     groups: PeerGroups
 
 
@@ -211,12 +215,15 @@ class MountsView:
         except OSError as error:
             self._refuse_mount(mount, f"cannot be looked at: {error.strerror}", "")
             return None
-        if root.st_dev != mount.device:
+        covered = root.st_dev != mount.device
+        if covered and mount.kind not in _WITHOUT_STATE:
             self._refuse_mount(mount, "is covered by another mount, which is not carried")
             return None
         late = ipc = None
         if mount.kind == b"proc":
-            late = self._around.pid_namespace_at(self._at(mount.point))
+            late = self._around.pid_namespace_of(mount.device)
+            if late is None and not covered:
+                late = self._around.pid_namespace_at(self._at(mount.point))
             if late is None:
                 self._refuse_mount(mount, "shows a pid namespace that is not the tree's")
         elif mount.kind == b"mqueue":

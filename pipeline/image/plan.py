@@ -8,8 +8,8 @@ uses the plan too: pages are streamed in the order in which the rebuild wants th
 
 For a process P, born in user namespace S:
 
-1. children that must be born before P moves (they live outside P's final user
-   namespace) or before P founds its session (they are in the older one);
+1. children that must be born before P moves (they live outside P's final user namespace, or in another
+   one that cannot be entered from there) or before P founds its session (they are in the older one);
 2. P founds its session; children that live outside P's final namespace, but in its session;
 3. P *becomes* itself (joins namespaces, gets a fresh address space and mappings) or
    *inherits* (keeps the memory it was forked with, and only what differs is changed);
@@ -109,6 +109,10 @@ class Remove:
 Step = Spawn | FoundSession | JoinGroup | Become | Inherit | BeginTime | Fill | Remove
 
 
+#: kinds of namespaces that a process joins by setns; a pid namespace it is born into, and time has a step of its own
+_JOINED = ("mnt", "uts", "ipc", "net", "cgroup")
+
+
 @dataclass
 class _State:
     """What a process is while the plan is played: session and group it is in."""
@@ -165,7 +169,25 @@ class Planner:
             return False
         leader = parent.sid == parent.pids[0]
         before_session = leader and child.sid not in (parent.sid, child.pids[0])
-        return not before_session and self._subtree_within(child, parent.namespaces.user)
+        return (
+            not before_session
+            and self._subtree_within(child, parent.namespaces.user)
+            and self._subtree_reaches(child, parent)
+        )
+
+    def _subtree_reaches(self, process: Process, parent: Process) -> bool:
+        """Whether `process` and its descendants can get into their namespaces from where `parent` ends up.
+
+        setns wants capabilities in the owner of the namespace: there is no way back into one that is owned
+        further out, such as an external one.
+        """
+        for kind in _JOINED if process.state != "zombie" else ():
+            index = getattr(process.namespaces, kind)
+            if index != getattr(parent.namespaces, kind):
+                namespace = self.namespaces[index]
+                if namespace.external or not self.within(namespace.owner, parent.namespaces.user):
+                    return False
+        return all(self._subtree_reaches(child, parent) for child in self._children[process.pids[0]])
 
     def _is_adopted(self) -> set[int]:
         return {child.pids[0] for children in self._adopted.values() for child in children}

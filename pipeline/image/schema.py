@@ -25,6 +25,7 @@ from msgspec import Meta, Struct
 FORMAT_VERSION = 1
 
 U8 = Annotated[int, Meta(ge=0, le=0xFF)]
+U16 = Annotated[int, Meta(ge=0, le=0xFFFF)]
 U32 = Annotated[int, Meta(ge=0, le=0xFFFF_FFFF)]
 # msgspec bounds integers by 64-bit signed literals; a decoder checks the upper end.
 U64 = Annotated[int, Meta(ge=0)]

@@ -14,6 +14,7 @@ import errno
 import os
 import socket
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
 from types import TracebackType
@@ -70,11 +71,14 @@ class UnixDiag:
     Ownership: holds one netlink socket until it is left.
     """
 
-    def __init__(self) -> None:
-        self._socket = socket.socket(
-            socket.AF_NETLINK,
-            socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK,
-            _NETLINK_SOCK_DIAG,
+    def __init__(self, made: Callable[[Callable[[], socket.socket]], socket.socket]) -> None:
+        """`made`: makes the socket in the network namespace that is asked."""
+        self._socket = made(
+            lambda: socket.socket(
+                socket.AF_NETLINK,
+                socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK,
+                _NETLINK_SOCK_DIAG,
+            )
         )
 
     def __enter__(self) -> Self:

@@ -115,7 +115,7 @@ class Tcp(CompleteOnceCreated):
             RebuildError: an option or the address is not to be had here.
         """
         subject, common = f"open file {file.index} (tcp)", record.socket
-        with sockets.make_socket(common.identity) as sock:
+        with sockets.make_socket(common, scope) as sock:
             sockets.give_owner(sock, common, scope, subject)
             socket_options.apply(sock, common.identity, common.options, subject)
             if record.local is not None:

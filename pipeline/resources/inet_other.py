@@ -72,7 +72,7 @@ class Udp(CompleteOnceCreated):
                 yield Blocker(
                     view.subject, "data was not sent yet", "wait, or clear UDP_CORK", transient=True
                 )
-            if not sockets.elsewhere(sock, scope):
+            if sockets.network(sock, scope) is not None:
                 groups = sorted(
                     {group for family in _families(sock) for group in multicast.joined(sock, family)}
                 )
@@ -96,7 +96,7 @@ class Udp(CompleteOnceCreated):
             RebuildError: an option or address is not to be had here.
         """
         subject, common = f"open file {file.index} (udp)", record.socket
-        with sockets.make_socket(common.identity) as sock:
+        with sockets.make_socket(common, scope) as sock:
             sockets.give_owner(sock, common, scope, subject)
             socket_options.apply(sock, common.identity, common.options, subject)
             if record.local is not None:

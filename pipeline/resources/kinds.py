@@ -17,6 +17,7 @@ descriptors returned by `create` belong to the caller, who closes each exactly o
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -94,6 +95,12 @@ class CaptureScope(Protocol):
     def namespace(self, view: FdView) -> tuple[str, Index] | None:
         """Kind and number of the namespace behind a namespace file; None for one that is not the tree's to make."""
 
+    def network(self, local: LocalFd) -> Index | None:
+        """The network namespace of an open socket; None for one that is not the tree's."""
+
+    def in_network(self, netns: Index, make: Callable[[], socket.socket]) -> socket.socket:
+        """Make a socket in a network namespace of the tree, or the external one."""
+
     def peers(self) -> dict[Any, Any]:
         """A scratch dictionary shared by all kinds during one capture (socket tables, inode groups)."""
 
@@ -109,6 +116,9 @@ class CreateScope(Protocol):
 
     def group(self, gid: Id) -> int:
         """Translate a gid likewise."""
+
+    def in_network(self, netns: Index, make: Callable[[], T]) -> T:
+        """Make sockets in a network namespace of the image."""
 
     def once(self, key: tuple[Any, ...], make: Callable[[], T]) -> T:
         """Make something that several files share exactly once.

@@ -109,7 +109,7 @@ class Netlink(CompleteOnceCreated):
             RebuildError: the port id is taken in this network namespace, or a group is not allowed here.
         """
         subject, common = f"open file {file.index} (netlink)", record.socket
-        with sockets.make_socket(common.identity) as sock:
+        with sockets.make_socket(common, scope) as sock:
             sockets.give_owner(sock, common, scope, subject)
             socket_options.apply(sock, common.identity, common.options, subject)
             try:

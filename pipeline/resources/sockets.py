@@ -1,8 +1,8 @@
 """What sockets of all families have in common: who they are, where they are made, whom they belong to.
 
-Every socket of a rebuild is made by `make_socket` or `make_pair`: the one place that has
-to enter another network namespace once trees bring their own. Until then a socket of
-another network namespace than the pipeline's is refused (SO_NETNS_COOKIE tells).
+Every socket of a rebuild is made by `make_socket` or `make_pair`, in the network namespace it
+belongs to: a socket stays in the one it was made in, wherever its holders go. One of a network
+namespace that no process of the tree is in is refused.
 
 The owner of a socket's inode is kept: fchown(2) sets `sk_uid`, by which the kernel groups
 SO_REUSEPORT sockets and matches firewall rules.
@@ -21,16 +21,18 @@ from contextlib import contextmanager
 
 from pipeline.errors import Blocker, RebuildError
 from pipeline.ids import LocalFd
-from pipeline.image.schema import Id, Record
+from pipeline.image.schema import Id, Index, Record
 from pipeline.resources import socket_options
 from pipeline.resources.kinds import CaptureScope, CreateScope, FdView
 from pipeline.resources.socket_options import Identity, Values
 
 _SO_NETNS_COOKIE = 71
+#: the first `Namespace` indexes of an image are those of the external ones
+EXTERNAL_NETWORK = 4
 
 
 class SocketState(Record, frozen=True, kw_only=True):
-    """What every socket has. `type` without flags; `uid`, `gid` own its inode."""
+    """What every socket has. `type` without flags; `uid`, `gid` own its inode; `netns`: a `Namespace` index."""
 
     family: int
     type: int
@@ -38,6 +40,7 @@ class SocketState(Record, frozen=True, kw_only=True):
     uid: Id
     gid: Id
     options: Values
+    netns: Index = EXTERNAL_NETWORK
 
     @property
     def identity(self) -> Identity:
@@ -88,23 +91,25 @@ def _cookie(sock: socket.socket) -> bytes:
     return sock.getsockopt(socket.SOL_SOCKET, _SO_NETNS_COOKIE, 8)
 
 
-def elsewhere(sock: socket.socket, scope: CaptureScope) -> bool:
-    """Whether `sock` belongs to another network namespace than the pipeline."""
-    cache = scope.peers()
-    ours = cache.get("own network namespace")
-    if ours is None:
+def network(sock: socket.socket, scope: CaptureScope) -> Index | None:
+    """The network namespace of `sock`, by its cookie; None where it is not one of the tree's."""
+    known: dict[bytes, Index | None] | None = scope.peers().get("networks")
+    if known is None:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
-            ours = cache["own network namespace"] = _cookie(probe)
-    return bool(_cookie(sock) != ours)
+            known = scope.peers()["networks"] = {_cookie(probe): EXTERNAL_NETWORK}
+    cookie = _cookie(sock)
+    if cookie not in known:
+        known[cookie] = scope.network(LocalFd(sock.fileno()))
+    return known[cookie]
 
 
 def check(view: FdView, sock: socket.socket, scope: CaptureScope) -> Iterator[Blocker]:
     """What stops any socket: its network namespace and options that mean something here only."""
-    if elsewhere(sock, scope):
+    if network(sock, scope) is None:
         yield Blocker(
             view.subject,
-            "the socket belongs to another network namespace than the pipeline's",
-            "run the pipeline in that network namespace (nsenter -t PID -n)",
+            "the socket belongs to a network namespace that no process of the tree is in",
+            "close it, or run the pipeline in that network namespace (nsenter -t PID -n)",
         )
     yield from socket_options.check(sock, identify(sock), view.subject)
 
@@ -119,17 +124,23 @@ def capture(view: FdView, sock: socket.socket, scope: CaptureScope) -> SocketSta
         uid=scope.user(view.stat.st_uid),
         gid=scope.group(view.stat.st_gid),
         options=socket_options.capture(sock, who),
+        netns=_required(network(sock, scope)),
     )
 
 
-def make_socket(who: Identity) -> socket.socket:
-    """socket(2); the caller owns the result (close-on-exec)."""
-    return socket.socket(who.family, who.type, who.protocol)
+def _required(netns: Index | None) -> Index:
+    assert netns is not None, "`check` refuses sockets of other network namespaces"
+    return netns
 
 
-def make_pair(who: Identity) -> tuple[socket.socket, socket.socket]:
-    """socketpair(2); the caller owns both."""
-    return socket.socketpair(who.family, who.type, who.protocol)
+def make_socket(state: SocketState, scope: CreateScope) -> socket.socket:
+    """socket(2) in its network namespace; the caller owns the result (close-on-exec)."""
+    return scope.in_network(state.netns, lambda: socket.socket(state.family, state.type, state.protocol))
+
+
+def make_pair(state: SocketState, scope: CreateScope) -> tuple[socket.socket, socket.socket]:
+    """socketpair(2) in its network namespace; the caller owns both."""
+    return scope.in_network(state.netns, lambda: socket.socketpair(state.family, state.type, state.protocol))
 
 
 def give_owner(sock: socket.socket, state: SocketState, scope: CreateScope, subject: str) -> None:

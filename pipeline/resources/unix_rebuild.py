@@ -80,7 +80,7 @@ def create(file: OpenFile, record: UnixState, scope: CreateScope) -> LocalFd:
             world.closed_peers[file.index] = ends[None]
         fd = LocalFd(fcntl.fcntl(ends[file.index], fcntl.F_DUPFD_CLOEXEC, 0))
     else:
-        fd = sockets.take(sockets.make_socket(record.socket.identity))
+        fd = sockets.take(sockets.make_socket(record.socket, scope))
     try:
         with sockets.borrowed(fd) as sock:
             sockets.give_owner(sock, record.socket, scope, _subject(file.index, record))
@@ -98,7 +98,7 @@ def _pair_key(index: Index, record: UnixState) -> tuple[str, Index, Index]:
 def _make_pair(index: Index, record: UnixState, scope: CreateScope) -> dict[Index | None, LocalFd]:
     """Both ends, owned by the scope, under their indexes; a peer that was closed is under None."""
     if record.is_datagram or not (record.name or record.peer_name):
-        own, peer = acting_as(record.credentials, scope, lambda: sockets.make_pair(record.socket.identity))
+        own, peer = acting_as(record.credentials, scope, lambda: sockets.make_pair(record.socket, scope))
     elif record.accepted or not record.peer_name:
         peer, own = _connect_pair(
             record, record.name, record.peer_name, record.own_credentials, record.credentials, scope
@@ -124,12 +124,11 @@ def _connect_pair(
     scope: CreateScope,
 ) -> tuple[socket.socket, socket.socket]:
     """(client, accepted socket) of a connection to a listener that lives only here."""
-    who = record.socket.identity
     with ExitStack() as stack:
-        listener = stack.enter_context(sockets.make_socket(who))
+        listener = stack.enter_context(sockets.make_socket(record.socket, scope))
         address = _bind_for_now(listener, server_name, scope, stack)
         acting_as(server_credentials, scope, lambda: listener.listen(1))
-        client = sockets.make_socket(who)
+        client = sockets.make_socket(record.socket, scope)
         try:
             if client_name:
                 _bind_for_now(client, client_name, scope, stack)
@@ -323,7 +322,7 @@ def _fill_datagrams(
                 send_from(sock, message)
             continue
         if message.sender not in substitutes:
-            sock = stack.enter_context(sockets.make_socket(record.socket.identity))
+            sock = stack.enter_context(sockets.make_socket(record.socket, scope))
             if message.sender:
                 _bind_for_now(sock, message.sender, scope, stack)
             substitutes[message.sender] = sock

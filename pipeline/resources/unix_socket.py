@@ -31,6 +31,7 @@ import struct
 import termios
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 
 from pipeline.errors import Blocker
 from pipeline.ids import LocalFd
@@ -39,6 +40,7 @@ from pipeline.kernel import procfs
 from pipeline.kernel.sockdiag import State, UnixDiag, UnixSocket
 from pipeline.resources import outside, sockets, unix_queue, unix_rebuild
 from pipeline.resources.kinds import CaptureScope, CreateScope, FdView
+from pipeline.resources.sockets import EXTERNAL_NETWORK
 from pipeline.resources.unix_state import (
     MAX_MESSAGE_BYTES,
     SHUT_RECEIVE,
@@ -62,16 +64,24 @@ class _Table:
     def __init__(self, scope: CaptureScope) -> None:
         self.members: dict[int, tuple[Index, FdView]] = {}
         self._known: dict[int, UnixSocket | None] = {}
+        self._scope = scope
+        self._networks = {EXTERNAL_NETWORK}
         for index, view in scope.files():
             who = sockets.identity_of(view)
             if who is not None and who.family == socket.AF_UNIX:
                 self.members[view.stat.st_ino] = index, view
+                with sockets.borrowed(view.local) as sock:
+                    netns = sockets.network(sock, scope)
+                if netns is not None:
+                    self._networks.add(netns)
 
     def find(self, inode: int) -> UnixSocket | None:
         """sock_diag's answer, asked once."""
         if inode not in self._known:
-            with UnixDiag() as diag:
-                self._known[inode] = diag.find(inode)
+            self._known[inode] = None
+            for netns in self._networks:  # each knows its own only
+                with UnixDiag(partial(self._scope.in_network, netns)) as diag:
+                    self._known[inode] = self._known[inode] or diag.find(inode)
         return self._known[inode]
 
     def listener_of(self, inode: int) -> int | None:
@@ -136,8 +146,8 @@ class Unix:
         """Everything it is joined to must be in the tree, nothing in its queue be more than bytes."""
         with sockets.borrowed(view.local) as sock:
             yield from sockets.check(view, sock, scope)
-            if sockets.elsewhere(sock, scope):
-                return  # sock_diag of this network namespace does not know it
+            if sockets.network(sock, scope) is None:
+                return  # no sock_diag that can be asked knows it
             passes_pidfd = _int_option(sock, _SO_PASSPIDFD)
         holders = outside.same_link(view, scope)
         yield from outside.blockers(view, holders, "the socket is also held by")

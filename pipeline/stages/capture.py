@@ -82,7 +82,7 @@ class Capture:
                 self._spaces,
                 self._mount_namespace,
                 self._objects.memory_of,
-                self.namespaces.number_of,
+                self.namespaces,
             )
         )
         #: system calls run inside the target

@@ -12,7 +12,7 @@ import fcntl
 import os
 import struct
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar
@@ -24,12 +24,13 @@ from pipeline.ids import HostPid, LocalFd
 from pipeline.image.codec import Image
 from pipeline.image.schema import FdEntry, Id, OpenFile, PathRef, Record
 from pipeline.kernel.arch.x86_64 import NR
-from pipeline.kernel.syscalls import RESOLVE, openat2
+from pipeline.kernel.syscalls import CLONE, RESOLVE, openat2
 from pipeline.ledger import LEDGER
 from pipeline.remote.calls import Call
 from pipeline.remote.puppet import Puppet
 from pipeline.resources.registry import kind_named
 from pipeline.stages.contents import Contents
+from pipeline.userns.visit import visit
 
 T = TypeVar("T")
 
@@ -49,6 +50,7 @@ class Descriptors:
         contents: shared memory and file contents.
         root_of: gives an O_PATH descriptor of the root of a mount namespace; not owned here.
         namespace: opens a namespace of the image by kind and number.
+        own_networks: numbers of the network namespaces that are the tree's.
         user, group: translate an `Id` to what the restorer sees.
         made: what `once` shall find made already; not owned here.
     """
@@ -60,6 +62,7 @@ class Descriptors:
         contents: Contents,
         root_of: Callable[[int], int],
         namespace: Callable[[str, int], LocalFd],
+        own_networks: Collection[int],
         user: Callable[[Id], int],
         group: Callable[[Id], int],
         made: Mapping[tuple[Any, ...], Any],
@@ -69,6 +72,7 @@ class Descriptors:
         self._contents = contents
         self._root_of = root_of
         self.namespace = namespace
+        self._own_networks = own_networks
         self.user = user
         self.group = group
         self._files: dict[int, LocalFd] = {}
@@ -173,6 +177,23 @@ class Descriptors:
         return openat2(
             self._root_of(path.mntns), path.path, flags, mode if flags & create else 0, RESOLVE.IN_ROOT
         )
+
+    def in_network(self, netns: int, make: Callable[[], T]) -> T:
+        """See `CreateScope.in_network`: a visitor goes there; a socket stays where it was made."""
+        if netns not in self._own_networks:
+            return make()
+        made: list[T] = []
+
+        def look() -> bytes:
+            made.append(make())
+            return b""
+
+        fd = self.namespace("net", netns)
+        try:
+            visit([(fd, CLONE.NEWNET)], look)
+        finally:
+            os.close(fd)
+        return made[0]
 
     def once(self, key: tuple[Any, ...], make: Callable[[], T]) -> T:
         """See `CreateScope.once`."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import socket
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -23,6 +24,7 @@ from pipeline.image.schema import Content, FdEntry, Id, OpenFile, Owner, PathRef
 from pipeline.kernel import procfs
 from pipeline.ledger import LEDGER
 from pipeline.resources.kinds import FdView
+from pipeline.resources.namespaces.members import NamespaceCapture
 from pipeline.resources.registry import kind_of
 from pipeline.stages.open_files import OpenFiles
 
@@ -103,7 +105,7 @@ class FileObserver:
         spaces: numbers for contents.
         mount_namespace: the `Namespace` index of the mount namespace of a process.
         memory: registers the shared memory behind a descriptor and returns its space.
-        namespace: the kind and number of the namespace behind descriptor `fd` of a process.
+        namespaces: of the tree.
     """
 
     def __init__(
@@ -112,13 +114,13 @@ class FileObserver:
         spaces: Spaces,
         mount_namespace: Callable[[HostPid], int],
         memory: Callable[[FdView], int],
-        namespace: Callable[[LocalFd, HostPid, int], tuple[str, int] | None],
+        namespaces: NamespaceCapture,
     ) -> None:
         self._tree = tree
         self._spaces = spaces
         self._mount_namespace = mount_namespace
         self._memory = memory
-        self._namespace = namespace
+        self._namespaces = namespaces
         self._open = OpenFiles()
         self._peers: dict[Any, Any] = {}
         self._content_of: dict[tuple[int, int], int] = {}
@@ -218,7 +220,15 @@ class FileObserver:
 
     def namespace(self, view: FdView) -> tuple[str, int] | None:
         """See `CaptureScope.namespace`."""
-        return self._namespace(view.local, view.pid, view.fd)
+        return self._namespaces.number_of(view.local, view.pid, view.fd)
+
+    def network(self, local: LocalFd) -> int | None:
+        """See `CaptureScope.network`."""
+        return self._namespaces.network_of(local)
+
+    def in_network(self, netns: int, make: Callable[[], socket.socket]) -> socket.socket:
+        """See `CaptureScope.in_network`."""
+        return self._namespaces.in_network(netns, make)
 
     def peers(self) -> dict[Any, Any]:
         """See `CaptureScope.peers`."""

@@ -172,6 +172,7 @@ class Rebuilding:
             self.contents,
             self._root_of,
             self._open_namespace,
+            {n.index for n in image.namespaces.values() if n.kind == "net" and not n.external},
             self._ids.uid_here,
             self._ids.gid_here,
             self._terminals.made,

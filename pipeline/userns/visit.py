@@ -11,9 +11,11 @@ Source: setns(2).
 from __future__ import annotations
 
 import os
+import socket
 import threading
 from collections.abc import Callable, Sequence
 
+from pipeline.ids import LocalFd
 from pipeline.kernel.syscalls import CLONE, setns, unshare
 
 _CHUNK_BYTES = 1 << 16
@@ -33,6 +35,27 @@ def visit(namespaces: Sequence[tuple[int, int]], look: Callable[[], bytes], *, a
     if alone or any(flag & CLONE.NEWUSER for _, flag in namespaces):
         return _by_child(namespaces, look)
     return _by_thread(namespaces, look)
+
+
+def fetch(namespaces: Sequence[tuple[int, int]], make: Callable[[], int]) -> LocalFd:
+    """Join namespaces in a visitor and return the descriptor that `make` makes there, such as a socket.
+
+    Raises:
+        OSError: joining or making failed, with the errno.
+    """
+    if not any(flag & CLONE.NEWUSER for _, flag in namespaces):
+        return LocalFd(int(_by_thread(namespaces, lambda: b"%d" % make())))
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+
+        def hand_over() -> bytes:
+            socket.send_fds(theirs, [b"x"], [make()])
+            return b""
+
+        _by_child(namespaces, hand_over)
+        _, (made,), _, _ = socket.recv_fds(ours, 1, 1)
+    os.set_inheritable(made, False)
+    return LocalFd(made)
 
 
 def _by_thread(namespaces: Sequence[tuple[int, int]], look: Callable[[], bytes]) -> bytes:

@@ -12,7 +12,8 @@ process:
 * ``["ids", uid, gid, groups]``: real, effective and saved ids, keeping all capabilities; null leaves them.
 * ``["drop"]``: no capability any more. ``["bound", n]``: one less in the bounding set. ``["securebits", bits]``.
 * ``["ambient", n]``: an inheritable and ambient capability. ``["nnp"]``: no_new_privs.
-* ``["proc"]``: mount /proc. ``["hostname", text]``. ``["file", name]``: a file that the process owns.
+* ``["pivot"]``: a root of its own, with what is needed of the old one. ``["proc"]``: mount /proc.
+* ``["hostname", text]``. ``["file", name]``: a file that the process owns.
 * ``["setsid"]``, ``["setpgid"]``, ``["thread"]``, ``["zombie"]``.
 
 Every process then says what it sees of itself from inside, and must see the same ever after.
@@ -26,7 +27,7 @@ import socket
 import sys
 import threading
 
-from support import libc, main, prctl, status, syscall
+from support import DIRECTORY, libc, main, prctl, status, syscall
 
 FLAGS = {
     "uts": 0x04000000, "ipc": 0x08000000, "mnt": 0x00020000, "cgroup": 0x02000000, "time": 0x80, "pid": 0x20000000,
@@ -111,6 +112,33 @@ def capset(effective, permitted, inheritable):
     syscall(CAPSET, ctypes.create_string_buffer(b"\x22\x05\x08\x20\0\0\0\0"), (ctypes.c_uint32 * 6)(*words))
 
 
+def pivot(program):
+    """A new root with /usr, /etc, /dev, /proc and the directory of the tests; everything is opened anew in it."""
+    root = f"{DIRECTORY}/root.{program.role}"
+    os.mkdir(root)
+    bind, recursive = 4096, 16384
+    call(libc.mount, root.encode(), root.encode(), None, bind, None)
+    for name in ("/usr", "/etc", "/dev", "/proc", os.path.dirname(os.path.dirname(sys.argv[0]))):
+        os.makedirs(root + name)
+        call(libc.mount, name.encode(), (root + name).encode(), None, bind | recursive, None)
+    for name in ("bin", "sbin", "lib", "lib64"):
+        os.symlink(f"usr/{name}", f"{root}/{name}")
+    os.chdir(root)
+    syscall(155, b".", b".")
+    call(libc.umount2, b".", 2)
+    os.chdir("/")
+    os.close(program.directory)
+    program.directory = os.open(DIRECTORY, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    for fd, path, flags in (
+        (0, "/dev/null", os.O_RDONLY),
+        (1, f"{DIRECTORY}/log", os.O_WRONLY | os.O_APPEND),
+    ):
+        opened = os.open(path, flags)
+        os.dup2(opened, fd)
+        os.close(opened)
+    os.dup2(1, 2)
+
+
 def do(program, steps, files):
     for what, *args in steps:
         if what in {"user", "around"}:
@@ -147,6 +175,8 @@ def do(program, steps, files):
             prctl(38, 1)
         elif what == "proc":
             call(libc.mount, b"proc", b"/proc", b"proc", 14, None)
+        elif what == "pivot":
+            pivot(program)
         elif what == "hostname":
             socket.sethostname(args[0])
         elif what == "file":

@@ -12,6 +12,7 @@ import fcntl
 import os
 import pickle
 import signal
+import socket
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -215,6 +216,15 @@ class Capture:
         os.close(reader)
         return space
 
+    def namespace(self, view: FdView) -> tuple[str, int] | None:
+        return None
+
+    def network(self, local: LocalFd) -> int | None:
+        return None
+
+    def in_network(self, netns: int, make: Callable[[], socket.socket]) -> socket.socket:
+        return make()
+
     def peers(self) -> dict[Any, Any]:
         return self._peers
 
@@ -337,6 +347,9 @@ class Rebuilt:
 
     def group(self, gid: Id) -> int:
         return gid.id
+
+    def in_network(self, netns: int, make: Callable[[], Any]) -> Any:
+        return make()
 
     def once(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
         if key not in self._once:

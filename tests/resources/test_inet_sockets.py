@@ -307,4 +307,4 @@ def test_a_socket_of_another_network_namespace_is_refused() -> None:
 
     with subject(setup) as child, Capture(child.pid) as capture:
         for fd in child.result:
-            assert "another network namespace" in capture.reasons(fd)
+            assert "a network namespace that no process of the tree is in" in capture.reasons(fd)

@@ -109,6 +109,19 @@ def shared_alone(place: bytes) -> None:
     mount(None, place + b"/b", None, UNBINDABLE)
 
 
+def pivoted(place: bytes) -> None:
+    root = place + b"/a"
+    mount(root, root, None, BIND)
+    mount(b"/usr", root + b"/usr", None, BIND)
+    mount(None, root + b"/usr", None, BIND | REMOUNT | RDONLY)
+    mount(b"own", root + b"/scratch", b"tmpfs", NOSUID, b"size=1m")
+    mount(root + b"/inner", root + b"/proc", None, BIND)
+    os.chdir(root)
+    syscall(NR.pivot_root, b".\0", b".\0")
+    syscall(NR.umount2, b".\0", 2)
+    os.chdir("/")
+
+
 CARRIED = [
     only_private, empty_tmpfs, read_only_tmpfs, tmpfs_with_owner, bind_directory, bind_read_only, bind_file,
     bind_on_itself, several, terminals, shared_alone,
@@ -129,6 +142,25 @@ def test_mounts_are_made_again(act: Callable[[bytes], None], id_map: str | None,
             assert (one.st_mode, one.st_uid, one.st_gid) == (other.st_mode, other.st_uid, other.st_gid)
         size, again_size = (os.statvfs(f"/proc/{p}/root{place}/a") for p in (pid, again))
         assert (size.f_blocks, size.f_files) == (again_size.f_blocks, again_size.f_files)
+        assert own_namespace(captured(again)[0], "mnt").state == record.state
+
+
+@pytest.mark.parametrize("id_map", MAPS)
+def test_another_root_is_the_root_again(id_map: str | None, place: Path) -> None:
+    for name in ("usr", "proc", "scratch"):
+        (place / "a" / name).mkdir()
+
+    def whole() -> None:
+        begin()
+        pivoted(os.fsencode(place))
+
+    with held(whole, id_map) as pid, made_again(pid, "mnt") as (record, again):
+        assert looks(again) == looks(pid)
+        assert len(looks(pid)) == 4
+        for path in ("", "/usr", "/proc", "/inner"):
+            one, other = (os.stat(f"/proc/{p}/root{path}") for p in (pid, again))
+            assert os.path.samestat(one, other), path
+        assert not os.path.exists(f"/proc/{again}/root/etc")
         assert own_namespace(captured(again)[0], "mnt").state == record.state
 
 
@@ -213,7 +245,7 @@ def message_queues_of_outside(place: bytes) -> None:
 REFUSED = {
     tmpfs_with_content: "/a (tmpfs) has content",
     overlay: "/mnt (overlay) is not carried",
-    another_root: "another root filesystem",
+    another_root: "not to be seen from outside",
     bind_of_own_tmpfs: "/a (tmpfs)",
     peers: "shares its mounts with others",
     slave_of_own: "slave of a mount of the tree",

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from pipeline.kernel.arch.x86_64 import NR
-from pipeline.kernel.syscalls import CLONE, mount, syscall, unshare
-from pipeline.resources.namespaces.members import FLAGS
+from pipeline.kernel.syscalls import CLONE, PRCTL, mount, prctl, syscall, unshare
 from tests.userns.making import captured, held, made_again, own_namespace, refused
 
 pytestmark = pytest.mark.root
@@ -111,10 +112,54 @@ def test_objects_in_an_ipc_namespace_are_refused(make, said: str, id_map: str | 
         assert f"ipc namespace holds {said}" in refused(pid)
 
 
-@pytest.mark.parametrize("kind", ["net"])
-def test_kinds_that_are_not_carried_are_refused_by_name(kind: str) -> None:
-    with held(lambda: unshare(FLAGS[kind])) as pid:
-        assert f"{kind} namespace of its own" in refused(pid)
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (
+            "ip link add outer type veth peer name inner && ip link set inner netns {init}",
+            "end is outside the tree",
+        ),
+        ("ip link add one type veth peer name two && tc qdisc add dev one root netem delay 1ms", "netem"),
+        ("ip rule del priority 32767", "a routing rule less"),
+        ("ip rule add uidrange 0-5 table 9", "range of uids"),
+        (
+            "ip link add one type veth peer name two && ip link add link one name over type macvlan",
+            "of kind macvlan",
+        ),
+        ("nft add table inet some", "nftables rules"),
+    ],
+)
+def test_what_a_network_holds_and_is_not_carried_is_named(command: str, words: str) -> None:
+    def act() -> None:
+        unshare(CLONE.NEWNET)
+        outside = other_network() if "{init}" in command else 0
+        done = subprocess.run(
+            ["sh", "-c", command.format(init=outside)], capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            raise OSError(done.stderr)
+
+    try:
+        with held(act) as pid:
+            capture, _ = captured(pid)
+            assert any(words in str(blocker) for blocker in capture.blockers), capture.blockers
+    except AssertionError as error:
+        if any(reason in str(error) for reason in ("Unknown device type", "not found", "qdisc")):
+            pytest.skip(f"this machine cannot make one: {error}")
+        raise
+
+
+def other_network() -> int:
+    """A child in a network of its own, which ends with us."""
+    told, tell = os.pipe()
+    child = os.fork()
+    if child == 0:
+        prctl(PRCTL.SET_PDEATHSIG, signal.SIGKILL)
+        unshare(CLONE.NEWNET)
+        os.write(tell, b"x")
+        signal.pause()
+    os.read(told, 1)
+    return child
 
 
 def test_nothing_of_the_looking_stays(tmp_path: Path) -> None:

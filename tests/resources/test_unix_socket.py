@@ -649,7 +649,7 @@ def test_a_socket_file_is_found_by_name_where_the_kernel_does_not_give_it_away()
             with unix() as sock:
                 sock.bind(path)
                 found = fstat_view(sock)
-                with UnixDiag() as diag:
+                with UnixDiag(lambda make: make()) as diag:
                     known = diag.find(found.stat.st_ino)
                 file = _socket_file(found, sock, path.encode(), known, _Plain())
                 os.rename(path, path + "2")

@@ -208,6 +208,12 @@ CATALOGUE: dict[str, Steps] = {
         ns("pid", "uts"),
         fork("init", ns("mnt"), ["proc"], fork("child")),
     ],
+    "root of its own": [ns("mnt"), ["pivot"], fork("child")],
+    "root of its own at depth 2": [WIDE, INNER, ns("mnt"), ["pivot"], fork("child")],
+    "container with a root of its own": [
+        *CONTAINER,
+        fork("init", ns("mnt"), ["pivot"], ["proc"], ["hostname", "box"], fork("service", ids(33, 33, [4]))),
+    ],
     "two containers with one map": [
         fork("one", *CONTAINER, fork("init1", fork("a"))),
         fork("two", *CONTAINER, fork("init2", fork("b"))),

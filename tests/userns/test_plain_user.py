@@ -42,7 +42,8 @@ def as_plain_user(body: Callable[[], None]) -> None:
 
 
 def container() -> None:
-    unshare(CLONE.NEWUTS | CLONE.NEWIPC | CLONE.NEWNS)
+    unshare(CLONE.NEWUTS | CLONE.NEWIPC | CLONE.NEWNS | CLONE.NEWNET)
+    Path("/proc/sys/net/ipv4/ip_forward").write_text("1")
     syscall(NR.sethostname, b"plain", 5)
     Path("/proc/sys/kernel/msgmax").write_text("4096")
     mount(None, b"/", None, 0x44000)

@@ -23,12 +23,13 @@ from pathlib import Path
 import msgspec
 
 from pipeline.errors import RebuildError
+from pipeline.ids import LocalFd
 from pipeline.image.schema import Memberships, Namespace, NamespaceKind, UserNamespace
 from pipeline.kernel.arch.x86_64 import NR
 from pipeline.kernel.syscalls import CLONE, PRCTL
 from pipeline.remote.calls import Call
 from pipeline.remote.puppet import Puppet
-from pipeline.resources.namespaces import clocks, mounts, names, pids
+from pipeline.resources.namespaces import clocks, mounts, names, network, pids
 from pipeline.resources.namespaces.members import FLAGS
 from pipeline.userns.forest import Forest, IdKind
 from pipeline.userns.idmap import MapError
@@ -58,6 +59,7 @@ class Keepers:
         self._states: dict[int, Namespace] = {}
         self._mounts_to_do: dict[int, Sequence[mounts.Step]] = {}
         self._firsts: dict[int, Puppet] = {}
+        self._networks: dict[int, network.NetState] = {}
 
     def make(self, namespaces: Mapping[int, Namespace], begun_later: Collection[int] = ()) -> None:
         """Make every user namespace, and every other one but pid namespaces, which begin with a process.
@@ -86,6 +88,13 @@ class Keepers:
                 self._make_other(namespace)
             except (OSError, msgspec.ValidationError) as error:
                 raise RebuildError(f"{namespace.kind} namespace {namespace.index}: {error}") from error
+        try:
+            network.create(self._networks, self._open_network)
+        except OSError as error:
+            raise RebuildError(f"network namespaces: {error}") from error
+
+    def _open_network(self, index: int) -> LocalFd:
+        return LocalFd(os.open(f"/proc/{self._other[index].pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC))
 
     def set_limits(self) -> None:
         """Set the limits of /proc/sys/user; last of all, because they may forbid what was made here.
@@ -188,6 +197,8 @@ class Keepers:
         match namespace.kind:
             case "time":
                 clocks.begin(msgspec.convert(namespace.state, clocks.TimeState), keeper)
+            case "net":
+                self._networks[namespace.index] = msgspec.convert(namespace.state, network.NetState)
             case "cgroup":
                 pass  # its root is the cgroup that we are in
             case "uts":

@@ -7,16 +7,18 @@ pipeline's own is part of the image.
 A namespace that nobody of the tree is in may be held by a descriptor: it is carried, too, where
 that can be looked into from outside.
 
-Refused by name: own network namespaces, members of a pid namespace that is not below the
-pipeline's, or whose first process is not part of the tree.
+Refused by name: members of a pid namespace that is not below the pipeline's, or whose first
+process is not part of the tree.
 
 Sources: namespaces(7), pid_namespaces(7), ioctl_ns(2).
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
-from collections.abc import Iterator, Sequence
+import socket
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,17 +34,18 @@ from pipeline.kernel.nsfs import NamespaceKey
 from pipeline.kernel.syscalls import CLONE
 from pipeline.resources.namespaces import cgroups, clocks, names
 from pipeline.resources.namespaces.mounts_view import MountsView, PeerGroups, Surroundings
+from pipeline.resources.namespaces.network import NetworkView
 from pipeline.resources.namespaces.pids import PidState
 from pipeline.userns.capture import LiveForest, OutsideError, outside_blocker
+from pipeline.userns.visit import fetch
 
 KINDS: tuple[NamespaceKind, ...] = ("pid", "mnt", "uts", "ipc", "net", "cgroup", "time")
 FLAGS = {
     "pid": CLONE.NEWPID, "mnt": CLONE.NEWNS, "uts": CLONE.NEWUTS, "ipc": CLONE.NEWIPC,
     "net": CLONE.NEWNET, "cgroup": CLONE.NEWCGROUP, "time": CLONE.NEWTIME, "user": CLONE.NEWUSER,
 }  # fmt: skip
-_REFUSED = {
-    "net": "start it in the host's network namespace (without --net)",
-}
+#: opens the network namespace of a socket (include/uapi/linux/sockios.h)
+_SIOCGSKNS = 0x894C
 _LINKS = (*KINDS, "pid_for_children", "time_for_children")
 
 
@@ -140,6 +143,24 @@ class NamespaceCapture:
         """The number of the external namespace of a kind."""
         return KINDS.index(kind)
 
+    def network_of(self, local: LocalFd) -> int | None:
+        """The network namespace of a socket; None if nobody of the tree is in it."""
+        try:
+            fd = LocalFd(fcntl.ioctl(local, _SIOCGSKNS))
+        except PermissionError:
+            return None
+        try:
+            return self._numbers.get(("net", nsfs.key_of(fd)))
+        finally:
+            os.close(fd)
+
+    def in_network(self, netns: int, make: Callable[[], socket.socket]) -> socket.socket:
+        """Make a socket in a network namespace of the tree or the external one; the caller owns it."""
+        if self.namespaces[netns].external:
+            return make()
+        with ExitStack() as fds:
+            return socket.socket(fileno=fetch(self._way(netns, fds), lambda: make().detach()))
+
     def _capture(self, pid: HostPid) -> None:
         try:
             user = self._user_of(pid)
@@ -198,14 +219,6 @@ class NamespaceCapture:
         self.namespaces.append(
             Namespace(index=index, kind=kind, external=False, owner=owner, parent=parent)  # type: ignore[arg-type]
         )
-        if kind in _REFUSED:
-            self.blockers.append(
-                Blocker(
-                    f"pid {pid}",
-                    f"is in a {kind} namespace of its own, which is not carried yet",
-                    _REFUSED[kind],
-                )
-            )
         return index
 
     def _parent_of(self, seat: _Seat, fd: LocalFd) -> int:
@@ -272,6 +285,10 @@ class NamespaceCapture:
             return self._state_of_pids(namespace, seat)
         if namespace.kind == "time":
             return clocks.capture(way)
+        if namespace.kind == "net":
+            network = NetworkView(f"pid {pid}", way, self._networks(), namespace.index, self.external("net"))
+            self.blockers.extend(network.blockers)
+            return network.state
         if namespace.kind == "cgroup":
             self.blockers.extend(cgroups.check(self._members("cgroup", namespace.index), way))
             return None
@@ -281,11 +298,18 @@ class NamespaceCapture:
             state, blockers = names.capture_ipc(f"pid {pid}", way)
             self.blockers.extend(blockers)
             return state
-        if namespace.kind != "mnt":
-            return None
         view = MountsView(self._unconfined(namespace.index, pid), self._surroundings(namespace.owner))
         self.blockers.extend(view.blockers)
         return view.state
+
+    def _networks(self) -> dict[int, Callable[[], LocalFd]]:
+        """How to open each network namespace, the external one too."""
+        found: dict[int, Callable[[], LocalFd]] = {
+            namespace.index: self._seats[namespace.index].open
+            for namespace in self.namespaces
+            if namespace.kind == "net" and not namespace.external
+        }
+        return found | {self.external("net"): lambda: nsfs.open_namespace(HostPid(os.getpid()), "net")}
 
     def _surroundings(self, owner: int) -> Surroundings:
         forest = self._forest.forest()
@@ -355,6 +379,16 @@ class NamespaceCapture:
     def _state_of_pids(self, namespace: Namespace, seat: _Seat) -> PidState | None:
         """A pid namespace in which nobody lives: all have ended, or they are not of the tree."""
         if self._members("pid", namespace.index) or any(n.parent == namespace.index for n in self.namespaces):
+            return None
+        if namespace.owner != self.memberships[seat.pid].user:
+            self.blockers.append(
+                Blocker(
+                    f"pid {seat.pid}",
+                    "forks into a pid namespace that has ended, or that others live in, and that a user namespace "
+                    "further out owns",
+                    "end it",
+                )
+            )
             return None
         key = next(key for key, index in self._numbers.items() if index == namespace.index)[1]
         for name in os.listdir("/proc"):

@@ -29,7 +29,8 @@ from pipeline.kernel.arch.x86_64 import NR
 from pipeline.remote.calls import Argument
 from pipeline.remote.puppet import Puppet
 
-_BIND, _REMOUNT, _REC = 4096, 32, 16384
+_BIND, _REMOUNT = 4096, 32
+RECURSIVE = 16384
 _PRIVATE, _SLAVE = 1 << 18, 1 << 19
 SHARED, UNBINDABLE = 1 << 20, 1 << 17
 _MNT_DETACH = 2
@@ -40,12 +41,14 @@ Propagation = Literal["private", "slave", "shared"]
 class Step(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """One thing done to a copy of the external namespace.
 
-    `flags`: MS_*. `data`: the file system's options, ids in it as the owning user namespace knows them.
+    `pivot`: the directory at `point` becomes the root; points before it lie below that directory.
+    `flags`: MS_*; a bind may be recursive. `data`: the options of the file system, ids in it as the owning user
+    namespace knows them.
     `late`: the pid namespace (a `Namespace` index) from inside which a proc is mounted. `ipc`: the ipc
     namespace that an mqueue shows.
     """
 
-    what: Literal["mount", "bind", "umount", "remount", "propagation"]
+    what: Literal["mount", "bind", "umount", "remount", "propagation", "pivot"]
     point: Path
     source: Path = b""
     kind: Annotated[bytes, Meta(max_length=64)] = b""
@@ -53,6 +56,14 @@ class Step(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     data: Path = b""
     late: Index | None = None
     ipc: Index | None = None
+
+
+#: the old root comes to lie over the new one, and goes
+_PIVOT: tuple[tuple[NR, tuple[Argument, ...]], ...] = (
+    (NR.pivot_root, (b".\0", b".\0")),
+    (NR.umount2, (b".\0", _MNT_DETACH)),
+    (NR.chdir, (b"/\0",)),
+)
 
 
 class MountState(Record, frozen=True, kw_only=True):
@@ -68,7 +79,7 @@ class MountState(Record, frozen=True, kw_only=True):
 def begin(state: MountState, keeper: Puppet) -> None:
     """Set how the mounts of the copy propagate; `keeper` has just made the namespace."""
     if state.propagation != "shared":
-        flags = _REC | (_SLAVE if state.propagation == "slave" else _PRIVATE)
+        flags = RECURSIVE | (_SLAVE if state.propagation == "slave" else _PRIVATE)
         _call(keeper, "propagation", b"/", NR.mount, 0, b"/\0", 0, flags, 0)
 
 
@@ -93,14 +104,20 @@ def _do(step: Step, puppet: Puppet) -> None:
             source, kind, data = step.source + b"\0", step.kind + b"\0", step.data + b"\0"
             _call(puppet, "mount", step.point, NR.mount, source, point, kind, step.flags, data)
         case "bind":
-            _call(puppet, "bind mount", step.point, NR.mount, step.source + b"\0", point, 0, _BIND, 0)
-            _call(puppet, "remount", step.point, NR.mount, 0, point, 0, _BIND | _REMOUNT | step.flags, 0)
+            how = _BIND | step.flags & RECURSIVE
+            _call(puppet, "bind mount", step.point, NR.mount, step.source + b"\0", point, 0, how, 0)
+            flags = _BIND | _REMOUNT | step.flags & ~RECURSIVE
+            _call(puppet, "remount", step.point, NR.mount, 0, point, 0, flags, 0)
         case "remount":
             _call(puppet, "remount", step.point, NR.mount, 0, point, 0, _BIND | _REMOUNT | step.flags, 0)
         case "umount":
             _call(puppet, "umount", step.point, NR.umount2, point, _MNT_DETACH)
         case "propagation":
             _call(puppet, "propagation", step.point, NR.mount, 0, point, 0, step.flags, 0)
+        case "pivot":
+            _call(puppet, "chdir to the new root", step.point, NR.chdir, point)
+            for number, arguments in _PIVOT:
+                _call(puppet, number.name, step.point, number, *arguments)
 
 
 def _call(puppet: Puppet, what: str, point: bytes, number: NR, *args: Argument) -> None:

@@ -4,9 +4,10 @@ Carried: proc of a pid namespace of the tree, mqueue of an ipc namespace of the 
 devpts, empty tmpfs, bind mounts of what the external namespace shows too (sysfs, cgroups
 and the external proc are that: mounted twice they are one file system) or an earlier
 mount does (a read-only /proc/sys); mounts that are gone; flags; propagation that is the
-same everywhere, and single shared mounts.
+same everywhere, and single shared mounts. After pivot_root: all mounts, if the new root is a directory
+that the external namespace shows.
 
-Refused by name: another root file system (pivot_root), tmpfs with content, overlayfs,
+Refused by name: a root file system that is not to be seen from outside, tmpfs with content, overlayfs,
 block devices, idmapped mounts, options that are not known here, mounts that are covered
 by others or lie on one that was moved, and peer groups within the tree.
 
@@ -19,11 +20,21 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from dataclasses import replace as with_fields
+
+from msgspec.structs import replace
 
 from pipeline.errors import Blocker
 from pipeline.ids import HostPid
 from pipeline.kernel.mountinfo import Mount, mountinfo
-from pipeline.resources.namespaces.mounts import SHARED, UNBINDABLE, MountState, Propagation, Step
+from pipeline.resources.namespaces.mounts import (
+    RECURSIVE,
+    SHARED,
+    UNBINDABLE,
+    MountState,
+    Propagation,
+    Step,
+)
 
 _FLAGS = {
     b"rw": 0, b"ro": 1, b"nosuid": 2, b"nodev": 4, b"noexec": 8, b"noatime": 1024, b"nodiratime": 2048,
@@ -123,13 +134,16 @@ class MountsView:
             if have[_key(mount)]:
                 have[_key(mount)] -= 1
                 self._gone.append(mount)
+        #: where in the external namespace the root of this one is, if it is another one
+        self._prefix = b""
+        #: mounts, by id, that are made together with the one they lie on
+        self._came_along: set[int] = set()
         # mounts are listed in the order of their ids, which is not the same in a copy of a namespace
-        roots = [[_key(mount) for mount in mounts if mount.point == b"/"][-1:] for mounts in (own, there)]
-        if not roots[0] or roots[0] != roots[1]:
-            self._refuse("its mount namespace has another root filesystem, which is not carried yet")
-            self.state = MountState()
-        else:
+        roots = [[_key(mount) for mount in mounts if mount.point == b"/"] for mounts in (own, there)]
+        if roots[0] and roots[0][-1:] == roots[1][-1:]:
             self.state = self._state()
+        else:
+            self.state = self._state_of_another_root(there)
 
     def _refuse(self, reason: str, remedy: str = "") -> None:
         self.blockers.append(Blocker(self._subject, reason, remedy))
@@ -154,6 +168,32 @@ class MountsView:
                 steps.append(Step("remount", mount.point, flags=_flags(mount)))
             steps += self._own_propagation(mount, before[_key(mount)])
         return MountState(propagation=propagation, steps=steps)
+
+    def _state_of_another_root(self, there: Sequence[Mount]) -> MountState:
+        """A namespace after pivot_root: all of its mounts, made below the place where its root is in ours."""
+        roots = [mount for mount in there if mount.point == b"/"]
+        self._kept, self._gone = [], []
+        self._added = list(there)
+        source = self._bind_source(roots[0]) if len(roots) == 1 else None
+        if source is None or source == b"/":
+            self._refuse("its mount namespace has a root filesystem that is not to be seen from outside")
+            return MountState()
+        self._prefix = source
+        steps = []
+        for mount in there:
+            if mount is roots[0]:
+                self._check_options(mount)
+                step: Step | None = Step("bind", b"", source, flags=_flags(mount))
+            else:
+                step = self._step(mount)
+            if step is not None:
+                steps += [step, *self._own_propagation(mount, None)]
+            if mount.master:
+                self._refuse_mount(
+                    mount, "is a slave of another mount, which is not carried after pivot_root"
+                )
+        steps = [replace(step, point=source + step.point.rstrip(b"/")) for step in steps]
+        return MountState(steps=[*steps, Step("pivot", source)])
 
     # -- propagation --------------------------------------------------------------------
 
@@ -204,9 +244,11 @@ class MountsView:
     def _step(self, mount: Mount) -> Step | None:
         """How a mount that is only there is made again; None where it is refused."""
         self._check_options(mount)
+        if mount.id in self._came_along:
+            return Step("remount", mount.point, flags=_flags(mount))
         source = self._bind_source(mount)
         if source is not None:
-            return Step("bind", mount.point, source, flags=_flags(mount))
+            return Step("bind", mount.point, source, flags=_flags(mount) | self._whole(mount, source))
         if mount.kind not in _DATA or mount.root != b"/":
             self._refuse_mount(mount, "is not carried yet")
             return None
@@ -262,6 +304,23 @@ class MountsView:
             return name + b"=0"
         return b"%s=%d" % (name, inner)
 
+    def _whole(self, mount: Mount, source: bytes) -> int:
+        """MS_REC if `mount` shows `source` of the external namespace with all mounts below it, which come along.
+
+        A less privileged namespace may not bind a directory without the mounts that lie on it: they are locked.
+        """
+        below = [other for other in self._own if other.point.startswith(source.rstrip(b"/") + b"/")]
+        later = self._added[self._added.index(mount) + 1 :]
+        found = []
+        for other in below:
+            point = mount.point.rstrip(b"/") + other.point[len(source.rstrip(b"/")) :]
+            wanted = (point, other.root, other.device, other.kind)
+            found.append(next((m for m in later if _key(m) == wanted and m.id not in self._came_along), None))
+        if not found or None in found:
+            return 0
+        self._came_along |= {each.id for each in found if each is not None}
+        return RECURSIVE
+
     def _bind_source(self, mount: Mount) -> bytes | None:
         """Where the root of `mount` was to be seen when it was made; None where that is not sure.
 
@@ -272,14 +331,21 @@ class MountsView:
         except OSError:
             return None
         earlier = self._added[: self._added.index(mount)]
-        places = [("", other, earlier) for other in self._own if other not in self._gone]
-        places += [(self._at(b""), other, earlier[index + 1 :]) for index, other in enumerate(earlier)]
-        for root, other, between in places:
+        here = (
+            [with_fields(other, point=self._prefix + other.point) for other in earlier]
+            if self._prefix
+            else earlier
+        )
+        places = [(b"", other, here) for other in self._own if other not in self._gone]
+        places += [(self._prefix, other, earlier[index + 1 :]) for index, other in enumerate(earlier)]
+        for number, (prefix, other, between) in enumerate(places):
             source = _path_on(other, mount)
             if source is None or _cover(between, source):
                 continue
-            if _shows(root + os.fsdecode(source), wanted):
-                return source
+            inside = number >= len(places) - len(earlier)
+            path = (self._at(b"") if inside else "") + os.fsdecode(source)
+            if _shows(path, wanted) or (wanted.st_dev != mount.device and _is_on(path, mount.device)):
+                return prefix + source
         return None
 
 
@@ -296,6 +362,14 @@ def _path_on(other: Mount, mount: Mount) -> bytes | None:
 def _cover(mounts: Sequence[Mount], path: bytes) -> bool:
     """Whether one of these mounts lies on `path`, or above it."""
     return any(path == mount.point or path.startswith(mount.point + b"/") for mount in mounts)
+
+
+def _is_on(path: str, device: int) -> bool:
+    """Whether a path leads to a file system: all that can be said of what another mount covers."""
+    try:
+        return os.stat(path).st_dev == device
+    except OSError:
+        return False
 
 
 def _shows(path: str, wanted: os.stat_result) -> bool:

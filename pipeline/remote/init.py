@@ -10,15 +10,26 @@ Source: pid_namespaces(7).
 
 from __future__ import annotations
 
+import os
+
 from pipeline.errors import RebuildError
+from pipeline.ids import HostPid
 from pipeline.kernel import ptrace
 from pipeline.kernel.arch import x86_64 as arch
 from pipeline.kernel.arch.x86_64 import NR
+from pipeline.kernel.mountinfo import mountinfo
 from pipeline.kernel.syscalls import CLONE, PRCTL
 from pipeline.remote.puppet import Puppet
 
 _MS_REC_PRIVATE = 0x4000 | 0x40000
 _NAME = b"pipeline-init\0"
+_FLAGS = {b"nosuid": 2, b"nodev": 4, b"noexec": 8}
+
+
+def _flags_of_proc() -> int:
+    """MS_NOSUID, NODEV and NOEXEC as our own /proc has them: what is a copy of it now, was one of such a /proc."""
+    options = next((m.options for m in reversed(mountinfo(HostPid(os.getpid()))) if m.point == b"/proc"), ())
+    return sum(flag for name, flag in _FLAGS.items() if name in options)
 
 
 class Init:
@@ -46,7 +57,7 @@ class Init:
         if puppet.syscall(NR.getpid) != 1:
             raise RebuildError("the first process of a new pid namespace is not its process 1")
         puppet.syscall(NR.mount, 0, b"/\0", 0, _MS_REC_PRIVATE, 0)
-        puppet.syscall(NR.mount, b"proc\0", b"/proc\0", b"proc\0", 2 | 4 | 8, 0)
+        puppet.syscall(NR.mount, b"proc\0", b"/proc\0", b"proc\0", _flags_of_proc(), 0)
         puppet.syscall(NR.prctl, PRCTL.SET_NAME, _NAME)
 
     def set_free(self, root: int) -> None:

@@ -76,12 +76,19 @@ class Host:
         """`python -m pipeline ARGUMENTS` in this host."""
         return self.run(sys.executable, "-m", "pipeline", *arguments)
 
-    def start(self, workshop: Workshop, program: str, setting: Setting, first_pid: int) -> Tree:
+    def start(
+        self,
+        workshop: Workshop,
+        program: str,
+        setting: Setting,
+        first_pid: int,
+        arguments: Sequence[str] = (),
+    ) -> Tree:
         """Start a program in this host, with pids from `first_pid` on."""
         last = f"echo {first_pid - 1} > /proc/sys/kernel/ns_last_pid"
         done = self.run("sh", "-c", last)
         assert done.returncode == 0, done.stderr
-        return Tree.start(workshop, program, setting, within=self.command())
+        return Tree.start(workshop, program, setting, arguments, within=self.command())
 
     def snapshot(self, root: int) -> dict[str, Any]:
         """What /proc in this host says of the tree of `root`, a pid of this host."""

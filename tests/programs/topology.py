@@ -31,7 +31,7 @@ from support import DIRECTORY, libc, main, prctl, status, syscall
 
 FLAGS = {
     "uts": 0x04000000, "ipc": 0x08000000, "mnt": 0x00020000, "cgroup": 0x02000000, "time": 0x80, "pid": 0x20000000,
-    "user": 0x10000000,
+    "user": 0x10000000, "net": 0x40000000,
 }  # fmt: skip
 CAPSET = 126
 OVERFLOW = 65534

@@ -49,11 +49,16 @@ class Keepers:
         launcher: a puppet in the external namespaces, with all capabilities in its user namespace.
         forest: the user namespaces, with their maps as the destination wants them.
         claims: ends the keepers, in reverse order.
+        around: the first process of a pid namespace made around the tree; its mounts, with a /proc of that
+            namespace, are those that mount namespaces begin as a copy of.
     """
 
-    def __init__(self, launcher: Puppet, forest: Forest, claims: ExitStack) -> None:
+    def __init__(
+        self, launcher: Puppet, forest: Forest, claims: ExitStack, around: Puppet | None = None
+    ) -> None:
         self._forest = forest
         self._claims = claims
+        self._around = around
         self._user: dict[int, Puppet] = {0: launcher}
         self._other: dict[int, Puppet] = {}
         self._states: dict[int, Namespace] = {}
@@ -188,7 +193,13 @@ class Keepers:
             writer.syscall(NR.close, fd)
 
     def _make_other(self, namespace: Namespace) -> None:
-        keeper = self._clone(self._user[namespace.owner])
+        if namespace.kind == "mnt" and self._around is not None:
+            keeper = self._clone(self._user[0])
+            self._join(keeper, self._around, "mnt")
+            if namespace.owner:
+                self._join(keeper, self._user[namespace.owner], "user")
+        else:
+            keeper = self._clone(self._user[namespace.owner])
         if namespace.kind == "ipc":  # the root of its message queues will belong to the maker
             self._become_root_inside(namespace.owner, keeper)
         if namespace.kind != "time":

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from tests.harness.carry import assert_same, carry, unharmed
-from tests.harness.hosts import Host, inner_pid, terminate
+from tests.harness.carry import carry, unharmed
+from tests.harness.hosts import Host, migrate
 from tests.harness.settings import CONTAINER_2, DEPTH_0, DEPTH_1, DEPTH_2, Setting
-from tests.harness.tree import Tree, Workshop, engine, reap, said
+from tests.harness.tree import Tree, Workshop, engine, said
 
 pytestmark = pytest.mark.root
 
@@ -66,34 +64,5 @@ def test_migration_between_two_hosts(
     secret.write_text("a secret that is long enough for both sides\n")
     secret.chmod(0o600)
     tree = source.start(workshop, program, setting, first_pid=5000)
-    root, family = inner_pid(tree.pid), tree.pids()
-    before = source.snapshot(root)
-    command = [sys.executable, "-m", "pipeline", "serve", "--listen", "127.0.0.1:0", "--once"]
-    server = subprocess.Popen(
-        destination.command(*command, "--secret-file", secret),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        assert server.stdout is not None
-        line = server.stdout.readline()
-        assert line.startswith("listening on "), f"{line} {terminate(server)}"
-        to = line.split()[-1]
-        done = source.engine("migrate", "--pid", str(root), "--to", to, "--secret-file", secret)
-        assert done.returncode == 0, said(done) + str(terminate(server))
-        out, err = server.communicate(timeout=20)
-        assert server.returncode == 0, err
-        assert f"restored: root pid {root}" in out
-        assert not reap(family), "the source still runs"
-    finally:
-        terminate(server)
-    tree.pid = destination.outer_pid(root)
-    after = destination.snapshot(root)
-    # The parent of the root is outside of the tree: nsenter, in no host, and then the first process of the other.
-    for found in (before, after):
-        for key in [key for key in found if key.startswith(f"{root} ") and key.endswith((".ppid", ".PPid"))]:
-            del found[key]
-    assert_same(before, after)
+    migrate(source, destination, tree, secret)
     tree.check()

@@ -13,6 +13,7 @@ import os
 import socket
 import struct
 from collections.abc import Iterator
+from enum import IntEnum
 from types import TracebackType
 from typing import Self
 
@@ -23,6 +24,47 @@ _RECEIVE_BYTES = 1 << 18
 _NESTED_BITS = 0x8000 | 0x4000
 
 CREATE, EXCLUSIVE, REPLACE = 0x400, 0x200, 0x100
+
+
+class RTM(IntEnum):
+    """Messages."""
+
+    NEWLINK = 16
+    GETLINK = 18
+    SETLINK = 19
+    NEWADDR = 20
+    GETADDR = 22
+    NEWROUTE = 24
+    GETROUTE = 26
+    NEWNEIGH = 28
+    GETNEIGH = 30
+    NEWRULE = 32
+    GETRULE = 34
+    GETQDISC = 38
+    GETNSID = 90
+
+
+class IFLA(IntEnum):
+    """Attributes of a device."""
+
+    ADDRESS = 1
+    IFNAME = 3
+    MTU = 4
+    LINK = 5
+    MASTER = 10
+    TXQLEN = 13
+    LINKINFO = 18
+    IFALIAS = 20
+    GROUP = 27
+    NET_NS_FD = 28
+    LINK_NETNSID = 37
+
+
+class IFLA_INFO(IntEnum):  # noqa: N801 (as the kernel spells it)
+    """Attributes of `IFLA.LINKINFO`."""
+
+    KIND = 1
+    DATA = 2
 
 
 def socket_of(protocol: int = socket.NETLINK_ROUTE) -> socket.socket:

@@ -26,7 +26,7 @@ from pipeline.kernel.nsfs import NamespaceKey
 from pipeline.kernel.syscalls import CLONE
 from pipeline.userns.forest import Forest, IdKind
 from pipeline.userns.idmap import IDENTITY, IdMap, parse, relative_to_parent
-from pipeline.userns.visit import visit
+from pipeline.userns.visit import read_file, visit
 
 _LIMITS = b"/proc/sys/user"
 #: what every limit is in a fresh user namespace
@@ -110,7 +110,7 @@ class LiveForest:
             # read from inside, where the lower ids are said relative to the parent
             answer = visit(
                 [(fd, CLONE.NEWUSER)],
-                lambda: b"\0".join(_read(b"/proc/self/" + name) for name in names),
+                lambda: b"\0".join(read_file(b"/proc/self/" + name) for name in names),
             )
             *maps, setgroups = answer.split(b"\0")
             return {
@@ -128,19 +128,11 @@ def _limits(fd: LocalFd) -> dict[str, int]:
 
     def look() -> bytes:
         names = os.listdir(_LIMITS)
-        return b"".join(name + b" " + _read(_LIMITS + b"/" + name) for name in names)
+        return b"".join(name + b" " + read_file(_LIMITS + b"/" + name) for name in names)
 
     words = visit([(fd, CLONE.NEWUSER)], look).split()
     found = {name.decode(): int(value) for name, value in zip(words[::2], words[1::2], strict=True)}
     return {name: value for name, value in found.items() if value != NO_LIMIT}
-
-
-def _read(path: bytes) -> bytes:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        return b"".join(iter(lambda: os.read(fd, 1 << 16), b""))
-    finally:
-        os.close(fd)
 
 
 def outside_blocker(pid: HostPid, what: str) -> Blocker:

@@ -15,8 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tests.harness.carry import assert_same
 from tests.harness.settings import Setting
-from tests.harness.tree import ROOT, Tree, Workshop, children_of, family_of, reap
+from tests.harness.tree import ROOT, Tree, Workshop, children_of, family_of, reap, said
 
 #: the first process: orphans that come to it are reaped by the kernel
 _INIT = (
@@ -130,6 +131,43 @@ def inner_pid(pid: int) -> int:
     lines = Path(f"/proc/{pid}/status").read_text("latin-1").splitlines()
     (numbers,) = [line.split()[1:] for line in lines if line.startswith("NSpid:")]
     return int(numbers[1])
+
+
+def migrate(source: Host, destination: Host, tree: Tree, secret: Path) -> None:
+    """Move `tree` from one host to the other: gone here, with the same pids there, and what it was.
+
+    `tree.pid` is then the pid outside of its root in the other host.
+    """
+    root, family = inner_pid(tree.pid), tree.pids()
+    before = source.snapshot(root)
+    serve = ["serve", "--listen", "127.0.0.1:0", "--once", "--secret-file", secret]
+    server = subprocess.Popen(
+        destination.command(sys.executable, "-m", "pipeline", *serve),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert server.stdout is not None
+        line = server.stdout.readline()
+        assert line.startswith("listening on "), f"{line} {terminate(server)}"
+        to = line.split()[-1]
+        done = source.engine("migrate", "--pid", str(root), "--to", to, "--secret-file", secret)
+        assert done.returncode == 0, said(done) + str(terminate(server))
+        out, err = server.communicate(timeout=20)
+        assert server.returncode == 0, err
+        assert f"restored: root pid {root}" in out
+        assert not reap(family), "the source still runs"
+    finally:
+        terminate(server)
+    tree.pid = destination.outer_pid(root)
+    after = destination.snapshot(root)
+    # the parent of the root is outside of the tree: nsenter, in no host, and then the first process of the other
+    for found in (before, after):
+        for key in [k for k in found if k.startswith(f"{root} ") and k.endswith((".ppid", ".PPid"))]:
+            del found[key]
+    assert_same(before, after)
 
 
 def terminate(process: subprocess.Popen[str]) -> Sequence[str]:

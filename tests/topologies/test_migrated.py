@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from tests.harness.carry import assert_same
-from tests.harness.hosts import Host, inner_pid, terminate
+from tests.harness.hosts import Host, migrate
 from tests.harness.settings import DEPTH_0
-from tests.harness.tree import Workshop, reap, said
+from tests.harness.tree import Workshop
 from tests.topologies.catalogue import CATALOGUE
 
 pytestmark = pytest.mark.root
@@ -45,35 +42,8 @@ def test_topology_moves(
 ) -> None:
     source, destination = hosts
     tree = source.start(workshop, "topology", DEPTH_0, 5000, [json.dumps(CATALOGUE[name])])
-    root, family = inner_pid(tree.pid), tree.pids()
-    before = source.snapshot(root)
-    serve = ["serve", "--listen", "127.0.0.1:0", "--once", "--secret-file", secret]
-    server = subprocess.Popen(
-        destination.command(sys.executable, "-m", "pipeline", *serve),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
     try:
-        assert server.stdout is not None
-        to = server.stdout.readline().split()[-1]
-        done = source.engine("migrate", "--pid", str(root), "--to", to, "--secret-file", secret)
-        assert done.returncode == 0, said(done) + str(terminate(server))
-        _, err = server.communicate(timeout=20)
-        assert server.returncode == 0, err
-        assert not reap(family), "the source still runs"
-    finally:
-        terminate(server)
-        tree.kill()
-    tree.pid = destination.outer_pid(root)
-    try:
-        after = destination.snapshot(root)
-        # the parent of the root is outside of the tree
-        for found in (before, after):
-            for key in [k for k in found if k.startswith(f"{root} ") and k.endswith((".ppid", ".PPid"))]:
-                del found[key]
-        assert_same(before, after)
+        migrate(source, destination, tree, secret)
         tree.check()
     finally:
         tree.kill()

@@ -34,7 +34,7 @@ from pipeline.kernel.nsfs import NamespaceKey
 from pipeline.kernel.syscalls import CLONE
 from pipeline.resources.namespaces import cgroups, clocks, names
 from pipeline.resources.namespaces.mounts_view import MountsView, PeerGroups, Surroundings
-from pipeline.resources.namespaces.network import NetworkView
+from pipeline.resources.namespaces.network_view import NetworkView
 from pipeline.resources.namespaces.pids import PidState
 from pipeline.userns.capture import LiveForest, OutsideError, outside_blocker
 from pipeline.userns.visit import fetch
@@ -360,13 +360,25 @@ class NamespaceCapture:
                 with suppress(procfs.ProcessGone):
                     firsts.append(procfs.status(pid).ns_pid[depth - 1 :] == (1,))
             if not any(firsts):
+                first = self._outer_first(namespace.index, depth)
                 self.blockers.append(
                     Blocker(
                         f"pid {members[0]}",
                         "is in a pid namespace whose first process is not part of the tree",
-                        "give the pid of a tree that holds the whole pid namespace",
+                        f"give that one: --pid {first}" if first else "give a tree that holds all of it",
                     )
                 )
+
+    def _outer_first(self, pidns: int, depth: int) -> HostPid | None:
+        """The first process of a pid namespace, which is not of the tree."""
+        key = next(key for (_, key), index in self._numbers.items() if index == pidns)
+        for name in os.listdir("/proc"):
+            if name.isdigit():
+                with suppress(OSError, procfs.ProcessGone):
+                    pid = HostPid(int(name))
+                    if nsfs.keys(pid).get("pid") == key and procfs.status(pid).ns_pid[depth - 1 :] == (1,):
+                        return pid
+        return None
 
     def _levels(self, pidns: int) -> list[int]:
         levels: list[int] = []

@@ -19,7 +19,7 @@ from pipeline.image.schema import Record
 from pipeline.kernel.arch.x86_64 import NR
 from pipeline.kernel.syscalls import CLONE, mount, unshare
 from pipeline.remote.puppet import Puppet
-from pipeline.userns.visit import visit
+from pipeline.userns.visit import read_file, visit
 
 #: what of /proc/sys belongs to an ipc namespace; the *_next_id files are for restorers of objects only
 _SYSCTLS = (
@@ -55,7 +55,7 @@ def capture_uts(way: Way) -> UtsState:
     """The names, as a visitor sees them."""
 
     def look() -> bytes:
-        return _read("/proc/sys/kernel/hostname") + b"\0" + _read("/proc/sys/kernel/domainname")
+        return read_file("/proc/sys/kernel/hostname") + b"\0" + read_file("/proc/sys/kernel/domainname")
 
     hostname, domainname = visit(way, look).split(b"\0")
     return UtsState(hostname=hostname.rstrip(b"\n"), domainname=domainname.rstrip(b"\n"))
@@ -67,17 +67,11 @@ def create_uts(state: UtsState, keeper: Puppet) -> None:
     keeper.syscall(NR.setdomainname, state.domainname, len(state.domainname))
 
 
-def _read(path: str) -> bytes:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        return b"".join(iter(lambda: os.read(fd, 1 << 16), b""))
-    finally:
-        os.close(fd)
-
-
 def _sysctls() -> dict[str, bytes]:
     return {
-        name: _read(f"/proc/sys/{name}").strip() for name in _SYSCTLS if os.path.exists(f"/proc/sys/{name}")
+        name: read_file(f"/proc/sys/{name}").strip()
+        for name in _SYSCTLS
+        if os.path.exists(f"/proc/sys/{name}")
     }
 
 
@@ -88,7 +82,7 @@ def capture_ipc(subject: str, way: Way) -> tuple[IpcState, list[Blocker]]:
         found = [
             what
             for name, what in (("shm", "shared memory"), ("sem", "semaphores"), ("msg", "message queues"))
-            if _read(f"/proc/sysvipc/{name}").count(b"\n") > 1
+            if read_file(f"/proc/sysvipc/{name}").count(b"\n") > 1
         ]
         found += [f"POSIX message queue /{name}" for name in os.listdir(_mount_mqueue())]
         here = _sysctls()

@@ -1,0 +1,298 @@
+"""Looking at a network of the tree: what is carried of it, and what is refused.
+
+Everything is asked by rtnetlink on a socket that a visitor has made in the network; messages are kept
+as the kernel gives them, without what says how things are at the moment.
+`pipeline.resources.namespaces.network` has the records, and makes them again.
+
+Sources: network_namespaces(7), rtnetlink(7), veth(4), ip-sysctl in the kernel's documentation.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+
+import msgpack
+
+from pipeline.errors import Blocker
+from pipeline.ids import LocalFd
+from pipeline.kernel import rtnetlink
+from pipeline.kernel.rtnetlink import IFLA, IFLA_INFO, RTM, Netlink, attribute, attributes
+from pipeline.kernel.syscalls import CLONE, unshare
+from pipeline.resources.namespaces.names import Way
+from pipeline.resources.namespaces.network import SYSCTLS, Link, NetState, set_sysctl
+from pipeline.userns.visit import fetch, read_file, visit
+
+_NFT_GETTABLE = 10 << 8 | 1
+_NETLINK_NETFILTER = 12
+_UP = 1
+#: attributes of a bridge that are set again: timers, STP, priority, VLAN protocol, multicast snooping, netfilter calls
+_BRIDGE_DATA = {1, 2, 3, 4, 5, 6, 8, 9, 23, 36, 37, 38, 39}
+_BRIDGE_VLAN_FILTERING = 7
+#: devices that a network namespace is born with where their module is loaded; they are down until somebody uses them
+_BORN_WITH = {
+    b"tunl0", b"sit0", b"ip6tnl0", b"gre0", b"gretap0", b"erspan0", b"ip_vti0", b"ip6_vti0", b"ip6gre0",
+}  # fmt: skip
+_DEFAULT_QDISCS = {b"noqueue", b"pfifo_fast", b"fq_codel", b"fq", b"mq", b"pfifo", b"sfq"}
+_DEFAULT_RULES = {
+    socket.AF_INET: {(0, 255), (32766, 254), (32767, 253)},
+    socket.AF_INET6: {(0, 255), (32766, 254)},
+}
+_IFA_KEPT = {1, 2, 3, 4, 6, 8, 9}
+_IFA_FLAGS, _NODAD, _OF_THE_KERNEL = 8, 0x02, 0x40 | 0x80 | 0x08
+_RTA_GATEWAY, _RTA_CACHEINFO, _RTA_NH_ID = 5, 12, 30
+_FRA_PRIORITY, _FRA_TABLE, _FRA_UID_RANGE = 6, 15, 20
+_PROTO_REDIRECT, _PROTO_KERNEL, _CLONED = 1, 2, 0x200
+#: RTNH_F_PERVASIVE and ONLINK; the others say how the device is
+_ROUTE_FLAGS = 2 | 4
+_PERMANENT = 0x80
+_LOOPBACK_INDEX = 1
+#: sysctls that say what is, not what shall be; mtu is the device's
+_NOT_KEPT = {"mtu", "nf_conntrack_count", "stable_secret", "flush", "tcp_fastopen_key"}
+
+
+class NetworkView:
+    """A network of the tree; `state` and `blockers` are complete when it is made.
+
+    Args:
+        subject: a process that is in it.
+        way: what a visitor joins to be in it.
+        networks: opens the network namespaces of the tree, and the external one, by their index.
+        index: its own.
+    """
+
+    def __init__(
+        self, subject: str, way: Way, networks: Mapping[int, Callable[[], LocalFd]], index: int, external: int
+    ) -> None:
+        self._subject = subject
+        self._way = way
+        self._networks = networks
+        self._index = index
+        self._external = external
+        self.blockers: list[Blocker] = []
+        with self._netlink() as route:
+            self._route = route
+            links = self._links()
+            self.state = NetState(
+                links=links,
+                addresses=[
+                    _kept_address(a) for a in route.dump(RTM.GETADDR, bytes(8)) if not _is_born_with(a)
+                ],
+                neighbours=[
+                    one for one in route.dump(RTM.GETNEIGH, bytes(12)) if _state_of(one) & _PERMANENT
+                ],
+                routes=self._routes(),
+                rules=self._rules(),
+                sysctls=self._sysctls([link.name.decode() for link in links]),
+            )
+            self._check_qdiscs(links)
+        self._check_filters()
+
+    def _netlink(self, protocol: int = socket.NETLINK_ROUTE) -> Netlink:
+        made = fetch(self._way, lambda: rtnetlink.socket_of(protocol).detach())
+        return Netlink(socket.socket(fileno=made))
+
+    def _refuse(self, what: str, remedy: str = "") -> None:
+        self.blockers.append(Blocker(self._subject, f"its network namespace has {what}", remedy))
+
+    def _links(self) -> list[Link]:
+        found = []
+        for content in sorted(
+            self._route.dump(RTM.GETLINK, bytes(16)), key=lambda c: struct.unpack_from("<i", c, 4)
+        ):
+            _, _, index, flags, _ = struct.unpack_from("<BxHiII", content)
+            told = attributes(content[16:])
+            info = attributes(told.get(IFLA.LINKINFO, b""))
+            name = told[IFLA.IFNAME].rstrip(b"\0")
+            kind = "lo" if name == b"lo" else info.get(IFLA_INFO.KIND, b"").rstrip(b"\0").decode()
+            if name in _BORN_WITH and not flags & _UP:
+                continue
+            if kind not in {"lo", "dummy", "bridge", "veth"}:
+                self._refuse(
+                    f"device {name.decode()} of kind {kind or 'hardware'}, which is not carried", "remove it"
+                )
+                continue
+            data = attributes(info.get(IFLA_INFO.DATA, b"")) if kind == "bridge" else {}
+            if data.get(_BRIDGE_VLAN_FILTERING, b"\0") != b"\0":
+                self._refuse(f"bridge {name.decode()} that filters VLANs, which is not carried")
+            found.append(
+                Link(
+                    index=index,
+                    name=name,
+                    kind=kind,
+                    flags=flags,
+                    mtu=_number(told.get(IFLA.MTU)),
+                    txqlen=_number(told.get(IFLA.TXQLEN)),
+                    address=told.get(IFLA.ADDRESS, b""),
+                    master=_number(told.get(IFLA.MASTER)),
+                    group=_number(told.get(IFLA.GROUP)),
+                    alias=told.get(IFLA.IFALIAS, b"").rstrip(b"\0"),
+                    data=[(number, value) for number, value in data.items() if number in _BRIDGE_DATA],
+                    peer=self._peer(name.decode(), told) if kind == "veth" else None,
+                )
+            )
+        return found
+
+    def _peer(self, name: str, told: Mapping[int, bytes]) -> tuple[int, int] | None:
+        """The other end of a veth pair: its index, and which network it is in."""
+        other = _number(told.get(IFLA.LINK))
+        if IFLA.LINK_NETNSID not in told:
+            return self._index, other
+        (wanted,) = struct.unpack("<i", told[IFLA.LINK_NETNSID])
+        for index, opened in self._networks.items():
+            fd = opened()
+            try:
+                answer = self._route.ask(RTM.GETNSID, bytes(4) + attribute(3, fd))
+            finally:
+                os.close(fd)
+            (nsid,) = struct.unpack("<i", attributes(answer[4:]).get(1, b"\xff" * 4))
+            if nsid == wanted and index != self._external:
+                return index, other
+        self._refuse(
+            f"device {name}, whose other end is outside the tree",
+            "remove it; give the tree its connection again at the destination",
+        )
+        return None
+
+    def _routes(self) -> list[bytes]:
+        kept = []
+        for family in (socket.AF_INET, socket.AF_INET6):
+            for content in self._route.dump(RTM.GETROUTE, bytes([family]) + bytes(11)):
+                protocol, flags = content[5], struct.unpack_from("<I", content, 8)[0]
+                if protocol in {_PROTO_KERNEL, _PROTO_REDIRECT} or flags & _CLONED:
+                    continue
+                told = attributes(content[12:])
+                if _RTA_NH_ID in told:
+                    self._refuse("routes by next-hop objects, which are not carried")
+                told.pop(_RTA_CACHEINFO, None)
+                head = content[:8] + struct.pack("<I", flags & _ROUTE_FLAGS)
+                kept.append(head + b"".join(attribute(kind, value) for kind, value in told.items()))
+        return sorted(kept, key=lambda content: _RTA_GATEWAY in attributes(content[12:]))
+
+    def _rules(self) -> list[bytes]:
+        kept = []
+        for family, defaults in _DEFAULT_RULES.items():
+            missing = set(defaults)
+            for content in self._route.dump(RTM.GETRULE, bytes([family]) + bytes(11)):
+                told = attributes(content[12:])
+                key = _number(told.get(_FRA_PRIORITY)), _number(told.get(_FRA_TABLE))
+                if key in missing:
+                    missing.remove(key)
+                    continue
+                if _FRA_UID_RANGE in told:
+                    self._refuse("a routing rule for a range of uids, which is not carried")
+                kept.append(content)
+            if missing:
+                self._refuse("a routing rule less than every namespace is born with, which is not carried")
+        return kept
+
+    def _check_qdiscs(self, links: list[Link]) -> None:
+        names = {link.index: link.name.decode() for link in links}
+        for content in self._route.dump(RTM.GETQDISC, bytes(20)):
+            _, index, handle, _, _ = struct.unpack_from("<B3xiIII", content)
+            kind = attributes(content[20:]).get(1, b"").rstrip(b"\0")
+            if index in names and (kind not in _DEFAULT_QDISCS or handle):
+                self._refuse(
+                    f"a queueing discipline ({kind.decode()}) on {names[index]}, which is not carried"
+                )
+
+    def _check_filters(self) -> None:
+        with self._netlink(_NETLINK_NETFILTER) as filters:
+            with suppress(OSError):  # EOPNOTSUPP or EINVAL: there is no nftables in this kernel
+                if any(True for _ in filters.dump(_NFT_GETTABLE, bytes(4))):
+                    self._refuse("nftables rules, which are not carried yet", "nft flush ruleset")
+
+        def look() -> bytes:
+            found = []
+            for name in ("ip_tables_names", "ip6_tables_names", "arp_tables_names"):
+                with suppress(OSError):
+                    found.append(read_file(f"/proc/thread-self/net/{name}").strip())
+            return b" ".join(filter(None, found))
+
+        if tables := visit(self._way, look):
+            self._refuse(f"iptables rules ({tables.decode()}), which are not carried", "flush them")
+
+    def _sysctls(self, devices: list[str]) -> dict[str, bytes]:
+        """What differs from a fresh namespace; a device's from what a fresh device gets."""
+
+        def look() -> bytes:
+            here = dict(_walk())
+            unshare(CLONE.NEWNET)
+            fresh = dict(_walk())
+            differ = {}
+            for name, value in here.items():
+                default = fresh.get(_of_a_fresh_device(name, devices, fresh))
+                if default is not None and default != value:
+                    differ[name] = value
+            packed: bytes = msgpack.packb((differ, _refused_values(differ, fresh)))
+            return packed
+
+        differ, refused = msgpack.unpackb(visit(self._way, look))
+        for name in refused:
+            self._refuse(f"/proc/sys/net/{name} set to a value that cannot be set again")
+        kept: dict[str, bytes] = differ
+        return kept
+
+
+def _number(value: bytes | None) -> int:
+    return int.from_bytes(value, "little") if value else 0
+
+
+def _state_of(neighbour: bytes) -> int:
+    return int(struct.unpack_from("<H", neighbour, 8)[0])
+
+
+def _is_born_with(address: bytes) -> bool:
+    """Whether it is one of those that lo gets whenever it comes up."""
+    family, length, index = address[0], address[1], struct.unpack_from("<I", address, 4)[0]
+    value = attributes(address[8:]).get(IFLA.ADDRESS)
+    return index == _LOOPBACK_INDEX and (family, length, value) in {
+        (socket.AF_INET, 8, bytes([127, 0, 0, 1])),
+        (socket.AF_INET6, 128, bytes(15) + b"\1"),
+    }
+
+
+def _kept_address(content: bytes) -> bytes:
+    """An address as it is added: without what the kernel says of it, and not probed for once more."""
+    told = {kind: value for kind, value in attributes(content[8:]).items() if kind in _IFA_KEPT}
+    flags = (_number(told.get(_IFA_FLAGS)) or content[2]) & ~_OF_THE_KERNEL
+    if content[0] == socket.AF_INET6:
+        flags |= _NODAD
+    told[_IFA_FLAGS] = struct.pack("<I", flags)
+    head = content[:2] + bytes([flags & 0xFF]) + content[3:8]
+    return head + b"".join(attribute(kind, value) for kind, value in told.items())
+
+
+def _walk() -> Iterator[tuple[str, bytes]]:
+    """Every sysctl of the network namespace of the caller that can be read and written."""
+    for folder, _, names in os.walk(SYSCTLS):
+        for name in names:
+            path = os.path.join(folder, name)
+            if name not in _NOT_KEPT and os.stat(path).st_mode & 0o200:
+                with suppress(OSError):
+                    yield os.path.relpath(path, SYSCTLS), read_file(path).strip()
+
+
+def _of_a_fresh_device(name: str, devices: list[str], fresh: Mapping[str, bytes]) -> str:
+    """The sysctl of a fresh namespace that says what `name` is born with."""
+    if name in fresh:
+        return name
+    parts = name.split("/")
+    if len(parts) == 4 and parts[1] in {"conf", "neigh"} and parts[2] in devices:
+        parts[2] = "default"
+    return "/".join(parts)
+
+
+def _refused_values(differ: Mapping[str, bytes], fresh: Mapping[str, bytes]) -> list[str]:
+    """Which values the caller's network namespace, a fresh one, does not take."""
+    refused = []
+    for name, value in differ.items():
+        if name in fresh:
+            try:
+                set_sysctl(name, value)
+            except OSError:
+                refused.append(name)
+    return refused

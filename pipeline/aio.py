@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
 import trio
@@ -157,11 +157,12 @@ async def dump(
     to: str,
     *,
     leave: Literal["end", "running", "stopped"] = "end",
+    externals: Mapping[str, str] | None = None,
     progress: Progress | None = None,
 ) -> DumpResult:
     """`pipeline.dump` for asyncio."""
     listener = _forward(progress)
-    return await _run(lambda: pipeline.dump(pid, to, leave=leave, progress=listener))
+    return await _run(lambda: pipeline.dump(pid, to, leave=leave, externals=externals, progress=listener))
 
 
 async def restore(
@@ -171,6 +172,7 @@ async def restore(
     new_pidns: bool = False,
     map: str = "same",  # noqa: A002 (the recipe's own argument)
     unmapped: Literal["refuse", "overflow"] = "refuse",
+    externals: Mapping[str, str] | None = None,
     progress: Progress | None = None,
 ) -> Tree:
     """`pipeline.restore` for asyncio; returns when the tree runs."""
@@ -178,7 +180,13 @@ async def restore(
     return Tree(
         await _run(
             lambda: pipeline.restore(
-                source, detach=detach, new_pidns=new_pidns, map=map, unmapped=unmapped, progress=listener
+                source,
+                detach=detach,
+                new_pidns=new_pidns,
+                map=map,
+                unmapped=unmapped,
+                externals=externals,
+                progress=listener,
             )
         )
     )
@@ -192,6 +200,7 @@ async def migrate(
     mode: Literal["stop", "precopy", "postcopy", "hybrid"] = "stop",
     max_downtime_s: float = 0.3,
     plaintext: bool = False,
+    externals: Mapping[str, str] | None = None,
     progress: Progress | None = None,
 ) -> MigrateResult:
     """`pipeline.migrate` for asyncio."""
@@ -204,6 +213,7 @@ async def migrate(
             mode=mode,
             max_downtime_s=max_downtime_s,
             plaintext=plaintext,
+            externals=externals,
             progress=listener,
         )
     )
@@ -220,6 +230,7 @@ async def serve(
     new_pidns: bool = False,
     map: str = "same",  # noqa: A002 (the recipe's own argument)
     unmapped: Literal["refuse", "overflow"] = "refuse",
+    externals: Mapping[str, str] | None = None,
     plaintext: bool = False,
     progress: Progress | None = None,
 ) -> None:
@@ -234,6 +245,7 @@ async def serve(
             new_pidns=new_pidns,
             map=map,
             unmapped=unmapped,
+            externals=externals,
             plaintext=plaintext,
             on_listening=_in_loop(loop, on_listening),
             on_restored=on_restored and _in_loop(loop, on_restored),

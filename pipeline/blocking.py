@@ -7,7 +7,7 @@ recipes themselves there; from asyncio use `pipeline.aio`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Literal
 
 import trio
@@ -53,10 +53,11 @@ def dump(
     to: str,
     *,
     leave: Literal["end", "running", "stopped"] = "end",
+    externals: Mapping[str, str] | None = None,
     progress: Progress | None = None,
 ) -> DumpResult:
     """`pipeline.dump`, blocking."""
-    return trio.run(lambda: pipeline.dump(pid, to, leave=leave, progress=progress))
+    return trio.run(lambda: pipeline.dump(pid, to, leave=leave, externals=externals, progress=progress))
 
 
 def restore(
@@ -66,13 +67,20 @@ def restore(
     new_pidns: bool = False,
     map: str = "same",  # noqa: A002 (the recipe's own argument)
     unmapped: Literal["refuse", "overflow"] = "refuse",
+    externals: Mapping[str, str] | None = None,
     progress: Progress | None = None,
 ) -> Tree:
     """`pipeline.restore`, blocking; returns when the tree runs."""
     return Tree(
         trio.run(
             lambda: pipeline.restore(
-                source, detach=detach, new_pidns=new_pidns, map=map, unmapped=unmapped, progress=progress
+                source,
+                detach=detach,
+                new_pidns=new_pidns,
+                map=map,
+                unmapped=unmapped,
+                externals=externals,
+                progress=progress,
             )
         )
     )
@@ -86,6 +94,7 @@ def migrate(
     mode: Literal["stop", "precopy", "postcopy", "hybrid"] = "stop",
     max_downtime_s: float = 0.3,
     plaintext: bool = False,
+    externals: Mapping[str, str] | None = None,
     progress: Progress | None = None,
 ) -> MigrateResult:
     """`pipeline.migrate`, blocking."""
@@ -97,6 +106,7 @@ def migrate(
             mode=mode,
             max_downtime_s=max_downtime_s,
             plaintext=plaintext,
+            externals=externals,
             progress=progress,
         )
     )
@@ -113,6 +123,7 @@ def serve(
     new_pidns: bool = False,
     map: str = "same",  # noqa: A002 (the recipe's own argument)
     unmapped: Literal["refuse", "overflow"] = "refuse",
+    externals: Mapping[str, str] | None = None,
     plaintext: bool = False,
     progress: Progress | None = None,
 ) -> None:
@@ -125,6 +136,7 @@ def serve(
             new_pidns=new_pidns,
             map=map,
             unmapped=unmapped,
+            externals=externals,
             plaintext=plaintext,
             on_listening=on_listening,
             on_restored=on_restored,

@@ -31,6 +31,7 @@ from pipeline.standstill import CapturedRecords, refuse_early, standstill
 from pipeline.transport.buffers import BufferPool, LeasedRun
 from pipeline.transport.framing import FrameWriter
 from pipeline.transport.storage import IMAGE, MANIFEST, Storage
+from pipeline.userns.externals import Externals
 from pipeline.userns.forest import Forest
 
 Leave = Literal["end", "running", "stopped"]
@@ -125,13 +126,21 @@ async def translate_records(
             await send.send(into_forest(record, state, forest))
 
 
-async def dump(pid: int, to: str, *, leave: Leave = "end", progress: Progress | None = None) -> DumpResult:
+async def dump(
+    pid: int,
+    to: str,
+    *,
+    leave: Leave = "end",
+    externals: Externals | None = None,
+    progress: Progress | None = None,
+) -> DumpResult:
     """Dump the tree below `pid` to the image `to`.
 
     Args:
         pid: root of the tree, in the caller's pid namespace.
         to: a directory, a URL, or ``-``.
         leave: what becomes of the tree when the image is complete.
+        externals: paths of namespaces, by kind, that are external instead of the caller's own.
         progress: is told how far it is.
 
     Raises:
@@ -147,10 +156,10 @@ async def dump(pid: int, to: str, *, leave: Leave = "end", progress: Progress | 
     storage = open_storage(to)
     await storage.require_free()
     progress.phase("setup")
-    await refuse_early(pid)
+    await refuse_early(pid, externals)
     async with tracer_thread() as tracer:
         progress.phase("freeze")
-        async with standstill(tracer, pid) as still:
+        async with standstill(tracer, pid, externals) as still:
             progress.phase("memory")
             written = await _store(storage, still.records, still.sources, still.forest, progress)
             await still.let_go_of_files()

@@ -34,6 +34,7 @@ from pipeline.standstill import refuse_early, standstill
 from pipeline.transport import identity, protocol
 from pipeline.transport.protocol import Cancel, Commit, Completed, Decision, Hello, Offer
 from pipeline.transport.tcp import Channel, connect, parse_address
+from pipeline.userns.externals import Externals
 
 Mode = Literal["stop", "precopy", "postcopy", "hybrid"]
 
@@ -73,6 +74,7 @@ async def migrate(
     mode: Mode = "stop",
     max_downtime_s: float = 0.3,
     plaintext: bool = False,
+    externals: Externals | None = None,
     progress: Progress | None = None,
 ) -> MigrateResult:
     """Move the tree below `pid` to the destination that serves at `to`.
@@ -84,6 +86,7 @@ async def migrate(
         mode: ``stop``: the tree stands still while it is sent.
         max_downtime_s: for modes that send while the tree runs.
         plaintext: no TLS; both sides still prove the secret.
+        externals: paths of namespaces, by kind, that are external instead of the caller's own.
         progress: is told how far it is.
 
     Raises:
@@ -103,7 +106,7 @@ async def migrate(
     secret = identity.load_secret(secret_file)
     begin = time.monotonic()
     progress.phase("setup")
-    await refuse_early(pid)
+    await refuse_early(pid, externals)
     migration = secrets.token_hex(16)
     async with tracer_thread() as tracer, connect(host, port, secret, plaintext=plaintext) as channel:
         await greet(channel)
@@ -113,7 +116,7 @@ async def migrate(
             raise PeerError(f"{channel.peer} did not answer the offer")
         progress.phase("freeze")
         told = _Decision(channel, migration, lambda: connect(host, port, secret, plaintext=plaintext))
-        async with told, standstill(tracer, pid) as still:
+        async with told, standstill(tracer, pid, externals) as still:
             progress.phase("memory")
             page_bytes = await write_image(
                 channel.writer, still.records, still.sources, still.forest, progress

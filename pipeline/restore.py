@@ -32,6 +32,7 @@ from pipeline.transport.buffers import BufferPool, LeasedRun
 from pipeline.transport.framing import ByteSource, FrameReader, Message
 from pipeline.userns.cradle import owns_pid_namespace
 from pipeline.userns.destination import Unmapped
+from pipeline.userns.externals import Externals
 
 _BUFFERS = 6
 
@@ -171,6 +172,7 @@ async def restore(
     new_pidns: bool = False,
     map: str = "same",  # noqa: A002 (the option's name on the command line)
     unmapped: Unmapped = "refuse",
+    externals: Externals | None = None,
     progress: Progress | None = None,
 ) -> RestoredTree:
     """Restore the image at `source`.
@@ -180,6 +182,7 @@ async def restore(
         detach: the tree shall outlive this process; its standard descriptors are its own either way.
         new_pidns: give the tree a pid namespace of its own, so that no pid is in the way.
         map: where the ids of the outermost user namespaces lie here: ``same``, ``BASE:COUNT``, or ``auto``.
+        externals: paths of namespaces, by kind, that take the place of external ones, instead of the caller's own.
         unmapped: ids that have no place here: ``refuse``, or let the ``overflow`` id stand for them.
         progress: is told how far it is.
 
@@ -198,7 +201,7 @@ async def restore(
         image, first = await read_records(reader)
         records_read = time.monotonic()
         feed = page_feed(reader, image, first, progress)
-        async with rebuilt(image, feed, tracer, progress, new_pidns, map, unmapped) as rebuilding:
+        async with rebuilt(image, feed, tracer, progress, new_pidns, map, unmapped, externals) as rebuilding:
             progress.phase("thaw")
             root = await tracer.run(rebuilding.thaw)
     del detach

@@ -34,6 +34,7 @@ from pipeline.transport.protocol import Accept, Commit, Completed, Decision, Hel
 from pipeline.transport.tcp import Channel, parse_address
 from pipeline.userns.cradle import owns_pid_namespace
 from pipeline.userns.destination import Unmapped
+from pipeline.userns.externals import Externals
 
 
 @dataclass
@@ -60,7 +61,7 @@ class _Server:
         self,
         tracer: Tracer,
         new_pidns: bool,
-        placing: tuple[str, Unmapped],
+        placing: tuple[str, Unmapped, Externals],
         progress: Progress,
         restored: Callable[[RestoredTree], None],
         said: Callable[[str], None],
@@ -210,6 +211,7 @@ async def serve(
     new_pidns: bool = False,
     map: str = "same",  # noqa: A002 (the option's name on the command line)
     unmapped: Unmapped = "refuse",
+    externals: Externals | None = None,
     plaintext: bool = False,
     on_listening: Callable[[str, int, str | None], None],
     on_restored: Callable[[RestoredTree], None] | None = None,
@@ -223,7 +225,7 @@ async def serve(
         secret_file: the secret that both sides share; None makes one, which `on_listening` is told.
         once: end when one tree has arrived.
         new_pidns: give every tree a pid namespace of its own.
-        map, unmapped: see `pipeline.restore`.
+        map, unmapped, externals: see `pipeline.restore`.
         plaintext: no TLS; both sides still prove the secret.
         on_listening: told host, port, and the secret if it was made here.
         on_restored: given each tree that runs; it is waited for here.
@@ -249,7 +251,7 @@ async def serve(
             server = _Server(
                 tracer,
                 new_pidns,
-                (map, unmapped),
+                (map, unmapped, externals or {}),
                 progress or NullProgress(),
                 on_restored or quiet,
                 on_message or quiet,

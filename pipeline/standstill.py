@@ -24,6 +24,7 @@ from pipeline.stages.examine import tree_blockers
 from pipeline.stages.freeze import FrozenTree
 from pipeline.stages.memory import PageSource
 from pipeline.userns.cradle import is_privileged
+from pipeline.userns.externals import Externals
 from pipeline.userns.forest import Forest
 
 #: how often what may go away by itself is looked at again, before and behind the freeze
@@ -34,10 +35,12 @@ _TRANSIENT_PAUSE_S = 0.2
 CapturedRecords = Sequence[tuple[Record, Record | None]]
 
 
-async def refuse_early(pid: int) -> None:
+async def refuse_early(pid: int, externals: Externals | None = None) -> None:
     """Raise Refused with everything that stops the tree, all of it at once; nothing is touched."""
     for attempt in range(_TRANSIENT_TRIES):
-        blockers: Sequence[Blocker] = await trio.to_thread.run_sync(lambda: list(tree_blockers(pid)))
+        blockers: Sequence[Blocker] = await trio.to_thread.run_sync(
+            lambda: list(tree_blockers(pid, externals))
+        )
         if not blockers:
             return
         if attempt == _TRANSIENT_TRIES - 1 or not all(blocker.transient for blocker in blockers):
@@ -77,7 +80,9 @@ class Standstill:
 
 
 @asynccontextmanager
-async def standstill(tracer: Tracer, pid: int) -> AsyncIterator[Standstill]:
+async def standstill(
+    tracer: Tracer, pid: int, externals: Externals | None = None
+) -> AsyncIterator[Standstill]:
     """The tree below `pid`, stopped and captured; runs on after the block, unless it was ended or held.
 
     Raises:
@@ -92,7 +97,7 @@ async def standstill(tracer: Tracer, pid: int) -> AsyncIterator[Standstill]:
             async with AsyncExitStack() as held:
                 try:
                     capture, records, sources = await held.enter_async_context(
-                        _captured(tracer, tree, sleepers)
+                        _captured(tracer, tree, sleepers, externals)
                     )
                 except Refused as refused:
                     last = attempt == _TRANSIENT_TRIES - 1
@@ -116,9 +121,9 @@ async def _frozen(tracer: Tracer, pid: int) -> AsyncIterator[FrozenTree]:
 
 @asynccontextmanager
 async def _captured(
-    tracer: Tracer, tree: FrozenTree, sleepers: Sleepers
+    tracer: Tracer, tree: FrozenTree, sleepers: Sleepers, externals: Externals | None
 ) -> AsyncIterator[tuple[Capture, CapturedRecords, Sequence[PageSource]]]:
-    capture = await tracer.run(_open_capture, tree, sleepers)
+    capture = await tracer.run(_open_capture, tree, sleepers, externals)
     try:
         records, sources, blockers = await tracer.run(capture.take, tree)
         if blockers:
@@ -129,5 +134,6 @@ async def _captured(
             await tracer.run(capture.__exit__, None, None, None)
 
 
-def _open_capture(tree: FrozenTree, sleepers: Sleepers) -> Capture:
-    return Capture(tree.pids(), [p.pid for p in tree.processes.values() if p.zombie], sleepers)
+def _open_capture(tree: FrozenTree, sleepers: Sleepers, externals: Externals | None) -> Capture:
+    zombies = [process.pid for process in tree.processes.values() if process.zombie]
+    return Capture(tree.pids(), zombies, sleepers, externals)

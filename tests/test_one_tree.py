@@ -215,7 +215,7 @@ def play(
             server = destination_recipe._Server(
                 _Tracer(),
                 False,
-                ("same", "refuse"),
+                ("same", "refuse", {}),
                 NullProgress(),
                 lambda _: None,
                 world.messages.append,

@@ -12,7 +12,7 @@ import os
 import sys
 from typing import Literal
 
-from pipeline.cli import render
+from pipeline.cli import placing, render
 from pipeline.cli.progress import listener
 from pipeline.errors import UsageError
 
@@ -29,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     after = parser.add_mutually_exclusive_group()
     after.add_argument("--leave-running", action="store_true", help="the tree goes on after the dump")
     after.add_argument("--leave-stopped", action="store_true", help="the tree is left stopped (SIGSTOP)")
+    placing.add_external(parser)
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
 
 
@@ -45,10 +46,15 @@ def execute(arguments: argparse.Namespace) -> int:
         leave = "stopped"
     import pipeline
     from pipeline.cli import recipe
+    from pipeline.userns import externals
+
+    outside = externals.parse(arguments.external)
 
     with listener("dump") as progress:
         result = recipe.run(
-            lambda: pipeline.dump(arguments.pid, arguments.to, leave=leave, progress=progress)
+            lambda: pipeline.dump(
+                arguments.pid, arguments.to, leave=leave, externals=outside, progress=progress
+            )
         )
     if arguments.json:
         render.document(result)

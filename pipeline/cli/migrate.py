@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import re
 
-from pipeline.cli import render
+from pipeline.cli import placing, render
 from pipeline.cli.progress import listener
 
 EXAMPLE = "  python -m pipeline migrate --pid 4242 --to other.example:7000 --secret-file secret"
@@ -51,12 +51,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TIME",
         help="how long the tree may stand still at the switch (default: 300ms)",
     )
+    placing.add_external(parser)
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
 
 
 def execute(arguments: argparse.Namespace) -> int:
     import pipeline
     from pipeline.cli import recipe
+    from pipeline.userns import externals
+
+    outside = externals.parse(arguments.external)
 
     with listener("migrate") as progress:
         result = recipe.run(
@@ -67,6 +71,7 @@ def execute(arguments: argparse.Namespace) -> int:
                 mode=arguments.mode,
                 max_downtime_s=arguments.max_downtime,
                 plaintext=arguments.plaintext,
+                externals=outside,
                 progress=progress,
             )
         )

@@ -1,12 +1,25 @@
-"""The options that say where the ids of a tree lie at the destination; of restore and serve."""
+"""The options that say where a tree lies: its ids (of restore and serve), and its external namespaces (of all)."""
 
 from __future__ import annotations
 
 import argparse
 
 
+def add_external(parser: argparse.ArgumentParser) -> None:
+    """Add --external."""
+    parser.add_argument(
+        "--external",
+        action="append",
+        default=[],
+        metavar="KIND=PATH",
+        help="the external namespace of this kind (net, uts, ipc, cgroup) is not that of this command but the one "
+        "at PATH, such as net=/run/netns/blue; may be repeated",
+    )
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add --map and --unmapped."""
+    """Add --map, --unmapped and --external."""
+    add_external(parser)
     parser.add_argument(
         "--map",
         default="same",

@@ -73,6 +73,7 @@ async def _main(arguments: argparse.Namespace) -> int:
 
     import pipeline
     from pipeline.cli import recipe
+    from pipeline.userns import externals
 
     with listener("restore") as progress:
         build = partial(
@@ -82,6 +83,7 @@ async def _main(arguments: argparse.Namespace) -> int:
             new_pidns=arguments.new_pidns,
             map=arguments.map,
             unmapped=arguments.unmapped,
+            externals=externals.parse(arguments.external),
             progress=progress,
         )
         if arguments.detach:

@@ -42,8 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def execute(arguments: argparse.Namespace) -> int:
     import pipeline
     from pipeline.cli import recipe
-    from pipeline.userns import cradle
+    from pipeline.userns import cradle, externals
 
+    outside = externals.parse(arguments.external)
     # a plain user rebuilds in a user namespace of their own, entered before there are threads
     cradle.enter()
     with listener("serve") as progress:
@@ -55,6 +56,7 @@ def execute(arguments: argparse.Namespace) -> int:
                 new_pidns=arguments.new_pidns,
                 map=arguments.map,
                 unmapped=arguments.unmapped,
+                externals=outside,
                 on_listening=_listening,
                 on_restored=_restored,
                 on_message=lambda text: render.say(f"serve: {text}"),

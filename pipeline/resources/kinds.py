@@ -98,6 +98,9 @@ class CaptureScope(Protocol):
     def network(self, local: LocalFd) -> Index | None:
         """The network namespace of an open socket; None for one that is not the tree's."""
 
+    def own_network(self) -> Index | None:
+        """That of the pipeline itself; None where the tree's external one is another."""
+
     def in_network(self, netns: Index, make: Callable[[], socket.socket]) -> socket.socket:
         """Make a socket in a network namespace of the tree, or the external one."""
 

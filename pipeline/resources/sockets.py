@@ -16,7 +16,7 @@ import os
 import select
 import socket
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from pipeline.errors import Blocker, RebuildError
@@ -96,7 +96,7 @@ def network(sock: socket.socket, scope: CaptureScope) -> Index | None:
     known: dict[bytes, Index | None] | None = scope.peers().get("networks")
     if known is None:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
-            known = scope.peers()["networks"] = {_cookie(probe): EXTERNAL_NETWORK}
+            known = scope.peers()["networks"] = {_cookie(probe): scope.own_network()}
     cookie = _cookie(sock)
     if cookie not in known:
         known[cookie] = scope.network(LocalFd(sock.fileno()))
@@ -138,9 +138,20 @@ def make_socket(state: SocketState, scope: CreateScope) -> socket.socket:
     return scope.in_network(state.netns, lambda: socket.socket(state.family, state.type, state.protocol))
 
 
-def make_pair(state: SocketState, scope: CreateScope) -> tuple[socket.socket, socket.socket]:
-    """socketpair(2) in its network namespace; the caller owns both."""
-    return scope.in_network(state.netns, lambda: socket.socketpair(state.family, state.type, state.protocol))
+Pair = tuple[socket.socket, socket.socket]
+
+
+def make_pair(state: SocketState, scope: CreateScope, acting: Callable[[Callable[[], Pair]], Pair]) -> Pair:
+    """socketpair(2) in its network namespace; the caller owns both.
+
+    Args:
+        state: of either end.
+        scope: of the rebuild.
+        acting: calls what it is given, there, as somebody: whoever goes there has to be ourselves still.
+    """
+    return scope.in_network(
+        state.netns, lambda: acting(lambda: socket.socketpair(state.family, state.type, state.protocol))
+    )
 
 
 def give_owner(sock: socket.socket, state: SocketState, scope: CreateScope, subject: str) -> None:

@@ -20,6 +20,7 @@ import socket
 import struct
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
 from pipeline.errors import RebuildError
 from pipeline.ids import LocalFd
@@ -98,7 +99,7 @@ def _pair_key(index: Index, record: UnixState) -> tuple[str, Index, Index]:
 def _make_pair(index: Index, record: UnixState, scope: CreateScope) -> dict[Index | None, LocalFd]:
     """Both ends, owned by the scope, under their indexes; a peer that was closed is under None."""
     if record.is_datagram or not (record.name or record.peer_name):
-        own, peer = acting_as(record.credentials, scope, lambda: sockets.make_pair(record.socket, scope))
+        own, peer = sockets.make_pair(record.socket, scope, partial(acting_as, record.credentials, scope))
     elif record.accepted or not record.peer_name:
         peer, own = _connect_pair(
             record, record.name, record.peer_name, record.own_credentials, record.credentials, scope

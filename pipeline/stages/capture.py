@@ -50,6 +50,7 @@ from pipeline.stages.memory_layout import vdso_digest
 from pipeline.stages.observe import FileObserver, Spaces, Tree
 from pipeline.userns.capture import LiveForest
 from pipeline.userns.cradle import is_privileged
+from pipeline.userns.externals import Externals
 from pipeline.userns.forest import Forest
 
 
@@ -60,10 +61,15 @@ class Capture:
         pids: its processes, parents before children.
         zombies: those of them that have ended.
         sleepers: has looked at the tree before it was stopped.
+        externals: namespaces that are external instead of the pipeline's own.
     """
 
     def __init__(
-        self, pids: Sequence[HostPid], zombies: Sequence[HostPid], sleepers: Sleepers | None = None
+        self,
+        pids: Sequence[HostPid],
+        zombies: Sequence[HostPid],
+        sleepers: Sleepers | None = None,
+        externals: Externals | None = None,
     ) -> None:
         self._stack = ExitStack()
         self._sleepers = sleepers or Sleepers()
@@ -74,7 +80,7 @@ class Capture:
         self._spaces = Spaces()
         self._stack.callback(self._spaces.close)
         self._forest = LiveForest()
-        self.namespaces = NamespaceCapture(self.living, self._forest, is_privileged())
+        self.namespaces = NamespaceCapture(self.living, self._forest, is_privileged(), externals)
         self._objects = self._stack.enter_context(MemoryObjects(self))
         self.files = self._stack.enter_context(
             FileObserver(

@@ -183,9 +183,13 @@ class Descriptors:
         if netns not in self._own_networks:
             return make()
         made: list[T] = []
+        failed: list[RebuildError] = []
 
         def look() -> bytes:
-            made.append(make())
+            try:
+                made.append(make())
+            except RebuildError as error:
+                failed.append(error)
             return b""
 
         fd = self.namespace("net", netns)
@@ -193,6 +197,8 @@ class Descriptors:
             visit([(fd, CLONE.NEWNET)], look)
         finally:
             os.close(fd)
+        if failed:
+            raise failed[0]
         return made[0]
 
     def once(self, key: tuple[Any, ...], make: Callable[[], T]) -> T:

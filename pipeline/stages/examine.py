@@ -15,11 +15,17 @@ from pipeline.stages.freeze import check_root, check_traced, walk
 from pipeline.stages.translate import in_forest
 from pipeline.userns.capture import LiveForest
 from pipeline.userns.cradle import is_privileged
+from pipeline.userns.externals import Externals
 from pipeline.userns.portrait import Portrait, Sitter, paint
 
 
-def tree_blockers(pid: int) -> Iterator[Blocker]:
-    """Every blocker of the tree below `pid`, which goes on running meanwhile."""
+def tree_blockers(pid: int, externals: Externals | None = None) -> Iterator[Blocker]:
+    """Every blocker of the tree below `pid`, which goes on running meanwhile.
+
+    Args:
+        pid: its root.
+        externals: namespaces that are external instead of the pipeline's own.
+    """
     at_root = list(check_root(pid))
     yield from at_root
     if at_root:
@@ -40,7 +46,7 @@ def tree_blockers(pid: int) -> Iterator[Blocker]:
         with suppress(procfs.ProcessGone):
             if procfs.status(member).state in "ZX":
                 zombies.append(member)
-    with Capture(pids, zombies) as capture:
+    with Capture(pids, zombies, externals=externals) as capture:
         yield from capture.blockers()
 
 

@@ -226,6 +226,10 @@ class FileObserver:
         """See `CaptureScope.network`."""
         return self._namespaces.network_of(local)
 
+    def own_network(self) -> int | None:
+        """See `CaptureScope.own_network`."""
+        return self._namespaces.own_network()
+
     def in_network(self, netns: int, make: Callable[[], socket.socket]) -> socket.socket:
         """See `CaptureScope.in_network`."""
         return self._namespaces.in_network(netns, make)

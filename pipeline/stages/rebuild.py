@@ -21,6 +21,7 @@ from pipeline.image.plan import Fill, plan
 from pipeline.image.schema import PathRef, Process
 from pipeline.kernel import procfs, ptrace
 from pipeline.kernel.arch import x86_64 as arch
+from pipeline.kernel.arch.x86_64 import NR
 from pipeline.kernel.syscalls import RESOLVE, openat2
 from pipeline.ledger import LEDGER
 from pipeline.progress import Progress
@@ -40,6 +41,7 @@ from pipeline.stages.descriptors import Descriptors
 from pipeline.stages.fill import PageFeed
 from pipeline.stages.growth import Grown, Growth
 from pipeline.userns.destination import Destination, Unmapped
+from pipeline.userns.externals import FLAGS, Externals, opened
 
 _LOWEST_CHANNEL_FD = 200
 
@@ -60,13 +62,20 @@ class Rebuilding:
         image: complete and checked.
         new_pidns: make a pid namespace for the tree, with a first process that waits for it.
         placing, unmapped: see `Destination`.
+        externals: namespaces that take the place of the external ones, instead of our own.
     """
 
     def __init__(
-        self, image: Image, new_pidns: bool = False, placing: str = "same", unmapped: Unmapped = "refuse"
+        self,
+        image: Image,
+        new_pidns: bool = False,
+        placing: str = "same",
+        unmapped: Unmapped = "refuse",
+        externals: Externals | None = None,
     ) -> None:
         self._image = image
         self._new_pidns = new_pidns
+        self._externals = externals or {}
         self._init: Init | None = None
         self._stack = ExitStack()
         self._thawed = False
@@ -96,6 +105,7 @@ class Rebuilding:
         self._launcher = spawn_launcher(hole, self._channel_fd(), self._reserved_pids())
         self._stack.callback(self._end_launcher)
         self._check_processor_and_vdso()
+        self._join_externals()
         announcer: Announcer
         if self._new_pidns:
             self._init = Init(self._launcher)
@@ -127,6 +137,18 @@ class Rebuilding:
         )
         self._stack.callback(self._end_tree)
         self._steps = self.growth.grow()
+
+    def _join_externals(self) -> None:
+        """Move the launcher, and with it the whole tree, into the namespaces that were given."""
+        with opened(self._externals) as fds:
+            for kind, fd in fds.items():
+                (number,) = self._launcher.send_fds([fd])
+                try:
+                    self._launcher.syscall(NR.setns, number, FLAGS[kind])
+                except OSError as error:
+                    path = self._externals[kind]
+                    raise RebuildError(f"--external {kind}={path} may not be joined: {error}") from error
+                self._launcher.syscall(NR.close, number)
 
     def _check_processor_and_vdso(self) -> None:
         """What the tree's registers and code rely on must be the same here; the launcher tells.
@@ -173,7 +195,11 @@ class Rebuilding:
             self.contents,
             self._root_of,
             self._open_namespace,
-            {n.index for n in image.namespaces.values() if n.kind == "net" and not n.external},
+            {
+                n.index
+                for n in image.namespaces.values()
+                if n.kind == "net" and (not n.external or "net" in self._externals)
+            },
             self._ids.uid_here,
             self._ids.gid_here,
             self._terminals.made,
@@ -305,6 +331,7 @@ async def rebuilt(
     new_pidns: bool = False,
     placing: str = "same",
     unmapped: Unmapped = "refuse",
+    externals: Externals | None = None,
 ) -> AsyncIterator[Rebuilding]:
     """The tree of `image`, complete and stopped; gone after the block unless it was thawed.
 
@@ -315,7 +342,7 @@ async def rebuilt(
     progress.phase("rebuild")
     if image.head.machine != arch.MACHINE:
         image.check_machine(arch.MACHINE)
-    rebuilding = Rebuilding(image, new_pidns, placing, unmapped)
+    rebuilding = Rebuilding(image, new_pidns, placing, unmapped, externals)
     try:
         await tracer.run(rebuilding.prepare)
         for space in [*image.shared_memory, *image.contents]:

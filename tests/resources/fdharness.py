@@ -47,6 +47,7 @@ from pipeline.resources import (
     unsupported,
 )
 from pipeline.resources.kinds import FdView
+from pipeline.resources.sockets import EXTERNAL_NETWORK
 
 #: in the order of the registry: the last one matches everything
 _MODULES: list[Any] = [opath, memfd, kernel_files, unnamed, regular, directory, device, fifo, pipes]
@@ -221,6 +222,9 @@ class Capture:
 
     def network(self, local: LocalFd) -> int | None:
         return None
+
+    def own_network(self) -> int | None:
+        return EXTERNAL_NETWORK
 
     def in_network(self, netns: int, make: Callable[[], socket.socket]) -> socket.socket:
         return make()

@@ -37,6 +37,7 @@ from pipeline.resources.namespaces.mounts_view import MountsView, PeerGroups, Su
 from pipeline.resources.namespaces.network_view import NetworkView
 from pipeline.resources.namespaces.pids import PidState
 from pipeline.userns.capture import LiveForest, OutsideError, outside_blocker
+from pipeline.userns.externals import Externals, opened
 from pipeline.userns.visit import fetch
 
 KINDS: tuple[NamespaceKind, ...] = ("pid", "mnt", "uts", "ipc", "net", "cgroup", "time")
@@ -90,9 +91,16 @@ class NamespaceCapture:
         pids: living processes of the tree, parents before children.
         forest: the user namespaces, extended with those that own others.
         privileged: whether the pipeline may join namespaces without their user namespace first.
+        externals: namespaces that are external instead of the pipeline's own.
     """
 
-    def __init__(self, pids: Sequence[HostPid], forest: LiveForest, privileged: bool) -> None:
+    def __init__(
+        self,
+        pids: Sequence[HostPid],
+        forest: LiveForest,
+        privileged: bool,
+        externals: Externals | None = None,
+    ) -> None:
         self._forest = forest
         self._privileged = privileged
         self.blockers: list[Blocker] = []
@@ -100,7 +108,10 @@ class NamespaceCapture:
         self.memberships: dict[HostPid, Memberships] = {}
         self._numbers: dict[tuple[str, NamespaceKey], int] = {}
         self._seats: dict[int, _Seat] = {}
+        self._externals = externals or {}
         own = nsfs.keys(HostPid(os.getpid()))
+        with opened(self._externals) as fds:
+            own |= {kind: nsfs.key_of(fd) for kind, fd in fds.items()}
         for kind in KINDS:
             index = len(self.namespaces)
             self.namespaces.append(Namespace(index=index, kind=kind, external=True))
@@ -156,10 +167,17 @@ class NamespaceCapture:
 
     def in_network(self, netns: int, make: Callable[[], socket.socket]) -> socket.socket:
         """Make a socket in a network namespace of the tree or the external one; the caller owns it."""
-        if self.namespaces[netns].external:
-            return make()
         with ExitStack() as fds:
+            if self.namespaces[netns].external:
+                given = fds.enter_context(opened({k: p for k, p in self._externals.items() if k == "net"}))
+                way = [(given["net"], FLAGS["net"])] if given else []
+                return socket.socket(fileno=fetch(way, lambda: make().detach())) if way else make()
             return socket.socket(fileno=fetch(self._way(netns, fds), lambda: make().detach()))
+
+    def own_network(self) -> int | None:
+        """The number of the network namespace that the pipeline itself is in; None if it is not of the image."""
+        found = os.stat("/proc/self/ns/net")
+        return self._numbers.get(("net", NamespaceKey(found.st_dev, found.st_ino)))
 
     def _capture(self, pid: HostPid) -> None:
         try:

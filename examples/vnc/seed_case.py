@@ -19,11 +19,14 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from pipeline.kernel.syscalls import mount
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 PORT = "5901"
 UID = GID = 1000
 PATIENCE_S = 30.0
+MS_BIND = 4096
 PLACE = Path("/tmp/seed")
 _INSIDE = "SEED_CASE_INSIDE"
 #: the first process of a host: lets the kernel reap what is orphaned
@@ -109,7 +112,15 @@ def wait_until(what: str, holds: Callable[[], bool]) -> None:
 def two_hosts() -> Iterator[tuple[Host, Host]]:
     """Two hosts with a cable between them, and a /tmp that both have."""
     subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+    # what this example runs from may itself lie in the /tmp that is covered now
+    needed = {
+        path: os.open(path, os.O_PATH) for path in (ROOT, Path(sys.prefix)) if path.is_relative_to("/tmp")
+    }
     subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=1777", "seed", "/tmp"], check=True)
+    for path, fd in needed.items():
+        path.mkdir(parents=True, exist_ok=True)
+        mount(f"/proc/self/fd/{fd}".encode(), os.fsencode(path), None, MS_BIND)
+        os.close(fd)
     Path("/tmp/.X11-unix").mkdir()
     PLACE.mkdir()
     PLACE.chmod(0o755)

@@ -292,12 +292,23 @@ def end(tree: FrozenTree) -> None:
                 LEDGER.give_back("seized task", tid)
             else:
                 left += 1
-        if left < len(waited) or not all(procfs.is_exiting(HostPid(tid)) for _, tid in waited):
+        if left < len(waited) or not all(_waits_for_others(HostPid(tid)) for _, tid in waited):
             grace_until = 0.0
         elif not grace_until:
             grace_until = time.monotonic() + _END_GRACE_S
         if left:
             time.sleep(_END_PAUSE_S)
+
+
+def _waits_for_others(tid: HostPid) -> bool:
+    """Whether a killed task has nothing left to give back: it sleeps or is a zombie, on its way out.
+
+    One that still gives back its memory or its files, which may take a while, runs.
+    """
+    try:
+        return procfs.is_exiting(tid) and procfs.stat(tid).state in "SZX"
+    except procfs.ProcessGone:
+        return True
 
 
 def _has_ended(tid: int) -> bool:

@@ -147,6 +147,9 @@ class Planner:
         self._adopted: dict[int, list[Process]] = defaultdict(list)
         self._stand_in_sessions: dict[tuple[int, int], int] = {}
         self._spawned: set[int] = set()
+        self._users: dict[int, set[int]] = {}
+        self._joined: dict[int, set[tuple[str, int]]] = {}
+        self._gather()
         self._find_adoptions()
 
     # -- facts ------------------------------------------------------------------
@@ -158,10 +161,23 @@ class Planner:
             at = self.user_namespaces[at].parent
         return at == outer
 
+    def _gather(self) -> None:
+        """For every process: the user namespaces that it and its descendants live in, and the others they join."""
+        order = list(self._children[0])
+        for process in order:
+            order += self._children[process.pids[0]]
+        for process in reversed(order):
+            pid, members = process.pids[0], process.namespaces
+            users, joined = self._users.setdefault(pid, set()), self._joined.setdefault(pid, set())
+            users.add(members.user)
+            if process.state != "zombie":
+                joined |= {(kind, getattr(members, kind)) for kind in _JOINED}
+            if process.parent:
+                self._users.setdefault(process.parent, set()).update(users)
+                self._joined.setdefault(process.parent, set()).update(joined)
+
     def _subtree_within(self, process: Process, outer: int) -> bool:
-        return self.within(process.namespaces.user, outer) and all(
-            self._subtree_within(child, outer) for child in self._children[process.pids[0]]
-        )
+        return all(self.within(user, outer) for user in self._users[process.pids[0]])
 
     def late(self, parent: Process, child: Process) -> bool:
         """Whether `child` can be born after `parent` has its memory, so that it may inherit it."""
@@ -181,13 +197,12 @@ class Planner:
         setns wants capabilities in the owner of the namespace: there is no way back into one that is owned
         further out, such as an external one.
         """
-        for kind in _JOINED if process.state != "zombie" else ():
-            index = getattr(process.namespaces, kind)
+        for kind, index in self._joined[process.pids[0]]:
             if index != getattr(parent.namespaces, kind):
                 namespace = self.namespaces[index]
                 if namespace.external or not self.within(namespace.owner, parent.namespaces.user):
                     return False
-        return all(self._subtree_reaches(child, parent) for child in self._children[process.pids[0]])
+        return True
 
     def _is_adopted(self) -> set[int]:
         return {child.pids[0] for children in self._adopted.values() for child in children}

@@ -74,9 +74,10 @@ FILES = (
     "comm", "cmdline", "environ", "auxv", "limits", "uid_map", "gid_map", "setgroups", "oom_score_adj", "personality",
     "coredump_filter", "timerslack_ns",
 )  # fmt: skip
-#: VmFlags that may differ: "sd" (soft-dirty) and "ac" (accounted: was writable and private once) are the history of
-#: a mapping; mappings that differ in nothing else may be one mapping afterwards
-VMFLAGS_MAY_DIFFER = {"sd", "ac"}
+#: VmFlags that may differ: "sd" (soft-dirty), "ac" (accounted: was writable and private once) and "gu" (may have
+#: guards: had a neighbour with guards once; the programs look at the guards) are the history of a mapping; mappings
+#: that differ in nothing else may be one mapping afterwards
+VMFLAGS_MAY_DIFFER = {"sd", "ac", "gu"}
 #: a running program and the frames that a dump leaves below the stack pointer touch a few pages
 ANONYMOUS_SLACK_KIB = 256
 

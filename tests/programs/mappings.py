@@ -37,7 +37,11 @@ def readable(address, length=1):
 
 
 def smaps(address):
-    """The mapping that holds `address`: size, permissions, offset, name, Locked, VmFlags."""
+    """The mapping that holds `address`: size, permissions, offset, name, Locked, VmFlags.
+
+    Without "gu", which says that the mapping or one it was once joined with has had guards: where the kernel puts
+    the mappings decides about it.
+    """
     with open("/proc/self/smaps") as file:
         text = file.read()
     entry = None
@@ -50,7 +54,7 @@ def smaps(address):
             if start <= address < end:
                 entry = [end - start, *head[1:3], " ".join(head[5:])]
         elif entry is not None and head[0] in {"Locked:", "VmFlags:"}:
-            entry.append(" ".join(head[1:]))
+            entry.append(" ".join(word for word in head[1:] if word != "gu"))
     return entry
 
 

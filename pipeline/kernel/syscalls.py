@@ -149,6 +149,9 @@ def kcmp(pid1: int, pid2: int, kind: KCMP, idx1: int = 0, idx2: int | bytes = 0)
     return syscall(NR.kcmp, pid1, pid2, kind, idx1, idx2)
 
 
+_OPEN_TREE_CLONE = 1
+
+
 class RESOLVE(IntFlag):
     """How openat2(2) walks a path."""
 
@@ -186,6 +189,15 @@ def mount(
 def umount2(target: bytes, flags: int = 0) -> None:
     """umount2(2)."""
     syscall(NR.umount2, target, flags)
+
+
+def open_tree(dirfd: int, path: bytes) -> LocalFd:
+    """open_tree(2): a detached copy of the mount at `path`, without those on it; gone when it is closed.
+
+    Raises:
+        OSError: EINVAL: mounts on it were locked by another user namespace.
+    """
+    return LocalFd(syscall(NR.open_tree, dirfd, path + b"\0", _OPEN_TREE_CLONE | os.O_CLOEXEC))
 
 
 def prctl(option: int, *args: int | bytes) -> int:

@@ -7,13 +7,15 @@ purpose beside the wanted place; the file is then moved over the place in one st
 the file of a name was removed, only the string is wanted: the private directory is
 then a temporary one, and removed.
 
-An existing file is replaced only if it is the very file that was recorded.
+An existing file is replaced only if it is what was recorded: a socket file with that modification time, to the
+nanosecond, those permissions and that owner. (Not by its inode number: a tmpfs of the tree is made anew.)
 
 Source: bind(2), unix(7), unshare(2), chroot(2), rename(2).
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import shutil
@@ -74,12 +76,36 @@ def acting_as(who: Peer | None, scope: CreateScope, act: Callable[[], T]) -> T:
             syscall(NR.setresuid, _UNCHANGED, uid, _UNCHANGED)
         return act()
 
-    # A change of ids makes the whole process undumpable.
+    return _in_changed_thread(change_and_act)
+
+
+def _in_changed_thread(act: Callable[[], T]) -> T:
+    """`_in_thread`, for what changes ids: that makes the whole process undumpable, which is undone."""
     dumpable = prctl(PRCTL.GET_DUMPABLE)
     try:
-        return _in_thread(change_and_act)
+        return _in_thread(act)
     finally:
         prctl(PRCTL.SET_DUMPABLE, dumpable)
+
+
+def _making(directory: int, act: Callable[[], T]) -> T:
+    """Run `act`, which makes files in a directory, in a thread; if need be as the owner of that directory.
+
+    The file system of another user namespace (a tmpfs) takes no files of ids which that does not map.
+    """
+    found = os.fstat(directory)
+
+    def as_owner() -> T:
+        syscall(NR.setfsgid, found.st_gid)
+        syscall(NR.setfsuid, found.st_uid)
+        return act()
+
+    try:
+        return _in_thread(act)
+    except OSError as error:
+        if error.errno != errno.EOVERFLOW:
+            raise
+    return _in_changed_thread(as_owner)
 
 
 class Place:
@@ -120,13 +146,13 @@ class Place:
             check_target(self._file, self._scope)
             parent = self._hold(open_directory(self._file, self._scope))
         private = f".pipeline-{secrets.token_hex(8)}"
-        os.mkdir(private, 0o700, dir_fd=parent)
+        _making(parent, lambda: os.mkdir(private, 0o700, dir_fd=parent))
         self._private = parent, private
         flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
         inside = self._hold(os.open(private, flags, dir_fd=parent))
         bind = _binder(sock, name, inside)
         try:
-            found = _in_thread(bind)
+            found = _making(parent, bind)
         except PermissionError:
             found = _in_child(bind)
         self._found = found
@@ -197,8 +223,8 @@ def check_target(file: SocketFile, scope: CreateScope) -> None:
         return
     finally:
         os.close(parent)
-    recorded = (file.inode, file.mtime_ns, file.mode, scope.user(file.uid), scope.group(file.gid))
-    present = (found.st_ino, found.st_mtime_ns, stat.S_IMODE(found.st_mode), found.st_uid, found.st_gid)
+    recorded = (file.mtime_ns, file.mode, scope.user(file.uid), scope.group(file.gid))
+    present = (found.st_mtime_ns, stat.S_IMODE(found.st_mode), found.st_uid, found.st_gid)
     if not stat.S_ISSOCK(found.st_mode) or recorded != present:
         raise RebuildError(
             f"unix socket {path}: another file is there, which is not replaced (remove it if nobody needs it)"

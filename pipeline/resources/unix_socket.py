@@ -376,7 +376,6 @@ def _file(view: FdView, link: bytes, found: os.stat_result, scope: CaptureScope)
         mode=stat.S_IMODE(found.st_mode),
         uid=scope.user(found.st_uid),
         gid=scope.group(found.st_gid),
-        inode=found.st_ino,
         mtime_ns=found.st_mtime_ns,
     )
 

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 from msgspec import Meta, Struct
 
-from pipeline.image.schema import U8, U32, U64, Id, Index, PathRef, Pid, Record
+from pipeline.image.schema import U8, U32, Id, Index, PathRef, Pid, Record
 from pipeline.resources.sockets import SocketState
 
 #: most bytes that are carried of one message, or of the unread bytes of one stream
@@ -50,14 +50,13 @@ class Message(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
 class SocketFile(Record, frozen=True, kw_only=True):
     """The file that a path name made, if it is still there.
 
-    `inode` and `mtime_ns` recognize the stale file at restore.
+    `mtime_ns` recognizes the stale file at restore.
     """
 
     path: PathRef
     mode: Annotated[int, Meta(ge=0, le=0o7777)]
     uid: Id
     gid: Id
-    inode: U64
     mtime_ns: int
 
 

@@ -161,6 +161,7 @@ class Capture:
         if blockers:
             return [], [], blockers
         file_records = list(self.files.records())
+        self.namespaces.take_contents(self.content)
         processes: list[Process] = []
         captured: dict[int, tuple[HostPid, Captured]] = {}
         for pid in self.tree.pids:

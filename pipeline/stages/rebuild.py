@@ -170,6 +170,10 @@ class Rebuilding:
                 "code of the tree holds addresses in it: restore under the same kernel build"
             )
 
+    def mount(self) -> None:
+        """The mounts of the tree; `contents` are filled."""
+        self._keepers.mount(self.contents.fd)
+
     def next_fill(self) -> Fill | None:
         """Grow until pages are wanted; None when the tree has grown."""
         return next(self._steps, None)
@@ -349,6 +353,7 @@ async def rebuilt(
             await feed.fill(space, rebuilding.contents.fd(space))
             await tracer.run(rebuilding.contents.finish_fill, space)
         rebuilding.contents.seal_early()
+        await tracer.run(rebuilding.mount)
         while (fill := await tracer.run(rebuilding.next_fill)) is not None:
             await feed.fill(fill.space, await tracer.run(rebuilding.memory_of, fill))
         await feed.expect_end()

@@ -79,7 +79,7 @@ def into_forest(record: Record, state: Record | None, forest: Forest) -> Record:
                 return found
             if holder is not None:
                 return forest.innermost(found.id, holder, field)
-            return _at_a_root(found, forest, field)
+            return forest.at_a_root(found, field)
 
         return innermost
 
@@ -89,13 +89,3 @@ def into_forest(record: Record, state: Record | None, forest: Forest) -> Record:
         translated = msgspec.structs.replace(translated, state=kind_state)
     result: Record = translated
     return result
-
-
-def _at_a_root(found: Id, forest: Forest, kind: IdKind) -> Id:
-    """An id that nobody in the tree holds (a file's owner): in the root of the forest that maps it, if one does."""
-    for namespace in forest.namespaces.values():
-        if namespace.parent == 0:
-            number = forest.number_in(found, namespace.index, kind)
-            if number is not None:
-                return Id(namespace.index, number)
-    return found

@@ -100,6 +100,15 @@ class Forest:
             number = found
         return number if namespace else self._maps[0, kind].up(number)
 
+    def at_a_root(self, found: Id, kind: IdKind) -> Id:
+        """An id that nobody in the tree holds (a file's owner): in the root of the forest that maps it, if one does."""
+        for namespace in self.namespaces.values():
+            if namespace.parent == 0:
+                number = self.number_in(found, namespace.index, kind)
+                if number is not None:
+                    return Id(namespace.index, number)
+        return found
+
     def innermost(self, external: int, holder: int, kind: IdKind) -> Id:
         """An id that namespace 0 calls `external`, said in the innermost namespace from `holder` upwards."""
         outer = Id(0, external)

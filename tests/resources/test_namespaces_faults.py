@@ -92,6 +92,6 @@ def test_every_step_may_fail() -> None:
 
 def test_keepers_end_when_the_tree_has_moved_in() -> None:
     with making(FOREST) as keepers:
-        pids = [puppet.pid for puppet in keepers._user.values()]
+        pids = [puppet.pid for puppet in keepers.seats.user.values()]
         assert all(Path(f"/proc/{pid}").exists() for pid in pids)
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from pipeline.ids import HostPid, RemoteAddress
+from pipeline.ids import HostPid, LocalFd, RemoteAddress
 from pipeline.image.schema import Namespace
 from pipeline.kernel.syscalls import CLONE, PRCTL, prctl, unshare
 from pipeline.ledger import LEDGER
@@ -32,18 +32,23 @@ def making(forest: Forest, namespaces: Mapping[int, Namespace] | None = None) ->
         claims.callback(launcher.kill_and_reap)
         keepers = Keepers(launcher, forest, claims)
         keepers.make(namespaces or {})
+        keepers.mount(_no_content)
         yield keepers
     assert not LEDGER.held()
 
 
+def _no_content(space: int) -> LocalFd:
+    raise AssertionError(f"space {space} is wanted, and no test of namespaces alone has contents")
+
+
 def user_pids(keepers: Keepers) -> dict[int, HostPid]:
     """Who keeps which user namespace."""
-    return {index: puppet.pid for index, puppet in keepers._user.items() if index}
+    return {index: puppet.pid for index, puppet in keepers.seats.user.items() if index}
 
 
 def other_keepers(keepers: Keepers) -> dict[int, Puppet]:
     """Who keeps which other namespace."""
-    return keepers._other
+    return keepers.seats.other
 
 
 @contextmanager

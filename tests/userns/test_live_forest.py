@@ -167,7 +167,7 @@ def test_limits_of_a_user_namespace_are_set_again() -> None:
         keepers.set_limits()
         assert read_again(user_pids(keepers), members=True).namespaces == forest.namespaces
         with pytest.raises(OSError, match="ENOSPC"):
-            keepers._user[2].syscall(NR.unshare, CLONE.NEWUSER)
+            keepers.seats.user[2].syscall(NR.unshare, CLONE.NEWUSER)
 
 
 def test_a_limit_that_does_not_exist_is_refused() -> None:
@@ -183,7 +183,7 @@ def test_an_ancestor_without_a_process_is_part_of_the_forest() -> None:
     with making(forest) as keepers:
         lowest = user_pids(keepers)[3]
         for index in (1, 2):
-            keepers._user[index].kill_and_reap()
+            keepers.seats.user[index].kill_and_reap()
         live = LiveForest()
         live.learn_members([lowest])
         fd = nsfs.open_namespace(lowest, "user")

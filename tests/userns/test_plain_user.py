@@ -95,7 +95,7 @@ def test_nested_namespaces_of_one_id() -> None:
         cradle.enter()
         forest = Forest([UserNamespace(index=0), one(1, 0, USER), one(2, 1000, 0), one(3, 0, 1000)])
         with making(forest) as keepers:
-            _, again = captured(keepers._user[3].pid)
+            _, again = captured(keepers.seats.user[3].pid)
             assert again.namespaces == forest.namespaces
 
     as_plain_user(body)

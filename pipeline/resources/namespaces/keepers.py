@@ -16,7 +16,7 @@ go of its namespace. Sources: user_namespaces(7), setns(2).
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -31,6 +31,8 @@ from pipeline.remote.calls import Call
 from pipeline.remote.puppet import Puppet
 from pipeline.resources.namespaces import clocks, mounts, names, network, pids
 from pipeline.resources.namespaces.members import FLAGS
+from pipeline.resources.namespaces.mounting import Mounting
+from pipeline.resources.namespaces.seats import Seats, join
 from pipeline.userns.forest import Forest, IdKind
 from pipeline.userns.idmap import MapError
 
@@ -59,11 +61,9 @@ class Keepers:
         self._forest = forest
         self._claims = claims
         self._around = around
-        self._user: dict[int, Puppet] = {0: launcher}
-        self._other: dict[int, Puppet] = {}
-        self._states: dict[int, Namespace] = {}
-        self._mounts_to_do: dict[int, Sequence[mounts.Step]] = {}
-        self._firsts: dict[int, Puppet] = {}
+        self.seats = Seats({0: launcher})
+        self._mounting = Mounting(self.seats, forest)
+        claims.callback(self._mounting.close)
         self._networks: dict[int, network.NetState] = {}
 
     def make(self, namespaces: Mapping[int, Namespace], begun_later: Collection[int] = ()) -> None:
@@ -82,7 +82,7 @@ class Keepers:
                     self._make_user(userns)
                 except (OSError, MapError) as error:
                     raise RebuildError(f"user namespace {userns.index}: {error}") from error
-        self._states.update(namespaces)
+        self.seats.records.update(namespaces)
         others = [
             n
             for n in namespaces.values()
@@ -99,7 +99,7 @@ class Keepers:
             raise RebuildError(f"network namespaces: {error}") from error
 
     def _open_network(self, index: int) -> LocalFd:
-        return LocalFd(os.open(f"/proc/{self._other[index].pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC))
+        return LocalFd(os.open(f"/proc/{self.seats.other[index].pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC))
 
     def set_limits(self) -> None:
         """Set the limits of /proc/sys/user; last of all, because they may forbid what was made here.
@@ -112,7 +112,7 @@ class Keepers:
                 if not userns.index or name not in os.listdir("/proc/sys/user"):
                     raise RebuildError(f"user namespace {index}: this kernel has no limit {name}")
                 try:
-                    self._put(self._user[index], f"/proc/sys/user/{name}", b"%d" % value)
+                    self._put(self.seats.user[index], f"/proc/sys/user/{name}", b"%d" % value)
                 except OSError as error:
                     raise RebuildError(
                         f"user namespace {index}: {name} may not be {value}: {error}"
@@ -128,11 +128,11 @@ class Keepers:
 
     def _make_user(self, userns: UserNamespace) -> None:
         assert userns.parent is not None
-        above = self._user[userns.parent]
+        above = self.seats.user[userns.parent]
         keeper = self._clone(above)
         self._become_owner(userns, keeper)
         keeper.syscall(NR.unshare, CLONE.NEWUSER)
-        self._user[userns.index] = keeper
+        self.seats.user[userns.index] = keeper
         if userns.setgroups == "deny":
             self._put(above, f"/proc/{keeper.pid}/setgroups", b"deny")
         elif Path(f"/proc/{keeper.pid}/setgroups").read_bytes().strip() == b"deny":
@@ -194,17 +194,17 @@ class Keepers:
 
     def _make_other(self, namespace: Namespace) -> None:
         if namespace.kind == "mnt" and self._around is not None:
-            keeper = self._clone(self._user[0])
-            self._join(keeper, self._around, "mnt")
+            keeper = self._clone(self.seats.user[0])
+            join(keeper, self._around, "mnt")
             if namespace.owner:
-                self._join(keeper, self._user[namespace.owner], "user")
+                join(keeper, self.seats.user[namespace.owner], "user")
         else:
-            keeper = self._clone(self._user[namespace.owner])
+            keeper = self._clone(self.seats.user[namespace.owner])
         if namespace.kind == "ipc":  # the root of its message queues will belong to the maker
             self._become_root_inside(namespace.owner, keeper)
         if namespace.kind != "time":
             keeper.syscall(NR.unshare, FLAGS[namespace.kind])
-        self._other[namespace.index] = keeper
+        self.seats.other[namespace.index] = keeper
         match namespace.kind:
             case "time":
                 clocks.begin(msgspec.convert(namespace.state, clocks.TimeState), keeper)
@@ -219,40 +219,13 @@ class Keepers:
             case "mnt":
                 state_of_mounts = msgspec.convert(namespace.state, mounts.MountState)
                 mounts.begin(state_of_mounts, keeper)
-                self._mounts_to_do[namespace.index] = state_of_mounts.steps
-                self._mount(namespace.index)
+                self._mounting.add(namespace.index, state_of_mounts.steps)
             case _:
                 raise RebuildError(f"{namespace.kind} namespaces are not carried")
 
-    def _keeper_of(self, index: int, kind: str) -> Puppet:
-        if index not in self._other or self._states[index].kind != kind:
-            raise RebuildError(f"namespace {index} is no {kind} namespace of the tree")
-        return self._other[index]
-
-    def _mount(self, mntns: int) -> None:
-        """Do the next mounts of a namespace, up to one that shows a pid namespace without a first process."""
-        steps = self._mounts_to_do[mntns]
-        while steps:
-            step = steps[0]
-            if step.late is None:
-                keeper = self._other[mntns]
-                if step.ipc is not None:
-                    self._join(keeper, self._keeper_of(step.ipc, "ipc"), "ipc")
-                mounts.do([step], keeper)
-            elif step.late in self._firsts:
-                self._mount_inside(step, mntns, self._firsts[step.late])
-            else:
-                return
-            steps = self._mounts_to_do[mntns] = steps[1:]
-
-    def _mount_inside(self, step: mounts.Step, mntns: int, first: Puppet) -> None:
-        helper = first.clone()
-        try:
-            self._join(helper, self._other[mntns], "mnt")
-            mounts.do([step], helper)
-        finally:
-            helper.kill_and_reap()
-            first.reap_children()
+    def mount(self, contents: Callable[[int], LocalFd]) -> None:
+        """Do the mounts that need no process of the tree; see `Mounting.begin`."""
+        self._mounting.begin(contents)
 
     def begin_time(self, timens: int, puppet: Puppet) -> None:
         """Let a process of the tree make time namespace `timens` for its children.
@@ -261,10 +234,10 @@ class Keepers:
             RebuildError: the kernel refuses it.
         """
         try:
-            clocks.begin(msgspec.convert(self._states[timens].state, clocks.TimeState), puppet)
+            clocks.begin(msgspec.convert(self.seats.records[timens].state, clocks.TimeState), puppet)
         except (OSError, msgspec.ValidationError) as error:
             raise RebuildError(f"time namespace {timens}: {error}") from error
-        self._other[timens] = puppet
+        self.seats.other[timens] = puppet
 
     def choose_empty_pids(self, pidns: int, puppet: Puppet) -> None:
         """Let a process of the tree choose a pid namespace for its children in which nobody lives.
@@ -273,7 +246,7 @@ class Keepers:
             RebuildError: the kernel refuses it.
         """
         try:
-            pids.choose_empty(msgspec.convert(self._states[pidns].state, pids.PidState), puppet)
+            pids.choose_empty(msgspec.convert(self.seats.records[pidns].state, pids.PidState), puppet)
         except (OSError, msgspec.ValidationError) as error:
             raise RebuildError(f"pid namespace {pidns}: {error}") from error
 
@@ -281,20 +254,20 @@ class Keepers:
 
     def root_path(self, mntns: int) -> str:
         """A path to the root of a mount namespace, for the pipeline to open."""
-        keeper = self._other.get(mntns)
+        keeper = self.seats.other.get(mntns)
         return f"/proc/{keeper.pid}/root" if keeper is not None else "/"
 
     def seat_of(self, kind: str, index: int) -> int:
         """The pid here of somebody in a namespace that is not of kind pid: a user namespace's, or another's number."""
-        if kind == "user" and index in self._user:
-            return self._user[index].pid
-        if index in self._states and self._states[index].external:
-            return self._user[0].pid
-        return self._keeper_of(index, kind).pid
+        if kind == "user" and index in self.seats.user:
+            return self.seats.user[index].pid
+        if index in self.seats.records and self.seats.records[index].external:
+            return self.seats.user[0].pid
+        return self.seats.of(index, kind).pid
 
     def join_owner(self, helper: Puppet, userns: int) -> None:
         """Move a helper into a user namespace."""
-        self._join(helper, self._user[userns], "user")
+        join(helper, self.seats.user[userns], "user")
 
     def join(self, puppet: Puppet, now: Memberships, wanted: Memberships) -> None:
         """Move a puppet from the namespaces it is in to those it shall be in; the user namespace comes last.
@@ -308,29 +281,12 @@ class Keepers:
         for kind in _JOINABLE:
             index = getattr(wanted, kind)
             if index != getattr(now, kind):
-                if index not in self._other:
+                if index not in self.seats.other:
                     raise RebuildError(f"puppet {puppet.pid} cannot go back to the external {kind} namespace")
-                self._join(puppet, self._other[index], kind)
+                join(puppet, self.seats.other[index], kind)
         if wanted.user != now.user:
-            self._join(puppet, self._user[wanted.user], "user")
-
-    @staticmethod
-    def _join(puppet: Puppet, keeper: Puppet, kind: str) -> None:
-        link = "time_for_children" if kind == "time" else kind
-        local = os.open(f"/proc/{keeper.pid}/ns/{link}", os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            (number,) = puppet.send_fds([local])
-        finally:
-            os.close(local)
-        try:
-            puppet.syscall(NR.setns, number, FLAGS[kind])
-        except OSError as error:
-            raise RebuildError(f"puppet {puppet.pid} may not join the {kind} namespace: {error}") from error
-        finally:
-            puppet.syscall(NR.close, number)
+            join(puppet, self.seats.user[wanted.user], "user")
 
     def mount_late(self, pidns: int, first: Puppet) -> None:
-        """Go on with the mounts that waited for `first`, the first process of pid namespace `pidns`."""
-        self._firsts[pidns] = first
-        for mntns in self._mounts_to_do:
-            self._mount(mntns)
+        """Go on with the mounts that waited for the first process of a pid namespace; see `Mounting.learn_first`."""
+        self._mounting.learn_first(pidns, first)

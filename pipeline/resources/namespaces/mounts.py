@@ -12,28 +12,34 @@ Some file systems show another namespace: a proc mount a pid namespace, and can 
 mounted from inside it, so this step, and those behind it, wait until that has its first
 process (`late`); an mqueue mount an ipc namespace, which the keeper joins first (`ipc`).
 
-Sources: mount_namespaces(7), mount(2).
+A tmpfs is filled as soon as it is mounted (`fill`), because it may hold the directories and files that later
+steps mount on. One file system that several mount namespaces show is an *instance*: one of them mounts it, and the
+others wait for a copy of that mount (`attach`).
+
+Sources: mount_namespaces(7), mount(2), move_mount(2).
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
-from pipeline.errors import RebuildError
+from pipeline.errors import ImageError, RebuildError
+from pipeline.ids import LocalFd
 from pipeline.image.schema import U32, Index, Path, Record
 from pipeline.kernel.arch.x86_64 import NR
 from pipeline.remote.calls import Argument
 from pipeline.remote.puppet import Puppet
+from pipeline.resources.namespaces import tmpfs
 
 _BIND, _REMOUNT = 4096, 32
 RECURSIVE = 16384
 _PRIVATE, _SLAVE = 1 << 18, 1 << 19
 SHARED, UNBINDABLE = 1 << 20, 1 << 17
 _MNT_DETACH = 2
+_HERE, _EMPTY_PATH = -100, 4
 
 Propagation = Literal["private", "slave", "shared"]
 
@@ -46,9 +52,13 @@ class Step(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     namespace knows them.
     `late`: the pid namespace (a `Namespace` index) from inside which a proc is mounted. `ipc`: the ipc
     namespace that an mqueue shows.
+    `instance`: of a file system that other mount namespaces show, too, counted from 1; `attach` mounts it.
+    `entries`, `space`: what a tmpfs is filled with, and the content with the bytes of its files (0: none has any).
     """
 
-    what: Literal["mount", "bind", "umount", "remount", "propagation", "pivot"]
+    what: Literal[
+        "mount", "fill", "reconfigure", "attach", "bind", "umount", "remount", "propagation", "pivot"
+    ]
     point: Path
     source: Path = b""
     kind: Annotated[bytes, Meta(max_length=64)] = b""
@@ -56,6 +66,9 @@ class Step(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     data: Path = b""
     late: Index | None = None
     ipc: Index | None = None
+    instance: Index = 0
+    entries: tmpfs.Entries = []
+    space: Index = 0
 
 
 #: the old root comes to lie over the new one, and goes
@@ -83,21 +96,16 @@ def begin(state: MountState, keeper: Puppet) -> None:
         _call(keeper, "propagation", b"/", NR.mount, 0, b"/\0", 0, flags, 0)
 
 
-def do(steps: Sequence[Step], puppet: Puppet) -> None:
-    """Do steps, in order.
+def do(step: Step, puppet: Puppet) -> None:
+    """Do a step that needs nothing but system calls of a puppet.
 
     Args:
-        steps: of one namespace.
-        puppet: is in it with all capabilities in its owner, and in the namespaces that the steps show.
+        step: neither `fill` nor `attach`.
+        puppet: is in the namespace with all capabilities in its owner, and in the namespaces that the step shows.
 
     Raises:
         RebuildError: names the step and the mount point.
     """
-    for step in steps:
-        _do(step, puppet)
-
-
-def _do(step: Step, puppet: Puppet) -> None:
     point = step.point + b"\0"
     match step.what:
         case "mount":
@@ -110,6 +118,8 @@ def _do(step: Step, puppet: Puppet) -> None:
             _call(puppet, "remount", step.point, NR.mount, 0, point, 0, flags, 0)
         case "remount":
             _call(puppet, "remount", step.point, NR.mount, 0, point, 0, _BIND | _REMOUNT | step.flags, 0)
+        case "reconfigure":
+            _call(puppet, "remount", step.point, NR.mount, 0, point, 0, _REMOUNT | step.flags, 0)
         case "umount":
             _call(puppet, "umount", step.point, NR.umount2, point, _MNT_DETACH)
         case "propagation":
@@ -118,6 +128,23 @@ def _do(step: Step, puppet: Puppet) -> None:
             _call(puppet, "chdir to the new root", step.point, NR.chdir, point)
             for number, arguments in _PIVOT:
                 _call(puppet, number.name, step.point, number, *arguments)
+        case _:
+            raise ImageError(f"a mount namespace cannot {step.what} by itself")
+
+
+def attach(step: Step, puppet: Puppet, detached: LocalFd) -> None:
+    """Mount a copy of a mount of another mount namespace.
+
+    Raises:
+        RebuildError: names the mount point.
+    """
+    point = step.point + b"\0"
+    (number,) = puppet.send_fds([detached])
+    try:
+        _call(puppet, "mount of a copy", step.point, NR.move_mount, number, b"\0", _HERE, point, _EMPTY_PATH)
+        _call(puppet, "remount", step.point, NR.mount, 0, point, 0, _BIND | _REMOUNT | step.flags, 0)
+    finally:
+        puppet.syscall(NR.close, number)
 
 
 def _call(puppet: Puppet, what: str, point: bytes, number: NR, *args: Argument) -> None:

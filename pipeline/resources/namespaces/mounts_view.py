@@ -1,24 +1,25 @@
 """Looking at a mount namespace: what was done to it since it was a copy of the pipeline's own.
 
 Carried: proc of a pid namespace of the tree, mqueue of an ipc namespace of the tree,
-devpts, empty tmpfs, bind mounts of what the external namespace shows too (sysfs, cgroups
+devpts, tmpfs with what is in it, bind mounts of what the external namespace shows too (sysfs, cgroups
 and the external proc are that: mounted twice they are one file system) or an earlier
-mount does (a read-only /proc/sys); mounts that are gone; flags; propagation that is the
-same everywhere, and single shared mounts. After pivot_root: all mounts, if the new root is a directory
-that the external namespace shows.
+mount does (a read-only /proc/sys); one tmpfs or devpts that several mount namespaces show; mounts that are
+gone; flags; propagation that is the same everywhere, and single shared mounts. After pivot_root: all mounts, if the
+new root is a directory that the external namespace shows.
 
-Refused by name: a root file system that is not to be seen from outside, tmpfs with content, overlayfs,
-block devices, idmapped mounts, options that are not known here, mounts that are covered
-by others or lie on one that was moved, and peer groups within the tree.
+Refused by name: a root file system that is not to be seen from outside, overlayfs, block devices, idmapped mounts,
+options that are not known here, mounts with a state that are covered by others or lie on one that was moved, and
+peer groups within the tree.
 
 Sources: mount_namespaces(7), mount(2), proc_pid_mountinfo(5), tmpfs(5).
 """
 
 from __future__ import annotations
 
+import errno
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from dataclasses import replace as with_fields
 
@@ -35,11 +36,13 @@ from pipeline.resources.namespaces.mounts import (
     Propagation,
     Step,
 )
+from pipeline.resources.namespaces.tmpfs import Entry
 
 _FLAGS = {
     b"rw": 0, b"ro": 1, b"nosuid": 2, b"nodev": 4, b"noexec": 8, b"noatime": 1024, b"nodiratime": 2048,
     b"relatime": 1 << 21, b"nosymfollow": 256,
 }  # fmt: skip
+_RDONLY = 1
 _STRICTATIME = 1 << 24
 _ATIME = _FLAGS[b"noatime"] | _FLAGS[b"relatime"]
 #: options of the file system that are passed again; those of ids are translated
@@ -54,6 +57,13 @@ _WITHOUT_STATE = {b"proc", b"mqueue"}
 #: options that say nothing: defaults, or said by what `MountsView` reads from the root directory
 _PASSED_OVER = {b"rw", b"ro", b"inode32", b"inode64", b"seclabel"}
 _FROM_ROOT = {b"tmpfs": {b"mode", b"uid", b"gid"}}
+#: file systems that exist once for each time they were mounted, and that have no other name
+NAMELESS = {b"tmpfs", b"devpts"}
+_WHY_NOT_LISTED = {
+    errno.EINVAL: "has mounts on it that another user namespace has locked, which hide what is below them",
+    errno.E2BIG: "holds too many names",
+    errno.EOVERFLOW: "holds files of ids which its user namespace does not map",
+}
 
 
 @dataclass
@@ -84,6 +94,9 @@ class Surroundings:
         ipc_namespace_of: the index of the ipc namespace that an mqueue with this st_dev shows, likewise.
         pid_namespace_of: that of the pid namespace which a proc with this st_dev shows, wherever it is seen.
         groups: of the whole tree.
+        instances: of file systems that several mount namespaces of the tree show, by st_dev: number, and whether
+            this namespace is the one that mounts it.
+        list_tmpfs: lists what the tmpfs that is mounted at a path holds.
     """
 
     uid: Callable[[int], int | None]
@@ -92,6 +105,8 @@ class Surroundings:
     ipc_namespace_of: Callable[[int], int | None]
     pid_namespace_of: Callable[[int], int | None]
     groups: PeerGroups
+    instances: Mapping[int, tuple[int, bool]]
+    list_tmpfs: Callable[[bytes], list[Entry]]
 
 
 def _key(mount: Mount) -> tuple[bytes, bytes, int, bytes]:
@@ -153,14 +168,13 @@ class MountsView:
         steps = [Step("umount", mount.point) for mount in self._gone]
         reached = {mount.id for mount in self._kept}
         for mount in self._added:
-            step = self._step(mount)
+            made = self._steps_of(mount)
             if mount.parent not in reached:
-                step = None
+                made = []
                 self._refuse_mount(mount, "lies on a mount that was moved, which is not carried")
             reached.add(mount.id)
-            if step is not None:
-                steps.append(step)
-                steps += self._own_propagation(mount, None)
+            if made:
+                steps += [*made, *self._own_propagation(mount, None)]
         before = {_key(mount): mount for mount in self._own}
         for mount in self._kept:
             if mount.options != before[_key(mount)].options:
@@ -183,11 +197,11 @@ class MountsView:
         for mount in there:
             if mount is roots[0]:
                 self._check_options(mount)
-                step: Step | None = Step("bind", b"", source, flags=_flags(mount))
+                made = [Step("bind", b"", source, flags=_flags(mount))]
             else:
-                step = self._step(mount)
-            if step is not None:
-                steps += [step, *self._own_propagation(mount, None)]
+                made = self._steps_of(mount)
+            if made:
+                steps += [*made, *self._own_propagation(mount, None)]
             if mount.master:
                 self._refuse_mount(
                     mount, "is a slave of another mount, which is not carried after pivot_root"
@@ -241,26 +255,31 @@ class MountsView:
     def _at(self, point: bytes) -> str:
         return f"/proc/{self._pid}/root{os.fsdecode(point)}"
 
-    def _step(self, mount: Mount) -> Step | None:
-        """How a mount that is only there is made again; None where it is refused."""
+    def _steps_of(self, mount: Mount) -> list[Step]:
+        """How a mount that is only there is made again; empty where it is refused."""
         self._check_options(mount)
         if mount.id in self._came_along:
-            return Step("remount", mount.point, flags=_flags(mount))
+            return [Step("remount", mount.point, flags=_flags(mount))]
         source = self._bind_source(mount)
         if source is not None:
-            return Step("bind", mount.point, source, flags=_flags(mount) | self._whole(mount, source))
+            return [Step("bind", mount.point, source, flags=_flags(mount) | self._whole(mount, source))]
+        instance, maker = self._around.instances.get(mount.device, (0, True))
         if mount.kind not in _DATA or mount.root != b"/":
             self._refuse_mount(mount, "is not carried yet")
-            return None
+            return []
+        if not maker:
+            return [Step("attach", mount.point, flags=_flags(mount), instance=instance)]
         try:
             root = os.stat(self._at(mount.point))
         except OSError as error:
             self._refuse_mount(mount, f"cannot be looked at: {error.strerror}", "")
-            return None
+            return []
         covered = root.st_dev != mount.device
         if covered and mount.kind not in _WITHOUT_STATE:
             self._refuse_mount(mount, "is covered by another mount, which is not carried")
-            return None
+            return []
+        if mount.kind == b"tmpfs":
+            return self._tmpfs(mount, self._data(mount, root), instance)
         late = ipc = None
         if mount.kind == b"proc":
             late = self._around.pid_namespace_of(mount.device)
@@ -272,10 +291,28 @@ class MountsView:
             ipc = self._around.ipc_namespace_of(mount.device)
             if ipc is None:
                 self._refuse_mount(mount, "shows an ipc namespace that is not the tree's")
-        elif mount.kind == b"tmpfs" and os.listdir(self._at(mount.point)):
-            self._refuse_mount(mount, "has content, which is not carried yet", "empty or umount it")
-        flags = _flags(mount) | (_FLAGS[b"ro"] if b"ro" in mount.super_options else 0)
-        return Step("mount", mount.point, mount.source, mount.kind, flags, self._data(mount, root), late, ipc)
+        flags = _flags(mount) | (_RDONLY if b"ro" in mount.super_options else 0)
+        data = self._data(mount, root)
+        return [Step("mount", mount.point, mount.source, mount.kind, flags, data, late, ipc, instance)]
+
+    def _tmpfs(self, mount: Mount, data: bytes, instance: int) -> list[Step]:
+        """Mount it so that it can be written to, fill it, and then make it what it was."""
+        try:
+            entries = self._around.list_tmpfs(mount.point)
+        except OSError as error:
+            why = _WHY_NOT_LISTED.get(error.errno or 0, f"cannot be listed: {error.strerror}")
+            self._refuse_mount(mount, why, "empty or umount it")
+            return []
+        flags = _flags(mount)
+        steps = [
+            Step("mount", mount.point, mount.source, mount.kind, flags & ~_RDONLY, data, instance=instance),
+            Step("fill", mount.point, entries=entries),
+        ]
+        if b"ro" in mount.super_options:
+            steps.append(Step("reconfigure", mount.point, flags=flags | _RDONLY))
+        if flags & _RDONLY or b"ro" in mount.super_options:
+            steps.append(Step("remount", mount.point, flags=flags))
+        return steps
 
     def _data(self, mount: Mount, root: os.stat_result) -> bytes:
         """The options of the file system, ids as its owner knows them."""

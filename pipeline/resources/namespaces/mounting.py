@@ -1,0 +1,157 @@
+"""The order in which the mounts of a tree are made again, over all of its mount namespaces.
+
+Each namespace's steps are done in order, as far as they go. A step waits for what it shows: a proc for the first
+process of its pid namespace, a copy of a mount for the namespace that mounts it. So every
+namespace is gone through again whenever something new is there.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import cast
+
+from pipeline.errors import RebuildError
+from pipeline.ids import LocalFd
+from pipeline.kernel.syscalls import open_tree
+from pipeline.ledger import LEDGER
+from pipeline.remote.puppet import Puppet
+from pipeline.resources.namespaces import mounts, tmpfs
+from pipeline.resources.namespaces.mounts import Step
+from pipeline.resources.namespaces.seats import Seats, join
+from pipeline.userns.forest import Forest, IdKind
+from pipeline.userns.visit import fetch, visit
+
+_KINDS: tuple[IdKind, IdKind] = ("uid", "gid")
+
+
+class Mounting:
+    """What is still to be mounted where.
+
+    Args:
+        seats: of the mount namespaces, which exist, and of what their mounts show.
+        forest: for the ids of files.
+    """
+
+    def __init__(self, seats: Seats, forest: Forest) -> None:
+        self._seats = seats
+        self._forest = forest
+        self._to_do: dict[int, Sequence[Step]] = {}
+        self._firsts: dict[int, Puppet] = {}
+        self._instances: dict[int, LocalFd] = {}
+        self._contents: Callable[[int], LocalFd] | None = None
+
+    def close(self) -> None:
+        """Let go of the copies of mounts; idempotent."""
+        while self._instances:
+            _, fd = self._instances.popitem()
+            os.close(fd)
+            LEDGER.give_back("mount", fd)
+
+    def add(self, mntns: int, steps: Sequence[Step]) -> None:
+        """Remember the steps of a mount namespace."""
+        self._to_do[mntns] = steps
+
+    def begin(self, contents: Callable[[int], LocalFd]) -> None:
+        """Do what needs no process of the tree.
+
+        Args:
+            contents: the bytes of the files of a tmpfs, by space: complete; the descriptors stay their owner's.
+
+        Raises:
+            RebuildError: the kernel refuses a step; says which.
+        """
+        self._contents = contents
+        self._go_on()
+
+    def learn_first(self, pidns: int, first: Puppet) -> None:
+        """Go on with what waited for `first`, the first process of pid namespace `pidns`; raises as `begin` does."""
+        self._firsts[pidns] = first
+        self._go_on()
+
+    def _go_on(self) -> None:
+        left = -1
+        while left != (left := sum(map(len, self._to_do.values()))):
+            for mntns in self._to_do:
+                while self._to_do[mntns] and self._do(self._to_do[mntns][0], mntns):
+                    self._to_do[mntns] = self._to_do[mntns][1:]
+
+    def _do(self, step: Step, mntns: int) -> bool:
+        """Do a step, unless it has to wait."""
+        keeper = self._seats.of(mntns, "mnt")
+        if step.what == "attach":
+            if step.instance not in self._instances:
+                return False
+            mounts.attach(step, keeper, self._instances[step.instance])
+        elif step.what == "fill":
+            self._fill(step, mntns)
+        elif step.late is None:
+            if step.ipc is not None:
+                join(keeper, self._seats.of(step.ipc, "ipc"), "ipc")
+            mounts.do(step, keeper)
+        elif step.late in self._firsts:
+            self._mount_inside(step, keeper, self._firsts[step.late])
+        else:
+            return False
+        if step.what == "mount" and step.instance:
+            self._share(step, mntns)
+        return True
+
+    @staticmethod
+    def _mount_inside(step: Step, keeper: Puppet, first: Puppet) -> None:
+        """Let a child of the first process of a pid namespace do a step: what it mounts shows that namespace."""
+        helper = first.clone()
+        try:
+            join(helper, keeper, "mnt")
+            mounts.do(step, helper)
+        finally:
+            helper.kill_and_reap()
+            first.reap_children()
+
+    def _share(self, step: Step, mntns: int) -> None:
+        """Keep a copy of the mount that has just been made, for other mount namespaces."""
+        with self._seats.way_into(mntns) as way:
+            fd = fetch(way, lambda: open_tree(-100, step.point))
+        LEDGER.take("mount", fd)
+        self._instances[step.instance] = fd
+
+    # -- tmpfs --------------------------------------------------------------------------
+
+    def _fill(self, step: Step, mntns: int) -> None:
+        """Let a visitor fill the tmpfs that has just been mounted."""
+        tmpfs.check(step.entries)
+        owner = self._seats.records[mntns].owner
+        where = f"the tmpfs at {os.fsdecode(step.point)} of mount namespace {mntns}"
+        owners = [self._owner(entry, owner, where) for entry in step.entries]
+        ids = [self._any_id(owner, kind) for kind in _KINDS]
+        assert self._contents is not None
+        content = self._contents(step.space) if step.space else -1
+
+        def work() -> bytes:
+            if owner:
+                tmpfs.become(*ids)
+            return tmpfs.fill(step.point, step.entries, owners, content)
+
+        try:
+            with self._seats.way_into(mntns) as way:
+                visit(way, work)
+        except OSError as error:
+            raise RebuildError(f"{where} cannot be filled: {error.strerror}") from error
+
+    def _owner(self, entry: tmpfs.Entry, userns: int, where: str) -> tuple[int, int]:
+        """Owner and group of an entry, as numbers in a user namespace."""
+        found = [
+            self._forest.number_in(entry.uid, userns, "uid"),
+            self._forest.number_in(entry.gid, userns, "gid"),
+        ]
+        if None in found:
+            name = os.fsdecode(entry.path)
+            raise RebuildError(
+                f"{where}: {name} belongs to {entry.uid.id}:{entry.gid.id}, who has no number here"
+            )
+        return cast(tuple[int, int], tuple(found))
+
+    def _any_id(self, userns: int, kind: IdKind) -> int:
+        """An id that files can be made with in a user namespace: 0 if it is mapped."""
+        found = self._forest.map_of(userns, kind)
+        return 0 if found.up(0) is not None or not found.extents else found.extents[0].inner

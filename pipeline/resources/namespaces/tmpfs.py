@@ -1,0 +1,280 @@
+"""What a tmpfs of the tree holds: names, attributes, and the bytes of its files.
+
+The names are *entries*, in the order in which they can be made: a directory before what it holds, the first name
+of a file before its other hard links. The bytes of all files of one tmpfs travel as one *content*, each file
+beginning on a page of its own; holes stay holes.
+
+A tmpfs is looked at and filled by a visitor that sits in the user namespace that owns the mount namespace: there,
+and only there, every id of it has a number, access is not refused, and extended attributes that hold ids mean the
+same on both sides. It works on a detached copy of the mount, so that what is mounted on its directories does not
+hide them.
+
+Kept: kinds, permissions, owners, modification times, device numbers, hard links, extended attributes and ACLs.
+Not preserved: access and change times, inode numbers, flags of chattr(1). Refused by name: ids without a number in
+the user namespace, more than 2^20 names, a tmpfs that has locked mounts on it.
+
+Sources: tmpfs(5), open_tree(2), acl(5), xattr(7), lseek(2) on SEEK_DATA.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta, Struct
+
+from pipeline.errors import ImageError
+from pipeline.image.schema import I64, U32, U64, Id, Path, Small
+from pipeline.kernel.syscalls import open_tree
+
+_MAX_ENTRIES = 1 << 20
+_PAGE_BYTES = 4096
+_COPY_BYTES = 1 << 20
+#: what an id without a number looks like (/proc/sys/kernel/overflowuid)
+OVERFLOW = 65534
+
+
+class Entry(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """One name. The first entry is the root directory, ``.``.
+
+    `path`: from the root of the file system.
+    `target`: of a symbolic link. `link`: the index of the entry that names the same file, -1 for its first name.
+    `offset`, `size_bytes`: where the bytes of a regular file are in the content, and how long it is.
+    """
+
+    path: Path
+    mode: U32
+    uid: Id
+    gid: Id
+    mtime_ns: I64
+    size_bytes: U64 = 0
+    offset: U64 = 0
+    device: U64 = 0
+    link: I64 = -1
+    target: Path = b""
+    attributes: dict[str, Small] = {}
+
+
+Entries = Annotated[list[Entry], Meta(max_length=_MAX_ENTRIES)]
+_PACKED = msgspec.msgpack.Decoder(Entries)
+
+
+def scan(point: bytes, userns: int, mapped: tuple[bool, bool]) -> bytes:
+    """List a tmpfs; for a visitor. `unpack` reads the answer.
+
+    Args:
+        point: where it is mounted, in the visitor's mount namespace.
+        userns: the user namespace that the visitor is in; the index that the ids get.
+        mapped: whether the overflow uid and gid are numbers of this user namespace, too.
+
+    Raises:
+        OSError: EINVAL: mounts that were locked by another user namespace lie on it; E2BIG: too many names;
+            EOVERFLOW: an id has no number here.
+    """
+    _enter(point)
+    return msgspec.msgpack.encode(list(_entries(userns, mapped)))
+
+
+def unpack(answer: bytes) -> list[Entry]:
+    """The entries that `scan` has listed."""
+    return _PACKED.decode(answer)
+
+
+def content_bytes(entries: Sequence[Entry]) -> int:
+    """How long the content is: up to the end of its last page."""
+    return max((_pages(entry.offset + entry.size_bytes) for entry in entries), default=0)
+
+
+def pack(point: bytes, entries: Sequence[Entry]) -> int:
+    """Copy the bytes of every file into a new memfd and return it; for a visitor.
+
+    Raises:
+        OSError: a file cannot be read, or memory is out.
+    """
+    _enter(point)
+    memory = os.memfd_create("tmpfs", os.MFD_CLOEXEC)
+    os.ftruncate(memory, content_bytes(entries))
+    for entry in _files(entries):
+        fd = os.open(entry.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NOATIME | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            _copy_data(fd, 0, memory, entry.offset, entry.size_bytes)
+        finally:
+            os.close(fd)
+    return memory
+
+
+def check(entries: Sequence[Entry]) -> None:
+    """See that no entry leads anywhere else: every one lies in a directory that came before it.
+
+    Raises:
+        ImageError: names the one that does not.
+    """
+    directories = set()
+    for number, entry in enumerate(entries):
+        above, _, name = entry.path.rpartition(b"/")
+        wrong = (
+            name in {b"", b".."}
+            or (number and name == b".")
+            or (number and (above or b".") not in directories)
+        )
+        if wrong or entry.link >= number or (not number and entry.path != b"."):
+            raise ImageError(f"a tmpfs of the image holds {os.fsdecode(entry.path)!r}, which leads elsewhere")
+        if stat.S_ISDIR(entry.mode):
+            directories.add(entry.path)
+
+
+def become(uid: int, gid: int) -> None:
+    """Take ids to create files with; for a visitor that is a process, in its user namespace.
+
+    It has kept all capabilities: its ids are either these, or have no number there.
+    """
+    if os.getgid() != gid:
+        os.setresgid(gid, gid, gid)
+    if os.getuid() != uid:
+        os.setresuid(uid, uid, uid)
+
+
+def fill(point: bytes, entries: Sequence[Entry], owners: Sequence[tuple[int, int]], content: int) -> bytes:
+    """Make every entry in an empty tmpfs; for a visitor.
+
+    Args:
+        point: where it is mounted.
+        entries: `check` has seen them.
+        owners: uid and gid of each, as the visitor's user namespace knows them.
+        content: a descriptor of their bytes; -1 if no file has any.
+
+    Raises:
+        OSError: the kernel refuses something.
+    """
+    os.umask(0)
+    _enter(point)
+    for entry in entries:
+        if entry.path != b".":
+            _make(entry, entries, content)
+    for entry, owner in zip(entries, owners, strict=True):
+        if entry.link < 0:
+            _furnish(entry, owner)
+    for entry in reversed(entries):  # a directory behind what it holds
+        os.utime(entry.path, ns=(entry.mtime_ns, entry.mtime_ns), follow_symlinks=False)
+    return b""
+
+
+def _enter(point: bytes) -> None:
+    tree = open_tree(-100, point)
+    try:
+        os.fchdir(tree)
+    finally:
+        os.close(tree)
+
+
+def _pages(size_bytes: int) -> int:
+    return -(-size_bytes // _PAGE_BYTES) * _PAGE_BYTES
+
+
+def _files(entries: Iterable[Entry]) -> Iterator[Entry]:
+    return (e for e in entries if stat.S_ISREG(e.mode) and e.link < 0 and e.size_bytes)
+
+
+# -- looking ---------------------------------------------------------------------------------
+
+
+def _entries(userns: int, mapped: tuple[bool, bool]) -> Iterator[Entry]:
+    seen: dict[int, int] = {}
+    offset = 0
+    for number, path in enumerate(_walk(b".")):
+        if number == _MAX_ENTRIES:
+            raise OSError(errno.E2BIG, "too many names")
+        found = os.lstat(path)
+        for value, has_number in zip((found.st_uid, found.st_gid), mapped, strict=True):
+            if value == OVERFLOW and not has_number:
+                raise OSError(errno.EOVERFLOW, "an id has no number here")
+        uid, gid = Id(userns, found.st_uid), Id(userns, found.st_gid)
+        if not stat.S_ISDIR(found.st_mode) and found.st_ino in seen:
+            yield Entry(path, found.st_mode, uid, gid, found.st_mtime_ns, link=seen[found.st_ino])
+            continue
+        seen[found.st_ino] = number
+        regular = stat.S_ISREG(found.st_mode)
+        yield Entry(
+            path,
+            found.st_mode,
+            uid,
+            gid,
+            found.st_mtime_ns,
+            size_bytes=found.st_size if regular else 0,
+            offset=offset if regular else 0,
+            device=found.st_rdev,
+            target=os.readlink(path) if stat.S_ISLNK(found.st_mode) else b"",
+            attributes={
+                name: os.getxattr(path, name, follow_symlinks=False)
+                for name in os.listxattr(path, follow_symlinks=False)
+            },
+        )
+        offset += _pages(found.st_size) if regular else 0
+
+
+def _walk(top: bytes) -> Iterator[bytes]:
+    """`top` and every path below it, a directory before what it holds."""
+    waiting = [top]
+    while waiting:
+        path = waiting.pop()
+        yield path
+        if stat.S_ISDIR(os.lstat(path).st_mode):
+            prefix = b"" if path == b"." else path + b"/"
+            waiting += [prefix + name for name in sorted(os.listdir(path), reverse=True)]
+
+
+def _copy_data(source: int, at: int, target: int, offset: int, size_bytes: int) -> None:
+    """Copy `size_bytes` from `at` of `source` to `offset` of `target`, leaving holes out."""
+    end = at + size_bytes
+    position = at
+    while position < end:
+        try:
+            start = os.lseek(source, position, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # nothing but a hole
+                return
+            raise
+        stop = min(end, os.lseek(source, start, os.SEEK_HOLE))
+        while start < stop:
+            data = os.pread(source, min(_COPY_BYTES, stop - start), start)
+            if not data:
+                return
+            os.pwrite(target, data, offset + start - at)
+            start += len(data)
+        position = max(stop, start)
+
+
+# -- making ----------------------------------------------------------------------------------
+
+
+def _make(entry: Entry, entries: Sequence[Entry], content: int) -> None:
+    kind = stat.S_IFMT(entry.mode)
+    if entry.link >= 0:
+        os.link(entries[entry.link].path, entry.path, follow_symlinks=False)
+    elif kind == stat.S_IFDIR:
+        os.mkdir(entry.path, 0o700)
+    elif kind == stat.S_IFLNK:
+        os.symlink(entry.target, entry.path)
+    elif kind == stat.S_IFREG:
+        fd = os.open(entry.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            os.ftruncate(fd, entry.size_bytes)
+            if entry.size_bytes:
+                _copy_data(content, entry.offset, fd, 0, entry.size_bytes)
+        finally:
+            os.close(fd)
+    else:
+        os.mknod(entry.path, kind | 0o600, entry.device)
+
+
+def _furnish(entry: Entry, owner: tuple[int, int]) -> None:
+    """Owner before permissions and attributes: a change of it takes set-user-id bits and file capabilities away."""
+    os.chown(entry.path, *owner, follow_symlinks=False)
+    if not stat.S_ISLNK(entry.mode):
+        os.chmod(entry.path, stat.S_IMODE(entry.mode))
+    for name, value in entry.attributes.items():
+        os.setxattr(entry.path, name, value, follow_symlinks=False)

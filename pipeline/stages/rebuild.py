@@ -191,6 +191,7 @@ class Rebuilding:
         image, growth = self._image, self.growth
         finish.make_threads(image, growth)
         growth.end_wardens()
+        self._keepers.check_mounted()
         self.contents.seal_late()
         puppets = {pid: grown.puppet for pid, grown in growth.grown.items()}
         descriptors = Descriptors(

@@ -46,10 +46,12 @@ def attributes(path):
 
 
 def listing(top):
-    """Everything below a directory that stat and readlink tell, hard links by the first name in order."""
+    """Everything below a directory that stat and readlink tell, and which names are one file."""
     found, first = {}, {}
-    for directory, names, files in os.walk(top):
-        for name in [".", *names, *files]:
+    for directory, _, files in os.walk(top):
+        for name in [".", *files]:
+            if name == "grows":
+                continue
             path = os.path.normpath(os.path.join(directory, name))
             s = os.lstat(path)
             target = os.readlink(path) if stat.S_ISLNK(s.st_mode) else None
@@ -57,7 +59,7 @@ def listing(top):
                 oct(s.st_mode), s.st_uid, s.st_gid, s.st_nlink, s.st_size, s.st_rdev, s.st_mtime_ns, target,
                 attributes(path),
             )  # fmt: skip
-            first.setdefault(s.st_ino, []).append(path[len(top) :])
+            first.setdefault((s.st_dev, s.st_ino), []).append(path[len(top) :])
     links = sorted(sorted(names) for names in first.values() if len(names) > 1)
     return found, links
 
@@ -144,10 +146,22 @@ def body(program):
     mount("sockets", f"{DIRECTORY}/sockets", "tmpfs", 0)
     mount(f"{POINT}/deep", f"{DIRECTORY}/bound", None, BIND)
 
-    program.same("tree", lambda: listing(POINT), lambda: os.utime(f"{POINT}/deep", ns=(1, 1)))
+    before = listing(POINT)
+
+    def tree():
+        now = listing(POINT)
+        if now == before:
+            return None
+        names = sorted(before[0].keys() | now[0].keys())
+        found = [(n, before[0].get(n), now[0].get(n)) for n in names if before[0].get(n) != now[0].get(n)]
+        return f"{found}, links {before[1]} and {now[1]}"
+
+    program.check("tree", tree, lambda: os.utime(f"{POINT}/deep", ns=(1, 1)))
     program.same("bytes", lambda: content(f"{POINT}/plain"), lambda: put(f"{POINT}/plain", b"!"))
     program.same(
-        "odd name", lambda: os.listdir(f"{POINT}/deep/er".encode()), lambda: put(f"{POINT}/deep/er/x", b"")
+        "odd name",
+        lambda: sorted(os.listdir(f"{POINT}/deep/er".encode())),
+        lambda: put(f"{POINT}/deep/er/x", b""),
     )
 
     def island():
@@ -176,7 +190,7 @@ def body(program):
         "bound", lambda: content(f"{DIRECTORY}/bound/again"), lambda: put(f"{DIRECTORY}/bound/again", b"?")
     )
 
-    fd = os.open(f"{POINT}/grows", os.O_RDWR | os.O_APPEND)
+    fd = os.open(f"{POINT}/grows", os.O_RDWR)
     shared = mmap.mmap(fd, 5)
 
     def through():

@@ -193,13 +193,10 @@ class Keepers:
             writer.syscall(NR.close, fd)
 
     def _make_other(self, namespace: Namespace) -> None:
-        if namespace.kind == "mnt" and self._around is not None:
-            keeper = self._clone(self.seats.user[0])
-            join(keeper, self._around, "mnt")
-            if namespace.owner:
-                join(keeper, self.seats.user[namespace.owner], "user")
-        else:
-            keeper = self._clone(self.seats.user[namespace.owner])
+        if namespace.kind == "mnt":
+            self._make_mounts(namespace)
+            return
+        keeper = self._clone(self.seats.user[namespace.owner])
         if namespace.kind == "ipc":  # the root of its message queues will belong to the maker
             self._become_root_inside(namespace.owner, keeper)
         if namespace.kind != "time":
@@ -216,12 +213,40 @@ class Keepers:
                 names.create_uts(msgspec.convert(namespace.state, names.UtsState), keeper)
             case "ipc":
                 names.create_ipc(msgspec.convert(namespace.state, names.IpcState), keeper)
-            case "mnt":
-                state_of_mounts = msgspec.convert(namespace.state, mounts.MountState)
-                mounts.begin(state_of_mounts, keeper)
-                self._mounting.add(namespace.index, state_of_mounts.steps)
             case _:
                 raise RebuildError(f"{namespace.kind} namespaces are not carried")
+
+    def _make_mounts(self, namespace: Namespace) -> None:
+        """Make a mount namespace, or have it made when the one that it is a copy of has its mounts."""
+        state = msgspec.convert(namespace.state, mounts.MountState)
+        if state.base is not None:
+            base = state.base
+            self._mounting.add(
+                namespace.index,
+                state.steps,
+                after=base,
+                begin=lambda: self._copy_mounts(namespace, state, self.seats.of(base, "mnt")),
+            )
+            return
+        self._copy_mounts(namespace, state, self._around)
+        self._mounting.add(namespace.index, state.steps)
+
+    def _copy_mounts(self, namespace: Namespace, state: mounts.MountState, original: Puppet | None) -> None:
+        """Make a mount namespace as a copy of the one that `original` is in; None: of the launcher's."""
+        if original is None:
+            keeper = self._clone(self.seats.user[namespace.owner])
+        else:
+            keeper = self._clone(self.seats.user[0])
+            join(keeper, original, "mnt")
+            if namespace.owner:
+                join(keeper, self.seats.user[namespace.owner], "user")
+        keeper.syscall(NR.unshare, FLAGS["mnt"])
+        self.seats.other[namespace.index] = keeper
+        mounts.begin(state, keeper)
+
+    def check_mounted(self) -> None:
+        """See `Mounting.check_done`."""
+        self._mounting.check_done()
 
     def mount(self, contents: Callable[[int], LocalFd]) -> None:
         """Do the mounts that need no process of the tree; see `Mounting.begin`."""

@@ -18,9 +18,8 @@ from __future__ import annotations
 import fcntl
 import os
 import socket
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -29,27 +28,23 @@ from msgspec.structs import replace
 
 from pipeline.errors import Blocker
 from pipeline.ids import HostPid, LocalFd
-from pipeline.image.schema import Id, Memberships, Namespace, NamespaceKind
+from pipeline.image.schema import Memberships, Namespace, NamespaceKind
 from pipeline.kernel import nsfs, procfs
-from pipeline.kernel.mountinfo import mountinfo
 from pipeline.kernel.nsfs import NamespaceKey
 from pipeline.kernel.syscalls import CLONE
-from pipeline.resources.namespaces import cgroups, clocks, names, tmpfs
-from pipeline.resources.namespaces.mounts import MountState
-from pipeline.resources.namespaces.mounts_view import NAMELESS, MountsView, PeerGroups, Surroundings
+from pipeline.resources.namespaces import cgroups, clocks, names
+from pipeline.resources.namespaces.mounts_capture import MountsCapture, MountSeat
 from pipeline.resources.namespaces.network_view import NetworkView
 from pipeline.resources.namespaces.pids import PidState
 from pipeline.userns.capture import LiveForest, OutsideError, outside_blocker
 from pipeline.userns.externals import Externals, opened
-from pipeline.userns.forest import IdKind
-from pipeline.userns.visit import fetch, visit
+from pipeline.userns.visit import fetch
 
 KINDS: tuple[NamespaceKind, ...] = ("pid", "mnt", "uts", "ipc", "net", "cgroup", "time")
 FLAGS = {
     "pid": CLONE.NEWPID, "mnt": CLONE.NEWNS, "uts": CLONE.NEWUTS, "ipc": CLONE.NEWIPC,
     "net": CLONE.NEWNET, "cgroup": CLONE.NEWCGROUP, "time": CLONE.NEWTIME, "user": CLONE.NEWUSER,
 }  # fmt: skip
-_IDS: tuple[IdKind, IdKind] = ("uid", "gid")
 #: opens the network namespace of a socket (include/uapi/linux/sockios.h)
 _SIOCGSKNS = 0x894C
 _LINKS = (*KINDS, "pid_for_children", "time_for_children")
@@ -113,7 +108,6 @@ class NamespaceCapture:
         self.memberships: dict[HostPid, Memberships] = {}
         self._numbers: dict[tuple[str, NamespaceKey], int] = {}
         self._seats: dict[int, _Seat] = {}
-        self._mounts: dict[int, MountState] = {}
         self._externals = externals or {}
         own = nsfs.keys(HostPid(os.getpid()))
         with opened(self._externals) as fds:
@@ -325,10 +319,9 @@ class NamespaceCapture:
             state, blockers = names.capture_ipc(f"pid {pid}", way)
             self.blockers.extend(blockers)
             return state
-        view = MountsView(self._unconfined(namespace.index, pid), self._surroundings(namespace))
-        self._mounts[namespace.index] = view.state
-        self.blockers.extend(view.blockers)
-        return view.state
+        state_of_mounts, found = self._mounts.state(namespace.index)
+        self.blockers.extend(found)
+        return state_of_mounts
 
     def _networks(self) -> dict[int, Callable[[], LocalFd]]:
         """How to open each network namespace, the external one too."""
@@ -339,102 +332,26 @@ class NamespaceCapture:
         }
         return found | {self.external("net"): lambda: nsfs.open_namespace(HostPid(os.getpid()), "net")}
 
-    def _surroundings(self, namespace: Namespace) -> Surroundings:
-        forest, owner = self._forest.forest(), namespace.owner
-        return Surroundings(
-            uid=lambda number: forest.number_in(Id(0, number), owner, "uid"),
-            gid=lambda number: forest.number_in(Id(0, number), owner, "gid"),
-            pid_namespace_at=self._pid_namespace_at,
-            ipc_namespace_of=self._ipc_namespace_of,
-            pid_namespace_of=self._pid_namespaces_by_device.get,
-            groups=self._peer_groups,
-            instances={
-                device: (number, maker == namespace.index)
-                for device, (number, maker) in self._instances.items()
-            },
-            list_tmpfs=lambda point: self._list_tmpfs(namespace, point),
-        )
-
     @cached_property
-    def _instances(self) -> dict[int, tuple[int, int]]:
-        """File systems of the tree that several mount namespaces show: st_dev to a number, and who mounts it.
-
-        That is the one that belongs to the outermost user namespace: the others have it from there.
-        """
-        forest = self._forest.forest()
-        outside = {mount.device for mount in mountinfo(HostPid(os.getpid()))}
-        shown: dict[int, list[Namespace]] = defaultdict(list)
-        for namespace in self.namespaces:
-            if namespace.kind == "mnt" and not namespace.external:
-                mounts = mountinfo(self._unconfined(namespace.index, self._seats[namespace.index].pid))
-                for device in {m.device for m in mounts if m.kind in NAMELESS} - outside:
-                    shown[device].append(namespace)
-        several = {device: users for device, users in shown.items() if len(users) > 1}
-        return {
-            device: (number, min(users, key=lambda n: (len(list(forest.ancestors(n.owner))), n.index)).index)
-            for number, (device, users) in enumerate(several.items(), start=1)
+    def _mounts(self) -> MountsCapture:
+        seats = {
+            n.index: MountSeat(
+                n.index,
+                n.owner,
+                self._unconfined(n.index, self._seats[n.index].pid),
+                self._seats[n.index].open,
+            )
+            for n in self.namespaces
+            if n.kind == "mnt" and not n.external and not self._seats[n.index].held
         }
-
-    # -- what tmpfs hold ----------------------------------------------------------------
-
-    @contextmanager
-    def _inside(self, namespace: Namespace) -> Iterator[names.Way]:
-        """The way of a visitor that acts in a mount namespace with the ids of its owner."""
-        with ExitStack() as fds:
-            mounts = self._seats[namespace.index].open()
-            fds.callback(os.close, mounts)
-            way = [(int(mounts), int(FLAGS["mnt"]))]
-            if namespace.owner:
-                owner = nsfs.owner(mounts)
-                fds.callback(os.close, owner)
-                way.insert(0, (owner, FLAGS["user"]))
-            yield way
-
-    def _list_tmpfs(self, namespace: Namespace, point: bytes) -> list[tmpfs.Entry]:
-        forest, owner = self._forest.forest(), namespace.owner
-        mapped = [not owner or forest.map_of(owner, kind).up(tmpfs.OVERFLOW) is not None for kind in _IDS]
-        with self._inside(namespace) as way:
-            answer = visit(way, lambda: tmpfs.scan(point, owner, (mapped[0], mapped[1])))
-        entries = tmpfs.unpack(answer)
-        if owner:
-            return entries
-        return [
-            replace(entry, uid=forest.at_a_root(entry.uid, "uid"), gid=forest.at_a_root(entry.gid, "gid"))
-            for entry in entries
-        ]
+        forest = self._forest.forest()
+        return MountsCapture(seats, forest, self._pid_namespace_at, self._ipc_namespace_of)
 
     def take_contents(self, content: Callable[[LocalFd, int], int]) -> None:
-        """Copy the bytes that the tmpfs of a frozen tree hold.
-
-        Args:
-            content: registers bytes: a descriptor, which stays the caller's, and their number; returns the space.
-
-        Raises:
-            OSError: a file cannot be read, or memory is out.
-        """
-        for index, state in self._mounts.items():
-            namespace = self.namespaces[index]
-            steps = []
-            for step in state.steps:
-                size = tmpfs.content_bytes(step.entries)
-                if size:
-                    with self._inside(namespace) as way:
-                        fd = fetch(way, lambda step=step: tmpfs.pack(step.point, step.entries))  # type: ignore[misc]
-                    try:
-                        step = replace(step, space=content(fd, size))
-                    finally:
-                        os.close(fd)
-                steps.append(step)
-            self._keep(namespace, replace(state, steps=steps))
-
-    @cached_property
-    def _peer_groups(self) -> PeerGroups:
-        groups = PeerGroups()
-        for namespace in self.namespaces:
-            if namespace.kind == "mnt" and not namespace.external:
-                first = self._seats[namespace.index].pid
-                groups.learn(mountinfo(self._unconfined(namespace.index, first)))
-        return groups
+        """Copy the bytes that the tmpfs of a frozen tree hold; see `MountsCapture.with_contents`."""
+        if any(n.kind == "mnt" and not n.external for n in self.namespaces):
+            for index, state in self._mounts.with_contents(content):
+                self._keep(self.namespaces[index], state)
 
     def _way(self, index: int, fds: ExitStack) -> names.Way:
         """What a visitor joins to be in namespace `index`; the descriptors are closed by `fds`."""
@@ -530,22 +447,6 @@ class NamespaceCapture:
                     if names.mqueue_device(self._way(namespace.index, fds)) == device:
                         return namespace.index
         return None
-
-    @cached_property
-    def _pid_namespaces_by_device(self) -> dict[int, int]:
-        """Pid namespaces of the tree by the st_dev of their proc, as far as one is to be seen somewhere."""
-        found: dict[int, int] = {}
-        for namespace in self.namespaces:
-            if namespace.kind == "mnt" and not namespace.external:
-                pid = self._unconfined(namespace.index, self._seats[namespace.index].pid)
-                for mount in mountinfo(pid):
-                    if mount.kind == b"proc" and mount.root == b"/":
-                        path = f"/proc/{pid}/root{os.fsdecode(mount.point)}"
-                        with suppress(OSError):
-                            number = self._pid_namespace_at(path)
-                            if number is not None:
-                                found[os.stat(path).st_dev] = number
-        return found
 
     def _unconfined(self, mntns: int, first: HostPid) -> HostPid:
         """A member of a mount namespace that has not changed its root directory, as far as there is one."""

@@ -38,6 +38,7 @@ class Mounting:
         self._forest = forest
         self._to_do: dict[int, Sequence[Step]] = {}
         self._firsts: dict[int, Puppet] = {}
+        self._copies: dict[int, tuple[int, Callable[[], None]]] = {}
         self._instances: dict[int, LocalFd] = {}
         self._contents: Callable[[int], LocalFd] | None = None
 
@@ -48,9 +49,23 @@ class Mounting:
             os.close(fd)
             LEDGER.give_back("mount", fd)
 
-    def add(self, mntns: int, steps: Sequence[Step]) -> None:
-        """Remember the steps of a mount namespace."""
+    def add(
+        self,
+        mntns: int,
+        steps: Sequence[Step],
+        *,
+        after: int | None = None,
+        begin: Callable[[], None] | None = None,
+    ) -> None:
+        """Remember the steps of a mount namespace.
+
+        Args:
+            after: the mount namespace that it is a copy of, and whose steps have to be done before.
+            begin: makes it then.
+        """
         self._to_do[mntns] = steps
+        if after is not None and begin is not None:
+            self._copies[mntns] = after, begin
 
     def begin(self, contents: Callable[[int], LocalFd]) -> None:
         """Do what needs no process of the tree.
@@ -69,12 +84,34 @@ class Mounting:
         self._firsts[pidns] = first
         self._go_on()
 
+    def check_done(self) -> None:
+        """Nothing waits any more.
+
+        Raises:
+            RebuildError: what something waits for never came; the image is wrong.
+        """
+        left = [mntns for mntns, steps in self._to_do.items() if steps or mntns in self._copies]
+        if left:
+            raise RebuildError(f"mount namespace {left[0]} shows something that is not in the image")
+
     def _go_on(self) -> None:
-        left = -1
-        while left != (left := sum(map(len, self._to_do.values()))):
+        before = None
+        while before != (now := (len(self._copies), sum(map(len, self._to_do.values())))):
+            before = now
             for mntns in self._to_do:
-                while self._to_do[mntns] and self._do(self._to_do[mntns][0], mntns):
-                    self._to_do[mntns] = self._to_do[mntns][1:]
+                if self._begun(mntns):
+                    while self._to_do[mntns] and self._do(self._to_do[mntns][0], mntns):
+                        self._to_do[mntns] = self._to_do[mntns][1:]
+
+    def _begun(self, mntns: int) -> bool:
+        """Whether a namespace is there; one that is a copy is made when it can be."""
+        if mntns in self._copies:
+            original, begin = self._copies[mntns]
+            if self._to_do.get(original, ()) or original in self._copies:
+                return False
+            begin()
+            del self._copies[mntns]
+        return True
 
     def _do(self, step: Step, mntns: int) -> bool:
         """Do a step, unless it has to wait."""

@@ -1,9 +1,9 @@
-"""Mount namespaces, as differences to the pipeline's own.
+"""Mount namespaces, as differences to another: the pipeline's own, or one of the tree.
 
 A private mount namespace begins as a copy of another. So it is recorded as what was
-done to it since: mounts that are only there (in order), mounts that are only here
+done to it since: mounts that are only there (in order), mounts that are only in the other
 (unmounted there), flags that differ, and how changes propagate. At the destination the
-new namespace begins as a copy of the restorer's, and the same is done again.
+new namespace begins as a copy of the restorer's or of the one of the tree, and the same is done again.
 
 This file makes them; `pipeline.resources.namespaces.mounts_view` records them, and says
 what is carried and what is refused.
@@ -82,9 +82,12 @@ _PIVOT: tuple[tuple[NR, tuple[Argument, ...]], ...] = (
 class MountState(Record, frozen=True, kw_only=True):
     """How mounts that were there from the beginning propagate, and the steps, in order.
 
+    `base`: the mount namespace of the tree that it begins as a copy of, once all of that one's steps are done;
+    None for the external one.
     `shared` leaves them as the copy made them: peers of the external ones.
     """
 
+    base: Index | None = None
     propagation: Propagation = "private"
     steps: list[Step] = []
 

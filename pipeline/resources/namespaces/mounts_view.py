@@ -1,4 +1,4 @@
-"""Looking at a mount namespace: what was done to it since it was a copy of the pipeline's own.
+"""Looking at a mount namespace: what was done to it since it was a copy of another.
 
 Carried: proc of a pid namespace of the tree, mqueue of an ipc namespace of the tree,
 devpts, tmpfs with what is in it, bind mounts of what the external namespace shows too (sysfs, cgroups
@@ -18,9 +18,8 @@ from __future__ import annotations
 
 import errno
 import os
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from dataclasses import replace as with_fields
 
 from msgspec.structs import replace
@@ -36,6 +35,7 @@ from pipeline.resources.namespaces.mounts import (
     Propagation,
     Step,
 )
+from pipeline.resources.namespaces.mounts_compare import Comparison, PeerGroups, key
 from pipeline.resources.namespaces.tmpfs import Entry
 
 _FLAGS = {
@@ -66,23 +66,6 @@ _WHY_NOT_LISTED = {
 }
 
 
-@dataclass
-class PeerGroups:
-    """Who shares mount events in all mount namespaces of the tree: members and masters by group number."""
-
-    members: Counter[int] = field(default_factory=Counter)
-    masters: set[int] = field(default_factory=set)
-
-    def learn(self, mounts: Sequence[Mount]) -> None:
-        """Take in the mounts of one namespace."""
-        self.members.update(mount.shared for mount in mounts if mount.shared)
-        self.masters.update(mount.master for mount in mounts if mount.master)
-
-    def alone(self, group: int) -> bool:
-        """Whether a group has one member and nobody follows it."""
-        return self.members[group] == 1 and group not in self.masters
-
-
 @dataclass(frozen=True)
 class Surroundings:
     """What a mount namespace of a tree is looked at with.
@@ -109,56 +92,38 @@ class Surroundings:
     list_tmpfs: Callable[[bytes], list[Entry]]
 
 
-def _key(mount: Mount) -> tuple[bytes, bytes, int, bytes]:
-    return mount.point, mount.root, mount.device, mount.kind
-
-
 def _flags(mount: Mount) -> int:
     flags = sum(_FLAGS.get(option, 0) for option in mount.options)
     return flags if flags & _ATIME else flags | _STRICTATIME
 
 
 class MountsView:
-    """The mount namespace of `pid`, compared with the pipeline's own.
+    """The mount namespace of `pid`, compared with the one that it is taken to be a copy of.
 
     Args:
         pid: a process in it whose root is the namespace's root.
+        comparison: of the two.
+        below: a path to the root of the other one; empty for the pipeline's own.
         surroundings: of the namespace.
 
     `blockers` and `state` are complete when it is made.
     """
 
-    def __init__(self, pid: HostPid, surroundings: Surroundings) -> None:
+    def __init__(self, pid: HostPid, comparison: Comparison, below: str, surroundings: Surroundings) -> None:
         self._pid = pid
         self._subject = f"pid {pid}"
         self._around = surroundings
         self.blockers: list[Blocker] = []
-        own, there = mountinfo(HostPid(os.getpid())), mountinfo(pid)
-        self._own = own
-        have = Counter(map(_key, own))
-        self._kept: list[Mount] = []
-        self._added: list[Mount] = []
-        for mount in there:
-            if have[_key(mount)]:
-                have[_key(mount)] -= 1
-                self._kept.append(mount)
-            else:
-                self._added.append(mount)
-        self._gone: list[Mount] = []
-        for mount in reversed(own):
-            if have[_key(mount)]:
-                have[_key(mount)] -= 1
-                self._gone.append(mount)
+        self._below = below
+        self._own = comparison.original
+        self._kept = comparison.kept
+        self._added = comparison.added
+        self._gone = comparison.gone
         #: where in the external namespace the root of this one is, if it is another one
         self._prefix = b""
         #: mounts, by id, that are made together with the one they lie on
         self._came_along: set[int] = set()
-        # mounts are listed in the order of their ids, which is not the same in a copy of a namespace
-        roots = [[_key(mount) for mount in mounts if mount.point == b"/"] for mounts in (own, there)]
-        if roots[0] and roots[0][-1:] == roots[1][-1:]:
-            self.state = self._state()
-        else:
-            self.state = self._state_of_another_root(there)
+        self.state = self._state() if comparison.same_root else self._state_of_another_root(mountinfo(pid))
 
     def _refuse(self, reason: str, remedy: str = "") -> None:
         self.blockers.append(Blocker(self._subject, reason, remedy))
@@ -166,7 +131,7 @@ class MountsView:
     def _state(self) -> MountState:
         propagation = self._propagation()
         steps = [Step("umount", mount.point) for mount in self._gone]
-        reached = {mount.id for mount in self._kept}
+        reached = {mount.id for mount, _ in self._kept}
         for mount in self._added:
             made = self._steps_of(mount)
             if mount.parent not in reached:
@@ -175,12 +140,11 @@ class MountsView:
             reached.add(mount.id)
             if made:
                 steps += [*made, *self._own_propagation(mount, None)]
-        before = {_key(mount): mount for mount in self._own}
-        for mount in self._kept:
-            if mount.options != before[_key(mount)].options:
+        for mount, before in self._kept:
+            if mount.options != before.options:
                 self._check_options(mount)
                 steps.append(Step("remount", mount.point, flags=_flags(mount)))
-            steps += self._own_propagation(mount, before[_key(mount)])
+            steps += self._own_propagation(mount, before)
         return MountState(propagation=propagation, steps=steps)
 
     def _state_of_another_root(self, there: Sequence[Mount]) -> MountState:
@@ -213,9 +177,7 @@ class MountsView:
 
     def _propagation(self) -> Propagation:
         """How the mounts that came with the copy propagate: in the same way, all of them."""
-        before = {_key(mount): mount for mount in self._own}
-        pairs = [(mount, before[_key(mount)]) for mount in self._kept]
-        linked = [(mount, own) for mount, own in pairs if own.shared or own.master]
+        linked = [(mount, own) for mount, own in self._kept if own.shared or own.master]
         if any(mount.shared and mount.shared == own.shared for mount, own in linked):
             odd = [m for m, own in linked if (m.shared, m.master) != (own.shared, own.master)]
             found: Propagation = "shared"
@@ -227,7 +189,7 @@ class MountsView:
         for mount in odd:
             self._refuse_mount(mount, f"propagates in another way than the rest, which is {found}")
         masters = {own.shared or own.master for _, own in linked} if found == "slave" else set()
-        for mount in (*self._kept, *self._added):
+        for mount in (*(mount for mount, _ in self._kept), *self._added):
             if mount.master and mount.master not in masters and mount not in odd:
                 self._refuse_mount(mount, "is a slave of a mount of the tree, which is not carried")
         return found
@@ -352,7 +314,7 @@ class MountsView:
         for other in below:
             point = mount.point.rstrip(b"/") + other.point[len(source.rstrip(b"/")) :]
             wanted = (point, other.root, other.device, other.kind)
-            found.append(next((m for m in later if _key(m) == wanted and m.id not in self._came_along), None))
+            found.append(next((m for m in later if key(m) == wanted and m.id not in self._came_along), None))
         if not found or None in found:
             return 0
         self._came_along |= {each.id for each in found if each is not None}
@@ -380,7 +342,7 @@ class MountsView:
             if source is None or _cover(between, source):
                 continue
             inside = number >= len(places) - len(earlier)
-            path = (self._at(b"") if inside else "") + os.fsdecode(source)
+            path = (self._at(b"") if inside else self._below) + os.fsdecode(source)
             if _shows(path, wanted) or (wanted.st_dev != mount.device and _is_on(path, mount.device)):
                 return prefix + source
         return None

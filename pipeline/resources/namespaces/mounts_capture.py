@@ -1,0 +1,214 @@
+"""The mount namespaces of a tree: which is a copy of which, what they have in common, and what their tmpfs hold.
+
+Source: mount_namespaces(7).
+"""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from functools import cached_property
+
+from msgspec.structs import replace
+
+from pipeline.errors import Blocker
+from pipeline.ids import HostPid, LocalFd
+from pipeline.image.schema import Id
+from pipeline.kernel import nsfs
+from pipeline.kernel.mountinfo import Mount, mountinfo
+from pipeline.kernel.syscalls import CLONE
+from pipeline.resources.namespaces import tmpfs
+from pipeline.resources.namespaces.mounts import MountState
+from pipeline.resources.namespaces.mounts_compare import Comparison, PeerGroups, compare
+from pipeline.resources.namespaces.mounts_view import NAMELESS, MountsView, Surroundings
+from pipeline.userns.forest import Forest, IdKind
+from pipeline.userns.visit import fetch, visit
+
+_KINDS: tuple[IdKind, IdKind] = ("uid", "gid")
+
+
+@dataclass(frozen=True)
+class MountSeat:
+    """A mount namespace of the tree.
+
+    `index`, `owner`: of its record. `pid`: a process in it, if possible one whose root is that of the namespace.
+    `open`: opens it; raises ProcessGone.
+    """
+
+    index: int
+    owner: int
+    pid: HostPid
+    open: Callable[[], LocalFd]
+
+
+class MountsCapture:
+    """All mount namespaces of a tree.
+
+    Args:
+        seats: of the tree, by number.
+        forest: its user namespaces.
+        pid_namespace_at: the number of the pid namespace of the tree that the proc at a path shows, if it is one.
+        ipc_namespace_of: that of the ipc namespace whose message queues have this st_dev.
+
+    Raises:
+        ProcessGone: a process that is in one has ended.
+    """
+
+    def __init__(
+        self,
+        seats: Mapping[int, MountSeat],
+        forest: Forest,
+        pid_namespace_at: Callable[[str], int | None],
+        ipc_namespace_of: Callable[[int], int | None],
+    ) -> None:
+        self._seats = seats
+        self._forest = forest
+        self._pid_namespace_at = pid_namespace_at
+        self._ipc_namespace_of = ipc_namespace_of
+        self._states: dict[int, MountState] = {}
+        self._outside = mountinfo(HostPid(os.getpid()))
+        self._mounts = {index: mountinfo(seat.pid) for index, seat in seats.items()}
+        self._copies: dict[int, tuple[int | None, Comparison]] = {}
+        ordered = sorted(seats.values(), key=self._order)
+        for place, seat in enumerate(ordered):
+            self._copies[seat.index] = self._original(seat, ordered[:place])
+
+    def _order(self, seat: MountSeat) -> tuple[int, int]:
+        return len(list(self._forest.ancestors(seat.owner))), seat.index
+
+    def _original(self, seat: MountSeat, earlier: Sequence[MountSeat]) -> tuple[int | None, Comparison]:
+        """The namespace that `seat` is taken to be a copy of; None for the external one."""
+        there = self._mounts[seat.index]
+        best: tuple[int | None, Comparison] = None, compare(self._outside, there)
+        for other in earlier:
+            found = compare(self._mounts[other.index], there)
+            # what came from a more privileged namespace cannot be unmounted
+            possible = other.owner == seat.owner or not found.gone
+            if not found.same_root or not possible or not self._forest.is_within(seat.owner, other.owner):
+                continue
+            now = (found.differences, -found.links)
+            if not best[1].same_root or now < (best[1].differences, -best[1].links):
+                best = other.index, found
+        return best
+
+    def state(self, index: int) -> tuple[MountState, list[Blocker]]:
+        """What was done to a namespace since it was a copy."""
+        base, comparison = self._copies[index]
+        seat = self._seats[index]
+        below = f"/proc/{self._seats[base].pid}/root" if base is not None else ""
+        view = MountsView(seat.pid, comparison, below, self._surroundings(seat))
+        self._states[index] = replace(view.state, base=base)
+        return self._states[index], view.blockers
+
+    def _surroundings(self, seat: MountSeat) -> Surroundings:
+        forest, owner = self._forest, seat.owner
+        return Surroundings(
+            uid=lambda number: forest.number_in(Id(0, number), owner, "uid"),
+            gid=lambda number: forest.number_in(Id(0, number), owner, "gid"),
+            pid_namespace_at=self._pid_namespace_at,
+            ipc_namespace_of=self._ipc_namespace_of,
+            pid_namespace_of=self._pid_namespaces_by_device.get,
+            groups=self._peer_groups,
+            instances={
+                device: (number, maker == seat.index) for device, (number, maker) in self._instances.items()
+            },
+            list_tmpfs=lambda point: self._list_tmpfs(seat, point),
+        )
+
+    @cached_property
+    def _peer_groups(self) -> PeerGroups:
+        groups = PeerGroups()
+        for _, comparison in self._copies.values():
+            groups.learn(comparison)
+        return groups
+
+    @cached_property
+    def _instances(self) -> dict[int, tuple[int, int]]:
+        """File systems that several namespaces mount: st_dev to a number, and the namespace that does it.
+
+        That is the one that belongs to the outermost user namespace; the others have it from there.
+        """
+        outside = {mount.device for mount in self._outside}
+        shown: dict[int, list[MountSeat]] = defaultdict(list)
+        for index, (_, comparison) in self._copies.items():
+            for device in {m.device for m in comparison.added if m.kind in NAMELESS} - outside:
+                shown[device].append(self._seats[index])
+        several = {device: seats for device, seats in shown.items() if len(seats) > 1}
+        return {
+            device: (number, min(seats, key=self._order).index)
+            for number, (device, seats) in enumerate(several.items(), start=1)
+        }
+
+    @cached_property
+    def _pid_namespaces_by_device(self) -> dict[int, int]:
+        """Pid namespaces of the tree by the st_dev of their proc, as far as one is to be seen somewhere."""
+        found: dict[int, int] = {}
+        for index, mounts in self._mounts.items():
+            for mount in mounts:
+                if mount.kind == b"proc" and mount.root == b"/":
+                    path = self._path(index, mount)
+                    with suppress(OSError):
+                        number = self._pid_namespace_at(path)
+                        if number is not None:
+                            found[os.stat(path).st_dev] = number
+        return found
+
+    def _path(self, index: int, mount: Mount) -> str:
+        return f"/proc/{self._seats[index].pid}/root{os.fsdecode(mount.point)}"
+
+    # -- what tmpfs hold ------------------------------------------------------------------
+
+    @contextmanager
+    def _way_into(self, seat: MountSeat) -> Iterator[list[tuple[int, int]]]:
+        """The way of a visitor that acts in a namespace with the ids of its owner."""
+        with ExitStack() as fds:
+            inside = seat.open()
+            fds.callback(os.close, inside)
+            way = [(int(inside), int(CLONE.NEWNS))]
+            if seat.owner:
+                owner = nsfs.owner(inside)
+                fds.callback(os.close, owner)
+                way.insert(0, (int(owner), int(CLONE.NEWUSER)))
+            yield way
+
+    def _list_tmpfs(self, seat: MountSeat, point: bytes) -> list[tmpfs.Entry]:
+        forest, owner = self._forest, seat.owner
+        mapped = [not owner or forest.map_of(owner, kind).up(tmpfs.OVERFLOW) is not None for kind in _KINDS]
+        with self._way_into(seat) as way:
+            answer = visit(way, lambda: tmpfs.scan(point, owner, (mapped[0], mapped[1])))
+        entries = tmpfs.unpack(answer)
+        if owner:
+            return entries
+        return [
+            replace(entry, uid=forest.at_a_root(entry.uid, "uid"), gid=forest.at_a_root(entry.gid, "gid"))
+            for entry in entries
+        ]
+
+    def with_contents(self, content: Callable[[LocalFd, int], int]) -> Iterator[tuple[int, MountState]]:
+        """Copy the bytes that every tmpfs of a frozen tree holds.
+
+        Args:
+            content: registers bytes: a descriptor, which stays the caller's, and their number; returns the space.
+
+        Yields:
+            The states, complete, by number.
+
+        Raises:
+            OSError: a file cannot be read, or memory is out.
+        """
+        for index, state in self._states.items():
+            steps = []
+            for step in state.steps:
+                size = tmpfs.content_bytes(step.entries)
+                if size:
+                    with self._way_into(self._seats[index]) as way:
+                        fd = fetch(way, lambda step=step: tmpfs.pack(step.point, step.entries))  # type: ignore[misc]
+                    try:
+                        step = replace(step, space=content(fd, size))
+                    finally:
+                        os.close(fd)
+                steps.append(step)
+            yield index, replace(state, steps=steps)

@@ -1,0 +1,101 @@
+"""What was done to a copy of a mount namespace since it was made, as far as mountinfo tells.
+
+Nothing in the kernel says which namespace another was copied from. It is taken to be the one that it has most in
+common with: the pipeline's own, or another one of the tree that the same user namespace or one further out owns.
+A copy keeps what no list of mounts could tell: mounts that a less privileged namespace may not take away, and who
+shares mount events with whom.
+
+Source: mount_namespaces(7).
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from pipeline.kernel.mountinfo import Mount
+
+
+def key(mount: Mount) -> tuple[bytes, bytes, int, bytes]:
+    """What a mount has in common with its copy."""
+    return mount.point, mount.root, mount.device, mount.kind
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two mount namespaces, the original and what may be its copy.
+
+    `original`: all mounts of the first. `kept`: pairs of a mount of the second and that of the first.
+    `added`: only in the second, in order. `gone`: only in the first, the last one first.
+    """
+
+    original: Sequence[Mount]
+    kept: Sequence[tuple[Mount, Mount]]
+    added: Sequence[Mount]
+    gone: Sequence[Mount]
+    same_root: bool
+
+    @property
+    def differences(self) -> int:
+        """How many mounts only one of them has."""
+        return len(self.added) + len(self.gone)
+
+    @property
+    def links(self) -> int:
+        """How many mounts share events with those that they are copies of."""
+        return sum(1 for mount, before in self.kept if _linked(mount, before))
+
+
+def _linked(mount: Mount, before: Mount) -> bool:
+    groups = {before.shared, before.master} - {0}
+    return mount.shared in groups or mount.master in groups
+
+
+def compare(original: Sequence[Mount], there: Sequence[Mount]) -> Comparison:
+    """Compare two namespaces; mounts are listed in the order in which they lie on one another."""
+    have = defaultdict(list)
+    for mount in original:
+        have[key(mount)].append(mount)
+    kept, added = [], []
+    for mount in there:
+        same = have[key(mount)]
+        if same:
+            kept.append((mount, same.pop(0)))
+        else:
+            added.append(mount)
+    left = {mount.id for same in have.values() for mount in same}
+    gone = [mount for mount in reversed(original) if mount.id in left]
+    # mounts are listed in the order of their ids, which is not the same in a copy of a namespace
+    roots = [[key(mount) for mount in mounts if mount.point == b"/"] for mounts in (original, there)]
+    return Comparison(original, kept, added, gone, bool(roots[0]) and roots[0][-1:] == roots[1][-1:])
+
+
+@dataclass
+class PeerGroups:
+    """Who shares mount events in all mount namespaces of the tree: members and masters by group number.
+
+    Without those mounts which copying a namespace makes peers and slaves again.
+    """
+
+    members: Counter[int] = field(default_factory=Counter)
+    masters: set[int] = field(default_factory=set)
+
+    def learn(self, comparison: Comparison) -> None:
+        """Take in the mounts of one namespace."""
+        for mount in _not_linked(comparison):
+            if mount.shared:
+                self.members[mount.shared] += 1
+            if mount.master:
+                self.masters.add(mount.master)
+
+    def alone(self, group: int) -> bool:
+        """Whether a group has one member and nobody follows it."""
+        return self.members[group] == 1 and group not in self.masters
+
+
+def _not_linked(comparison: Comparison) -> Iterator[Mount]:
+    yield from comparison.added
+    for mount, before in comparison.kept:
+        if not _linked(mount, before):
+            yield mount

@@ -122,9 +122,21 @@ def pivoted(place: bytes) -> None:
     os.chdir("/")
 
 
+def overlay(place: bytes) -> None:
+    mount(b"overlay", b"/mnt", b"overlay", NODEV, b"lowerdir=%s/a:%s/b" % (place, place))
+
+
+def covered(place: bytes) -> None:
+    mount(b"one", place + b"/a", b"tmpfs", 0, b"size=2m")
+    os.mkdir(place + b"/a/inner")
+    mount(b"two", place + b"/a/inner", b"tmpfs", 0)
+    mount(b"three", place + b"/a", b"tmpfs", 0)
+    mount(b"four", place + b"/a", b"tmpfs", 0)
+
+
 CARRIED = [
     only_private, empty_tmpfs, read_only_tmpfs, tmpfs_with_owner, bind_directory, bind_read_only, bind_file,
-    bind_on_itself, several, terminals, shared_alone,
+    bind_on_itself, several, terminals, shared_alone, overlay, covered,
 ]  # fmt: skip
 
 
@@ -164,6 +176,55 @@ def test_another_root_is_the_root_again(id_map: str | None, place: Path) -> None
         assert own_namespace(captured(again)[0], "mnt").state == record.state
 
 
+def root_on_tmpfs(place: bytes) -> None:
+    """As sandboxes do it: an empty root, and in it what is needed of the old one."""
+    root = place + b"/a"
+    mount(b"sandbox", root, b"tmpfs", NOSUID | NODEV, b"mode=755")
+    for name in (b"/usr", b"/scratch", b"/inner"):
+        os.mkdir(root + name)
+    mount(b"/usr", root + b"/usr", None, BIND | REC)
+    mount(b"scratch", root + b"/scratch", b"tmpfs", NOSUID, b"size=1m")
+    mount(place + b"/b", root + b"/inner", None, BIND)
+    os.symlink(b"usr/bin", root + b"/bin")
+    os.chdir(root)
+    syscall(NR.pivot_root, b".\0", b".\0")
+    syscall(NR.umount2, b".\0", 2)
+    os.chdir("/")
+
+
+@pytest.mark.parametrize("id_map", MAPS)
+def test_a_root_on_tmpfs_is_the_root_again(id_map: str | None, place: Path) -> None:
+    def whole() -> None:
+        begin()
+        root_on_tmpfs(os.fsencode(place))
+
+    with held(whole, id_map) as pid, made_again(pid, "mnt") as (record, again):
+        assert looks(again) == looks(pid)
+        assert len(looks(pid)) == 4
+        for path in ("/usr", "/inner"):
+            one, other = (os.stat(f"/proc/{p}/root{path}") for p in (pid, again))
+            assert os.path.samestat(one, other), path
+        assert sorted(os.listdir(f"/proc/{again}/root")) == ["bin", "inner", "scratch", "usr"]
+        assert os.readlink(f"/proc/{again}/root/bin") == "usr/bin"
+        assert own_namespace(captured(again)[0], "mnt").state == record.state
+
+
+def another_root(place: bytes) -> None:
+    mount(b"root", place + b"/a", b"tmpfs", 0)
+    os.mkdir(place + b"/a/old")
+    syscall(NR.pivot_root, place + b"/a", place + b"/a/old")
+
+
+def test_an_old_root_below_the_new_one(place: Path) -> None:
+    def whole() -> None:
+        begin()
+        another_root(os.fsencode(place))
+
+    with held(whole) as pid, made_again(pid, "mnt") as (_, again):
+        assert sorted(looks(again)) == sorted(looks(pid))  # which was made first has changed
+        assert os.path.samestat(os.stat(f"/proc/{again}/root/old/etc"), os.stat("/etc"))
+
+
 def test_unmounted_is_unmounted_again(place: Path) -> None:
     gone = next(m.point for m in reversed(mountinfo(HostPid(os.getpid()))) if m.point.startswith(b"/sys/fs"))
 
@@ -198,21 +259,6 @@ def test_message_queues_of_the_own_ipc_namespace(id_map: str | None, place: Path
             assert os.listdir(f"/proc/{again.pid}/root{place}/a") == ["seen"]
 
 
-def tmpfs_with_content(place: bytes) -> None:
-    empty_tmpfs(place)
-    Path(os.fsdecode(place), "a/something").touch()
-
-
-def overlay(place: bytes) -> None:
-    mount(b"overlay", b"/mnt", b"overlay", 0, b"lowerdir=%s/a:%s/b" % (place, place))
-
-
-def another_root(place: bytes) -> None:
-    mount(b"root", place + b"/a", b"tmpfs", 0)
-    os.mkdir(place + b"/a/old")
-    syscall(NR.pivot_root, place + b"/a", place + b"/a/old")
-
-
 def bind_of_own_tmpfs(place: bytes) -> None:
     empty_tmpfs(place)
     os.mkdir(place + b"/a/x")
@@ -233,9 +279,9 @@ def slave_of_own(place: bytes) -> None:
     mount(None, place + b"/b", None, SLAVE)
 
 
-def covered(place: bytes) -> None:
-    mount(b"one", place + b"/a", b"tmpfs", 0)
-    mount(b"two", place + b"/a", b"tmpfs", 0)
+def covered_terminals(place: bytes) -> None:
+    terminals(place)
+    mount(b"over", place + b"/a", b"tmpfs", 0)
 
 
 def message_queues_of_outside(place: bytes) -> None:
@@ -243,13 +289,10 @@ def message_queues_of_outside(place: bytes) -> None:
 
 
 REFUSED = {
-    tmpfs_with_content: "/a (tmpfs) has content",
-    overlay: "/mnt (overlay) is not carried",
-    another_root: "not to be seen from outside",
-    bind_of_own_tmpfs: "/a (tmpfs)",
+    bind_of_own_tmpfs: "/b (tmpfs) is not carried",
     peers: "shares its mounts with others",
     slave_of_own: "slave of a mount of the tree",
-    covered: "is covered by another mount",
+    covered_terminals: "is covered by another mount",
     message_queues_of_outside: "(mqueue) shows an ipc namespace that is not the tree's",
 }
 

@@ -167,7 +167,7 @@ class Mounting:
         def work() -> bytes:
             if owner:
                 tmpfs.become(*ids)
-            return tmpfs.fill(step.point, step.entries, owners, content)
+            return tmpfs.fill(tmpfs.Place(step.point), step.entries, owners, content)
 
         try:
             with self._seats.way_into(mntns) as way:

@@ -69,6 +69,8 @@ class MountsCapture:
         self._pid_namespace_at = pid_namespace_at
         self._ipc_namespace_of = ipc_namespace_of
         self._states: dict[int, MountState] = {}
+        #: every tmpfs that is filled again, by namespace and mount id
+        self._listed: dict[int, dict[int, tuple[tmpfs.Place, list[tmpfs.Entry]]]] = defaultdict(dict)
         self._outside = mountinfo(HostPid(os.getpid()))
         self._mounts = {index: mountinfo(seat.pid) for index, seat in seats.items()}
         self._copies: dict[int, tuple[int | None, Comparison]] = {}
@@ -115,7 +117,8 @@ class MountsCapture:
             instances={
                 device: (number, maker == seat.index) for device, (number, maker) in self._instances.items()
             },
-            list_tmpfs=lambda point: self._list_tmpfs(seat, point),
+            list_tmpfs=lambda mount, covers: self._list_tmpfs(seat, mount, covers),
+            owner=owner,
         )
 
     @cached_property
@@ -174,11 +177,18 @@ class MountsCapture:
                 way.insert(0, (int(owner), int(CLONE.NEWUSER)))
             yield way
 
-    def _list_tmpfs(self, seat: MountSeat, point: bytes) -> list[tmpfs.Entry]:
+    def _list_tmpfs(self, seat: MountSeat, mount: Mount, covers: list[bytes]) -> list[tmpfs.Entry]:
+        known = self._listed[seat.index]
+        if mount.id not in known:
+            place = tmpfs.Place(mount.point, covers)
+            known[mount.id] = place, self._list(seat, place)
+        return known[mount.id][1]
+
+    def _list(self, seat: MountSeat, place: tmpfs.Place) -> list[tmpfs.Entry]:
         forest, owner = self._forest, seat.owner
         mapped = [not owner or forest.map_of(owner, kind).up(tmpfs.OVERFLOW) is not None for kind in _KINDS]
         with self._way_into(seat) as way:
-            answer = visit(way, lambda: tmpfs.scan(point, owner, (mapped[0], mapped[1])))
+            answer = visit(way, lambda: tmpfs.scan(place, owner, (mapped[0], mapped[1])))
         entries = tmpfs.unpack(answer)
         if owner:
             return entries
@@ -200,15 +210,28 @@ class MountsCapture:
             OSError: a file cannot be read, or memory is out.
         """
         for index, state in self._states.items():
+            listed = iter(self._listed[index].values())  # in the order of the steps
             steps = []
             for step in state.steps:
-                size = tmpfs.content_bytes(step.entries)
-                if size:
-                    with self._way_into(self._seats[index]) as way:
-                        fd = fetch(way, lambda step=step: tmpfs.pack(step.point, step.entries))  # type: ignore[misc]
-                    try:
-                        step = replace(step, space=content(fd, size))
-                    finally:
-                        os.close(fd)
+                if step.what == "fill":
+                    place, entries = next(listed)
+                    step = replace(step, space=self._copied(self._seats[index], place, entries, content))
                 steps.append(step)
             yield index, replace(state, steps=steps)
+
+    def _copied(
+        self,
+        seat: MountSeat,
+        place: tmpfs.Place,
+        entries: Sequence[tmpfs.Entry],
+        content: Callable[[LocalFd, int], int],
+    ) -> int:
+        size = tmpfs.content_bytes(entries)
+        if not size:
+            return 0
+        with self._way_into(seat) as way:
+            fd = fetch(way, lambda: tmpfs.pack(place, entries))
+        try:
+            return content(fd, size)
+        finally:
+            os.close(fd)

@@ -10,6 +10,7 @@ Source: mount_namespaces(7).
 
 from __future__ import annotations
 
+import heapq
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,23 @@ from pipeline.kernel.mountinfo import Mount
 def key(mount: Mount) -> tuple[bytes, bytes, int, bytes]:
     """What a mount has in common with its copy."""
     return mount.point, mount.root, mount.device, mount.kind
+
+
+def parents_first(mounts: Sequence[Mount]) -> list[Mount]:
+    """In the order of the list, but every mount behind the one it lies on: one that was moved may be older."""
+    place = {mount.id: number for number, mount in enumerate(mounts)}
+    below: dict[int, list[int]] = defaultdict(list)
+    waiting: list[int] = []
+    for number, mount in enumerate(mounts):
+        root = mount.parent not in place or mount.parent == mount.id
+        (waiting if root else below[mount.parent]).append(number)
+    heapq.heapify(waiting)
+    found = []
+    while waiting:
+        found.append(mounts[heapq.heappop(waiting)])
+        for number in below[found[-1].id]:
+            heapq.heappush(waiting, number)
+    return found
 
 
 @dataclass(frozen=True)
@@ -54,6 +72,7 @@ def _linked(mount: Mount, before: Mount) -> bool:
 
 def compare(original: Sequence[Mount], there: Sequence[Mount]) -> Comparison:
     """Compare two namespaces; mounts are listed in the order in which they lie on one another."""
+    there = parents_first(there)
     have = defaultdict(list)
     for mount in original:
         have[key(mount)].append(mount)

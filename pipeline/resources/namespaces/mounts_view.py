@@ -18,24 +18,24 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from dataclasses import replace as with_fields
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 
-from msgspec.structs import replace
+from msgspec import structs
 
 from pipeline.errors import Blocker
 from pipeline.ids import HostPid
 from pipeline.kernel.mountinfo import Mount, mountinfo
 from pipeline.resources.namespaces.mounts import (
-    RECURSIVE,
     SHARED,
     UNBINDABLE,
     MountState,
     Propagation,
     Step,
 )
-from pipeline.resources.namespaces.mounts_compare import Comparison, PeerGroups, key
+from pipeline.resources.namespaces.mounts_compare import Comparison, PeerGroups, parents_first
+from pipeline.resources.namespaces.mounts_sources import Sources
 from pipeline.resources.namespaces.tmpfs import Entry
 
 _FLAGS = {
@@ -45,20 +45,27 @@ _FLAGS = {
 _RDONLY = 1
 _STRICTATIME = 1 << 24
 _ATIME = _FLAGS[b"noatime"] | _FLAGS[b"relatime"]
+#: options of overlayfs that only the initial user namespace may set
+_MODULE_DEFAULTS = {b"redirect_dir", b"metacopy"}
+_LAYERS = {b"lowerdir+", b"datadir+", b"upperdir", b"workdir"}
 #: options of the file system that are passed again; those of ids are translated
 _DATA = {
     b"devpts": {b"gid", b"uid", b"mode", b"ptmxmode", b"max"},
     b"tmpfs": {b"size", b"nr_inodes", b"nr_blocks", b"huge"},
     b"proc": {b"hidepid", b"gid", b"subset"},
     b"mqueue": set(),
-}
-#: file systems that are made again from their options alone, also where another mount covers them
-_WITHOUT_STATE = {b"proc", b"mqueue"}
+    b"overlay": {
+        *_LAYERS, b"lowerdir", b"redirect_dir", b"index", b"userxattr", b"metacopy", b"xino", b"nfs_export", b"uuid",
+        b"volatile", b"verity",
+    },
+}  # fmt: skip
 #: options that say nothing: defaults, or said by what `MountsView` reads from the root directory
 _PASSED_OVER = {b"rw", b"ro", b"inode32", b"inode64", b"seclabel"}
 _FROM_ROOT = {b"tmpfs": {b"mode", b"uid", b"gid"}}
 #: file systems that exist once for each time they were mounted, and that have no other name
 NAMELESS = {b"tmpfs", b"devpts"}
+#: where a root is mounted that is not to be seen from outside, before it becomes the root
+_PLACES = (b"/mnt", b"/srv", b"/media", b"/opt", b"/tmp")
 _WHY_NOT_LISTED = {
     errno.EINVAL: "has mounts on it that another user namespace has locked, which hide what is below them",
     errno.E2BIG: "holds too many names",
@@ -79,7 +86,8 @@ class Surroundings:
         groups: of the whole tree.
         instances: of file systems that several mount namespaces of the tree show, by st_dev: number, and whether
             this namespace is the one that mounts it.
-        list_tmpfs: lists what the tmpfs that is mounted at a path holds.
+        list_tmpfs: lists what a tmpfs holds on which other mounts may lie, at these points, the last one first.
+        owner: the user namespace that the mount namespace belongs to.
     """
 
     uid: Callable[[int], int | None]
@@ -89,7 +97,8 @@ class Surroundings:
     pid_namespace_of: Callable[[int], int | None]
     groups: PeerGroups
     instances: Mapping[int, tuple[int, bool]]
-    list_tmpfs: Callable[[bytes], list[Entry]]
+    list_tmpfs: Callable[[Mount, list[bytes]], list[Entry]]
+    owner: int
 
 
 def _flags(mount: Mount) -> int:
@@ -114,16 +123,13 @@ class MountsView:
         self._subject = f"pid {pid}"
         self._around = surroundings
         self.blockers: list[Blocker] = []
-        self._below = below
-        self._own = comparison.original
+        if not comparison.same_root:
+            comparison = replace(comparison, kept=[], added=parents_first(mountinfo(pid)), gone=[])
         self._kept = comparison.kept
         self._added = comparison.added
         self._gone = comparison.gone
-        #: where in the external namespace the root of this one is, if it is another one
-        self._prefix = b""
-        #: mounts, by id, that are made together with the one they lie on
-        self._came_along: set[int] = set()
-        self.state = self._state() if comparison.same_root else self._state_of_another_root(mountinfo(pid))
+        self._sources = Sources(pid, comparison, below, self._added)
+        self.state = self._state() if comparison.same_root else self._state_of_another_root()
 
     def _refuse(self, reason: str, remedy: str = "") -> None:
         self.blockers.append(Blocker(self._subject, reason, remedy))
@@ -147,19 +153,41 @@ class MountsView:
             steps += self._own_propagation(mount, before)
         return MountState(propagation=propagation, steps=steps)
 
-    def _state_of_another_root(self, there: Sequence[Mount]) -> MountState:
-        """A namespace after pivot_root: all of its mounts, made below the place where its root is in ours."""
-        roots = [mount for mount in there if mount.point == b"/"]
-        self._kept, self._gone = [], []
-        self._added = list(there)
-        source = self._bind_source(roots[0]) if len(roots) == 1 else None
-        if source is None or source == b"/":
-            self._refuse("its mount namespace has a root filesystem that is not to be seen from outside")
+    def _state_of_another_root(self) -> MountState:
+        """A namespace after pivot_root: all of its mounts, made below a place in the other one.
+
+        That is where its root is to be seen there; or, for one that is to be seen nowhere, a directory that
+        nothing is bound from.
+        """
+        roots = [mount for mount in self._added if mount.point == b"/"]
+        if len(roots) != 1:
+            self._refuse("its mount namespace has several root file systems on one another")
             return MountState()
-        self._prefix = source
+        source = self._sources.of(roots[0])
+        if source is not None and source != b"/":
+            return self._made_below(source, roots[0], source)
+        before, best = self.blockers, None
+        for place in _PLACES:
+            if os.path.isdir(self._sources.outside(place)):
+                self.blockers = list(before)
+                state = self._made_below(place, roots[0], None)
+                if not self._sources.needs(place):
+                    if len(self.blockers) == len(before):
+                        return state
+                    best = best or (state, self.blockers)
+        if best is not None:
+            self.blockers = best[1]
+            return best[0]
+        self.blockers = before
+        self._refuse("its mount namespace has a root file system that is not to be seen from outside")
+        return MountState()
+
+    def _made_below(self, place: bytes, root: Mount, source: bytes | None) -> MountState:
+        """All mounts below `place`, the root being a bind mount of `source` or mounted itself."""
+        self._sources.begin_below(place)
         steps = []
-        for mount in there:
-            if mount is roots[0]:
+        for mount in self._added:
+            if mount is root and source is not None:
                 self._check_options(mount)
                 made = [Step("bind", b"", source, flags=_flags(mount))]
             else:
@@ -170,8 +198,8 @@ class MountsView:
                 self._refuse_mount(
                     mount, "is a slave of another mount, which is not carried after pivot_root"
                 )
-        steps = [replace(step, point=source + step.point.rstrip(b"/")) for step in steps]
-        return MountState(steps=[*steps, Step("pivot", source)])
+        steps = [structs.replace(step, point=place + step.point.rstrip(b"/")) for step in steps]
+        return MountState(steps=[*steps, Step("pivot", place)])
 
     # -- propagation --------------------------------------------------------------------
 
@@ -214,58 +242,64 @@ class MountsView:
             if option not in _FLAGS:
                 self._refuse_mount(mount, f"has the option {os.fsdecode(option)}, which is not carried")
 
-    def _at(self, point: bytes) -> str:
-        return f"/proc/{self._pid}/root{os.fsdecode(point)}"
-
     def _steps_of(self, mount: Mount) -> list[Step]:
         """How a mount that is only there is made again; empty where it is refused."""
         self._check_options(mount)
-        if mount.id in self._came_along:
+        if mount.id in self._sources.came_along:
             return [Step("remount", mount.point, flags=_flags(mount))]
-        source = self._bind_source(mount)
+        source = self._sources.of(mount)
         if source is not None:
-            return [Step("bind", mount.point, source, flags=_flags(mount) | self._whole(mount, source))]
+            return [
+                Step("bind", mount.point, source, flags=_flags(mount) | self._sources.whole(mount, source))
+            ]
         instance, maker = self._around.instances.get(mount.device, (0, True))
         if mount.kind not in _DATA or mount.root != b"/":
             self._refuse_mount(mount, "is not carried yet")
             return []
+        if mount.kind in NAMELESS and self._sources.is_outside(mount):
+            self._refuse_mount(mount, "is of outside of the tree, and not to be seen there any more")
+            return []
         if not maker:
             return [Step("attach", mount.point, flags=_flags(mount), instance=instance)]
-        try:
-            root = os.stat(self._at(mount.point))
-        except OSError as error:
-            self._refuse_mount(mount, f"cannot be looked at: {error.strerror}", "")
-            return []
-        covered = root.st_dev != mount.device
-        if covered and mount.kind not in _WITHOUT_STATE:
+        covered = bool(self._sources.covers(mount))
+        if covered and mount.kind == b"devpts":
             self._refuse_mount(mount, "is covered by another mount, which is not carried")
             return []
         if mount.kind == b"tmpfs":
-            return self._tmpfs(mount, self._data(mount, root), instance)
+            return self._tmpfs(mount, instance)
+        if mount.kind == b"overlay":
+            self._check_overlay(mount)
         late = ipc = None
         if mount.kind == b"proc":
             late = self._around.pid_namespace_of(mount.device)
             if late is None and not covered:
-                late = self._around.pid_namespace_at(self._at(mount.point))
+                late = self._around.pid_namespace_at(self._sources.at(mount.point))
             if late is None:
                 self._refuse_mount(mount, "shows a pid namespace that is not the tree's")
         elif mount.kind == b"mqueue":
             ipc = self._around.ipc_namespace_of(mount.device)
             if ipc is None:
                 self._refuse_mount(mount, "shows an ipc namespace that is not the tree's")
-        flags = _flags(mount) | (_RDONLY if b"ro" in mount.super_options else 0)
-        data = self._data(mount, root)
-        return [Step("mount", mount.point, mount.source, mount.kind, flags, data, late, ipc, instance)]
+        flags = _flags(mount)
+        read_only = _RDONLY if b"ro" in mount.super_options else 0
+        data = b",".join(self._options(mount))
+        steps = [
+            Step("mount", mount.point, mount.source, mount.kind, flags | read_only, data, late, ipc, instance)
+        ]
+        if flags | read_only != flags:  # only the file system is read-only
+            steps.append(Step("remount", mount.point, flags=flags, late=late))
+        return steps
 
-    def _tmpfs(self, mount: Mount, data: bytes, instance: int) -> list[Step]:
+    def _tmpfs(self, mount: Mount, instance: int) -> list[Step]:
         """Mount it so that it can be written to, fill it, and then make it what it was."""
         try:
-            entries = self._around.list_tmpfs(mount.point)
+            entries = self._around.list_tmpfs(mount, self._sources.covers(mount))
         except OSError as error:
             why = _WHY_NOT_LISTED.get(error.errno or 0, f"cannot be listed: {error.strerror}")
             self._refuse_mount(mount, why, "empty or umount it")
             return []
         flags = _flags(mount)
+        data = b",".join([*self._options(mount), *_root_options(entries[0], self._around.owner)])
         steps = [
             Step("mount", mount.point, mount.source, mount.kind, flags & ~_RDONLY, data, instance=instance),
             Step("fill", mount.point, entries=entries),
@@ -276,24 +310,31 @@ class MountsView:
             steps.append(Step("remount", mount.point, flags=flags))
         return steps
 
-    def _data(self, mount: Mount, root: os.stat_result) -> bytes:
+    def _options(self, mount: Mount) -> Iterator[bytes]:
         """The options of the file system, ids as its owner knows them."""
-        told = []
         for option in mount.super_options:
             name, _, value = option.partition(b"=")
             if name in {b"uid", b"gid"} and name in _DATA[mount.kind]:
-                told.append(self._id_option(mount, name, int(value)))
+                yield self._id_option(mount, name, int(value))
+            elif mount.kind == b"overlay" and name in _MODULE_DEFAULTS and self._around.owner:
+                continue  # nobody may set it there, so it was not set
             elif name in _DATA[mount.kind]:
-                told.append(option)
+                yield option
             elif option not in _PASSED_OVER and name not in _FROM_ROOT.get(mount.kind, ()):
                 self._refuse_mount(mount, f"has the option {os.fsdecode(option)}, which is not carried")
-        if mount.kind == b"tmpfs":
-            told += [
-                b"mode=%o" % (root.st_mode & 0o7777),
-                self._id_option(mount, b"uid", root.st_uid),
-                self._id_option(mount, b"gid", root.st_gid),
-            ]
-        return b",".join(told)
+
+    def _check_overlay(self, mount: Mount) -> None:
+        """Its layers must be where the options say, seen from where it is mounted again."""
+        here = self._sources.earlier(mount)
+        for option in mount.super_options:
+            name, _, value = option.partition(b"=")
+            for path in _layers(name, value):
+                inside = not self._sources.prefix and any(path.startswith(m.point + b"/") for m in here)
+                seen = self._sources.at(path) if inside else self._sources.outside(path)
+                if not path.startswith(b"/") or not os.path.isdir(seen):
+                    self._refuse_mount(
+                        mount, f"has a layer {os.fsdecode(path)} that is not to be seen from outside"
+                    )
 
     def _id_option(self, mount: Mount, name: bytes, seen: int) -> bytes:
         inner = (self._around.uid if name == b"uid" else self._around.gid)(seen)
@@ -303,76 +344,17 @@ class MountsView:
             return name + b"=0"
         return b"%s=%d" % (name, inner)
 
-    def _whole(self, mount: Mount, source: bytes) -> int:
-        """MS_REC if `mount` shows `source` of the external namespace with all mounts below it, which come along.
 
-        A less privileged namespace may not bind a directory without the mounts that lie on it: they are locked.
-        """
-        below = [other for other in self._own if other.point.startswith(source.rstrip(b"/") + b"/")]
-        later = self._added[self._added.index(mount) + 1 :]
-        found = []
-        for other in below:
-            point = mount.point.rstrip(b"/") + other.point[len(source.rstrip(b"/")) :]
-            wanted = (point, other.root, other.device, other.kind)
-            found.append(next((m for m in later if key(m) == wanted and m.id not in self._came_along), None))
-        if not found or None in found:
-            return 0
-        self._came_along |= {each.id for each in found if each is not None}
-        return RECURSIVE
-
-    def _bind_source(self, mount: Mount) -> bytes | None:
-        """Where the root of `mount` was to be seen when it was made; None where that is not sure.
-
-        In the external namespace, or on a mount that came before it in this one.
-        """
-        try:
-            wanted = os.stat(self._at(mount.point))
-        except OSError:
-            return None
-        earlier = self._added[: self._added.index(mount)]
-        here = (
-            [with_fields(other, point=self._prefix + other.point) for other in earlier]
-            if self._prefix
-            else earlier
-        )
-        places = [(b"", other, here) for other in self._own if other not in self._gone]
-        places += [(self._prefix, other, earlier[index + 1 :]) for index, other in enumerate(earlier)]
-        for number, (prefix, other, between) in enumerate(places):
-            source = _path_on(other, mount)
-            if source is None or _cover(between, source):
-                continue
-            inside = number >= len(places) - len(earlier)
-            path = (self._at(b"") if inside else self._below) + os.fsdecode(source)
-            if _shows(path, wanted) or (wanted.st_dev != mount.device and _is_on(path, mount.device)):
-                return prefix + source
-        return None
+def _layers(name: bytes, value: bytes) -> list[bytes]:
+    """The directories that an option of overlayfs names; a backslash takes a colon's meaning away."""
+    if name == b"lowerdir":
+        return [part.replace(b"\\:", b":") for part in re.split(rb"(?<!\\)::?", value)]
+    return [value] if name in _LAYERS else []
 
 
-def _path_on(other: Mount, mount: Mount) -> bytes | None:
-    """The path at which `other` shows the directory that is the root of `mount`."""
-    top = other.root.rstrip(b"/")
-    if (other.device, other.kind) != (mount.device, mount.kind):
-        return None
-    if mount.root != other.root and not mount.root.startswith(top + b"/"):
-        return None
-    return os.path.join(other.point, mount.root[len(top) :].strip(b"/")).rstrip(b"/") or b"/"
-
-
-def _cover(mounts: Sequence[Mount], path: bytes) -> bool:
-    """Whether one of these mounts lies on `path`, or above it."""
-    return any(path == mount.point or path.startswith(mount.point + b"/") for mount in mounts)
-
-
-def _is_on(path: str, device: int) -> bool:
-    """Whether a path leads to a file system: all that can be said of what another mount covers."""
-    try:
-        return os.stat(path).st_dev == device
-    except OSError:
-        return False
-
-
-def _shows(path: str, wanted: os.stat_result) -> bool:
-    try:
-        return os.path.samestat(os.stat(path), wanted)
-    except OSError:
-        return False
+def _root_options(root: Entry, owner: int) -> Iterator[bytes]:
+    """What a tmpfs is mounted with so that its owner may change its root directory; filling does the rest."""
+    yield b"mode=%o" % (root.mode & 0o7777)
+    if owner:
+        yield b"uid=%d" % root.uid.id
+        yield b"gid=%d" % root.gid.id

@@ -22,6 +22,7 @@ import errno
 import os
 import stat
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Annotated
 
 import msgspec
@@ -29,11 +30,13 @@ from msgspec import Meta, Struct
 
 from pipeline.errors import ImageError
 from pipeline.image.schema import I64, U32, U64, Id, Path, Small
-from pipeline.kernel.syscalls import open_tree
+from pipeline.kernel.syscalls import CLONE, mount, open_tree, umount2, unshare
 
 _MAX_ENTRIES = 1 << 20
 _PAGE_BYTES = 4096
 _COPY_BYTES = 1 << 20
+_PRIVATE = 1 << 18 | 1 << 14  # MS_PRIVATE | MS_REC
+_DETACH = 2
 #: what an id without a number looks like (/proc/sys/kernel/overflowuid)
 OVERFLOW = 65534
 
@@ -63,11 +66,36 @@ Entries = Annotated[list[Entry], Meta(max_length=_MAX_ENTRIES)]
 _PACKED = msgspec.msgpack.Decoder(Entries)
 
 
-def scan(point: bytes, userns: int, mapped: tuple[bool, bool]) -> bytes:
+@dataclass(frozen=True)
+class Place:
+    """Where a tmpfs is mounted; `covers`: where other mounts lie on it or above it, the last one first."""
+
+    point: bytes
+    covers: Sequence[bytes] = ()
+
+    def enter(self) -> None:
+        """Make a copy of the mount the working directory, without what lies on it; for a visitor.
+
+        Raises:
+            OSError: EINVAL: mounts on it were locked by another user namespace.
+        """
+        if self.covers:
+            unshare(CLONE.NEWNS)
+            mount(None, b"/", None, _PRIVATE)
+            for point in self.covers:
+                umount2(point, _DETACH)
+        tree = open_tree(-100, self.point)
+        try:
+            os.fchdir(tree)
+        finally:
+            os.close(tree)
+
+
+def scan(place: Place, userns: int, mapped: tuple[bool, bool]) -> bytes:
     """List a tmpfs; for a visitor. `unpack` reads the answer.
 
     Args:
-        point: where it is mounted, in the visitor's mount namespace.
+        place: where it is mounted, in the visitor's mount namespace.
         userns: the user namespace that the visitor is in; the index that the ids get.
         mapped: whether the overflow uid and gid are numbers of this user namespace, too.
 
@@ -75,7 +103,7 @@ def scan(point: bytes, userns: int, mapped: tuple[bool, bool]) -> bytes:
         OSError: EINVAL: mounts that were locked by another user namespace lie on it; E2BIG: too many names;
             EOVERFLOW: an id has no number here.
     """
-    _enter(point)
+    place.enter()
     return msgspec.msgpack.encode(list(_entries(userns, mapped)))
 
 
@@ -89,13 +117,13 @@ def content_bytes(entries: Sequence[Entry]) -> int:
     return max((_pages(entry.offset + entry.size_bytes) for entry in entries), default=0)
 
 
-def pack(point: bytes, entries: Sequence[Entry]) -> int:
+def pack(place: Place, entries: Sequence[Entry]) -> int:
     """Copy the bytes of every file into a new memfd and return it; for a visitor.
 
     Raises:
         OSError: a file cannot be read, or memory is out.
     """
-    _enter(point)
+    place.enter()
     memory = os.memfd_create("tmpfs", os.MFD_CLOEXEC)
     os.ftruncate(memory, content_bytes(entries))
     for entry in _files(entries):
@@ -138,11 +166,11 @@ def become(uid: int, gid: int) -> None:
         os.setresuid(uid, uid, uid)
 
 
-def fill(point: bytes, entries: Sequence[Entry], owners: Sequence[tuple[int, int]], content: int) -> bytes:
+def fill(place: Place, entries: Sequence[Entry], owners: Sequence[tuple[int, int]], content: int) -> bytes:
     """Make every entry in an empty tmpfs; for a visitor.
 
     Args:
-        point: where it is mounted.
+        place: where it is mounted.
         entries: `check` has seen them.
         owners: uid and gid of each, as the visitor's user namespace knows them.
         content: a descriptor of their bytes; -1 if no file has any.
@@ -151,7 +179,7 @@ def fill(point: bytes, entries: Sequence[Entry], owners: Sequence[tuple[int, int
         OSError: the kernel refuses something.
     """
     os.umask(0)
-    _enter(point)
+    place.enter()
     for entry in entries:
         if entry.path != b".":
             _make(entry, entries, content)
@@ -161,14 +189,6 @@ def fill(point: bytes, entries: Sequence[Entry], owners: Sequence[tuple[int, int
     for entry in reversed(entries):  # a directory behind what it holds
         os.utime(entry.path, ns=(entry.mtime_ns, entry.mtime_ns), follow_symlinks=False)
     return b""
-
-
-def _enter(point: bytes) -> None:
-    tree = open_tree(-100, point)
-    try:
-        os.fchdir(tree)
-    finally:
-        os.close(tree)
 
 
 def _pages(size_bytes: int) -> int:

@@ -13,7 +13,8 @@ import stat
 from support import DIRECTORY, libc, main
 
 CLONE_NEWNS, CLONE_NEWUSER = 0x00020000, 0x10000000
-RDONLY, NOSUID, NODEV, REMOUNT, BIND, REC, PRIVATE = 1, 2, 4, 32, 4096, 16384, 1 << 18
+RDONLY, NOSUID, NODEV, REMOUNT, BIND, REC = 1, 2, 4, 32, 4096, 16384
+PRIVATE, SHARED = 1 << 18, 1 << 20
 POINT = f"{DIRECTORY}/full"
 ACL_ACCESS = "system.posix_acl_access"
 
@@ -128,8 +129,24 @@ def copy_in_a_namespace(program):
     program.same("copy: locked", lambda: refused(lambda: call(libc.umount2, POINT.encode(), 0)), lambda: None)
 
 
+def peer_namespace(program):
+    """A namespace whose mounts are peers of the parent's: what is mounted here appears there."""
+    call(libc.unshare, CLONE_NEWNS)
+    event = f"{DIRECTORY}/shared/event"
+
+    def appears():
+        mount("event", event, "tmpfs", 0)
+        try:
+            with open(f"/proc/{os.getppid()}/mountinfo") as file:
+                return file.read().count(f" {event} ")
+        finally:
+            call(libc.umount2, event.encode(), 0)
+
+    program.same("event", appears, lambda: mount(None, f"{DIRECTORY}/shared", None, PRIVATE))
+
+
 def body(program):
-    for name in ("full", "closed", "bound", "sockets"):
+    for name in ("full", "closed", "bound", "sockets", "shared"):
         os.mkdir(f"{DIRECTORY}/{name}")
     call(libc.unshare, CLONE_NEWNS)
     mount(None, "/", None, REC | PRIVATE)
@@ -144,6 +161,9 @@ def body(program):
     put(f"{DIRECTORY}/closed/file", b"read-only")
     mount(None, f"{DIRECTORY}/closed", None, REMOUNT | RDONLY)
     mount("sockets", f"{DIRECTORY}/sockets", "tmpfs", 0)
+    mount("shared", f"{DIRECTORY}/shared", "tmpfs", 0)
+    mount(None, f"{DIRECTORY}/shared", None, SHARED)
+    os.mkdir(f"{DIRECTORY}/shared/event")
     mount(f"{POINT}/deep", f"{DIRECTORY}/bound", None, BIND)
 
     before = listing(POINT)
@@ -215,6 +235,7 @@ def body(program):
 
     program.same("listening socket", talks, lambda: os.unlink(f"{DIRECTORY}/sockets/listening"))
     program.child("copy", copy_in_a_namespace)
+    program.child("peer", peer_namespace)
 
 
 main(body)

@@ -49,6 +49,15 @@ def looks(pid: HostPid) -> list[tuple[object, ...]]:
     ]
 
 
+def groups(pid: HostPid) -> list[tuple[int, int]]:
+    """Peer group and master of every mount, the groups numbered in the order in which they appear."""
+    numbers = {0: 0}
+    return [
+        tuple(numbers.setdefault(group, len(numbers)) for group in (m.shared, m.master))  # type: ignore[misc]
+        for m in mountinfo(pid)
+    ]
+
+
 def begin() -> None:
     unshare(CLONE.NEWNS)
     mount(None, b"/", None, REC | PRIVATE)
@@ -134,9 +143,38 @@ def covered(place: bytes) -> None:
     mount(b"four", place + b"/a", b"tmpfs", 0)
 
 
+def peers(place: bytes) -> None:
+    mount(b"own", place + b"/a", b"tmpfs", 0)
+    mount(None, place + b"/a", None, SHARED)
+    mount(place + b"/a", place + b"/b", None, BIND)
+
+
+def slave_of_own(place: bytes) -> None:
+    peers(place)
+    mount(None, place + b"/b", None, SLAVE)
+
+
+def chain(place: bytes) -> None:
+    """Peers, a slave of them that has a peer of its own below, and a slave of those."""
+    peers(place)
+    for name in (b"/1", b"/2", b"/3"):
+        os.mkdir(place + b"/a" + name)
+    for name in (b"/a/1", b"/a/2", b"/a/3"):
+        mount(place + b"/b", place + name, None, BIND)
+        mount(None, place + name, None, PRIVATE)
+    for name, of in ((b"/a/1", b"/b"), (b"/a/2", b"/a/1"), (b"/a/3", b"/a/2")):
+        mount(None, place + name, None, PRIVATE)
+        syscall(NR.move_mount, -100, place + of + b"\0", -100, place + name + b"\0", 0x100)
+        mount(None, place + name, None, SLAVE)
+        if name != b"/a/3":
+            mount(None, place + name, None, SHARED)
+    mount(b"inside", place + b"/a/1/2", b"tmpfs", 0)
+
+
 CARRIED = [
     only_private, empty_tmpfs, read_only_tmpfs, tmpfs_with_owner, bind_directory, bind_read_only, bind_file,
-    bind_on_itself, several, terminals, shared_alone, overlay, covered,
+    bind_on_itself, several, terminals, shared_alone, overlay, covered, peers,
+    slave_of_own, chain,
 ]  # fmt: skip
 
 
@@ -149,6 +187,7 @@ def test_mounts_are_made_again(act: Callable[[bytes], None], id_map: str | None,
 
     with held(whole, id_map) as pid, made_again(pid, "mnt") as (record, again):
         assert looks(again) == looks(pid)
+        assert groups(again) == groups(pid)
         for name in ("a", "b"):
             one, other = (os.stat(f"/proc/{p}/root{place}/{name}") for p in (pid, again))
             assert (one.st_mode, one.st_uid, one.st_gid) == (other.st_mode, other.st_uid, other.st_gid)
@@ -266,17 +305,11 @@ def bind_of_own_tmpfs(place: bytes) -> None:
     mount(None, place + b"/a", b"tmpfs", 0)
 
 
-def peers(place: bytes) -> None:
-    mount(b"own", place + b"/a", b"tmpfs", 0)
-    mount(None, place + b"/a", None, SHARED)
-    mount(place + b"/a", place + b"/b", None, BIND)
-
-
-def slave_of_own(place: bytes) -> None:
-    mount(b"own", place + b"/a", b"tmpfs", 0)
-    mount(None, place + b"/a", None, SHARED)
-    mount(place + b"/a", place + b"/b", None, BIND)
-    mount(None, place + b"/b", None, SLAVE)
+def slave_of_nothing(place: bytes) -> None:
+    peers(place)
+    os.open("/proc/self/ns/mnt", os.O_RDONLY)  # keeps the namespace of the master
+    unshare(CLONE.NEWNS)
+    mount(None, b"/", None, REC | SLAVE)
 
 
 def covered_terminals(place: bytes) -> None:
@@ -290,8 +323,7 @@ def message_queues_of_outside(place: bytes) -> None:
 
 REFUSED = {
     bind_of_own_tmpfs: "/b (tmpfs) is not carried",
-    peers: "shares its mounts with others",
-    slave_of_own: "slave of a mount of the tree",
+    slave_of_nothing: "is a slave of a mount that is not to be seen",
     covered_terminals: "is covered by another mount",
     message_queues_of_outside: "(mqueue) shows an ipc namespace that is not the tree's",
 }
@@ -358,14 +390,21 @@ def test_propagation_of_a_whole_namespace(flag: int | None, id_map: str | None, 
     in_shared_mounts(body)
 
 
-def test_mixed_propagation_is_refused(place: Path) -> None:
+@pytest.mark.parametrize("id_map", MAPS[:2])
+def test_mixed_propagation(id_map: str | None, place: Path) -> None:
     def whole() -> None:
         unshare(CLONE.NEWNS)
         mount(None, b"/", None, REC | SLAVE)
         mount(None, b"/sys", None, PRIVATE)
+        mount(None, b"/proc", None, PRIVATE)
+        mount(None, b"/proc", None, SHARED)
+        mount(b"/sys", os.fsencode(place / "a"), None, BIND | REC)
+        mount(b"/proc", os.fsencode(place / "b"), None, BIND | REC)
 
     def body() -> None:
-        with held(whole) as pid:
-            assert "mount /sys (sysfs) propagates in another way" in refused(pid)
+        with held(whole, id_map) as pid, made_again(pid, "mnt") as (record, again):
+            assert looks(again) == looks(pid)
+            assert groups(again) == groups(pid)
+            assert own_namespace(captured(again)[0], "mnt").state == record.state
 
     in_shared_mounts(body)

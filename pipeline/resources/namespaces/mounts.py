@@ -36,10 +36,9 @@ from pipeline.resources.namespaces import tmpfs
 
 _BIND, _REMOUNT = 4096, 32
 RECURSIVE = 16384
-_PRIVATE, _SLAVE = 1 << 18, 1 << 19
-SHARED, UNBINDABLE = 1 << 20, 1 << 17
+UNBINDABLE, PRIVATE, SLAVE, SHARED = 1 << 17, 1 << 18, 1 << 19, 1 << 20
 _MNT_DETACH = 2
-_HERE, _EMPTY_PATH = -100, 4
+_HERE, _EMPTY_PATH, _SET_GROUP = -100, 0x4, 0x100
 
 Propagation = Literal["private", "slave", "shared"]
 
@@ -48,6 +47,7 @@ class Step(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """One thing done to a copy of the external namespace.
 
     `pivot`: the directory at `point` becomes the root; points before it lie below that directory.
+    `group`: the mount at `point`, which is private, becomes a peer of that at `source`, and a slave as it is one.
     `flags`: MS_*; a bind may be recursive. `data`: the options of the file system, ids in it as the owning user
     namespace knows them.
     `late`: the pid namespace (a `Namespace` index) from inside which a proc is mounted. `ipc`: the ipc
@@ -57,7 +57,7 @@ class Step(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """
 
     what: Literal[
-        "mount", "fill", "reconfigure", "attach", "bind", "umount", "remount", "propagation", "pivot"
+        "mount", "fill", "reconfigure", "attach", "bind", "umount", "remount", "propagation", "group", "pivot"
     ]
     point: Path
     source: Path = b""
@@ -95,7 +95,7 @@ class MountState(Record, frozen=True, kw_only=True):
 def begin(state: MountState, keeper: Puppet) -> None:
     """Set how the mounts of the copy propagate; `keeper` has just made the namespace."""
     if state.propagation != "shared":
-        flags = RECURSIVE | (_SLAVE if state.propagation == "slave" else _PRIVATE)
+        flags = RECURSIVE | (SLAVE if state.propagation == "slave" else PRIVATE)
         _call(keeper, "propagation", b"/", NR.mount, 0, b"/\0", 0, flags, 0)
 
 
@@ -127,6 +127,9 @@ def do(step: Step, puppet: Puppet) -> None:
             _call(puppet, "umount", step.point, NR.umount2, point, _MNT_DETACH)
         case "propagation":
             _call(puppet, "propagation", step.point, NR.mount, 0, point, 0, step.flags, 0)
+        case "group":
+            source = step.source + b"\0"
+            _call(puppet, "peer group", step.point, NR.move_mount, _HERE, source, _HERE, point, _SET_GROUP)
         case "pivot":
             _call(puppet, "chdir to the new root", step.point, NR.chdir, point)
             for number, arguments in _PIVOT:

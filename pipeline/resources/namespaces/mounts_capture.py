@@ -119,13 +119,14 @@ class MountsCapture:
             },
             list_tmpfs=lambda mount, covers: self._list_tmpfs(seat, mount, covers),
             owner=owner,
+            index=seat.index,
         )
 
     @cached_property
     def _peer_groups(self) -> PeerGroups:
         groups = PeerGroups()
-        for _, comparison in self._copies.values():
-            groups.learn(comparison)
+        for index, (_, comparison) in self._copies.items():
+            groups.learn(index, comparison)
         return groups
 
     @cached_property

@@ -92,25 +92,29 @@ def compare(original: Sequence[Mount], there: Sequence[Mount]) -> Comparison:
 
 @dataclass
 class PeerGroups:
-    """Who shares mount events in all mount namespaces of the tree: members and masters by group number.
+    """Who shares mount events in all mount namespaces of the tree, by group number and namespace.
 
     Without those mounts which copying a namespace makes peers and slaves again.
     """
 
-    members: Counter[int] = field(default_factory=Counter)
+    members: dict[int, Counter[int]] = field(default_factory=lambda: defaultdict(Counter))
     masters: set[int] = field(default_factory=set)
 
-    def learn(self, comparison: Comparison) -> None:
+    def learn(self, index: int, comparison: Comparison) -> None:
         """Take in the mounts of one namespace."""
         for mount in _not_linked(comparison):
             if mount.shared:
-                self.members[mount.shared] += 1
+                self.members[mount.shared][index] += 1
             if mount.master:
                 self.masters.add(mount.master)
 
     def alone(self, group: int) -> bool:
         """Whether a group has one member and nobody follows it."""
-        return self.members[group] == 1 and group not in self.masters
+        return self.members[group].total() == 1 and group not in self.masters
+
+    def elsewhere(self, group: int, index: int) -> bool:
+        """Whether a group has members in another namespace than this one."""
+        return self.members[group].keys() > {index}
 
 
 def _not_linked(comparison: Comparison) -> Iterator[Mount]:

@@ -38,6 +38,8 @@ class Sources:
         self.prefix = b""
         #: mounts, by id, that are made together with the one they lie on
         self.came_along: set[int] = set()
+        #: of which mount of the other namespace a mount is a copy, by id
+        self.copied: dict[int, Mount] = {}
         self._used: set[tuple[bytes, bool]] = set()
 
     def begin_below(self, place: bytes) -> None:
@@ -89,7 +91,10 @@ class Sources:
             found.append(next((m for m in later if key(m) == wanted and m.id not in self.came_along), None))
         if not found or None in found:
             return 0
-        self.came_along |= {each.id for each in found if each is not None}
+        for each, other in zip(found, below, strict=True):
+            if each is not None:
+                self.came_along.add(each.id)
+                self.copied[each.id] = other
         self._used.add((source, True))
         return RECURSIVE
 
@@ -114,6 +119,7 @@ class Sources:
             if _shows(path, wanted) or (wanted.st_dev != mount.device and _is_on(path, mount.device)):
                 if not inside:
                     self._used.add((source, False))
+                    self.copied[mount.id] = other
                 return prefix + source
         return None
 

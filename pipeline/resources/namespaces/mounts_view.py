@@ -28,13 +28,11 @@ from pipeline.errors import Blocker
 from pipeline.ids import HostPid
 from pipeline.kernel.mountinfo import Mount, mountinfo
 from pipeline.resources.namespaces.mounts import (
-    SHARED,
-    UNBINDABLE,
     MountState,
-    Propagation,
     Step,
 )
 from pipeline.resources.namespaces.mounts_compare import Comparison, PeerGroups, parents_first
+from pipeline.resources.namespaces.mounts_propagation import PropagationView
 from pipeline.resources.namespaces.mounts_sources import Sources
 from pipeline.resources.namespaces.tmpfs import Entry
 
@@ -87,7 +85,7 @@ class Surroundings:
         instances: of file systems that several mount namespaces of the tree show, by st_dev: number, and whether
             this namespace is the one that mounts it.
         list_tmpfs: lists what a tmpfs holds on which other mounts may lie, at these points, the last one first.
-        owner: the user namespace that the mount namespace belongs to.
+        owner: the user namespace that the mount namespace belongs to; `index`: its number.
     """
 
     uid: Callable[[int], int | None]
@@ -99,6 +97,7 @@ class Surroundings:
     instances: Mapping[int, tuple[int, bool]]
     list_tmpfs: Callable[[Mount, list[bytes]], list[Entry]]
     owner: int
+    index: int
 
 
 def _flags(mount: Mount) -> int:
@@ -129,13 +128,19 @@ class MountsView:
         self._added = comparison.added
         self._gone = comparison.gone
         self._sources = Sources(pid, comparison, below, self._added)
+        self._propagation = PropagationView(
+            comparison,
+            surroundings.index,
+            surroundings.groups,
+            lambda mount: bool(self._sources.covers(mount)),
+            self._refuse_mount,
+        )
         self.state = self._state() if comparison.same_root else self._state_of_another_root()
 
     def _refuse(self, reason: str, remedy: str = "") -> None:
         self.blockers.append(Blocker(self._subject, reason, remedy))
 
     def _state(self) -> MountState:
-        propagation = self._propagation()
         steps = [Step("umount", mount.point) for mount in self._gone]
         reached = {mount.id for mount, _ in self._kept}
         for mount in self._added:
@@ -145,13 +150,12 @@ class MountsView:
                 self._refuse_mount(mount, "lies on a mount that was moved, which is not carried")
             reached.add(mount.id)
             if made:
-                steps += [*made, *self._own_propagation(mount, None)]
+                steps += [*made, *self._propagation.at_once(mount, self._sources.copied.get(mount.id))]
         for mount, before in self._kept:
             if mount.options != before.options:
                 self._check_options(mount)
                 steps.append(Step("remount", mount.point, flags=_flags(mount)))
-            steps += self._own_propagation(mount, before)
-        return MountState(propagation=propagation, steps=steps)
+        return MountState(propagation=self._propagation.mode, steps=[*steps, *self._propagation.at_last()])
 
     def _state_of_another_root(self) -> MountState:
         """A namespace after pivot_root: all of its mounts, made below a place in the other one.
@@ -193,43 +197,13 @@ class MountsView:
             else:
                 made = self._steps_of(mount)
             if made:
-                steps += [*made, *self._own_propagation(mount, None)]
-            if mount.master:
-                self._refuse_mount(
-                    mount, "is a slave of another mount, which is not carried after pivot_root"
-                )
+                steps += [*made, *self._propagation.at_once(mount, self._sources.copied.get(mount.id))]
+        steps += [
+            structs.replace(step, source=place + step.source.rstrip(b"/")) if step.what == "group" else step
+            for step in self._propagation.at_last()
+        ]
         steps = [structs.replace(step, point=place + step.point.rstrip(b"/")) for step in steps]
         return MountState(steps=[*steps, Step("pivot", place)])
-
-    # -- propagation --------------------------------------------------------------------
-
-    def _propagation(self) -> Propagation:
-        """How the mounts that came with the copy propagate: in the same way, all of them."""
-        linked = [(mount, own) for mount, own in self._kept if own.shared or own.master]
-        if any(mount.shared and mount.shared == own.shared for mount, own in linked):
-            odd = [m for m, own in linked if (m.shared, m.master) != (own.shared, own.master)]
-            found: Propagation = "shared"
-        elif any(mount.master for mount, _ in linked):
-            odd = [m for m, own in linked if m.master != (own.shared or own.master)]
-            found = "slave"
-        else:
-            odd, found = [], "private"
-        for mount in odd:
-            self._refuse_mount(mount, f"propagates in another way than the rest, which is {found}")
-        masters = {own.shared or own.master for _, own in linked} if found == "slave" else set()
-        for mount in (*(mount for mount, _ in self._kept), *self._added):
-            if mount.master and mount.master not in masters and mount not in odd:
-                self._refuse_mount(mount, "is a slave of a mount of the tree, which is not carried")
-        return found
-
-    def _own_propagation(self, mount: Mount, own: Mount | None) -> Iterator[Step]:
-        """A shared mount, alone in its group, or an unbindable one."""
-        if mount.shared and (own is None or mount.shared != own.shared):
-            if not self._around.groups.alone(mount.shared):
-                self._refuse_mount(mount, "shares its mounts with others of the tree, which is not carried")
-            yield Step("propagation", mount.point, flags=SHARED)
-        if mount.unbindable:
-            yield Step("propagation", mount.point, flags=UNBINDABLE)
 
     # -- one mount --------------------------------------------------------------------------
 

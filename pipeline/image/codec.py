@@ -233,7 +233,8 @@ class Image:
         self._require(space.exe in self.mapped_files, f"{name}: executable {space.exe} is missing")
         self._require(space.copy_of is None or space.copy_of in self.spaces, f"{name}: its parent is missing")
         for vma in space.vmas:
-            known = {"file": self.mapped_files, "shared": self.shared_memory}.get(vma.kind)
+            backings = {"file": self.mapped_files, "shared": self.shared_memory, "sysv": self.contents}
+            known = backings.get(vma.kind)
             self._require(
                 vma.backing in known if known is not None else vma.backing is None,  # type: ignore[operator]
                 f"{name}: mapping {vma.start:x}-{vma.end:x} has no backing",

@@ -167,7 +167,7 @@ class SharedMemory(Record, frozen=True, kw_only=True, tag="shm"):
     exec_sealed: bool = False
 
 
-VmaKind = Literal["anon", "file", "shared", "vdso", "vvar", "vvar_vclock", "vsyscall"]
+VmaKind = Literal["anon", "file", "shared", "sysv", "vdso", "vvar", "vvar_vclock", "vsyscall"]
 
 
 class Vma(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -175,7 +175,8 @@ class Vma(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
 
     `prot`: PROT_* bits. `flags`: MAP_SHARED or MAP_PRIVATE, with MAP_GROWSDOWN,
     MAP_NORESERVE, MAP_HUGETLB. `backing`: a `MappedFile` index for kind ``file``,
-    the space of a `SharedMemory` for kind ``shared``. `advice`: MADV_* values to
+    the space of a `SharedMemory` for kind ``shared``, or of a segment of the process's ipc namespace for kind
+    ``sysv``. `advice`: MADV_* values to
     replay. `vmflags`: the two-letter flags of smaps, for locks and seals.
     """
 
@@ -347,6 +348,14 @@ class Memberships(Record, frozen=True, kw_only=True):
     time_for_children: Index
 
 
+class SemaphoreUndo(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """What is added to a semaphore when a process ends: set of its ipc namespace, number in the set."""
+
+    set: I32
+    number: U16
+    adjustment: Annotated[int, Meta(ge=-0x8000, le=0x7FFF)]
+
+
 class Process(Record, frozen=True, kw_only=True, tag="process"):
     """One process. pids as in `Thread`; `parent`, `pgid`, `sid` are level-0 pids, 0 = outside the tree."""
 
@@ -376,6 +385,7 @@ class Process(Record, frozen=True, kw_only=True, tag="process"):
     #: ITIMER_REAL, VIRTUAL, PROF: (interval_us, value_us)
     itimers: Annotated[list[tuple[U64, U64]], Meta(max_length=3)] = []
     timers: Annotated[list[PosixTimer], Meta(max_length=65536)] = []
+    undo: Annotated[list[SemaphoreUndo], Meta(max_length=1 << 20)] = []
     oom_score_adj: I32 = 0
     child_subreaper: bool = False
     #: leader first; empty for a zombie

@@ -12,7 +12,7 @@ Inherit: namespaces, then only what differs from the parent's mappings.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from msgspec.structs import replace
@@ -29,6 +29,7 @@ from pipeline.remote.puppet import Puppet
 from pipeline.resources import identity
 from pipeline.resources.memory import rebuild
 from pipeline.resources.memory.rebuild import Source
+from pipeline.resources.namespaces.ipc import Segment
 from pipeline.resources.namespaces.keepers import Keepers
 from pipeline.resources.pty_session import ControllingTerminals
 from pipeline.resources.tasks import credentials
@@ -161,7 +162,7 @@ class Embodiment:
         with self._sent(puppet, wanted, space.exe) as (fds, exe):
             memory_layout.empty(puppet, space)
             memory_layout.set_bounds(puppet, space, exe)
-            puppet.run_checked(rebuild.create(space, fds))
+            puppet.run_checked(rebuild.create(space, fds, self._segments(process)))
 
     def inherit(self, process: Process, grown: Grown) -> None:
         """`Inherit` of the plan."""
@@ -170,7 +171,7 @@ class Embodiment:
         parent = self._space(self._image.processes[process.parent])
         self._move_in(process, grown)
         with self._sent(puppet, rebuild.missing(parent, space), None) as (fds, no_exe):
-            puppet.run_checked(rebuild.inherit(parent, space, fds))
+            puppet.run_checked(rebuild.inherit(parent, space, fds, self._segments(process)))
             memory_layout.set_bounds(puppet, space, no_exe)
 
     def _move_in(self, process: Process, grown: Grown) -> None:
@@ -183,6 +184,10 @@ class Embodiment:
         here = process.namespaces
         begun = grown.members.time_for_children == here.time_for_children
         grown.members = here if begun else replace(here, time_for_children=here.time)
+
+    def _segments(self, process: Process) -> Mapping[int, Segment]:
+        state = self._keepers.ipc_state(process.namespaces.ipc)
+        return {segment.space: segment for segment in state.segments}
 
     def _space(self, process: Process) -> AddressSpace:
         if process.space is None:

@@ -29,6 +29,7 @@ from pipeline.image.schema import (
     PathRef,
     Process,
     Record,
+    SemaphoreUndo,
     Thread,
 )
 from pipeline.kernel import procfs, ptrace, smaps
@@ -40,7 +41,7 @@ from pipeline.resources.memory.objects import MemoryObjects
 from pipeline.resources.memory.sharing import plan_copy_on_write
 from pipeline.resources.namespaces.members import NamespaceCapture
 from pipeline.resources.pty_session import check_controlling_terminal
-from pipeline.resources.tasks import credentials, signals
+from pipeline.resources.tasks import credentials, semaphore_undo, signals
 from pipeline.resources.tasks.inquiry import Inquiry, thread_record
 from pipeline.resources.tasks.interrupted import Sleepers
 from pipeline.resources.tasks.refusals import check_task
@@ -126,6 +127,10 @@ class Capture:
         """See `MemoryScope`."""
         return self.files.content(local, size_bytes)
 
+    def segment(self, pid: HostPid, identifier: int) -> int:
+        """See `MemoryScope`."""
+        return self.namespaces.segment(pid, identifier)
+
     def _mount_namespace(self, pid: HostPid) -> int:
         members = self.namespaces.memberships.get(pid)
         return members.mnt if members is not None else self.namespaces.external("mnt")
@@ -142,6 +147,7 @@ class Capture:
                 yield from check_task(pid)
                 yield from check_address_space(pid, self._objects)
                 yield from check_controlling_terminal(pid, self.files)
+        yield from self.namespaces.attachment_blockers()
 
     # -- capturing -------------------------------------------------------------------------
 
@@ -161,7 +167,7 @@ class Capture:
         if blockers:
             return [], [], blockers
         file_records = list(self.files.records())
-        self.namespaces.take_contents(self.content)
+        self.namespaces.take_contents(self.files.bytes_of)
         processes: list[Process] = []
         captured: dict[int, tuple[HostPid, Captured]] = {}
         for pid in self.tree.pids:
@@ -179,6 +185,7 @@ class Capture:
             blockers += found
             processes.append(record)
             captured[memory.space.space] = (pid, memory)
+        blockers += self.namespaces.attachment_blockers()
         if blockers:
             return [], [], blockers
         spaces, sources, planner = self._arrange(processes, captured)
@@ -268,10 +275,10 @@ class Capture:
     def _process(self, frozen: FrozenProcess) -> tuple[Process, Captured, list[Blocker]]:
         pid = frozen.pid
         tids = [HostPid(tid) for tid in sorted(frozen.tasks, key=lambda tid: (tid != pid, tid))]
-        inquiries = self._ask(pid, tids)
+        inquiries, undo, blockers = self._ask(pid, tids)
         leader = inquiries[0]
         subject = f"pid {pid}"
-        blockers = [b for inquiry in inquiries for b in inquiry.blockers(subject)]
+        blockers += [b for inquiry in inquiries for b in inquiry.blockers(subject)]
         memory = capture_address_space(
             pid,
             self._objects,
@@ -305,6 +312,7 @@ class Capture:
             limits=procfs.limits(pid),
             itimers=leader.itimers(),
             timers=leader.posix_timers(self.tree.member),
+            undo=undo,
             oom_score_adj=int(procfs.read_file(pid, "oom_score_adj")),
             child_subreaper=leader.child_subreaper(),
             threads=threads,
@@ -320,7 +328,9 @@ class Capture:
     def _thread(self, inquiry: Inquiry, members: Memberships) -> Thread:
         return thread_record(inquiry, members.user, self.tree.member, self._slept_ns.get(inquiry.tid))
 
-    def _ask(self, pid: HostPid, tids: Sequence[HostPid]) -> list[Inquiry]:
+    def _ask(
+        self, pid: HostPid, tids: Sequence[HostPid]
+    ) -> tuple[list[Inquiry], list[SemaphoreUndo], list[Blocker]]:
         """Put the questions of every thread to it, by system calls inside it."""
         memory = os.open(f"/proc/{pid}/mem", os.O_RDWR | os.O_CLOEXEC)
         try:
@@ -342,7 +352,12 @@ class Capture:
                 task.run(inquiry.calls)
                 self.injected_calls += task.injected_calls
                 inquiries.append(inquiry)
-            return inquiries
+            leader = LiveTask(pid, places, memory, uncaught)
+            undo, blockers = semaphore_undo.capture(
+                pid, tids, self.namespaces.semaphores(pid), leader.syscall
+            )
+            self.injected_calls += leader.injected_calls
+            return inquiries, undo, blockers
         finally:
             os.close(memory)
 

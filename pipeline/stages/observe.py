@@ -209,10 +209,15 @@ class FileObserver:
         found = os.fstat(local)
         key = (found.st_dev, found.st_ino)
         if key not in self._content_of:
-            space = self._content_of[key] = self._spaces.new()
-            self._spaces.hold(space, local)
-            self.contents.append(Content(space=space, size_bytes=size_bytes))
+            self._content_of[key] = self.bytes_of(local, size_bytes)
         return self._content_of[key]
+
+    def bytes_of(self, local: LocalFd, size_bytes: int) -> int:
+        """Carry the bytes behind a descriptor under a space of their own. Duplicates `local`."""
+        space = self._spaces.new()
+        self._spaces.hold(space, local)
+        self.contents.append(Content(space=space, size_bytes=size_bytes))
+        return space
 
     def memory(self, view: FdView) -> int:
         """See `CaptureScope.memory`."""

@@ -32,7 +32,7 @@ from pipeline.remote.tracer import Tracer
 from pipeline.resources.memory.rebuild import find_hole
 from pipeline.resources.namespaces.keepers import Keepers
 from pipeline.resources.pty_session import ControllingTerminals
-from pipeline.resources.tasks import credentials, timers
+from pipeline.resources.tasks import credentials, semaphore_undo, timers
 from pipeline.resources.tasks.reinstate import check_here, reinstate
 from pipeline.stages import finish, memory_layout
 from pipeline.stages.body import Embodiment, MappedFiles
@@ -170,9 +170,9 @@ class Rebuilding:
                 "code of the tree holds addresses in it: restore under the same kernel build"
             )
 
-    def mount(self) -> None:
-        """The mounts of the tree; `contents` are filled."""
-        self._keepers.mount(self.contents.fd)
+    def furnish(self) -> None:
+        """What the namespaces of the tree hold, and its mounts; `contents` are filled."""
+        self._keepers.furnish(self.contents.fd)
 
     def next_fill(self) -> Fill | None:
         """Grow until pages are wanted; None when the tree has grown."""
@@ -227,6 +227,10 @@ class Rebuilding:
             registers[process.pids[0]] = reinstate(
                 process, space, grown.threads, self._ids.uid, self._ids.gid
             )
+        for process, grown in finish.living(image, growth):
+            sets = self._keepers.ipc_state(process.namespaces.ipc).semaphores
+            semaphore_undo.reinstate(process.undo, sets, grown.puppet.syscall)
+        self._keepers.settle()
         self._keepers.set_limits()
         finish.put_on(image, growth, lambda process, index: registers[process.pids[0]][index])
 
@@ -354,7 +358,7 @@ async def rebuilt(
             await feed.fill(space, rebuilding.contents.fd(space))
             await tracer.run(rebuilding.contents.finish_fill, space)
         rebuilding.contents.seal_early()
-        await tracer.run(rebuilding.mount)
+        await tracer.run(rebuilding.furnish)
         while (fill := await tracer.run(rebuilding.next_fill)) is not None:
             await feed.fill(fill.space, await tracer.run(rebuilding.memory_of, fill))
         await feed.expect_end()

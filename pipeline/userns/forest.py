@@ -22,6 +22,10 @@ IdKind = Literal["uid", "gid", "projid"]
 MAX_DEPTH = 33
 
 
+#: what an id without a number looks like (/proc/sys/kernel/overflowuid)
+OVERFLOW_ID = 65534
+
+
 class Forest:
     """All user namespaces of an image, by index.
 
@@ -99,6 +103,12 @@ class Forest:
                 return None
             number = found
         return number if namespace else self._maps[0, kind].up(number)
+
+    def makers_ids(self, index: int) -> tuple[int, int]:
+        """A uid and a gid to make things with in namespace `index`: 0 where it is mapped, else the first that is."""
+        maps = (self.map_of(index, "uid"), self.map_of(index, "gid"))
+        uid, gid = (0 if m.up(0) is not None or not m.extents else m.extents[0].inner for m in maps)
+        return uid, gid
 
     def at_a_root(self, found: Id, kind: IdKind) -> Id:
         """An id that nobody in the tree holds (a file's owner): in the root of the forest that maps it, if one does."""

@@ -12,9 +12,7 @@ from collections.abc import Iterable, Sequence
 from msgspec import Struct
 
 from pipeline.image.schema import Credentials, Extent, Id, Memberships, Namespace, UserNamespace
-from pipeline.userns.forest import Forest, IdKind
-
-OVERFLOW_ID = 65534
+from pipeline.userns.forest import OVERFLOW_ID, Forest, IdKind
 
 
 class Resident(Struct, frozen=True):

@@ -14,11 +14,29 @@ import os
 import socket
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 
 from pipeline.ids import LocalFd
+from pipeline.kernel import nsfs
 from pipeline.kernel.syscalls import CLONE, setns, unshare
 
 _CHUNK_BYTES = 1 << 16
+
+
+def as_owner(namespace: LocalFd, kind: int, owned: bool, fds: ExitStack) -> list[tuple[int, int]]:
+    """The way into a namespace with the ids and capabilities of the user namespace that owns it.
+
+    Args:
+        namespace: stays the caller's; `kind` is its CLONE_NEW* flag.
+        owned: by another user namespace than our own, which joins it first.
+        fds: closes what is opened.
+    """
+    way = [(int(namespace), int(kind))]
+    if owned:
+        owner = nsfs.owner(namespace)
+        fds.callback(os.close, owner)
+        way.insert(0, (int(owner), int(CLONE.NEWUSER)))
+    return way
 
 
 def visit(namespaces: Sequence[tuple[int, int]], look: Callable[[], bytes], *, alone: bool = False) -> bytes:
@@ -56,6 +74,17 @@ def fetch(namespaces: Sequence[tuple[int, int]], make: Callable[[], int]) -> Loc
         _, (made,), _, _ = socket.recv_fds(ours, 1, 1)
     os.set_inheritable(made, False)
     return LocalFd(made)
+
+
+def become(uid: int, gid: int) -> None:
+    """Take ids to make files and other objects with; for a visitor that is a process, in its user namespace.
+
+    It keeps all capabilities: its ids are either these, or have no number there.
+    """
+    if os.getgid() != gid:
+        os.setresgid(gid, gid, gid)
+    if os.getuid() != uid:
+        os.setresuid(uid, uid, uid)
 
 
 def read_file(path: str | bytes) -> bytes:

@@ -12,6 +12,7 @@ from typing import Any, Self
 
 from pipeline.ids import HostPid
 from pipeline.image.schema import Id, PathRef
+from pipeline.resources.memory.scope import CannotCarry
 
 PRELUDE = r"""
 import ctypes, errno, json, os, sys
@@ -102,6 +103,9 @@ class Scope:
 
     def path(self, pid: HostPid, link: bytes) -> PathRef:
         return PathRef(0, link)
+
+    def segment(self, pid: HostPid, identifier: int) -> int:
+        raise CannotCarry("is a System V shared memory segment of outside")
 
     def user(self, uid: int) -> Id:
         return Id(0, uid)

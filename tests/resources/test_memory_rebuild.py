@@ -154,7 +154,7 @@ def test_every_mapping_is_made_again(folder: str) -> None:
             fds = Sources(objects).give(puppet, rebuild.sources(space.vmas))
             empty(puppet, space)
             set_bounds(puppet, space, -1)
-            puppet.run_checked(rebuild.create(space, fds))
+            puppet.run_checked(rebuild.create(space, fds, {}))
             fill(target.pid, found.runs, puppet)
             puppet.run_checked(rebuild.complete(space))
             again = capture_address_space(puppet.pid, objects, brk=RemoteAddress(0))
@@ -225,13 +225,13 @@ def grow_and_compare(
         puppet.exec_puppet()
         fds = Sources(objects).give(puppet, rebuild.sources(parents.space.vmas))
         empty(puppet, parents.space)
-        puppet.run_checked(rebuild.create(parents.space, fds))
+        puppet.run_checked(rebuild.create(parents.space, fds, {}))
         fill(parent_pid, parents.runs, puppet)
         twin = puppet.clone_task(CLONE.PARENT)
         try:
             wanted = rebuild.missing(parents.space, space)
             assert set(wanted) < set(rebuild.sources(space.vmas))
-            twin.run_checked(rebuild.inherit(parents.space, space, Sources(objects).give(twin, wanted)))
+            twin.run_checked(rebuild.inherit(parents.space, space, Sources(objects).give(twin, wanted), {}))
             fill(child_pid, plan.send, twin)
             twin.run_checked(rebuild.complete(space))
             puppet.run_checked(rebuild.complete(parents.space))
@@ -273,4 +273,4 @@ def test_a_missing_descriptor_is_named() -> None:
         auxv=b"",
     )
     with pytest.raises(RebuildError, match="no descriptor of file 4"):
-        rebuild.create(space, {})
+        rebuild.create(space, {}, {})

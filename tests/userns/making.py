@@ -32,7 +32,8 @@ def making(forest: Forest, namespaces: Mapping[int, Namespace] | None = None) ->
         claims.callback(launcher.kill_and_reap)
         keepers = Keepers(launcher, forest, claims)
         keepers.make(namespaces or {})
-        keepers.mount(_no_content)
+        keepers.furnish(_no_content)
+        keepers.settle()
         yield keepers
     assert not LEDGER.held()
 

@@ -61,7 +61,7 @@ def test_namespaces_of_a_plain_user_are_made_again() -> None:
             assert inner.owner == Id(0, USER)
             assert inner.setgroups == "deny"
             assert own_namespace(capture, "uts").state["hostname"] == b"plain"
-            assert own_namespace(capture, "ipc").state == {"sysctls": {"kernel/msgmax": b"4096"}}
+            assert own_namespace(capture, "ipc").state["sysctls"] == {"kernel/msgmax": b"4096"}
 
             def restore() -> None:
                 cradle.enter()

@@ -131,6 +131,8 @@ def _backing(
             return None
         case "file":
             return objects.mapped_file(pid, mapping, not shape.private and shape.may_write, place)
+        case "sysv":
+            return objects.scope.segment(pid, mapping.inode)
         case _:
             return objects.shared_mapping(pid, mapping, shape.backing)
 

@@ -68,8 +68,8 @@ _SPECIAL: dict[bytes, VmaKind] = {
 }
 _DELETED = b" (deleted)"
 
-#: What is behind a mapping. ``device``: /dev/zero mapped privately. ``sysv`` and others are refused.
-Backing = Literal["none", "file", "anon_shared", "memfd"]
+#: What is behind a mapping. ``device``: /dev/zero mapped privately.
+Backing = Literal["none", "file", "anon_shared", "memfd", "sysv"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +174,7 @@ def _on_kernel_shmem(name: bytes) -> tuple[VmaKind, Backing, bytes]:
     if name.startswith(b"/memfd:") and name.endswith(_DELETED):
         return "shared", "memfd", b""
     if name.startswith(b"/SYSV"):
-        raise CannotCarry("is a System V shared memory segment", "use memfd_create or shm_open")
+        return "sysv", "sysv", b""
     raise CannotCarry(f"is memory of a kernel driver, {os.fsdecode(name)}", "close the device")
 
 

@@ -207,13 +207,16 @@ def read_runs(
 # -- shared memory and files ---------------------------------------------------------------
 
 
-def data_runs(fd: LocalFd, size_bytes: int) -> list[Range]:
+def data_runs(fd: LocalFd, size_bytes: int, begin: int = 0) -> list[Range]:
     """The parts of a file that are not holes: [start, end) offsets, page aligned, ascending.
+
+    Args:
+        begin, size_bytes: where to look, from an offset to another; `begin` is page aligned.
 
     Moves the position of `fd`: it must be an open file description of our own.
     """
     runs: list[Range] = []
-    at = 0
+    at = begin
     while at < size_bytes:
         try:
             start = os.lseek(fd, at, os.SEEK_DATA)
@@ -222,6 +225,9 @@ def data_runs(fd: LocalFd, size_bytes: int) -> list[Range]:
             if error.errno != errno.ENXIO:
                 raise
             break
+        if start >= size_bytes:
+            break
+        at = min(at, size_bytes)
         start -= start % PAGE_BYTES
         runs.append((start, min(at + -at % PAGE_BYTES, size_bytes + -size_bytes % PAGE_BYTES)))
     return runs

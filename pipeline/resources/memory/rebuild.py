@@ -14,7 +14,7 @@ Only MADV_HUGEPAGE and MADV_NOHUGEPAGE belong to step 1: they decide how pages a
 Not preserved: copy-on-write sharing of locked pages (mlock gives each process its own),
 names of anonymous memory on a kernel without CONFIG_ANON_VMA_NAME.
 
-Sources: mmap(2), madvise(2), mlock2(2), prctl(2) PR_SET_VMA, mseal(2).
+Sources: mmap(2), madvise(2), mlock2(2), prctl(2) PR_SET_VMA, mseal(2), shmat(2).
 """
 
 from __future__ import annotations
@@ -32,11 +32,13 @@ from pipeline.kernel.syscalls import PRCTL
 from pipeline.remote.calls import Call
 from pipeline.resources.memory.alike import HUGE_ADVICE, huge_advice, ordinary, overlaps
 from pipeline.resources.memory.classify import MAP_ANONYMOUS, MAP_FIXED_NOREPLACE
+from pipeline.resources.namespaces.ipc import Segment
 
 _MADV_DONTNEED = 4
 _MADV_GUARD_INSTALL = 102
 _MLOCK_ONFAULT = 1
 _PR_SET_VMA_ANON_NAME = 0
+_SHM_RDONLY = 0o10000
 #: above the page of the puppet program
 _LOWEST = 0x100_0000
 #: a growing stack above a hole needs room (stack_guard_gap is 256 pages)
@@ -57,13 +59,15 @@ class Source(NamedTuple):
     read_only: bool
 
 
+#: System V segments of the process's ipc namespace, by space
+Segments = Mapping[Index, Segment]
 #: descriptors in the puppet
 Sources = Mapping[Source, RemoteFd]
 
 
 def source_of(vma: Vma) -> Source | None:
-    """What `vma` needs a descriptor of; None for private anonymous memory."""
-    if vma.backing is None:
+    """What `vma` needs a descriptor of; None for private anonymous memory and System V segments."""
+    if vma.backing is None or vma.kind == "sysv":
         return None
     return Source(vma.kind, vma.backing, vma.readonly_file)
 
@@ -76,12 +80,14 @@ def sources(vmas: Iterable[Vma]) -> list[Source]:
 # -- step 1 ------------------------------------------------------------------------------
 
 
-def create(space: AddressSpace, fds: Sources) -> list[Call]:
+def create(space: AddressSpace, fds: Sources, segments: Segments) -> list[Call]:
     """Make every mapping of `space` in an address space where their ranges are free."""
-    return [call for vma in ordinary(space.vmas) for call in _map(vma, vma.start, vma.end, fds)]
+    vmas = ordinary(space.vmas)
+    calls = [call for pieces in _attachments(vmas) for call in _attach(pieces, segments)]
+    return calls + [call for vma in vmas for call in _map(vma, vma.start, vma.end, fds)]
 
 
-def inherit(parent: AddressSpace, child: AddressSpace, fds: Sources) -> list[Call]:
+def inherit(parent: AddressSpace, child: AddressSpace, fds: Sources, segments: Segments) -> list[Call]:
     """Turn the mappings of `parent`, before its step 3, into those of `child`, where they differ.
 
     `fds` needs only what `missing` names. Ranges of `child.dropped` are emptied.
@@ -93,6 +99,11 @@ def inherit(parent: AddressSpace, child: AddressSpace, fds: Sources) -> list[Cal
         Call(NR.munmap, (a, b - a), name=f"munmap {a:x}-{b:x}")
         for a, b in subtract(merged(had), merged(kept))
     ]
+    for pieces in _attachments(ordinary(child.vmas)):
+        new = [vma for vma in pieces if subtract([(vma.start, vma.end)], kept)]
+        if new and new != pieces:
+            raise RebuildError(f"segment at {new[0].start:x}: the child has more of it than its parent")
+        calls.extend(_attach(new, segments))
     for vma in ordinary(child.vmas):
         for start, end in subtract([(vma.start, vma.end)], kept):
             calls.extend(_map(vma, start, end, fds))
@@ -114,7 +125,39 @@ def missing(parent: AddressSpace, child: AddressSpace) -> list[Source]:
     return sources(vma for vma in ordinary(child.vmas) if subtract([(vma.start, vma.end)], kept))
 
 
+def _attachments(vmas: Iterable[Vma]) -> list[list[Vma]]:
+    """The mappings of System V segments, those together that one shmat(2) has made."""
+    found: dict[tuple[Index | None, int], list[Vma]] = {}
+    for vma in vmas:
+        if vma.kind == "sysv":
+            found.setdefault((vma.backing, vma.start - vma.offset), []).append(vma)
+    return list(found.values())
+
+
+def _attach(pieces: Sequence[Vma], segments: Segments) -> Iterator[Call]:
+    """Attach a segment where its pieces are; what is not there any more is unmapped."""
+    if not pieces:
+        return
+    first = pieces[0]
+    start = first.start - first.offset
+    if first.backing is None or first.backing not in segments:
+        raise RebuildError(f"mapping {first.start:x}: its segment is not in the image")
+    segment = segments[first.backing]
+    end = start + segment.size_bytes + -segment.size_bytes % PAGE_BYTES
+    flags, prot = (_SHM_RDONLY, 1) if first.readonly_file else (0, 3)
+    yield Call(NR.shmat, (segment.id, start, flags), name=f"shmat {segment.id} at {start:x}")
+    for a, b in subtract([(start, end)], [(vma.start, vma.end) for vma in pieces]):
+        yield Call(NR.munmap, (a, b - a), name=f"munmap {a:x}-{b:x}")
+    for vma in pieces:
+        if vma.prot != prot:
+            yield Call(
+                NR.mprotect, (vma.start, vma.end - vma.start, vma.prot), name=f"mprotect {vma.start:x}"
+            )
+
+
 def _map(vma: Vma, start: int, end: int, fds: Sources) -> Iterator[Call]:
+    if vma.kind == "sysv":
+        return
     name = f"mmap {start:x}-{end:x}"
     source = source_of(vma)
     flags = vma.flags | MAP_FIXED_NOREPLACE

@@ -30,6 +30,9 @@ class MemoryScope(Protocol):
         The same inode gives the same space, so that a deleted file that is both open and mapped stays one.
         """
 
+    def segment(self, pid: HostPid, identifier: int) -> Index:
+        """The space of a System V segment of the ipc namespace of `pid`; raises CannotCarry if it has none."""
+
 
 class CannotCarry(Exception):
     """A mapping (or what is behind it) is refused; the catcher knows which one and makes the `Blocker`."""

@@ -24,17 +24,18 @@ import msgspec
 
 from pipeline.errors import RebuildError
 from pipeline.ids import LocalFd
-from pipeline.image.schema import Memberships, Namespace, NamespaceKind, UserNamespace
+from pipeline.image.schema import Id, Memberships, Namespace, NamespaceKind, UserNamespace
 from pipeline.kernel.arch.x86_64 import NR
 from pipeline.kernel.syscalls import CLONE, PRCTL
 from pipeline.remote.calls import Call
 from pipeline.remote.puppet import Puppet
-from pipeline.resources.namespaces import clocks, mounts, names, network, pids
+from pipeline.resources.namespaces import clocks, ipc, mounts, names, network, pids
 from pipeline.resources.namespaces.members import FLAGS
 from pipeline.resources.namespaces.mounting import Mounting
 from pipeline.resources.namespaces.seats import Seats, join
 from pipeline.userns.forest import Forest, IdKind
 from pipeline.userns.idmap import MapError
+from pipeline.userns.visit import become, visit
 
 _NO_SETUID_FIXUP = 1 << 2
 _KEEP_CAPS = 1 << 4
@@ -65,6 +66,7 @@ class Keepers:
         self._mounting = Mounting(self.seats, forest)
         claims.callback(self._mounting.close)
         self._networks: dict[int, network.NetState] = {}
+        self._ipc: dict[int, ipc.IpcState] = {}
 
     def make(self, namespaces: Mapping[int, Namespace], begun_later: Collection[int] = ()) -> None:
         """Make every user namespace, and every other one but pid namespaces, which begin with a process.
@@ -199,6 +201,9 @@ class Keepers:
         keeper = self._clone(self.seats.user[namespace.owner])
         if namespace.kind == "ipc":  # the root of its message queues will belong to the maker
             self._become_root_inside(namespace.owner, keeper)
+            state = msgspec.convert(namespace.state, ipc.IpcState)
+            ipc.check(state)
+            self._ipc[namespace.index] = state
         if namespace.kind != "time":
             keeper.syscall(NR.unshare, FLAGS[namespace.kind])
         self.seats.other[namespace.index] = keeper
@@ -207,12 +212,10 @@ class Keepers:
                 clocks.begin(msgspec.convert(namespace.state, clocks.TimeState), keeper)
             case "net":
                 self._networks[namespace.index] = msgspec.convert(namespace.state, network.NetState)
-            case "cgroup":
-                pass  # its root is the cgroup that we are in
+            case "cgroup" | "ipc":
+                pass  # the root of the one is the cgroup that we are in; the other is furnished later
             case "uts":
                 names.create_uts(msgspec.convert(namespace.state, names.UtsState), keeper)
-            case "ipc":
-                names.create_ipc(msgspec.convert(namespace.state, names.IpcState), keeper)
             case _:
                 raise RebuildError(f"{namespace.kind} namespaces are not carried")
 
@@ -248,9 +251,68 @@ class Keepers:
         """See `Mounting.check_done`."""
         self._mounting.check_done()
 
-    def mount(self, contents: Callable[[int], LocalFd]) -> None:
-        """Do the mounts that need no process of the tree; see `Mounting.begin`."""
+    def furnish(self, contents: Callable[[int], LocalFd]) -> None:
+        """Make what namespaces hold, and do the mounts, as far as they need no process of the tree.
+
+        Args:
+            contents: the bytes of segments and of the files of a tmpfs, by space: complete; the descriptors stay
+                their owner's.
+
+        Raises:
+            RebuildError: the kernel refuses a step; says which.
+        """
+        for index, state in self._ipc.items():
+            self._act_in_ipc(index, lambda numbers, state=state: ipc.create(state, numbers, contents))  # type: ignore[misc]
         self._mounting.begin(contents)
+
+    def settle(self) -> None:
+        """What namespaces hold becomes what it was, once processes have what they need of it."""
+        for index, state in self._ipc.items():
+            self._act_in_ipc(index, lambda numbers, state=state: ipc.settle(state, numbers))  # type: ignore[misc]
+
+    def _act_in_ipc(self, index: int, act: Callable[[ipc.Translate], bytes]) -> None:
+        state = self._ipc[index]
+        numbers = {
+            one.permissions: self._numbers(one.permissions, index)
+            for group in (state.segments, state.semaphores, state.queues)
+            for one in group
+        }
+        owner = self.seats.records[index].owner
+        ids = self._forest.makers_ids(owner)
+
+        def work() -> bytes:
+            if owner:
+                become(*ids)
+            return act(numbers.__getitem__)
+
+        try:
+            with self.seats.way_into(index) as way:
+                visit(way, work, alone=True)
+        except OSError as error:
+            raise RebuildError(f"ipc namespace {index}: {error.strerror}") from error
+
+    def _numbers(self, permissions: ipc.Permissions, index: int) -> ipc.Numbers:
+        """Who may use an object, as the owner of its namespace knows them."""
+        owner = self.seats.records[index].owner
+        wanted: list[tuple[Id, IdKind]] = [
+            (permissions.uid, "uid"),
+            (permissions.gid, "gid"),
+            (permissions.cuid, "uid"),
+            (permissions.cgid, "gid"),
+        ]
+        found = []
+        for one, kind in wanted:
+            number = self._forest.number_in(one, owner, kind)
+            if number is None:
+                raise RebuildError(
+                    f"ipc namespace {index}: an object belongs to {kind} {one.id}, who has no number here"
+                )
+            found.append(number)
+        return ipc.Numbers(*found)
+
+    def ipc_state(self, index: int) -> ipc.IpcState:
+        """What an ipc namespace of the tree holds; nothing, for one that is not the tree's."""
+        return self._ipc.get(index, ipc.IpcState())
 
     def begin_time(self, timens: int, puppet: Puppet) -> None:
         """Let a process of the tree make time namespace `timens` for its children.

@@ -15,9 +15,11 @@ Sources: namespaces(7), pid_namespaces(7), ioctl_ns(2).
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import os
 import socket
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -32,19 +34,24 @@ from pipeline.image.schema import Memberships, Namespace, NamespaceKind
 from pipeline.kernel import nsfs, procfs
 from pipeline.kernel.nsfs import NamespaceKey
 from pipeline.kernel.syscalls import CLONE
-from pipeline.resources.namespaces import cgroups, clocks, names
+from pipeline.resources.memory.scope import CannotCarry
+from pipeline.resources.namespaces import cgroups, clocks, ipc_view, names
+from pipeline.resources.namespaces.ipc import Semaphores
+from pipeline.resources.namespaces.ipc_view import IpcView
 from pipeline.resources.namespaces.mounts_capture import MountsCapture, MountSeat
 from pipeline.resources.namespaces.network_view import NetworkView
 from pipeline.resources.namespaces.pids import PidState
 from pipeline.userns.capture import LiveForest, OutsideError, outside_blocker
 from pipeline.userns.externals import Externals, opened
-from pipeline.userns.visit import fetch
+from pipeline.userns.forest import OVERFLOW_ID, IdKind
+from pipeline.userns.visit import as_owner, fetch
 
 KINDS: tuple[NamespaceKind, ...] = ("pid", "mnt", "uts", "ipc", "net", "cgroup", "time")
 FLAGS = {
     "pid": CLONE.NEWPID, "mnt": CLONE.NEWNS, "uts": CLONE.NEWUTS, "ipc": CLONE.NEWIPC,
     "net": CLONE.NEWNET, "cgroup": CLONE.NEWCGROUP, "time": CLONE.NEWTIME, "user": CLONE.NEWUSER,
 }  # fmt: skip
+_ID_KINDS: tuple[IdKind, IdKind] = ("uid", "gid")
 #: opens the network namespace of a socket (include/uapi/linux/sockios.h)
 _SIOCGSKNS = 0x894C
 _LINKS = (*KINDS, "pid_for_children", "time_for_children")
@@ -108,6 +115,9 @@ class NamespaceCapture:
         self.memberships: dict[HostPid, Memberships] = {}
         self._numbers: dict[tuple[str, NamespaceKey], int] = {}
         self._seats: dict[int, _Seat] = {}
+        self._ipc: dict[int, IpcView] = {}
+        #: mappings of segments, by ipc namespace and identifier
+        self._attached: Counter[tuple[int, int]] = Counter()
         self._externals = externals or {}
         own = nsfs.keys(HostPid(os.getpid()))
         with opened(self._externals) as fds:
@@ -316,12 +326,59 @@ class NamespaceCapture:
         if namespace.kind == "uts":
             return names.capture_uts(way)
         if namespace.kind == "ipc":
-            state, blockers = names.capture_ipc(f"pid {pid}", way)
-            self.blockers.extend(blockers)
-            return state
+            view = self._look_at_ipc(namespace, pid)
+            self.blockers.extend(view.blockers)
+            return view.state
         state_of_mounts, found = self._mounts.state(namespace.index)
         self.blockers.extend(found)
         return state_of_mounts
+
+    def _look_at_ipc(self, namespace: Namespace, pid: HostPid) -> IpcView:
+        forest, owner = self._forest.forest(), namespace.owner
+        mapped = [not owner or forest.map_of(owner, kind).up(OVERFLOW_ID) is not None for kind in _ID_KINDS]
+        with ExitStack() as fds:
+            fd = self._seats[namespace.index].open()
+            fds.callback(os.close, fd)
+            way = as_owner(fd, FLAGS["ipc"], bool(owner), fds)
+            view = ipc_view.look(f"pid {pid}", way, owner, (mapped[0], mapped[1]))
+        if not owner:
+            view = dataclasses.replace(view, state=ipc_view.at_roots(view.state, forest.at_a_root))
+        self._ipc[namespace.index] = view
+        return view
+
+    def semaphores(self, pid: HostPid) -> Sequence[Semaphores]:
+        """The semaphore sets of the ipc namespace of a process, if that is the tree's."""
+        view = self._ipc.get(self.memberships[pid].ipc)
+        return view.state.semaphores if view is not None else []
+
+    def segment(self, pid: HostPid, identifier: int) -> int:
+        """The space of the segment that a mapping of a process shows.
+
+        Raises:
+            CannotCarry: it is not of the tree.
+        """
+        index = self.memberships[pid].ipc
+        view = self._ipc.get(index)
+        for segment in view.state.segments if view is not None else ():
+            if segment.id == identifier:
+                self._attached[index, identifier] += 1
+                return segment.space
+        raise CannotCarry(
+            "is a System V shared memory segment of an ipc namespace that is not the tree's",
+            "start the program in an ipc namespace of its own (unshare --ipc)",
+        )
+
+    def attachment_blockers(self) -> Iterator[Blocker]:
+        """Segments that somebody else has attached, once all mappings of the tree have been asked for."""
+        for index, view in self._ipc.items():
+            for identifier, count in view.attachments.items():
+                if count != self._attached[index, identifier]:
+                    yield Blocker(
+                        f"pid {self._seats[index].pid}",
+                        f"its ipc namespace holds shared memory segment {identifier}, which is attached {count} "
+                        f"times, {self._attached[index, identifier]} of them by processes of the tree that are in it",
+                        "give a tree that holds all of them",
+                    )
 
     def _networks(self) -> dict[int, Callable[[], LocalFd]]:
         """How to open each network namespace, the external one too."""
@@ -348,10 +405,22 @@ class NamespaceCapture:
         return MountsCapture(seats, forest, self._pid_namespace_at, self._ipc_namespace_of)
 
     def take_contents(self, content: Callable[[LocalFd, int], int]) -> None:
-        """Copy the bytes that the tmpfs of a frozen tree hold; see `MountsCapture.with_contents`."""
+        """Copy the bytes that segments and tmpfs of a frozen tree hold.
+
+        Args:
+            content: registers bytes: a descriptor, which stays the caller's, and their number; returns the space.
+
+        Raises:
+            OSError: something cannot be read, or memory is out.
+        """
+        for index, view in self._ipc.items():
+            with ExitStack() as fds:
+                state = ipc_view.with_contents(view.state, self._way(index, fds), content)
+            self._ipc[index] = dataclasses.replace(view, state=state)
+            self._keep(self.namespaces[index], state)
         if any(n.kind == "mnt" and not n.external for n in self.namespaces):
-            for index, state in self._mounts.with_contents(content):
-                self._keep(self.namespaces[index], state)
+            for index, mounts in self._mounts.with_contents(content):
+                self._keep(self.namespaces[index], mounts)
 
     def _way(self, index: int, fds: ExitStack) -> names.Way:
         """What a visitor joins to be in namespace `index`; the descriptors are closed by `fds`."""
@@ -444,7 +513,7 @@ class NamespaceCapture:
         for namespace in self.namespaces:
             if namespace.kind == "ipc" and not namespace.external:
                 with ExitStack() as fds, suppress(OSError, procfs.ProcessGone):
-                    if names.mqueue_device(self._way(namespace.index, fds)) == device:
+                    if ipc_view.mqueue_device(self._way(namespace.index, fds)) == device:
                         return namespace.index
         return None
 

@@ -19,10 +19,8 @@ from pipeline.remote.puppet import Puppet
 from pipeline.resources.namespaces import mounts, tmpfs
 from pipeline.resources.namespaces.mounts import Step
 from pipeline.resources.namespaces.seats import Seats, join
-from pipeline.userns.forest import Forest, IdKind
-from pipeline.userns.visit import fetch, visit
-
-_KINDS: tuple[IdKind, IdKind] = ("uid", "gid")
+from pipeline.userns.forest import Forest
+from pipeline.userns.visit import become, fetch, visit
 
 
 class Mounting:
@@ -160,13 +158,13 @@ class Mounting:
         owner = self._seats.records[mntns].owner
         where = f"the tmpfs at {os.fsdecode(step.point)} of mount namespace {mntns}"
         owners = [self._owner(entry, owner, where) for entry in step.entries]
-        ids = [self._any_id(owner, kind) for kind in _KINDS]
+        ids = self._forest.makers_ids(owner)
         assert self._contents is not None
-        content = self._contents(step.space) if step.space else -1
+        content = self._contents(step.space) if step.space else LocalFd(-1)
 
         def work() -> bytes:
             if owner:
-                tmpfs.become(*ids)
+                become(*ids)
             return tmpfs.fill(tmpfs.Place(step.point), step.entries, owners, content)
 
         try:
@@ -187,8 +185,3 @@ class Mounting:
                 f"{where}: {name} belongs to {entry.uid.id}:{entry.gid.id}, who has no number here"
             )
         return cast(tuple[int, int], tuple(found))
-
-    def _any_id(self, userns: int, kind: IdKind) -> int:
-        """An id that files can be made with in a user namespace: 0 if it is mapped."""
-        found = self._forest.map_of(userns, kind)
-        return 0 if found.up(0) is not None or not found.extents else found.extents[0].inner

@@ -17,15 +17,14 @@ from msgspec.structs import replace
 from pipeline.errors import Blocker
 from pipeline.ids import HostPid, LocalFd
 from pipeline.image.schema import Id
-from pipeline.kernel import nsfs
 from pipeline.kernel.mountinfo import Mount, mountinfo
 from pipeline.kernel.syscalls import CLONE
 from pipeline.resources.namespaces import tmpfs
 from pipeline.resources.namespaces.mounts import MountState
 from pipeline.resources.namespaces.mounts_compare import Comparison, PeerGroups, compare
 from pipeline.resources.namespaces.mounts_view import NAMELESS, MountsView, Surroundings
-from pipeline.userns.forest import Forest, IdKind
-from pipeline.userns.visit import fetch, visit
+from pipeline.userns.forest import OVERFLOW_ID, Forest, IdKind
+from pipeline.userns.visit import as_owner, fetch, visit
 
 _KINDS: tuple[IdKind, IdKind] = ("uid", "gid")
 
@@ -171,12 +170,7 @@ class MountsCapture:
         with ExitStack() as fds:
             inside = seat.open()
             fds.callback(os.close, inside)
-            way = [(int(inside), int(CLONE.NEWNS))]
-            if seat.owner:
-                owner = nsfs.owner(inside)
-                fds.callback(os.close, owner)
-                way.insert(0, (int(owner), int(CLONE.NEWUSER)))
-            yield way
+            yield as_owner(inside, CLONE.NEWNS, bool(seat.owner), fds)
 
     def _list_tmpfs(self, seat: MountSeat, mount: Mount, covers: list[bytes]) -> list[tmpfs.Entry]:
         known = self._listed[seat.index]
@@ -187,7 +181,7 @@ class MountsCapture:
 
     def _list(self, seat: MountSeat, place: tmpfs.Place) -> list[tmpfs.Entry]:
         forest, owner = self._forest, seat.owner
-        mapped = [not owner or forest.map_of(owner, kind).up(tmpfs.OVERFLOW) is not None for kind in _KINDS]
+        mapped = [not owner or forest.map_of(owner, kind).up(OVERFLOW_ID) is not None for kind in _KINDS]
         with self._way_into(seat) as way:
             answer = visit(way, lambda: tmpfs.scan(place, owner, (mapped[0], mapped[1])))
         entries = tmpfs.unpack(answer)

@@ -29,16 +29,17 @@ import msgspec
 from msgspec import Meta, Struct
 
 from pipeline.errors import ImageError
+from pipeline.ids import LocalFd
 from pipeline.image.schema import I64, U32, U64, Id, Path, Small
 from pipeline.kernel.syscalls import CLONE, mount, open_tree, umount2, unshare
+from pipeline.resources.memory.pages import data_runs
+from pipeline.userns.forest import OVERFLOW_ID
 
 _MAX_ENTRIES = 1 << 20
 _PAGE_BYTES = 4096
 _COPY_BYTES = 1 << 20
 _PRIVATE = 1 << 18 | 1 << 14  # MS_PRIVATE | MS_REC
 _DETACH = 2
-#: what an id without a number looks like (/proc/sys/kernel/overflowuid)
-OVERFLOW = 65534
 
 
 class Entry(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -127,7 +128,8 @@ def pack(place: Place, entries: Sequence[Entry]) -> int:
     memory = os.memfd_create("tmpfs", os.MFD_CLOEXEC)
     os.ftruncate(memory, content_bytes(entries))
     for entry in _files(entries):
-        fd = os.open(entry.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NOATIME | os.O_NONBLOCK | os.O_CLOEXEC)
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NOATIME | os.O_NONBLOCK | os.O_CLOEXEC
+        fd = LocalFd(os.open(entry.path, flags))
         try:
             _copy_data(fd, 0, memory, entry.offset, entry.size_bytes)
         finally:
@@ -155,18 +157,9 @@ def check(entries: Sequence[Entry]) -> None:
             directories.add(entry.path)
 
 
-def become(uid: int, gid: int) -> None:
-    """Take ids to create files with; for a visitor that is a process, in its user namespace.
-
-    It has kept all capabilities: its ids are either these, or have no number there.
-    """
-    if os.getgid() != gid:
-        os.setresgid(gid, gid, gid)
-    if os.getuid() != uid:
-        os.setresuid(uid, uid, uid)
-
-
-def fill(place: Place, entries: Sequence[Entry], owners: Sequence[tuple[int, int]], content: int) -> bytes:
+def fill(
+    place: Place, entries: Sequence[Entry], owners: Sequence[tuple[int, int]], content: LocalFd
+) -> bytes:
     """Make every entry in an empty tmpfs; for a visitor.
 
     Args:
@@ -210,7 +203,7 @@ def _entries(userns: int, mapped: tuple[bool, bool]) -> Iterator[Entry]:
             raise OSError(errno.E2BIG, "too many names")
         found = os.lstat(path)
         for value, has_number in zip((found.st_uid, found.st_gid), mapped, strict=True):
-            if value == OVERFLOW and not has_number:
+            if value == OVERFLOW_ID and not has_number:
                 raise OSError(errno.EOVERFLOW, "an id has no number here")
         uid, gid = Id(userns, found.st_uid), Id(userns, found.st_gid)
         if not stat.S_ISDIR(found.st_mode) and found.st_ino in seen:
@@ -247,31 +240,22 @@ def _walk(top: bytes) -> Iterator[bytes]:
             waiting += [prefix + name for name in sorted(os.listdir(path), reverse=True)]
 
 
-def _copy_data(source: int, at: int, target: int, offset: int, size_bytes: int) -> None:
+def _copy_data(source: LocalFd, at: int, target: int, offset: int, size_bytes: int) -> None:
     """Copy `size_bytes` from `at` of `source` to `offset` of `target`, leaving holes out."""
-    end = at + size_bytes
-    position = at
-    while position < end:
-        try:
-            start = os.lseek(source, position, os.SEEK_DATA)
-        except OSError as error:
-            if error.errno == errno.ENXIO:  # nothing but a hole
-                return
-            raise
-        stop = min(end, os.lseek(source, start, os.SEEK_HOLE))
-        while start < stop:
-            data = os.pread(source, min(_COPY_BYTES, stop - start), start)
+    for start, end in data_runs(source, at + size_bytes, at):
+        position, stop = start, min(end, at + size_bytes)
+        while position < stop:
+            data = os.pread(source, min(_COPY_BYTES, stop - position), position)
             if not data:
                 return
-            os.pwrite(target, data, offset + start - at)
-            start += len(data)
-        position = max(stop, start)
+            os.pwrite(target, data, offset + position - at)
+            position += len(data)
 
 
 # -- making ----------------------------------------------------------------------------------
 
 
-def _make(entry: Entry, entries: Sequence[Entry], content: int) -> None:
+def _make(entry: Entry, entries: Sequence[Entry], content: LocalFd) -> None:
     kind = stat.S_IFMT(entry.mode)
     if entry.link >= 0:
         os.link(entries[entry.link].path, entry.path, follow_symlinks=False)

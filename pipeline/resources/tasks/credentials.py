@@ -25,6 +25,7 @@ from pipeline.kernel.arch.x86_64 import NR
 from pipeline.kernel.syscalls import PRCTL
 from pipeline.remote.calls import Call
 from pipeline.remote.puppet import Puppet
+from pipeline.userns.forest import OVERFLOW_ID
 
 _NO_ID = 0xFFFF_FFFF
 _KEEP_CAPS = 1 << 4
@@ -33,7 +34,6 @@ _AMBIENT_RAISE = 2
 _AMBIENT_CLEAR_ALL = 4
 _CAPABILITY_VERSION_3 = 0x20080522
 
-_OVERFLOW_ID = 65534
 
 #: what an `Id` is called in a user namespace of the image; None where it has no mapping
 Number = Callable[[Id, int], int | None]
@@ -135,7 +135,7 @@ def _ids_of_our_namespace(name: str) -> list[range]:
 def _seen(wanted: Id, number: Number, mapped: Sequence[range]) -> int:
     """How /proc shows an id to us: the overflow id where our own user namespace does not map it."""
     found = number(wanted, 0)
-    return found if found is not None and any(found in ids for ids in mapped) else _OVERFLOW_ID
+    return found if found is not None and any(found in ids for ids in mapped) else OVERFLOW_ID
 
 
 def after_join(wanted: Credentials, uid: Number, gid: Number, now: procfs.Status) -> Iterator[Call]:

@@ -25,11 +25,11 @@ from pipeline.image.schema import Id, PendingSignal, Process, Thread
 from pipeline.kernel import procfs, ptrace
 from pipeline.kernel.arch.x86_64 import NR
 from pipeline.remote.calls import Call
+from pipeline.userns.forest import OVERFLOW_ID
 
 SIGNALS = range(1, 65)
 #: si_code of signals that name who sent them: kill, sigqueue, message queues, tgkill
 _SENT_BY_SOMEBODY = {0, -1, -3, -6}
-_OVERFLOW_ID = 65534
 _SS_ONSTACK = 1
 _SS_DISABLE = 2
 _INFO_BYTES = 128
@@ -156,5 +156,5 @@ def _with_sender(pending: PendingSignal, userns: int, uid: Number) -> bytes:
         struct.pack_into("<i", info, 16, pending.pid)
     if pending.uid is not None:
         number = uid(pending.uid, userns)
-        struct.pack_into("<I", info, 20, _OVERFLOW_ID if number is None else number)
+        struct.pack_into("<I", info, 20, OVERFLOW_ID if number is None else number)
     return bytes(info)

@@ -1,0 +1,282 @@
+"""Looking at an ipc namespace: a visitor lists its System V objects, and copies what they hold without changing it.
+
+Messages are read with MSG_COPY, which leaves them in their queue; segments through a mapping of the visitor's own,
+or, by root, through a descriptor of that mapping, so that they are not copied at all.
+
+Refused by name: ids that the owning user namespace does not map, POSIX message queues, whose messages nobody can
+read without taking them, and segments of huge pages.
+
+Sources: sysvipc(7), shmctl(2), semctl(2), msgrcv(2) on MSG_COPY, mq_overview(7).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+from msgspec.structs import replace
+
+from pipeline.errors import Blocker
+from pipeline.ids import LocalFd
+from pipeline.image.schema import Id
+from pipeline.kernel.arch.x86_64 import NR
+from pipeline.kernel.syscalls import CLONE, mount, syscall, unshare
+from pipeline.resources.namespaces.ipc import (
+    IPC_STAT,
+    PERM,
+    SYSCTLS,
+    IpcState,
+    Permissions,
+    Queue,
+    Segment,
+    Semaphores,
+)
+from pipeline.userns.forest import OVERFLOW_ID, IdKind
+from pipeline.userns.visit import fetch, read_file, visit
+
+_GETALL = 13
+_COPY = 0o40000 | 0o4000  # MSG_COPY | IPC_NOWAIT
+_RDONLY = 0o10000
+_DEST, _LOCKED = 0o1000, 0o2000
+_PAGE_BYTES = 4096
+_CHUNK_BYTES = 1 << 20
+_PRIVATE_RECURSIVE = 0x40000 | 0x4000
+
+#: descriptor and CLONE_NEW* flag of every namespace that a visitor joins
+Way = Sequence[tuple[int, int]]
+
+
+class _Found(Struct, array_like=True):
+    """What a visitor says: sysctls, objects, how many attachments each segment has, POSIX queues."""
+
+    sysctls: dict[str, bytes]
+    segments: list[Segment]
+    semaphores: list[Semaphores]
+    queues: list[Queue]
+    attachments: dict[int, int]
+    posix: list[str]
+
+
+@dataclass(frozen=True)
+class IpcView:
+    """An ipc namespace. `attachments`: how many mappings of it each segment has, by identifier."""
+
+    state: IpcState
+    attachments: dict[int, int]
+    blockers: list[Blocker]
+
+
+def look(subject: str, way: Way, userns: int, mapped: tuple[bool, bool]) -> IpcView:
+    """What an ipc namespace holds, without the bytes of segments.
+
+    Args:
+        way: into it, as its owner.
+        userns: the index of the owner, which ids get; `mapped`: whether it maps the overflow uid and gid.
+
+    Raises:
+        OSError: it cannot be joined.
+    """
+    found = msgspec.msgpack.decode(visit(way, lambda: msgspec.msgpack.encode(_look(userns))), type=_Found)
+    blockers = [
+        Blocker(
+            subject, f"its ipc namespace holds POSIX message queue /{name}, which is not carried", "remove it"
+        )
+        for name in found.posix
+    ]
+    kinds = (
+        ("shared memory segment", found.segments),
+        ("semaphore set", found.semaphores),
+        ("message queue", found.queues),
+    )
+    blockers += [
+        Blocker(
+            subject,
+            f"its ipc namespace holds {kind} {one.id} of an id that its user namespace does not map",
+            "remove it (ipcrm)",
+        )
+        for kind, objects in kinds
+        for one in objects
+        if not _has_numbers(one.permissions, mapped)
+    ]
+    state = IpcState(
+        sysctls=found.sysctls,
+        segments=found.segments,
+        semaphores=found.semaphores,
+        queues=found.queues,
+    )
+    return IpcView(state, found.attachments, blockers)
+
+
+def _has_numbers(permissions: Permissions, mapped: tuple[bool, bool]) -> bool:
+    uids, gids = (permissions.uid, permissions.cuid), (permissions.gid, permissions.cgid)
+    return all(
+        has or all(one.id != OVERFLOW_ID for one in ids)
+        for has, ids in zip(mapped, (uids, gids), strict=True)
+    )
+
+
+def at_roots(state: IpcState, rooted: Callable[[Id, IdKind], Id]) -> IpcState:
+    """The state of a namespace that no user namespace of the tree owns, its ids said in the roots of the forest."""
+
+    def moved(found: Permissions) -> Permissions:
+        return Permissions(
+            found.key,
+            found.mode,
+            rooted(found.uid, "uid"),
+            rooted(found.gid, "gid"),
+            rooted(found.cuid, "uid"),
+            rooted(found.cgid, "gid"),
+        )
+
+    return replace(
+        state,
+        segments=[replace(one, permissions=moved(one.permissions)) for one in state.segments],
+        semaphores=[replace(one, permissions=moved(one.permissions)) for one in state.semaphores],
+        queues=[replace(one, permissions=moved(one.permissions)) for one in state.queues],
+    )
+
+
+def copy(way: Way, segment: Segment) -> LocalFd:
+    """A descriptor of the bytes of a segment; the caller owns it.
+
+    Raises:
+        OSError: it cannot be attached.
+    """
+    return fetch(way, lambda: _opened(segment))
+
+
+# -- in the visitor ------------------------------------------------------------------------
+
+
+def _look(userns: int) -> _Found:
+    segments, attachments = [], {}
+    for number in _identifiers("shm"):
+        buffer = ctypes.create_string_buffer(112)
+        syscall(NR.shmctl, number, IPC_STAT, buffer)
+        permissions, mode = _permissions(buffer.raw, userns)
+        size, *_, count = struct.unpack_from("<Q3q2iQ", buffer.raw, PERM.size)
+        attachments[number] = count
+        segments.append(
+            Segment(number, permissions, size, removed=bool(mode & _DEST), locked=bool(mode & _LOCKED))
+        )
+    semaphores = []
+    for number in _identifiers("sem"):
+        buffer = ctypes.create_string_buffer(104)
+        syscall(NR.semctl, number, 0, IPC_STAT, buffer)
+        (count,) = struct.unpack_from("<Q", buffer.raw, PERM.size + 32)
+        values = ctypes.create_string_buffer(2 * count)
+        syscall(NR.semctl, number, 0, _GETALL, values)
+        permissions, _ = _permissions(buffer.raw, userns)
+        semaphores.append(Semaphores(number, permissions, list(struct.unpack(f"<{count}H", values.raw))))
+    queues = []
+    for number in _identifiers("msg"):
+        buffer = ctypes.create_string_buffer(120)
+        syscall(NR.msgctl, number, IPC_STAT, buffer)
+        permissions, _ = _permissions(buffer.raw, userns)
+        held, _, limit = struct.unpack_from("<3Q", buffer.raw, PERM.size + 24)
+        queues.append(Queue(number, permissions, limit, list(_messages(number, held))))
+    posix = os.listdir(mount_mqueue())
+    here = _sysctls()
+    unshare(CLONE.NEWIPC)
+    fresh = _sysctls()
+    limits = {name: value for name, value in here.items() if value != fresh[name]}
+    return _Found(limits, segments, semaphores, queues, attachments, posix)
+
+
+def _identifiers(kind: str) -> list[int]:
+    lines = read_file(f"/proc/sysvipc/{kind}").splitlines()[1:]
+    return [int(line.split()[1]) for line in lines]
+
+
+def _permissions(stat: bytes, userns: int) -> tuple[Permissions, int]:
+    key, uid, gid, cuid, cgid, mode, *_ = PERM.unpack_from(stat)
+    ids = (Id(userns, number) for number in (uid, gid, cuid, cgid))
+    return Permissions(key, mode & 0o777, *ids), mode
+
+
+def _messages(number: int, held_bytes: int) -> Iterator[tuple[int, bytes]]:
+    buffer = ctypes.create_string_buffer(8 + held_bytes)
+    index = 0
+    while True:
+        try:
+            size = syscall(NR.msgrcv, number, buffer, held_bytes, index, _COPY)
+        except OSError as error:
+            if error.errno == errno.ENOMSG:
+                return
+            raise
+        yield struct.unpack_from("<q", buffer.raw)[0], buffer.raw[8 : 8 + size]
+        index += 1
+
+
+def _sysctls() -> dict[str, bytes]:
+    return {
+        name: read_file(f"/proc/sys/{name}").strip()
+        for name in SYSCTLS
+        if os.path.exists(f"/proc/sys/{name}")
+    }
+
+
+def mount_mqueue() -> str:
+    """Mount the message queues of the ipc namespace that the caller is in, where only the caller sees them."""
+    unshare(CLONE.NEWNS)
+    mount(None, b"/", None, _PRIVATE_RECURSIVE)
+    mount(b"mqueue", b"/proc/fs", b"mqueue", 0)
+    return "/proc/fs"
+
+
+def mqueue_device(way: Way) -> int:
+    """st_dev of the mqueue file system of an ipc namespace; there is one for each."""
+    return int(visit(way, lambda: b"%d" % os.stat(mount_mqueue()).st_dev))
+
+
+def _opened(segment: Segment) -> int:
+    size = segment.size_bytes + -segment.size_bytes % _PAGE_BYTES
+    address = syscall(NR.shmat, segment.id, 0, _RDONLY)
+    try:
+        return os.open(f"/proc/self/map_files/{address:x}-{address + size:x}", os.O_RDONLY | os.O_CLOEXEC)
+    except PermissionError:
+        return _copied(address, segment.size_bytes)
+    finally:
+        syscall(NR.shmdt, address)
+
+
+def _copied(address: int, size_bytes: int) -> int:
+    """A memfd with the bytes at an address of our own; what is zero stays a hole."""
+    memory: Any = memoryview((ctypes.c_char * size_bytes).from_address(address)).cast("B")
+    made = os.memfd_create("segment", os.MFD_CLOEXEC)
+    os.ftruncate(made, size_bytes)
+    for start in range(0, size_bytes, _CHUNK_BYTES):
+        piece = bytes(memory[start : start + _CHUNK_BYTES])
+        if piece.count(0) != len(piece):
+            os.pwrite(made, piece, start)
+    return made
+
+
+#: registers bytes: a descriptor, which stays the caller's, and their number; returns the space
+Register = Callable[[LocalFd, int], int]
+
+
+def with_contents(state: IpcState, way: Way, content: Register) -> IpcState:
+    """The state of a frozen tree's namespace, its segments' bytes registered.
+
+    Args:
+        way: into the namespace, as somebody who may use everything in it.
+
+    Raises:
+        OSError: a segment cannot be attached.
+    """
+    segments = []
+    for segment in state.segments:
+        fd = copy(way, segment)
+        try:
+            segments.append(replace(segment, space=content(fd, segment.size_bytes)))
+        finally:
+            os.close(fd)
+    return replace(state, segments=segments)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness.settings import Setting
+from tests.harness.settings import Level, Setting
 from tests.harness.tree import ROOT, Tree, reap
 from tests.topologies.catalogue import Step, Steps, fork, ids, ns
 
@@ -23,6 +23,9 @@ pytestmark = pytest.mark.root  # root becomes the user
 
 UID, GID = 1234, 2345
 PLAIN = Setting("plain", host_ids=(UID, GID))
+ROOT_OF_ONE_ID = Setting(
+    "root of one id", (Level((f"0 {UID} 1",), (f"0 {GID} 1",), "deny"),), host_ids=(UID, GID)
+)
 
 
 def own(uid: int, gid: int, around_uid: int = UID, around_gid: int = GID) -> Step:
@@ -75,6 +78,14 @@ ROOTLESS: dict[str, Steps] = {
 }
 
 
+#: programs whose state a plain user can carry; `mappings`, `files` and `sharing` are refused (memfds without a
+#: descriptor, deleted mapped files), and the others want more ids than one, or see the host's namespaces
+STATES = (
+    "anonymous", "attributes", "clocks", "identity", "mounted", "networks", "pipes", "processes", "signals", "sockets",
+    "sysv", "terminal", "threads",
+)  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def user_python() -> str:
     """A Python of our version that every uid may execute, with what is installed here."""
@@ -106,7 +117,16 @@ def as_user(*command: str | Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("name", ROOTLESS)
 def test_topology_of_a_plain_user_is_carried(user_python: str, start: Callable[..., Tree], name: str) -> None:
-    tree = start("topology", PLAIN, [json.dumps(ROOTLESS[name])])
+    carry_as_user(user_python, start("topology", PLAIN, [json.dumps(ROOTLESS[name])]))
+
+
+@pytest.mark.parametrize("program", STATES)
+def test_state_of_a_plain_user_is_carried(user_python: str, start: Callable[..., Tree], program: str) -> None:
+    carry_as_user(user_python, start(program, ROOT_OF_ONE_ID))
+
+
+def carry_as_user(user_python: str, tree: Tree) -> None:
+    """Dump a tree and restore it, as its user."""
     family = tree.pids()
     image, pidfile = tree.directory / "image", tree.directory / "pid"
     engine = [user_python, "-m", "pipeline"]

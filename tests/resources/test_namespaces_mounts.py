@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from pipeline.ids import HostPid
+from pipeline.ids import HostPid, LocalFd
 from pipeline.kernel.arch.x86_64 import NR
 from pipeline.kernel.mountinfo import mountinfo
-from pipeline.kernel.syscalls import CLONE, mount, syscall, unshare
+from pipeline.kernel.syscalls import CLONE, PRCTL, mount, prctl, syscall, unshare
 from tests.userns.making import (
     captured,
     held,
@@ -408,3 +409,47 @@ def test_mixed_propagation(id_map: str | None, place: Path) -> None:
             assert own_namespace(captured(again)[0], "mnt").state == record.state
 
     in_shared_mounts(body)
+
+
+def test_a_tmpfs_of_two_namespaces_is_one_again(place: Path) -> None:
+    """A copy that a user namespace of its own owns; then the original mounts more, so that it is no base for it."""
+    point = place / "a"
+
+    def whole() -> None:
+        begin()
+        mount(b"both", os.fsencode(point), b"tmpfs", 0)
+        (point / "file").write_text("of both")
+        reader, writer = os.pipe()
+        if os.fork() == 0:
+            prctl(PRCTL.SET_PDEATHSIG, signal.SIGKILL)
+            unshare(CLONE.NEWUSER | CLONE.NEWNS)
+            prctl(PRCTL.SET_DUMPABLE, 1)
+            os.write(writer, b"x")
+            while True:
+                signal.pause()
+        os.read(reader, 1)
+        mount(b"more", os.fsencode(place / "b"), b"tmpfs", 0)
+
+    def content_of(space: int) -> LocalFd:
+        return contents[space]
+
+    with held(whole) as first:
+        second = HostPid(int(Path(f"/proc/{first}/task/{first}/children").read_text()))
+        capture, forest = captured(first, second)
+        assert not capture.blockers, capture.blockers
+        contents: dict[int, LocalFd] = {}
+
+        def register(fd: LocalFd, size_bytes: int) -> int:
+            contents[len(contents) + 1] = LocalFd(os.dup(fd))
+            return len(contents)
+
+        capture.take_contents(register)
+        records = {n.index: n for n in capture.namespaces if n.kind == "mnt" and not n.external}
+        with making(forest, records, content_of) as keepers:
+            again = [other_keepers(keepers)[index].pid for index in records]
+            assert [looks(pid) for pid in again] == [looks(pid) for pid in (first, second)]
+            shown = [os.stat(f"/proc/{pid}/root{point}/file") for pid in again]
+            assert os.path.samestat(*shown)
+            assert Path(f"/proc/{again[1]}/root{point}/file").read_text() == "of both"
+        for fd in contents.values():
+            os.close(fd)

@@ -23,8 +23,16 @@ from pipeline.userns.forest import Forest
 _SCRATCH = RemoteAddress(0x2000_0000_0000)
 
 
+def _no_content(space: int) -> LocalFd:
+    raise AssertionError(f"space {space} is wanted, and this test has no contents")
+
+
 @contextmanager
-def making(forest: Forest, namespaces: Mapping[int, Namespace] | None = None) -> Iterator[Keepers]:
+def making(
+    forest: Forest,
+    namespaces: Mapping[int, Namespace] | None = None,
+    contents: Callable[[int], LocalFd] = _no_content,
+) -> Iterator[Keepers]:
     """The keepers of these namespaces; nothing of them is left after the block."""
     with ExitStack() as claims:
         launcher = spawn_launcher(_SCRATCH, 900)
@@ -32,14 +40,10 @@ def making(forest: Forest, namespaces: Mapping[int, Namespace] | None = None) ->
         claims.callback(launcher.kill_and_reap)
         keepers = Keepers(launcher, forest, claims)
         keepers.make(namespaces or {})
-        keepers.furnish(_no_content)
+        keepers.furnish(contents)
         keepers.settle()
         yield keepers
     assert not LEDGER.held()
-
-
-def _no_content(space: int) -> LocalFd:
-    raise AssertionError(f"space {space} is wanted, and no test of namespaces alone has contents")
 
 
 def user_pids(keepers: Keepers) -> dict[int, HostPid]:

@@ -167,7 +167,11 @@ class Capture:
         if blockers:
             return [], [], blockers
         file_records = list(self.files.records())
-        self.namespaces.take_contents(self.files.bytes_of)
+        try:
+            self.namespaces.take_contents(self.files.bytes_of)
+        except OSError as error:
+            why = f"what its mount and ipc namespaces hold cannot be copied: {error.strerror}"
+            return [], [], [Blocker(f"pid {frozen.root}", why, "free memory, or remove what is there")]
         processes: list[Process] = []
         captured: dict[int, tuple[HostPid, Captured]] = {}
         for pid in self.tree.pids:

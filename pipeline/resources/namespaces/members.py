@@ -15,11 +15,9 @@ Sources: namespaces(7), pid_namespaces(7), ioctl_ns(2).
 
 from __future__ import annotations
 
-import dataclasses
 import fcntl
 import os
 import socket
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -34,24 +32,21 @@ from pipeline.image.schema import Memberships, Namespace, NamespaceKind
 from pipeline.kernel import nsfs, procfs
 from pipeline.kernel.nsfs import NamespaceKey
 from pipeline.kernel.syscalls import CLONE
-from pipeline.resources.memory.scope import CannotCarry
 from pipeline.resources.namespaces import cgroups, clocks, ipc_view, names
 from pipeline.resources.namespaces.ipc import Semaphores
-from pipeline.resources.namespaces.ipc_view import IpcView
+from pipeline.resources.namespaces.ipc_capture import IpcCapture
 from pipeline.resources.namespaces.mounts_capture import MountsCapture, MountSeat
 from pipeline.resources.namespaces.network_view import NetworkView
 from pipeline.resources.namespaces.pids import PidState
 from pipeline.userns.capture import LiveForest, OutsideError, outside_blocker
 from pipeline.userns.externals import Externals, opened
-from pipeline.userns.forest import OVERFLOW_ID, IdKind
-from pipeline.userns.visit import as_owner, fetch
+from pipeline.userns.visit import fetch
 
 KINDS: tuple[NamespaceKind, ...] = ("pid", "mnt", "uts", "ipc", "net", "cgroup", "time")
 FLAGS = {
     "pid": CLONE.NEWPID, "mnt": CLONE.NEWNS, "uts": CLONE.NEWUTS, "ipc": CLONE.NEWIPC,
     "net": CLONE.NEWNET, "cgroup": CLONE.NEWCGROUP, "time": CLONE.NEWTIME, "user": CLONE.NEWUSER,
 }  # fmt: skip
-_ID_KINDS: tuple[IdKind, IdKind] = ("uid", "gid")
 #: opens the network namespace of a socket (include/uapi/linux/sockios.h)
 _SIOCGSKNS = 0x894C
 _LINKS = (*KINDS, "pid_for_children", "time_for_children")
@@ -115,9 +110,7 @@ class NamespaceCapture:
         self.memberships: dict[HostPid, Memberships] = {}
         self._numbers: dict[tuple[str, NamespaceKey], int] = {}
         self._seats: dict[int, _Seat] = {}
-        self._ipc: dict[int, IpcView] = {}
-        #: mappings of segments, by ipc namespace and identifier
-        self._attached: Counter[tuple[int, int]] = Counter()
+        self._ipc = IpcCapture()
         self._externals = externals or {}
         own = nsfs.keys(HostPid(os.getpid()))
         with opened(self._externals) as fds:
@@ -326,59 +319,25 @@ class NamespaceCapture:
         if namespace.kind == "uts":
             return names.capture_uts(way)
         if namespace.kind == "ipc":
-            view = self._look_at_ipc(namespace, pid)
+            forest = self._forest.forest()
+            view = self._ipc.look(namespace.index, namespace.owner, pid, seat.open, forest)
             self.blockers.extend(view.blockers)
             return view.state
         state_of_mounts, found = self._mounts.state(namespace.index)
         self.blockers.extend(found)
         return state_of_mounts
 
-    def _look_at_ipc(self, namespace: Namespace, pid: HostPid) -> IpcView:
-        forest, owner = self._forest.forest(), namespace.owner
-        mapped = [not owner or forest.map_of(owner, kind).up(OVERFLOW_ID) is not None for kind in _ID_KINDS]
-        with ExitStack() as fds:
-            fd = self._seats[namespace.index].open()
-            fds.callback(os.close, fd)
-            way = as_owner(fd, FLAGS["ipc"], bool(owner), fds)
-            view = ipc_view.look(f"pid {pid}", way, owner, (mapped[0], mapped[1]))
-        if not owner:
-            view = dataclasses.replace(view, state=ipc_view.at_roots(view.state, forest.at_a_root))
-        self._ipc[namespace.index] = view
-        return view
-
     def semaphores(self, pid: HostPid) -> Sequence[Semaphores]:
         """The semaphore sets of the ipc namespace of a process, if that is the tree's."""
-        view = self._ipc.get(self.memberships[pid].ipc)
-        return view.state.semaphores if view is not None else []
+        return self._ipc.semaphores(self.memberships[pid].ipc)
 
     def segment(self, pid: HostPid, identifier: int) -> int:
-        """The space of the segment that a mapping of a process shows.
-
-        Raises:
-            CannotCarry: it is not of the tree.
-        """
-        index = self.memberships[pid].ipc
-        view = self._ipc.get(index)
-        for segment in view.state.segments if view is not None else ():
-            if segment.id == identifier:
-                self._attached[index, identifier] += 1
-                return segment.space
-        raise CannotCarry(
-            "is a System V shared memory segment of an ipc namespace that is not the tree's",
-            "start the program in an ipc namespace of its own (unshare --ipc)",
-        )
+        """The space of the segment that a mapping of a process shows; see `IpcCapture.segment`."""
+        return self._ipc.segment(self.memberships[pid].ipc, identifier)
 
     def attachment_blockers(self) -> Iterator[Blocker]:
-        """Segments that somebody else has attached, once all mappings of the tree have been asked for."""
-        for index, view in self._ipc.items():
-            for identifier, count in view.attachments.items():
-                if count != self._attached[index, identifier]:
-                    yield Blocker(
-                        f"pid {self._seats[index].pid}",
-                        f"its ipc namespace holds shared memory segment {identifier}, which is attached {count} "
-                        f"times, {self._attached[index, identifier]} of them by processes of the tree that are in it",
-                        "give a tree that holds all of them",
-                    )
+        """See `IpcCapture.attachment_blockers`."""
+        return self._ipc.attachment_blockers()
 
     def _networks(self) -> dict[int, Callable[[], LocalFd]]:
         """How to open each network namespace, the external one too."""
@@ -413,11 +372,8 @@ class NamespaceCapture:
         Raises:
             OSError: something cannot be read, or memory is out.
         """
-        for index, view in self._ipc.items():
-            with ExitStack() as fds:
-                state = ipc_view.with_contents(view.state, self._way(index, fds), content)
-            self._ipc[index] = dataclasses.replace(view, state=state)
-            self._keep(self.namespaces[index], state)
+        for index, objects in self._ipc.with_contents(self._way, content):
+            self._keep(self.namespaces[index], objects)
         if any(n.kind == "mnt" and not n.external for n in self.namespaces):
             for index, mounts in self._mounts.with_contents(content):
                 self._keep(self.namespaces[index], mounts)

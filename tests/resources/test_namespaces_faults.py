@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,7 @@ from pipeline.kernel.syscalls import CLONE, mount, unshare
 from pipeline.ledger import LEDGER
 from pipeline.remote.calls import Call
 from pipeline.remote.puppet import Puppet
+from pipeline.userns import visit
 from pipeline.userns.forest import Forest
 from tests.userns.making import captured, held, making
 
@@ -54,20 +55,33 @@ def namespaces_of_a_container() -> dict[int, Namespace]:
 
 
 class Failing:
-    """Counts tables of calls run in puppets and fails one of them."""
+    """Counts tables of calls run in puppets, and visits to namespaces, and fails one of them."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, at: int | None) -> None:
         self.count = 0
+        self._at = at
         run = Puppet.run
 
         def failing(puppet: Puppet, calls: Sequence[Call]) -> None:
             if puppet.stage.calls:  # the launcher's own beginnings are another test's
-                self.count += 1
-                if self.count == at:
-                    raise OSError(errno.EPERM, "refused by the test")
+                self._step()
             run(puppet, calls)
 
         monkeypatch.setattr(Puppet, "run", failing)
+        for name in ("_by_thread", "_by_child"):
+            monkeypatch.setattr(visit, name, self._counted(getattr(visit, name)))
+
+    def _step(self) -> None:
+        self.count += 1
+        if self.count == self._at:
+            raise OSError(errno.EPERM, "refused by the test")
+
+    def _counted(self, visitor: Callable[..., bytes]) -> Callable[..., bytes]:
+        def counted(*args: object) -> bytes:
+            self._step()
+            return visitor(*args)
+
+        return counted
 
 
 def test_every_step_may_fail() -> None:

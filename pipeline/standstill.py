@@ -38,9 +38,7 @@ CapturedRecords = Sequence[tuple[Record, Record | None]]
 async def refuse_early(pid: int, externals: Externals | None = None) -> None:
     """Raise Refused with everything that stops the tree, all of it at once; nothing is touched."""
     for attempt in range(_TRANSIENT_TRIES):
-        blockers: Sequence[Blocker] = await trio.to_thread.run_sync(
-            lambda: list(tree_blockers(pid, externals))
-        )
+        blockers: Sequence[Blocker] = await trio.to_thread.run_sync(tree_blockers, pid, externals)
         if not blockers:
             return
         if attempt == _TRANSIENT_TRIES - 1 or not all(blocker.transient for blocker in blockers):

@@ -11,6 +11,7 @@ import trio
 from pipeline.errors import Blocker, Refused
 from pipeline.ledger import LEDGER
 from pipeline.remote.tracer import tracer_thread
+from pipeline.stages import examine
 from pipeline.stages.capture import Capture
 from pipeline.standstill import standstill
 from tests.harness.tree import Tree
@@ -46,6 +47,19 @@ def test_what_goes_away_by_itself_is_looked_at_again(
     assert looks_until_still(tree.pid, monkeypatch, blocker, 2) == 3
     assert not LEDGER.held()
     tree.check()
+
+
+def test_what_is_there_at_one_look_only_does_not_refuse_a_running_tree(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    looks = iter([["open 5", "stays"], ["open 6", "stays"], ["open 7"], ["open 8"]])
+
+    def look(pid: int, externals: object) -> list[Blocker]:
+        return [Blocker("pid 1", reason) for reason in next(looks)]
+
+    monkeypatch.setattr(examine, "_look", look)
+    assert examine.tree_blockers(1) == [Blocker("pid 1", "stays")]
+    assert examine.tree_blockers(1) == []
 
 
 @pytest.mark.parametrize("transient", [True, False])

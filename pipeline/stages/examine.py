@@ -19,13 +19,22 @@ from pipeline.userns.externals import Externals
 from pipeline.userns.portrait import Portrait, Sitter, paint
 
 
-def tree_blockers(pid: int, externals: Externals | None = None) -> Iterator[Blocker]:
+def tree_blockers(pid: int, externals: Externals | None = None) -> list[Blocker]:
     """Every blocker of the tree below `pid`, which goes on running meanwhile.
+
+    What is there at one look and not at the next was the program at work, such as a file that it removed while it
+    was looked at; whatever matters of it is found when the tree stands still.
 
     Args:
         pid: its root.
         externals: namespaces that are external instead of the pipeline's own.
     """
+    found = list(_look(pid, externals))
+    again = set(_look(pid, externals)) if found else set()
+    return [blocker for blocker in found if blocker in again]
+
+
+def _look(pid: int, externals: Externals | None) -> Iterator[Blocker]:
     at_root = list(check_root(pid))
     yield from at_root
     if at_root:

@@ -22,6 +22,7 @@ IdKind = Literal["uid", "gid", "projid"]
 MAX_DEPTH = 33
 
 
+_OWNER_KINDS: tuple[IdKind, IdKind] = ("uid", "gid")
 #: what an id without a number looks like (/proc/sys/kernel/overflowuid)
 OVERFLOW_ID = 65534
 
@@ -106,9 +107,14 @@ class Forest:
 
     def makers_ids(self, index: int) -> tuple[int, int]:
         """A uid and a gid to make things with in namespace `index`: 0 where it is mapped, else the first that is."""
-        maps = (self.map_of(index, "uid"), self.map_of(index, "gid"))
+        maps = [self.map_of(index, kind) for kind in _OWNER_KINDS]
         uid, gid = (0 if m.up(0) is not None or not m.extents else m.extents[0].inner for m in maps)
         return uid, gid
+
+    def maps_overflow(self, index: int) -> tuple[bool, bool]:
+        """Whether the overflow uid and gid are numbers of namespace `index`, and not only a lack of one."""
+        uid, gid = (self.map_of(index, kind).up(OVERFLOW_ID) is not None for kind in _OWNER_KINDS)
+        return (uid, gid) if index else (True, True)
 
     def at_a_root(self, found: Id, kind: IdKind) -> Id:
         """An id that nobody in the tree holds (a file's owner): in the root of the forest that maps it, if one does."""

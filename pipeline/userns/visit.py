@@ -22,8 +22,11 @@ from pipeline.kernel.syscalls import CLONE, setns, unshare
 
 _CHUNK_BYTES = 1 << 16
 
+#: descriptor and CLONE_NEW* flag of every namespace that a visitor joins, in this order
+Way = Sequence[tuple[int, int]]
 
-def as_owner(namespace: LocalFd, kind: int, owned: bool, fds: ExitStack) -> list[tuple[int, int]]:
+
+def as_owner(namespace: LocalFd, kind: int, owned: bool, fds: ExitStack) -> Way:
     """The way into a namespace with the ids and capabilities of the user namespace that owns it.
 
     Args:
@@ -39,7 +42,7 @@ def as_owner(namespace: LocalFd, kind: int, owned: bool, fds: ExitStack) -> list
     return way
 
 
-def visit(namespaces: Sequence[tuple[int, int]], look: Callable[[], bytes], *, alone: bool = False) -> bytes:
+def visit(namespaces: Way, look: Callable[[], bytes], *, alone: bool = False) -> bytes:
     """Join namespaces in a visitor and return what `look` returns there.
 
     Args:
@@ -55,7 +58,7 @@ def visit(namespaces: Sequence[tuple[int, int]], look: Callable[[], bytes], *, a
     return _by_thread(namespaces, look)
 
 
-def fetch(namespaces: Sequence[tuple[int, int]], make: Callable[[], int]) -> LocalFd:
+def fetch(namespaces: Way, make: Callable[[], int]) -> LocalFd:
     """Join namespaces in a visitor and return the descriptor that `make` makes there, such as a socket.
 
     Raises:
@@ -96,7 +99,7 @@ def read_file(path: str | bytes) -> bytes:
         os.close(fd)
 
 
-def _by_thread(namespaces: Sequence[tuple[int, int]], look: Callable[[], bytes]) -> bytes:
+def _by_thread(namespaces: Way, look: Callable[[], bytes]) -> bytes:
     answers: list[bytes] = []
     errors: list[OSError] = []
 
@@ -117,7 +120,7 @@ def _by_thread(namespaces: Sequence[tuple[int, int]], look: Callable[[], bytes])
     return answers[0]
 
 
-def _by_child(namespaces: Sequence[tuple[int, int]], look: Callable[[], bytes]) -> bytes:
+def _by_child(namespaces: Way, look: Callable[[], bytes]) -> bytes:
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:

@@ -148,7 +148,7 @@ def peer_namespace(program):
 
 
 def body(program):
-    for name in ("full", "closed", "bound", "sockets", "shared"):
+    for name in ("full", "closed", "bound", "sockets", "shared", "busy"):
         os.mkdir(f"{DIRECTORY}/{name}")
     call(libc.unshare, CLONE_NEWNS)
     mount(None, "/", None, REC | PRIVATE)
@@ -163,6 +163,8 @@ def body(program):
     put(f"{DIRECTORY}/closed/file", b"read-only")
     mount(None, f"{DIRECTORY}/closed", None, REMOUNT | RDONLY)
     mount("sockets", f"{DIRECTORY}/sockets", "tmpfs", 0)
+    mount("busy", f"{DIRECTORY}/busy", "tmpfs", 0)
+    put(f"{DIRECTORY}/busy/stays", b"")
     mount("shared", f"{DIRECTORY}/shared", "tmpfs", 0)
     mount(None, f"{DIRECTORY}/shared", None, SHARED)
     os.mkdir(f"{DIRECTORY}/shared/event")
@@ -236,8 +238,19 @@ def body(program):
             return True
 
     program.same("listening socket", talks, lambda: os.unlink(f"{DIRECTORY}/sockets/listening"))
+
+    def comes_and_goes():
+        """Without a descriptor, which would differ from look to look."""
+        os.makedirs(f"{DIRECTORY}/busy/a/b")
+        for number in range(20):
+            os.mknod(f"{DIRECTORY}/busy/a/b/{number}")
+        for number in range(20):
+            os.unlink(f"{DIRECTORY}/busy/a/b/{number}")
+        os.removedirs(f"{DIRECTORY}/busy/a/b")
+
     program.child("copy", copy_in_a_namespace)
     program.child("peer", peer_namespace)
+    program.busy("files come and go", comes_and_goes)
 
 
 main(body)

@@ -106,6 +106,29 @@ class Program:
         self.wait_file(f"ready.{role}")
         return pid
 
+    def busy(self, name, act):
+        """Fork a process that does `act()` over and over; the check is that it still does."""
+        pid = os.fork()
+        if pid == 0:
+            try:
+                while True:
+                    act()
+            except BaseException:  # noqa: BLE001 (as in `child`)
+                traceback.print_exc()
+            finally:
+                sys.stderr.flush()
+                os._exit(1)
+        self.children.append(pid)
+
+        def runs():
+            return None if os.waitpid(pid, os.WNOHANG) == (0, 0) else "it has ended"
+
+        def end():
+            os.kill(pid, signal.SIGKILL)
+            os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+
+        self.check(name, runs, end)
+
     def wait_file(self, name):
         wait_for(lambda: self.exists(name), name)
 

@@ -183,7 +183,11 @@ def semaphore_sets(program):
         return None if left[0] == (3, 0, 32767, 101) else f"is {left[0]}"
 
     left, before = [], semaphores(identifier, 4)
-    return undone, lambda: left.__setitem__(slice(None), [(0, 0, 0, 0)])
+
+    def spoil():
+        left[:] = [(0, 0, 0, 0)]
+
+    return undone, spoil
 
 
 def message_queues(program):
@@ -242,6 +246,17 @@ def attached_child(program):
     )
 
 
+def come_and_go():
+    """Objects that are there for a moment only, and nothing that /proc shows of the process."""
+    one = call(SHMGET, PRIVATE, 4 * PAGE, 0o600)
+    two, three = call(SEMGET, PRIVATE, 1, 0o600), call(MSGGET, PRIVATE, 0o600)
+    send(three, 1, b"soon gone")
+    assert receive(three)[1] == b"soon gone"
+    call(SHMCTL, one, RMID, 0)
+    call(SEMCTL, two, 0, RMID, 0)
+    call(MSGCTL, three, RMID, 0)
+
+
 def body(program):
     if libc.unshare(CLONE_NEWIPC):
         raise OSError(ctypes.get_errno(), "unshare")
@@ -250,6 +265,7 @@ def body(program):
     message_queues(program)
     waits_for_a_message(program)
     program.child("attached", attached_child)
+    program.busy("objects come and go", come_and_go)
     program.check("undone", *undone)
     checks()
 

@@ -91,6 +91,23 @@ def test_posix_message_queues_are_refused(id_map: str | None) -> None:
         assert "ipc namespace holds POSIX message queue /here" in refused(pid)
 
 
+def test_a_segment_of_huge_pages_is_refused() -> None:
+    """Only the initial user namespace may make one."""
+    huge, no_reserve = 0o4000, 0o10000
+
+    def act() -> None:
+        unshare(CLONE.NEWIPC)
+        syscall(NR.shmget, 0, 2 << 20, 0o1600 | huge | no_reserve)
+
+    def register(fd: int, size_bytes: int) -> int:
+        raise AssertionError(f"{size_bytes} bytes are taken from {fd}")
+
+    with held(act) as pid:
+        capture, _ = captured(pid)
+        with pytest.raises(OSError, match="consists of huge pages"):
+            capture.take_contents(register)
+
+
 @pytest.mark.parametrize("id_map", MAPS[:2])
 def test_objects_of_an_ipc_namespace_are_made_again(id_map: str | None) -> None:
     """tests/programs/sysv.py looks at them from inside; here their ids and identifiers are compared."""

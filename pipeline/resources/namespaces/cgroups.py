@@ -16,8 +16,7 @@ from collections.abc import Iterator, Sequence
 
 from pipeline.errors import Blocker
 from pipeline.ids import HostPid
-from pipeline.resources.namespaces.names import Way
-from pipeline.userns.visit import visit
+from pipeline.userns.visit import Way, visit
 
 
 def check(members: Sequence[HostPid], way: Way) -> Iterator[Blocker]:

@@ -27,8 +27,7 @@ from pipeline.image.schema import Record
 from pipeline.kernel.arch.x86_64 import NR
 from pipeline.kernel.syscalls import CLONE
 from pipeline.remote.puppet import Puppet
-from pipeline.resources.namespaces.names import Way
-from pipeline.userns.visit import visit
+from pipeline.userns.visit import Way, visit
 
 _OFFSETS = "/proc/self/timens_offsets"
 _NS_IN_S = 1_000_000_000

@@ -18,7 +18,7 @@ import ctypes
 import errno
 import os
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -123,11 +123,11 @@ def check(state: IpcState) -> None:
             raise ImageError(f"{name} is no limit of an ipc namespace")
 
 
-def create(state: IpcState, translate: Translate, content: Callable[[int], LocalFd]) -> bytes:
+def create(state: IpcState, translate: Translate, contents: Mapping[int, LocalFd]) -> bytes:
     """Make everything; for a visitor that is a process, in the namespace and the user namespace that owns it.
 
     Args:
-        content: the descriptor of a space.
+        contents: the bytes of segments, by space.
 
     Raises:
         OSError: the kernel refuses something; EEXIST: an identifier is taken.
@@ -139,7 +139,7 @@ def create(state: IpcState, translate: Translate, content: Callable[[int], Local
     for segment in state.segments:
         key = 0 if segment.removed else segment.permissions.key
         _make("shm", NR.shmget, segment, key, translate, segment.size_bytes)
-        _fill(segment, content)
+        _fill(segment, contents[segment.space])
     for semaphores in state.semaphores:
         count = len(semaphores.values)
         _make("sem", NR.semget, semaphores, semaphores.permissions.key, translate, count)
@@ -201,8 +201,7 @@ def _make(
         raise OSError(errno.EEXIST, f"identifier {wanted.id} is taken")
 
 
-def _fill(segment: Segment, content: Callable[[int], LocalFd]) -> None:
-    source = content(segment.space)
+def _fill(segment: Segment, source: LocalFd) -> None:
     address = syscall(NR.shmat, segment.id, 0, 0)
     try:
         memory = memoryview((ctypes.c_char * segment.size_bytes).from_address(address)).cast("B")

@@ -17,11 +17,9 @@ from pipeline.kernel.syscalls import CLONE
 from pipeline.resources.memory.scope import CannotCarry
 from pipeline.resources.namespaces import ipc_view
 from pipeline.resources.namespaces.ipc import IpcState, Semaphores
-from pipeline.resources.namespaces.ipc_view import IpcView, Way
-from pipeline.userns.forest import OVERFLOW_ID, Forest, IdKind
-from pipeline.userns.visit import as_owner
-
-_KINDS: tuple[IdKind, IdKind] = ("uid", "gid")
+from pipeline.resources.namespaces.ipc_view import IpcView
+from pipeline.userns.forest import Forest
+from pipeline.userns.visit import Way, as_owner
 
 
 class IpcCapture:
@@ -45,13 +43,12 @@ class IpcCapture:
         Raises:
             OSError: it cannot be joined.
         """
-        mapped = [not owner or forest.map_of(owner, kind).up(OVERFLOW_ID) is not None for kind in _KINDS]
         subject = f"pid {pid}"
         with ExitStack() as fds:
             fd = opened()
             fds.callback(os.close, fd)
             way = as_owner(fd, CLONE.NEWIPC, bool(owner), fds)
-            view = ipc_view.look(subject, way, owner, (mapped[0], mapped[1]))
+            view = ipc_view.look(subject, way, owner, forest.maps_overflow(owner))
         if not owner:
             view = replace(view, state=ipc_view.at_roots(view.state, forest.at_a_root))
         self._views[index], self._subjects[index] = view, subject
@@ -87,6 +84,7 @@ class IpcCapture:
                         f"its ipc namespace holds shared memory segment {identifier}, which is attached {count} "
                         f"times, {own} of them by processes of the tree that are in it",
                         "give a tree that holds all of them",
+                        transient=True,  # a running program attaches and detaches
                     )
 
     def with_contents(

@@ -15,9 +15,9 @@ import ctypes
 import errno
 import os
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from msgspec import Struct
@@ -27,7 +27,9 @@ from pipeline.errors import Blocker
 from pipeline.ids import LocalFd
 from pipeline.image.schema import Id
 from pipeline.kernel.arch.x86_64 import NR
+from pipeline.kernel.pagemap import PAGE_BYTES
 from pipeline.kernel.syscalls import CLONE, mount, syscall, unshare
+from pipeline.resources.memory.classify import kernel_shmem_device
 from pipeline.resources.namespaces.ipc import (
     IPC_STAT,
     PERM,
@@ -38,19 +40,17 @@ from pipeline.resources.namespaces.ipc import (
     Segment,
     Semaphores,
 )
+from pipeline.resources.paths import closed_on_error
 from pipeline.userns.forest import OVERFLOW_ID, IdKind
-from pipeline.userns.visit import fetch, read_file, visit
+from pipeline.userns.visit import Way, fetch, read_file, visit
 
+T = TypeVar("T")
 _GETALL = 13
 _COPY = 0o40000 | 0o4000  # MSG_COPY | IPC_NOWAIT
 _RDONLY = 0o10000
 _DEST, _LOCKED = 0o1000, 0o2000
-_PAGE_BYTES = 4096
 _CHUNK_BYTES = 1 << 20
 _PRIVATE_RECURSIVE = 0x40000 | 0x4000
-
-#: descriptor and CLONE_NEW* flag of every namespace that a visitor joins
-Way = Sequence[tuple[int, int]]
 
 
 class _Found(Struct, array_like=True):
@@ -156,38 +156,59 @@ def copy(way: Way, segment: Segment) -> LocalFd:
 
 
 def _look(userns: int) -> _Found:
-    segments, attachments = [], {}
-    for number in _identifiers("shm"):
-        buffer = ctypes.create_string_buffer(112)
-        syscall(NR.shmctl, number, IPC_STAT, buffer)
-        permissions, mode = _permissions(buffer.raw, userns)
-        size, *_, count = struct.unpack_from("<Q3q2iQ", buffer.raw, PERM.size)
-        attachments[number] = count
-        segments.append(
-            Segment(number, permissions, size, removed=bool(mode & _DEST), locked=bool(mode & _LOCKED))
-        )
-    semaphores = []
-    for number in _identifiers("sem"):
-        buffer = ctypes.create_string_buffer(104)
-        syscall(NR.semctl, number, 0, IPC_STAT, buffer)
-        (count,) = struct.unpack_from("<Q", buffer.raw, PERM.size + 32)
-        values = ctypes.create_string_buffer(2 * count)
-        syscall(NR.semctl, number, 0, _GETALL, values)
-        permissions, _ = _permissions(buffer.raw, userns)
-        semaphores.append(Semaphores(number, permissions, list(struct.unpack(f"<{count}H", values.raw))))
-    queues = []
-    for number in _identifiers("msg"):
-        buffer = ctypes.create_string_buffer(120)
-        syscall(NR.msgctl, number, IPC_STAT, buffer)
-        permissions, _ = _permissions(buffer.raw, userns)
-        held, _, limit = struct.unpack_from("<3Q", buffer.raw, PERM.size + 24)
-        queues.append(Queue(number, permissions, limit, list(_messages(number, held))))
+    segments = list(_each("shm", lambda number: _segment(number, userns)))
+    semaphores = list(_each("sem", lambda number: _semaphores(number, userns)))
+    queues = list(_each("msg", lambda number: _queue(number, userns)))
     posix = os.listdir(mount_mqueue())
     here = _sysctls()
     unshare(CLONE.NEWIPC)
     fresh = _sysctls()
-    limits = {name: value for name, value in here.items() if value != fresh[name]}
-    return _Found(limits, segments, semaphores, queues, attachments, posix)
+    return _Found(
+        sysctls={name: value for name, value in here.items() if value != fresh[name]},
+        segments=[segment for segment, _ in segments],
+        semaphores=semaphores,
+        queues=queues,
+        attachments={segment.id: count for segment, count in segments},
+        posix=posix,
+    )
+
+
+def _each(kind: str, read: Callable[[int], T]) -> Iterator[T]:
+    """Every object of a kind, without those that go while they are looked at."""
+    for number in _identifiers(kind):
+        try:
+            yield read(number)
+        except OSError:
+            if number in _identifiers(kind):
+                raise
+
+
+def _segment(number: int, userns: int) -> tuple[Segment, int]:
+    """A segment, and how often it is attached."""
+    buffer = ctypes.create_string_buffer(112)
+    syscall(NR.shmctl, number, IPC_STAT, buffer)
+    permissions, mode = _permissions(buffer.raw, userns)
+    size, *_, count = struct.unpack_from("<Q3q2iQ", buffer.raw, PERM.size)
+    removed, locked = bool(mode & _DEST), bool(mode & _LOCKED)
+    return Segment(number, permissions, size, removed=removed, locked=locked), count
+
+
+def _semaphores(number: int, userns: int) -> Semaphores:
+    buffer = ctypes.create_string_buffer(104)
+    syscall(NR.semctl, number, 0, IPC_STAT, buffer)
+    (count,) = struct.unpack_from("<Q", buffer.raw, PERM.size + 32)
+    values = ctypes.create_string_buffer(2 * count)
+    syscall(NR.semctl, number, 0, _GETALL, values)
+    permissions, _ = _permissions(buffer.raw, userns)
+    return Semaphores(number, permissions, list(struct.unpack(f"<{count}H", values.raw)))
+
+
+def _queue(number: int, userns: int) -> Queue:
+    buffer = ctypes.create_string_buffer(120)
+    syscall(NR.msgctl, number, IPC_STAT, buffer)
+    permissions, _ = _permissions(buffer.raw, userns)
+    held, _, limit = struct.unpack_from("<3Q", buffer.raw, PERM.size + 24)
+    return Queue(number, permissions, limit, list(_messages(number, max(held, limit))))
 
 
 def _identifiers(kind: str) -> list[int]:
@@ -201,12 +222,12 @@ def _permissions(stat: bytes, userns: int) -> tuple[Permissions, int]:
     return Permissions(key, mode & 0o777, *ids), mode
 
 
-def _messages(number: int, held_bytes: int) -> Iterator[tuple[int, bytes]]:
-    buffer = ctypes.create_string_buffer(8 + held_bytes)
+def _messages(number: int, longest_bytes: int) -> Iterator[tuple[int, bytes]]:
+    buffer = ctypes.create_string_buffer(8 + longest_bytes)
     index = 0
     while True:
         try:
-            size = syscall(NR.msgrcv, number, buffer, held_bytes, index, _COPY)
+            size = syscall(NR.msgrcv, number, buffer, longest_bytes, index, _COPY)
         except OSError as error:
             if error.errno == errno.ENOMSG:
                 return
@@ -237,25 +258,37 @@ def mqueue_device(way: Way) -> int:
 
 
 def _opened(segment: Segment) -> int:
-    size = segment.size_bytes + -segment.size_bytes % _PAGE_BYTES
+    end = segment.size_bytes + -segment.size_bytes % PAGE_BYTES
     address = syscall(NR.shmat, segment.id, 0, _RDONLY)
     try:
-        return os.open(f"/proc/self/map_files/{address:x}-{address + size:x}", os.O_RDONLY | os.O_CLOEXEC)
+        _check_pages(segment, address)
+        where = f"/proc/self/map_files/{address:x}-{address + end:x}"
+        return os.open(where, os.O_RDONLY | os.O_CLOEXEC)
     except PermissionError:
         return _copied(address, segment.size_bytes)
     finally:
         syscall(NR.shmdt, address)
 
 
+def _check_pages(segment: Segment, address: int) -> None:
+    """A segment of huge pages lies on another file system than all others; its pages may not be there to be read."""
+    device = kernel_shmem_device()
+    number = f"{os.major(device):02x}:{os.minor(device):02x}"
+    for line in read_file("/proc/self/maps").splitlines():
+        where, _, _, found, _ = line.decode(errors="replace").split(maxsplit=5)[:5]
+        if where.startswith(f"{address:x}-") and found != number:
+            raise OSError(errno.EOPNOTSUPP, f"segment {segment.id} consists of huge pages")
+
+
 def _copied(address: int, size_bytes: int) -> int:
     """A memfd with the bytes at an address of our own; what is zero stays a hole."""
     memory: Any = memoryview((ctypes.c_char * size_bytes).from_address(address)).cast("B")
-    made = os.memfd_create("segment", os.MFD_CLOEXEC)
-    os.ftruncate(made, size_bytes)
-    for start in range(0, size_bytes, _CHUNK_BYTES):
-        piece = bytes(memory[start : start + _CHUNK_BYTES])
-        if piece.count(0) != len(piece):
-            os.pwrite(made, piece, start)
+    with closed_on_error(LocalFd(os.memfd_create("segment", os.MFD_CLOEXEC))) as made:
+        os.ftruncate(made, size_bytes)
+        for start in range(0, size_bytes, _CHUNK_BYTES):
+            piece = bytes(memory[start : start + _CHUNK_BYTES])
+            if piece.count(0) != len(piece):
+                os.pwrite(made, piece, start)
     return made
 
 
@@ -270,7 +303,7 @@ def with_contents(state: IpcState, way: Way, content: Register) -> IpcState:
         way: into the namespace, as somebody who may use everything in it.
 
     Raises:
-        OSError: a segment cannot be attached.
+        OSError: a segment cannot be attached; EOPNOTSUPP: it consists of huge pages.
     """
     segments = []
     for segment in state.segments:

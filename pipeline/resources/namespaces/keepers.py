@@ -18,6 +18,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -262,13 +263,14 @@ class Keepers:
             RebuildError: the kernel refuses a step; says which.
         """
         for index, state in self._ipc.items():
-            self._act_in_ipc(index, lambda numbers, state=state: ipc.create(state, numbers, contents))  # type: ignore[misc]
+            fds = {segment.space: contents(segment.space) for segment in state.segments}
+            self._act_in_ipc(index, partial(ipc.create, state, contents=fds))
         self._mounting.begin(contents)
 
     def settle(self) -> None:
         """What namespaces hold becomes what it was, once processes have what they need of it."""
         for index, state in self._ipc.items():
-            self._act_in_ipc(index, lambda numbers, state=state: ipc.settle(state, numbers))  # type: ignore[misc]
+            self._act_in_ipc(index, partial(ipc.settle, state))
 
     def _act_in_ipc(self, index: int, act: Callable[[ipc.Translate], bytes]) -> None:
         state = self._ipc[index]

@@ -40,7 +40,7 @@ from pipeline.resources.namespaces.network_view import NetworkView
 from pipeline.resources.namespaces.pids import PidState
 from pipeline.userns.capture import LiveForest, OutsideError, outside_blocker
 from pipeline.userns.externals import Externals, opened
-from pipeline.userns.visit import fetch
+from pipeline.userns.visit import Way, as_owner, fetch
 
 KINDS: tuple[NamespaceKind, ...] = ("pid", "mnt", "uts", "ipc", "net", "cgroup", "time")
 FLAGS = {
@@ -294,7 +294,7 @@ class NamespaceCapture:
         state = msgspec.to_builtins(found, builtin_types=(bytes,))
         self.namespaces[namespace.index] = replace(namespace, state=state)
 
-    def _state(self, namespace: Namespace, seat: _Seat, way: names.Way) -> msgspec.Struct | None:
+    def _state(self, namespace: Namespace, seat: _Seat, way: Way) -> msgspec.Struct | None:
         pid = seat.pid
         if namespace.kind in ("mnt", "pid", "cgroup") and seat.held:
             self.blockers.append(
@@ -378,16 +378,11 @@ class NamespaceCapture:
             for index, mounts in self._mounts.with_contents(content):
                 self._keep(self.namespaces[index], mounts)
 
-    def _way(self, index: int, fds: ExitStack) -> names.Way:
+    def _way(self, index: int, fds: ExitStack) -> Way:
         """What a visitor joins to be in namespace `index`; the descriptors are closed by `fds`."""
         fd = self._seats[index].open()
         fds.callback(os.close, fd)
-        way = [(int(fd), int(FLAGS[self.namespaces[index].kind]))]
-        if not self._privileged:
-            owner = nsfs.owner(fd)
-            fds.callback(os.close, owner)
-            way.insert(0, (owner, FLAGS["user"]))
-        return way
+        return as_owner(fd, FLAGS[self.namespaces[index].kind], not self._privileged, fds)
 
     def _members(self, kind: str, index: int) -> list[HostPid]:
         """The processes of the tree that are in a namespace."""

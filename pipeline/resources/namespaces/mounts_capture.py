@@ -23,10 +23,8 @@ from pipeline.resources.namespaces import tmpfs
 from pipeline.resources.namespaces.mounts import MountState
 from pipeline.resources.namespaces.mounts_compare import Comparison, PeerGroups, compare
 from pipeline.resources.namespaces.mounts_view import NAMELESS, MountsView, Surroundings
-from pipeline.userns.forest import OVERFLOW_ID, Forest, IdKind
-from pipeline.userns.visit import as_owner, fetch, visit
-
-_KINDS: tuple[IdKind, IdKind] = ("uid", "gid")
+from pipeline.userns.forest import Forest
+from pipeline.userns.visit import Way, as_owner, fetch, visit
 
 
 @dataclass(frozen=True)
@@ -165,7 +163,7 @@ class MountsCapture:
     # -- what tmpfs hold ------------------------------------------------------------------
 
     @contextmanager
-    def _way_into(self, seat: MountSeat) -> Iterator[list[tuple[int, int]]]:
+    def _way_into(self, seat: MountSeat) -> Iterator[Way]:
         """The way of a visitor that acts in a namespace with the ids of its owner."""
         with ExitStack() as fds:
             inside = seat.open()
@@ -181,9 +179,8 @@ class MountsCapture:
 
     def _list(self, seat: MountSeat, place: tmpfs.Place) -> list[tmpfs.Entry]:
         forest, owner = self._forest, seat.owner
-        mapped = [not owner or forest.map_of(owner, kind).up(OVERFLOW_ID) is not None for kind in _KINDS]
         with self._way_into(seat) as way:
-            answer = visit(way, lambda: tmpfs.scan(place, owner, (mapped[0], mapped[1])))
+            answer = visit(way, lambda: tmpfs.scan(place, owner, forest.maps_overflow(owner)))
         entries = tmpfs.unpack(answer)
         if owner:
             return entries

@@ -23,6 +23,11 @@ def key(mount: Mount) -> tuple[bytes, bytes, int, bytes]:
     return mount.point, mount.root, mount.device, mount.kind
 
 
+def within(path: bytes, directory: bytes) -> bool:
+    """Whether `path` is `directory` or lies below it."""
+    return path == directory or path.startswith(directory.rstrip(b"/") + b"/")
+
+
 def parents_first(mounts: Sequence[Mount]) -> list[Mount]:
     """In the order of the list, but every mount behind the one it lies on: one that was moved may be older."""
     place = {mount.id: number for number, mount in enumerate(mounts)}
@@ -114,7 +119,7 @@ class PeerGroups:
 
     def elsewhere(self, group: int, index: int) -> bool:
         """Whether a group has members in another namespace than this one."""
-        return self.members[group].keys() > {index}
+        return bool(self.members[group].keys() - {index})
 
 
 def _not_linked(comparison: Comparison) -> Iterator[Mount]:

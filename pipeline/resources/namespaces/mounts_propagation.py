@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from pipeline.kernel.mountinfo import Mount
 from pipeline.resources.namespaces.mounts import PRIVATE, SHARED, SLAVE, UNBINDABLE, Propagation, Step
-from pipeline.resources.namespaces.mounts_compare import Comparison, PeerGroups
+from pipeline.resources.namespaces.mounts_compare import Comparison, PeerGroups, within
 
 #: peer group, and that of which it is a slave; 0 for none
 _Standing = tuple[int, int]
@@ -151,9 +151,5 @@ class PropagationView:
             self._refuse(mount, "shares its mounts with others and is covered, which is not carried")
         if mount.shared and not joins and self._groups.elsewhere(mount.shared, self._index):
             self._refuse(mount, "shares its mounts with those of another namespace, which is not carried")
-        if example is not None and not _within(mount.root, example.root):
+        if example is not None and not within(mount.root, example.root):
             self._refuse(mount, "shares its mounts with a mount of another directory, which is not carried")
-
-
-def _within(path: bytes, directory: bytes) -> bool:
-    return path == directory or path.startswith(directory.rstrip(b"/") + b"/")

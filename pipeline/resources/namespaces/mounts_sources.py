@@ -15,7 +15,7 @@ from dataclasses import replace
 from pipeline.ids import HostPid
 from pipeline.kernel.mountinfo import Mount
 from pipeline.resources.namespaces.mounts import RECURSIVE
-from pipeline.resources.namespaces.mounts_compare import Comparison, key
+from pipeline.resources.namespaces.mounts_compare import Comparison, key, within
 
 
 class Sources:
@@ -51,8 +51,7 @@ class Sources:
     def needs(self, place: bytes) -> bool:
         """Whether a directory of the other namespace is shown by a mount that was looked for, or lies below one."""
         return any(
-            _within(source, place) or (recursive and _within(place, source))
-            for source, recursive in self._used
+            within(source, place) or (recursive and within(place, source)) for source, recursive in self._used
         )
 
     def at(self, point: bytes) -> str:
@@ -75,7 +74,7 @@ class Sources:
         """Where later mounts lie on `mount` or on a directory above it; the last one first."""
         point = mount.point
         later = self._added[self._added.index(mount) + 1 :]
-        return [m.point for m in reversed(later) if point == m.point or point.startswith(m.point + b"/")]
+        return [m.point for m in reversed(later) if within(point, m.point)]
 
     def whole(self, mount: Mount, source: bytes) -> int:
         """MS_REC if `mount` shows `source` of the other namespace with all mounts below it, which come along.
@@ -134,13 +133,9 @@ def _path_on(other: Mount, mount: Mount) -> bytes | None:
     return os.path.join(other.point, mount.root[len(top) :].strip(b"/")).rstrip(b"/") or b"/"
 
 
-def _within(path: bytes, directory: bytes) -> bool:
-    return path == directory or path.startswith(directory.rstrip(b"/") + b"/")
-
-
 def _cover(mounts: Sequence[Mount], path: bytes) -> bool:
     """Whether one of these mounts lies on `path`, or above it."""
-    return any(_within(path, mount.point) for mount in mounts)
+    return any(within(path, mount.point) for mount in mounts)
 
 
 def _is_on(path: str, device: int) -> bool:

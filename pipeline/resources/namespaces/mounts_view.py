@@ -1,15 +1,14 @@
 """Looking at a mount namespace: what was done to it since it was a copy of another.
 
-Carried: proc of a pid namespace of the tree, mqueue of an ipc namespace of the tree,
-devpts, tmpfs with what is in it, bind mounts of what the external namespace shows too (sysfs, cgroups
-and the external proc are that: mounted twice they are one file system) or an earlier
-mount does (a read-only /proc/sys); one tmpfs or devpts that several mount namespaces show; mounts that are
-gone; flags; propagation that is the same everywhere, and single shared mounts. After pivot_root: all mounts, if the
-new root is a directory that the external namespace shows.
+Carried: proc of a pid namespace of the tree, mqueue of an ipc namespace of the tree, devpts, tmpfs with what is in
+it, overlayfs whose layers are to be seen where it is mounted again, bind mounts of what the other namespace shows too
+(sysfs, cgroups and the external proc are that: mounted twice they are one file system) or an earlier mount does (a
+read-only /proc/sys); one tmpfs or devpts that several mount namespaces show; mounts that are gone; flags. After
+pivot_root: all mounts, made below the place where the root is to be seen, or below a directory that nothing is bound
+from. Who shares mount events with whom is in `pipeline.resources.namespaces.mounts_propagation`.
 
-Refused by name: a root file system that is not to be seen from outside, overlayfs, block devices, idmapped mounts,
-options that are not known here, mounts with a state that are covered by others or lie on one that was moved, and
-peer groups within the tree.
+Refused by name: other file systems that are mounted only there, idmapped mounts, options that are not known here, a
+devpts that another mount covers, a tmpfs that cannot be listed, mounts that lie on one that was moved.
 
 Sources: mount_namespaces(7), mount(2), proc_pid_mountinfo(5), tmpfs(5).
 """
@@ -27,10 +26,7 @@ from msgspec import structs
 from pipeline.errors import Blocker
 from pipeline.ids import HostPid
 from pipeline.kernel.mountinfo import Mount, mountinfo
-from pipeline.resources.namespaces.mounts import (
-    MountState,
-    Step,
-)
+from pipeline.resources.namespaces.mounts import MountState, Step
 from pipeline.resources.namespaces.mounts_compare import Comparison, PeerGroups, parents_first
 from pipeline.resources.namespaces.mounts_propagation import PropagationView
 from pipeline.resources.namespaces.mounts_sources import Sources

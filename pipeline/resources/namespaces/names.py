@@ -5,15 +5,10 @@ Source: uts_namespaces(7).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from pipeline.image.schema import Record
 from pipeline.kernel.arch.x86_64 import NR
 from pipeline.remote.puppet import Puppet
-from pipeline.userns.visit import read_file, visit
-
-#: descriptor and CLONE_NEW* flag of every namespace a visitor joins
-Way = Sequence[tuple[int, int]]
+from pipeline.userns.visit import Way, read_file, visit
 
 
 class UtsState(Record, frozen=True, kw_only=True):

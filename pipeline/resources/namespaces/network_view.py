@@ -22,9 +22,8 @@ from pipeline.ids import LocalFd
 from pipeline.kernel import rtnetlink
 from pipeline.kernel.rtnetlink import IFLA, IFLA_INFO, RTM, Netlink, attribute, attributes
 from pipeline.kernel.syscalls import CLONE, unshare
-from pipeline.resources.namespaces.names import Way
 from pipeline.resources.namespaces.network import SYSCTLS, Link, NetState, set_sysctl
-from pipeline.userns.visit import fetch, read_file, visit
+from pipeline.userns.visit import Way, fetch, read_file, visit
 
 _NFT_GETTABLE = 10 << 8 | 1
 _NETLINK_NETFILTER = 12

@@ -15,6 +15,7 @@ from pipeline.image.schema import Namespace
 from pipeline.kernel.arch.x86_64 import NR
 from pipeline.remote.puppet import Puppet
 from pipeline.resources.namespaces.members import FLAGS
+from pipeline.userns.visit import Way
 
 
 def join(puppet: Puppet, keeper: Puppet, kind: str) -> None:
@@ -52,7 +53,7 @@ class Seats:
         return self.other[index]
 
     @contextmanager
-    def way_into(self, index: int) -> Iterator[list[tuple[int, int]]]:
+    def way_into(self, index: int) -> Iterator[Way]:
         """The way of a visitor that acts in a namespace with the ids of its owner; see `pipeline.userns.visit`."""
         record = self.records[index]
         with ExitStack() as fds:

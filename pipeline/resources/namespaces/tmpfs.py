@@ -10,7 +10,8 @@ same on both sides. It works on a detached copy of the mount, so that what is mo
 hide them.
 
 Kept: kinds, permissions, owners, modification times, device numbers, hard links, extended attributes and ACLs.
-Not preserved: access and change times, inode numbers, flags of chattr(1). Refused by name: ids without a number in
+Not preserved: access and change times, inode numbers, flags of chattr(1), and trusted attributes in the tmpfs of a user
+namespace, which nobody in it can see. Refused by name: ids without a number in
 the user namespace, more than 2^20 names, a tmpfs that has locked mounts on it.
 
 Sources: tmpfs(5), open_tree(2), acl(5), xattr(7), lseek(2) on SEEK_DATA.
@@ -22,6 +23,7 @@ import errno
 import os
 import stat
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -31,12 +33,13 @@ from msgspec import Meta, Struct
 from pipeline.errors import ImageError
 from pipeline.ids import LocalFd
 from pipeline.image.schema import I64, U32, U64, Id, Path, Small
+from pipeline.kernel.pagemap import PAGE_BYTES
 from pipeline.kernel.syscalls import CLONE, mount, open_tree, umount2, unshare
 from pipeline.resources.memory.pages import data_runs
+from pipeline.resources.paths import closed_on_error
 from pipeline.userns.forest import OVERFLOW_ID
 
 _MAX_ENTRIES = 1 << 20
-_PAGE_BYTES = 4096
 _COPY_BYTES = 1 << 20
 _PRIVATE = 1 << 18 | 1 << 14  # MS_PRIVATE | MS_REC
 _DETACH = 2
@@ -125,15 +128,15 @@ def pack(place: Place, entries: Sequence[Entry]) -> int:
         OSError: a file cannot be read, or memory is out.
     """
     place.enter()
-    memory = os.memfd_create("tmpfs", os.MFD_CLOEXEC)
-    os.ftruncate(memory, content_bytes(entries))
-    for entry in _files(entries):
-        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NOATIME | os.O_NONBLOCK | os.O_CLOEXEC
-        fd = LocalFd(os.open(entry.path, flags))
-        try:
-            _copy_data(fd, 0, memory, entry.offset, entry.size_bytes)
-        finally:
-            os.close(fd)
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NOATIME | os.O_NONBLOCK | os.O_CLOEXEC
+    with closed_on_error(LocalFd(os.memfd_create("tmpfs", os.MFD_CLOEXEC))) as memory:
+        os.ftruncate(memory, content_bytes(entries))
+        for entry in _files(entries):
+            fd = LocalFd(os.open(entry.path, flags))
+            try:
+                _copy_data(fd, 0, memory, entry.offset, entry.size_bytes)
+            finally:
+                os.close(fd)
     return memory
 
 
@@ -185,7 +188,7 @@ def fill(
 
 
 def _pages(size_bytes: int) -> int:
-    return -(-size_bytes // _PAGE_BYTES) * _PAGE_BYTES
+    return -(-size_bytes // PAGE_BYTES) * PAGE_BYTES
 
 
 def _files(entries: Iterable[Entry]) -> Iterator[Entry]:
@@ -198,10 +201,9 @@ def _files(entries: Iterable[Entry]) -> Iterator[Entry]:
 def _entries(userns: int, mapped: tuple[bool, bool]) -> Iterator[Entry]:
     seen: dict[int, int] = {}
     offset = 0
-    for number, path in enumerate(_walk(b".")):
+    for number, (path, found) in enumerate(_walk(b".")):
         if number == _MAX_ENTRIES:
             raise OSError(errno.E2BIG, "too many names")
-        found = os.lstat(path)
         for value, has_number in zip((found.st_uid, found.st_gid), mapped, strict=True):
             if value == OVERFLOW_ID and not has_number:
                 raise OSError(errno.EOVERFLOW, "an id has no number here")
@@ -229,15 +231,17 @@ def _entries(userns: int, mapped: tuple[bool, bool]) -> Iterator[Entry]:
         offset += _pages(found.st_size) if regular else 0
 
 
-def _walk(top: bytes) -> Iterator[bytes]:
-    """`top` and every path below it, a directory before what it holds."""
+def _walk(top: bytes) -> Iterator[tuple[bytes, os.stat_result]]:
+    """`top` and every path below it, a directory before what it holds; without what goes while it is looked at."""
     waiting = [top]
     while waiting:
         path = waiting.pop()
-        yield path
-        if stat.S_ISDIR(os.lstat(path).st_mode):
+        with suppress(FileNotFoundError):
+            found = os.lstat(path)
+            names = os.listdir(path) if stat.S_ISDIR(found.st_mode) else []
             prefix = b"" if path == b"." else path + b"/"
-            waiting += [prefix + name for name in sorted(os.listdir(path), reverse=True)]
+            waiting += [prefix + name for name in sorted(names, reverse=True)]
+            yield path, found
 
 
 def _copy_data(source: LocalFd, at: int, target: int, offset: int, size_bytes: int) -> None:

@@ -23,9 +23,8 @@ import errno
 import os
 import stat
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import msgspec
 from msgspec import Meta, Struct
@@ -41,6 +40,8 @@ from pipeline.userns.forest import OVERFLOW_ID
 
 _MAX_ENTRIES = 1 << 20
 _COPY_BYTES = 1 << 20
+#: a name that is gone, or another kind of file, since it was looked at
+_CHANGED = {errno.ENOENT, errno.ENOTDIR, errno.EINVAL, errno.ENODATA}
 _PRIVATE = 1 << 18 | 1 << 14  # MS_PRIVATE | MS_REC
 _DETACH = 2
 
@@ -201,7 +202,7 @@ def _files(entries: Iterable[Entry]) -> Iterator[Entry]:
 def _entries(userns: int, mapped: tuple[bool, bool]) -> Iterator[Entry]:
     seen: dict[int, int] = {}
     offset = 0
-    for number, (path, found) in enumerate(_walk(b".")):
+    for number, (path, found, target, attributes) in enumerate(_walk(b".")):
         if number == _MAX_ENTRIES:
             raise OSError(errno.E2BIG, "too many names")
         for value, has_number in zip((found.st_uid, found.st_gid), mapped, strict=True):
@@ -212,36 +213,61 @@ def _entries(userns: int, mapped: tuple[bool, bool]) -> Iterator[Entry]:
             yield Entry(path, found.st_mode, uid, gid, found.st_mtime_ns, link=seen[found.st_ino])
             continue
         seen[found.st_ino] = number
-        regular = stat.S_ISREG(found.st_mode)
+        size_bytes = found.st_size if stat.S_ISREG(found.st_mode) else 0
         yield Entry(
             path,
             found.st_mode,
             uid,
             gid,
             found.st_mtime_ns,
-            size_bytes=found.st_size if regular else 0,
-            offset=offset if regular else 0,
+            size_bytes=size_bytes,
+            offset=offset if stat.S_ISREG(found.st_mode) else 0,
             device=found.st_rdev,
-            target=os.readlink(path) if stat.S_ISLNK(found.st_mode) else b"",
-            attributes={
-                name: os.getxattr(path, name, follow_symlinks=False)
-                for name in os.listxattr(path, follow_symlinks=False)
-            },
+            target=target,
+            attributes=attributes,
         )
-        offset += _pages(found.st_size) if regular else 0
+        offset += _pages(size_bytes)
 
 
-def _walk(top: bytes) -> Iterator[tuple[bytes, os.stat_result]]:
-    """`top` and every path below it, a directory before what it holds; without what goes while it is looked at."""
+class _Found(NamedTuple):
+    path: bytes
+    status: os.stat_result
+    target: bytes
+    attributes: dict[str, bytes]
+
+
+def _walk(top: bytes) -> Iterator[_Found]:
+    """`top` and every path below it, a directory before what it holds.
+
+    Everything about a path is read here, so that one that goes while it is read is passed over as a whole.
+    """
     waiting = [top]
     while waiting:
         path = waiting.pop()
-        with suppress(FileNotFoundError):
-            found = os.lstat(path)
-            names = os.listdir(path) if stat.S_ISDIR(found.st_mode) else []
-            prefix = b"" if path == b"." else path + b"/"
-            waiting += [prefix + name for name in sorted(names, reverse=True)]
-            yield path, found
+        try:
+            found, names = _look(path)
+        except OSError as error:
+            if error.errno in _CHANGED:
+                continue
+            raise
+        prefix = b"" if path == b"." else path + b"/"
+        waiting += [prefix + name for name in sorted(names, reverse=True)]
+        yield found
+
+
+def _look(path: bytes) -> tuple[_Found, list[bytes]]:
+    """One path, and the names in it if it is a directory."""
+    status = os.lstat(path)
+    found = _Found(
+        path,
+        status,
+        target=os.readlink(path) if stat.S_ISLNK(status.st_mode) else b"",
+        attributes={
+            name: os.getxattr(path, name, follow_symlinks=False)
+            for name in os.listxattr(path, follow_symlinks=False)
+        },
+    )
+    return found, os.listdir(path) if stat.S_ISDIR(status.st_mode) else []
 
 
 def _copy_data(source: LocalFd, at: int, target: int, offset: int, size_bytes: int) -> None:

@@ -306,6 +306,8 @@ def _mounts(pid: int) -> list[str] | None:
         fields = head.split()
         # ids, device numbers of virtual filesystems and peer groups are the kernel's
         kinds = [re.sub(r":\d+", "", field) for field in fields[6:]]
+        if tail.startswith("nsfs "):  # the program knows which namespace it is
+            fields[3] = re.sub(r"\d+", "", fields[3])
         lines.append(" ".join([*fields[3:6], *kinds, tail]))
     return lines
 

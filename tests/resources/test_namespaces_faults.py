@@ -46,6 +46,7 @@ def namespaces_of_a_container() -> dict[int, Namespace]:
         mount(None, b"/", None, 0x44000)
         mount(b"own", b"/srv", b"tmpfs", 0)
         mount(b"mqueue", b"/mnt", b"mqueue", 0)
+        mount(b"/proc/self/ns/uts", b"/etc/passwd", None, 0x1000)
         Path("/proc/sys/kernel/msgmax").write_text("4096")
 
     with held(act, "0 100000 65536") as pid:

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import os
 import signal
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from pipeline.errors import RebuildError
 from pipeline.ids import HostPid, LocalFd
+from pipeline.image.schema import Extent
 from pipeline.kernel.arch.x86_64 import NR
 from pipeline.kernel.mountinfo import mountinfo
-from pipeline.kernel.syscalls import CLONE, PRCTL, mount, prctl, syscall, unshare
+from pipeline.kernel.syscalls import CLONE, PRCTL, mount, open_tree, prctl, syscall, unshare
+from pipeline.userns.forest import Forest
+from pipeline.userns.idmap import IdMap
 from tests.userns.making import (
     captured,
     held,
@@ -326,7 +331,7 @@ REFUSED = {
     bind_of_own_tmpfs: "/b (tmpfs) is not carried",
     slave_of_nothing: "is a slave of a mount that is not to be seen",
     covered_terminals: "is covered by another mount",
-    message_queues_of_outside: "(mqueue) shows an ipc namespace that is not the tree's",
+    message_queues_of_outside: "(mqueue) shows a namespace (ipc) that is not the tree's",
 }
 
 
@@ -341,19 +346,77 @@ def test_mounts_that_are_not_carried(act: Callable[[bytes], None], place: Path) 
         assert any(REFUSED[act] in str(blocker) for blocker in capture.blockers), capture.blockers
 
 
-def test_an_idmapped_mount_is_refused(place: Path) -> None:
-    mount_setattr, open_tree, move_mount = 442, 428, 429
+def bind_idmapped(place: Path, mapped: HostPid, source: str, point: str) -> None:
+    """Bind a directory so that its ids are shown as those that the user namespace of `mapped` maps them to."""
+    users = os.open(f"/proc/{mapped}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
+    tree = open_tree(-100, os.fsencode(place / source))
+    attributes = struct.pack("<4Q", 0x100000, 0, 0, users)
+    syscall(NR.mount_setattr, tree, b"\0", 0x1000, attributes, 32)
+    syscall(NR.move_mount, tree, b"\0", -100, os.fsencode(place / point), 4)
+    os.close(tree)
+    os.close(users)
+
+
+@pytest.mark.parametrize(
+    ("outside", "seen"),
+    [
+        (None, (100_007, 100_008)),
+        (IdMap([Extent(0, 0, 1), Extent(100_000, 700_000, 65_536)]), (700_007, 700_008)),
+    ],
+    ids=["same", "rebased"],
+)
+def test_an_idmapped_mount_shows_ids_where_those_of_the_tree_lie(
+    outside: IdMap | None, seen: tuple[int, int], place: Path
+) -> None:
+    os.chown(place / "a", 7, 8)
 
     def whole() -> None:
         begin()
-        users = os.open(f"/proc/{mapped}/ns/user", os.O_RDONLY)
-        tree = syscall(open_tree, -100, os.fsencode(place / "a"), 1)  # type: ignore[arg-type]
-        attributes = (0x100000).to_bytes(8, "little") + bytes(16) + users.to_bytes(8, "little")
-        syscall(mount_setattr, tree, b"", 0x1000, attributes, 32)  # type: ignore[arg-type]
-        syscall(move_mount, tree, b"", -100, os.fsencode(place / "b"), 4)  # type: ignore[arg-type]
+        bind_idmapped(place, mapped, "a", "b")
 
     with held(lambda: None, MAPS[1]) as mapped, held(whole) as pid:
-        assert "has the option idmapped" in refused(pid)
+        shown = os.stat(f"/proc/{pid}/root{place}/b")
+        assert (shown.st_uid, shown.st_gid) == (100_007, 100_008)
+        capture, forest = captured(pid)
+        assert not capture.blockers
+        record = own_namespace(capture, "mnt")
+        if outside is not None:
+            forest = Forest(forest.namespaces.values(), {"uid": outside, "gid": outside})
+        with making(forest, {record.index: record}) as keepers:
+            again = other_keepers(keepers)[record.index].pid
+            assert looks(again) == looks(pid)
+            shown = os.stat(f"/proc/{again}/root{place}/b")
+            assert (shown.st_uid, shown.st_gid) == seen
+
+
+def test_an_idmapped_mount_whose_ids_have_no_place_is_named(place: Path) -> None:
+    def whole() -> None:
+        begin()
+        bind_idmapped(place, mapped, "a", "b")
+
+    with held(lambda: None, MAPS[1]) as mapped, held(whole) as pid:
+        capture, forest = captured(pid)
+        record = own_namespace(capture, "mnt")
+        few = IdMap([Extent(0, 0, 110_000)])
+        forest = Forest(forest.namespaces.values(), {"uid": few, "gid": few})
+        with (
+            pytest.raises(RebuildError, match=f"idmapped mount {place}/b .* shows have no place here"),
+            making(forest, {record.index: record}),
+        ):
+            pass
+
+
+def test_a_file_system_that_is_idmapped_as_a_whole_is_refused(place: Path) -> None:
+    """What it holds could not be read as it is."""
+
+    def whole() -> None:
+        begin()
+        empty_tmpfs(os.fsencode(place))
+        bind_idmapped(place, mapped, "a", "b")
+        syscall(NR.umount2, os.fsencode(place / "a"), 2)
+
+    with held(lambda: None, MAPS[1]) as mapped, held(whole) as pid:
+        assert "/b (tmpfs) is idmapped, and of a file system that is not to be seen as it is" in refused(pid)
 
 
 # -- propagation, seen from a namespace whose mounts are shared ----------------------------

@@ -82,7 +82,7 @@ ROOTLESS: dict[str, Steps] = {
 #: descriptor, deleted mapped files), and the others want more ids than one, or see the host's namespaces
 STATES = (
     "anonymous", "attributes", "clocks", "identity", "mounted", "networks", "pipes", "processes", "signals", "sockets",
-    "sysv", "terminal", "threads",
+    "showing", "sysv", "terminal", "threads",
 )  # fmt: skip
 
 

@@ -29,6 +29,7 @@ from pipeline.image.schema import Id, Memberships, Namespace, NamespaceKind, Use
 from pipeline.kernel.arch.x86_64 import NR
 from pipeline.kernel.syscalls import CLONE, PRCTL
 from pipeline.remote.calls import Call
+from pipeline.remote.files import put
 from pipeline.remote.puppet import Puppet
 from pipeline.resources.namespaces import clocks, ipc, mounts, names, network, pids
 from pipeline.resources.namespaces.members import FLAGS
@@ -63,7 +64,7 @@ class Keepers:
         self._forest = forest
         self._claims = claims
         self._around = around
-        self.seats = Seats({0: launcher})
+        self.seats = Seats({0: launcher}, around or launcher)
         self._mounting = Mounting(self.seats, forest)
         claims.callback(self._mounting.close)
         self._networks: dict[int, network.NetState] = {}
@@ -115,7 +116,7 @@ class Keepers:
                 if not userns.index or name not in os.listdir("/proc/sys/user"):
                     raise RebuildError(f"user namespace {index}: this kernel has no limit {name}")
                 try:
-                    self._put(self.seats.user[index], f"/proc/sys/user/{name}", b"%d" % value)
+                    put(self.seats.user[index], f"/proc/sys/user/{name}", b"%d" % value)
                 except OSError as error:
                     raise RebuildError(
                         f"user namespace {index}: {name} may not be {value}: {error}"
@@ -137,7 +138,7 @@ class Keepers:
         keeper.syscall(NR.unshare, CLONE.NEWUSER)
         self.seats.user[userns.index] = keeper
         if userns.setgroups == "deny":
-            self._put(above, f"/proc/{keeper.pid}/setgroups", b"deny")
+            put(above, f"/proc/{keeper.pid}/setgroups", b"deny")
         elif Path(f"/proc/{keeper.pid}/setgroups").read_bytes().strip() == b"deny":
             raise RebuildError(
                 f"user namespace {userns.index}: setgroups was allowed in it, and is denied to whatever is made here"
@@ -148,7 +149,7 @@ class Keepers:
             name, text = f"{kind}_map", self._forest.lines_of(userns.index, kind).text()
             if text:
                 try:
-                    self._put(above, f"/proc/{keeper.pid}/{name}", text)
+                    put(above, f"/proc/{keeper.pid}/{name}", text)
                 except OSError as error:
                     raise RebuildError(
                         f"user namespace {userns.index}: {name} `{text.decode()}` is refused: {error}; each line "
@@ -186,14 +187,6 @@ class Keepers:
         """Any gid that is mapped in a namespace: the kernel only asks that the creator's is."""
         extents = self._forest.map_of(userns, "gid").extents
         return extents[0].inner if extents else None
-
-    @staticmethod
-    def _put(writer: Puppet, path: str, text: bytes) -> None:
-        fd = writer.syscall(NR.openat, -100, path.encode() + b"\0", os.O_WRONLY | os.O_CLOEXEC, 0)
-        try:
-            writer.syscall(NR.write, fd, text, len(text))
-        finally:
-            writer.syscall(NR.close, fd)
 
     def _make_other(self, namespace: Namespace) -> None:
         if namespace.kind == "mnt":
@@ -244,9 +237,19 @@ class Keepers:
             join(keeper, original, "mnt")
             if namespace.owner:
                 join(keeper, self.seats.user[namespace.owner], "user")
+        self._stay_on_one_processor(keeper)
         keeper.syscall(NR.unshare, FLAGS["mnt"])
         self.seats.other[namespace.index] = keeper
         mounts.begin(state, keeper)
+
+    @staticmethod
+    def _stay_on_one_processor(keeper: Puppet) -> None:
+        """So that mount namespaces are numbered in order: a file of one can only be bound in one with a lower number.
+
+        Each processor has a supply of numbers of its own.
+        """
+        mask = (1 << min(os.sched_getaffinity(0))).to_bytes(128, "little")
+        keeper.syscall(NR.sched_setaffinity, 0, len(mask), mask)
 
     def check_mounted(self) -> None:
         """See `Mounting.check_done`."""

@@ -32,12 +32,13 @@ from pipeline.image.schema import Memberships, Namespace, NamespaceKind
 from pipeline.kernel import nsfs, procfs
 from pipeline.kernel.nsfs import NamespaceKey
 from pipeline.kernel.syscalls import CLONE
-from pipeline.resources.namespaces import cgroups, clocks, ipc_view, names
+from pipeline.resources.namespaces import cgroups, clocks, names
 from pipeline.resources.namespaces.ipc import Semaphores
 from pipeline.resources.namespaces.ipc_capture import IpcCapture
 from pipeline.resources.namespaces.mounts_capture import MountsCapture, MountSeat
 from pipeline.resources.namespaces.network_view import NetworkView
 from pipeline.resources.namespaces.pids import PidState
+from pipeline.resources.namespaces.shown import Shown
 from pipeline.userns.capture import LiveForest, OutsideError, outside_blocker
 from pipeline.userns.externals import Externals, opened
 from pipeline.userns.visit import Way, as_owner, fetch
@@ -69,14 +70,19 @@ def check_visible(pid: HostPid) -> Iterator[Blocker]:
         )
 
 
+def _kind_of(namespace: LocalFd) -> str:
+    flag = nsfs.kind_of(namespace)
+    return next(name for name, known in FLAGS.items() if known == flag)
+
+
 @dataclass(frozen=True, slots=True)
 class _Seat:
     """Where a namespace was seen first: by a link of `pid` below /proc, which opens it."""
 
     pid: HostPid
     path: str
-    #: the link is a descriptor: nobody of the tree needs to be in the namespace
-    held: bool = False
+    #: nobody of the tree needs to be in the namespace: the link is a descriptor or a mount
+    held: str = ""
 
     def open(self) -> LocalFd:
         """Open it; the caller owns the result. ProcessGone: it is not there any more."""
@@ -110,6 +116,7 @@ class NamespaceCapture:
         self.memberships: dict[HostPid, Memberships] = {}
         self._numbers: dict[tuple[str, NamespaceKey], int] = {}
         self._seats: dict[int, _Seat] = {}
+        self._looked_into: set[int] = set()
         self._ipc = IpcCapture()
         self._externals = externals or {}
         own = nsfs.keys(HostPid(os.getpid()))
@@ -125,8 +132,7 @@ class NamespaceCapture:
             with suppress(procfs.ProcessGone):
                 self._capture(pid)
         self._check_first_processes()
-        for namespace in [n for n in self.namespaces if not n.external]:
-            self._look_inside(namespace)
+        self._look_inside_all()
 
     def number_of(self, local: LocalFd, pid: HostPid, fd: int) -> tuple[str, int] | None:
         """The kind and number of the namespace behind an open namespace file of the tree.
@@ -140,18 +146,31 @@ class NamespaceCapture:
         Returns:
             None where it is not the tree's: outside of the pipeline's own user namespace.
         """
-        flag = nsfs.kind_of(local)
-        kind = next(name for name, known in FLAGS.items() if known == flag)
+        found = self._number_behind(_Seat(pid, f"/proc/{pid}/fd/{fd}", held="a descriptor"), local)
+        self._look_inside_all()
+        return found
+
+    def _number_behind(self, seat: _Seat, local: LocalFd) -> tuple[str, int] | None:
+        """Kind and number of a namespace that may be held only; None where it is not the tree's."""
+        kind = _kind_of(local)
         if kind == "user":
             try:
                 return kind, self._forest.number_of(local)
             except OutsideError:
                 return None
-        known = len(self.namespaces)
-        index = self._register(_Seat(pid, f"/proc/{pid}/fd/{fd}", held=True), kind, local)
-        for namespace in self.namespaces[known:]:
-            self._look_inside(namespace)
-        return kind, index
+        return kind, self._register(seat, kind, local)
+
+    def _held_by_mount(self, pid: HostPid, point: bytes, only_known: bool) -> tuple[str, int] | None:
+        """Kind and number of the namespace whose file is mounted at a point; see `Shown.held`."""
+        seat = _Seat(pid, f"/proc/{pid}/root{os.fsdecode(point)}", held=f"the mount {os.fsdecode(point)}")
+        local = seat.open()
+        try:
+            kind = _kind_of(local)
+            if only_known and kind != "user" and (kind, nsfs.key_of(local)) not in self._numbers:
+                return None
+            return self._number_behind(seat, local)
+        finally:
+            os.close(local)
 
     def external(self, kind: NamespaceKind) -> int:
         """The number of the external namespace of a kind."""
@@ -271,6 +290,13 @@ class NamespaceCapture:
 
     # -- what is inside ---------------------------------------------------------------
 
+    def _look_inside_all(self) -> None:
+        """Look into what has not been looked into; that may hold further namespaces."""
+        while new := [n for n in self.namespaces if not n.external and n.index not in self._looked_into]:
+            for namespace in new:
+                self._looked_into.add(namespace.index)
+                self._look_inside(namespace)
+
     def _look_inside(self, namespace: Namespace) -> None:
         if namespace.index not in self._seats:
             return
@@ -300,8 +326,8 @@ class NamespaceCapture:
             self.blockers.append(
                 Blocker(
                     f"pid {pid}",
-                    f"holds a descriptor of a {namespace.kind} namespace that no process of the tree is in",
-                    "close it",
+                    f"holds, by {seat.held}, a {namespace.kind} namespace that no process of the tree is in",
+                    "close or umount it",
                 )
             )
             return None
@@ -361,7 +387,13 @@ class NamespaceCapture:
             if n.kind == "mnt" and not n.external and not self._seats[n.index].held
         }
         forest = self._forest.forest()
-        return MountsCapture(seats, forest, self._pid_namespace_at, self._ipc_namespace_of)
+        shown = Shown(
+            own=lambda kind: [n.index for n in self.namespaces if n.kind == kind and not n.external],
+            number_of=lambda kind, key: self._numbers.get((kind, key)),
+            way=self._way,
+            held=self._held_by_mount,
+        )
+        return MountsCapture(seats, forest, shown, lambda index: self.namespaces[index].owner)
 
     def take_contents(self, content: Callable[[LocalFd, int], int]) -> None:
         """Copy the bytes that segments and tmpfs of a frozen tree hold.
@@ -459,26 +491,9 @@ class NamespaceCapture:
                         return None
         return PidState(ended=True)
 
-    def _ipc_namespace_of(self, device: int) -> int | None:
-        """The ipc namespace of the tree whose mqueue file system has this st_dev."""
-        for namespace in self.namespaces:
-            if namespace.kind == "ipc" and not namespace.external:
-                with ExitStack() as fds, suppress(OSError, procfs.ProcessGone):
-                    if ipc_view.mqueue_device(self._way(namespace.index, fds)) == device:
-                        return namespace.index
-        return None
-
     def _unconfined(self, mntns: int, first: HostPid) -> HostPid:
         """A member of a mount namespace that has not changed its root directory, as far as there is one."""
         for pid, members in self.memberships.items():
             if members.mnt == mntns and procfs.read_link(pid, "root") == b"/":
                 return pid
         return first
-
-    def _pid_namespace_at(self, path: str) -> int | None:
-        """The pid namespace that a mounted proc shows: that of its process 1."""
-        with suppress(OSError):
-            result = os.stat(f"{path}/1/ns/pid")
-            number = self._numbers.get(("pid", NamespaceKey(result.st_dev, result.st_ino)))
-            return number if number != self.external("pid") else None
-        return None

@@ -1,14 +1,15 @@
 """The order in which the mounts of a tree are made again, over all of its mount namespaces.
 
 Each namespace's steps are done in order, as far as they go. A step waits for what it shows: a proc for the first
-process of its pid namespace, a copy of a mount for the namespace that mounts it. So every
-namespace is gone through again whenever something new is there.
+process of its pid namespace, a copy of a mount for the namespace that mounts it, a namespace file for the namespace.
+So every namespace is gone through again whenever something new is there.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import cast
 
 from pipeline.errors import RebuildError
@@ -16,10 +17,12 @@ from pipeline.ids import LocalFd
 from pipeline.kernel.syscalls import open_tree
 from pipeline.ledger import LEDGER
 from pipeline.remote.puppet import Puppet
-from pipeline.resources.namespaces import mounts, tmpfs
+from pipeline.resources.namespaces import idmapped, mounts, tmpfs
+from pipeline.resources.namespaces.idmapped import MountIdmap
 from pipeline.resources.namespaces.mounts import Step
 from pipeline.resources.namespaces.seats import Seats, join
 from pipeline.userns.forest import Forest
+from pipeline.userns.idmap import MapError
 from pipeline.userns.visit import become, fetch, visit
 
 
@@ -105,7 +108,8 @@ class Mounting:
         """Whether a namespace is there; one that is a copy is made when it can be."""
         if mntns in self._copies:
             original, begin = self._copies[mntns]
-            if self._to_do.get(original, ()) or original in self._copies:
+            left = [step for step in self._to_do.get(original, ()) if not mounts.comes_behind_copies(step)]
+            if left or original in self._copies:
                 return False
             begin()
             del self._copies[mntns]
@@ -120,9 +124,14 @@ class Mounting:
             mounts.attach(step, keeper, self._instances[step.instance])
         elif step.what == "fill":
             self._fill(step, mntns)
+        elif step.what == "namespace":
+            return self._bind_namespace(step, keeper)
+        elif step.idmap is not None:
+            self._bind_mapped(step, step.idmap, mntns)
         elif step.late is None:
-            if step.ipc is not None:
-                join(keeper, self._seats.of(step.ipc, "ipc"), "ipc")
+            if step.shows is not None:
+                kind = mounts.SHOWN.get(step.kind, "ipc")
+                join(keeper, self._seats.of(step.shows, kind), kind)
             mounts.do(step, keeper)
         elif step.late in self._firsts:
             self._mount_inside(step, keeper, self._firsts[step.late])
@@ -131,6 +140,35 @@ class Mounting:
         if step.what == "mount" and step.instance:
             self._share(step, mntns)
         return True
+
+    def _bind_namespace(self, step: Step, keeper: Puppet) -> bool:
+        """Bind a namespace file, unless the namespace is still to be made."""
+        assert step.shows is not None
+        kind = step.kind.decode(errors="replace")
+        if kind == "pid" and step.shows in self._firsts:
+            holder: Puppet | None = self._firsts[step.shows]
+        else:
+            holder = self._seats.found(kind, step.shows)
+        if holder is None:
+            return False
+        with self._seats.opened(holder, kind) as namespace:
+            mounts.bind_namespace(step, keeper, namespace)
+        return True
+
+    def _bind_mapped(self, step: Step, wanted: MountIdmap, mntns: int) -> None:
+        """Bind what another mount shows, with its ids as others."""
+        with self._seats.way_into(mntns) as way:
+            detached = fetch(way, lambda: open_tree(-100, step.source))
+        try:
+            idmapped.create(detached, wanted, self._seats.user[0], partial(self._forest.map_of, 0))
+            mounts.attach(step, self._seats.of(mntns, "mnt"), detached)
+        except (OSError, MapError) as error:
+            raise RebuildError(
+                f"idmapped mount {os.fsdecode(step.point)} of mount namespace {mntns}: {error} (it takes root "
+                "of the initial user namespace)"
+            ) from error
+        finally:
+            os.close(detached)
 
     @staticmethod
     def _mount_inside(step: Step, keeper: Puppet, first: Puppet) -> None:

@@ -19,10 +19,12 @@ from pipeline.ids import HostPid, LocalFd
 from pipeline.image.schema import Id
 from pipeline.kernel.mountinfo import Mount, mountinfo
 from pipeline.kernel.syscalls import CLONE
-from pipeline.resources.namespaces import tmpfs
-from pipeline.resources.namespaces.mounts import MountState
+from pipeline.resources.namespaces import idmapped, tmpfs
+from pipeline.resources.namespaces.idmapped import MountIdmap
+from pipeline.resources.namespaces.mounts import SHOWN, MountState
 from pipeline.resources.namespaces.mounts_compare import Comparison, PeerGroups, compare
 from pipeline.resources.namespaces.mounts_view import NAMELESS, MountsView, Surroundings
+from pipeline.resources.namespaces.shown import Shown
 from pipeline.userns.forest import Forest
 from pipeline.userns.visit import Way, as_owner, fetch, visit
 
@@ -47,8 +49,8 @@ class MountsCapture:
     Args:
         seats: of the tree, by number.
         forest: its user namespaces.
-        pid_namespace_at: the number of the pid namespace of the tree that the proc at a path shows, if it is one.
-        ipc_namespace_of: that of the ipc namespace whose message queues have this st_dev.
+        shown: which namespaces mounts show.
+        owner_of: the `UserNamespace` index that owns a namespace of the tree.
 
     Raises:
         ProcessGone: a process that is in one has ended.
@@ -58,13 +60,13 @@ class MountsCapture:
         self,
         seats: Mapping[int, MountSeat],
         forest: Forest,
-        pid_namespace_at: Callable[[str], int | None],
-        ipc_namespace_of: Callable[[int], int | None],
+        shown: Shown,
+        owner_of: Callable[[int], int],
     ) -> None:
         self._seats = seats
         self._forest = forest
-        self._pid_namespace_at = pid_namespace_at
-        self._ipc_namespace_of = ipc_namespace_of
+        self._shown = shown
+        self._owner_of = owner_of
         self._states: dict[int, MountState] = {}
         #: every tmpfs that is filled again, by namespace and mount id
         self._listed: dict[int, dict[int, tuple[tmpfs.Place, list[tmpfs.Entry]]]] = defaultdict(dict)
@@ -107,17 +109,38 @@ class MountsCapture:
         return Surroundings(
             uid=lambda number: forest.number_in(Id(0, number), owner, "uid"),
             gid=lambda number: forest.number_in(Id(0, number), owner, "gid"),
-            pid_namespace_at=self._pid_namespace_at,
-            ipc_namespace_of=self._ipc_namespace_of,
+            shown=self._shown,
+            shown_by_kind=lambda mount: self._shown_by(seat, mount),
             pid_namespace_of=self._pid_namespaces_by_device.get,
             groups=self._peer_groups,
             instances={
                 device: (number, maker == seat.index) for device, (number, maker) in self._instances.items()
             },
             list_tmpfs=lambda mount, covers: self._list_tmpfs(seat, mount, covers),
+            idmap_of=lambda mount: self._idmap_of(seat, mount),
             owner=owner,
             index=seat.index,
         )
+
+    def _shown_by(self, seat: MountSeat, mount: Mount) -> int | None:
+        """The namespace that a mount shows, if who owns the mount namespace may mount what shows it."""
+        match SHOWN[mount.kind]:
+            case "ipc":
+                found = self._shown.queues(mount.device)
+            case "net":
+                found = self._shown.network(mount.device)
+            case _:
+                found = self._shown.cgroups(seat.pid, mount)
+        allowed = found is not None and self._forest.is_within(self._owner_of(found), seat.owner)
+        return found if allowed else None
+
+    @staticmethod
+    def _idmap_of(seat: MountSeat, mount: Mount) -> MountIdmap:
+        inside = seat.open()
+        try:
+            return idmapped.capture([(inside, CLONE.NEWNS)], mount.id)
+        finally:
+            os.close(inside)
 
     @cached_property
     def _peer_groups(self) -> PeerGroups:
@@ -152,7 +175,7 @@ class MountsCapture:
                 if mount.kind == b"proc" and mount.root == b"/":
                     path = self._path(index, mount)
                     with suppress(OSError):
-                        number = self._pid_namespace_at(path)
+                        number = self._shown.pids(path)
                         if number is not None:
                             found[os.stat(path).st_dev] = number
         return found

@@ -80,7 +80,8 @@ def compare(original: Sequence[Mount], there: Sequence[Mount]) -> Comparison:
     there = parents_first(there)
     have = defaultdict(list)
     for mount in original:
-        have[key(mount)].append(mount)
+        if not _is_never_copied(mount):
+            have[key(mount)].append(mount)
     kept, added = [], []
     for mount in there:
         same = have[key(mount)]
@@ -93,6 +94,11 @@ def compare(original: Sequence[Mount], there: Sequence[Mount]) -> Comparison:
     # mounts are listed in the order of their ids, which is not the same in a copy of a namespace
     roots = [[key(mount) for mount in mounts if mount.point == b"/"] for mounts in (original, there)]
     return Comparison(original, kept, added, gone, bool(roots[0]) and roots[0][-1:] == roots[1][-1:])
+
+
+def _is_never_copied(mount: Mount) -> bool:
+    """Files of mount namespaces: a copy that has one could hold the other one, and itself, for ever."""
+    return mount.kind == b"nsfs" and mount.root.startswith(b"mnt:")
 
 
 @dataclass

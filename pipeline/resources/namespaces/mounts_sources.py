@@ -66,6 +66,10 @@ class Sources:
         """Whether the other namespace shows this file system, somewhere."""
         return any(mount.device == other.device for other in self._own)
 
+    def is_outside_root(self, mount: Mount) -> bool:
+        """Whether the other namespace has a mount with this root, somewhere."""
+        return any((mount.device, mount.root) == (other.device, other.root) for other in self._own)
+
     def earlier(self, mount: Mount) -> Sequence[Mount]:
         """The mounts that were added before."""
         return self._added[: self._added.index(mount)]

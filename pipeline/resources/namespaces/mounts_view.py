@@ -1,14 +1,15 @@
 """Looking at a mount namespace: what was done to it since it was a copy of another.
 
-Carried: proc of a pid namespace of the tree, mqueue of an ipc namespace of the tree, devpts, tmpfs with what is in
-it, overlayfs whose layers are to be seen where it is mounted again, bind mounts of what the other namespace shows too
-(sysfs, cgroups and the external proc are that: mounted twice they are one file system) or an earlier mount does (a
-read-only /proc/sys); one tmpfs or devpts that several mount namespaces show; mounts that are gone; flags. After
-pivot_root: all mounts, made below the place where the root is to be seen, or below a directory that nothing is bound
-from. Who shares mount events with whom is in `pipeline.resources.namespaces.mounts_propagation`.
+Carried: what shows a namespace of the tree (proc, mqueue, sysfs, cgroup hierarchies, namespace files), devpts, tmpfs
+with what is in it, overlayfs whose layers are to be seen where it is mounted again, bind mounts of what the other
+namespace shows too (external sysfs, cgroups and proc are that: mounted twice they are one file system) or an earlier
+mount does (a read-only /proc/sys), idmapped ones among them; one tmpfs or devpts that several mount namespaces show;
+mounts that are gone; flags. After pivot_root: all mounts, made below the place where the root is to be seen, or below a
+directory that nothing is bound from. Who shares mount events with whom is in
+`pipeline.resources.namespaces.mounts_propagation`.
 
-Refused by name: other file systems that are mounted only there, idmapped mounts, options that are not known here, a
-devpts that another mount covers, a tmpfs that cannot be listed, mounts that lie on one that was moved.
+Refused by name: other file systems that are mounted only there, options that are not known here, a devpts or namespace
+file that another mount covers, a tmpfs that cannot be listed, mounts that lie on one that was moved.
 
 Sources: mount_namespaces(7), mount(2), proc_pid_mountinfo(5), tmpfs(5).
 """
@@ -17,8 +18,7 @@ from __future__ import annotations
 
 import errno
 import os
-import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from msgspec import structs
@@ -26,36 +26,23 @@ from msgspec import structs
 from pipeline.errors import Blocker
 from pipeline.ids import HostPid
 from pipeline.kernel.mountinfo import Mount, mountinfo
-from pipeline.resources.namespaces.mounts import MountState, Step
+from pipeline.resources.namespaces.idmapped import MountIdmap
+from pipeline.resources.namespaces.mounts import SHOWN, MountState, Step, comes_behind_copies
 from pipeline.resources.namespaces.mounts_compare import Comparison, PeerGroups, parents_first
+from pipeline.resources.namespaces.mounts_options import (
+    MOUNTED_AGAIN,
+    RDONLY,
+    Options,
+    mount_flags,
+    root_options,
+)
 from pipeline.resources.namespaces.mounts_propagation import PropagationView
 from pipeline.resources.namespaces.mounts_sources import Sources
+from pipeline.resources.namespaces.shown import Shown
 from pipeline.resources.namespaces.tmpfs import Entry
 
-_FLAGS = {
-    b"rw": 0, b"ro": 1, b"nosuid": 2, b"nodev": 4, b"noexec": 8, b"noatime": 1024, b"nodiratime": 2048,
-    b"relatime": 1 << 21, b"nosymfollow": 256,
-}  # fmt: skip
-_RDONLY = 1
-_STRICTATIME = 1 << 24
-_ATIME = _FLAGS[b"noatime"] | _FLAGS[b"relatime"]
-#: options of overlayfs that only the initial user namespace may set
-_MODULE_DEFAULTS = {b"redirect_dir", b"metacopy"}
-_LAYERS = {b"lowerdir+", b"datadir+", b"upperdir", b"workdir"}
-#: options of the file system that are passed again; those of ids are translated
-_DATA = {
-    b"devpts": {b"gid", b"uid", b"mode", b"ptmxmode", b"max"},
-    b"tmpfs": {b"size", b"nr_inodes", b"nr_blocks", b"huge"},
-    b"proc": {b"hidepid", b"gid", b"subset"},
-    b"mqueue": set(),
-    b"overlay": {
-        *_LAYERS, b"lowerdir", b"redirect_dir", b"index", b"userxattr", b"metacopy", b"xino", b"nfs_export", b"uuid",
-        b"volatile", b"verity",
-    },
-}  # fmt: skip
-#: options that say nothing: defaults, or said by what `MountsView` reads from the root directory
-_PASSED_OVER = {b"rw", b"ro", b"inode32", b"inode64", b"seclabel"}
-_FROM_ROOT = {b"tmpfs": {b"mode", b"uid", b"gid"}}
+_IDMAPPED = b"idmapped"
+_CGROUPS = {b"cgroup", b"cgroup2"}
 #: file systems that exist once for each time they were mounted, and that have no other name
 NAMELESS = {b"tmpfs", b"devpts"}
 #: where a root is mounted that is not to be seen from outside, before it becomes the root
@@ -73,10 +60,11 @@ class Surroundings:
 
     Args:
         uid: from an id as the pipeline sees it to one of the owning user namespace; `gid` likewise.
-        pid_namespace_at: the `Namespace` index of the pid namespace that the proc at a path shows; None
-            for one that is not the tree's.
-        ipc_namespace_of: the index of the ipc namespace that an mqueue with this st_dev shows, likewise.
+        shown: which namespaces mounts show.
+        shown_by_kind: the index of the namespace of a kind that a mount shows, see `SHOWN`, as far as the owner of this
+            one may mount it.
         pid_namespace_of: that of the pid namespace which a proc with this st_dev shows, wherever it is seen.
+        idmap_of: how an idmapped mount maps ids.
         groups: of the whole tree.
         instances: of file systems that several mount namespaces of the tree show, by st_dev: number, and whether
             this namespace is the one that mounts it.
@@ -86,19 +74,15 @@ class Surroundings:
 
     uid: Callable[[int], int | None]
     gid: Callable[[int], int | None]
-    pid_namespace_at: Callable[[str], int | None]
-    ipc_namespace_of: Callable[[int], int | None]
+    shown: Shown
+    shown_by_kind: Callable[[Mount], int | None]
     pid_namespace_of: Callable[[int], int | None]
     groups: PeerGroups
     instances: Mapping[int, tuple[int, bool]]
     list_tmpfs: Callable[[Mount, list[bytes]], list[Entry]]
+    idmap_of: Callable[[Mount], MountIdmap]
     owner: int
     index: int
-
-
-def _flags(mount: Mount) -> int:
-    flags = sum(_FLAGS.get(option, 0) for option in mount.options)
-    return flags if flags & _ATIME else flags | _STRICTATIME
 
 
 class MountsView:
@@ -124,6 +108,7 @@ class MountsView:
         self._added = comparison.added
         self._gone = comparison.gone
         self._sources = Sources(pid, comparison, below, self._added)
+        self._options = Options(surroundings.owner, surroundings.uid, surroundings.gid, self._refuse_mount)
         self._propagation = PropagationView(
             comparison,
             surroundings.index,
@@ -138,6 +123,7 @@ class MountsView:
 
     def _state(self) -> MountState:
         steps = [Step("umount", mount.point) for mount in self._gone]
+        behind: list[Step] = []
         reached = {mount.id for mount, _ in self._kept}
         for mount in self._added:
             made = self._steps_of(mount)
@@ -146,12 +132,14 @@ class MountsView:
                 self._refuse_mount(mount, "lies on a mount that was moved, which is not carried")
             reached.add(mount.id)
             if made:
-                steps += [*made, *self._propagation.at_once(mount, self._sources.copied.get(mount.id))]
+                which = behind if comes_behind_copies(made[0]) else steps
+                which += [*made, *self._propagation.at_once(mount, self._sources.copied.get(mount.id))]
         for mount, before in self._kept:
             if mount.options != before.options:
-                self._check_options(mount)
-                steps.append(Step("remount", mount.point, flags=_flags(mount)))
-        return MountState(propagation=self._propagation.mode, steps=[*steps, *self._propagation.at_last()])
+                self._options.check(mount)
+                steps.append(Step("remount", mount.point, flags=mount_flags(mount)))
+        steps += self._propagation.at_last()
+        return MountState(propagation=self._propagation.mode, steps=[*steps, *behind])
 
     def _state_of_another_root(self) -> MountState:
         """A namespace after pivot_root: all of its mounts, made below a place in the other one.
@@ -185,21 +173,23 @@ class MountsView:
     def _made_below(self, place: bytes, root: Mount, source: bytes | None) -> MountState:
         """All mounts below `place`, the root being a bind mount of `source` or mounted itself."""
         self._sources.begin_below(place)
-        steps = []
+        steps: list[Step] = []
+        behind: list[Step] = []
         for mount in self._added:
             if mount is root and source is not None:
-                self._check_options(mount)
-                made = [Step("bind", b"", source, flags=_flags(mount))]
+                self._options.check(mount)
+                made = [Step("bind", b"", source, flags=mount_flags(mount))]
             else:
                 made = self._steps_of(mount)
             if made:
-                steps += [*made, *self._propagation.at_once(mount, self._sources.copied.get(mount.id))]
+                which = behind if comes_behind_copies(made[0]) else steps
+                which += [*made, *self._propagation.at_once(mount, self._sources.copied.get(mount.id))]
         steps += [
             structs.replace(step, source=place + step.source.rstrip(b"/")) if step.what == "group" else step
             for step in self._propagation.at_last()
         ]
         steps = [structs.replace(step, point=place + step.point.rstrip(b"/")) for step in steps]
-        return MountState(steps=[*steps, Step("pivot", place)])
+        return MountState(steps=[*steps, Step("pivot", place), *behind])
 
     # -- one mount --------------------------------------------------------------------------
 
@@ -207,30 +197,33 @@ class MountsView:
         point, kind = os.fsdecode(mount.point), os.fsdecode(mount.kind)
         self._refuse(f"mount {point} ({kind}) {reason}", f"umount {point}" if remedy is None else remedy)
 
-    def _check_options(self, mount: Mount) -> None:
-        for option in mount.options:
-            if option not in _FLAGS:
-                self._refuse_mount(mount, f"has the option {os.fsdecode(option)}, which is not carried")
-
     def _steps_of(self, mount: Mount) -> list[Step]:
         """How a mount that is only there is made again; empty where it is refused."""
-        self._check_options(mount)
+        self._options.check(mount)
         if mount.id in self._sources.came_along:
-            return [Step("remount", mount.point, flags=_flags(mount))]
-        source = self._sources.of(mount)
+            if _IDMAPPED in mount.options:
+                self._refuse_mount(
+                    mount, "is idmapped and lies on another that it came with, which is not carried"
+                )
+            return [Step("remount", mount.point, flags=mount_flags(mount))]
+        if mount.kind == b"nsfs" and (file := self._namespace_file(mount)):
+            return [file]
+        shows = self._around.shown_by_kind(mount) if mount.kind in _CGROUPS else None
+        source = self._sources.of(mount) if shows is None else None
         if source is not None:
-            return [
-                Step("bind", mount.point, source, flags=_flags(mount) | self._sources.whole(mount, source))
-            ]
+            return [self._bound(mount, source)]
+        if _IDMAPPED in mount.options:
+            self._refuse_mount(mount, "is idmapped, and of a file system that is not to be seen as it is")
+            return []
         instance, maker = self._around.instances.get(mount.device, (0, True))
-        if mount.kind not in _DATA or mount.root != b"/":
+        if mount.kind not in MOUNTED_AGAIN or (mount.root != b"/" and shows is None):
             self._refuse_mount(mount, "is not carried yet")
             return []
         if mount.kind in NAMELESS and self._sources.is_outside(mount):
             self._refuse_mount(mount, "is of outside of the tree, and not to be seen there any more")
             return []
         if not maker:
-            return [Step("attach", mount.point, flags=_flags(mount), instance=instance)]
+            return [Step("attach", mount.point, flags=mount_flags(mount), instance=instance)]
         covered = bool(self._sources.covers(mount))
         if covered and mount.kind == b"devpts":
             self._refuse_mount(mount, "is covered by another mount, which is not carried")
@@ -238,27 +231,57 @@ class MountsView:
         if mount.kind == b"tmpfs":
             return self._tmpfs(mount, instance)
         if mount.kind == b"overlay":
-            self._check_overlay(mount)
-        late = ipc = None
+            self._options.check_overlay(mount, self._sources)
+        late = None
         if mount.kind == b"proc":
             late = self._around.pid_namespace_of(mount.device)
             if late is None and not covered:
-                late = self._around.pid_namespace_at(self._sources.at(mount.point))
+                late = self._around.shown.pids(self._sources.at(mount.point))
             if late is None:
                 self._refuse_mount(mount, "shows a pid namespace that is not the tree's")
-        elif mount.kind == b"mqueue":
-            ipc = self._around.ipc_namespace_of(mount.device)
-            if ipc is None:
-                self._refuse_mount(mount, "shows an ipc namespace that is not the tree's")
-        flags = _flags(mount)
-        read_only = _RDONLY if b"ro" in mount.super_options else 0
-        data = b",".join(self._options(mount))
+        elif mount.kind in SHOWN and shows is None:
+            shows = self._around.shown_by_kind(mount)
+            if shows is None:
+                kind = SHOWN[mount.kind]
+                self._refuse_mount(
+                    mount, f"shows a namespace ({kind}) that is not the tree's, or has another owner"
+                )
+        flags = mount_flags(mount)
+        read_only = RDONLY if b"ro" in mount.super_options else 0
+        data = b",".join(self._options.of(mount))
         steps = [
-            Step("mount", mount.point, mount.source, mount.kind, flags | read_only, data, late, ipc, instance)
+            Step(
+                "mount", mount.point, mount.source, mount.kind, flags | read_only, data, late, shows, instance
+            )
         ]
         if flags | read_only != flags:  # only the file system is read-only
             steps.append(Step("remount", mount.point, flags=flags, late=late))
         return steps
+
+    def _bound(self, mount: Mount, source: bytes) -> Step:
+        idmap = None
+        if _IDMAPPED in mount.options:
+            try:
+                idmap = self._around.idmap_of(mount)
+            except OSError as error:
+                self._refuse_mount(mount, f"is idmapped, and how is not to be learnt: {error.strerror}")
+        whole = self._sources.whole(mount, source)
+        if whole and idmap is not None:
+            self._refuse_mount(
+                mount, "is idmapped, and others that came with it lie on it, which is not carried"
+            )
+        return Step("bind", mount.point, source, flags=mount_flags(mount) | whole, idmap=idmap)
+
+    def _namespace_file(self, mount: Mount) -> Step | None:
+        """How the file of a namespace is bound; None for one of outside, which is bound as anything else is."""
+        if self._sources.covers(mount):
+            self._refuse_mount(mount, "is covered by another mount, which is not carried")
+            return Step("namespace", mount.point)
+        found = self._around.shown.held(self._pid, mount.point, self._sources.is_outside_root(mount))
+        if found is None:
+            return None
+        kind, index = found
+        return Step("namespace", mount.point, kind=kind.encode(), flags=mount_flags(mount), shows=index)
 
     def _tmpfs(self, mount: Mount, instance: int) -> list[Step]:
         """Mount it so that it can be written to, fill it, and then make it what it was."""
@@ -268,63 +291,14 @@ class MountsView:
             why = _WHY_NOT_LISTED.get(error.errno or 0, f"cannot be listed: {error.strerror}")
             self._refuse_mount(mount, why, "empty or umount it")
             return []
-        flags = _flags(mount)
-        data = b",".join([*self._options(mount), *_root_options(entries[0], self._around.owner)])
+        flags = mount_flags(mount)
+        data = b",".join([*self._options.of(mount), *root_options(entries[0], self._around.owner)])
         steps = [
-            Step("mount", mount.point, mount.source, mount.kind, flags & ~_RDONLY, data, instance=instance),
+            Step("mount", mount.point, mount.source, mount.kind, flags & ~RDONLY, data, instance=instance),
             Step("fill", mount.point, entries=entries),
         ]
         if b"ro" in mount.super_options:
-            steps.append(Step("reconfigure", mount.point, flags=flags | _RDONLY))
-        if flags & _RDONLY or b"ro" in mount.super_options:
+            steps.append(Step("reconfigure", mount.point, flags=flags | RDONLY))
+        if flags & RDONLY or b"ro" in mount.super_options:
             steps.append(Step("remount", mount.point, flags=flags))
         return steps
-
-    def _options(self, mount: Mount) -> Iterator[bytes]:
-        """The options of the file system, ids as its owner knows them."""
-        for option in mount.super_options:
-            name, _, value = option.partition(b"=")
-            if name in {b"uid", b"gid"} and name in _DATA[mount.kind]:
-                yield self._id_option(mount, name, int(value))
-            elif mount.kind == b"overlay" and name in _MODULE_DEFAULTS and self._around.owner:
-                continue  # nobody may set it there, so it was not set
-            elif name in _DATA[mount.kind]:
-                yield option
-            elif option not in _PASSED_OVER and name not in _FROM_ROOT.get(mount.kind, ()):
-                self._refuse_mount(mount, f"has the option {os.fsdecode(option)}, which is not carried")
-
-    def _check_overlay(self, mount: Mount) -> None:
-        """Its layers must be where the options say, seen from where it is mounted again."""
-        here = self._sources.earlier(mount)
-        for option in mount.super_options:
-            name, _, value = option.partition(b"=")
-            for path in _layers(name, value):
-                inside = not self._sources.prefix and any(path.startswith(m.point + b"/") for m in here)
-                seen = self._sources.at(path) if inside else self._sources.outside(path)
-                if not path.startswith(b"/") or not os.path.isdir(seen):
-                    self._refuse_mount(
-                        mount, f"has a layer {os.fsdecode(path)} that is not to be seen from outside"
-                    )
-
-    def _id_option(self, mount: Mount, name: bytes, seen: int) -> bytes:
-        inner = (self._around.uid if name == b"uid" else self._around.gid)(seen)
-        if inner is None:
-            what = os.fsdecode(name)
-            self._refuse_mount(mount, f"belongs to {what} {seen}, which its user namespace does not map")
-            return name + b"=0"
-        return b"%s=%d" % (name, inner)
-
-
-def _layers(name: bytes, value: bytes) -> list[bytes]:
-    """The directories that an option of overlayfs names; a backslash takes a colon's meaning away."""
-    if name == b"lowerdir":
-        return [part.replace(b"\\:", b":") for part in re.split(rb"(?<!\\)::?", value)]
-    return [value] if name in _LAYERS else []
-
-
-def _root_options(root: Entry, owner: int) -> Iterator[bytes]:
-    """What a tmpfs is mounted with so that its owner may change its root directory; filling does the rest."""
-    yield b"mode=%o" % (root.mode & 0o7777)
-    if owner:
-        yield b"uid=%d" % root.uid.id
-        yield b"gid=%d" % root.gid.id

@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 from pipeline.errors import RebuildError
+from pipeline.ids import LocalFd
 from pipeline.image.schema import Namespace
 from pipeline.kernel.arch.x86_64 import NR
 from pipeline.remote.puppet import Puppet
@@ -24,12 +25,8 @@ def join(puppet: Puppet, keeper: Puppet, kind: str) -> None:
     Raises:
         RebuildError: setns is refused.
     """
-    link = "time_for_children" if kind == "time" else kind
-    local = os.open(f"/proc/{keeper.pid}/ns/{link}", os.O_RDONLY | os.O_CLOEXEC)
-    try:
+    with Seats.opened(keeper, kind) as local:
         (number,) = puppet.send_fds([local])
-    finally:
-        os.close(local)
     try:
         puppet.syscall(NR.setns, number, FLAGS[kind])
     except OSError as error:
@@ -40,9 +37,13 @@ def join(puppet: Puppet, keeper: Puppet, kind: str) -> None:
 
 @dataclass
 class Seats:
-    """The keepers: `user` by `UserNamespace` index, the first being the launcher; `other` by `Namespace` index."""
+    """The keepers: `user` by `UserNamespace` index, the first being the launcher; `other` by `Namespace` index.
+
+    `outside`: who is in the external pid namespace, the one made around the tree if there is one.
+    """
 
     user: dict[int, Puppet]
+    outside: Puppet
     other: dict[int, Puppet] = field(default_factory=dict)
     records: dict[int, Namespace] = field(default_factory=dict)
 
@@ -51,6 +52,33 @@ class Seats:
         if index not in self.other or self.records[index].kind != kind:
             raise RebuildError(f"namespace {index} is no {kind} namespace of the tree")
         return self.other[index]
+
+    def found(self, kind: str, index: int) -> Puppet | None:
+        """Who is in a namespace of any kind, the external one's too; None while it is not made yet.
+
+        Raises:
+            RebuildError: the image has none of this kind with this number.
+        """
+        if kind == "user":
+            if index not in self.user:
+                raise RebuildError(f"the image has no user namespace {index}")
+            return self.user[index]
+        if index not in self.records or self.records[index].kind != kind:
+            raise RebuildError(f"namespace {index} is no {kind} namespace of the image")
+        if not self.records[index].external:
+            return self.other.get(index)
+        return self.outside if kind == "pid" else self.user[0]
+
+    @staticmethod
+    @contextmanager
+    def opened(seat: Puppet, kind: str) -> Iterator[LocalFd]:
+        """The namespace of a kind that `seat` is in, or has made for its children, open inside the block."""
+        link = "time_for_children" if kind == "time" else kind
+        fd = LocalFd(os.open(f"/proc/{seat.pid}/ns/{link}", os.O_RDONLY | os.O_CLOEXEC))
+        try:
+            yield fd
+        finally:
+            os.close(fd)
 
     @contextmanager
     def way_into(self, index: int) -> Iterator[Way]:

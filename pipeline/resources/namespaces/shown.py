@@ -1,0 +1,95 @@
+"""Which namespace a mount shows.
+
+A proc shows a pid namespace, an mqueue an ipc namespace, a sysfs a network, a cgroup hierarchy the part of it that a
+cgroup namespace begins at, a namespace file (nsfs) a namespace of any kind. The kernel says it of none of them in
+words. A proc has a process 1; of mqueue and sysfs there is one file system for each namespace, so a visitor that mounts
+it there tells which; seen from a cgroup namespace, what begins at its root is called `/`.
+
+Sources: namespaces(7), mq_overview(7), cgroup_namespaces(7); fs/sysfs/mount.c, cgroup_show_path in kernel/cgroup.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+
+from pipeline.ids import HostPid, LocalFd
+from pipeline.image.schema import NamespaceKind
+from pipeline.kernel import procfs
+from pipeline.kernel.arch.x86_64 import NR
+from pipeline.kernel.mountinfo import Mount, mountinfo
+from pipeline.kernel.nsfs import NamespaceKey
+from pipeline.kernel.syscalls import CLONE, syscall, unshare
+from pipeline.resources.namespaces import ipc_view
+from pipeline.userns.visit import Way, visit
+
+_FSCONFIG_CMD_CREATE = 6
+
+
+@dataclass(frozen=True)
+class Shown:
+    """Finds the namespace of the tree behind a mount; the answers are `Namespace` indexes, None where it is not one.
+
+    Args:
+        own: the namespaces of the tree of a kind, by index.
+        number_of: the number of a namespace, the external one's too; None if it is not known.
+        way: what a visitor joins to be in a namespace; opened descriptors are closed by the stack.
+        held: of the namespace whose file a process sees at a path, its kind and its number, which is a `UserNamespace`
+            index for kind `user`. It becomes part of the tree, unless only those that are known already are asked for.
+            None where it is not the tree's.
+    """
+
+    own: Callable[[NamespaceKind], Iterable[int]]
+    number_of: Callable[[str, NamespaceKey], int | None]
+    way: Callable[[int, ExitStack], Way]
+    held: Callable[[HostPid, bytes, bool], tuple[str, int] | None]
+
+    def pids(self, path: str) -> int | None:
+        """The pid namespace that the proc at a path shows: that of its process 1."""
+        with suppress(OSError):
+            result = os.stat(f"{path}/1/ns/pid")
+            return self._ours("pid", NamespaceKey(result.st_dev, result.st_ino))
+        return None
+
+    def queues(self, device: int) -> int | None:
+        """The ipc namespace whose message queues have this st_dev."""
+        return next((n for n, way in self._ways("ipc") if ipc_view.mqueue_device(way) == device), None)
+
+    def network(self, device: int) -> int | None:
+        """The network that the sysfs with this st_dev shows."""
+        return next((n for n, way in self._ways("net") if _sysfs_device(way) == device), None)
+
+    def cgroups(self, pid: HostPid, mount: Mount) -> int | None:
+        """A cgroup namespace at whose root a mount, which `pid` sees, begins."""
+        for index, way in self._ways("cgroup"):
+            if visit(way, lambda: _root_of(pid, mount.id)) == b"/":
+                return index
+        return None
+
+    def _ours(self, kind: NamespaceKind, key: NamespaceKey) -> int | None:
+        number = self.number_of(kind, key)
+        return number if number is not None and number in self.own(kind) else None
+
+    def _ways(self, kind: NamespaceKind) -> Iterator[tuple[int, Way]]:
+        for index in self.own(kind):
+            with ExitStack() as fds, suppress(OSError, procfs.ProcessGone):
+                yield index, self.way(index, fds)
+
+
+def _sysfs_device(way: Way) -> int:
+    """st_dev of the sysfs of a network namespace."""
+
+    def look() -> bytes:
+        unshare(CLONE.NEWNS)  # mounting wants a mount namespace of the same owner
+        context = syscall(NR.fsopen, b"sysfs\0", 0)
+        syscall(NR.fsconfig, context, _FSCONFIG_CMD_CREATE, None, None, 0)
+        made = LocalFd(syscall(NR.fsmount, context, 0, 0))
+        return b"%d" % os.fstat(made).st_dev
+
+    return int(visit(way, look))
+
+
+def _root_of(pid: HostPid, mount_id: int) -> bytes:
+    return next((mount.root for mount in mountinfo(pid) if mount.id == mount_id), b"")

@@ -138,6 +138,7 @@ class Tree:
         self._tree = tree
         self.root_pid = tree.root_pid
         self.figures = tree.figures
+        self.notes = tree.notes
 
     async def wait(self) -> int:
         """Wait for the tree's root; returns its wait status (as `os.waitstatus_to_exitcode` reads it)."""

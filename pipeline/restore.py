@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 import msgspec
@@ -45,12 +45,16 @@ class RestoredTree:
         child_pid: who ends with the root and with its status: the root itself, or the first process of a pid
             namespace that was made around it (a signal's number plus 128 is its status then).
         figures: times in milliseconds, sizes in bytes, by QMP's names.
+        notes: what is not as it was, in words.
     """
 
-    def __init__(self, root_pid: int, child_pid: int, figures: dict[str, float]) -> None:
+    def __init__(
+        self, root_pid: int, child_pid: int, figures: dict[str, float], notes: Sequence[str] = ()
+    ) -> None:
         self.root_pid = root_pid
         self._child_pid = child_pid
         self.figures = figures
+        self.notes = list(notes)
         self._pidfd = os.pidfd_open(root_pid)
         self._child = os.pidfd_open(child_pid)
         LEDGER.take("pidfds of a restored tree", self._pidfd)
@@ -214,4 +218,5 @@ async def restore(
             "transferred": reader.bytes_read,
             "page-bytes": feed.bytes_done,
         },
+        rebuilding.notes,
     )

@@ -167,7 +167,7 @@ class _Server:
             root = await self._tracer.run(rebuilding.thaw)
         held.root_pid = self._settled[held.migration] = root
         held.running.set()
-        tree = RestoredTree(root, rebuilding.child_pid, {"page-bytes": feed.bytes_done})
+        tree = RestoredTree(root, rebuilding.child_pid, {"page-bytes": feed.bytes_done}, rebuilding.notes)
         self._restored(tree)
         self._nursery.start_soon(self._collect, tree)
         self._arrived.set()

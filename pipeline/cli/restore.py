@@ -113,9 +113,11 @@ def _announce(arguments: argparse.Namespace, tree: RestoredTree, progress: Lines
     progress.__exit__(None, None, None)
     pidfile.write(arguments.pidfile, tree.root_pid)
     if arguments.json:
-        render.document({"root_pid": tree.root_pid, "figures": tree.figures})
+        render.document({"root_pid": tree.root_pid, "figures": tree.figures, "notes": tree.notes})
         return
     if arguments.detach:
         print(tree.root_pid, flush=True)
+    for note in tree.notes:
+        render.say(f"restore: note: {note}")
     render.say(f"restore: the tree runs, its root is pid {tree.root_pid}")
     render.say(f"restore: {render.figures(tree.figures)}")

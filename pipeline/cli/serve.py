@@ -83,4 +83,6 @@ def _listening(host: str, port: int, secret: str | None) -> None:
 
 def _restored(tree: RestoredTree) -> None:
     print(f"restored: root pid {tree.root_pid}", flush=True)
+    for note in tree.notes:
+        render.say(f"serve: note: {note}")
     render.say(f"serve: {render.figures(tree.figures)}")

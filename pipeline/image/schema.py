@@ -393,6 +393,8 @@ class Process(Record, frozen=True, kw_only=True, tag="process"):
     comm: Annotated[bytes, Meta(max_length=15)] = b""
     #: ids of a zombie, which has no thread that could say them
     credentials: Credentials | None = None
+    #: as whom somebody logged in, see loginuid(5); None for nobody
+    loginuid: Id | None = None
 
 
 class Owner(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):

@@ -20,7 +20,7 @@ from msgspec.structs import replace
 from pipeline.errors import RebuildError
 from pipeline.ids import LocalFd, RemoteFd
 from pipeline.image.codec import Image
-from pipeline.image.schema import AddressSpace, MappedFile, PathRef, Process
+from pipeline.image.schema import AddressSpace, Id, MappedFile, PathRef, Process
 from pipeline.kernel.arch.x86_64 import NR
 from pipeline.kernel.syscalls import PRCTL
 from pipeline.ledger import LEDGER
@@ -32,7 +32,7 @@ from pipeline.resources.memory.rebuild import Source
 from pipeline.resources.namespaces.ipc import Segment
 from pipeline.resources.namespaces.keepers import Keepers
 from pipeline.resources.pty_session import ControllingTerminals
-from pipeline.resources.tasks import credentials
+from pipeline.resources.tasks import credentials, loginuid
 from pipeline.stages import memory_layout
 from pipeline.stages.contents import Contents
 from pipeline.stages.growth import Grown
@@ -146,6 +146,9 @@ class Embodiment:
         self._contents = contents
         self._keepers = keepers
         self._ids = ids
+        self._logins_lost: set[Id | None] = set()
+        #: what is not as it was, and stops nothing
+        self.notes: list[str] = []
         self.session_founded = terminals.session_founded
         self.join_owner = keepers.join_owner
         self.pid_namespace_begins = keepers.mount_late
@@ -176,6 +179,7 @@ class Embodiment:
 
     def _move_in(self, process: Process, grown: Grown) -> None:
         puppet = grown.puppet
+        self._log_in(process, puppet)
         wanted = process.threads[0].credentials
         credentials.before_join(puppet, wanted, grown.members.user, self._ids.uid, self._ids.gid)
         self._keepers.join(puppet, grown.members, process.namespaces)
@@ -184,6 +188,17 @@ class Embodiment:
         here = process.namespaces
         begun = grown.members.time_for_children == here.time_for_children
         grown.members = here if begun else replace(here, time_for_children=here.time)
+
+    def _log_in(self, process: Process, puppet: Puppet) -> None:
+        wanted = process.loginuid
+        number = self._ids.forest.number_in(wanted, 0, "uid") if wanted is not None else None
+        lost = (
+            "it has no place here" if wanted is not None and number is None else loginuid.keep(puppet, number)
+        )
+        if lost and wanted not in self._logins_lost:
+            self._logins_lost.add(wanted)
+            whose = self._ids.describe(wanted, "uid") if wanted is not None else "nobody"
+            self.notes.append(f"pid {process.pids[0]}: its login ({whose}) becomes the restorer's: {lost}")
 
     def _segments(self, process: Process) -> Mapping[int, Segment]:
         state = self._keepers.ipc_state(process.namespaces.ipc)

@@ -41,7 +41,7 @@ from pipeline.resources.memory.objects import MemoryObjects
 from pipeline.resources.memory.sharing import plan_copy_on_write
 from pipeline.resources.namespaces.members import NamespaceCapture
 from pipeline.resources.pty_session import check_controlling_terminal
-from pipeline.resources.tasks import credentials, semaphore_undo, signals
+from pipeline.resources.tasks import credentials, loginuid, semaphore_undo, signals
 from pipeline.resources.tasks.inquiry import Inquiry, thread_record
 from pipeline.resources.tasks.interrupted import Sleepers
 from pipeline.resources.tasks.refusals import check_task
@@ -282,7 +282,8 @@ class Capture:
         inquiries, undo, blockers = self._ask(pid, tids)
         leader = inquiries[0]
         subject = f"pid {pid}"
-        blockers += [b for inquiry in inquiries for b in inquiry.blockers(subject)]
+        own_users = bool(self.namespaces.memberships[pid].user)
+        blockers += [b for inquiry in inquiries for b in inquiry.blockers(subject, own_users)]
         memory = capture_address_space(
             pid,
             self._objects,
@@ -321,6 +322,7 @@ class Capture:
             child_subreaper=leader.child_subreaper(),
             threads=threads,
             comm=stat.comm[:15],
+            loginuid=loginuid.capture(pid),
         )
         for what, path in (("working directory", record.cwd), ("root directory", record.root)):
             if path is not None and path.path.endswith(b" (deleted)"):

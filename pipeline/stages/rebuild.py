@@ -125,7 +125,7 @@ class Rebuilding:
         self._stack.callback(self._close_roots)
         self._terminals = ControllingTerminals(image.files.values(), self._open_path)
         self._stack.callback(self._terminals.close)
-        body = Embodiment(image, files, self.contents, self._keepers, self._ids, self._terminals)
+        self._body = body = Embodiment(image, files, self.contents, self._keepers, self._ids, self._terminals)
         self.growth = Growth(
             image,
             self._planner,
@@ -242,6 +242,11 @@ class Rebuilding:
             self._init.set_free(self._image.processes[self._image.head.root].pids[0])
         finish.thaw(self._image, self.growth)
         return root
+
+    @property
+    def notes(self) -> list[str]:
+        """What is not as it was, and stops nothing; complete when the tree is."""
+        return self._body.notes
 
     @property
     def child_pid(self) -> HostPid:

@@ -72,7 +72,7 @@ KINDS = ("user", "pid", "pid_for_children", "mnt", "uts", "ipc", "net", "cgroup"
 #: plain files of /proc/PID that must be equal as they are
 FILES = (
     "comm", "cmdline", "environ", "auxv", "limits", "uid_map", "gid_map", "setgroups", "oom_score_adj", "personality",
-    "coredump_filter", "timerslack_ns",
+    "coredump_filter", "timerslack_ns", "loginuid",
 )  # fmt: skip
 #: VmFlags that may differ: "sd" (soft-dirty), "ac" (accounted: was writable and private once) and "gu" (may have
 #: guards: had a neighbour with guards once; the programs look at the guards) are the history of a mapping; mappings

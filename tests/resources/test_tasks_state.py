@@ -422,12 +422,13 @@ def test_processors_that_are_not_here_are_named(launcher: Puppet) -> None:
 # -- refusals --------------------------------------------------------------------------
 
 
-def refused(puppet: Puppet) -> list[str]:
+def refused(puppet: Puppet, own_users: bool = False) -> list[str]:
     from pipeline.resources.tasks.inquiry import Inquiry
 
     inquiry = Inquiry(puppet.tid, puppet.tid == puppet.pid, procfs.timers(puppet.pid))
     puppet.run(inquiry.calls)
-    return [str(b) for b in (*inquiry.blockers(f"pid {puppet.pid}"), *refusals.check_task(puppet.pid))]
+    found = inquiry.blockers(f"pid {puppet.pid}", own_users)
+    return [str(b) for b in (*found, *refusals.check_task(puppet.pid))]
 
 
 def test_an_ordinary_task_is_not_refused(launcher: Puppet) -> None:
@@ -458,6 +459,27 @@ def test_states_that_only_the_task_knows(launcher: Puppet, number: int, argument
         puppet.syscall(number, *arguments)
         found = refused(puppet)
         assert (said in "\n".join(found) and len(found) == 1) if said else not found
+
+
+def test_keys_in_keyrings_of_the_tree_are_named(launcher: Puppet) -> None:
+    join_session, session, user = 1, -3, -4
+
+    def add_key(puppet: Puppet, keyring: int) -> None:
+        puppet.syscall(NR.add_key, b"user\0", b"secret\0", b"x", 1, keyring)
+
+    with puppet_in(launcher, HOST) as puppet:
+        puppet.syscall(NR.keyctl, join_session, 0)
+        assert refused(puppet, own_users=True) == []  # every login has one
+        add_key(puppet, session)
+        (found,) = refused(puppet)
+        assert "uses its session keyring (keys: 1)" in found
+    with puppet_in(launcher, HOST) as puppet:
+        puppet.syscall(NR.unshare, 0x1000_0000)
+        assert refused(puppet, own_users=True) == []
+        add_key(puppet, user)
+        (found,) = refused(puppet, own_users=True)
+        assert "uses the keyrings of its user (keys: 1)" in found
+        assert refused(puppet) == []
 
 
 def test_threads_that_are_apart_are_refused(launcher: Puppet) -> None:

@@ -7,9 +7,9 @@ ptrace and calls that take a pid.
 Not preserved: CPU times and fault counters; the default that PR_SET_TIMERSLACK 0 goes
 back to. Refused here (the task itself has to tell): memory-deny-write-execute, a
 disabled time stamp counter or cpuid instruction, merging of all memory, AMX tiles, a
-local descriptor table, syscall user dispatch, thread and process keyrings, 32-bit code.
+local descriptor table, syscall user dispatch, 32-bit code. Keyrings: `pipeline.resources.tasks.keyrings`.
 
-Sources: prctl(2), arch_prctl(2), ptrace(2), sigaction(2), keyctl(2).
+Sources: prctl(2), arch_prctl(2), ptrace(2), sigaction(2).
 """
 
 from __future__ import annotations
@@ -28,12 +28,11 @@ from pipeline.kernel.arch.x86_64 import NR
 from pipeline.kernel.syscalls import PRCTL, syscall
 from pipeline.remote.calls import Call, Out
 from pipeline.resources.tasks import credentials, interrupted, scheduling, seccomp, signals, timers
+from pipeline.resources.tasks.keyrings import Keyrings
 
 _ARCH_GET_CPUID = 0x1011
 _ARCH_GET_XCOMP_PERM = 0x1022
 _XFEATURE_TILE_DATA = 18
-_KEYCTL_GET_KEYRING_ID = 0
-_KEYRINGS = {"thread": -1, "process": -2}
 _TSC_SIGSEGV = 2
 
 
@@ -54,11 +53,7 @@ class Inquiry:
         self._securebits = self._number(PRCTL.GET_SECUREBITS)
         self._timer_slack = self._number(PRCTL.GET_TIMERSLACK)
         self._cpuid = self._call(NR.arch_prctl, _ARCH_GET_CPUID, 0)
-        self._keyrings = {
-            name: self._call(NR.keyctl, _KEYCTL_GET_KEYRING_ID, number, 0)
-            for name, number in _KEYRINGS.items()
-            if name == "thread" or self.leader
-        }
+        self._keyrings = Keyrings(self.tid, self.leader, self._call)
         if not self.leader:
             return
         self._actions = [self._ask(NR.rt_sigaction, signal, 0, Out(32), 8) for signal in signals.SIGNALS]
@@ -144,8 +139,12 @@ class Inquiry:
         """The program break."""
         return RemoteAddress(self._brk.check())
 
-    def blockers(self, subject: str) -> Iterator[Blocker]:
-        """States that are not carried, which only the task itself could tell."""
+    def blockers(self, subject: str, own_users: bool = False) -> Iterator[Blocker]:
+        """States that are not carried, which only the task itself could tell.
+
+        Args:
+            own_users: it is in a user namespace of the tree.
+        """
         if not self.leader:
             subject += f" thread {self.tid}"
         registers = ptrace.get_regs(self.tid)
@@ -160,9 +159,7 @@ class Inquiry:
         status = procfs.status(self.tid)
         if status.seccomp_filters:
             yield from seccomp.check_filters(subject, seccomp.seccomp(self.tid, status))
-        for name, call in self._keyrings.items():
-            if call.result > 0:
-                yield Blocker(subject, f"has a {name} keyring")
+        yield from self._keyrings.blockers(subject, own_users)
         if not self.leader:
             return
         if self._mdwe.result > 0:

@@ -5,8 +5,6 @@ tree that goes on running. What only the task itself can tell is asked in `inqui
 
 Not seen, because the kernel shows it to nobody: Landlock domains, undo values of System V
 semaphores (SEM_UNDO), the ioperm bitmap, a tracer granted by PR_SET_PTRACER.
-Not carried and not refused: the session keyring (every login has one); the restored
-process is in the restorer's.
 
 Sources: proc_pid_status(5), proc_pid_stat(5), kcmp(2); include/linux/sched.h for PF_*.
 """

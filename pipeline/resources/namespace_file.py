@@ -38,7 +38,7 @@ class NamespaceFile(CompleteOnceCreated):
     )
     refused: Sequence[str] = (
         "namespaces that belong to a user namespace outside of the pipeline's own",
-        "a mnt, pid or cgroup namespace that no process of the tree is in",
+        "a pid namespace that no process of the tree is in",
     )
 
     def matches(self, view: FdView) -> bool:

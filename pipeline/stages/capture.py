@@ -53,6 +53,7 @@ from pipeline.userns.capture import LiveForest
 from pipeline.userns.cradle import is_privileged
 from pipeline.userns.externals import Externals
 from pipeline.userns.forest import Forest
+from pipeline.userns.lodgers import Lodgers
 
 
 class Capture:
@@ -72,26 +73,28 @@ class Capture:
         sleepers: Sleepers | None = None,
         externals: Externals | None = None,
     ) -> None:
-        self._stack = ExitStack()
         self._sleepers = sleepers or Sleepers()
         self._slept_ns: dict[int, int | None] = {}
         self.tree = Tree(pids)
         self._zombies = set(zombies)
         self.living = [pid for pid in pids if pid not in self._zombies]
         self._spaces = Spaces()
-        self._stack.callback(self._spaces.close)
         self._forest = LiveForest()
-        self.namespaces = NamespaceCapture(self.living, self._forest, is_privileged(), externals)
-        self._objects = self._stack.enter_context(MemoryObjects(self))
-        self.files = self._stack.enter_context(
-            FileObserver(
-                self.tree,
-                self._spaces,
-                self._mount_namespace,
-                self._objects.memory_of,
-                self.namespaces,
+        with ExitStack() as stack:
+            stack.callback(self._spaces.close)
+            lodgers = stack.enter_context(Lodgers())
+            self.namespaces = NamespaceCapture(self.living, self._forest, is_privileged(), lodgers, externals)
+            self._objects = stack.enter_context(MemoryObjects(self))
+            self.files = stack.enter_context(
+                FileObserver(
+                    self.tree,
+                    self._spaces,
+                    self._mount_namespace,
+                    self._objects.memory_of,
+                    self.namespaces,
+                )
             )
-        )
+            self._stack = stack.pop_all()
         #: system calls run inside the target
         self.injected_calls = 0
 

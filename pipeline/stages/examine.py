@@ -16,6 +16,7 @@ from pipeline.stages.translate import in_forest
 from pipeline.userns.capture import LiveForest
 from pipeline.userns.cradle import is_privileged
 from pipeline.userns.externals import Externals
+from pipeline.userns.lodgers import Lodgers
 from pipeline.userns.portrait import Portrait, Sitter, paint
 
 
@@ -70,7 +71,8 @@ def portrait(pid: int) -> Portrait | None:
             if any(True for _ in check_visible(member)):
                 return None
             pids.append(member)
-    namespaces = NamespaceCapture(pids, forest, is_privileged())
+    with Lodgers() as lodgers:
+        namespaces = NamespaceCapture(pids, forest, is_privileged(), lodgers)
     sitters = []
     for member, members in namespaces.memberships.items():
         with suppress(procfs.ProcessGone):

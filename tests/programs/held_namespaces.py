@@ -10,6 +10,11 @@ import socket
 from support import libc, main
 
 CLONE_NEWUTS, CLONE_NEWIPC, CLONE_NEWUSER = 0x04000000, 0x08000000, 0x10000000
+CLONE_NEWNS, CLONE_NEWCGROUP, CLONE_NEWNET = 0x00020000, 0x02000000, 0x40000000
+#: of the namespaces that nobody is in
+HELD = {
+    "user": CLONE_NEWUSER, "uts": CLONE_NEWUTS, "mnt": CLONE_NEWNS, "cgroup": CLONE_NEWCGROUP, "net": CLONE_NEWNET,
+}  # fmt: skip
 NS_GET_USERNS = 0xB701
 KINDS = ("user", "pid", "uts", "ipc", "time", "cgroup", "mnt")
 
@@ -37,14 +42,22 @@ def body(program):
     (told, tell), (go, let_go) = os.pipe(), os.pipe()
     helper = os.fork()
     if helper == 0:  # makes namespaces for others to hold, and ends
-        call(libc.unshare, CLONE_NEWUSER | CLONE_NEWUTS)
+        maps = {"setgroups": "deny", "gid_map": f"0 {os.getegid()} 1", "uid_map": f"0 {os.geteuid()} 1"}
+        for kind, flag in HELD.items():
+            call(libc.unshare, flag)
+            for name, text in maps.items() if kind == "user" else ():
+                with open(f"/proc/self/{name}", "w") as file:
+                    file.write(text)
         libc.sethostname(b"nobody-is-here", 14)
+        call(libc.mount, b"held", b"/mnt", b"tmpfs", 0, None)
+        with open("/mnt/file", "w") as file:
+            file.write("only to be seen there")
         libc.prctl(4, 1, 0, 0, 0)
         os.write(tell, b"x")
         os.read(go, 1)
         os._exit(0)
     os.read(told, 1)
-    held = {kind: namespace(helper, kind) for kind in ("user", "uts")}
+    held = {kind: namespace(helper, kind) for kind in HELD}
     os.write(let_go, b"x")
     os.waitpid(helper, 0)
 
@@ -67,15 +80,19 @@ def body(program):
         visitor = os.fork()
         if visitor == 0:  # joins what nobody is in
             try:
-                call(libc.setns, held["user"], CLONE_NEWUSER)
-                call(libc.setns, held["uts"], CLONE_NEWUTS)
-                os.write(visitor_write, socket.gethostname().encode())
+                for kind, flag in HELD.items():
+                    call(libc.setns, held[kind], flag)
+                with open("/mnt/file") as file, open("/proc/self/cgroup") as places:
+                    cgroups = {line.rpartition(":")[2] for line in places}
+                    names = [name for _, name in socket.if_nameindex()]
+                    said = socket.gethostname(), file.read(), cgroups, names
+                os.write(visitor_write, repr(said).encode())
             except OSError as error:
                 os.write(visitor_write, str(error).encode())
             finally:
                 os._exit(0)
         os.waitpid(visitor, 0)
-        found.append(os.read(visitor_read, 100))
+        found.append(os.read(visitor_read, 1000))
         os.close(visitor_read)
         os.close(visitor_write)
         return found, list(broken)

@@ -51,7 +51,7 @@ def leave_namespaces():
     (told, tell), (go, let_go) = os.pipe(), os.pipe()
     helper = os.fork()
     if helper == 0:
-        call(libc.unshare, CLONE_NEWUSER | CLONE_NEWUTS | CLONE_NEWNET)
+        call(libc.unshare, CLONE_NEWUSER | CLONE_NEWUTS | CLONE_NEWNET | CLONE_NEWNS)
         libc.sethostname(b"nobody-is-here", 14)
         libc.prctl(4, 1, 0, 0, 0)
         os.write(tell, b"x")
@@ -62,7 +62,7 @@ def leave_namespaces():
     for name in ("uid_map", "gid_map"):
         with open(f"/proc/{helper}/{name}", "w") as file:
             file.write(f"3 {first} 1")
-    bound = {kind: bind(helper, kind, f"left-{kind}") for kind in ("user", "uts", "net")}
+    bound = {kind: bind(helper, kind, f"left-{kind}") for kind in ("user", "uts", "net", "mnt")}
     os.write(let_go, b"x")
     os.waitpid(helper, 0)
     for fd in (told, tell, go, let_go):

@@ -19,6 +19,7 @@ from pipeline.resources.namespaces.members import NamespaceCapture
 from pipeline.userns.capture import LiveForest
 from pipeline.userns.cradle import is_privileged
 from pipeline.userns.forest import Forest
+from pipeline.userns.lodgers import Lodgers
 
 _SCRATCH = RemoteAddress(0x2000_0000_0000)
 
@@ -103,10 +104,10 @@ def held(act: Callable[[], object], id_map: str | None = None) -> Iterator[HostP
         os.waitpid(pid, 0)
 
 
-def captured(*pids: HostPid) -> tuple[NamespaceCapture, Forest]:
+def captured(*pids: HostPid, lodgers: Lodgers | None = None) -> tuple[NamespaceCapture, Forest]:
     """The namespaces of these processes, captured as this process may."""
     live = LiveForest()
-    capture = NamespaceCapture(pids, live, privileged=is_privileged())
+    capture = NamespaceCapture(pids, live, is_privileged(), lodgers or Lodgers())
     return capture, live.forest()
 
 

@@ -19,6 +19,18 @@ from pipeline.ids import HostPid
 from pipeline.userns.visit import Way, visit
 
 
+def check_held(holder: HostPid, how: str, way: Way) -> Iterator[Blocker]:
+    """What stops one that no process of the tree is in: it must begin where its holder is.
+
+    Args:
+        holder: has it by `how`, in words.
+        way: what a visitor joins to be in it.
+    """
+    if any(True for _ in check([holder], way)):
+        reason = f"holds, by {how}, a cgroup namespace that does not begin at the cgroup that it is in"
+        yield Blocker(f"pid {holder}", reason, "close or umount it")
+
+
 def check(members: Sequence[HostPid], way: Way) -> Iterator[Blocker]:
     """What stops a cgroup namespace from being carried.
 

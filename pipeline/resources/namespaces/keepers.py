@@ -351,11 +351,10 @@ class Keepers:
 
     def seat_of(self, kind: str, index: int) -> int:
         """The pid here of somebody in a namespace that is not of kind pid: a user namespace's, or another's number."""
-        if kind == "user" and index in self.seats.user:
-            return self.seats.user[index].pid
-        if index in self.seats.records and self.seats.records[index].external:
-            return self.seats.user[0].pid
-        return self.seats.of(index, kind).pid
+        seat = self.seats.found(kind, index)
+        if seat is None:
+            raise RebuildError(f"{kind} namespace {index} is not made yet")
+        return seat.pid
 
     def join_owner(self, helper: Puppet, userns: int) -> None:
         """Move a helper into a user namespace."""

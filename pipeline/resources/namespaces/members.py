@@ -18,7 +18,7 @@ from __future__ import annotations
 import fcntl
 import os
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -37,10 +37,11 @@ from pipeline.resources.namespaces.ipc import Semaphores
 from pipeline.resources.namespaces.ipc_capture import IpcCapture
 from pipeline.resources.namespaces.mounts_capture import MountsCapture, MountSeat
 from pipeline.resources.namespaces.network_view import NetworkView
-from pipeline.resources.namespaces.pids import PidState
+from pipeline.resources.namespaces.pids_view import PidsView
 from pipeline.resources.namespaces.shown import Shown
 from pipeline.userns.capture import LiveForest, OutsideError, outside_blocker
 from pipeline.userns.externals import Externals, opened
+from pipeline.userns.lodgers import Lodgers
 from pipeline.userns.visit import Way, as_owner, fetch
 
 KINDS: tuple[NamespaceKind, ...] = ("pid", "mnt", "uts", "ipc", "net", "cgroup", "time")
@@ -99,6 +100,7 @@ class NamespaceCapture:
         pids: living processes of the tree, parents before children.
         forest: the user namespaces, extended with those that own others.
         privileged: whether the pipeline may join namespaces without their user namespace first.
+        lodgers: sit in mount namespaces that nobody of the tree is in.
         externals: namespaces that are external instead of the pipeline's own.
     """
 
@@ -107,16 +109,18 @@ class NamespaceCapture:
         pids: Sequence[HostPid],
         forest: LiveForest,
         privileged: bool,
+        lodgers: Lodgers,
         externals: Externals | None = None,
     ) -> None:
         self._forest = forest
         self._privileged = privileged
-        self.blockers: list[Blocker] = []
+        self._lodgers = lodgers
+        self._blockers: list[Blocker] = []
+        self._inside: dict[int, list[Blocker]] = {}
         self.namespaces: list[Namespace] = []
         self.memberships: dict[HostPid, Memberships] = {}
         self._numbers: dict[tuple[str, NamespaceKey], int] = {}
         self._seats: dict[int, _Seat] = {}
-        self._looked_into: set[int] = set()
         self._ipc = IpcCapture()
         self._externals = externals or {}
         own = nsfs.keys(HostPid(os.getpid()))
@@ -131,8 +135,14 @@ class NamespaceCapture:
         for pid in pids:
             with suppress(procfs.ProcessGone):
                 self._capture(pid)
-        self._check_first_processes()
+        self._pids = PidsView(self.namespaces, self.memberships, self._key_of)
+        self._blockers.extend(self._pids.without_first())
         self._look_inside_all()
+
+    @property
+    def blockers(self) -> list[Blocker]:
+        """What stops the namespaces that are known by now from being carried."""
+        return [*self._blockers, *(blocker for found in self._inside.values() for blocker in found)]
 
     def number_of(self, local: LocalFd, pid: HostPid, fd: int) -> tuple[str, int] | None:
         """The kind and number of the namespace behind an open namespace file of the tree.
@@ -205,7 +215,7 @@ class NamespaceCapture:
         try:
             user = self._user_of(pid)
         except OutsideError:
-            self.blockers.append(outside_blocker(pid, "process"))
+            self._blockers.append(outside_blocker(pid, "process"))
             return
         keys = nsfs.keys(pid)
         found: dict[str, int] = {}
@@ -265,7 +275,7 @@ class NamespaceCapture:
         try:
             above = nsfs.parent(fd)
         except PermissionError:
-            self.blockers.append(
+            self._blockers.append(
                 Blocker(f"pid {seat.pid}", "its pid namespace is not below the pipeline's own")
             )
             return self.external("pid")
@@ -278,12 +288,12 @@ class NamespaceCapture:
         try:
             owner = nsfs.owner(fd)
         except PermissionError:
-            self.blockers.append(outside_blocker(pid, f"{kind} namespace"))
+            self._blockers.append(outside_blocker(pid, f"{kind} namespace"))
             return 0
         try:
             return self._forest.number_of(owner)
         except OutsideError:
-            self.blockers.append(outside_blocker(pid, f"{kind} namespace"))
+            self._blockers.append(outside_blocker(pid, f"{kind} namespace"))
             return 0
         finally:
             os.close(owner)
@@ -292,22 +302,29 @@ class NamespaceCapture:
 
     def _look_inside_all(self) -> None:
         """Look into what has not been looked into; that may hold further namespaces."""
-        while new := [n for n in self.namespaces if not n.external and n.index not in self._looked_into]:
+        while new := [n for n in self.namespaces if not n.external and n.index not in self._inside]:
+            if any(n.kind == "mnt" for n in new) and "_mounts" in self.__dict__:
+                del (
+                    self._mounts
+                )  # all are looked at anew: they may be copies of one another, and share mounts
+                new = [n for n in self.namespaces if n.kind == "mnt" and not n.external] + new
             for namespace in new:
-                self._looked_into.add(namespace.index)
                 self._look_inside(namespace)
 
     def _look_inside(self, namespace: Namespace) -> None:
+        blockers: list[Blocker] = []
+        self._inside[namespace.index] = blockers
         if namespace.index not in self._seats:
             return
         pid = self._seats[namespace.index].pid
         try:
             with ExitStack() as fds:
-                found = self._state(namespace, self._seats[namespace.index], self._way(namespace.index, fds))
+                way = self._way(namespace.index, fds)
+                found = self._state(namespace, self._seats[namespace.index], way, blockers.extend)
         except procfs.ProcessGone:
             return
         except OSError as error:
-            self.blockers.append(
+            blockers.append(
                 Blocker(
                     f"pid {pid}", f"its {namespace.kind} namespace cannot be looked into: {error.strerror}"
                 )
@@ -320,37 +337,39 @@ class NamespaceCapture:
         state = msgspec.to_builtins(found, builtin_types=(bytes,))
         self.namespaces[namespace.index] = replace(namespace, state=state)
 
-    def _state(self, namespace: Namespace, seat: _Seat, way: Way) -> msgspec.Struct | None:
+    def _state(
+        self, namespace: Namespace, seat: _Seat, way: Way, refuse: Callable[[Iterable[Blocker]], None]
+    ) -> msgspec.Struct | None:
         pid = seat.pid
-        if namespace.kind in ("mnt", "pid", "cgroup") and seat.held:
-            self.blockers.append(
-                Blocker(
-                    f"pid {pid}",
-                    f"holds, by {seat.held}, a {namespace.kind} namespace that no process of the tree is in",
-                    "close or umount it",
-                )
-            )
+        if namespace.kind == "pid" and seat.held:
+            reason = f"holds, by {seat.held}, a pid namespace that no process of the tree is in"
+            refuse([Blocker(f"pid {pid}", reason, "close or umount it")])
             return None
         if namespace.kind == "pid":
-            return self._state_of_pids(namespace, seat)
+            state, found = self._pids.empty(namespace, pid)
+            refuse(found)
+            return state
         if namespace.kind == "time":
             return clocks.capture(way)
         if namespace.kind == "net":
             network = NetworkView(f"pid {pid}", way, self._networks(), namespace.index, self.external("net"))
-            self.blockers.extend(network.blockers)
+            refuse(network.blockers)
             return network.state
         if namespace.kind == "cgroup":
-            self.blockers.extend(cgroups.check(self._members("cgroup", namespace.index), way))
+            if seat.held:
+                refuse(cgroups.check_held(pid, seat.held, way))
+            else:
+                refuse(cgroups.check(self._members("cgroup", namespace.index), way))
             return None
         if namespace.kind == "uts":
             return names.capture_uts(way)
         if namespace.kind == "ipc":
             forest = self._forest.forest()
             view = self._ipc.look(namespace.index, namespace.owner, pid, seat.open, forest)
-            self.blockers.extend(view.blockers)
+            refuse(view.blockers)
             return view.state
         state_of_mounts, found = self._mounts.state(namespace.index)
-        self.blockers.extend(found)
+        refuse(found)
         return state_of_mounts
 
     def semaphores(self, pid: HostPid) -> Sequence[Semaphores]:
@@ -380,11 +399,12 @@ class NamespaceCapture:
             n.index: MountSeat(
                 n.index,
                 n.owner,
-                self._unconfined(n.index, self._seats[n.index].pid),
+                self._who_sees(n.index, self._seats[n.index]),
                 self._seats[n.index].open,
+                f"pid {self._seats[n.index].pid}",
             )
             for n in self.namespaces
-            if n.kind == "mnt" and not n.external and not self._seats[n.index].held
+            if n.kind == "mnt" and not n.external
         }
         forest = self._forest.forest()
         shown = Shown(
@@ -420,80 +440,15 @@ class NamespaceCapture:
         """The processes of the tree that are in a namespace."""
         return [pid for pid, members in self.memberships.items() if getattr(members, kind) == index]
 
-    # -- pid namespaces -----------------------------------------------------------------
+    def _key_of(self, wanted: int) -> NamespaceKey:
+        return next(key for (_, key), index in self._numbers.items() if index == wanted)
 
-    def _check_first_processes(self) -> None:
-        """A pid namespace can only be made again together with its first process."""
-        for namespace in self.namespaces:
-            members = self._members("pid", namespace.index)
-            if namespace.kind != "pid" or namespace.external or not members:
-                continue
-            depth = len(self._levels(namespace.index))
-            firsts = []
-            for pid in members:
-                with suppress(procfs.ProcessGone):
-                    firsts.append(procfs.status(pid).ns_pid[depth - 1 :] == (1,))
-            if not any(firsts):
-                first = self._outer_first(namespace.index, depth)
-                self.blockers.append(
-                    Blocker(
-                        f"pid {members[0]}",
-                        "is in a pid namespace whose first process is not part of the tree",
-                        f"give that one: --pid {first}" if first else "give a tree that holds all of it",
-                    )
-                )
-
-    def _outer_first(self, pidns: int, depth: int) -> HostPid | None:
-        """The first process of a pid namespace, which is not of the tree."""
-        key = next(key for (_, key), index in self._numbers.items() if index == pidns)
-        for name in os.listdir("/proc"):
-            if name.isdigit():
-                with suppress(OSError, procfs.ProcessGone):
-                    pid = HostPid(int(name))
-                    if nsfs.keys(pid).get("pid") == key and procfs.status(pid).ns_pid[depth - 1 :] == (1,):
-                        return pid
-        return None
-
-    def _levels(self, pidns: int) -> list[int]:
-        levels: list[int] = []
-        at: int | None = pidns
-        while at is not None:
-            levels.append(at)
-            at = self.namespaces[at].parent
-        return levels
-
-    def _state_of_pids(self, namespace: Namespace, seat: _Seat) -> PidState | None:
-        """A pid namespace in which nobody lives: all have ended, or they are not of the tree."""
-        if self._members("pid", namespace.index) or any(n.parent == namespace.index for n in self.namespaces):
-            return None
-        if namespace.owner != self.memberships[seat.pid].user:
-            self.blockers.append(
-                Blocker(
-                    f"pid {seat.pid}",
-                    "forks into a pid namespace that has ended, or that others live in, and that a user namespace "
-                    "further out owns",
-                    "end it",
-                )
-            )
-            return None
-        key = next(key for key, index in self._numbers.items() if index == namespace.index)[1]
-        for name in os.listdir("/proc"):
-            if name.isdigit():
-                with suppress(OSError, procfs.ProcessGone):
-                    if nsfs.keys(HostPid(int(name))).get("pid") == key:
-                        self.blockers.append(
-                            Blocker(
-                                f"pid {seat.pid}",
-                                f"forks into a pid namespace of others, such as pid {name}",
-                                "give the pid of a tree that holds the whole pid namespace",
-                            )
-                        )
-                        return None
-        return PidState(ended=True)
-
-    def _unconfined(self, mntns: int, first: HostPid) -> HostPid:
-        """A member of a mount namespace that has not changed its root directory, as far as there is one."""
+    def _who_sees(self, mntns: int, seat: _Seat) -> HostPid:
+        """Somebody in a mount namespace who has not changed the root directory, as far as there is one."""
+        if seat.held:
+            with ExitStack() as fds:
+                return self._lodgers.in_namespace(mntns, self._way(mntns, fds))
         for pid, members in self.memberships.items():
             if members.mnt == mntns and procfs.read_link(pid, "root") == b"/":
                 return pid
-        return first
+        return seat.pid

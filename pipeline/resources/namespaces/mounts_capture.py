@@ -34,13 +34,14 @@ class MountSeat:
     """A mount namespace of the tree.
 
     `index`, `owner`: of its record. `pid`: a process in it, if possible one whose root is that of the namespace.
-    `open`: opens it; raises ProcessGone.
+    `open`: opens it; raises ProcessGone. `subject`: whom it is refused to, in words.
     """
 
     index: int
     owner: int
     pid: HostPid
     open: Callable[[], LocalFd]
+    subject: str
 
 
 class MountsCapture:
@@ -100,7 +101,7 @@ class MountsCapture:
         base, comparison = self._copies[index]
         seat = self._seats[index]
         below = f"/proc/{self._seats[base].pid}/root" if base is not None else ""
-        view = MountsView(seat.pid, comparison, below, self._surroundings(seat))
+        view = MountsView(seat.pid, seat.subject, comparison, below, self._surroundings(seat))
         self._states[index] = replace(view.state, base=base)
         return self._states[index], view.blockers
 

@@ -90,6 +90,7 @@ class MountsView:
 
     Args:
         pid: a process in it whose root is the namespace's root.
+        subject: whom it is refused to, in words.
         comparison: of the two.
         below: a path to the root of the other one; empty for the pipeline's own.
         surroundings: of the namespace.
@@ -97,9 +98,11 @@ class MountsView:
     `blockers` and `state` are complete when it is made.
     """
 
-    def __init__(self, pid: HostPid, comparison: Comparison, below: str, surroundings: Surroundings) -> None:
+    def __init__(
+        self, pid: HostPid, subject: str, comparison: Comparison, below: str, surroundings: Surroundings
+    ) -> None:
         self._pid = pid
-        self._subject = f"pid {pid}"
+        self._subject = subject
         self._around = surroundings
         self.blockers: list[Blocker] = []
         if not comparison.same_root:

@@ -39,7 +39,7 @@ def join(puppet: Puppet, keeper: Puppet, kind: str) -> None:
 class Seats:
     """The keepers: `user` by `UserNamespace` index, the first being the launcher; `other` by `Namespace` index.
 
-    `outside`: who is in the external pid namespace, the one made around the tree if there is one.
+    `outside`: who is in the external pid and mount namespaces: those made around the tree, if there are some.
     """
 
     user: dict[int, Puppet]
@@ -67,7 +67,7 @@ class Seats:
             raise RebuildError(f"namespace {index} is no {kind} namespace of the image")
         if not self.records[index].external:
             return self.other.get(index)
-        return self.outside if kind == "pid" else self.user[0]
+        return self.outside if kind in {"pid", "mnt"} else self.user[0]
 
     @staticmethod
     @contextmanager

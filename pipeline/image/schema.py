@@ -398,11 +398,13 @@ class Process(Record, frozen=True, kw_only=True, tag="process"):
 
 
 class Owner(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """F_SETOWN_EX: type (F_OWNER_TID 0, PID 1, PGRP 2), level-0 pid; F_SETSIG signal."""
+    """F_SETOWN_EX: type (F_OWNER_TID 0, PID 1, PGRP 2), level-0 pid; F_SETSIG signal; who said so (None: not known)."""
 
     type: U8
     pid: Pid
     signal: U8
+    uid: Id | None = None
+    euid: Id | None = None
 
 
 class OpenFile(Record, frozen=True, kw_only=True, tag="file"):

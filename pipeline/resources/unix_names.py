@@ -22,7 +22,6 @@ import shutil
 import socket
 import stat
 import tempfile
-import threading
 from collections.abc import Callable
 from contextlib import suppress
 from typing import TypeVar
@@ -31,34 +30,15 @@ from pipeline.errors import RebuildError
 from pipeline.ids import LocalFd
 from pipeline.image.schema import PathRef
 from pipeline.kernel.arch.x86_64_numbers import NR
-from pipeline.kernel.syscalls import CLONE, PRCTL, prctl, syscall, unshare
+from pipeline.kernel.syscalls import CLONE, syscall, unshare
+from pipeline.resources.acting import acting_as, in_changed_thread, in_thread
 from pipeline.resources.kinds import CreateScope
 from pipeline.resources.unix_state import Peer, SocketFile, is_path, shown
 
 T = TypeVar("T")
-_UNCHANGED = 0xFFFF_FFFF
 
 
-def _in_thread(act: Callable[[], T]) -> T:
-    """Run `act` in a thread of its own and return or raise what it did."""
-    results: list[T] = []
-    errors: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            results.append(act())
-        except BaseException as error:  # noqa: BLE001 - raised again by the caller
-            errors.append(error)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
-    if errors:
-        raise errors[0]
-    return results[0]
-
-
-def acting_as(who: Peer | None, scope: CreateScope, act: Callable[[], T]) -> T:
+def as_peer(who: Peer | None, scope: CreateScope, act: Callable[[], T]) -> T:
     """Run `act` with the effective ids of `who`, which sockets remember as SO_PEERCRED.
 
     Where this process may not take on those ids it runs as it is. The pid that is
@@ -69,23 +49,7 @@ def acting_as(who: Peer | None, scope: CreateScope, act: Callable[[], T]) -> T:
     uid, gid = scope.user(who.uid), scope.group(who.gid)
     if (uid, gid) == (os.geteuid(), os.getegid()):
         return act()
-
-    def change_and_act() -> T:
-        with suppress(PermissionError):
-            syscall(NR.setresgid, _UNCHANGED, gid, _UNCHANGED)
-            syscall(NR.setresuid, _UNCHANGED, uid, _UNCHANGED)
-        return act()
-
-    return _in_changed_thread(change_and_act)
-
-
-def _in_changed_thread(act: Callable[[], T]) -> T:
-    """`_in_thread`, for what changes ids: that makes the whole process undumpable, which is undone."""
-    dumpable = prctl(PRCTL.GET_DUMPABLE)
-    try:
-        return _in_thread(act)
-    finally:
-        prctl(PRCTL.SET_DUMPABLE, dumpable)
+    return acting_as(act, euid=uid, egid=gid)
 
 
 def _making(directory: int, act: Callable[[], T]) -> T:
@@ -101,11 +65,11 @@ def _making(directory: int, act: Callable[[], T]) -> T:
         return act()
 
     try:
-        return _in_thread(act)
+        return in_thread(act)
     except OSError as error:
         if error.errno != errno.EOVERFLOW:
             raise
-    return _in_changed_thread(as_owner)
+    return in_changed_thread(as_owner)
 
 
 class Place:

@@ -28,7 +28,7 @@ from pipeline.image.schema import Index, OpenFile
 from pipeline.kernel.arch.x86_64_numbers import NR
 from pipeline.resources import socket_options, sockets, unix_queue
 from pipeline.resources.kinds import CreateScope
-from pipeline.resources.unix_names import Place, acting_as, check_target
+from pipeline.resources.unix_names import Place, as_peer, check_target
 from pipeline.resources.unix_state import (
     SHUT_RECEIVE,
     SHUT_SEND,
@@ -99,7 +99,7 @@ def _pair_key(index: Index, record: UnixState) -> tuple[str, Index, Index]:
 def _make_pair(index: Index, record: UnixState, scope: CreateScope) -> dict[Index | None, LocalFd]:
     """Both ends, owned by the scope, under their indexes; a peer that was closed is under None."""
     if record.is_datagram or not (record.name or record.peer_name):
-        own, peer = sockets.make_pair(record.socket, scope, partial(acting_as, record.credentials, scope))
+        own, peer = sockets.make_pair(record.socket, scope, partial(as_peer, record.credentials, scope))
     elif record.accepted or not record.peer_name:
         peer, own = _connect_pair(
             record, record.name, record.peer_name, record.own_credentials, record.credentials, scope
@@ -128,12 +128,12 @@ def _connect_pair(
     with ExitStack() as stack:
         listener = stack.enter_context(sockets.make_socket(record.socket, scope))
         address = _bind_for_now(listener, server_name, scope, stack)
-        acting_as(server_credentials, scope, lambda: listener.listen(1))
+        as_peer(server_credentials, scope, lambda: listener.listen(1))
         client = sockets.make_socket(record.socket, scope)
         try:
             if client_name:
                 _bind_for_now(client, client_name, scope, stack)
-            acting_as(client_credentials, scope, lambda: client.connect(address))
+            as_peer(client_credentials, scope, lambda: client.connect(address))
             server, _ = listener.accept()
         except OSError as error:
             client.close()
@@ -334,7 +334,7 @@ def _call(index: Index, record: UnixState, address: bytes | str, scope: CreateSc
     """Connect a socket that is no pair: a one-sided datagram peer, or a client that waits."""
     with sockets.borrowed(scope.file(index)) as sock:
         try:
-            acting_as(record.own_credentials, scope, lambda: sock.connect(address))
+            as_peer(record.own_credentials, scope, lambda: sock.connect(address))
         except OSError as error:
             raise RebuildError(
                 f"{_subject(index, record)}: cannot connect to {shown(record.peer_name)}: {error.strerror}"
@@ -358,4 +358,4 @@ def _listen(index: Index, record: UnixState, backlog: int, scope: CreateScope) -
             _, uid, gid = struct.unpack("<iII", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
             if (uid, gid) == (scope.user(who.uid), scope.group(who.gid)):
                 return
-        acting_as(who, scope, lambda: sock.listen(backlog))
+        as_peer(who, scope, lambda: sock.listen(backlog))

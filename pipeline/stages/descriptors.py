@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import struct
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
@@ -28,6 +27,7 @@ from pipeline.kernel.syscalls import CLONE, RESOLVE, openat2
 from pipeline.ledger import LEDGER
 from pipeline.remote.calls import Call
 from pipeline.remote.puppet import Puppet
+from pipeline.resources import signal_owner
 from pipeline.resources.registry import kind_named
 from pipeline.stages.contents import Contents
 from pipeline.userns.visit import visit
@@ -36,8 +36,6 @@ T = TypeVar("T")
 
 #: status flags that fcntl(F_SETFL) can change (fcntl(2))
 _SETTABLE = os.O_APPEND | os.O_NONBLOCK | os.O_ASYNC | os.O_DIRECT | os.O_NOATIME
-_F_SETSIG = 10
-_F_SETOWN_EX = 15
 _O_PATH = os.O_PATH
 
 
@@ -137,17 +135,11 @@ class Descriptors:
         for file in self._image.files.values():
             kind = kind_named(file.kind)
             if file.owner is not None:
-                self._attempt(file, partial(self._set_owner, file))
+                owner = partial(
+                    signal_owner.create, self._files[file.index], file.owner, self.host_pid, self.user
+                )
+                self._attempt(file, owner)
             self._attempt(file, partial(kind.finish, file, self._records[file.index], self))
-
-    def _set_owner(self, file: OpenFile) -> None:
-        assert file.owner is not None
-        fd = self._files[file.index]
-        if file.owner.pid:
-            owner = struct.pack("<ii", file.owner.type, self.host_pid(file.owner.pid))
-            fcntl.fcntl(fd, _F_SETOWN_EX, owner)
-        if file.owner.signal:
-            fcntl.fcntl(fd, _F_SETSIG, file.owner.signal)
 
     def _attempt(self, file: OpenFile, act: Callable[[], T]) -> T:
         try:

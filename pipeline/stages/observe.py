@@ -13,23 +13,20 @@ from __future__ import annotations
 import fcntl
 import os
 import socket
-import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any, Self
 
 from pipeline.errors import Blocker
 from pipeline.ids import HostPid, LocalFd
-from pipeline.image.schema import Content, FdEntry, Id, OpenFile, Owner, PathRef, Record
+from pipeline.image.schema import Content, FdEntry, Id, OpenFile, PathRef, Record
 from pipeline.kernel import procfs
 from pipeline.ledger import LEDGER
+from pipeline.resources import signal_owner
 from pipeline.resources.kinds import FdView
 from pipeline.resources.namespaces.members import NamespaceCapture
 from pipeline.resources.registry import kind_of
 from pipeline.stages.open_files import OpenFiles
-
-_F_GETSIG = 11
-_F_GETOWN_EX = 16
 
 
 class Tree:
@@ -144,6 +141,7 @@ class FileObserver:
         for _, view in self._open.files():
             with suppress(ProcessLookupError):
                 yield from kind_of(view).check(view, self)
+                yield from signal_owner.check(view, self._tree.member)
 
     def records(self) -> Iterator[tuple[OpenFile, Record]]:
         """Every open file and the record of its kind; `OpenFile.state` is filled in by the translation."""
@@ -156,7 +154,7 @@ class FileObserver:
                     kind=kind.name,
                     flags=view.flags,
                     position=max(view.position, 0),
-                    owner=self._owner(view),
+                    owner=signal_owner.capture(view, self._tree.member),
                 ),
                 record,
             )
@@ -164,15 +162,6 @@ class FileObserver:
     def entries(self, pid: HostPid) -> list[FdEntry]:
         """The descriptor table of a process."""
         return self._open.slots[pid]
-
-    def _owner(self, view: FdView) -> Owner | None:
-        if view.flags & os.O_PATH:
-            return None
-        signal = fcntl.fcntl(view.local, _F_GETSIG)
-        kind, pid = struct.unpack("<ii", fcntl.fcntl(view.local, _F_GETOWN_EX, bytes(8)))
-        if not pid and not signal:
-            return None
-        return Owner(kind, self._tree.member(pid), signal)
 
     # -- CaptureScope ---------------------------------------------------------------
 

@@ -161,6 +161,16 @@ class Destination:
                         f"shared memory {os.fsdecode(shared.name)}", f"belongs to {what}", self._remedy()
                     )
 
+        for file in self._image.files.values():
+            for wanted in (file.owner.uid, file.owner.euid) if file.owner is not None else ():
+                if wanted is not None and self.number(wanted, 0, "uid") is None:
+                    what = self.describe(wanted, "uid")
+                    yield Blocker(
+                        f"open file {file.index} ({file.kind})",
+                        f"sends signals on behalf of {what}",
+                        self._remedy(),
+                    )
+
     def _unplaced_of(self, process: Process) -> Iterator[Blocker]:
         for thread in process.threads:
             for what, kind, wanted in _ids_of(thread.credentials, self._groups_fixed):

@@ -3,10 +3,12 @@
 import fcntl
 import os
 import stat
+import threading
 
-from support import DIRECTORY, main, syscall
+from support import DIRECTORY, main, prctl, syscall
 
-SYS_KCMP, SYS_GETDENTS64, KCMP_FILE = 312, 217, 0
+SYS_KCMP, SYS_GETDENTS64, KCMP_FILE, SYS_SETRESUID = 312, 217, 0, 117
+F_GETOWNER_UIDS, PR_SET_DUMPABLE = 17, 4
 
 
 def same_file(pid_a, fd_a, pid_b, fd_b):
@@ -23,6 +25,19 @@ def flags(fd):
 
 def content(fd):
     return os.pread(fd, 1 << 20, 0)
+
+
+def on_behalf_of_another(act):
+    """`act` in a thread with other ids, which the kernel remembers."""
+
+    def run():
+        syscall(SYS_SETRESUID, 3, 4, 0xFFFFFFFF)
+        act()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    prctl(PR_SET_DUMPABLE, 1)
 
 
 def regular(program):
@@ -68,9 +83,11 @@ def regular(program):
     )
 
     locked = os.open(path, os.O_RDWR)
-    fcntl.fcntl(locked, fcntl.F_SETOWN, os.getpid())
+    on_behalf_of_another(lambda: fcntl.fcntl(locked, fcntl.F_SETOWN, os.getpid()))
     program.same(
-        "owner", lambda: fcntl.fcntl(locked, fcntl.F_GETOWN), lambda: fcntl.fcntl(locked, fcntl.F_SETOWN, 0)
+        "owner",
+        lambda: (fcntl.fcntl(locked, fcntl.F_GETOWN), fcntl.fcntl(locked, F_GETOWNER_UIDS, bytes(8))),
+        lambda: fcntl.fcntl(locked, fcntl.F_SETOWN, 0),
     )
     return fd
 

@@ -114,7 +114,7 @@ class Rebuilding:
         else:
             announcer = Here()
         around = self._init.puppet if self._init is not None else None
-        self._keepers = Keepers(self._launcher, self._ids.forest, self._stack, around)
+        self._keepers = Keepers(self._launcher, self._ids.forest, self._stack, around, self._ids.number)
         members = [process.namespaces for process in image.processes.values()]
         begun_later = {m.time_for_children for m in members if m.time_for_children != m.time}
         self._keepers.make(image.namespaces, begun_later)

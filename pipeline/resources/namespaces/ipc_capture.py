@@ -13,12 +13,13 @@ from dataclasses import replace
 
 from pipeline.errors import Blocker
 from pipeline.ids import HostPid, LocalFd
+from pipeline.image.schema import Id
 from pipeline.kernel.syscalls import CLONE
 from pipeline.resources.memory.scope import CannotCarry
 from pipeline.resources.namespaces import ipc_view
 from pipeline.resources.namespaces.ipc import IpcState, Semaphores
 from pipeline.resources.namespaces.ipc_view import IpcView
-from pipeline.userns.forest import Forest
+from pipeline.userns.forest import Forest, IdKind
 from pipeline.userns.visit import Way, as_owner
 
 
@@ -32,13 +33,20 @@ class IpcCapture:
         self._attached: Counter[tuple[int, int]] = Counter()
 
     def look(
-        self, index: int, owner: int, pid: HostPid, opened: Callable[[], LocalFd], forest: Forest
+        self,
+        index: int,
+        owner: int,
+        pid: HostPid,
+        opened: Callable[[], LocalFd],
+        forest: Forest,
+        privileged: bool,
     ) -> IpcView:
         """Look into namespace `index`, in which `pid` was seen first.
 
         Args:
             owner: the user namespace that it belongs to, in `forest`.
             opened: opens it.
+            privileged: it can be joined without that user namespace. Then ids are seen that have no number there.
 
         Raises:
             OSError: it cannot be joined.
@@ -47,10 +55,15 @@ class IpcCapture:
         with ExitStack() as fds:
             fd = opened()
             fds.callback(os.close, fd)
-            way = as_owner(fd, CLONE.NEWIPC, bool(owner), fds)
-            view = ipc_view.look(subject, way, owner, forest.maps_overflow(owner))
-        if not owner:
-            view = replace(view, state=ipc_view.at_roots(view.state, forest.at_a_root))
+            seen_from = 0 if privileged else owner
+            way = as_owner(fd, CLONE.NEWIPC, bool(seen_from), fds)
+            view = ipc_view.look(subject, way, seen_from, forest.maps_overflow(seen_from))
+        if not seen_from:
+
+            def moved(one: Id, kind: IdKind) -> Id:
+                return forest.innermost(one.id, owner, kind) if owner else forest.at_a_root(one, kind)
+
+            view = replace(view, state=ipc_view.moved(view.state, moved))
         self._views[index], self._subjects[index] = view, subject
         return view
 

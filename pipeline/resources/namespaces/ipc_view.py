@@ -3,8 +3,8 @@
 Messages are read with MSG_COPY, which leaves them in their queue; segments through a mapping of the visitor's own,
 or, by root, through a descriptor of that mapping, so that they are not copied at all.
 
-Refused by name: ids that the owning user namespace does not map, POSIX message queues, whose messages nobody can
-read without taking them, and segments of huge pages.
+Refused by name: ids that have no number where the visitor is (a plain user's has to be in the owning user namespace),
+POSIX message queues, whose messages nobody can read without taking them, and segments of huge pages.
 
 Sources: sysvipc(7), shmctl(2), semctl(2), msgrcv(2) on MSG_COPY, mq_overview(7).
 """
@@ -78,7 +78,8 @@ def look(subject: str, way: Way, userns: int, mapped: tuple[bool, bool]) -> IpcV
 
     Args:
         way: into it, as its owner.
-        userns: the index of the owner, which ids get; `mapped`: whether it maps the overflow uid and gid.
+        userns: the index of the visitor's user namespace, which ids get; `mapped`: whether it maps the overflow uid and
+            gid.
 
     Raises:
         OSError: it cannot be joined.
@@ -122,24 +123,24 @@ def _has_numbers(permissions: Permissions, mapped: tuple[bool, bool]) -> bool:
     )
 
 
-def at_roots(state: IpcState, rooted: Callable[[Id, IdKind], Id]) -> IpcState:
-    """The state of a namespace that no user namespace of the tree owns, its ids said in the roots of the forest."""
+def moved(state: IpcState, move: Callable[[Id, IdKind], Id]) -> IpcState:
+    """A state in which ids are said in other namespaces."""
 
-    def moved(found: Permissions) -> Permissions:
+    def of(found: Permissions) -> Permissions:
         return Permissions(
             found.key,
             found.mode,
-            rooted(found.uid, "uid"),
-            rooted(found.gid, "gid"),
-            rooted(found.cuid, "uid"),
-            rooted(found.cgid, "gid"),
+            move(found.uid, "uid"),
+            move(found.gid, "gid"),
+            move(found.cuid, "uid"),
+            move(found.cgid, "gid"),
         )
 
     return replace(
         state,
-        segments=[replace(one, permissions=moved(one.permissions)) for one in state.segments],
-        semaphores=[replace(one, permissions=moved(one.permissions)) for one in state.semaphores],
-        queues=[replace(one, permissions=moved(one.permissions)) for one in state.queues],
+        segments=[replace(one, permissions=of(one.permissions)) for one in state.segments],
+        semaphores=[replace(one, permissions=of(one.permissions)) for one in state.semaphores],
+        queues=[replace(one, permissions=of(one.permissions)) for one in state.queues],
     )
 
 

@@ -18,26 +18,25 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 
 import msgspec
 
 from pipeline.errors import RebuildError
 from pipeline.ids import LocalFd
-from pipeline.image.schema import Id, Memberships, Namespace, NamespaceKind, UserNamespace
+from pipeline.image.schema import Memberships, Namespace, NamespaceKind, UserNamespace
 from pipeline.kernel.arch.x86_64 import NR
 from pipeline.kernel.syscalls import CLONE, PRCTL
 from pipeline.remote.calls import Call
 from pipeline.remote.files import put
 from pipeline.remote.puppet import Puppet
 from pipeline.resources.namespaces import clocks, ipc, mounts, names, network, pids
+from pipeline.resources.namespaces.ipc_making import IpcMaking, Number
 from pipeline.resources.namespaces.members import FLAGS
 from pipeline.resources.namespaces.mounting import Mounting
 from pipeline.resources.namespaces.seats import Seats, join
 from pipeline.userns.forest import Forest, IdKind
 from pipeline.userns.idmap import MapError
-from pipeline.userns.visit import become, visit
 
 _NO_SETUID_FIXUP = 1 << 2
 _KEEP_CAPS = 1 << 4
@@ -54,12 +53,18 @@ class Keepers:
         launcher: a puppet in the external namespaces, with all capabilities in its user namespace.
         forest: the user namespaces, with their maps as the destination wants them.
         claims: ends the keepers, in reverse order.
+        number: what ids are called, with the policy for those that have no place; the forest's answer by default.
         around: the first process of a pid namespace made around the tree; its mounts, with a /proc of that
             namespace, are those that mount namespaces begin as a copy of.
     """
 
     def __init__(
-        self, launcher: Puppet, forest: Forest, claims: ExitStack, around: Puppet | None = None
+        self,
+        launcher: Puppet,
+        forest: Forest,
+        claims: ExitStack,
+        around: Puppet | None = None,
+        number: Number | None = None,
     ) -> None:
         self._forest = forest
         self._claims = claims
@@ -68,7 +73,7 @@ class Keepers:
         self._mounting = Mounting(self.seats, forest)
         claims.callback(self._mounting.close)
         self._networks: dict[int, network.NetState] = {}
-        self._ipc: dict[int, ipc.IpcState] = {}
+        self._ipc = IpcMaking(self.seats, forest, number or forest.number_in)
 
     def make(self, namespaces: Mapping[int, Namespace], begun_later: Collection[int] = ()) -> None:
         """Make every user namespace, and every other one but pid namespaces, which begin with a process.
@@ -195,9 +200,7 @@ class Keepers:
         keeper = self._clone(self.seats.user[namespace.owner])
         if namespace.kind == "ipc":  # the root of its message queues will belong to the maker
             self._become_root_inside(namespace.owner, keeper)
-            state = msgspec.convert(namespace.state, ipc.IpcState)
-            ipc.check(state)
-            self._ipc[namespace.index] = state
+            self._ipc.add(namespace.index, msgspec.convert(namespace.state, ipc.IpcState))
         if namespace.kind != "time":
             keeper.syscall(NR.unshare, FLAGS[namespace.kind])
         self.seats.other[namespace.index] = keeper
@@ -265,59 +268,16 @@ class Keepers:
         Raises:
             RebuildError: the kernel refuses a step; says which.
         """
-        for index, state in self._ipc.items():
-            fds = {segment.space: contents(segment.space) for segment in state.segments}
-            self._act_in_ipc(index, partial(ipc.create, state, contents=fds))
+        self._ipc.create(contents)
         self._mounting.begin(contents)
 
     def settle(self) -> None:
         """What namespaces hold becomes what it was, once processes have what they need of it."""
-        for index, state in self._ipc.items():
-            self._act_in_ipc(index, partial(ipc.settle, state))
-
-    def _act_in_ipc(self, index: int, act: Callable[[ipc.Translate], bytes]) -> None:
-        state = self._ipc[index]
-        numbers = {
-            one.permissions: self._numbers(one.permissions, index)
-            for group in (state.segments, state.semaphores, state.queues)
-            for one in group
-        }
-        owner = self.seats.records[index].owner
-        ids = self._forest.makers_ids(owner)
-
-        def work() -> bytes:
-            if owner:
-                become(*ids)
-            return act(numbers.__getitem__)
-
-        try:
-            with self.seats.way_into(index) as way:
-                visit(way, work, alone=True)
-        except OSError as error:
-            raise RebuildError(f"ipc namespace {index}: {error.strerror}") from error
-
-    def _numbers(self, permissions: ipc.Permissions, index: int) -> ipc.Numbers:
-        """Who may use an object, as the owner of its namespace knows them."""
-        owner = self.seats.records[index].owner
-        wanted: list[tuple[Id, IdKind]] = [
-            (permissions.uid, "uid"),
-            (permissions.gid, "gid"),
-            (permissions.cuid, "uid"),
-            (permissions.cgid, "gid"),
-        ]
-        found = []
-        for one, kind in wanted:
-            number = self._forest.number_in(one, owner, kind)
-            if number is None:
-                raise RebuildError(
-                    f"ipc namespace {index}: an object belongs to {kind} {one.id}, who has no number here"
-                )
-            found.append(number)
-        return ipc.Numbers(*found)
+        self._ipc.settle()
 
     def ipc_state(self, index: int) -> ipc.IpcState:
         """What an ipc namespace of the tree holds; nothing, for one that is not the tree's."""
-        return self._ipc.get(index, ipc.IpcState())
+        return self._ipc.state(index)
 
     def begin_time(self, timens: int, puppet: Puppet) -> None:
         """Let a process of the tree make time namespace `timens` for its children.

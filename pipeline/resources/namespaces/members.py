@@ -365,7 +365,7 @@ class NamespaceCapture:
             return names.capture_uts(way)
         if namespace.kind == "ipc":
             forest = self._forest.forest()
-            view = self._ipc.look(namespace.index, namespace.owner, pid, seat.open, forest)
+            view = self._ipc.look(namespace.index, namespace.owner, pid, seat.open, forest, self._privileged)
             refuse(view.blockers)
             return view.state
         state_of_mounts, found = self._mounts.state(namespace.index)

@@ -1,4 +1,4 @@
-"""The support matrix: what every kind of open file says of itself, as a table for people.
+"""The support matrix: what every kind of open file and of namespace says of itself, as tables for people.
 
 ``python -m pipeline.resources.matrix > docs/support.md`` writes it; a test holds that it is current.
 """
@@ -6,28 +6,36 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable, Sequence
 
+from pipeline.resources.namespaces.registry import KINDS
 from pipeline.resources.registry import kinds
 
 _HEAD = """# What is carried, and what is refused
 
 Printed from the registry of kinds (`python -m pipeline.resources.matrix`). What is not
 carried is refused before anything is touched, with the pid and the number of the descriptor.
-Memory, namespaces and task state say the same in the first lines of their files, under
+Memory and task state say the same in the first lines of their files, under
 `pipeline/resources/`.
 
-| kind of open file | carried | refused |
-|---|---|---|
 """
 
 
 def support_matrix() -> str:
-    """The table as Markdown."""
-    rows = (
-        f"| {kind.name} | {'; '.join(kind.carried) or '—'} | {'; '.join(kind.refused) or '—'} |\n"
-        for kind in kinds()
-    )
-    return _HEAD + "".join(rows)
+    """Both tables as Markdown."""
+    files = ((kind.name, kind.carried, kind.refused) for kind in kinds())
+    return _HEAD + _table("kind of open file", files) + "\n" + namespace_matrix()
+
+
+def namespace_matrix() -> str:
+    """The table of namespaces as Markdown."""
+    return _table("kind of namespace", KINDS)
+
+
+def _table(what: str, rows: Iterable[tuple[str, Sequence[str], Sequence[str]]]) -> str:
+    lines = [f"| {what} | carried | refused |", "|---|---|---|"]
+    lines += [f"| {name} | {'; '.join(yes) or '—'} | {'; '.join(no) or '—'} |" for name, yes, no in rows]
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -16,7 +16,14 @@ from collections.abc import Iterator, Sequence
 
 from pipeline.errors import Blocker
 from pipeline.ids import HostPid
+from pipeline.resources.namespaces.support import Support
 from pipeline.userns.visit import Way, visit
+
+SUPPORT = Support(
+    "cgroup",
+    carried=("one whose members are all at its root: the restorer's cgroup becomes the root",),
+    refused=("members in cgroups below or beside the root",),
+)
 
 
 def check_held(holder: HostPid, how: str, way: Way) -> Iterator[Blocker]:

@@ -30,6 +30,19 @@ from pipeline.image.schema import I32, I64, U16, U64, Id, Index, Record
 from pipeline.kernel.arch.x86_64 import NR
 from pipeline.kernel.syscalls import PRCTL, prctl, syscall
 from pipeline.resources.memory.pages import data_runs
+from pipeline.resources.namespaces.support import Support
+
+SUPPORT = Support(
+    "ipc",
+    carried=(
+        "limits",
+        "System V segments, semaphore sets with what their users would undo, and message queues, whoever has them",
+    ),
+    refused=(
+        "POSIX message queues",
+        "a segment that somebody outside of the tree has attached; segments of huge pages",
+    ),
+)
 
 #: what of /proc/sys belongs to an ipc namespace; the *_next_id files are for restorers of objects only
 SYSCTLS = (

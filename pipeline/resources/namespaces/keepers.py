@@ -35,8 +35,20 @@ from pipeline.resources.namespaces.ipc_making import IpcMaking, Number
 from pipeline.resources.namespaces.members import FLAGS
 from pipeline.resources.namespaces.mounting import Mounting
 from pipeline.resources.namespaces.seats import Seats, join
+from pipeline.resources.namespaces.support import Support
 from pipeline.userns.forest import Forest, IdKind
 from pipeline.userns.idmap import MapError
+
+SUPPORT = Support(
+    "user",
+    carried=(
+        "any nesting and any map, one not written yet, too",
+        "owner, setgroups, projid_map, limits of /proc/sys/user",
+        "ids that have no number there",
+        "one that only a descriptor, a mount or another namespace holds",
+    ),
+    refused=("one that is not below the pipeline's own",),
+)
 
 _NO_SETUID_FIXUP = 1 << 2
 _KEEP_CAPS = 1 << 4

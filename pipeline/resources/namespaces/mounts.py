@@ -36,6 +36,24 @@ from pipeline.remote.calls import Argument
 from pipeline.remote.puppet import Puppet
 from pipeline.resources.namespaces import tmpfs
 from pipeline.resources.namespaces.idmapped import MountIdmap
+from pipeline.resources.namespaces.support import Support
+
+SUPPORT = Support(
+    "mnt",
+    carried=(
+        "what was done since it was a copy of another: mounts made, moved, taken away; flags; peer groups; locks",
+        "a root of its own",
+        "bind mounts, idmapped ones, too; tmpfs with what is in it; overlayfs; devpts",
+        "what shows a namespace of the tree: proc, mqueue, sysfs, cgroup hierarchies, namespace files",
+        "one that only a descriptor or a mount holds",
+    ),
+    refused=(
+        "other file systems that are only mounted there",
+        "a tmpfs with mounts on it that another user namespace has locked",
+        "peers in two namespaces neither of which is a copy of the other",
+        "slaves of mounts that are nowhere to be seen",
+    ),
+)
 
 _BIND, _REMOUNT = 4096, 32
 RECURSIVE = 16384

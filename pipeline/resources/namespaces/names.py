@@ -8,7 +8,10 @@ from __future__ import annotations
 from pipeline.image.schema import Record
 from pipeline.kernel.arch.x86_64 import NR
 from pipeline.remote.puppet import Puppet
+from pipeline.resources.namespaces.support import Support
 from pipeline.userns.visit import Way, read_file, visit
+
+SUPPORT = Support("uts", carried=("host name and domain name",), refused=())
 
 
 class UtsState(Record, frozen=True, kw_only=True):

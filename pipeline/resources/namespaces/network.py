@@ -35,7 +35,21 @@ from pipeline.image.schema import I32, U16, U32, Index, Record, Small
 from pipeline.kernel import rtnetlink
 from pipeline.kernel.rtnetlink import IFLA, IFLA_INFO, RTM, Netlink, attribute
 from pipeline.kernel.syscalls import CLONE
+from pipeline.resources.namespaces.support import Support
 from pipeline.userns.visit import fetch, read_file, visit
+
+SUPPORT = Support(
+    "net",
+    carried=(
+        "lo, dummy, bridge and veth devices with names, indexes and addresses",
+        "addresses, routes, rules, permanent neighbours, sysctls",
+        "sockets in the network that they were made in",
+    ),
+    refused=(
+        "devices of other kinds, a veth to the outside",
+        "filters, queueing disciplines that were set, next-hop objects, rules for ranges of uids, VLAN filtering",
+    ),
+)
 
 _VETH_PEER = 1
 #: IFF_UP, NOARP, PROMISC, ALLMULTI, MULTICAST: what can be set

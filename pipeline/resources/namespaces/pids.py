@@ -14,6 +14,19 @@ from pipeline.image.schema import Record
 from pipeline.kernel.arch.x86_64 import NR
 from pipeline.kernel.syscalls import CLONE
 from pipeline.remote.puppet import Puppet
+from pipeline.resources.namespaces.support import Support
+
+SUPPORT = Support(
+    "pid",
+    carried=(
+        "any nesting, with the number of every level",
+        "the one chosen for children, also without a first process or when that has ended",
+    ),
+    refused=(
+        "one whose first process is not part of the tree",
+        "one without a process that only a descriptor or a mount holds",
+    ),
+)
 
 
 class PidState(Record, frozen=True, kw_only=True):

@@ -264,6 +264,9 @@ class Capture:
         members = self.namespaces.memberships[HostPid(parent)]
         if len(status.ns_pid) > len(procfs.status(HostPid(parent)).ns_pid):
             members = replace(members, pid=members.pid_for_children)
+        user = self.namespaces.user_of_zombie(pid)
+        if user is not None:
+            members = replace(members, user=user)
         return Process(
             pids=list(status.ns_pid),
             parent=parent,

@@ -147,6 +147,8 @@ CATALOGUE: dict[str, Steps] = {
     "pid namespace for children, empty": [WIDE, ns("pid")],
     "own /proc": [WIDE, ns("pid"), fork("init", ns("mnt"), ["proc"], fork("child"))],
     "zombies inside": [WIDE, ns("pid"), fork("init", ["zombie"], fork("child", INNER, ["zombie"]))],
+    "zombies of every level": [["zombie"], WIDE, ["zombie"], INNER, ["zombie"], fork("child")],
+    "zombies beside": [fork("child", ["zombie"], WIDE, ["zombie"]), ["zombie"]],
     "threads inside": [
         WIDE,
         ns("pid"),

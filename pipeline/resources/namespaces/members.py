@@ -228,6 +228,17 @@ class NamespaceCapture:
             found[link] = self._number(pid, kind, link, keys[link])
         self.memberships[pid] = Memberships(user=user, **found)
 
+    def user_of_zombie(self, pid: HostPid) -> int | None:
+        """The user namespace of a process that has ended: the only one of its namespaces that it keeps.
+
+        Returns:
+            None where it may not be looked at, or is not below the pipeline's own.
+        """
+        try:
+            return self._user_of(pid)
+        except (OutsideError, PermissionError, procfs.ProcessGone):
+            return None
+
     def _user_of(self, pid: HostPid) -> int:
         fd = nsfs.open_namespace(pid, "user")
         try:

@@ -239,7 +239,7 @@ class Rebuilding:
         root = self.growth.grown[self._image.head.root].puppet.pid
         self._thawed = True
         if self._init is not None:
-            self._init.set_free(self._image.processes[self._image.head.root].pids[0])
+            self._init.set_free(procfs.status(root).ns_pid[1])
         finish.thaw(self._image, self.growth)
         return root
 

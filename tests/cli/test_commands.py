@@ -33,8 +33,8 @@ def folder() -> Iterator[Path]:
 class Program:
     """A shell script, detached, in a user namespace of its own; killed at the end."""
 
-    def __init__(self, script: str) -> None:
-        done = pipeline("run", "--userns", "--detach", "--", "/bin/sh", "-c", script)
+    def __init__(self, script: str, *options: str) -> None:
+        done = pipeline("run", "--userns", *options, "--detach", "--", "/bin/sh", "-c", script)
         assert done.returncode == 0, done.stderr
         self.pid = int(done.stdout)
 
@@ -112,11 +112,12 @@ def test_an_image_goes_through_a_pipe(program: Program) -> None:
     assert program.runs()
 
 
+@pytest.mark.parametrize("inside", [(), ("--pidns", "--mntns")], ids=["these pids", "its own pids"])
 @pytest.mark.parametrize("where", [(), ("--new-pidns",)], ids=["here", "new-pidns"])
 def test_restore_stays_forwards_signals_and_exits_with_the_status(
-    folder: Path, where: tuple[str, ...]
+    folder: Path, where: tuple[str, ...], inside: tuple[str, ...]
 ) -> None:
-    program = Program("trap 'exit 9' USR1; while :; do sleep 0.05; done")
+    program = Program("trap 'exit 9' USR1; while :; do sleep 0.05; done", *inside)
     try:
         dumped = pipeline("dump", "--pid", program.pid, "--to", folder / "image")
         assert dumped.returncode == 0, dumped.stderr

@@ -229,15 +229,25 @@ def _host_rows() -> Iterator[Row]:
         )
 
 
-async def check(pid: int | None = None) -> CheckReport:
-    """Say what this host can do and, with a pid, everything that stops that tree."""
-    return await trio.to_thread.run_sync(_check, pid)
+def host_rows() -> list[Row]:
+    """What this host can do."""
+    return list(_host_rows())
 
 
-def _check(pid: int | None) -> CheckReport:
+async def check(pid: int | None = None, rows: list[Row] | None = None) -> CheckReport:
+    """Say what this host can do and, with a pid, everything that stops that tree.
+
+    Args:
+        pid: root of the tree, in the caller's pid namespace.
+        rows: what this host can do, where that was looked at before.
+    """
+    return await trio.to_thread.run_sync(_check, pid, rows)
+
+
+def _check(pid: int | None, rows: list[Row] | None) -> CheckReport:
     from pipeline.stages.examine import portrait, tree_blockers
 
-    rows = list(_host_rows())
+    rows = host_rows() if rows is None else rows
     if pid is None:
         return CheckReport(rows, [])
     return CheckReport(rows, sorted(set(tree_blockers(pid))), portrait(pid))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from pipeline.cli import forest, render
+from pipeline.cli import forest, render, within
 
 if TYPE_CHECKING:
     from pipeline.check import CheckReport
@@ -25,13 +25,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(arguments: argparse.Namespace) -> int:
     import pipeline
+    from pipeline.check import host_rows
     from pipeline.cli import recipe
 
-    report = recipe.run(lambda: pipeline.check(arguments.pid))
+    rows = host_rows()  # from here, not from where the tree is
+    pid = None if arguments.pid is None else within.enter("check", arguments.pid).pid
+    report = recipe.run(lambda: pipeline.check(pid, rows))
     if arguments.json:
         render.document(_plain(report))
     else:
-        _show(report, arguments.pid)
+        _show(report, pid)
     if report.blockers:
         return 3
     return 0 if report.ok else 1

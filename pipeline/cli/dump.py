@@ -12,7 +12,7 @@ import os
 import sys
 from typing import Literal
 
-from pipeline.cli import placing, render
+from pipeline.cli import placing, render, within
 from pipeline.cli.progress import listener
 from pipeline.errors import UsageError
 
@@ -49,12 +49,12 @@ def execute(arguments: argparse.Namespace) -> int:
     from pipeline.userns import externals
 
     outside = externals.parse(arguments.external)
-
+    place = within.enter("dump", arguments.pid)
+    to = place.path(arguments.to)
+    outside = {kind: place.path(path) for kind, path in outside.items()}
     with listener("dump") as progress:
         result = recipe.run(
-            lambda: pipeline.dump(
-                arguments.pid, arguments.to, leave=leave, externals=outside, progress=progress
-            )
+            lambda: pipeline.dump(place.pid, to, leave=leave, externals=outside, progress=progress)
         )
     if arguments.json:
         render.document(result)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import re
 
-from pipeline.cli import placing, render
+from pipeline.cli import placing, render, within
 from pipeline.cli.progress import listener
 
 EXAMPLE = "  python -m pipeline migrate --pid 4242 --to other.example:7000 --secret-file secret"
@@ -61,13 +61,15 @@ def execute(arguments: argparse.Namespace) -> int:
     from pipeline.userns import externals
 
     outside = externals.parse(arguments.external)
-
+    place = within.enter("migrate", arguments.pid)
+    outside = {kind: place.path(path) for kind, path in outside.items()}
+    secret_file = arguments.secret_file and place.path(arguments.secret_file)
     with listener("migrate") as progress:
         result = recipe.run(
             lambda: pipeline.migrate(
-                arguments.pid,
+                place.pid,
                 arguments.to,
-                secret_file=arguments.secret_file,
+                secret_file=secret_file,
                 mode=arguments.mode,
                 max_downtime_s=arguments.max_downtime,
                 plaintext=arguments.plaintext,

@@ -22,7 +22,8 @@ from pipeline.kernel.syscalls import CLONE, PRCTL
 from pipeline.remote.puppet import Puppet
 
 _MS_REC_PRIVATE = 0x4000 | 0x40000
-_NAME = b"pipeline-init\0"
+#: what it is called
+COMM = b"pipeline-init"
 _FLAGS = {b"nosuid": 2, b"nodev": 4, b"noexec": 8}
 
 
@@ -58,7 +59,7 @@ class Init:
             raise RebuildError("the first process of a new pid namespace is not its process 1")
         puppet.syscall(NR.mount, 0, b"/\0", 0, _MS_REC_PRIVATE, 0)
         puppet.syscall(NR.mount, b"proc\0", b"/proc\0", b"proc\0", _flags_of_proc(), 0)
-        puppet.syscall(NR.prctl, PRCTL.SET_NAME, _NAME)
+        puppet.syscall(NR.prctl, PRCTL.SET_NAME, COMM + b"\0")
 
     def set_free(self, root: int) -> None:
         """Let it run: it collects the dead until process `root` (a pid inside) ends.

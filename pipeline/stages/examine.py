@@ -13,6 +13,7 @@ from pipeline.resources.tasks import credentials
 from pipeline.stages.capture import Capture
 from pipeline.stages.freeze import check_root, check_traced, walk
 from pipeline.stages.translate import in_forest
+from pipeline.userns import around
 from pipeline.userns.capture import LiveForest
 from pipeline.userns.cradle import is_privileged
 from pipeline.userns.externals import Externals
@@ -37,6 +38,11 @@ def tree_blockers(pid: int, externals: Externals | None = None) -> list[Blocker]
 
 def _look(pid: int, externals: Externals | None) -> Iterator[Blocker]:
     at_root = list(check_root(pid))
+    yield from at_root
+    if at_root:
+        return
+    with suppress(procfs.ProcessGone):
+        at_root = list(around.check_levels(HostPid(pid)))
     yield from at_root
     if at_root:
         return

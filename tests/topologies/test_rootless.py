@@ -125,6 +125,24 @@ def test_state_of_a_plain_user_is_carried(user_python: str, start: Callable[...,
     carry_as_user(user_python, start(program, ROOT_OF_ONE_ID))
 
 
+@pytest.mark.parametrize("name", ["one id", "pid namespace", "container", "container in a container"])
+def test_topology_of_a_plain_user_is_carried_twice(
+    user_python: str, start: Callable[..., Tree], name: str
+) -> None:
+    """What a restore has made around the tree is not in the second image."""
+    tree = start("topology", PLAIN, [json.dumps(ROOTLESS[name])])
+    carry_as_user(user_python, tree)
+    depth = numbers(tree.pid)
+    carry_as_user(user_python, tree)
+    assert numbers(tree.pid)[1:] == depth[1:]
+
+
+def numbers(pid: int) -> list[str]:
+    """What a process is called in every pid namespace around it."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(line.split()[1:] for line in lines if line.startswith("NSpid:"))
+
+
 def carry_as_user(user_python: str, tree: Tree) -> None:
     """Dump a tree and restore it, as its user."""
     family = tree.pids()

@@ -14,7 +14,7 @@ from pipeline.cli import render
 from pipeline.demo import verdict
 from pipeline.demo.scene import ADDRESSES, SERVICE, Scene, available_ids, wait_until
 from pipeline.errors import PipelineError
-from pipeline.userns import cradle
+from pipeline.userns import cradle, permitted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -50,21 +50,12 @@ def _interrupt(_number: int, _frame: object) -> None:
 
 def own_map() -> run.IdMap:
     """Own euid as 0, and the caller's range of /etc/subuid behind it where newuidmap can grant it."""
-    import pwd
-    import shutil
-
     own = run.Extent(0, os.geteuid(), 1)
-    try:
-        user = pwd.getpwuid(os.geteuid()).pw_name
-    except KeyError:
-        return (own,)
-    ranges = [cradle.subordinate_ranges(path, user, os.geteuid()) for path in ("/etc/subuid", "/etc/subgid")]
-    if (
-        shutil.which("newuidmap")
-        and shutil.which("newgidmap")
-        and all(ranges)
-        and ranges[0][0] == ranges[1][0]
-    ):
+    user = permitted.user_name()
+    ranges = [
+        permitted.subordinate_ranges(path, user, os.geteuid()) for path in ("/etc/subuid", "/etc/subgid")
+    ]
+    if permitted.has_tools() and all(ranges) and ranges[0][0] == ranges[1][0]:
         return (own, run.Extent(1, *ranges[0][0]))
     return (own,)
 

@@ -23,6 +23,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from enum import IntFlag
 
 from pipeline.ids import HostPid, LocalFd
+from pipeline.kernel.inside import open_file
 from pipeline.kernel.procfs import ProcessGone
 
 PAGE_BYTES = 4096
@@ -61,7 +62,7 @@ def open_pagemap(pid: HostPid) -> LocalFd:
         OSError: EACCES, EPERM: it may not be traced.
     """
     try:
-        return LocalFd(os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC))
+        return open_file(pid, "pagemap", os.O_RDONLY)
     except (FileNotFoundError, ProcessLookupError):
         raise ProcessGone(pid) from None
 

@@ -44,8 +44,10 @@ def read_file(pid: HostPid, name: str) -> bytes:
         ProcessGone: there is no such process.
         OSError: EACCES or EPERM: it may not be read; ENOENT: this kernel has no such file.
     """
+    from pipeline.kernel.inside import open_file
+
     try:
-        fd = os.open(f"/proc/{pid}/{name}", os.O_RDONLY | os.O_CLOEXEC)
+        fd = open_file(pid, name, os.O_RDONLY)
     except (FileNotFoundError, ProcessLookupError) as error:
         raise _gone_or(error, pid) from None
     try:

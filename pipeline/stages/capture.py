@@ -34,6 +34,7 @@ from pipeline.image.schema import (
 )
 from pipeline.kernel import procfs, ptrace, smaps
 from pipeline.kernel.arch import x86_64 as arch
+from pipeline.kernel.inside import open_file
 from pipeline.remote.live import LiveTask, Region, find_places
 from pipeline.resources.memory.alike import is_forked
 from pipeline.resources.memory.capture import Captured, capture_address_space, check_address_space
@@ -344,7 +345,7 @@ class Capture:
         self, pid: HostPid, tids: Sequence[HostPid]
     ) -> tuple[list[Inquiry], list[SemaphoreUndo], list[Blocker]]:
         """Put the questions of every thread to it, by system calls inside it."""
-        memory = os.open(f"/proc/{pid}/mem", os.O_RDWR | os.O_CLOEXEC)
+        memory = open_file(pid, "mem", os.O_RDWR)
         try:
             regions = [
                 Region(

@@ -71,11 +71,11 @@ class OpenFiles:
     def _collect(self, pid: HostPid) -> None:
         pidfd = pidfd_open(pid)
         try:
-            for fd in sorted(map(int, os.listdir(f"/proc/{pid}/fd"))):
+            for fd in sorted(map(int, procfs.list_dir(pid, "fdinfo"))):
                 try:
                     self._add(pid, fd, pidfd)
                 except OSError as error:
-                    if not os.path.lexists(f"/proc/{pid}/fd/{fd}"):
+                    if not os.path.lexists(f"/proc/{pid}/fdinfo/{fd}"):
                         continue  # closed meanwhile: the tree runs, this is a check
                     self.blockers.append(Blocker(f"pid {pid} fd {fd}", f"cannot be looked at: {error}"))
         finally:
@@ -92,7 +92,7 @@ class OpenFiles:
             group = self._sorted[stat.st_dev, stat.st_ino, flags]
             at, same = self._find(group, local)
             if not same:
-                link = os.readlink(os.fsencode(f"/proc/{pid}/fd/{fd}"))
+                link = os.readlink(b"/proc/self/fd/%d" % local)
                 position = int(info["pos"][0])
                 self.views.append(FdView(pid, fd, local, link, stat, info, flags, position))
                 group.insert(at, len(self.views) - 1)

@@ -18,8 +18,6 @@ Sources: user_namespaces(7), newuidmap(1), subuid(5).
 from __future__ import annotations
 
 import os
-import pwd
-import shutil
 import struct
 import subprocess
 import threading
@@ -31,6 +29,7 @@ from pipeline.ids import LocalFd
 from pipeline.kernel import nsfs
 from pipeline.kernel.arch.x86_64 import NR
 from pipeline.kernel.syscalls import CLONE, PRCTL, prctl, syscall, unshare
+from pipeline.userns.permitted import ask_for_namespaces, has_tools, subordinate_ranges, user_name
 
 _CAP_SYS_ADMIN = 21
 _CAPABILITY_VERSION_3 = 0x20080522
@@ -61,20 +60,6 @@ def owns_pid_namespace() -> bool:
     return is_privileged()
 
 
-def subordinate_ranges(path: str, user: str, uid: int) -> list[tuple[int, int]]:
-    """The (first id, count) ranges that subuid(5) or subgid(5) grants to a user."""
-    ranges = []
-    try:
-        lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
-    except FileNotFoundError:
-        return []
-    for line in lines:
-        fields = line.split(":")
-        if len(fields) == 3 and fields[0] in (user, str(uid)) and fields[1].isdigit() and fields[2].isdigit():
-            ranges.append((int(fields[1]), int(fields[2])))
-    return ranges
-
-
 def enter() -> None:
     """Move this process into a cradle; nothing happens where it `is_privileged` already.
 
@@ -90,13 +75,10 @@ def enter() -> None:
             "use the command line, or call pipeline.userns.cradle.enter() first"
         )
     uid, gid = os.geteuid(), os.getegid()
-    try:
-        user = pwd.getpwuid(uid).pw_name
-    except KeyError:
-        user = str(uid)
+    user = user_name(uid)
     uid_ranges = subordinate_ranges("/etc/subuid", user, uid)
     gid_ranges = subordinate_ranges("/etc/subgid", user, uid)
-    whole = bool(uid_ranges and gid_ranges and shutil.which("newuidmap") and shutil.which("newgidmap"))
+    whole = bool(uid_ranges and gid_ranges and has_tools())
     # the maps are written by a child that stays outside: newuidmap asks for that
     mapper = _Mapper(os.getpid(), uid, gid, uid_ranges, gid_ranges) if whole else None
     try:
@@ -105,8 +87,7 @@ def enter() -> None:
         if mapper is not None:
             mapper.give_up()
         raise PipelineError(
-            f"this host does not let uid {uid} make user namespaces ({error.strerror}); "
-            "see /proc/sys/user/max_user_namespaces and the security module's settings"
+            f"this host does not let uid {uid} make user namespaces ({error.strerror}): {ask_for_namespaces(error)}"
         ) from error
     if mapper is not None:
         mapper.write()

@@ -21,7 +21,6 @@ Sources: user_namespaces(7), subuid(5), newuidmap(1).
 from __future__ import annotations
 
 import os
-import pwd
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, get_args
@@ -29,9 +28,9 @@ from typing import Literal, get_args
 from pipeline.errors import Blocker, RebuildError, Refused, UsageError
 from pipeline.image.codec import Image
 from pipeline.image.schema import Credentials, Extent, Id, Process, UserNamespace
-from pipeline.userns.cradle import subordinate_ranges
 from pipeline.userns.forest import Forest, IdKind
 from pipeline.userns.idmap import IDENTITY, NO_ID, IdMap, parse
+from pipeline.userns.permitted import ask_for_ranges, subordinate_ranges, user_name
 
 Unmapped = Literal["refuse", "overflow"]
 #: (first id, how many)
@@ -145,9 +144,15 @@ class Destination:
                 for line in _lines(namespace, kind):
                     placed = IdMap([line]).compose(outside).extents
                     if [extent.count for extent in placed] != [line.count]:
+                        near = outside.nearest(line.lower)
+                        known = (
+                            f"; the nearest ids here are {near.lower}-{near.lower + near.count - 1}"
+                            if near
+                            else ""
+                        )
                         yield Blocker(
                             f"user namespace {namespace.index}",
-                            f"line `{line.inner} {line.lower} {line.count}` of its {kind}_map has no place here",
+                            f"line `{line.inner} {line.lower} {line.count}` of its {kind}_map has no place here{known}",
                             "restore with --map auto or --map BASE:COUNT, or as root; a plain user needs newuidmap, "
                             "newgidmap and ranges in /etc/subuid and /etc/subgid",
                         )
@@ -217,7 +222,14 @@ def _outside(placing: str, kind: IdKind, namespaces: Iterable[UserNamespace], he
         )
     ranges = _own_ranges(kind, here) if placing == "auto" else [_range(placing, kind, here)]
     lines = [line for namespace in namespaces if namespace.parent == 0 for line in _lines(namespace, kind)]
-    return place(pieces(lines), ranges, kind)
+    wanted = pieces(lines)
+    try:
+        return place(wanted, ranges, kind)
+    except RebuildError as error:
+        if placing != "auto":
+            raise
+        largest = max(count for _, count in wanted)
+        raise RebuildError(f"{error}; {ask_for_ranges(largest)}") from None
 
 
 def _range(text: str, kind: IdKind, here: Iterable[Range]) -> Range:
@@ -239,7 +251,7 @@ def _own_ranges(kind: IdKind, here: list[Range]) -> list[Range]:
     own = os.geteuid() if kind == "uid" else os.getegid()
     if here != [(0, NO_ID)]:
         return [(own, 1), *_without(here, own)]
-    user = pwd.getpwuid(os.geteuid()).pw_name
+    user = user_name()
     ranges = subordinate_ranges(f"/etc/sub{kind}", user, os.geteuid())
     if not ranges:
         raise UsageError(

@@ -26,6 +26,7 @@ from itertools import groupby
 from typing import Self
 
 from pipeline.ids import HostPid, LocalFd
+from pipeline.kernel.inside import open_file
 from pipeline.kernel.pagemap import PAGE_BYTES, Range, entries_of, intersect, merged, open_pagemap, subtract
 from pipeline.kernel.procfs import ProcessGone
 from pipeline.kernel.syscalls import IOV_MAX, process_vm_readv
@@ -81,7 +82,7 @@ class ProcessMemory:
         self.pid = pid
         self._pagemap = open_pagemap(pid)
         try:
-            self._memory = os.open(f"/proc/{pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
+            self._memory = open_file(pid, "mem", os.O_RDONLY)
         except BaseException as error:
             os.close(self._pagemap)
             if isinstance(error, FileNotFoundError):

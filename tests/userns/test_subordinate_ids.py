@@ -1,0 +1,206 @@
+"""Plain users with newuidmap and ranges in /etc/subuid: their trees have whole maps, and keep them wherever they go."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.harness.settings import DEPTH_0
+from tests.harness.tree import Tree, Workshop, reap, said
+from tests.harness.users import User, Users
+from tests.topologies.catalogue import fork, ids, ns, user
+
+pytestmark = [
+    pytest.mark.root,  # root becomes the users
+    pytest.mark.skipif(not shutil.which("newuidmap"), reason="needs newuidmap (Debian: uidmap)"),
+]
+
+ALICE = User("alice", 61_301, 62_301, [(300_000, 65_536)], [(400_000, 65_536)])
+BOB = User("bob", 61_302, 62_302, [(500_000, 1_000), (510_000, 65_536)], [(600_000, 65_536)])
+CAROL = User("carol", 61_303, 62_303)
+DAVE = User("dave", 61_304, 62_304)
+
+STEPS = [
+    fork("one", ids(33, 44, [55, 66])),
+    fork("two", ids(1000, 1000), user("0 1000 100", "0 2000 100"), fork("below", ids(9, 9))),
+    ns("uts"),
+]
+
+
+def whole(owner: User) -> str:
+    """A map of every range, as `run` takes it: the gids' ranges are the uids' here."""
+    lines, inner = [f"0:{owner.uid}:1"], 1
+    for first, count in owner.uids:
+        lines.append(f"{inner}:{first}:{count}")
+        inner += count
+    return ",".join(lines)
+
+
+@pytest.fixture
+def users(nothing_left_behind: None, workshop: Workshop) -> Iterator[Users]:
+    # `run` gives uids and gids the same lines, so alice may use her uids' range for gids, too
+    alice = ALICE._replace(gids=[*ALICE.gids, *ALICE.uids])
+    users = Users(workshop.directory(), alice, BOB, CAROL, DAVE)
+    try:
+        yield users
+    finally:
+        users.close()
+
+
+@pytest.fixture
+def begin(users: Users, workshop: Workshop) -> Iterator[Callable[..., Tree]]:
+    """Start a program as a user by `run`: ``begin(user, map, program, arguments)``; killed at the end."""
+    trees: list[Tree] = []
+
+    def begin(owner: User, lines: str, program: str, *arguments: str) -> Tree:
+        options = ["--pidns", "--mntns", f"--userns={lines}" if lines else "--userns"]
+        # `run` says how the tree ended, once it is dumped: not in the log, which the tree has open
+        quiet = ["sh", "-c", 'exec 9>&2; exec "$@" 2>/dev/null', "sh"]
+        again = ["sh", "-c", 'exec "$@" 2>&9 9>&-', "sh"]
+        within = [*quiet, *users.engine_command(owner, "run", *options, "--"), *again]
+        trees.append(Tree.start(workshop, program, DEPTH_0, arguments, within))
+        return trees[-1]
+
+    yield begin
+    for tree in trees:
+        tree.kill()
+
+
+def maps_of(pid: int) -> list[list[str]]:
+    return [Path(f"/proc/{pid}/{name}").read_text().split() for name in ("uid_map", "gid_map")]
+
+
+def dump(users: Users, owner: User, tree: Tree) -> Path:
+    """Dump it as its user, into an image that every user can read."""
+    family, image = tree.pids(), tree.directory / "image"
+    done = users.engine(owner, "dump", "--pid", str(tree.pid), "--to", image)
+    assert done.returncode == 0, said(done)
+    assert not reap(family), "the dump left the tree running"
+    for path in (image, *image.iterdir()):
+        path.chmod(0o755)
+    return image
+
+
+def restore(users: Users, owner: User, tree: Tree, image: Path, *options: str) -> None:
+    done = users.engine(owner, "restore", "--from", image, "--detach", *options)
+    assert done.returncode == 0, said(done)
+    tree.pid = int(done.stdout)
+
+
+def test_maps_of_a_plain_user_are_whole_again(users: Users, begin: Callable[..., Tree]) -> None:
+    tree = begin(ALICE, whole(ALICE), "topology", json.dumps(STEPS))
+    before = [maps_of(pid) for pid in tree.pids()]
+    assert before[0] == [
+        ["0", "61301", "1", "1", "300000", "65536"],
+        ["0", "62301", "1", "1", "300000", "65536"],
+    ]
+    for _ in range(2):  # what was restored is dumped like any other
+        restore(users, ALICE, tree, dump(users, ALICE, tree))
+        assert [maps_of(pid) for pid in tree.pids()] == before
+        assert Path(f"/proc/{tree.pid}/setgroups").read_text() == "allow\n"
+        tree.check()
+        shutil.rmtree(tree.directory / "image")
+
+
+@pytest.mark.parametrize("program", ["credentials", "anonymous", "threads"])
+def test_a_tree_of_another_user_lies_in_the_own_ranges(
+    users: Users, begin: Callable[..., Tree], program: str
+) -> None:
+    tree = begin(ALICE, whole(ALICE), program)
+    image = dump(users, ALICE, tree)
+    same = users.engine(BOB, "restore", "--from", image, "--detach")
+    assert same.returncode == 3, said(same)
+    for words in (
+        "user namespace 1: line `1 300000 65536` of its uid_map has no place here",
+        "the nearest ids here are 500000-500999",
+        "--map auto",
+    ):
+        assert words in same.stderr, said(same)
+    restore(users, BOB, tree, image, "--map", "auto")
+    assert maps_of(tree.pid) == [
+        ["0", "61302", "1", "1", "510000", "65536"],
+        ["0", "62302", "1", "1", "600000", "65536"],
+    ]
+    tree.check()
+
+
+def test_a_user_without_ranges_is_told_what_to_ask_for(users: Users, begin: Callable[..., Tree]) -> None:
+    tree = begin(ALICE, whole(ALICE), "threads")
+    image = dump(users, ALICE, tree)
+    done = users.engine(CAROL, "restore", "--from", image, "--map", "auto")
+    assert done.returncode == 1, said(done)
+    assert "the tree needs 65537 uids, and 1 are given" in done.stderr
+    assert "usermod --add-subuids" in done.stderr
+    assert "carol" in done.stderr
+
+
+@contextmanager
+def serving(
+    users: Users, owner: User, secret: Path, *options: str
+) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """`serve` as a user, and where it listens."""
+    listen = ["serve", "--listen", "127.0.0.1:0", "--once", "--secret-file", str(secret)]
+    server = subprocess.Popen(
+        users.engine_command(owner, *listen, *options),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert server.stdout is not None
+        line = server.stdout.readline()
+        assert line.startswith("listening on "), f"{line} {server.communicate(timeout=10)}"
+        yield server, line.split()[-1]
+    finally:
+        if server.poll() is None:
+            server.send_signal(signal.SIGTERM)
+        server.communicate(timeout=20)
+
+
+@pytest.mark.parametrize(
+    ("source", "destination", "lines"),
+    [
+        (
+            ALICE,
+            BOB,
+            [["0", "61302", "1", "1", "510000", "65536"], ["0", "62302", "1", "1", "600000", "65536"]],
+        ),
+        (CAROL, DAVE, [["0", "61304", "1"], ["0", "62304", "1"]]),
+    ],
+    ids=["with ranges", "of one id"],
+)
+def test_a_tree_moves_from_one_plain_user_to_another(
+    users: Users, begin: Callable[..., Tree], source: User, destination: User, lines: list[list[str]]
+) -> None:
+    tree = begin(source, whole(source) if source.uids else "", "threads")
+    secrets = {}
+    for owner in (source, destination):
+        secrets[owner.name] = tree.directory / owner.name
+        secrets[owner.name].write_text("a secret that is long enough for both sides\n")
+        secrets[owner.name].chmod(0o600)
+        os.chown(secrets[owner.name], owner.uid, owner.gid)
+    for start, end in ((source, destination), (destination, source)):  # there, and back
+        family = tree.pids()
+        with serving(users, end, secrets[end.name], "--map", "auto") as (server, to):
+            moved = users.engine(
+                start, "migrate", "--pid", str(tree.pid), "--to", to, "--secret-file", secrets[start.name]
+            )
+            assert moved.returncode == 0, said(moved)
+            assert server.stdout is not None
+            line = server.stdout.readline()
+            assert line.startswith("restored: root pid "), line
+            assert server.wait(20) == 0
+        assert not reap(family), "the source still runs"
+        tree.pid = int(line.split()[-1])
+        if end is destination:
+            assert maps_of(tree.pid) == lines
+        tree.check()

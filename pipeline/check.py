@@ -10,13 +10,12 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import trio
 from msgspec import Struct
 
-from pipeline.errors import Blocker
+from pipeline.errors import Blocker, PipelineError
 from pipeline.ids import LocalFd
 from pipeline.kernel.arch import x86_64 as arch
 from pipeline.kernel.arch.x86_64 import NR
@@ -30,6 +29,15 @@ from pipeline.kernel.syscalls import (
     prctl,
     syscall,
     unshare,
+)
+from pipeline.userns import cradle
+from pipeline.userns.permitted import (
+    ask_for_namespaces,
+    ask_for_ranges,
+    ask_for_tools,
+    has_tools,
+    subordinate_ranges,
+    user_name,
 )
 from pipeline.userns.portrait import Portrait
 
@@ -172,13 +180,7 @@ def _host_rows() -> Iterator[Row]:
         "nothing can be restored",
         "CONFIG_CHECKPOINT_RESTORE",
     )
-    yield _child_row(
-        "user namespaces",
-        lambda: unshare(CLONE.NEWUSER),
-        "can be made",
-        "trees with user namespaces cannot be restored, and a plain user can restore nothing",
-        "see /proc/sys/user/max_user_namespaces and the security module",
-    )
+    yield _user_namespaces()
     yield _child_row(
         "timer ids",
         lambda: prctl(PRCTL.TIMER_CREATE_RESTORE_IDS, 1),
@@ -191,23 +193,25 @@ def _host_rows() -> Iterator[Row]:
     yield Row(
         "exact pids here",
         choose,
-        "can be chosen" if choose else "not permitted: restores go to --new-pidns",
-        "" if choose else "CAP_CHECKPOINT_RESTORE",
+        "can be chosen"
+        if choose
+        else "not permitted: a tree is restored with its numbers into a pid namespace of its own",
+        "" if choose else "to restore among the pids of this host: run as root (CAP_CHECKPOINT_RESTORE)",
         needed=False,
     )
     yield _row(
         "map_files",
         _open_map_file,
         "can be opened",
-        "shared anonymous memory is restored as a memfd",
-        "CAP_CHECKPOINT_RESTORE",
+        "shared anonymous memory is restored as a memfd, and memfds without a descriptor are refused",
+        "run as root (CAP_CHECKPOINT_RESTORE in the initial user namespace)",
         needed=False,
     )
     yield Row(
         "seccomp filters",
         privileged,
-        "can be read" if privileged else "cannot be read: refused",
-        "" if privileged else "CAP_SYS_ADMIN in the initial user namespace",
+        "can be read" if privileged else "cannot be read: programs that have one are refused",
+        "" if privileged else "run as root (CAP_SYS_ADMIN in the initial user namespace)",
         needed=False,
     )
     resource = bool(caps >> _CAP_SYS_RESOURCE & 1)
@@ -219,14 +223,54 @@ def _host_rows() -> Iterator[Row]:
         needed=False,
     )
     if not privileged:
-        tools = bool(shutil.which("newuidmap") and shutil.which("newgidmap"))
+        yield from _plain_user_rows()
+
+
+def _user_namespaces() -> Row:
+    def make() -> None:
+        unshare(CLONE.NEWUSER)
+        unshare(CLONE.NEWNS)  # some security modules give an empty user namespace
+
+    name, error = "user namespaces", _in_child(make)
+    if error is None:
+        return Row(name, True, "can be made")
+    lost = "trees with user namespaces cannot be restored, and a plain user can restore nothing"
+    return Row(name, False, f"cannot be made: {lost}", ask_for_namespaces(error))
+
+
+def _plain_user_rows() -> Iterator[Row]:
+    """Which ids a plain user can give to a tree; what is missing for more than one."""
+    tools = has_tools()
+    lost = "maps of one id only"
+    yield Row(
+        "newuidmap",
+        tools,
+        "installed, and newgidmap" if tools else f"not on PATH, or newgidmap is not: {lost}",
+        "" if tools else ask_for_tools(),
+        needed=False,
+    )
+    user = user_name()
+    for kind in ("uid", "gid"):
+        path = f"/etc/sub{kind}"
+        ranges = subordinate_ranges(path, user, os.geteuid())
         yield Row(
-            "newuidmap",
-            tools,
-            "installed" if tools else "not installed: maps of one id only",
-            "" if tools else "install uidmap, and ranges in /etc/subuid and /etc/subgid",
+            path,
+            bool(ranges),
+            f"{user} has {_ranges(ranges)}" if ranges else f"no range for {user}: {lost}",
+            "" if ranges else ask_for_ranges(kinds=(kind,)),
             needed=False,
         )
+    try:
+        uids, gids = ([(line.inner, line.count) for line in lines] for lines in cradle.trial())
+    except PipelineError as error:
+        yield Row("ids of a tree", False, "none: nothing can be restored", str(error))
+        return
+    yield Row("ids of a tree", True, f"uid {_ranges(uids)}; gid {_ranges(gids)}")
+
+
+def _ranges(ranges: Iterable[tuple[int, int]]) -> str:
+    """``1000, 100000-165535``."""
+    return ", ".join(str(first) if count == 1 else f"{first}-{first + count - 1}" for first, count in ranges)
 
 
 def host_rows() -> list[Row]:

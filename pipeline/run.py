@@ -36,6 +36,7 @@ from pipeline.errors import PipelineError, UsageError
 from pipeline.ids import HostPid
 from pipeline.kernel.arch.x86_64_numbers import NR
 from pipeline.kernel.syscalls import CLONE, PRCTL, mount, prctl, syscall, unshare
+from pipeline.userns.permitted import ask_for_namespaces, ask_for_tools
 
 _CAP_SETGID, _CAP_SETUID = 6, 7
 _SECBIT_NO_SETUID_FIXUP = 1 << 2
@@ -43,6 +44,10 @@ _MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_REC, _MS_PRIVATE = 1 << 1, 1 << 2, 1 << 3
 _SIOCGIFFLAGS, _SIOCSIFFLAGS, _IFF_UP = 0x8913, 0x8914, 1
 _MOST_EXTENTS = 340
 _MOST_LEVELS = 32
+_MORE_IDS = (
+    "more ids than the own one need newuidmap, newgidmap and a range in /etc/subuid and /etc/subgid: "
+    "`check` says which there are, and whom to ask for more"
+)
 
 
 class Extent(NamedTuple):
@@ -172,11 +177,10 @@ def _child(command: Sequence[str], surroundings: Surroundings, mask: Sequence[in
 
 
 def _hint(step: str, error: OSError) -> str:
-    if isinstance(error, PermissionError) and step.startswith("user namespace"):
-        return (
-            " (a map line must lie inside one line of the parent's map; without root it needs newuidmap,"
-            " newgidmap and a range in /etc/subuid and /etc/subgid)"
-        )
+    if step.startswith("user namespace"):
+        return f" ({ask_for_namespaces(error)})"
+    if isinstance(error, PermissionError) and step == "map":
+        return f" (a map line must lie inside one line of the parent's map; {_MORE_IDS})"
     if isinstance(error, PermissionError) and step == "set up":
         return " (a new /proc can be mounted only where the one outside is fully visible)"
     if isinstance(error, PermissionError) and step not in {"start", "namespaces", "clone"}:
@@ -205,7 +209,7 @@ def _enter_user_namespace(wanted: IdMap | None, writer: int) -> None:
                 code = 0
         except (OSError, PipelineError) as error:
             reason = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
-            hint = _hint("user namespace", error) if isinstance(error, OSError) else ""
+            hint = _hint("map", error) if isinstance(error, OSError) else ""
             _report(writer, f"map {','.join(':'.join(map(str, e)) for e in uids)}: {reason}{hint}")
         finally:
             os._exit(code)
@@ -262,11 +266,12 @@ def _write_maps(target: int, uids: IdMap, gids: IdMap) -> None:
     for tool, extents in (("newgidmap", gids), ("newuidmap", uids)):
         found = shutil.which(tool)
         if found is None:
-            raise PipelineError(f"this map needs root or {tool} (Debian: apt-get install uidmap)")
+            raise PipelineError(f"this map needs root, or: {ask_for_tools()}")
         words = [str(number) for extent in extents for number in extent]
         done = subprocess.run([found, str(target), *words], capture_output=True, text=True, check=False)
         if done.returncode:
-            raise PipelineError(done.stderr.strip() or f"{tool} ended with status {done.returncode}")
+            said = done.stderr.strip() or f"{tool} ended with status {done.returncode}"
+            raise PipelineError(f"{said} ({_MORE_IDS})")
 
 
 def _put(target: int, name: str, text: str) -> None:

@@ -26,9 +26,11 @@ from pathlib import Path
 
 from pipeline.errors import PipelineError
 from pipeline.ids import LocalFd
+from pipeline.image.schema import Extent
 from pipeline.kernel import nsfs
 from pipeline.kernel.arch.x86_64 import NR
 from pipeline.kernel.syscalls import CLONE, PRCTL, prctl, syscall, unshare
+from pipeline.userns.idmap import parse
 from pipeline.userns.permitted import ask_for_namespaces, has_tools, subordinate_ranges, user_name
 
 _CAP_SYS_ADMIN = 21
@@ -87,7 +89,7 @@ def enter() -> None:
         if mapper is not None:
             mapper.give_up()
         raise PipelineError(
-            f"this host does not let uid {uid} make user namespaces ({error.strerror}): {ask_for_namespaces(error)}"
+            f"this host does not let uid {uid} make user namespaces: {ask_for_namespaces(error)}"
         ) from error
     if mapper is not None:
         mapper.write()
@@ -97,6 +99,38 @@ def enter() -> None:
         _write("/proc/self/uid_map", f"{uid} {uid} 1")
     prctl(PRCTL.SET_DUMPABLE, 1)  # our /proc files stay ours
     _keep_capabilities()
+
+
+def trial() -> tuple[list[Extent], list[Extent]]:
+    """The uid and gid map that a cradle of this process has, seen in a child that enters one.
+
+    Raises:
+        PipelineError: it cannot be entered; says why.
+    """
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        answer = b""
+        try:
+            devnull = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(devnull, 2)  # newuidmap's own words
+            enter()
+            answer = b"\0".join(Path(f"/proc/self/{kind}_map").read_bytes() for kind in ("uid", "gid"))
+        except (PipelineError, OSError) as error:
+            answer = str(error).encode()
+        finally:
+            os.write(writer, answer)
+            os._exit(0)
+    os.close(writer)
+    try:
+        with os.fdopen(reader, "rb") as file:
+            answer = file.read()
+    finally:
+        os.waitpid(child, 0)
+    uids, both, gids = answer.partition(b"\0")
+    if not both:
+        raise PipelineError(answer.decode(errors="replace") or "it ended without a word")
+    return parse(uids), parse(gids)
 
 
 def _keep_capabilities() -> None:
@@ -150,7 +184,10 @@ class _Mapper:
         os.close(self._go)
         _, status = os.waitpid(self._child, 0)
         if status:
-            raise PipelineError("newuidmap or newgidmap failed; see /etc/subuid and /etc/subgid")
+            raise PipelineError(
+                "newuidmap or newgidmap failed: they have to be setuid root (or hold cap_setuid and cap_setgid), and "
+                "no mount option or no_new_privs may take that away; as root: apt-get install --reinstall uidmap"
+            )
 
     def give_up(self) -> None:
         """Let it go without having written anything."""

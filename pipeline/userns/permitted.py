@@ -13,6 +13,7 @@ import errno
 import os
 import pwd
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 _MAX_NAMESPACES = Path("/proc/sys/user/max_user_namespaces")
@@ -72,16 +73,16 @@ def ask_for_namespaces(refusal: OSError) -> str:
     )
 
 
-def ask_for_ranges(count: int = USUAL_RANGE) -> str:
-    """What an administrator does, so that this user has `count` subordinate uids and gids in one piece."""
+def ask_for_ranges(count: int = USUAL_RANGE, kinds: Sequence[str] = ("uid", "gid")) -> str:
+    """What an administrator does, so that this user has `count` subordinate ids in one piece; `kinds`: uid, gid."""
     user = user_name()
     words = []
-    for kind in ("uid", "gid"):
+    for kind in kinds:
         ends = [first + size for _, first, size in _granted(f"/etc/sub{kind}")]
         first = max([_FIRST_SUBORDINATE, *ends])
         words.append(f"--add-sub{kind}s {first}-{first + count - 1}")
-    text = f"as root: usermod {' '.join(words)} {user}"
-    return text if has_tools() else f"as root: {ask_for_tools()}; {text.removeprefix('as root: ')}"
+    tools = "" if has_tools() else f"{ask_for_tools()}; "
+    return f"as root: {tools}usermod {' '.join(words)} {user}"
 
 
 def has_tools() -> bool:

@@ -14,7 +14,7 @@ from contextlib import ExitStack, asynccontextmanager
 
 import trio
 
-from pipeline.errors import ImageError, RebuildError
+from pipeline.errors import ImageError, RebuildError, Refused
 from pipeline.ids import HostPid, LocalFd
 from pipeline.image.codec import Image
 from pipeline.image.plan import Fill, plan
@@ -30,6 +30,7 @@ from pipeline.remote.init import Init
 from pipeline.remote.puppet import spawn_launcher
 from pipeline.remote.tracer import Tracer
 from pipeline.resources.memory.rebuild import find_hole
+from pipeline.resources.namespaces import network_here
 from pipeline.resources.namespaces.keepers import Keepers
 from pipeline.resources.pty_session import ControllingTerminals
 from pipeline.resources.tasks import credentials, semaphore_undo, timers
@@ -98,6 +99,8 @@ class Rebuilding:
         raise_descriptor_limit()
         image = self._image
         self._ids.refuse_unplaced()
+        if lacking := list(network_here.check_here(image.namespaces, self._ids.numbers_stay)):
+            raise Refused(lacking)
         blockers = list(check_here(list(image.processes.values())))
         if blockers:
             raise RebuildError("this host cannot take the tree: " + "; ".join(map(str, blockers)))

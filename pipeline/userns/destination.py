@@ -69,6 +69,11 @@ class Destination:
         self._overflow = {kind: _overflow_id(kind, here[kind]) for kind in _KINDS}
         self._groups_fixed = Path("/proc/self/setgroups").read_bytes().strip() == b"deny"
 
+    @property
+    def numbers_stay(self) -> bool:
+        """Whether ids of namespace 0 are called here what they were called, as far as they have a place."""
+        return self._placing == "same"
+
     # -- one id -------------------------------------------------------------------------
 
     def number(self, wanted: Id, namespace: int, kind: IdKind) -> int | None:

@@ -139,7 +139,6 @@ def test_objects_of_an_ipc_namespace_are_made_again(id_map: str | None) -> None:
             "ip link add one type veth peer name two && ip link add link one name over type macvlan",
             "of kind macvlan",
         ),
-        ("nft add table inet some", "nftables rules"),
     ],
 )
 def test_what_a_network_holds_and_is_not_carried_is_named(command: str, words: str) -> None:

@@ -3,13 +3,14 @@
 Carried: lo; dummy, bridge and veth devices with name, index, MAC, MTU, queue length, alias, group and
 master; both ends of a veth pair in the tree, in one network or two. Addresses, permanent
 neighbours, routes and rules are kept as the kernel's own messages and given back as such: the indexes in
-them are the same. Sysctls that differ from those of a fresh namespace.
+them are the same. Sysctls that differ from those of a fresh namespace. nftables rules
+(`pipeline.resources.namespaces.nftables`).
 
-Refused by name: other kinds of devices, a veth whose other end is outside the tree, nftables and iptables
-rules, queueing disciplines that were set, next-hop objects, rules for ids, VLAN filtering of a bridge.
+Refused by name: other kinds of devices, a veth whose other end is outside the tree, iptables rules,
+queueing disciplines that were set, next-hop objects, rules for ids, VLAN filtering of a bridge.
 Not kept: statistics, learned neighbours, the connection tracking table.
 
-The order: devices of all networks, lower before upper; masters; sysctls; up; addresses,
+The order: devices of all networks, lower before upper; masters; sysctls; nftables rules; up; addresses,
 neighbours, routes (those without a gateway first), rules.
 
 `pipeline.resources.namespaces.network_view` looks at them.
@@ -35,6 +36,7 @@ from pipeline.image.schema import I32, U16, U32, Index, Record, Small
 from pipeline.kernel import rtnetlink
 from pipeline.kernel.rtnetlink import IFLA, IFLA_INFO, RTM, Netlink, attribute
 from pipeline.kernel.syscalls import CLONE
+from pipeline.resources.namespaces import nftables
 from pipeline.resources.namespaces.support import Support
 from pipeline.userns.visit import fetch, read_file, visit
 
@@ -42,12 +44,12 @@ SUPPORT = Support(
     "net",
     carried=(
         "lo, dummy, bridge and veth devices with names, indexes and addresses",
-        "addresses, routes, rules, permanent neighbours, sysctls",
+        "addresses, routes, rules, permanent neighbours, sysctls, nftables rules",
         "sockets in the network that they were made in",
     ),
     refused=(
         "devices of other kinds, a veth to the outside",
-        "filters, queueing disciplines that were set, next-hop objects, rules for ranges of uids, VLAN filtering",
+        "iptables rules, queueing disciplines that were set, next-hop objects, rules for ranges of uids, VLAN filtering",
     ),
 )
 
@@ -77,7 +79,10 @@ class Link(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
 
 
 class NetState(Record, frozen=True, kw_only=True):
-    """A network. Messages are payloads of RTM_NEW*; `sysctls` by their path below /proc/sys/net."""
+    """A network. Messages are payloads of RTM_NEW*; `sysctls` by their path below /proc/sys/net.
+
+    `ruleset`: of nftables, as nft prints it.
+    """
 
     links: Annotated[list[Link], Meta(max_length=4096)] = []
     addresses: Raw = []
@@ -85,6 +90,7 @@ class NetState(Record, frozen=True, kw_only=True):
     routes: Raw = []
     rules: Raw = []
     sysctls: Annotated[dict[str, Small], Meta(max_length=1 << 16)] = {}
+    ruleset: Annotated[bytes, Meta(max_length=1 << 24)] = b""
 
 
 def create(states: Mapping[int, NetState], opened: Callable[[int], LocalFd]) -> None:
@@ -184,6 +190,10 @@ def _furnish(index: int, state: NetState, fd: LocalFd, route: Netlink) -> None:
                 route.do(RTM.SETLINK, _head(link) + extra)
     with _step(index, "sysctls"):
         visit([(fd, CLONE.NEWNET)], lambda: _set_sysctls(state))
+    if state.ruleset:
+        complaint = nftables.create(state.ruleset, [(fd, CLONE.NEWNET)])
+        if complaint:
+            raise RebuildError(f"network namespace {index}: nftables rules cannot be loaded: {complaint}")
     for link in state.links:
         with _step(index, f"flags of {os.fsdecode(link.name)}"):
             route.do(RTM.SETLINK, _head(link, link.flags & _SETTABLE_FLAGS, _SETTABLE_FLAGS))

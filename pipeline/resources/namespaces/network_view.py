@@ -22,10 +22,10 @@ from pipeline.ids import LocalFd
 from pipeline.kernel import rtnetlink
 from pipeline.kernel.rtnetlink import IFLA, IFLA_INFO, RTM, Netlink, attribute, attributes
 from pipeline.kernel.syscalls import CLONE, unshare
+from pipeline.resources.namespaces import nftables
 from pipeline.resources.namespaces.network import SYSCTLS, Link, NetState, set_sysctl
 from pipeline.userns.visit import Way, fetch, read_file, visit
 
-_NFT_GETTABLE = 10 << 8 | 1
 _NETLINK_NETFILTER = 12
 _UP = 1
 #: attributes of a bridge that are set again: timers, STP, priority, VLAN protocol, multicast snooping, netfilter calls
@@ -86,9 +86,10 @@ class NetworkView:
                 routes=self._routes(),
                 rules=self._rules(),
                 sysctls=self._sysctls([link.name.decode() for link in links]),
+                ruleset=self._ruleset(links),
             )
             self._check_qdiscs(links)
-        self._check_filters()
+        self._check_iptables()
 
     def _netlink(self, protocol: int = socket.NETLINK_ROUTE) -> Netlink:
         made = fetch(self._way, lambda: rtnetlink.socket_of(protocol).detach())
@@ -198,12 +199,15 @@ class NetworkView:
                     f"a queueing discipline ({kind.decode()}) on {names[index]}, which is not carried"
                 )
 
-    def _check_filters(self) -> None:
+    def _ruleset(self, links: list[Link]) -> bytes:
         with self._netlink(_NETLINK_NETFILTER) as filters:
-            with suppress(OSError):  # EOPNOTSUPP or EINVAL: there is no nftables in this kernel
-                if any(True for _ in filters.dump(_NFT_GETTABLE, bytes(4))):
-                    self._refuse("nftables rules, which are not carried yet", "nft flush ruleset")
+            try:
+                return nftables.capture(filters, self._way, [(link.index, link.name) for link in links])
+            except nftables.NotCarriedError as error:
+                self._refuse(error.reason, error.remedy)
+                return b""
 
+    def _check_iptables(self) -> None:
         def look() -> bytes:
             found = []
             for name in ("ip_tables_names", "ip6_tables_names", "arp_tables_names"):

@@ -1,0 +1,42 @@
+"""Whether the networks of an image can be made here: asked before anything is made.
+
+`pipeline.resources.namespaces.network` makes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+
+import msgspec
+
+from pipeline.errors import Blocker, ImageError
+from pipeline.image.schema import Namespace
+from pipeline.resources.namespaces import nftables
+from pipeline.resources.namespaces.network import NetState
+
+
+def states_of(namespaces: Iterable[Namespace]) -> dict[int, NetState]:
+    """What the image says of each of the tree's networks, by `Namespace` index.
+
+    Raises:
+        ImageError: it says something else.
+    """
+    try:
+        return {
+            n.index: msgspec.convert(n.state, NetState)
+            for n in namespaces
+            if n.kind == "net" and not n.external
+        }
+    except msgspec.ValidationError as error:
+        raise ImageError(f"a network namespace: {error}") from error
+
+
+def check_here(namespaces: Mapping[int, Namespace], ids_stay: bool) -> Iterator[Blocker]:
+    """Everything that these networks need and that is not here.
+
+    Args:
+        namespaces: of the image.
+        ids_stay: the ids of the surroundings have the numbers here that they had; those of the tree's own always do.
+    """
+    for index, state in states_of(namespaces.values()).items():
+        yield from nftables.check_here(index, state.ruleset, ids_stay or namespaces[index].owner != 0)

@@ -186,7 +186,8 @@ async def restore(
         detach: the tree shall outlive this process; its standard descriptors are its own either way.
         new_pidns: give the tree a pid namespace of its own, so that no pid is in the way.
         map: where the ids of the outermost user namespaces lie here: ``same``, ``BASE:COUNT``, or ``auto``.
-        externals: paths of namespaces, by kind, that take the place of external ones, instead of the caller's own.
+        externals: paths of namespaces, by kind, that take the place of external ones, instead of the caller's own;
+            and where the other ends of the tree's veth devices are put: ``{"veth:eth0": "PEER@BRIDGE"}``.
         unmapped: ids that have no place here: ``refuse``, or let the ``overflow`` id stand for them.
         progress: is told how far it is.
 

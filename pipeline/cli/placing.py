@@ -5,21 +5,25 @@ from __future__ import annotations
 import argparse
 
 
-def add_external(parser: argparse.ArgumentParser) -> None:
-    """Add --external."""
+def add_external(parser: argparse.ArgumentParser, devices: str = "") -> None:
+    """Add --external; `devices`: what its help says of devices."""
     parser.add_argument(
         "--external",
         action="append",
         default=[],
         metavar="KIND=PATH",
         help="the external namespace of this kind (net, uts, ipc, cgroup) is not that of this command but the one "
-        "at PATH, such as net=/run/netns/blue; may be repeated",
+        "at PATH, such as net=/run/netns/blue; may be repeated" + devices,
     )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add --map, --unmapped and --external."""
-    add_external(parser)
+    add_external(
+        parser,
+        ". veth:NAME=PEER[@BRIDGE]: the other end of the tree's device NAME is made here, is called PEER, and is put "
+        "under BRIDGE",
+    )
     parser.add_argument(
         "--map",
         default="same",

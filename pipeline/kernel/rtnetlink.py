@@ -30,6 +30,7 @@ class RTM(IntEnum):
     """Messages."""
 
     NEWLINK = 16
+    DELLINK = 17
     GETLINK = 18
     SETLINK = 19
     NEWADDR = 20

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import os
 import resource
-from collections.abc import AsyncIterator
-from contextlib import ExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 
 import trio
 
@@ -42,7 +42,7 @@ from pipeline.stages.descriptors import Descriptors
 from pipeline.stages.fill import PageFeed
 from pipeline.stages.growth import Grown, Growth
 from pipeline.userns.destination import Destination, Unmapped
-from pipeline.userns.externals import FLAGS, Externals, opened
+from pipeline.userns.externals import FLAGS, Externals, given_devices, given_namespaces, opened
 
 _LOWEST_CHANNEL_FD = 200
 
@@ -63,7 +63,7 @@ class Rebuilding:
         image: complete and checked.
         new_pidns: make a pid namespace for the tree, with a first process that waits for it.
         placing, unmapped: see `Destination`.
-        externals: namespaces that take the place of the external ones, instead of our own.
+        externals: namespaces that take the place of the external ones, instead of our own, and what devices hang on.
     """
 
     def __init__(
@@ -99,7 +99,10 @@ class Rebuilding:
         raise_descriptor_limit()
         image = self._image
         self._ids.refuse_unplaced()
-        if lacking := list(network_here.check_here(image.namespaces, self._ids.numbers_stay)):
+        given = given_devices(self._externals)
+        with self._outer_network() as network:
+            lacking = list(network_here.check_here(image.namespaces, self._ids.numbers_stay, given, network))
+        if lacking:
             raise Refused(lacking)
         blockers = list(check_here(list(image.processes.values())))
         if blockers:
@@ -117,7 +120,9 @@ class Rebuilding:
         else:
             announcer = Here()
         around = self._init.puppet if self._init is not None else None
-        self._keepers = Keepers(self._launcher, self._ids.forest, self._stack, around, self._ids.number)
+        self._keepers = Keepers(
+            self._launcher, self._ids.forest, self._stack, around, self._ids.number, given
+        )
         members = [process.namespaces for process in image.processes.values()]
         begun_later = {m.time_for_children for m in members if m.time_for_children != m.time}
         self._keepers.make(image.namespaces, begun_later)
@@ -141,9 +146,16 @@ class Rebuilding:
         self._stack.callback(self._end_tree)
         self._steps = self.growth.grow()
 
+    @contextmanager
+    def _outer_network(self) -> Iterator[LocalFd]:
+        """The network around the tree: the one that was given, or our own."""
+        externals = {"net": "/proc/self/ns/net"} | given_namespaces(self._externals)
+        with opened({"net": externals["net"]}) as fds:
+            yield fds["net"]
+
     def _join_externals(self) -> None:
         """Move the launcher, and with it the whole tree, into the namespaces that were given."""
-        with opened(self._externals) as fds:
+        with opened(given_namespaces(self._externals)) as fds:
             for kind, fd in fds.items():
                 (number,) = self._launcher.send_fds([fd])
                 try:
@@ -240,6 +252,7 @@ class Rebuilding:
     def thaw(self) -> HostPid:
         """Let the tree run; returns the pid of its root here. There is no way back."""
         root = self.growth.grown[self._image.head.root].puppet.pid
+        self._keepers.connect_networks()
         self._thawed = True
         if self._init is not None:
             self._init.set_free(procfs.status(root).ns_pid[1])

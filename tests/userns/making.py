@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from pipeline.resources.namespaces.keepers import Keepers
 from pipeline.resources.namespaces.members import NamespaceCapture
 from pipeline.userns.capture import LiveForest
 from pipeline.userns.cradle import is_privileged
+from pipeline.userns.externals import GivenDevice
 from pipeline.userns.forest import Forest
 from pipeline.userns.lodgers import Lodgers
 
@@ -33,13 +34,14 @@ def making(
     forest: Forest,
     namespaces: Mapping[int, Namespace] | None = None,
     contents: Callable[[int], LocalFd] = _no_content,
+    given: Sequence[GivenDevice] = (),
 ) -> Iterator[Keepers]:
     """The keepers of these namespaces; nothing of them is left after the block."""
     with ExitStack() as claims:
         launcher = spawn_launcher(_SCRATCH, 900)
         claims.callback(launcher.stage.channel.close)
         claims.callback(launcher.kill_and_reap)
-        keepers = Keepers(launcher, forest, claims)
+        keepers = Keepers(launcher, forest, claims, given=given)
         keepers.make(namespaces or {})
         keepers.furnish(contents)
         keepers.settle()

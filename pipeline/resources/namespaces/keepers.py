@@ -16,7 +16,7 @@ go of its namespace. Sources: user_namespaces(7), setns(2).
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -34,8 +34,10 @@ from pipeline.resources.namespaces import clocks, ipc, mounts, names, network, p
 from pipeline.resources.namespaces.ipc_making import IpcMaking, Number
 from pipeline.resources.namespaces.members import FLAGS
 from pipeline.resources.namespaces.mounting import Mounting
+from pipeline.resources.namespaces.outside_links import OutsideLinks
 from pipeline.resources.namespaces.seats import Seats, join
 from pipeline.resources.namespaces.support import Support
+from pipeline.userns.externals import GivenDevice
 from pipeline.userns.forest import Forest, IdKind
 from pipeline.userns.idmap import MapError
 
@@ -58,6 +60,10 @@ _SET_IDS: tuple[tuple[IdKind, NR], ...] = (("gid", NR.setresgid), ("uid", NR.set
 _JOINABLE: tuple[NamespaceKind, ...] = ("uts", "ipc", "net", "cgroup", "time", "mnt")
 
 
+def _network_of(puppet: Puppet) -> LocalFd:
+    return LocalFd(os.open(f"/proc/{puppet.pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC))
+
+
 class Keepers:
     """The namespaces of an image, made again.
 
@@ -68,6 +74,7 @@ class Keepers:
         number: what ids are called, with the policy for those that have no place; the forest's answer by default.
         around: the first process of a pid namespace made around the tree; its mounts, with a /proc of that
             namespace, are those that mount namespaces begin as a copy of.
+        given: what devices of the tree's networks shall hang on outside.
     """
 
     def __init__(
@@ -77,6 +84,7 @@ class Keepers:
         claims: ExitStack,
         around: Puppet | None = None,
         number: Number | None = None,
+        given: Sequence[GivenDevice] = (),
     ) -> None:
         self._forest = forest
         self._claims = claims
@@ -86,6 +94,7 @@ class Keepers:
         claims.callback(self._mounting.close)
         self._networks: dict[int, network.NetState] = {}
         self._ipc = IpcMaking(self.seats, forest, number or forest.number_in)
+        self._outside = OutsideLinks(given, lambda: _network_of(launcher))
 
     def make(self, namespaces: Mapping[int, Namespace], begun_later: Collection[int] = ()) -> None:
         """Make every user namespace, and every other one but pid namespaces, which begin with a process.
@@ -114,13 +123,18 @@ class Keepers:
                 self._make_other(namespace)
             except (OSError, msgspec.ValidationError) as error:
                 raise RebuildError(f"{namespace.kind} namespace {namespace.index}: {error}") from error
+        self._claims.callback(self._outside.close)
         try:
-            network.create(self._networks, self._open_network)
+            network.create(self._networks, self._open_network, self._outside)
         except OSError as error:
             raise RebuildError(f"network namespaces: {error}") from error
 
     def _open_network(self, index: int) -> LocalFd:
-        return LocalFd(os.open(f"/proc/{self.seats.other[index].pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC))
+        return _network_of(self.seats.other[index])
+
+    def connect_networks(self) -> None:
+        """Bring up what the tree's networks hang on outside; see `OutsideLinks.connect`."""
+        self._outside.connect(self._networks, self._open_network)
 
     def set_limits(self) -> None:
         """Set the limits of /proc/sys/user; last of all, because they may forbid what was made here.

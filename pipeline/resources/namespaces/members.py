@@ -402,7 +402,8 @@ class NamespaceCapture:
             for namespace in self.namespaces
             if namespace.kind == "net" and not namespace.external
         }
-        return found | {self.external("net"): lambda: nsfs.open_namespace(HostPid(os.getpid()), "net")}
+        path = self._externals.get("net", "/proc/self/ns/net")
+        return found | {self.external("net"): lambda: LocalFd(os.open(path, os.O_RDONLY | os.O_CLOEXEC))}
 
     @cached_property
     def _mounts(self) -> MountsCapture:

@@ -5,14 +5,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import msgspec
 
 from pipeline.errors import Blocker, ImageError
+from pipeline.ids import LocalFd
 from pipeline.image.schema import Namespace
-from pipeline.resources.namespaces import nftables
+from pipeline.resources.namespaces import nftables, outside_links
 from pipeline.resources.namespaces.network import NetState
+from pipeline.userns.externals import GivenDevice
 
 
 def states_of(namespaces: Iterable[Namespace]) -> dict[int, NetState]:
@@ -31,12 +33,21 @@ def states_of(namespaces: Iterable[Namespace]) -> dict[int, NetState]:
         raise ImageError(f"a network namespace: {error}") from error
 
 
-def check_here(namespaces: Mapping[int, Namespace], ids_stay: bool) -> Iterator[Blocker]:
+def check_here(
+    namespaces: Mapping[int, Namespace],
+    ids_stay: bool,
+    given: Sequence[GivenDevice],
+    surroundings: LocalFd,
+) -> Iterator[Blocker]:
     """Everything that these networks need and that is not here.
 
     Args:
         namespaces: of the image.
         ids_stay: the ids of the surroundings have the numbers here that they had; those of the tree's own always do.
+        given: what devices of the tree shall hang on.
+        surroundings: the network outside of the tree; stays the caller's.
     """
-    for index, state in states_of(namespaces.values()).items():
+    states = states_of(namespaces.values())
+    yield from outside_links.check_here(states, given, surroundings)
+    for index, state in states.items():
         yield from nftables.check_here(index, state.ruleset, ids_stay or namespaces[index].owner != 0)

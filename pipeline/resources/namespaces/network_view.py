@@ -20,21 +20,15 @@ import msgpack
 from pipeline.errors import Blocker
 from pipeline.ids import LocalFd
 from pipeline.kernel import rtnetlink
-from pipeline.kernel.rtnetlink import IFLA, IFLA_INFO, RTM, Netlink, attribute, attributes
+from pipeline.kernel.rtnetlink import IFLA, RTM, Netlink, attribute, attributes
 from pipeline.kernel.syscalls import CLONE, unshare
 from pipeline.resources.namespaces import nftables
-from pipeline.resources.namespaces.network import SYSCTLS, Link, NetState, set_sysctl
+from pipeline.resources.namespaces.links import Link
+from pipeline.resources.namespaces.links_view import LinksView, number
+from pipeline.resources.namespaces.network import SYSCTLS, NetState, set_sysctl
 from pipeline.userns.visit import Way, fetch, read_file, visit
 
 _NETLINK_NETFILTER = 12
-_UP = 1
-#: attributes of a bridge that are set again: timers, STP, priority, VLAN protocol, multicast snooping, netfilter calls
-_BRIDGE_DATA = {1, 2, 3, 4, 5, 6, 8, 9, 23, 36, 37, 38, 39}
-_BRIDGE_VLAN_FILTERING = 7
-#: devices that a network namespace is born with where their module is loaded; they are down until somebody uses them
-_BORN_WITH = {
-    b"tunl0", b"sit0", b"ip6tnl0", b"gre0", b"gretap0", b"erspan0", b"ip_vti0", b"ip6_vti0", b"ip6gre0",
-}  # fmt: skip
 _DEFAULT_QDISCS = {b"noqueue", b"pfifo_fast", b"fq_codel", b"fq", b"mq", b"pfifo", b"sfq"}
 _DEFAULT_RULES = {
     socket.AF_INET: {(0, 255), (32766, 254), (32767, 253)},
@@ -68,13 +62,10 @@ class NetworkView:
     ) -> None:
         self._subject = subject
         self._way = way
-        self._networks = networks
-        self._index = index
-        self._external = external
         self.blockers: list[Blocker] = []
         with self._netlink() as route:
             self._route = route
-            links = self._links()
+            links = LinksView(route, index, networks, external, self._refuse).links()
             self.state = NetState(
                 links=links,
                 addresses=[
@@ -98,65 +89,6 @@ class NetworkView:
     def _refuse(self, what: str, remedy: str = "") -> None:
         self.blockers.append(Blocker(self._subject, f"its network namespace has {what}", remedy))
 
-    def _links(self) -> list[Link]:
-        found = []
-        for content in sorted(
-            self._route.dump(RTM.GETLINK, bytes(16)), key=lambda c: struct.unpack_from("<i", c, 4)
-        ):
-            _, _, index, flags, _ = struct.unpack_from("<BxHiII", content)
-            told = attributes(content[16:])
-            info = attributes(told.get(IFLA.LINKINFO, b""))
-            name = told[IFLA.IFNAME].rstrip(b"\0")
-            kind = "lo" if name == b"lo" else info.get(IFLA_INFO.KIND, b"").rstrip(b"\0").decode()
-            if name in _BORN_WITH and not flags & _UP:
-                continue
-            if kind not in {"lo", "dummy", "bridge", "veth"}:
-                self._refuse(
-                    f"device {name.decode()} of kind {kind or 'hardware'}, which is not carried", "remove it"
-                )
-                continue
-            data = attributes(info.get(IFLA_INFO.DATA, b"")) if kind == "bridge" else {}
-            if data.get(_BRIDGE_VLAN_FILTERING, b"\0") != b"\0":
-                self._refuse(f"bridge {name.decode()} that filters VLANs, which is not carried")
-            found.append(
-                Link(
-                    index=index,
-                    name=name,
-                    kind=kind,
-                    flags=flags,
-                    mtu=_number(told.get(IFLA.MTU)),
-                    txqlen=_number(told.get(IFLA.TXQLEN)),
-                    address=told.get(IFLA.ADDRESS, b""),
-                    master=_number(told.get(IFLA.MASTER)),
-                    group=_number(told.get(IFLA.GROUP)),
-                    alias=told.get(IFLA.IFALIAS, b"").rstrip(b"\0"),
-                    data=[(number, value) for number, value in data.items() if number in _BRIDGE_DATA],
-                    peer=self._peer(name.decode(), told) if kind == "veth" else None,
-                )
-            )
-        return found
-
-    def _peer(self, name: str, told: Mapping[int, bytes]) -> tuple[int, int] | None:
-        """The other end of a veth pair: its index, and which network it is in."""
-        other = _number(told.get(IFLA.LINK))
-        if IFLA.LINK_NETNSID not in told:
-            return self._index, other
-        (wanted,) = struct.unpack("<i", told[IFLA.LINK_NETNSID])
-        for index, opened in self._networks.items():
-            fd = opened()
-            try:
-                answer = self._route.ask(RTM.GETNSID, bytes(4) + attribute(3, fd))
-            finally:
-                os.close(fd)
-            (nsid,) = struct.unpack("<i", attributes(answer[4:]).get(1, b"\xff" * 4))
-            if nsid == wanted and index != self._external:
-                return index, other
-        self._refuse(
-            f"device {name}, whose other end is outside the tree",
-            "remove it; give the tree its connection again at the destination",
-        )
-        return None
-
     def _routes(self) -> list[bytes]:
         kept = []
         for family in (socket.AF_INET, socket.AF_INET6):
@@ -178,7 +110,7 @@ class NetworkView:
             missing = set(defaults)
             for content in self._route.dump(RTM.GETRULE, bytes([family]) + bytes(11)):
                 told = attributes(content[12:])
-                key = _number(told.get(_FRA_PRIORITY)), _number(told.get(_FRA_TABLE))
+                key = number(told.get(_FRA_PRIORITY)), number(told.get(_FRA_TABLE))
                 if key in missing:
                     missing.remove(key)
                     continue
@@ -240,10 +172,6 @@ class NetworkView:
         return kept
 
 
-def _number(value: bytes | None) -> int:
-    return int.from_bytes(value, "little") if value else 0
-
-
 def _state_of(neighbour: bytes) -> int:
     return int(struct.unpack_from("<H", neighbour, 8)[0])
 
@@ -261,7 +189,7 @@ def _is_born_with(address: bytes) -> bool:
 def _kept_address(content: bytes) -> bytes:
     """An address as it is added: without what the kernel says of it, and not probed for once more."""
     told = {kind: value for kind, value in attributes(content[8:]).items() if kind in _IFA_KEPT}
-    flags = (_number(told.get(_IFA_FLAGS)) or content[2]) & ~_OF_THE_KERNEL
+    flags = (number(told.get(_IFA_FLAGS)) or content[2]) & ~_OF_THE_KERNEL
     if content[0] == socket.AF_INET6:
         flags |= _NODAD
     told[_IFA_FLAGS] = struct.pack("<I", flags)

@@ -1,0 +1,166 @@
+"""Devices of the tree's networks: what is kept of each, and making them again.
+
+A device is made with its name, index, MAC, MTU, queue length and group, and with the attributes of its
+kind that `DATA` lists; masters, aliases and flags come when all devices are there. A device may hang on another:
+the two ends of a veth pair are made in one step, and a device that lies on another one (macvlan) is made when
+that is there, by a netlink socket of the other's network. The other may be outside of the tree
+(`pipeline.resources.namespaces.outside_links`).
+
+Sources: rtnetlink(7), veth(4); include/uapi/linux/if_link.h, drivers/net/veth.c.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Annotated, Protocol
+
+from msgspec import Meta, Struct
+
+from pipeline.errors import RebuildError
+from pipeline.image.schema import I32, U16, U32, Index, Small
+from pipeline.kernel import rtnetlink
+from pipeline.kernel.rtnetlink import IFLA, IFLA_INFO, RTM, Netlink, attribute
+
+_VETH_PEER = 1
+#: IFF_UP, NOARP, PROMISC, ALLMULTI, MULTICAST: what can be set
+SETTABLE_FLAGS = 0x1 | 0x80 | 0x100 | 0x200 | 0x1000
+
+#: by kind, the attributes of IFLA_INFO_DATA that are set again; a kind that is not here is refused
+DATA: Mapping[str, frozenset[int]] = {
+    "lo": frozenset(),
+    "dummy": frozenset(),
+    "veth": frozenset(),
+    # timers, STP, priority, VLAN protocol, multicast snooping, netfilter calls
+    "bridge": frozenset({1, 2, 3, 4, 5, 6, 8, 9, 23, 36, 37, 38, 39}),
+}
+
+#: a device: its network's `Namespace` index, and its own index there
+Place = tuple[int, int]
+
+
+class Link(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A device. `flags`: IFF_*.
+
+    `peer`: of a veth, the (`Namespace` index, device index) of its other end. `outside`: that is outside of the
+    tree, and was called so (NAME or NAME@BRIDGE, empty if it could not be seen).
+    """
+
+    index: Annotated[int, Meta(ge=1, le=0x7FFF_FFFF)]
+    name: Annotated[bytes, Meta(max_length=15)]
+    kind: Annotated[str, Meta(max_length=15)]
+    flags: U32
+    mtu: U32
+    txqlen: U32
+    address: Annotated[bytes, Meta(max_length=32)]
+    master: U32 = 0
+    group: U32 = 0
+    alias: Annotated[bytes, Meta(max_length=256)] = b""
+    data: Annotated[list[tuple[U16, Small]], Meta(max_length=64)] = []
+    peer: tuple[Index, I32] | None = None
+    outside: Annotated[bytes, Meta(max_length=64)] | None = None
+
+
+class Outside(Protocol):
+    """Who makes devices that hang on one outside of the tree; see `pipeline.resources.namespaces.outside_links`."""
+
+    def make(self, place: Place, described: bytes, link: Link, route: Netlink) -> None:
+        """Make a device: `described` are its head and attributes but IFLA_LINKINFO, `route` its network."""
+
+
+@dataclass(frozen=True, slots=True)
+class Making:
+    """Makes the devices of all networks of the tree.
+
+    Args:
+        links: by `Namespace` index.
+        fds: the networks.
+        routes: a netlink socket in each.
+        outside: makes those that hang on a device outside.
+    """
+
+    links: Mapping[int, list[Link]]
+    fds: Mapping[int, int]
+    routes: Mapping[int, Netlink]
+    outside: Outside
+
+    def make_all(self) -> None:
+        """Make every device but lo, each when what it lies on is there.
+
+        Raises:
+            RebuildError: the kernel refuses one, or it hangs on a device that is not in the image.
+        """
+        there: set[Place] = set()
+        for index, links in self.links.items():
+            for link in links:
+                if link.kind != "lo" and (index, link.index) not in there:
+                    with step(index, f"device {os.fsdecode(link.name)}"):
+                        self._make(index, link)
+                    there |= {(index, link.index)} | ({link.peer} if link.peer is not None else set())
+
+    def _make(self, index: int, link: Link) -> None:
+        described = head(link) + _described(link)
+        if link.outside is not None:
+            self.outside.make((index, link.index), described, link, self.routes[index])
+            return
+        data = b"".join(attribute(kind, value) for kind, value in link.data)
+        if link.kind == "veth":
+            other = self._other_end(link)
+            assert link.peer is not None
+            peer = head(other) + _described(other) + attribute(IFLA.NET_NS_FD, self.fds[link.peer[0]])
+            data = attribute(_VETH_PEER, peer)
+        create(self.routes[index], described, link.kind, data)
+
+    def _other_end(self, link: Link) -> Link:
+        where = link.peer or (-1, 0)
+        for other in self.links.get(where[0], ()):
+            if other.index == where[1] and other.kind == "veth":
+                return other
+        raise RebuildError(f"device {link.name!r} has no other end in the image")
+
+
+def create(route: Netlink, described: bytes, kind: str, data: bytes) -> None:
+    """Have a new device made. OSError: what the kernel says."""
+    info = attribute(IFLA_INFO.KIND, kind.encode() + b"\0") + (
+        attribute(IFLA_INFO.DATA, data) if data else b""
+    )
+    route.do(RTM.NEWLINK, described + attribute(IFLA.LINKINFO, info), rtnetlink.CREATE | rtnetlink.EXCLUSIVE)
+
+
+def veth_to(peer: bytes) -> bytes:
+    """The data of a veth device whose other end is described by `peer`: head and attributes."""
+    return attribute(_VETH_PEER, peer)
+
+
+@contextmanager
+def step(index: int, what: str) -> Iterator[None]:
+    """What fails inside is said to be a step of furnishing network namespace `index`."""
+    try:
+        yield
+    except OSError as error:
+        raise RebuildError(f"network namespace {index}: {what}: {error.strerror}") from error
+
+
+def _described(link: Link) -> bytes:
+    """The attributes that a device is made with."""
+    found = (
+        attribute(IFLA.IFNAME, link.name + b"\0")
+        + attribute(IFLA.MTU, link.mtu)
+        + attribute(IFLA.TXQLEN, link.txqlen)
+    )
+    if link.address:
+        found += attribute(IFLA.ADDRESS, link.address)
+    return found + (attribute(IFLA.GROUP, link.group) if link.group else b"")
+
+
+def head(link: Link, flags: int = 0, change: int = 0) -> bytes:
+    """The fixed part of a message about a device."""
+    return head_of(link.index, flags, change)
+
+
+def head_of(index: int, flags: int = 0, change: int = 0) -> bytes:
+    """The fixed part of a message about the device of an index; 0: any."""
+    return struct.pack("<BxHiII", 0, 0, index, flags, change)

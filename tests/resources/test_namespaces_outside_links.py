@@ -1,0 +1,115 @@
+"""The ends of veth pairs outside of the tree: down until they are connected, and gone if they never are."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+
+import pytest
+from msgspec.structs import replace
+
+from pipeline.errors import RebuildError
+from pipeline.image.schema import Id, Namespace
+from pipeline.kernel.syscalls import CLONE, PRCTL, prctl, unshare
+from pipeline.resources.namespaces import announce
+from pipeline.userns import cradle
+from pipeline.userns.externals import GivenDevice
+from pipeline.userns.forest import Forest
+from tests.harness.networks import shell
+from tests.userns.making import captured, held, in_child, making, own_namespace
+
+pytestmark = pytest.mark.root
+
+
+def ip(*words: str) -> str:
+    return subprocess.run(["ip", *words], capture_output=True, text=True, check=True).stdout
+
+
+def outer() -> dict[str, list[str]]:
+    """The devices of our network and their flags."""
+    return {link["ifname"]: link["flags"] for link in json.loads(ip("-j", "link", "show"))}
+
+
+def network_with_a_device(id_map: str | None) -> tuple[Forest, Namespace]:
+    """A network that was connected with ours, and is gone."""
+    with held(lambda: unshare(CLONE.NEWNET), id_map) as pid:
+        ip("link", "add", "outer", "type", "veth", "peer", "name", "inner", "netns", str(pid))
+        shell(f"/proc/{pid}/ns/net", "ip link set inner up")
+        capture, forest = captured(pid)
+        assert not capture.blockers
+        return forest, own_namespace(capture, "net")
+
+
+@pytest.mark.parametrize("id_map", [None, "0 100000 65536"])
+def test_an_end_outside_is_down_until_the_tree_runs(id_map: str | None) -> None:
+    def body() -> None:
+        unshare(CLONE.NEWNET)
+        forest, network = network_with_a_device(id_map)
+        given = [GivenDevice("veth", "inner", None, "again")]
+        with making(forest, {network.index: network}, given=given) as keepers:
+            assert "UP" not in outer()["again"]
+        assert "again" not in outer()
+        with making(forest, {network.index: network}, given=given) as keepers:
+            keepers.connect_networks()
+            assert {"UP", "LOWER_UP"} <= set(outer()["again"])
+
+    in_child(body)
+
+
+def test_a_name_that_is_taken_meanwhile_stays_its_owner_s() -> None:
+    def body() -> None:
+        unshare(CLONE.NEWNET)
+        forest, network = network_with_a_device(None)
+        ip("link", "add", "again", "type", "bridge")
+        given = [GivenDevice("veth", "inner", None, "again")]
+        with (
+            pytest.raises(RebuildError, match="there is a device again here already"),
+            making(forest, {network.index: network}, given=given),
+        ):
+            pass
+        assert "again" in outer()
+
+    in_child(body)
+
+
+def test_a_plain_user_may_not_connect_with_the_host() -> None:
+    user = 61_234
+
+    def body() -> None:
+        unshare(CLONE.NEWNET)
+        forest, network = network_with_a_device(f"0 {user} 1")
+
+        def plain() -> None:
+            os.setgroups([])
+            os.setresgid(user, user, user)
+            os.setresuid(user, user, user)
+            prctl(PRCTL.SET_DUMPABLE, 1)
+            cradle.enter()
+            one = forest.namespaces[1]
+            denied = Forest([forest.namespaces[0], replace(one, owner=Id(0, user), setgroups="deny")])
+            given = [GivenDevice("veth", "inner", None, "again")]
+            with (
+                pytest.raises(
+                    RebuildError, match="this user may not make devices in the network of this command"
+                ),
+                making(denied, {network.index: network}, given=given),
+            ):
+                pass
+
+        in_child(plain)
+        assert "again" not in outer()
+
+    in_child(body)
+
+
+def test_announcements_are_what_the_documents_say() -> None:
+    mac, address = bytes.fromhex("020000000055"), bytes([10, 8, 0, 2])
+    assert announce.gratuitous_arp(mac, address).hex() == (
+        "ffffffffffff" "020000000055" "0806"
+        "0001" "0800" "06" "04" "0001" "020000000055" "0a080002" "000000000000" "0a080002"
+    )  # fmt: skip
+    frame = announce.unsolicited_advertisement(mac, bytes.fromhex("20010db8000800000000000000000002"))
+    words = frame[14 + 8 : 14 + 40] + (32).to_bytes(4, "big") + (58).to_bytes(4, "big") + frame[14 + 40 :]
+    total = sum(int.from_bytes(words[at : at + 2], "big") for at in range(0, len(words), 2))
+    assert (total & 0xFFFF) + (total >> 16) == 0xFFFF  # with its checksum, as a receiver adds it up

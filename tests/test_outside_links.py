@@ -99,7 +99,7 @@ def test_the_other_end_of_a_veth_pair_is_put_where_it_was(
     dumped(around, tree, tmp_path / "image")
     done = restored(around, tmp_path / "image")
     assert done.returncode == 3, said(done)
-    assert "the other end of its device eth0 is outside of the tree" in done.stderr
+    assert "its device eth0 has its other end outside of the tree" in done.stderr
     assert "--external veth:eth0=out1@br0" in done.stderr
     assert devices(around).keys() == before.keys()
     done = restored(around, tmp_path / "image", "veth:eth0=out1@br0")
@@ -111,6 +111,40 @@ def test_the_other_end_of_a_veth_pair_is_put_where_it_was(
     assert (inside["ifindex"], inside["address"], inside["mtu"]) == (33, MAC, 1400)
     tree.check()
     assert tree.end() == 0
+
+
+@pytest.mark.parametrize("setting", [DEPTH_0, DEPTH_1, DEPTH_2], ids=lambda s: s.name)
+@pytest.mark.parametrize("kind", ["macvlan", "macvtap"])
+def test_a_device_lies_on_one_of_the_host(
+    start: Callable[..., Tree], around: str, tmp_path: Path, setting: Setting, kind: str
+) -> None:
+    tree = start_in(around, start, "echoing", setting)
+    shell(around, "ip link add wire type veth peer name port && ip link set port master br0 up")
+    pid = tree.pids()[-1]
+    shell(
+        around,
+        f"ip link set wire up && ip link add link wire name eth0 address {MAC} netns {pid} type {kind} mode private",
+    )
+    shell(f"/proc/{pid}/ns/net", f"ip addr add {THEIRS}/24 dev eth0 && ip link set eth0 up")
+    assert answers(around)
+    before = devices(f"/proc/{pid}/ns/net")["eth0"]
+    dumped(around, tree, tmp_path / "image")
+    done = restored(around, tmp_path / "image")
+    assert done.returncode == 3, said(done)
+    assert "its device eth0 lies on one outside of the tree" in done.stderr
+    assert f"--external {kind}:eth0=wire" in done.stderr
+    done = restored(around, tmp_path / "image", f"{kind}:eth0=no-such")
+    assert done.returncode == 3, said(done)
+    assert "there is no device no-such here" in done.stderr
+    done = restored(around, tmp_path / "image", f"{kind}:eth0=wire@br0")
+    assert done.returncode == 2, said(done)
+    done = restored(around, tmp_path / "image", f"{kind}:eth0=wire")
+    assert done.returncode == 0, said(done)
+    after = devices(f"/proc/{tree.pids()[-1]}/ns/net")["eth0"]
+    names = ("ifindex", "address", "mtu", "linkinfo", "link_index", "flags")
+    assert [after[name] for name in names] == [before[name] for name in names]
+    assert answers(around)
+    tree.check()
 
 
 def test_a_tree_that_goes_on_keeps_its_connection(

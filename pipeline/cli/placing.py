@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_external(
         parser,
         ". veth:NAME=PEER[@BRIDGE]: the other end of the tree's device NAME is made here, is called PEER, and is put "
-        "under BRIDGE",
+        "under BRIDGE. macvlan:NAME=LOWER: the tree's device NAME lies on LOWER here",
     )
     parser.add_argument(
         "--map",

@@ -59,6 +59,7 @@ class IFLA(IntEnum):
     GROUP = 27
     NET_NS_FD = 28
     LINK_NETNSID = 37
+    PROTO_DOWN = 39
 
 
 class IFLA_INFO(IntEnum):  # noqa: N801 (as the kernel spells it)

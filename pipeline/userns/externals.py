@@ -5,9 +5,10 @@ restorer's own. A tree that lives in a namespace of the host which somebody else
 /run/netns/blue, can say so: `net=/run/netns/blue` at the dump makes that namespace the external one, and at the
 destination the same option says which namespace takes its place there.
 
-A device of a network of the tree may hang on one outside: a veth pair has its other end there. Where that
-shall be is said at the destination only: `veth:eth0=PEER@BRIDGE`. Where two networks of the tree have a device of that
-name, the number of the network's namespace stands before it: `veth:8/eth0=PEER`.
+A device of a network of the tree may hang on one outside: a veth pair has its other end there, a macvlan device lies
+on another one. What that shall be is said at the destination only: `veth:eth0=PEER@BRIDGE`, `macvlan:eth0=LOWER`.
+Where two networks of the tree have a device of that name, the number of the network's namespace stands before it:
+`veth:8/eth0=PEER`.
 
 Source: namespaces(7), ip-netns(8), veth(4).
 """
@@ -30,7 +31,7 @@ FLAGS: Mapping[str, CLONE] = {
     "net": CLONE.NEWNET, "uts": CLONE.NEWUTS, "ipc": CLONE.NEWIPC, "cgroup": CLONE.NEWCGROUP,
 }  # fmt: skip
 #: kinds of devices that may hang on one outside, and how that is said
-DEVICES: Mapping[str, str] = {"veth": "PEER[@BRIDGE]"}
+DEVICES: Mapping[str, str] = {"veth": "PEER[@BRIDGE]", "macvlan": "LOWER", "macvtap": "LOWER"}
 
 #: the path of a namespace file by kind, and what a device hangs on by `KIND:NAME`
 Externals = Mapping[str, str]

@@ -131,8 +131,8 @@ def test_objects_of_an_ipc_namespace_are_made_again(id_map: str | None) -> None:
         ("ip rule del priority 32767", "a routing rule less"),
         ("ip rule add uidrange 0-5 table 9", "range of uids"),
         (
-            "ip link add one type veth peer name two && ip link add link one name over type macvlan",
-            "of kind macvlan",
+            "ip link add one type veth peer name two && ip link add link one name over type ipvlan",
+            "of kind ipvlan",
         ),
     ],
 )

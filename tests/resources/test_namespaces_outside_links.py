@@ -17,7 +17,7 @@ from pipeline.userns import cradle
 from pipeline.userns.externals import GivenDevice
 from pipeline.userns.forest import Forest
 from tests.harness.networks import shell
-from tests.userns.making import captured, held, in_child, making, own_namespace
+from tests.userns.making import captured, held, in_child, making, other_keepers, own_namespace
 
 pytestmark = pytest.mark.root
 
@@ -53,6 +53,27 @@ def test_an_end_outside_is_down_until_the_tree_runs(id_map: str | None) -> None:
         with making(forest, {network.index: network}, given=given) as keepers:
             keepers.connect_networks()
             assert {"UP", "LOWER_UP"} <= set(outer()["again"])
+
+    in_child(body)
+
+
+def test_what_lies_on_a_device_outside_says_nothing_until_the_tree_runs() -> None:
+    def body() -> None:
+        unshare(CLONE.NEWNET)
+        ip("link", "add", "wire", "type", "veth", "peer", "name", "port")
+        for name in ("wire", "port"):
+            ip("link", "set", name, "up")
+        with held(lambda: unshare(CLONE.NEWNET)) as pid:
+            ip("link", "add", "link", "wire", "name", "inner", "netns", str(pid), "type", "macvlan")
+            shell(f"/proc/{pid}/ns/net", "ip link set inner up")
+            capture, forest = captured(pid)
+            network = own_namespace(capture, "net")
+        given = [GivenDevice("macvlan", "inner", None, "wire")]
+        with making(forest, {network.index: network}, given=given) as keepers:
+            inside = f"/proc/{other_keepers(keepers)[network.index].pid}/ns/net"
+            assert "NO-CARRIER" in shell(inside, "ip link show inner")
+            keepers.connect_networks()
+            assert "LOWER_UP" in shell(inside, "ip link show inner")
 
     in_child(body)
 

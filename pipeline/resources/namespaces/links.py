@@ -36,7 +36,15 @@ DATA: Mapping[str, frozenset[int]] = {
     "veth": frozenset(),
     # timers, STP, priority, VLAN protocol, multicast snooping, netfilter calls
     "bridge": frozenset({1, 2, 3, 4, 5, 6, 8, 9, 23, 36, 37, 38, 39}),
+    # mode, flags, MACs of mode source, length of the broadcast queue, cutoff
+    "macvlan": frozenset({1, 2, 5, 7, 9}),
+    "macvtap": frozenset({1, 2, 5, 7, 9}),
 }
+#: how long a network that nobody is in any more may take to go, with its devices
+GOING_S = 1.0
+#: kinds that lie on another device
+LYING = frozenset({"macvlan", "macvtap"})
+_MACVLAN_MAC_MODE, _MACVLAN_MACS, _MACVLAN_SET_MACS = 3, 5, 3
 
 #: a device: its network's `Namespace` index, and its own index there
 Place = tuple[int, int]
@@ -45,8 +53,8 @@ Place = tuple[int, int]
 class Link(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """A device. `flags`: IFF_*.
 
-    `peer`: of a veth, the (`Namespace` index, device index) of its other end. `outside`: that is outside of the
-    tree, and was called so (NAME or NAME@BRIDGE, empty if it could not be seen).
+    `peer`: the (`Namespace` index, device index) of the other end of a veth, of what a macvlan lies on.
+    `outside`: that is outside of the tree, and was called so (NAME or NAME@BRIDGE, empty if it could not be seen).
     """
 
     index: Annotated[int, Meta(ge=1, le=0x7FFF_FFFF)]
@@ -67,8 +75,15 @@ class Link(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
 class Outside(Protocol):
     """Who makes devices that hang on one outside of the tree; see `pipeline.resources.namespaces.outside_links`."""
 
-    def make(self, place: Place, described: bytes, link: Link, route: Netlink) -> None:
-        """Make a device: `described` are its head and attributes but IFLA_LINKINFO, `route` its network."""
+    def make(self, place: Place, described: bytes, link: Link, network: int, route: Netlink) -> None:
+        """Make a device.
+
+        Args:
+            place: where in the tree.
+            described: its head, and its attributes but IFLA_LINKINFO.
+            link: the device.
+            network: a descriptor of its network; `route` is a netlink socket in it.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,19 +109,38 @@ class Making:
             RebuildError: the kernel refuses one, or it hangs on a device that is not in the image.
         """
         there: set[Place] = set()
-        for index, links in self.links.items():
-            for link in links:
+        waiting = [(index, link) for index, links in self.links.items() for link in links]
+        while waiting:
+            later = []
+            for index, link in waiting:
+                if link.kind in LYING and link.outside is None and link.peer not in there:
+                    later.append((index, link))
+                    continue
                 if link.kind != "lo" and (index, link.index) not in there:
                     with step(index, f"device {os.fsdecode(link.name)}"):
                         self._make(index, link)
-                    there |= {(index, link.index)} | ({link.peer} if link.peer is not None else set())
+                there.add((index, link.index))
+                if link.kind == "veth" and link.peer is not None:
+                    there.add(link.peer)
+            if len(later) == len(waiting):
+                index, link = later[0]
+                raise RebuildError(
+                    f"network namespace {index}: device {os.fsdecode(link.name)} lies on one that is not in the image"
+                )
+            waiting = later
 
     def _make(self, index: int, link: Link) -> None:
         described = head(link) + _described(link)
         if link.outside is not None:
-            self.outside.make((index, link.index), described, link, self.routes[index])
+            self.outside.make((index, link.index), described, link, self.fds[index], self.routes[index])
             return
-        data = b"".join(attribute(kind, value) for kind, value in link.data)
+        if link.kind in LYING:
+            assert link.peer is not None
+            network, lower = link.peer
+            described += lies_on(lower, self.fds[index])
+            create(self.routes[network], described, link.kind, data_of(link))
+            return
+        data = data_of(link)
         if link.kind == "veth":
             other = self._other_end(link)
             assert link.peer is not None
@@ -128,6 +162,19 @@ def create(route: Netlink, described: bytes, kind: str, data: bytes) -> None:
         attribute(IFLA_INFO.DATA, data) if data else b""
     )
     route.do(RTM.NEWLINK, described + attribute(IFLA.LINKINFO, info), rtnetlink.CREATE | rtnetlink.EXCLUSIVE)
+
+
+def data_of(link: Link) -> bytes:
+    """The attributes of a device's kind, as they are set."""
+    found = b"".join(attribute(kind, value) for kind, value in link.data)
+    if link.kind in LYING and any(kind == _MACVLAN_MACS for kind, _ in link.data):
+        found += attribute(_MACVLAN_MAC_MODE, _MACVLAN_SET_MACS)
+    return found
+
+
+def lies_on(lower: int, network: int) -> bytes:
+    """That a device lies on another one, of the network that the message is sent in, and lives in `network`."""
+    return attribute(IFLA.LINK, lower) + attribute(IFLA.NET_NS_FD, network)
 
 
 def veth_to(peer: bytes) -> bytes:

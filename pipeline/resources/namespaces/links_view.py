@@ -15,7 +15,7 @@ from pipeline.ids import LocalFd
 from pipeline.kernel import rtnetlink
 from pipeline.kernel.rtnetlink import IFLA, IFLA_INFO, RTM, Netlink, attribute, attributes
 from pipeline.kernel.syscalls import CLONE
-from pipeline.resources.namespaces.links import DATA, Link, Place, head_of
+from pipeline.resources.namespaces.links import DATA, LYING, Link, Place, head_of
 from pipeline.userns.visit import fetch
 
 _UP = 1
@@ -74,7 +74,7 @@ class LinksView:
         data = attributes(info.get(IFLA_INFO.DATA, b""))
         if kind == "bridge" and data.get(_BRIDGE_VLAN_FILTERING, b"\0") != b"\0":
             self._refuse(f"bridge {name.decode()} that filters VLANs, which is not carried", "")
-        peer, outside = self._other(told) if kind == "veth" else (None, None)
+        peer, outside = self._other(told, kind) if kind == "veth" or kind in LYING else (None, None)
         return Link(
             index=index,
             name=name,
@@ -86,12 +86,12 @@ class LinksView:
             master=number(told.get(IFLA.MASTER)),
             group=number(told.get(IFLA.GROUP)),
             alias=told.get(IFLA.IFALIAS, b"").rstrip(b"\0"),
-            data=[(number, value) for number, value in data.items() if number in DATA[kind]],
+            data=[(one, value) for one, value in data.items() if one in DATA[kind]],
             peer=peer,
             outside=outside,
         )
 
-    def _other(self, told: Mapping[int, bytes]) -> tuple[Place | None, bytes | None]:
+    def _other(self, told: Mapping[int, bytes], kind: str) -> tuple[Place | None, bytes | None]:
         """What a device hangs on: its place in the tree, or what it is called outside."""
         other = number(told.get(IFLA.LINK))
         if IFLA.LINK_NETNSID not in told:
@@ -104,20 +104,22 @@ class LinksView:
                 nsid = attributes(answer[4:]).get(_NETNSA_NSID, _NOT_ASSIGNED)
                 if nsid != wanted or wanted == _NOT_ASSIGNED:
                     continue
-                return (None, _called(fd, other)) if index == self._external else ((index, other), None)
+                if index != self._external:
+                    return (index, other), None
+                return None, _called(fd, other, with_bridge=kind == "veth")
             finally:
                 os.close(fd)
         return None, b""
 
 
-def _called(network: LocalFd, index: int) -> bytes:
+def _called(network: LocalFd, index: int, with_bridge: bool) -> bytes:
     """What a device of another network is called: NAME, or NAME@BRIDGE if it is a port of one."""
     with suppress(OSError):
         made = fetch([(network, CLONE.NEWNET)], lambda: rtnetlink.socket_of().detach())
         with Netlink(socket.socket(fileno=made)) as route:
             told = attributes(route.ask(RTM.GETLINK, head_of(index))[16:])
             name = told[IFLA.IFNAME].rstrip(b"\0")
-            if IFLA.MASTER not in told:
+            if not with_bridge or IFLA.MASTER not in told:
                 return name
             above = attributes(route.ask(RTM.GETLINK, head_of(number(told[IFLA.MASTER])))[16:])
             return name + b"@" + above[IFLA.IFNAME].rstrip(b"\0")

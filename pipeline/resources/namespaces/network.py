@@ -23,6 +23,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Annotated
@@ -36,14 +37,14 @@ from pipeline.kernel import rtnetlink
 from pipeline.kernel.rtnetlink import IFLA, RTM, Netlink, attribute
 from pipeline.kernel.syscalls import CLONE
 from pipeline.resources.namespaces import nftables
-from pipeline.resources.namespaces.links import SETTABLE_FLAGS, Link, Making, Outside, head, step
+from pipeline.resources.namespaces.links import GOING_S, SETTABLE_FLAGS, Link, Making, Outside, head, step
 from pipeline.resources.namespaces.support import Support
 from pipeline.userns.visit import fetch, read_file, visit
 
 SUPPORT = Support(
     "net",
     carried=(
-        "lo, dummy, bridge and veth devices with names, indexes and addresses",
+        "lo, dummy, bridge, veth, macvlan and macvtap devices with names, indexes and MACs, also on a device outside",
         "addresses, routes, rules, permanent neighbours, sysctls, nftables rules",
         "sockets in the network that they were made in",
     ),
@@ -117,7 +118,7 @@ def _furnish(index: int, state: NetState, fd: LocalFd, route: Netlink) -> None:
             raise RebuildError(f"network namespace {index}: nftables rules cannot be loaded: {complaint}")
     for link in state.links:
         with step(index, f"flags of {os.fsdecode(link.name)}"):
-            route.do(RTM.SETLINK, head(link, link.flags & SETTABLE_FLAGS, SETTABLE_FLAGS))
+            _set_flags(link, route)
     for what, message, contents, flags in (
         ("an address", RTM.NEWADDR, state.addresses, rtnetlink.CREATE | rtnetlink.REPLACE),
         ("a neighbour", RTM.NEWNEIGH, state.neighbours, rtnetlink.CREATE | rtnetlink.REPLACE),
@@ -127,6 +128,20 @@ def _furnish(index: int, state: NetState, fd: LocalFd, route: Netlink) -> None:
         for content in contents:
             with step(index, what):
                 route.do(message, content, flags)
+
+
+def _set_flags(link: Link, route: Netlink) -> None:
+    deadline = time.monotonic() + GOING_S
+    while True:
+        try:
+            route.do(RTM.SETLINK, head(link, link.flags & SETTABLE_FLAGS, SETTABLE_FLAGS))
+        except OSError as error:
+            # the tree was dumped here a moment ago, and its own device with this MAC still lies on the same one
+            if error.errno != errno.EADDRINUSE or time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
+        else:
+            return
 
 
 def _set_sysctls(state: NetState) -> bytes:

@@ -1,13 +1,16 @@
 """Devices of the tree's networks that hang on one outside of the tree.
 
-An image says that the other end of a veth pair is outside, and what it was called there: a hint, no more. Where it
-is put the destination decides (`--external veth:NAME=PEER[@BRIDGE]`); without that word nothing is made.
+An image says that the other end of a veth pair, or what a macvlan device lies on, is outside, and what it was called
+there: a hint, no more. What it shall be here the destination decides (`--external veth:NAME=PEER[@BRIDGE]`,
+`--external macvlan:NAME=LOWER`); without that word nothing is made.
 
-The other end is made together with the device, in the surroundings' network, and put under its bridge, but it stays
-down until the tree runs: in a migration the source's is still there, with the same addresses. Then it comes up, and
-what stands around hears where the addresses of the network are now (`pipeline.resources.namespaces.announce`).
+The other end of a pair is made together with the device, in the surroundings' network, and put under its bridge, but
+it stays down until the tree runs: in a migration the source's is still there, with the same addresses. A macvlan
+device is up, because its addresses and routes need that, but without a carrier (`protodown`): it says nothing.
+Then the connection comes up, and what stands around hears where the addresses of the network are now
+(`pipeline.resources.namespaces.announce`).
 
-Whatever fails before that, the other end is deleted; afterwards it is gone when the tree's network is.
+Whatever fails before that, the other end of a pair is deleted; afterwards it is gone when the tree's network is.
 
 Source: veth(4), rtnetlink(7).
 """
@@ -71,9 +74,10 @@ def check_here(
             name = os.fsdecode(link.name)
             which = name if names.count(link.name) == 1 else f"{n}/{name}"
             hint = os.fsdecode(link.outside or b"") or DEVICES.get(link.kind, "OTHER")
+            how = "lies on one outside" if link.kind in links.LYING else "has its other end outside"
             yield Blocker(
                 f"network namespace {n}",
-                f"the other end of its device {name} is outside of the tree, and nobody says where it shall be here",
+                f"its device {name} {how} of the tree, and nobody says what that shall be here",
                 f"--external {link.kind}:{which}={hint}",
             )
     if given:
@@ -83,7 +87,16 @@ def check_here(
 
 
 def _check_one(given: GivenDevice, route: Netlink) -> Iterator[Blocker]:
-    if _look_up(route, given.other) is not None:
+    deadline = time.monotonic() + links.GOING_S
+    there = _look_up(route, given.other)
+    while there is not None and given.kind == "veth" and time.monotonic() < deadline:
+        time.sleep(0.01)
+        there = _look_up(route, given.other)
+    if given.kind in links.LYING:
+        if there is None:
+            yield Blocker(str(given), f"there is no device {given.other} here", "name one that is there")
+        return
+    if there is not None:
         yield Blocker(
             str(given), f"there is a device {given.other} here already", "delete it, or give another name"
         )
@@ -108,8 +121,10 @@ class OutsideLinks:
         self._surroundings = surroundings
         self._stack = ExitStack()
         self._network: tuple[LocalFd, Netlink] | None = None
-        #: (network, device of the tree) -> index of the other end
+        #: device of the tree -> index of its other end
         self._ends: dict[Place, int] = {}
+        #: devices of the tree that lie on one outside, and say nothing yet
+        self._silent: set[Place] = set()
 
     def _open(self) -> tuple[LocalFd, Netlink]:
         if self._network is None:
@@ -118,45 +133,54 @@ class OutsideLinks:
             self._network = fd, self._stack.enter_context(_route_in(fd))
         return self._network
 
-    def make(self, place: Place, described: bytes, link: Link, route: Netlink) -> None:
+    def make(self, place: Place, described: bytes, link: Link, network: int, route: Netlink) -> None:
         """See `links.Outside`.
 
         Raises:
-            RebuildError: nobody says where, or it cannot be there.
+            RebuildError: nobody says what it shall hang on, or that cannot be.
         """
         found = [one for one in self._given if _is_meant(one, place[0], link)]
         if len(found) != 1:
-            raise RebuildError(f"device {os.fsdecode(link.name)}: nobody says where its other end shall be")
-        (given,) = found
+            raise RebuildError(f"device {os.fsdecode(link.name)}: nobody says what it shall hang on")
+        try:
+            if link.kind in links.LYING:
+                self._lay(found[0], place, described, link, network, route)
+            else:
+                self._pair(found[0], place, described, link, route)
+        except OSError as error:
+            reason = {
+                errno.EEXIST: f"there is a device {found[0].other} here already",
+                errno.EPERM: "this user may not make devices in the network of this command",
+            }.get(error.errno or 0, error.strerror)
+            raise RebuildError(f"{found[0]}: {reason}") from error
+
+    def _lay(
+        self, given: GivenDevice, place: Place, described: bytes, link: Link, network: int, route: Netlink
+    ) -> None:
+        _, outer = self._open()
+        lower = _index_of(outer, given.other)
+        links.create(outer, described + links.lies_on(lower, network), link.kind, links.data_of(link))
+        self._silent.add(place)
+        route.do(RTM.SETLINK, links.head(link) + attribute(IFLA.PROTO_DOWN, b"\1"))
+
+    def _pair(self, given: GivenDevice, place: Place, described: bytes, link: Link, route: Netlink) -> None:
         fd, outer = self._open()
         peer = links.head_of(0) + attribute(IFLA.IFNAME, given.other.encode() + b"\0")
         peer += attribute(IFLA.MTU, link.mtu) + attribute(IFLA.NET_NS_FD, fd)
-        try:
-            links.create(route, described, link.kind, links.veth_to(peer))
-        except OSError as error:
-            reason = {
-                errno.EEXIST: f"there is a device {given.other} here already",
-                errno.EPERM: "this user may not make devices in the network of this command",
-            }.get(error.errno or 0, error.strerror)
-            raise RebuildError(f"{given}: {reason}") from error
-        made = _look_up(outer, given.other)
-        if made is None:
-            raise RebuildError(f"{given}: the device has gone")
-        self._ends[place] = made[0]
+        links.create(route, described, link.kind, links.veth_to(peer))
+        self._ends[place] = _index_of(outer, given.other)
         LEDGER.take(_ENTRY, (id(self), place))
         if given.bridge is not None:
-            bridge = _look_up(outer, given.bridge)
             try:
-                if bridge is None:
-                    raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
-                outer.do(RTM.SETLINK, links.head_of(made[0]) + attribute(IFLA.MASTER, bridge[0]))
+                master = attribute(IFLA.MASTER, _index_of(outer, given.bridge))
+                outer.do(RTM.SETLINK, links.head_of(self._ends[place]) + master)
             except OSError as error:
                 raise RebuildError(
                     f"{given}: it cannot be put under {given.bridge}: {error.strerror}"
                 ) from error
 
     def connect(self, states: Mapping[int, NetState], opened: Callable[[int], LocalFd]) -> None:
-        """Bring the ends up and tell the surroundings; from now on they belong to the tree.
+        """Bring the connections up and tell the surroundings; from now on they belong to the tree.
 
         Args:
             states: of the tree's networks.
@@ -165,33 +189,30 @@ class OutsideLinks:
         Raises:
             RebuildError: the kernel does not bring one up.
         """
-        if not self._ends:
-            return
-        _, outer = self._open()
         for index in self._ends.values():
-            try:
-                outer.do(RTM.SETLINK, links.head_of(index, _UP, _UP))
-            except OSError as error:
-                if error.errno != errno.ENODEV:  # somebody has cut the connection already
-                    raise RebuildError(f"the other end of a veth pair: {error.strerror}") from error
-        for network in {network for network, _ in self._ends}:
+            _bring_up(self._open()[1], links.head_of(index, _UP, _UP))
+        for network in {network for network, _ in [*self._ends, *self._silent]}:
             fd = opened(network)
             try:
-                self._announce(network, states[network], fd)
+                with _route_in(fd) as route:
+                    for _, index in [place for place in self._silent if place[0] == network]:
+                        _bring_up(route, links.head_of(index) + attribute(IFLA.PROTO_DOWN, b"\0"))
+                    self._announce(network, states[network], fd, route)
             finally:
                 os.close(fd)
+        self._silent.clear()
         while self._ends:
             LEDGER.give_back(_ENTRY, (id(self), self._ends.popitem()[0]))
 
-    def _announce(self, network: int, state: NetState, fd: LocalFd) -> None:
-        connected = [link for link in state.links if (network, link.index) in self._ends]
-        with _route_in(fd) as route:
-            deadline = time.monotonic() + _CARRIER_S
-            waited = [link.index for link in connected if link.flags & _UP]
-            while waited and time.monotonic() < deadline:
-                waited = [index for index in waited if not _flags(route, index) & _LOWER_UP]
-                if waited:
-                    time.sleep(0.001)
+    def _announce(self, network: int, state: NetState, fd: LocalFd, route: Netlink) -> None:
+        places = {*self._ends, *self._silent}
+        connected = [link for link in state.links if (network, link.index) in places]
+        deadline = time.monotonic() + _CARRIER_S
+        waited = [link.index for link in connected if link.flags & _UP]
+        while waited and time.monotonic() < deadline:
+            waited = [index for index in waited if not _flags(route, index) & _LOWER_UP]
+            if waited:
+                time.sleep(0.001)
         # where a device is a port of a bridge, the addresses are the bridge's
         indexes = {link.index for link in connected} | {link.master for link in connected}
         speakers = [link for link in state.links if link.index in indexes]
@@ -229,6 +250,21 @@ def _route_in(network: LocalFd) -> Netlink:
     return Netlink(socket.socket(fileno=made))
 
 
+def _bring_up(route: Netlink, message: bytes) -> None:
+    try:
+        route.do(RTM.SETLINK, message)
+    except OSError as error:
+        if error.errno != errno.ENODEV:  # somebody has cut the connection already
+            raise RebuildError(f"a connection with the surroundings: {error.strerror}") from error
+
+
+def _index_of(route: Netlink, name: str) -> int:
+    found = _look_up(route, name)
+    if found is None:
+        raise OSError(errno.ENODEV, f"there is no device {name}")
+    return found[0]
+
+
 def _look_up(route: Netlink, name: str) -> tuple[int, str] | None:
     """Index and kind of the device of a name; None if there is none."""
     try:
@@ -243,5 +279,11 @@ def _look_up(route: Netlink, name: str) -> tuple[int, str] | None:
 
 
 def _flags(route: Netlink, index: int) -> int:
-    answer = route.ask(RTM.GETLINK, links.head_of(index))
+    """The flags of a device; all of them, once somebody has taken it away."""
+    try:
+        answer = route.ask(RTM.GETLINK, links.head_of(index))
+    except OSError as error:
+        if error.errno == errno.ENODEV:
+            return ~0
+        raise
     return int(struct.unpack_from("<I", answer, 8)[0])

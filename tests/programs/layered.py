@@ -1,0 +1,113 @@
+"""Two networks of its own, with devices that lie on others: in the same network, and in the other one.
+
+Needs CAP_NET_ADMIN and CAP_SYS_ADMIN in its user namespace.
+"""
+
+import json
+import os
+import subprocess
+import time
+
+from support import libc, main
+
+CLONE_NEWNET = 0x40000000
+#: the first one is born before what it lies on is called so: its index is lower
+DEVICES = """
+link add name lower index 80 address 02:00:00:00:00:80 type veth peer name other index 81
+link add link lower name over index 5 address 02:00:00:00:00:05 type macvlan mode vepa
+link add name third index 82 address 02:00:00:00:00:82 type veth peer name fourth index 83
+link add link third name through index 8 type macvlan mode passthru nopromisc
+link add link lower name picky index 6 address 02:00:00:00:00:06 type macvlan mode source
+link set link lower dev picky type macvlan macaddr add 02:00:00:00:00:66
+link set link lower dev picky type macvlan macaddr add 02:00:00:00:00:67
+link add link other name tap index 7 address 02:00:00:00:00:07 type macvtap mode bridge bcqueuelen 500
+link set other up
+link set lower up
+link set over up
+address add 10.7.0.1/24 dev over
+"""
+
+
+def ip(*words):
+    done = subprocess.run(["/usr/sbin/ip", *words], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise OSError(f"ip {' '.join(words)}: {done.stderr}")
+    return done.stdout
+
+
+def described():
+    """What `ip` says, without counters and times."""
+    links = json.loads(ip("-j", "-d", "link", "show"))
+    for link in links:
+        for name in ("link_netnsid", "operstate", "netns-immutable"):
+            link.pop(name, None)
+    return links
+
+
+def wait_and_describe():
+    time.sleep(0.1)
+    return described()
+
+
+def own_network():
+    if libc.unshare(CLONE_NEWNET):
+        raise OSError("unshare")
+
+
+def body(program):
+    broken = []
+
+    def watch(member):
+        before = described()
+        while before != (before := wait_and_describe()):  # the kernel notices later what a carrier is
+            pass
+
+        def differs():
+            for _ in range(30):
+                found = look()
+                if found is None or broken:
+                    return found
+                time.sleep(0.1)
+            return found
+
+        def look():
+            now = described()
+            found = [
+                (old["ifname"], name, old.get(name), new.get(name))
+                for old, new in zip(before, now, strict=True)
+                for name in old.keys() | new.keys()
+                if old.get(name) != new.get(name)
+            ]
+            return f"{found} spoilt {broken}" if found or broken else None
+
+        member.check("what ip says", differs, lambda: broken.append(1))
+
+    own_network()
+    for line in DEVICES.strip().splitlines():
+        ip(*line.split())
+    ready, go = os.pipe(), os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        from support import Program
+
+        inner = Program("child", program.directory)
+        own_network()
+        os.write(ready[1], b"x")
+        os.read(go[0], 1)
+        for fd in (*ready, *go):
+            os.close(fd)
+        watch(inner)
+        inner.serve()
+        os._exit(0)
+    program.answering.append(pid)
+    os.read(ready[0], 1)
+    words = "link add link other name far index 90 address 02:00:00:00:00:90 netns"
+    ip(*words.split(), str(pid), "type", "macvlan", "mode", "bridge")
+    os.write(go[1], b"x")
+    for fd in (*ready, *go):
+        os.close(fd)
+    program.wait_file("ready.child")
+    watch(program)
+
+
+main(body)

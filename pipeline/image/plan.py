@@ -93,6 +93,14 @@ class BeginTime:
 
 
 @dataclass(frozen=True, slots=True)
+class LookAhead:
+    """`pid` chooses pid namespace `pidns`, which has its first process, for the children it bears from now on."""
+
+    pid: int
+    pidns: int
+
+
+@dataclass(frozen=True, slots=True)
 class Fill:
     """The pages of `space` come now."""
 
@@ -106,7 +114,7 @@ class Remove:
     pid: int
 
 
-Step = Spawn | FoundSession | JoinGroup | Become | Inherit | BeginTime | Fill | Remove
+Step = Spawn | FoundSession | JoinGroup | Become | Inherit | BeginTime | LookAhead | Fill | Remove
 
 
 #: kinds of namespaces that a process joins by setns; a pid namespace it is born into, and time has a step of its own
@@ -147,6 +155,7 @@ class Planner:
         self._adopted: dict[int, list[Process]] = defaultdict(list)
         self._stand_in_sessions: dict[tuple[int, int], int] = {}
         self._spawned: set[int] = set()
+        self._ahead: set[int] = set()
         self._users: dict[int, set[int]] = {}
         self._joined: dict[int, set[tuple[str, int]]] = {}
         self._gather()
@@ -183,6 +192,8 @@ class Planner:
         """Whether `child` can be born after `parent` has its memory, so that it may inherit it."""
         if child.pids[0] in self._is_adopted():
             return False
+        if self._chooses_early(parent) and child.namespaces.pid != parent.namespaces.pid_for_children:
+            return False
         leader = parent.sid == parent.pids[0]
         before_session = leader and child.sid not in (parent.sid, child.pids[0])
         return (
@@ -190,6 +201,13 @@ class Planner:
             and self._subtree_within(child, parent.namespaces.user)
             and self._subtree_reaches(child, parent)
         )
+
+    def _chooses_early(self, process: Process) -> bool:
+        """Whether the user namespace of a process is no place to choose the pid namespace of its children from."""
+        chosen = process.namespaces.pid_for_children
+        if process.state == "zombie" or chosen == process.namespaces.pid:
+            return False
+        return not self.within(self.namespaces[chosen].owner, process.namespaces.user)
 
     def _subtree_reaches(self, process: Process, parent: Process) -> bool:
         """Whether `process` and its descendants can get into their namespaces from where `parent` ends up.
@@ -289,6 +307,8 @@ class Planner:
                 Blocker(f"pid {pid}", f"session {sid} has a dead leader and members with different parents")
             )
             return None
+        if self._refuse_ahead(creator, f"session {sid}, whose leader has ended"):
+            return None
         self._stand_in_sessions[key] = sid
         pids = tuple(child.sids or [sid])
         if 0 in pids:
@@ -326,6 +346,8 @@ class Planner:
             self.steps.append(BeginTime(pid, begins_time))
             self._refuse_time(process, [c for c in own if c not in early], begins_time, inside=False)
             begins_time = None
+        if self._chooses_early(process):
+            self._look_ahead(process)
         if process.state != "zombie":
             space = process.space
             parent = self.processes.get(process.parent)
@@ -348,6 +370,41 @@ class Planner:
             self._bear(child, pid, process.namespaces.user)
         for key in [k for k in self._stand_in_sessions if k[0] == pid]:
             self.steps.append(Remove(self._stand_in_sessions.pop(key)))
+
+    def _look_ahead(self, process: Process) -> None:
+        pid, chosen = process.pids[0], process.namespaces.pid_for_children
+        firsts = [
+            p.pids[0] for p in self.processes.values() if p.namespaces.pid == chosen and p.pids[-1] == 1
+        ]
+        if any(first not in self._spawned for first in firsts) or len(process.threads) > 1:
+            self.blockers.append(
+                Blocker(
+                    f"pid {pid}",
+                    "forks into a pid namespace that a user namespace further out owns, and "
+                    + (
+                        "has threads"
+                        if len(process.threads) > 1
+                        else "moved before that had its first process"
+                    ),
+                    "end it",
+                )
+            )
+            return
+        self.steps.append(LookAhead(pid, chosen))
+        self._ahead.add(pid)
+
+    def _refuse_ahead(self, creator: int, what: str) -> bool:
+        """Whether somebody who has died cannot be stood in for, because its parent forks into another pid namespace."""
+        if creator not in self._ahead:
+            return False
+        self.blockers.append(
+            Blocker(
+                f"pid {creator}",
+                f"forks into another pid namespace, and children of it are in {what}",
+                "end it",
+            )
+        )
+        return True
 
     def _time_to_begin(self, process: Process) -> int | None:
         """The time namespace that a process has made for its children, and is not in itself."""
@@ -394,6 +451,8 @@ class Planner:
                 )
                 continue
             if pgid not in self.processes and pgid not in stand_ins:
+                if self._refuse_ahead(pid, f"process group {pgid}, whose leader has ended"):
+                    continue
                 stand_ins[pgid] = pid
                 pids = tuple(process.pgids or [pgid])
                 if 0 in pids:

@@ -28,6 +28,7 @@ from pipeline.image.plan import (
     FoundSession,
     Inherit,
     JoinGroup,
+    LookAhead,
     Planner,
     Remove,
     Spawn,
@@ -49,12 +50,14 @@ class Grown:
         members: the namespaces it is in now.
         pgid: its process group now, a level-0 pid.
         threads: the puppets of all of its tasks, once there are more.
+        ahead: the pid namespace that its children are born into by now, if that is not its own.
     """
 
     puppet: Puppet
     members: Memberships
     pgid: int = 0
     threads: list[Puppet] = field(default_factory=list)
+    ahead: int | None = None
 
 
 class Body(Protocol):
@@ -159,6 +162,9 @@ class Growth:
                     grown = self.grown[pid]
                     self._body.begin_time(timens, grown.puppet)
                     grown.members = replace(grown.members, time_for_children=timens)
+                case LookAhead(pid, pidns):
+                    self._choose_pids(self.grown[pid].puppet, pidns)
+                    self.grown[pid].ahead = pidns
                 case Remove(pid):
                     self._remove(pid)
                 case Fill():
@@ -252,7 +258,7 @@ class Growth:
         process = self._planner.processes[step.pid]
         members = replace(creator.members, time=creator.members.time_for_children)
         options = {"exit_signal": process.exit_signal}
-        if step.pidns is None:
+        if step.pidns is None or step.pidns == creator.ahead:
             puppet = self.clone_task(creator, process.namespaces.pid, process.pids, flags, **options)
         elif step.first:
             members = replace(members, user=self._planner.namespaces[step.pidns].owner, pid=step.pidns)
@@ -358,18 +364,22 @@ class Growth:
         """Put the children yet to be born of each process into the pid namespace it has chosen for them."""
         for pid, process in self._planner.processes.items():
             members = process.namespaces
-            if process.state != "zombie" and members.pid_for_children != members.pid:
-                puppet = self.grown[pid].puppet
-                if not self._lives(members.pid_for_children):
-                    self._body.choose_empty_pids(members.pid_for_children, puppet)
-                    continue
-                first = os.pidfd_open(self._first_of(members.pid_for_children).puppet.pid)
-                try:
-                    (inside,) = puppet.send_fds([first])
-                finally:
-                    os.close(first)
-                puppet.syscall(NR.setns, inside, CLONE.NEWPID)
-                puppet.syscall(NR.close, inside)
+            chosen = members.pid_for_children
+            if process.state == "zombie" or chosen in {members.pid, self.grown[pid].ahead}:
+                continue
+            if self._lives(chosen):
+                self._choose_pids(self.grown[pid].puppet, chosen)
+            else:
+                self._body.choose_empty_pids(chosen, self.grown[pid].puppet)
+
+    def _choose_pids(self, puppet: Puppet, pidns: int) -> None:
+        first = os.pidfd_open(self._first_of(pidns).puppet.pid)
+        try:
+            (inside,) = puppet.send_fds([first])
+        finally:
+            os.close(first)
+        puppet.syscall(NR.setns, inside, CLONE.NEWPID)
+        puppet.syscall(NR.close, inside)
 
     def kill_all(self) -> None:
         """End everybody who was born here, children before parents, each collected by its parent; idempotent.

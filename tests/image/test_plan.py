@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from msgspec.structs import replace
+
 from pipeline.image.plan import (
     Become,
     Fill,
     FoundSession,
     Inherit,
     JoinGroup,
+    LookAhead,
     Planner,
     Remove,
     Spawn,
@@ -62,6 +65,11 @@ def process(
     )  # fmt: skip
 
 
+def forking_into_1(process: Process) -> Process:
+    """`process`, whose children are born into pid namespace 1."""
+    return replace(process, namespaces=replace(process.namespaces, pid_for_children=1))
+
+
 def planned(*processes: Process, spaces: list[AddressSpace] | None = None) -> Planner:
     return plan(processes, spaces or [], PID, USER)
 
@@ -113,6 +121,32 @@ def test_entered_pid_namespace() -> None:
         process([10]), process([11, 1], 10, user=1, pid=1), process([12, 2], 10, user=1, pid=1)
     ).steps
     assert Spawn(12, 10, pidns=1) in steps
+
+
+def test_children_go_to_a_namespace_of_further_out_that_was_chosen_before_the_parent_moved() -> None:
+    root = forking_into_1(process([10], user=2))
+    init = process([11, 1], 10, user=1, pid=1)
+    steps = planned(root, process([9], 10, user=2), init, process([12, 2], 10, user=2, pid=1)).steps
+    order = [
+        Spawn(9, 10),  # in the own pid namespace: from now on nobody is born into that
+        Spawn(11, 10, pidns=1, first=True),
+        LookAhead(10, 1),
+        Become(10),
+        Spawn(12, 10, pidns=1),
+    ]
+    assert [step for step in steps if step in order] == order
+
+
+def test_a_namespace_of_further_out_that_has_not_begun_yet_is_refused() -> None:
+    (blocker,) = planned(forking_into_1(process([10], user=2)), process([11, 1], 10, user=2, pid=1)).blockers
+    assert "moved before that had its first process" in str(blocker)
+
+
+def test_a_dead_leader_among_children_of_another_pid_namespace_is_refused() -> None:
+    ahead = forking_into_1(process([11], 10, user=2))
+    init = process([12, 1], 11, user=1, pid=1)
+    found = planned(process([10]), ahead, init, process([14, 2], 11, sid=13, pgid=13, user=2, pid=1)).blockers
+    assert any("children of it are in session 13" in str(blocker) for blocker in found)
 
 
 def test_session_that_cannot_be_inherited_is_refused() -> None:

@@ -57,6 +57,7 @@ def chain(levels: int) -> Step:
 
 WIDE = user("0 100000 65536")
 INNER = user("0 1000 100", "0 2000 100")
+INNER_FEW = user("0 1 4\n16 6 170", "0 4 185")
 ONE = user("1001 1001 1", "1002 1002 1", "deny")
 CONTAINER = [WIDE, ns("pid", "uts", "ipc", "cgroup")]
 GAPS = "\n".join(f"{10 * n} {100_000 + 20 * n} 5" for n in range(20))
@@ -144,6 +145,22 @@ CATALOGUE: dict[str, Steps] = {
         fork("a", INNER, ns("pid"), fork("b", user("0 5 5"), fork("c"))),
     ],
     "pid namespace of a namespace above": [WIDE, ns("pid"), fork("init", INNER, fork("child"))],
+    "pid namespace for children of a namespace above": [
+        ns("pid"),
+        fork("init", user("0 16353 255"), INNER_FEW, fork("child")),
+        user("3 119 13", "1 1 1"),
+        fork("late"),
+    ],
+    "pid namespace for children of two above, and children before": [
+        WIDE,
+        fork("before"),
+        ns("pid"),
+        fork("init", ["zombie"]),
+        fork("second", user("0 5 5")),
+        INNER,
+        user("0 5 5"),
+        fork("third", ["setsid"]),
+    ],
     "pid namespace for children, empty": [WIDE, ns("pid")],
     "own /proc": [WIDE, ns("pid"), fork("init", ns("mnt"), ["proc"], fork("child"))],
     "zombies inside": [WIDE, ns("pid"), fork("init", ["zombie"], fork("child", INNER, ["zombie"]))],

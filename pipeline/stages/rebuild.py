@@ -250,10 +250,16 @@ class Rebuilding:
         finish.put_on(image, growth, lambda process, index: registers[process.pids[0]][index])
 
     def thaw(self) -> HostPid:
-        """Let the tree run; returns the pid of its root here. There is no way back."""
+        """Let the tree run; returns the pid of its root here. There is no way back.
+
+        What goes wrong with its connections now is said by `notes`.
+        """
         root = self.growth.grown[self._image.head.root].puppet.pid
-        self._keepers.connect_networks()
         self._thawed = True
+        try:
+            self._keepers.connect_networks()
+        except (OSError, RebuildError) as error:  # the source may be gone already: the tree runs all the same
+            self._body.notes.append(str(error))
         if self._init is not None:
             self._init.set_free(procfs.status(root).ns_pid[1])
         finish.thaw(self._image, self.growth)

@@ -12,7 +12,7 @@ from msgspec.structs import replace
 from pipeline.errors import RebuildError
 from pipeline.image.schema import Id, Namespace
 from pipeline.kernel.syscalls import CLONE, PRCTL, prctl, unshare
-from pipeline.resources.namespaces import announce
+from pipeline.resources.namespaces import announce, outside_links
 from pipeline.userns import cradle
 from pipeline.userns.externals import GivenDevice
 from pipeline.userns.forest import Forest
@@ -53,6 +53,28 @@ def test_an_end_outside_is_down_until_the_tree_runs(id_map: str | None) -> None:
         with making(forest, {network.index: network}, given=given) as keepers:
             keepers.connect_networks()
             assert {"UP", "LOWER_UP"} <= set(outer()["again"])
+
+    in_child(body)
+
+
+def test_an_end_that_does_not_come_up_stays_the_trees() -> None:
+    """The tree runs by then; who looks after its connections does not give them up a second time."""
+
+    def body() -> None:
+        unshare(CLONE.NEWNET)
+        forest, network = network_with_a_device(None)
+        given = [GivenDevice("veth", "inner", None, "again")]
+
+        def fails(*_: object) -> None:
+            raise RebuildError("no such cable")
+
+        with making(forest, {network.index: network}, given=given) as keepers:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(outside_links, "_bring_up", fails)
+                with pytest.raises(RebuildError, match="no such cable"):
+                    keepers.connect_networks()
+            keepers._outside.close()
+            assert "again" in outer()
 
     in_child(body)
 

@@ -1,4 +1,4 @@
-"""An image whose tree cannot run on this processor or kernel build is refused before a process of it is made."""
+"""The rebuild as a whole: what is refused before a process is made, and what stops nothing any more."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import trio
 import pipeline
 from pipeline.errors import RebuildError
 from pipeline.ledger import LEDGER
+from pipeline.resources.namespaces.keepers import Keepers
 from pipeline.stages import rebuild
 from tests.harness.tree import Tree, dump, restore
 
@@ -51,4 +52,25 @@ def test_foreign_head_is_refused(
             trio.run(attempt)
     assert not LEDGER.held()
     restore(tree, tmp_path / "image")
+    tree.check()
+
+
+def test_a_connection_that_fails_when_the_tree_is_let_run_is_said(
+    start: Callable[..., Tree], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a migration the source has ended by then."""
+    tree = start("quiet")
+    dump(tree, tmp_path / "image")
+
+    def fails(keepers: Keepers) -> None:
+        raise RebuildError("a connection with the surroundings: no such cable")
+
+    async def attempt() -> list[str]:
+        restored = await pipeline.restore(str(tmp_path / "image"), detach=True)
+        restored.close()
+        return restored.notes
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Keepers, "connect_networks", fails)
+        assert trio.run(attempt) == ["a connection with the surroundings: no such cable"]
     tree.check()

@@ -189,20 +189,22 @@ class OutsideLinks:
         Raises:
             RebuildError: the kernel does not bring one up.
         """
-        for index in self._ends.values():
-            _bring_up(self._open()[1], links.head_of(index, _UP, _UP))
-        for network in {network for network, _ in [*self._ends, *self._silent]}:
-            fd = opened(network)
-            try:
-                with _route_in(fd) as route:
-                    for _, index in [place for place in self._silent if place[0] == network]:
-                        _bring_up(route, links.head_of(index) + attribute(IFLA.PROTO_DOWN, b"\0"))
-                    self._announce(network, states[network], fd, route)
-            finally:
-                os.close(fd)
-        self._silent.clear()
-        while self._ends:
-            LEDGER.give_back(_ENTRY, (id(self), self._ends.popitem()[0]))
+        try:
+            for index in self._ends.values():
+                _bring_up(self._open()[1], links.head_of(index, _UP, _UP))
+            for network in {network for network, _ in [*self._ends, *self._silent]}:
+                fd = opened(network)
+                try:
+                    with _route_in(fd) as route:
+                        for _, index in [place for place in self._silent if place[0] == network]:
+                            _bring_up(route, links.head_of(index) + attribute(IFLA.PROTO_DOWN, b"\0"))
+                        self._announce(network, states[network], fd, route)
+                finally:
+                    os.close(fd)
+        finally:
+            self._silent.clear()
+            while self._ends:
+                LEDGER.give_back(_ENTRY, (id(self), self._ends.popitem()[0]))
 
     def _announce(self, network: int, state: NetState, fd: LocalFd, route: Netlink) -> None:
         places = {*self._ends, *self._silent}

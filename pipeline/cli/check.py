@@ -74,7 +74,8 @@ def _show(report: CheckReport, pid: int | None) -> None:
     if not report.blockers:
         print(f"pid {pid}: nothing stops this tree from being carried")
         return
-    print(f"pid {pid}: {len(report.blockers)} things stop this tree from being carried")
+    count = len(report.blockers)
+    print(f"pid {pid}: {count} thing{'s stop' if count > 1 else ' stops'} this tree from being carried")
     for item in report.blockers:
         print(f"  {item.subject}: {item.reason}")
         if item.remedy:

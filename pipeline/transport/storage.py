@@ -15,10 +15,8 @@ Source: rename(2), fsync(2).
 
 from __future__ import annotations
 
-import errno
 import os
 import queue
-import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from pathlib import Path
@@ -29,7 +27,9 @@ import trio
 
 from pipeline.errors import ImageError, StorageError, UsageError
 from pipeline.ledger import LEDGER
+from pipeline.transport.files import FileSink, FileSource, said
 from pipeline.transport.framing import ByteSink, ByteSource
+from pipeline.transport.stream import StreamStorage
 
 IMAGE = "image"
 MANIFEST = "manifest"
@@ -81,42 +81,6 @@ def open_storage(url: str) -> Storage:
 # -- directory --------------------------------------------------------------------------
 
 
-class _FileSink:
-    def __init__(self, fd: int, name: str) -> None:
-        self._fd = fd
-        self._name = name
-
-    async def write(self, *buffers: bytes | memoryview) -> None:
-        await trio.to_thread.run_sync(self._write, buffers)
-
-    def _write(self, buffers: tuple[bytes | memoryview, ...]) -> None:
-        for buffer in buffers:
-            view = memoryview(buffer)
-            while view:
-                try:
-                    view = view[os.write(self._fd, view) :]
-                except OSError as error:
-                    raise StorageError(f"{self._name}: {_said(error)}") from error
-
-
-class _FileSource:
-    def __init__(self, fd: int, name: str) -> None:
-        self._fd = fd
-        self._name = name
-
-    async def read_into(self, view: memoryview) -> int:
-        try:
-            return await trio.to_thread.run_sync(os.readv, self._fd, [view])
-        except OSError as error:
-            raise StorageError(f"{self._name}: {_said(error)}") from error
-
-
-def _said(error: OSError) -> str:
-    if error.errno == errno.ENOSPC:
-        return "no space left on device; free some, or give --to another place"
-    return error.strerror or str(error)
-
-
 class DirectoryStorage:
     """A directory that holds one image."""
 
@@ -128,15 +92,21 @@ class DirectoryStorage:
 
     async def require_free(self) -> None:
         """See `Storage.require_free`; makes nothing."""
-        if self._path.exists() and not self._path.is_dir():
-            raise UsageError(f"{self.name} is not a directory")
-        for name in (MANIFEST, IMAGE):
-            if (self._path / name).exists():
-                raise UsageError(
-                    f"{self.name} holds an image already; give --to a new directory, or remove it"
-                )
-        if self._path.exists() and any(self._path.iterdir()):
+        try:
+            there = set(os.listdir(self._path))
+        except FileNotFoundError:
+            there = set()
+        except NotADirectoryError:
+            raise UsageError(f"{self.name} is not a directory; give --to a new one") from None
+        except OSError as error:
+            raise UsageError(f"{self.name}: {said(error)}") from None
+        if there & {MANIFEST, IMAGE}:
+            raise UsageError(f"{self.name} holds an image already; give --to a new directory, or remove it")
+        if there:
             raise UsageError(f"{self.name} is not empty; give --to a new directory, or empty it")
+        above = _nearest_there(self._path)
+        if not os.access(above, os.W_OK | os.X_OK):
+            raise UsageError(f"{self.name}: no file can be made in {above}; give --to another place")
 
     @asynccontextmanager
     async def create(self, name: str) -> AsyncIterator[ByteSink]:
@@ -147,16 +117,16 @@ class DirectoryStorage:
             temporary = self._path / f".{name}.{os.getpid()}.partial"
             fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         except OSError as error:
-            raise StorageError(f"{self.name}: {_said(error)}") from error
+            raise StorageError(f"{self.name}: {said(error)}") from error
         LEDGER.take("partial file", temporary)
         try:
-            yield _FileSink(fd, str(self._path / name))
+            yield FileSink(fd, str(self._path / name))
             try:
                 await trio.to_thread.run_sync(os.fsync, fd)
                 os.rename(temporary, self._path / name)
                 _sync_directory(self._path)
             except OSError as error:
-                raise StorageError(f"{self._path / name}: {_said(error)}") from error
+                raise StorageError(f"{self._path / name}: {said(error)}") from error
         finally:
             os.close(fd)
             with suppress(FileNotFoundError):
@@ -176,10 +146,12 @@ class DirectoryStorage:
             if name == MANIFEST and (self._path / IMAGE).exists():
                 raise ImageError(f"{self.name}: the image is not complete (it has no manifest)") from None
             raise ImageError(f"{self.name}: there is no image here") from None
+        except NotADirectoryError:
+            raise ImageError(f"{self.name}: an image is a directory, and this is none") from None
         except OSError as error:
-            raise StorageError(f"{path}: {_said(error)}") from error
+            raise StorageError(f"{path}: {said(error)}") from error
         try:
-            yield _FileSource(fd, str(path))
+            yield FileSource(fd, str(path))
         finally:
             os.close(fd)
 
@@ -189,40 +161,17 @@ class DirectoryStorage:
             (self._path / name).unlink()
 
 
+def _nearest_there(path: Path) -> Path:
+    """`path`, or the nearest directory above it that exists."""
+    return next(at for at in (path, *path.absolute().parents) if os.path.lexists(at))
+
+
 def _sync_directory(path: Path) -> None:
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
     finally:
         os.close(fd)
-
-
-# -- stream -----------------------------------------------------------------------------
-
-
-class StreamStorage:
-    """Standard output or input."""
-
-    has_manifest = False
-    name = "standard stream"
-
-    async def require_free(self) -> None:
-        """A terminal is no place for an image."""
-        if sys.stdout.isatty():
-            raise UsageError("standard output is a terminal; redirect it to a file or a pipe")
-
-    @asynccontextmanager
-    async def create(self, name: str) -> AsyncIterator[ByteSink]:
-        """See `Storage.create`."""
-        yield _FileSink(1, "standard output")
-
-    @asynccontextmanager
-    async def open(self, name: str) -> AsyncIterator[ByteSource]:
-        """See `Storage.open`."""
-        yield _FileSource(0, "standard input")
-
-    async def discard(self, name: str) -> None:
-        """What was written to a stream cannot be taken back; without its end record it is no image."""
 
 
 # -- object store --------------------------------------------------------------------------

@@ -9,6 +9,7 @@ encrypted below.
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import ssl
@@ -195,6 +196,26 @@ async def _secured(
     raise PeerError(f"{peer} did not prove itself within {HANDSHAKE_S:.0f} s")
 
 
+_LISTEN_REMEDIES = {
+    errno.EADDRINUSE: "another program listens there (ss -ltnp shows it): give another port; 0 picks a free one",
+    errno.EACCES: "only root may have that port: give one from 1024 on; 0 picks a free one",
+    errno.EADDRNOTAVAIL: "no address of this host: give one of them (ip address), or 0.0.0.0 for all",
+}
+
+
+def _why_not(error: BaseException) -> str:
+    """Why a connection was not made, and what to do."""
+    if isinstance(error, trio.TooSlowError):
+        return "no answer; is `serve` running there, and does no firewall stand between?"
+    if isinstance(error, socket.gaierror):
+        return f"{error.strerror}; give a name that this host knows (getent hosts NAME), or the address"
+    cause = error.__cause__  # of several addresses, each has failed in its way
+    while isinstance(cause, BaseExceptionGroup):
+        cause = cause.exceptions[-1]
+    reason = cause.strerror if isinstance(cause, OSError) and cause.strerror else str(error)
+    return f"{reason}; is `serve` running there?"
+
+
 @asynccontextmanager
 async def connect(host: str, port: int, secret: bytes, *, plaintext: bool = False) -> AsyncIterator[Channel]:
     """A channel to a destination, which has proved itself as we have to it.
@@ -207,8 +228,7 @@ async def connect(host: str, port: int, secret: bytes, *, plaintext: bool = Fals
         with trio.fail_after(HANDSHAKE_S):
             socket_stream = await trio.open_tcp_stream(host, port)
     except (OSError, trio.TooSlowError) as error:
-        reason = "no answer" if isinstance(error, trio.TooSlowError) else str(error)
-        raise PeerError(f"cannot connect to {peer}: {reason}; is `serve` running there?") from error
+        raise PeerError(f"cannot connect to {peer}: {_why_not(error)}") from error
     try:
         notice_silence(socket_stream.socket)
         stream = await _secured(socket_stream, secret, "client", plaintext, peer)
@@ -257,7 +277,11 @@ async def listen(
     try:
         listeners = await trio.open_tcp_listeners(port, host=host)
     except OSError as error:
-        raise UsageError(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
+        what = _LISTEN_REMEDIES.get(error.errno or 0)
+        if isinstance(error, socket.gaierror):
+            what = "give an address of this host, such as 127.0.0.1, or 0.0.0.0 for all of them"
+        remedy = f"; {what}" if what else ""
+        raise UsageError(f"cannot listen on {host}:{port}: {error.strerror or error}{remedy}") from error
     address = listeners[0].socket.getsockname()
     listening(address[0], address[1])
     await trio.serve_listeners(handle, listeners)

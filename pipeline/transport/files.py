@@ -1,0 +1,57 @@
+"""Reading and writing an open file in worker threads, and what an error of a file says to a person."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+import trio
+
+from pipeline.errors import StorageError
+
+
+class FileSink:
+    """A descriptor to write to; it stays the caller's."""
+
+    def __init__(self, fd: int, name: str) -> None:
+        self.fd = fd
+        self.name = name
+
+    async def write(self, *buffers: bytes | memoryview) -> None:
+        """See `ByteSink`."""
+        await trio.to_thread.run_sync(self._write, buffers)
+
+    def _write(self, buffers: tuple[bytes | memoryview, ...]) -> None:
+        for buffer in buffers:
+            view = memoryview(buffer)
+            while view:
+                try:
+                    view = view[os.write(self.fd, view) :]
+                except OSError as error:
+                    raise StorageError(f"{self.name}: {said(error)}") from error
+
+
+class FileSource:
+    """A descriptor to read from; it stays the caller's."""
+
+    def __init__(self, fd: int, name: str) -> None:
+        self.fd = fd
+        self.name = name
+
+    async def read_into(self, view: memoryview) -> int:
+        """See `ByteSource`."""
+        try:
+            return await trio.to_thread.run_sync(os.readv, self.fd, [view])
+        except OSError as error:
+            raise StorageError(f"{self.name}: {said(error)}") from error
+
+
+def said(error: OSError) -> str:
+    """The reason, and what to do about it where that is known."""
+    if error.errno == errno.ENOSPC:
+        return "no space left on device; free some, or give --to another place"
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return (
+            f"{error.strerror}: uid {os.geteuid()} may not do that; chmod or chown it, or take another place"
+        )
+    return error.strerror or str(error)

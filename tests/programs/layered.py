@@ -25,14 +25,34 @@ link set other up
 link set lower up
 link set over up
 address add 10.7.0.1/24 dev over
+link add name far-away index 9 address 02:00:00:00:00:09 type vxlan id 42 local 10.0.0.1 remote 10.0.0.2 dstport 4789 \
+nolearning ttl 5
+link add name many index 10 type vxlan id 43 dev lower group 239.1.1.1 dstport 4790 gbp ttl inherit port 7000 8000
+link set far-away up
+link set many up
+link add name bridge index 11 type bridge
+link set fourth master bridge
 """
 
 
-def ip(*words):
-    done = subprocess.run(["/usr/sbin/ip", *words], capture_output=True, text=True, check=False)
+FORWARDING = """
+append 00:00:00:00:00:00 dev far-away dst 10.0.0.3
+add 02:00:00:00:02:09 dev far-away dst 10.0.0.4 port 5000
+add 02:00:00:00:01:0a dev fourth master static sticky
+add 02:00:00:00:01:0c dev fourth master local
+add 02:00:00:00:01:0d dev bridge self local
+"""
+
+
+def run(tool, *words):
+    done = subprocess.run([f"/usr/sbin/{tool}", *words], capture_output=True, text=True, check=False)
     if done.returncode:
-        raise OSError(f"ip {' '.join(words)}: {done.stderr}")
+        raise OSError(f"{tool} {' '.join(words)}: {done.stderr}")
     return done.stdout
+
+
+def ip(*words):
+    return run("ip", *words)
 
 
 def described():
@@ -41,7 +61,14 @@ def described():
     for link in links:
         for name in ("link_netnsid", "operstate", "netns-immutable"):
             link.pop(name, None)
-    return links
+        info = link.get("linkinfo", {})
+        if "bridge" in (info.get("info_kind"), info.get("info_slave_kind")):
+            del link["linkinfo"]  # timers
+    entries = run("bridge", "fdb", "show").splitlines()
+    told = [
+        line for line in entries if " dst " in line or " static" in line or line.startswith("02:00:00:00:01:")
+    ]
+    return [*links, {"ifname": "forwarding", **dict.fromkeys(told, "there")}]
 
 
 def wait_and_describe():
@@ -85,6 +112,8 @@ def body(program):
     own_network()
     for line in DEVICES.strip().splitlines():
         ip(*line.split())
+    for line in FORWARDING.strip().splitlines():
+        run("bridge", "fdb", *line.split())
     ready, go = os.pipe(), os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -101,8 +130,11 @@ def body(program):
         os._exit(0)
     program.answering.append(pid)
     os.read(ready[0], 1)
-    words = "link add link other name far index 90 address 02:00:00:00:00:90 netns"
-    ip(*words.split(), str(pid), "type", "macvlan", "mode", "bridge")
+    for words in (
+        f"link add link other name far index 90 address 02:00:00:00:00:90 netns {pid} type macvlan mode bridge",
+        f"link add name afar index 91 netns {pid} type vxlan id 44 dstport 4791 remote 10.0.0.9",
+    ):
+        ip(*words.split())
     os.write(go[1], b"x")
     for fd in (*ready, *go):
         os.close(fd)

@@ -45,6 +45,16 @@ def described():
     )
 
 
+def settled(found):
+    """Whether every IPv6 address is in use: has a route of its own."""
+    _, addresses, (_, routes), *_ = found
+    return all(
+        any(route.startswith(f"local {address} ") for route in routes)
+        for _, family, address, *_ in addresses
+        if family == "inet6"
+    )
+
+
 def wait_and(act):
     time.sleep(0.1)
     return act()
@@ -78,7 +88,7 @@ def body(program):
     def watched(member):
         # link-local addresses and their routes come a moment after a device is up, here and after a restore
         before = described()
-        while before != (before := wait_and(described)):
+        while before != (before := wait_and(described)) or not settled(before):
             pass
 
         def run():

@@ -39,12 +39,19 @@ DATA: Mapping[str, frozenset[int]] = {
     # mode, flags, MACs of mode source, length of the broadcast queue, cutoff
     "macvlan": frozenset({1, 2, 5, 7, 9}),
     "macvtap": frozenset({1, 2, 5, 7, 9}),
+    # all that there are (to IFLA_VXLAN_MC_ROUTE)
+    "vxlan": frozenset(range(1, 35)),
 }
 #: how long a network that nobody is in any more may take to go, with its devices
 GOING_S = 1.0
 #: kinds that lie on another device
 LYING = frozenset({"macvlan", "macvtap"})
+#: kinds that hang on another device, or whose packets go through another network
+HANGING = LYING | {"veth", "vxlan"}
 _MACVLAN_MAC_MODE, _MACVLAN_MACS, _MACVLAN_SET_MACS = 3, 5, 3
+_VXLAN_LINK = 3
+#: taken as set if they are there at all (remote checksum offload, TTL inherited); the last one is then without a value
+_VXLAN_SWITCHES, _VXLAN_TTL_INHERIT = frozenset({21, 22, 28}), 28
 
 #: a device: its network's `Namespace` index, and its own index there
 Place = tuple[int, int]
@@ -53,7 +60,8 @@ Place = tuple[int, int]
 class Link(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """A device. `flags`: IFF_*.
 
-    `peer`: the (`Namespace` index, device index) of the other end of a veth, of what a macvlan lies on.
+    `peer`: the (`Namespace` index, device index) of the other end of a veth, of what a macvlan lies on; of a
+    vxlan the network is the one that its packets go through.
     `outside`: that is outside of the tree, and was called so (NAME or NAME@BRIDGE, empty if it could not be seen).
     """
 
@@ -113,7 +121,8 @@ class Making:
         while waiting:
             later = []
             for index, link in waiting:
-                if link.kind in LYING and link.outside is None and link.peer not in there:
+                below = _below(link)
+                if below is not None and below not in there:
                     later.append((index, link))
                     continue
                 if link.kind != "lo" and (index, link.index) not in there:
@@ -141,6 +150,12 @@ class Making:
             create(self.routes[network], described, link.kind, data_of(link))
             return
         data = data_of(link)
+        if link.kind == "vxlan":
+            if link.peer is None or link.peer[0] not in self.routes:
+                raise RebuildError(f"device {link.name!r}: the network of its packets is not in the image")
+            described += attribute(IFLA.NET_NS_FD, self.fds[index])
+            create(self.routes[link.peer[0]], described, link.kind, data)
+            return
         if link.kind == "veth":
             other = self._other_end(link)
             assert link.peer is not None
@@ -156,6 +171,16 @@ class Making:
         raise RebuildError(f"device {link.name!r} has no other end in the image")
 
 
+def _below(link: Link) -> Place | None:
+    """What has to be there before a device can be made."""
+    if link.outside is not None or link.peer is None:
+        return None
+    if link.kind == "vxlan":
+        lower = int.from_bytes(dict(link.data).get(_VXLAN_LINK, b""), "little")
+        return (link.peer[0], lower) if lower else None
+    return link.peer if link.kind in LYING else None
+
+
 def create(route: Netlink, described: bytes, kind: str, data: bytes) -> None:
     """Have a new device made. OSError: what the kernel says."""
     info = attribute(IFLA_INFO.KIND, kind.encode() + b"\0") + (
@@ -166,7 +191,11 @@ def create(route: Netlink, described: bytes, kind: str, data: bytes) -> None:
 
 def data_of(link: Link) -> bytes:
     """The attributes of a device's kind, as they are set."""
-    found = b"".join(attribute(kind, value) for kind, value in link.data)
+    data = link.data
+    if link.kind == "vxlan":
+        data = [(kind, value) for kind, value in data if kind not in _VXLAN_SWITCHES or any(value)]
+        data = [(kind, b"" if kind == _VXLAN_TTL_INHERIT else value) for kind, value in data]
+    found = b"".join(attribute(kind, value) for kind, value in data)
     if link.kind in LYING and any(kind == _MACVLAN_MACS for kind, _ in link.data):
         found += attribute(_MACVLAN_MAC_MODE, _MACVLAN_SET_MACS)
     return found

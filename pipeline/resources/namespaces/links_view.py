@@ -15,7 +15,7 @@ from pipeline.ids import LocalFd
 from pipeline.kernel import rtnetlink
 from pipeline.kernel.rtnetlink import IFLA, IFLA_INFO, RTM, Netlink, attribute, attributes
 from pipeline.kernel.syscalls import CLONE
-from pipeline.resources.namespaces.links import DATA, LYING, Link, Place, head_of
+from pipeline.resources.namespaces.links import DATA, HANGING, Link, Place, head_of
 from pipeline.userns.visit import fetch
 
 _UP = 1
@@ -74,7 +74,11 @@ class LinksView:
         data = attributes(info.get(IFLA_INFO.DATA, b""))
         if kind == "bridge" and data.get(_BRIDGE_VLAN_FILTERING, b"\0") != b"\0":
             self._refuse(f"bridge {name.decode()} that filters VLANs, which is not carried", "")
-        peer, outside = self._other(told, kind) if kind == "veth" or kind in LYING else (None, None)
+        peer, outside = self._other(told, kind) if kind in HANGING else (None, None)
+        if kind == "vxlan" and outside is not None:
+            self._refuse(
+                f"vxlan device {name.decode()}, whose packets go through a network outside of the tree", ""
+            )
         return Link(
             index=index,
             name=name,

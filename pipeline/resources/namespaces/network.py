@@ -44,7 +44,7 @@ from pipeline.userns.visit import fetch, read_file, visit
 SUPPORT = Support(
     "net",
     carried=(
-        "lo, dummy, bridge, veth, macvlan and macvtap devices with names, indexes and MACs, also on a device outside",
+        "lo, dummy, bridge, veth, macvlan, macvtap and vxlan devices with names, indexes and MACs; some on one outside",
         "addresses, routes, rules, permanent neighbours, sysctls, nftables rules",
         "sockets in the network that they were made in",
     ),
@@ -62,12 +62,13 @@ Raw = Annotated[list[Small], Meta(max_length=1 << 16)]
 class NetState(Record, frozen=True, kw_only=True):
     """A network. Messages are payloads of RTM_NEW*; `sysctls` by their path below /proc/sys/net.
 
-    `ruleset`: of nftables, as nft prints it.
+    `forwarding`: what bridges and vxlan devices were told of MACs. `ruleset`: of nftables, as nft prints it.
     """
 
     links: Annotated[list[Link], Meta(max_length=4096)] = []
     addresses: Raw = []
     neighbours: Raw = []
+    forwarding: Raw = []
     routes: Raw = []
     rules: Raw = []
     sysctls: Annotated[dict[str, Small], Meta(max_length=1 << 16)] = {}
@@ -122,6 +123,7 @@ def _furnish(index: int, state: NetState, fd: LocalFd, route: Netlink) -> None:
     for what, message, contents, flags in (
         ("an address", RTM.NEWADDR, state.addresses, rtnetlink.CREATE | rtnetlink.REPLACE),
         ("a neighbour", RTM.NEWNEIGH, state.neighbours, rtnetlink.CREATE | rtnetlink.REPLACE),
+        ("a forwarding entry", RTM.NEWNEIGH, state.forwarding, rtnetlink.CREATE | rtnetlink.APPEND),
         ("a route", RTM.NEWROUTE, state.routes, rtnetlink.CREATE | rtnetlink.REPLACE),
         ("a rule", RTM.NEWRULE, state.rules, rtnetlink.CREATE | rtnetlink.EXCLUSIVE),
     ):

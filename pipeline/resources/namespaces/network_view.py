@@ -41,7 +41,12 @@ _FRA_PRIORITY, _FRA_TABLE, _FRA_UID_RANGE = 6, 15, 20
 _PROTO_REDIRECT, _PROTO_KERNEL, _CLONED = 1, 2, 0x200
 #: RTNH_F_PERVASIVE and ONLINK; the others say how the device is
 _ROUTE_FLAGS = 2 | 4
-_PERMANENT = 0x80
+_PERMANENT, _NOARP = 0x80, 0x40
+_AF_BRIDGE = 7
+_NTF_SELF, _NTF_MASTER, _NTF_STICKY = 0x02, 0x04, 0x40
+_NDA_LLADDR, _NDA_MASTER, _NDA_NH_ID = 2, 9, 13
+#: cache information, master, link-netnsid, nexthop: what the kernel says of an entry
+_NDA_NOT_KEPT = {3, _NDA_MASTER, 10, _NDA_NH_ID}
 _LOOPBACK_INDEX = 1
 #: sysctls that say what is, not what shall be; mtu is the device's
 _NOT_KEPT = {"mtu", "nf_conntrack_count", "stable_secret", "flush", "tcp_fastopen_key"}
@@ -74,6 +79,7 @@ class NetworkView:
                 neighbours=[
                     one for one in route.dump(RTM.GETNEIGH, bytes(12)) if _state_of(one) & _PERMANENT
                 ],
+                forwarding=self._forwarding(links),
                 routes=self._routes(),
                 rules=self._rules(),
                 sysctls=self._sysctls([link.name.decode() for link in links]),
@@ -88,6 +94,28 @@ class NetworkView:
 
     def _refuse(self, what: str, remedy: str = "") -> None:
         self.blockers.append(Blocker(self._subject, f"its network namespace has {what}", remedy))
+
+    def _forwarding(self, links: list[Link]) -> list[bytes]:
+        """What bridges and vxlan devices were told: where a MAC is. What they learned they learn again."""
+        vxlans = {link.index for link in links if link.kind == "vxlan"}
+        own = {link.address for link in links}
+        kept = []
+        for content in self._route.dump(RTM.GETNEIGH, bytes([_AF_BRIDGE]) + bytes(11)):
+            index, state, flags, kind = struct.unpack_from("<iHBB", content, 4)
+            told = attributes(content[12:])
+            master = number(told.get(_NDA_MASTER))
+            if master and (state & _NOARP or (state & _PERMANENT and told.get(_NDA_LLADDR) not in own)):
+                flags = flags & _NTF_STICKY | (_NTF_SELF if index == master else _NTF_MASTER)
+            elif not master and index in vxlans and state & (_NOARP | _PERMANENT):
+                flags = flags & _NTF_STICKY | _NTF_SELF
+            else:
+                continue
+            if _NDA_NH_ID in told:
+                self._refuse("forwarding by next-hop objects, which is not carried")
+            head = struct.pack("<B3xiHBB", _AF_BRIDGE, index, state, flags, kind)
+            wanted = [(one, value) for one, value in told.items() if one not in _NDA_NOT_KEPT]
+            kept.append(head + b"".join(attribute(one, value) for one, value in wanted))
+        return kept
 
     def _routes(self) -> list[bytes]:
         kept = []

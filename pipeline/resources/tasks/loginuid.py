@@ -12,15 +12,18 @@ Sources: proc_pid_loginuid(5); audit_set_loginuid in kernel/auditsc.c, proc_logi
 
 from __future__ import annotations
 
+import errno
 import os
 
 from pipeline.ids import HostPid
 from pipeline.image.schema import Id
 from pipeline.kernel.arch.x86_64 import NR
+from pipeline.remote.calls import Call
 from pipeline.remote.puppet import Puppet
 
 #: nobody has logged in
 _NONE = 0xFFFF_FFFF
+_REFUSED = "another than the restorer's takes CAP_AUDIT_CONTROL on the host"
 
 
 def capture(pid: HostPid) -> Id | None:
@@ -42,6 +45,9 @@ def keep(puppet: Puppet, number: int | None) -> str:
 
     Returns:
         Why it was not to be had; empty where the puppet has it.
+
+    Raises:
+        OSError: anything else than that it may not.
     """
     wanted = _NONE if number is None else number
     now = _number(puppet.pid)
@@ -51,17 +57,19 @@ def keep(puppet: Puppet, number: int | None) -> str:
         return "this kernel keeps none"
     try:
         fd = os.open(f"/proc/{puppet.pid}/loginuid", os.O_WRONLY | os.O_CLOEXEC)
-        try:
-            (remote,) = puppet.send_fds([fd])
-        finally:
-            os.close(fd)
-        text = b"%d" % wanted
-        try:
-            puppet.syscall(NR.write, remote, text, len(text))
-        finally:
-            puppet.syscall(NR.close, remote)
     except PermissionError:
-        return "another than the restorer's takes CAP_AUDIT_CONTROL on the host"
+        return _REFUSED
+    try:
+        (remote,) = puppet.send_fds([fd])
+    finally:
+        os.close(fd)
+    text = b"%d" % wanted
+    attempt = Call(NR.write, (remote, text, len(text)), may_fail=True)
+    puppet.run([attempt, Call(NR.close, (remote,))])
+    if attempt.result == -errno.EPERM:
+        return _REFUSED
+    if attempt.result < 0:
+        raise OSError(-attempt.result, f"login uid {wanted}: {os.strerror(-attempt.result)}")
     return ""
 
 

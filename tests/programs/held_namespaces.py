@@ -7,7 +7,7 @@ import fcntl
 import os
 import socket
 
-from support import libc, main
+from support import call, libc, main
 
 CLONE_NEWUTS, CLONE_NEWIPC, CLONE_NEWUSER = 0x04000000, 0x08000000, 0x10000000
 CLONE_NEWNS, CLONE_NEWCGROUP, CLONE_NEWNET = 0x00020000, 0x02000000, 0x40000000
@@ -17,11 +17,6 @@ HELD = {
 }  # fmt: skip
 NS_GET_USERNS = 0xB701
 KINDS = ("user", "pid", "uts", "ipc", "time", "cgroup", "mnt")
-
-
-def call(function, *args):
-    if function(*args) == -1:
-        raise OSError(f"{function.__name__}{args}")
 
 
 def namespace(pid, kind):

@@ -3,31 +3,19 @@
 Needs CAP_SYS_ADMIN in its user namespace.
 """
 
-import ctypes
 import errno
 import mmap
 import os
 import socket
 import stat
 
-from support import DIRECTORY, libc, main
+from support import DIRECTORY, call, libc, main, mount
 
 CLONE_NEWNS, CLONE_NEWUSER = 0x00020000, 0x10000000
 RDONLY, NOSUID, NODEV, REMOUNT, BIND, REC = 1, 2, 4, 32, 4096, 16384
 PRIVATE, SHARED = 1 << 18, 1 << 20
 POINT = f"{DIRECTORY}/full"
 ACL_ACCESS = "system.posix_acl_access"
-
-
-def call(function, *args):
-    if function(*args) == -1:
-        code = ctypes.get_errno()
-        raise OSError(code, f"{function.__name__}{args}: {os.strerror(code)}")
-
-
-def mount(source, target, kind, flags, data=None):
-    texts = [text.encode() if text is not None else None for text in (source, target, kind, data)]
-    call(libc.mount, *texts[:3], flags, texts[3])
 
 
 def refused(act):

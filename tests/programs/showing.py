@@ -3,30 +3,18 @@
 Some namespaces live by such a mount only. Needs CAP_SYS_ADMIN in its user namespace.
 """
 
-import ctypes
 import fcntl
 import os
 import socket
 import struct
 
-from support import DIRECTORY, libc, main, syscall
+from support import DIRECTORY, call, libc, main, mount, syscall
 
 CLONE_NEWNS, CLONE_NEWCGROUP, CLONE_NEWUTS = 0x00020000, 0x02000000, 0x04000000
 CLONE_NEWUSER, CLONE_NEWNET = 0x10000000, 0x40000000
 BIND, REC, PRIVATE = 4096, 16384, 1 << 18
 NS_GET_USERNS = 0xB701
 MOUNT_SETATTR, OPEN_TREE, MOVE_MOUNT = 442, 428, 429
-
-
-def call(function, *args):
-    if function(*args) == -1:
-        code = ctypes.get_errno()
-        raise OSError(code, f"{function.__name__}{args}: {os.strerror(code)}")
-
-
-def mount(source, target, kind, flags, data=None):
-    texts = [text.encode() if text is not None else None for text in (source, target, kind, data)]
-    call(libc.mount, *texts[:3], flags, texts[3])
 
 
 def read(path):

@@ -36,6 +36,19 @@ def syscall(number, *args):
     return result
 
 
+def call(function, *args):
+    """A function of libc; OSError with errno on failure."""
+    if function(*args) == -1:
+        code = ctypes.get_errno()
+        raise OSError(code, f"{function.__name__}{args}: {os.strerror(code)}")
+
+
+def mount(source, target, kind, flags, data=None):
+    """mount(2); texts as str or None."""
+    texts = [text.encode() if text is not None else None for text in (source, target, kind, data)]
+    call(libc.mount, *texts[:3], flags, texts[3])
+
+
 def prctl(option, a=0, b=0, c=0, d=0):
     return syscall(157, option, a, b, c, d)
 

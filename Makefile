@@ -68,4 +68,4 @@ packages:
 test-packages: export DEBIAN_FRONTEND = noninteractive
 test-packages: packages
 	$(call install_missing,cc=gcc libc-headers=libc6-dev ip=iproute2 \
-	  Xvnc=tigervnc-standalone-server xclock=x11-apps nft=nftables)
+	  Xvnc=tigervnc-standalone-server xclock=x11-apps nft=nftables runc=runc busybox=busybox-static)

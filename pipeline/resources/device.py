@@ -62,7 +62,7 @@ class Device(CompleteOnceCreated):
 
     def capture(self, view: FdView, scope: CaptureScope) -> DeviceState:
         """Its name and number."""
-        return DeviceState(path=scope.path(view.pid, view.link), minor=os.minor(view.stat.st_rdev))
+        return DeviceState(path=scope.path(view.namer, view.link), minor=os.minor(view.stat.st_rdev))
 
     def create(self, file: OpenFile, record: DeviceState, scope: CreateScope) -> LocalFd:
         """Open the node of that name, or the host's.

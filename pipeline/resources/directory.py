@@ -74,7 +74,9 @@ class Directory:
         wrong = misnamed(view)
         if wrong:
             yield Blocker(view.subject, f"the directory cannot be opened again by name: {wrong}", "close it")
-        elif filesystem(view.local) == Magic.PROC and about_a_process(view.pid, view.link, view.stat.st_dev):
+        elif filesystem(view.local) == Magic.PROC and about_a_process(
+            view.namer, view.link, view.stat.st_dev
+        ):
             yield Blocker(
                 view.subject, "a /proc directory of one process is not carried", "open it anew for each use"
             )
@@ -84,7 +86,7 @@ class Directory:
         """Its name, and what its position belongs to."""
         bound = view.position != 0 and filesystem(view.local) not in _KERNELS_OWN
         return DirectoryState(
-            path=scope.path(view.pid, view.link),
+            path=scope.path(view.namer, view.link),
             inode=view.stat.st_ino if bound else 0,
             born_ns=_born_ns(view.local) if bound else 0,
             locks=locks.capture(view, scope),

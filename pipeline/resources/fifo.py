@@ -67,7 +67,7 @@ class Fifo(CompleteOnceCreated):
         first = group[0][0]
         alone = not any(pipe_buffer.writes(end) for _, end in group)
         return FifoState(
-            path=scope.path(view.pid, view.link),
+            path=scope.path(view.namer, view.link),
             fifo=first,
             waiting=alone and pipe_buffer.has_writers(view) and not pipe_buffer.unread_bytes(view.local),
             buffer=pipe_buffer.capture(group) if scope.file_at(view.pid, view.fd) == first else None,

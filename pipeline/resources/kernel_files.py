@@ -109,7 +109,7 @@ class KernelFile(CompleteOnceCreated):
                 view.subject, f"a file of {where} that is open for writing is not carried", "close it"
             )
         if magic == Magic.PROC:
-            if about_a_process(view.pid, view.link, view.stat.st_dev):
+            if about_a_process(view.namer, view.link, view.stat.st_dev):
                 yield Blocker(
                     view.subject, "a /proc file about one process is not carried", "open it anew for each use"
                 )
@@ -123,7 +123,7 @@ class KernelFile(CompleteOnceCreated):
 
     def capture(self, view: FdView, scope: CaptureScope) -> KernelFileState:
         """Its name."""
-        return KernelFileState(path=scope.path(view.pid, view.link))
+        return KernelFileState(path=scope.path(view.namer, view.link))
 
     def create(self, file: OpenFile, record: KernelFileState, scope: CreateScope) -> LocalFd:
         """Open the same name.

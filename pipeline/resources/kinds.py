@@ -45,6 +45,7 @@ class FdView:
             a key that repeats (``tfd``, ``inotify``, ``lock``) holds all its lines.
         flags: F_GETFL.
         position: file offset.
+        opened_here: in the mount namespace of the pipeline, which is not that of `pid`: handed in from outside.
     """
 
     pid: HostPid
@@ -55,6 +56,12 @@ class FdView:
     info: dict[str, list[str]]
     flags: int
     position: int
+    opened_here: bool = False
+
+    @property
+    def namer(self) -> HostPid:
+        """In whose mount namespace `link` is a name."""
+        return HostPid(os.getpid()) if self.opened_here else self.pid
 
     @property
     def subject(self) -> str:

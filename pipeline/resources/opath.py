@@ -55,7 +55,9 @@ class PathOnly(CompleteOnceCreated):
             yield Blocker(
                 view.subject, f"the O_PATH descriptor cannot be opened again by name: {wrong}", "close it"
             )
-        elif filesystem(view.local) == Magic.PROC and about_a_process(view.pid, view.link, view.stat.st_dev):
+        elif filesystem(view.local) == Magic.PROC and about_a_process(
+            view.namer, view.link, view.stat.st_dev
+        ):
             yield Blocker(
                 view.subject, "an O_PATH descriptor of a process in /proc is not carried", "close it"
             )
@@ -65,7 +67,7 @@ class PathOnly(CompleteOnceCreated):
         found = identity(view.local)
         if filesystem(view.local) in _KERNELS_OWN:
             found = FileIdentity(0, 0, found.mode)
-        return PathState(path=scope.path(view.pid, view.link), identity=found)
+        return PathState(path=scope.path(view.namer, view.link), identity=found)
 
     def create(self, file: OpenFile, record: PathState, scope: CreateScope) -> LocalFd:
         """Find the place again.

@@ -4,7 +4,8 @@ The kernel keeps a path (mount and dentry) with every open file; readlink of
 /proc/PID/fd/N prints it, with `` (deleted)`` behind it where the last component was
 unlinked. That text proves nothing (a file may really be called so, another file may
 have taken the name, a mount may cover it), so the name is looked up in the mount
-namespace of the process and the inode compared.
+namespace of the process and the inode compared; or in that of the pipeline, where a process of another one
+was handed a file that was opened there, such as the log of a container.
 
 Sources: proc_pid_fd(5), openat2(2), statfs(2); fs/d_path.c.
 """
@@ -146,7 +147,7 @@ def misnamed(view: FdView) -> str | None:
     if not view.link.startswith(b"/"):
         return "it has no path"
     try:
-        found = look_up(view.pid, view.link)
+        found = look_up(view.namer, view.link)
     except OSError as error:
         if view.link.endswith(DELETED):
             return NAME_REMOVED
@@ -161,7 +162,7 @@ def misnamed(view: FdView) -> str | None:
 def taken_over(view: FdView) -> bool:
     """Whether another file has the name that the removed file of `view` had."""
     try:
-        look_up(view.pid, view.link.removesuffix(DELETED))
+        look_up(view.namer, view.link.removesuffix(DELETED))
     except OSError:
         return False
     return True

@@ -89,7 +89,7 @@ class Pty:
             return PtyState(role=role, number=pty_sides.number(view), ptmx=ptmx)
         if role == "master":
             index = scope.file_at(view.pid, view.fd)
-            ptmx = scope.path(view.pid, view.link)
+            ptmx = scope.path(view.namer, view.link)
             state = _terminal(view, scope)
             return PtyState(role=role, number=pty_sides.number(view), ptmx=ptmx, master=index, terminal=state)
         found = pty_sides.master_of(view, scope)
@@ -98,9 +98,9 @@ class Pty:
         return PtyState(
             role=role,
             number=pty_sides.number(view),
-            ptmx=scope.path(master.pid, master.link),
+            ptmx=scope.path(master.namer, master.link),
             master=index,
-            path=scope.path(view.pid, view.link) if role == "tty" else None,
+            path=scope.path(view.namer, view.link) if role == "tty" else None,
             leader=scope.member(procfs.stat(view.pid).session) if role == "tty" else 0,
         )
 

@@ -86,7 +86,7 @@ class RegularFile:
     def capture(self, view: FdView, scope: CaptureScope) -> RegularState:
         """Name, identity and locks."""
         return RegularState(
-            path=scope.path(view.pid, view.link),
+            path=scope.path(view.namer, view.link),
             identity=identity(view.local),
             locks=locks.capture(view, scope),
         )

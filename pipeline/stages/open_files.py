@@ -17,12 +17,15 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Self
 
 from pipeline.errors import Blocker
 from pipeline.ids import HostPid, LocalFd
 from pipeline.image.schema import FdEntry
-from pipeline.kernel import procfs
+from pipeline.kernel import nsfs, procfs
+from pipeline.kernel.mountinfo import mountinfo
+from pipeline.kernel.nsfs import NamespaceKey
 from pipeline.kernel.syscalls import KCMP, kcmp, pidfd_getfd, pidfd_open
 from pipeline.ledger import LEDGER
 from pipeline.resources.kinds import FdView
@@ -48,6 +51,7 @@ class OpenFiles:
         self._sorted: dict[tuple[int, int, int], list[int]] = defaultdict(list)
         self._holders: dict[int, list[tuple[HostPid, int]]] = defaultdict(list)
         self._at: dict[tuple[HostPid, int], int] = {}
+        self._apart: dict[HostPid, bool] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -94,7 +98,8 @@ class OpenFiles:
             if not same:
                 link = os.readlink(b"/proc/self/fd/%d" % local)
                 position = int(info["pos"][0])
-                self.views.append(FdView(pid, fd, local, link, stat, info, flags, position))
+                here = self._opened_here(pid, info)
+                self.views.append(FdView(pid, fd, local, link, stat, info, flags, position, here))
                 group.insert(at, len(self.views) - 1)
                 index = len(self.views) - 1
             else:
@@ -109,6 +114,18 @@ class OpenFiles:
         self.slots[pid].append(FdEntry(fd, index, cloexec))
         self._holders[index].append((pid, fd))
         self._at[pid, fd] = index
+
+    def _opened_here(self, pid: HostPid, info: dict[str, list[str]]) -> bool:
+        """Whether a process of another mount namespace has a file that was opened in ours."""
+        if pid not in self._apart:
+            self._apart[pid] = nsfs.keys(pid).get("mnt") != self._own_mounts[0]
+        return self._apart[pid] and int(info.get("mnt_id", ["-1"])[0]) in self._own_mounts[1]
+
+    @cached_property
+    def _own_mounts(self) -> tuple[NamespaceKey | None, frozenset[int]]:
+        """Our mount namespace, and the numbers of the mounts in it."""
+        me = HostPid(os.getpid())
+        return nsfs.keys(me).get("mnt"), frozenset(mount.id for mount in mountinfo(me))
 
     def _find(self, group: Sequence[int], local: LocalFd) -> tuple[int, bool]:
         """Where in the sorted `group` the open file of `local` is or belongs."""

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from pipeline.errors import Blocker
 from pipeline.ids import HostPid
 from pipeline.resources.namespaces.support import Support
-from pipeline.userns.visit import Way, visit
+from pipeline.userns.visit import Way, read_file, visit
 
 SUPPORT = Support(
     "cgroup",
@@ -49,8 +49,10 @@ def check(members: Sequence[HostPid], way: Way) -> Iterator[Blocker]:
     def look() -> bytes:
         views = []
         for pid in members:
-            with open(f"/proc/{pid}/cgroup", "rb") as file:
-                views.append(file.read())
+            try:
+                views.append(read_file(f"/proc/{pid}/cgroup"))
+            except (FileNotFoundError, ProcessLookupError):
+                views.append(b"")  # it has ended
         return b"\0".join(views)
 
     for pid, view in zip(members, visit(way, look).split(b"\0"), strict=True):

@@ -209,7 +209,7 @@ class Mounting:
             with self._seats.way_into(mntns) as way:
                 visit(way, work)
         except OSError as error:
-            raise RebuildError(f"{where} cannot be filled: {error.strerror}") from error
+            raise RebuildError(f"{where} cannot be filled: {error.strerror}{mounts.hint(error)}") from error
 
     def _owner(self, entry: tmpfs.Entry, userns: int, where: str) -> tuple[int, int]:
         """Owner and group of an entry, as numbers in a user namespace."""

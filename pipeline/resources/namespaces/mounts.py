@@ -22,6 +22,7 @@ Sources: mount_namespaces(7), mount(2), move_mount(2).
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Mapping
 from typing import Annotated, Literal
@@ -218,5 +219,12 @@ def _call(puppet: Puppet, what: str, point: bytes, number: NR, *args: Argument) 
         return puppet.syscall(number, *args)
     except OSError as error:
         raise RebuildError(
-            f"{what} of {os.fsdecode(point)} in a mount namespace of the tree: {error}"
+            f"{what} of {os.fsdecode(point)} in a mount namespace of the tree: {error}{hint(error)}"
         ) from error
+
+
+def hint(error: OSError) -> str:
+    """What to do about a refusal, behind its message."""
+    if error.errno != errno.EACCES:
+        return ""
+    return " (who is root in the tree has to be able to get there: chmod o+x on the directories above it)"

@@ -117,9 +117,12 @@ def _layers(name: bytes, value: bytes) -> list[bytes]:
     return [value] if name in _LAYERS else []
 
 
-def root_options(root: Entry, owner: int) -> Iterator[bytes]:
-    """What a tmpfs is mounted with so that its owner may change its root directory; filling does the rest."""
-    yield b"mode=%o" % (root.mode & 0o7777)
+def root_options(mount: Mount, root: Entry, owner: int) -> Iterator[bytes]:
+    """What a tmpfs is mounted with so that its owner may change its root directory; filling does the rest.
+
+    The permissions are those that it was mounted with before: mountinfo shows them whatever they have become.
+    """
+    yield from (option for option in mount.super_options if option.startswith(b"mode="))
     if owner:
         yield b"uid=%d" % root.uid.id
         yield b"gid=%d" % root.gid.id

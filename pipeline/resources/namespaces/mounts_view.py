@@ -295,7 +295,7 @@ class MountsView:
             self._refuse_mount(mount, why, "empty or umount it")
             return []
         flags = mount_flags(mount)
-        data = b",".join([*self._options.of(mount), *root_options(entries[0], self._around.owner)])
+        data = b",".join([*self._options.of(mount), *root_options(mount, entries[0], self._around.owner)])
         steps = [
             Step("mount", mount.point, mount.source, mount.kind, flags & ~RDONLY, data, instance=instance),
             Step("fill", mount.point, entries=entries),

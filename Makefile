@@ -68,4 +68,5 @@ packages:
 test-packages: export DEBIAN_FRONTEND = noninteractive
 test-packages: packages
 	$(call install_missing,cc=gcc libc-headers=libc6-dev ip=iproute2 \
-	  Xvnc=tigervnc-standalone-server xclock=x11-apps nft=nftables runc=runc busybox=busybox-static)
+	  Xvnc=tigervnc-standalone-server xclock=x11-apps nft=nftables bwrap=bubblewrap \
+	  runc=runc busybox=busybox-static)

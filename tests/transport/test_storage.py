@@ -224,7 +224,7 @@ async def overfill(storage: Storage) -> None:
     async with storage.create(IMAGE) as sink:
         full = os.open("/dev/full", os.O_WRONLY | os.O_CLOEXEC)
         try:
-            os.dup2(full, sink._fd, inheritable=False)  # type: ignore[attr-defined]
+            os.dup2(full, sink.fd, inheritable=False)  # type: ignore[attr-defined]
             await sink.write(b"memory")
         finally:
             os.close(full)

@@ -1,0 +1,133 @@
+"""Programs that nobody wrote for it, started by a plain user with common tools: carried twice, and they go on."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from tests.harness.tree import Workshop, family_of, reap, said
+from tests.harness.users import User, Users
+
+pytestmark = pytest.mark.root  # root becomes the user
+
+ALICE = User("alice", 61_301, 62_301)
+CONTAINER = ["unshare", "-U", "-r", "-p", "-f", "-m", "--mount-proc"]
+ROOT_INSIDE = ["unshare", "-U", "-r"]
+COUNT = "i=0; while sleep 0.02; do i=$((i+1)); echo $i; done"
+
+#: command lines whose output grows as long as they run
+COUNTING: dict[str, Sequence[str]] = {
+    "in the host's pid namespace": ["sh", "-c", COUNT],
+    "unshare -c": ["unshare", "-c", "sh", "-c", COUNT],
+    "perl": [
+        *ROOT_INSIDE,
+        "perl",
+        "-e",
+        "$|=1; while(1){ print ++$i, qq{\\n}; select(undef,undef,undef,0.02) }",
+    ],
+    "a pipeline": [*ROOT_INSIDE, "sh", "-c", f"{{ {COUNT}; }} | sed -u s/^/n/ | cat"],
+    "bash with jobs": [*CONTAINER, "bash", "-c", f"set -m; sleep 1000 & ( {COUNT} ) & fg 2"],
+    "a container": [*CONTAINER, "sh", "-c", COUNT],
+    "three levels": [*ROOT_INSIDE, *ROOT_INSIDE, "unshare", "-U", "-c", "-m", "sh", "-c", COUNT],
+    "setpriv": [*ROOT_INSIDE, "setpriv", "--no-new-privs", "--bounding-set=-all", "sh", "-c", COUNT],
+    "bwrap": ["bwrap", "--unshare-user", "--bind", "/", "/", "sh", "-c", COUNT],
+}
+
+
+class Carried:
+    """A command line of the user, detached, which writes into a file."""
+
+    def __init__(self, users: Users, place: Path, command: Sequence[str]) -> None:
+        self.users, self.place = users, place
+        os.chown(place, ALICE.uid, ALICE.gid)
+        self.output = place / "output"
+        with self.output.open("wb") as output:
+            os.chown(self.output, ALICE.uid, ALICE.gid)
+            self._first = subprocess.Popen(
+                users.command(ALICE, *command),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+        self.pid = self._first.pid
+
+    def goes_on(self) -> None:
+        """Its output grows."""
+        size, deadline = self.output.stat().st_size, time.monotonic() + 10
+        while self.output.stat().st_size <= size:
+            assert time.monotonic() < deadline, f"it stands still: {self.output.read_text()}"
+            time.sleep(0.01)
+
+    def carry(self, *options: str) -> None:
+        """Dumped and restored by the user."""
+        family, image = family_of(self.pid), self.place / "image"
+        done = self.users.engine(ALICE, "dump", "--pid", str(self.pid), "--to", image)
+        assert done.returncode == 0, said(done)
+        self._first.poll()
+        assert not reap(family)
+        done = self.users.engine(ALICE, "restore", "--from", image, "--detach", *options)
+        assert done.returncode == 0, said(done)
+        self.pid = int(done.stdout)
+        shutil.rmtree(image)
+
+    def end(self) -> None:
+        family = family_of(self.pid)
+        for pid in family:
+            os.kill(pid, signal.SIGKILL)
+        self._first.poll()
+        reap(family)
+
+
+@pytest.fixture
+def carried(nothing_left_behind: None, workshop: Workshop) -> Iterator[Callable[[Sequence[str]], Carried]]:
+    users, started = Users(workshop.directory(), ALICE), []
+
+    def start(command: Sequence[str]) -> Carried:
+        started.append(Carried(users, workshop.directory(), command))
+        return started[-1]
+
+    try:
+        yield start
+    finally:
+        for one in started:
+            one.end()
+        users.close()
+
+
+@pytest.mark.parametrize("name", COUNTING)
+def test_a_program_goes_on(carried: Callable[[Sequence[str]], Carried], name: str) -> None:
+    command = COUNTING[name]
+    if shutil.which(command[0]) is None:
+        pytest.skip(f"needs {command[0]} (Debian: apt-get install bubblewrap)")
+    program = carried(command)
+    program.goes_on()
+    for options in ([], ["--new-pidns"]):
+        program.carry(*options)
+        program.goes_on()
+
+
+def test_an_http_server_answers(carried: Callable[[Sequence[str]], Carried]) -> None:
+    program = carried([*CONTAINER, "python3", "-u", "-m", "http.server", "0", "--bind", "127.0.0.1"])
+    deadline = time.monotonic() + 20
+    while " port " not in program.output.read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    port = program.output.read_text().split(" port ")[1].split()[0]
+
+    def ask() -> int:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=10) as answer:
+            return int(answer.status)
+
+    assert ask() == 200
+    for _ in range(2):
+        program.carry()
+        assert ask() == 200

@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import msgspec
@@ -38,7 +38,7 @@ _BUFFERS = 6
 
 
 class RestoredTree:
-    """A tree that runs again. Its root, or the first process around it, is our child until this process ends.
+    """A tree that is let run again. Its root, or the first process around it, is our child until this process ends.
 
     Args:
         root_pid: in the pid namespace of this process.
@@ -48,13 +48,11 @@ class RestoredTree:
         notes: what is not as it was, in words.
     """
 
-    def __init__(
-        self, root_pid: int, child_pid: int, figures: dict[str, float], notes: Sequence[str] = ()
-    ) -> None:
+    def __init__(self, root_pid: int, child_pid: int, figures: dict[str, float]) -> None:
         self.root_pid = root_pid
         self._child_pid = child_pid
         self.figures = figures
-        self.notes = list(notes)
+        self.notes: list[str] = []
         self._pidfd = os.pidfd_open(root_pid)
         self._child = os.pidfd_open(child_pid)
         LEDGER.take("pidfds of a restored tree", self._pidfd)
@@ -208,16 +206,21 @@ async def restore(
         feed = page_feed(reader, image, first, progress)
         async with rebuilt(image, feed, tracer, progress, new_pidns, map, unmapped, externals) as rebuilding:
             progress.phase("thaw")
-            root = await tracer.run(rebuilding.thaw)
+            # before it runs: it may end at once, and somebody else's process have its number
+            tree = RestoredTree(rebuilding.root_pid, rebuilding.child_pid, {})
+            try:
+                await tracer.run(rebuilding.thaw)
+            except BaseException:
+                tree.close()
+                raise
     del detach
-    return RestoredTree(
-        root,
-        rebuilding.child_pid,
+    tree.notes += rebuilding.notes
+    tree.figures.update(
         {
             "total-time": 1e3 * (time.monotonic() - begin),
             "setup-time": 1e3 * (records_read - begin),
             "transferred": reader.bytes_read,
             "page-bytes": feed.bytes_done,
-        },
-        rebuilding.notes,
+        }
     )
+    return tree

@@ -163,11 +163,16 @@ class _Server:
             raise
 
     async def _run(self, held: _Held, rebuilding: Rebuilding, feed: PageFeed) -> HostPid:
-        with trio.CancelScope(shield=True):
-            root = await self._tracer.run(rebuilding.thaw)
+        tree = RestoredTree(rebuilding.root_pid, rebuilding.child_pid, {"page-bytes": feed.bytes_done})
+        try:
+            with trio.CancelScope(shield=True):
+                root = await self._tracer.run(rebuilding.thaw)
+        except BaseException:
+            tree.close()
+            raise
         held.root_pid = self._settled[held.migration] = root
         held.running.set()
-        tree = RestoredTree(root, rebuilding.child_pid, {"page-bytes": feed.bytes_done}, rebuilding.notes)
+        tree.notes += rebuilding.notes
         self._restored(tree)
         self._nursery.start_soon(self._collect, tree)
         self._arrived.set()

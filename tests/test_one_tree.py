@@ -65,7 +65,7 @@ class World:
         self.source_runs = False
         self.check()
 
-    child_pid = 77
+    root_pid = child_pid = 77
 
     def thaw(self) -> int:
         assert self.there == "stands"

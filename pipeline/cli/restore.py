@@ -10,6 +10,7 @@ import argparse
 import os
 import signal
 import sys
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -106,7 +107,8 @@ async def _main(arguments: argparse.Namespace) -> int:
 
 async def _forward(signals: AsyncIterator[int], tree: RestoredTree) -> None:
     async for number in signals:
-        tree.send_signal(number)
+        with suppress(ProcessLookupError):  # its status is on the way
+            tree.send_signal(number)
 
 
 def _announce(arguments: argparse.Namespace, tree: RestoredTree, progress: Lines | Terminal) -> None:

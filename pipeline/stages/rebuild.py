@@ -254,7 +254,7 @@ class Rebuilding:
 
         What goes wrong with its connections now is said by `notes`.
         """
-        root = self.growth.grown[self._image.head.root].puppet.pid
+        root = self.root_pid
         self._thawed = True
         try:
             self._keepers.connect_networks()
@@ -271,11 +271,16 @@ class Rebuilding:
         return self._body.notes
 
     @property
+    def root_pid(self) -> HostPid:
+        """The root of the tree."""
+        return self.growth.grown[self._image.head.root].puppet.pid
+
+    @property
     def child_pid(self) -> HostPid:
         """Our child that ends with the root of the tree: the first process around it, or the root itself."""
         if self._init is not None:
             return self._init.puppet.pid
-        return self.growth.grown[self._image.head.root].puppet.pid
+        return self.root_pid
 
     def _end_init(self) -> None:
         if self._init is not None and not self._thawed:

@@ -1,9 +1,9 @@
-"""Files in /proc of a process that is ours, but runs with an id that is not.
+"""Files of a process that is ours, but runs with an id that is not.
 
 Who made a user namespace has all capabilities in it, so its processes may be traced. But the files in /proc/PID
 that only their owner may open belong to the id that the process runs as, such as one of the ranges of
-subuid(5), and a capability counts for a file only inside of a user namespace that maps its owner. So a child joins
-the outermost user namespace below ours, opens the file there, and hands it over.
+subuid(5), and so do files that it has made. A capability counts for a file only inside of a user namespace that maps
+its owner. So a child joins the outermost user namespace below ours, opens the file there, and hands it over.
 
 The child does nothing but system calls between fork and exit, so that it is safe to fork where other threads run.
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Callable
 from contextlib import ExitStack
 
 from pipeline.ids import HostPid, LocalFd
@@ -29,8 +30,22 @@ def open_file(pid: HostPid, name: str, flags: int) -> LocalFd:
         PermissionError: it may not be opened from there either.
     """
     path = f"/proc/{pid}/{name}"
+    return opened(pid, lambda: os.open(path, flags | os.O_CLOEXEC))
+
+
+def opened(pid: HostPid, act: Callable[[], int]) -> LocalFd:
+    """The descriptor that `act` opens here, or, where that is not permitted, inside of the user namespace of `pid`.
+
+    Args:
+        pid: the process whose file it is.
+        act: does system calls only.
+
+    Raises:
+        ProcessLookupError: there is no such process.
+        OSError: as `act` raises it.
+    """
     try:
-        return LocalFd(os.open(path, flags | os.O_CLOEXEC))
+        return LocalFd(act())
     except PermissionError:
         with ExitStack() as stack:
             namespace = _outermost_below_ours(pid, stack)
@@ -41,20 +56,20 @@ def open_file(pid: HostPid, name: str, flags: int) -> LocalFd:
             with theirs:
                 child = os.fork()
                 if child == 0:
-                    _hand_over(namespace, path, flags, theirs)
+                    _hand_over(namespace, act, theirs)
             stack.callback(os.waitpid, child, 0)
             answer, fds, _, _ = socket.recv_fds(ours, 16, 1)
     if fds:
         os.set_inheritable(fds[0], False)
         return LocalFd(fds[0])
     code = int(answer or b"1")
-    raise OSError(code, os.strerror(code), path)
+    raise OSError(code, os.strerror(code))
 
 
-def _hand_over(namespace: LocalFd, path: str, flags: int, to: socket.socket) -> None:
+def _hand_over(namespace: LocalFd, act: Callable[[], int], to: socket.socket) -> None:
     try:
         setns(namespace, CLONE.NEWUSER)
-        socket.send_fds(to, [b"0"], [os.open(path, flags | os.O_CLOEXEC)])
+        socket.send_fds(to, [b"0"], [act()])
     except OSError as error:
         to.send(b"%d" % (error.errno or 1))
     finally:

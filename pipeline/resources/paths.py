@@ -24,6 +24,7 @@ from pipeline.ids import HostPid, LocalFd
 from pipeline.image.schema import OpenFile, PathRef
 from pipeline.kernel import procfs
 from pipeline.kernel.arch.x86_64_numbers import NR
+from pipeline.kernel.inside import opened
 from pipeline.kernel.syscalls import RESOLVE, openat2, syscall
 from pipeline.resources.kinds import CreateScope, FdView
 
@@ -133,7 +134,9 @@ def look_up(pid: HostPid, link: bytes) -> os.stat_result:
     base, below = _start(pid, link)
     root = os.open(base, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        found = openat2(LocalFd(root), below, os.O_PATH | os.O_NOFOLLOW, resolve=RESOLVE.IN_ROOT)
+        found = opened(
+            pid, lambda: openat2(LocalFd(root), below, os.O_PATH | os.O_NOFOLLOW, resolve=RESOLVE.IN_ROOT)
+        )
     finally:
         os.close(root)
     try:

@@ -26,6 +26,7 @@ from msgspec import Meta
 from pipeline.errors import Blocker, RebuildError
 from pipeline.ids import LocalFd
 from pipeline.image.schema import I64, Id, Index, OpenFile, Path, Record
+from pipeline.kernel.inside import open_file
 from pipeline.resources import kernel_files, locks, memfd
 from pipeline.resources.kinds import CaptureScope, CreateScope, FdView
 from pipeline.resources.locks import Lock
@@ -61,7 +62,11 @@ def is_unnamed(view: FdView) -> bool:
 
 def _readable(view: FdView) -> LocalFd:
     """A local descriptor that can read it, owned by the caller."""
-    return LocalFd(os.open(f"/proc/self/fd/{view.local}", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
+    try:
+        return LocalFd(os.open(f"/proc/self/fd/{view.local}", flags))
+    except PermissionError:
+        return open_file(view.pid, f"fd/{view.fd}", flags)
 
 
 class UnnamedFile:

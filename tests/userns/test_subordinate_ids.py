@@ -7,7 +7,8 @@ import os
 import shutil
 import signal
 import subprocess
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -60,12 +61,12 @@ def begin(users: Users, workshop: Workshop) -> Iterator[Callable[..., Tree]]:
     """Start a program as a user by `run`: ``begin(user, map, program, arguments)``; killed at the end."""
     trees: list[Tree] = []
 
-    def begin(owner: User, lines: str, program: str, *arguments: str) -> Tree:
+    def begin(owner: User, lines: str, program: str, *arguments: str, inner: Sequence[str] = ()) -> Tree:
         options = ["--pidns", "--mntns", f"--userns={lines}" if lines else "--userns"]
         # `run` says how the tree ended, once it is dumped: not in the log, which the tree has open
         quiet = ["sh", "-c", 'exec 9>&2; exec "$@" 2>/dev/null', "sh"]
         again = ["sh", "-c", 'exec "$@" 2>&9 9>&-', "sh"]
-        within = [*quiet, *users.engine_command(owner, "run", *options, "--"), *again]
+        within = [*quiet, *users.engine_command(owner, "run", *options, "--"), *again, *inner]
         trees.append(Tree.start(workshop, program, DEPTH_0, arguments, within))
         return trees[-1]
 
@@ -108,6 +109,69 @@ def test_maps_of_a_plain_user_are_whole_again(users: Users, begin: Callable[...,
         assert Path(f"/proc/{tree.pid}/setgroups").read_text() == "allow\n"
         tree.check()
         shutil.rmtree(tree.directory / "image")
+
+
+#: becomes an id of the range, without anything that its user might open as itself
+AS_33 = ["sh", "-c", 'umask 077; exec setpriv --reuid=33 --regid=33 --clear-groups "$@"', "sh"]
+
+
+@pytest.mark.parametrize("program", ["anonymous", "pipes", "sockets"])
+def test_files_and_memory_of_an_id_of_the_range_are_carried_twice(
+    users: Users, begin: Callable[..., Tree], program: str
+) -> None:
+    tree = begin(ALICE, whole(ALICE), program, inner=AS_33)
+    assert Path(f"/proc/{tree.pid}/fd").stat().st_uid == 300_032
+    for _ in range(2):
+        restore(users, ALICE, tree, dump(users, ALICE, tree))
+        shutil.rmtree(tree.directory / "image")
+    tree.check()
+
+
+#: in a directory of its own: a file, one without a name, and memory that is shared
+PRIVATE = """
+import mmap, os, tempfile, time
+os.mkdir("own"); os.chdir("own")
+named, unnamed, memory = open("named", "w+"), tempfile.TemporaryFile(dir="."), mmap.mmap(-1, 4096)
+mapped = mmap.mmap(os.open("named", os.O_RDWR | os.O_CREAT), 0) if named.write("0" * 8) and not named.flush() else None
+while True:
+    count = int.from_bytes(memory[:4], "little") + 1
+    memory[:4] = count.to_bytes(4, "little")
+    assert unnamed.seek(0) == 0 and int(unnamed.read() or count - 1) == count - 1
+    unnamed.seek(0); unnamed.write(b"%d" % count); unnamed.flush()
+    mapped[:] = b"%8d" % count
+    time.sleep(0.01)
+"""
+
+
+def test_private_files_of_an_id_of_the_range_are_carried_twice(users: Users, workshop: Workshop) -> None:
+    place = workshop.directory()
+    script = [f'cd {place}; umask 077; exec setpriv --reuid=33 --regid=33 --clear-groups "$@"', "sh"]
+    options = ["--pidns", "--mntns", "--detach", f"--userns={whole(ALICE)}"]
+    done = users.engine(ALICE, "run", *options, "--", "sh", "-c", *script, users.python, "-SEc", PRIVATE)
+    assert done.returncode == 0, said(done)
+    tree = Tree(place, int(done.stdout))
+
+    def goes_on() -> None:
+        wait_until((place / "own/named").exists)
+        count = (place / "own/named").read_text()
+        wait_until(lambda: (place / "own/named").read_text() != count)
+
+    try:
+        goes_on()
+        assert (place / "own").stat().st_uid == 300_032
+        for _ in range(2):
+            restore(users, ALICE, tree, dump(users, ALICE, tree))
+            shutil.rmtree(place / "image")
+            goes_on()
+    finally:
+        tree.kill()
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("program", ["credentials", "anonymous", "threads"])

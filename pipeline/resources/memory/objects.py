@@ -28,6 +28,7 @@ import msgspec
 from pipeline.ids import HostPid, LocalFd
 from pipeline.image.schema import Index, MappedFile, SharedMemory
 from pipeline.kernel import procfs
+from pipeline.kernel.inside import open_file
 from pipeline.kernel.smaps import Mapping, exact_name
 from pipeline.ledger import LEDGER
 from pipeline.resources.identity import identity
@@ -40,6 +41,8 @@ _F_GET_SEALS = 1034
 _F_SEAL_EXEC = 0x20
 _DELETED = b" (deleted)"
 _MEMFD = b"/memfd:"
+#: what a restore that could not open map_files has made of shared anonymous memory (`pipeline.stages.contents`)
+_RESTORED_ANON = b"/memfd:dev-zero (deleted)"
 _ZERO_DEVICE = os.makedev(1, 5)
 _READ = os.O_RDONLY | os.O_CLOEXEC
 
@@ -133,7 +136,7 @@ class MemoryObjects:
             try:
                 fd = LocalFd(os.open(f"/proc/{pid}/map_files/{mapping.range_name}", _READ))
             except PermissionError:
-                if backing == "memfd":
+                if backing == "memfd" and mapping.name != _RESTORED_ANON:
                     raise CannotCarry(
                         "is a memfd that no descriptor refers to any more; only root can open it",
                         "run the pipeline as root, or keep the memfd open",
@@ -304,7 +307,7 @@ def _open_by_name(pid: HostPid, name: bytes, mapping: Mapping) -> int:
     """
     fd = -1
     with suppress(OSError):
-        fd = os.open(b"/proc/%d/root" % pid + name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+        fd = open_file(pid, "root" + os.fsdecode(name), os.O_PATH | os.O_NOFOLLOW)
         if os.fstat(fd).st_ino == mapping.inode:
             return fd
     if fd >= 0:

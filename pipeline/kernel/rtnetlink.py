@@ -58,6 +58,7 @@ class IFLA(IntEnum):
     IFALIAS = 20
     GROUP = 27
     NET_NS_FD = 28
+    CARRIER = 33
     LINK_NETNSID = 37
     PROTO_DOWN = 39
 

@@ -101,7 +101,15 @@ class Rebuilding:
         self._ids.refuse_unplaced()
         given = given_devices(self._externals)
         with self._outer_network() as network:
-            lacking = list(network_here.check_here(image.namespaces, self._ids.numbers_stay, given, network))
+            lacking = list(
+                network_here.check_here(
+                    image.namespaces,
+                    lambda one, kind: self._ids.forest.number_in(one, 0, kind),
+                    self._ids.numbers_stay,
+                    given,
+                    network,
+                )
+            )
         if lacking:
             raise Refused(lacking)
         blockers = list(check_here(list(image.processes.values())))

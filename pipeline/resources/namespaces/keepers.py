@@ -125,7 +125,12 @@ class Keepers:
                 raise RebuildError(f"{namespace.kind} namespace {namespace.index}: {error}") from error
         self._claims.callback(self._outside.close)
         try:
-            network.create(self._networks, self._open_network, self._outside)
+            network.create(
+                self._networks,
+                self._open_network,
+                self._outside,
+                lambda one, kind: self._forest.number_in(one, 0, kind),
+            )
         except OSError as error:
             raise RebuildError(f"network namespaces: {error}") from error
 

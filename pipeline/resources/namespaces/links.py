@@ -21,9 +21,12 @@ from typing import Annotated, Protocol
 from msgspec import Meta, Struct
 
 from pipeline.errors import RebuildError
-from pipeline.image.schema import I32, U16, U32, Index, Small
+from pipeline.ids import LocalFd
+from pipeline.image.schema import I32, U16, U32, Id, Index, Small
 from pipeline.kernel import rtnetlink
 from pipeline.kernel.rtnetlink import IFLA, IFLA_INFO, RTM, Netlink, attribute
+from pipeline.resources.namespaces import tun
+from pipeline.userns.forest import IdKind
 
 _VETH_PEER = 1
 #: IFF_UP, NOARP, PROMISC, ALLMULTI, MULTICAST: what can be set
@@ -41,6 +44,7 @@ DATA: Mapping[str, frozenset[int]] = {
     "macvtap": frozenset({1, 2, 5, 7, 9}),
     # all that there are (to IFLA_VXLAN_MC_ROUTE)
     "vxlan": frozenset(range(1, 35)),
+    "tun": tun.KEPT,
 }
 #: how long a network that nobody is in any more may take to go, with its devices
 GOING_S = 1.0
@@ -53,6 +57,9 @@ _VXLAN_LINK = 3
 #: taken as set if they are there at all (remote checksum offload, TTL inherited); the last one is then without a value
 _VXLAN_SWITCHES, _VXLAN_TTL_INHERIT = frozenset({21, 22, 28}), 28
 
+_UID: IdKind = "uid"
+_GID: IdKind = "gid"
+
 #: a device: its network's `Namespace` index, and its own index there
 Place = tuple[int, int]
 
@@ -63,6 +70,7 @@ class Link(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     `peer`: the (`Namespace` index, device index) of the other end of a veth, of what a macvlan lies on; of a
     vxlan the network is the one that its packets go through.
     `outside`: that is outside of the tree, and was called so (NAME or NAME@BRIDGE, empty if it could not be seen).
+    `uid`, `gid`: who may attach to a tun or tap device.
     """
 
     index: Annotated[int, Meta(ge=1, le=0x7FFF_FFFF)]
@@ -78,6 +86,8 @@ class Link(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     data: Annotated[list[tuple[U16, Small]], Meta(max_length=64)] = []
     peer: tuple[Index, I32] | None = None
     outside: Annotated[bytes, Meta(max_length=64)] | None = None
+    uid: Id | None = None
+    gid: Id | None = None
 
 
 class Outside(Protocol):
@@ -103,12 +113,14 @@ class Making:
         fds: the networks.
         routes: a netlink socket in each.
         outside: makes those that hang on a device outside.
+        number: what an id is called here.
     """
 
     links: Mapping[int, list[Link]]
     fds: Mapping[int, int]
     routes: Mapping[int, Netlink]
     outside: Outside
+    number: tun.Number
 
     def make_all(self) -> None:
         """Make every device but lo, each when what it lies on is there.
@@ -143,6 +155,9 @@ class Making:
         if link.outside is not None:
             self.outside.make((index, link.index), described, link, self.fds[index], self.routes[index])
             return
+        if link.kind == "tun":
+            self._make_tun(index, link)
+            return
         if link.kind in LYING:
             assert link.peer is not None
             network, lower = link.peer
@@ -162,6 +177,15 @@ class Making:
             peer = head(other) + _described(other) + attribute(IFLA.NET_NS_FD, self.fds[link.peer[0]])
             data = attribute(_VETH_PEER, peer)
         create(self.routes[index], described, link.kind, data)
+
+    def _make_tun(self, index: int, link: Link) -> None:
+        numbers = []
+        for one, kind in ((link.uid, _UID), (link.gid, _GID)):
+            numbers.append(None if one is None else self.number(one, kind))
+            if one is not None and numbers[-1] is None:
+                raise RebuildError(f"device {os.fsdecode(link.name)}: {kind} {one.id} has no number here")
+        tun.make(LocalFd(self.fds[index]), link.name, link.index, dict(link.data), *numbers)
+        self.routes[index].do(RTM.SETLINK, head(link) + _described(link))
 
     def _other_end(self, link: Link) -> Link:
         where = link.peer or (-1, 0)

@@ -12,10 +12,13 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 
 from pipeline.ids import LocalFd
+from pipeline.image.schema import Id
 from pipeline.kernel import rtnetlink
 from pipeline.kernel.rtnetlink import IFLA, IFLA_INFO, RTM, Netlink, attribute, attributes
 from pipeline.kernel.syscalls import CLONE
+from pipeline.resources.namespaces import tun
 from pipeline.resources.namespaces.links import DATA, HANGING, Link, Place, head_of
+from pipeline.userns.forest import IdKind
 from pipeline.userns.visit import fetch
 
 _UP = 1
@@ -37,6 +40,7 @@ class LinksView:
         networks: opens the network namespaces of the tree, and the external one, by their index.
         external: the index of that.
         refuse: is told what is not carried, and what can be done.
+        identify: an id as we know it, in the forest.
     """
 
     def __init__(
@@ -46,12 +50,14 @@ class LinksView:
         networks: Mapping[int, Callable[[], LocalFd]],
         external: int,
         refuse: Callable[[str, str], None],
+        identify: Callable[[int, IdKind], Id],
     ) -> None:
         self._route = route
         self._index = index
         self._networks = networks
         self._external = external
         self._refuse = refuse
+        self._identify = identify
 
     def links(self) -> list[Link]:
         """All that are carried, by index."""
@@ -74,6 +80,11 @@ class LinksView:
         data = attributes(info.get(IFLA_INFO.DATA, b""))
         if kind == "bridge" and data.get(_BRIDGE_VLAN_FILTERING, b"\0") != b"\0":
             self._refuse(f"bridge {name.decode()} that filters VLANs, which is not carried", "")
+        uid, gid = tun.ids(data) if kind == "tun" else (None, None)
+        if kind == "tun":
+            link_type = int(struct.unpack_from("<H", content, 2)[0])
+            for what, remedy in tun.blockers(name.decode(), link_type, told.get(IFLA.CARRIER) == b"\1", data):
+                self._refuse(what, remedy)
         peer, outside = self._other(told, kind) if kind in HANGING else (None, None)
         if kind == "vxlan" and outside is not None:
             self._refuse(
@@ -93,6 +104,8 @@ class LinksView:
             data=[(one, value) for one, value in data.items() if one in DATA[kind]],
             peer=peer,
             outside=outside,
+            uid=None if uid is None else self._identify(uid, "uid"),
+            gid=None if gid is None else self._identify(gid, "gid"),
         )
 
     def _other(self, told: Mapping[int, bytes], kind: str) -> tuple[Place | None, bytes | None]:

@@ -363,7 +363,15 @@ class NamespaceCapture:
         if namespace.kind == "time":
             return clocks.capture(way)
         if namespace.kind == "net":
-            network = NetworkView(f"pid {pid}", way, self._networks(), namespace.index, self.external("net"))
+            forest = self._forest.forest()
+            network = NetworkView(
+                f"pid {pid}",
+                way,
+                self._networks(),
+                namespace.index,
+                self.external("net"),
+                lambda one, kind: forest.innermost(one, namespace.owner, kind),
+            )
             refuse(network.blockers)
             return network.state
         if namespace.kind == "cgroup":

@@ -39,12 +39,14 @@ from pipeline.kernel.syscalls import CLONE
 from pipeline.resources.namespaces import nftables
 from pipeline.resources.namespaces.links import GOING_S, SETTABLE_FLAGS, Link, Making, Outside, head, step
 from pipeline.resources.namespaces.support import Support
+from pipeline.resources.namespaces.tun import Number
 from pipeline.userns.visit import fetch, read_file, visit
 
 SUPPORT = Support(
     "net",
     carried=(
-        "lo, dummy, bridge, veth, macvlan, macvtap and vxlan devices with names, indexes and MACs; some on one outside",
+        "lo, dummy, bridge, veth, macvlan, macvtap, vxlan and persistent tun devices with names, indexes and MACs",
+        "veth, macvlan and macvtap devices that hang on one outside: at the destination on the one that is said there",
         "addresses, routes, rules, permanent neighbours, sysctls, nftables rules",
         "sockets in the network that they were made in",
     ),
@@ -75,13 +77,16 @@ class NetState(Record, frozen=True, kw_only=True):
     ruleset: Annotated[bytes, Meta(max_length=1 << 24)] = b""
 
 
-def create(states: Mapping[int, NetState], opened: Callable[[int], LocalFd], outside: Outside) -> None:
+def create(
+    states: Mapping[int, NetState], opened: Callable[[int], LocalFd], outside: Outside, number: Number
+) -> None:
     """Furnish the networks of the tree, which exist and are empty.
 
     Args:
         states: by `Namespace` index.
         opened: opens one of them; the caller owns the result.
         outside: makes what hangs on devices outside of the tree.
+        number: what an id is called here.
 
     Raises:
         RebuildError: the kernel refuses a step; says which.
@@ -94,7 +99,9 @@ def create(states: Mapping[int, NetState], opened: Callable[[int], LocalFd], out
             stack.callback(os.close, fds[index])
             made = fetch([(fds[index], CLONE.NEWNET)], _detached)
             routes[index] = stack.enter_context(Netlink(socket.socket(fileno=made)))
-        Making({index: state.links for index, state in states.items()}, fds, routes, outside).make_all()
+        Making(
+            {index: state.links for index, state in states.items()}, fds, routes, outside, number
+        ).make_all()
         for index, state in states.items():
             _furnish(index, state, fds[index], routes[index])
 

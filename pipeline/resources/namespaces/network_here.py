@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import msgspec
@@ -14,7 +15,12 @@ from pipeline.ids import LocalFd
 from pipeline.image.schema import Namespace
 from pipeline.resources.namespaces import nftables, outside_links
 from pipeline.resources.namespaces.network import NetState
+from pipeline.resources.namespaces.tun import Number
 from pipeline.userns.externals import GivenDevice
+from pipeline.userns.forest import IdKind
+
+_UID: IdKind = "uid"
+_GID: IdKind = "gid"
 
 
 def states_of(namespaces: Iterable[Namespace]) -> dict[int, NetState]:
@@ -35,6 +41,7 @@ def states_of(namespaces: Iterable[Namespace]) -> dict[int, NetState]:
 
 def check_here(
     namespaces: Mapping[int, Namespace],
+    number: Number,
     ids_stay: bool,
     given: Sequence[GivenDevice],
     surroundings: LocalFd,
@@ -43,6 +50,7 @@ def check_here(
 
     Args:
         namespaces: of the image.
+        number: what an id is called here.
         ids_stay: the ids of the surroundings have the numbers here that they had; those of the tree's own always do.
         given: what devices of the tree shall hang on.
         surroundings: the network outside of the tree; stays the caller's.
@@ -50,4 +58,17 @@ def check_here(
     states = states_of(namespaces.values())
     yield from outside_links.check_here(states, given, surroundings)
     for index, state in states.items():
+        yield from _unplaced_users(index, state, number)
         yield from nftables.check_here(index, state.ruleset, ids_stay or namespaces[index].owner != 0)
+
+
+def _unplaced_users(index: int, state: NetState, number: Number) -> Iterator[Blocker]:
+    for link in state.links:
+        for wanted, kind in ((link.uid, _UID), (link.gid, _GID)):
+            if wanted is not None and number(wanted, kind) is None:
+                yield Blocker(
+                    f"network namespace {index}",
+                    f"its device {os.fsdecode(link.name)} is for {kind} {wanted.id} of user namespace {wanted.ns}, "
+                    "who has no place here",
+                    "restore with --map auto or --map BASE:COUNT, or as root",
+                )

@@ -19,6 +19,7 @@ import msgpack
 
 from pipeline.errors import Blocker
 from pipeline.ids import LocalFd
+from pipeline.image.schema import Id
 from pipeline.kernel import rtnetlink
 from pipeline.kernel.rtnetlink import IFLA, RTM, Netlink, attribute, attributes
 from pipeline.kernel.syscalls import CLONE, unshare
@@ -26,6 +27,7 @@ from pipeline.resources.namespaces import nftables
 from pipeline.resources.namespaces.links import Link
 from pipeline.resources.namespaces.links_view import LinksView, number
 from pipeline.resources.namespaces.network import SYSCTLS, NetState, set_sysctl
+from pipeline.userns.forest import IdKind
 from pipeline.userns.visit import Way, fetch, read_file, visit
 
 _NETLINK_NETFILTER = 12
@@ -60,17 +62,24 @@ class NetworkView:
         way: what a visitor joins to be in it.
         networks: opens the network namespaces of the tree, and the external one, by their index.
         index: its own.
+        identify: an id as we know it, in the forest.
     """
 
     def __init__(
-        self, subject: str, way: Way, networks: Mapping[int, Callable[[], LocalFd]], index: int, external: int
+        self,
+        subject: str,
+        way: Way,
+        networks: Mapping[int, Callable[[], LocalFd]],
+        index: int,
+        external: int,
+        identify: Callable[[int, IdKind], Id],
     ) -> None:
         self._subject = subject
         self._way = way
         self.blockers: list[Blocker] = []
         with self._netlink() as route:
             self._route = route
-            links = LinksView(route, index, networks, external, self._refuse).links()
+            links = LinksView(route, index, networks, external, self._refuse, identify).links()
             self.state = NetState(
                 links=links,
                 addresses=[

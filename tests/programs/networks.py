@@ -181,6 +181,8 @@ def body(program):
     ip("address", "add", "127.0.0.7/32", "dev", "lo", "label", "lo:seven")
     ip("route", "add", "192.0.2.0/24", "via", "10.9.0.2", "table", "77", "metric", "5")
     ip("rule", "add", "from", "10.9.0.9", "table", "77")
+    ip("rule", "add", "uidrange", "0-0", "table", "78")
+    ip("-6", "rule", "add", "uidrange", "0-0", "to", "2001:db8::/32", "table", "79")
     ip("neigh", "add", "10.9.0.77", "lladdr", "02:00:00:00:00:77", "dev", "bridge")
     sysctl("ipv4/ip_forward", "1")
     sysctl("ipv4/conf/dummy/rp_filter", "2")

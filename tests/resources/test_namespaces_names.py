@@ -129,7 +129,6 @@ def test_objects_of_an_ipc_namespace_are_made_again(id_map: str | None) -> None:
     [
         ("ip link add one type veth peer name two && tc qdisc add dev one root netem delay 1ms", "netem"),
         ("ip rule del priority 32767", "a routing rule less"),
-        ("ip rule add uidrange 0-5 table 9", "range of uids"),
         ("ip link add one type ifb", "of kind ifb"),
     ],
 )

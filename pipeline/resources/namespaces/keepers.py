@@ -128,6 +128,7 @@ class Keepers:
             network.create(
                 self._networks,
                 self._open_network,
+                self.seats.way_into,
                 self._outside,
                 lambda one, kind: self._forest.number_in(one, 0, kind),
             )

@@ -363,15 +363,7 @@ class NamespaceCapture:
         if namespace.kind == "time":
             return clocks.capture(way)
         if namespace.kind == "net":
-            forest = self._forest.forest()
-            network = NetworkView(
-                f"pid {pid}",
-                way,
-                self._networks(),
-                namespace.index,
-                self.external("net"),
-                lambda one, kind: forest.innermost(one, namespace.owner, kind),
-            )
+            network = self._network(f"pid {pid}", namespace, way)
             refuse(network.blockers)
             return network.state
         if namespace.kind == "cgroup":
@@ -390,6 +382,19 @@ class NamespaceCapture:
         state_of_mounts, found = self._mounts.state(namespace.index)
         refuse(found)
         return state_of_mounts
+
+    def _network(self, subject: str, namespace: Namespace, way: Way) -> NetworkView:
+        forest = self._forest.forest()
+        with ExitStack() as fds:
+            return NetworkView(
+                subject,
+                way,
+                self._networks(),
+                namespace.index,
+                self.external("net"),
+                lambda one, kind: forest.innermost(one, namespace.owner, kind),
+                as_owner(LocalFd(way[-1][0]), FLAGS["net"], namespace.owner != 0, fds),
+            )
 
     def semaphores(self, pid: HostPid) -> Sequence[Semaphores]:
         """The semaphore sets of the ipc namespace of a process, if that is the tree's."""

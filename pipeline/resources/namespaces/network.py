@@ -6,8 +6,8 @@ alias, group and master; both ends of a veth pair in the tree, in one network or
 kernel's own messages and given back as such: the indexes in them are the same. Sysctls that differ from those of
 a fresh namespace. nftables rules (`pipeline.resources.namespaces.nftables`).
 
-Refused by name: other kinds of devices, iptables rules, queueing disciplines that were set, next-hop objects, rules
-for ids, VLAN filtering of a bridge.
+Refused by name: other kinds of devices, iptables rules, queueing disciplines that were set, next-hop objects,
+VLAN filtering of a bridge.
 Not kept: statistics, learned neighbours, the connection tracking table.
 
 The order: devices of all networks, lower before upper; masters; sysctls; nftables rules; up; addresses,
@@ -25,7 +25,8 @@ import os
 import socket
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
+from functools import partial
 from typing import Annotated
 
 from msgspec import Meta
@@ -34,13 +35,13 @@ from pipeline.errors import RebuildError
 from pipeline.ids import LocalFd
 from pipeline.image.schema import Record, Small
 from pipeline.kernel import rtnetlink
-from pipeline.kernel.rtnetlink import IFLA, RTM, Netlink, attribute
+from pipeline.kernel.rtnetlink import IFLA, RTM, Netlink, attribute, attributes
 from pipeline.kernel.syscalls import CLONE
 from pipeline.resources.namespaces import nftables
 from pipeline.resources.namespaces.links import GOING_S, SETTABLE_FLAGS, Link, Making, Outside, head, step
 from pipeline.resources.namespaces.support import Support
 from pipeline.resources.namespaces.tun import Number
-from pipeline.userns.visit import fetch, read_file, visit
+from pipeline.userns.visit import Way, fetch, read_file, visit
 
 SUPPORT = Support(
     "net",
@@ -52,11 +53,12 @@ SUPPORT = Support(
     ),
     refused=(
         "devices of other kinds",
-        "iptables rules, queueing disciplines that were set, next-hop objects, rules for uids, VLAN filtering",
+        "iptables rules, queueing disciplines that were set, next-hop objects, VLAN filtering",
     ),
 )
 
 SYSCTLS = "/proc/sys/net"
+FRA_UID_RANGE = 20
 
 Raw = Annotated[list[Small], Meta(max_length=1 << 16)]
 
@@ -78,13 +80,18 @@ class NetState(Record, frozen=True, kw_only=True):
 
 
 def create(
-    states: Mapping[int, NetState], opened: Callable[[int], LocalFd], outside: Outside, number: Number
+    states: Mapping[int, NetState],
+    opened: Callable[[int], LocalFd],
+    way_into: Callable[[int], AbstractContextManager[Way]],
+    outside: Outside,
+    number: Number,
 ) -> None:
     """Furnish the networks of the tree, which exist and are empty.
 
     Args:
         states: by `Namespace` index.
         opened: opens one of them; the caller owns the result.
+        way_into: what a visitor joins to be in one with the ids of its owner.
         outside: makes what hangs on devices outside of the tree.
         number: what an id is called here.
 
@@ -104,6 +111,12 @@ def create(
         ).make_all()
         for index, state in states.items():
             _furnish(index, state, fds[index], routes[index])
+            with step(index, "a rule"):
+                if any(FRA_UID_RANGE in attributes(rule[12:]) for rule in state.rules):
+                    with way_into(index) as way:
+                        visit(way, partial(_add_rules_here, state))
+                else:
+                    _add_rules(state, routes[index])
 
 
 def _detached() -> int:
@@ -132,11 +145,22 @@ def _furnish(index: int, state: NetState, fd: LocalFd, route: Netlink) -> None:
         ("a neighbour", RTM.NEWNEIGH, state.neighbours, rtnetlink.CREATE | rtnetlink.REPLACE),
         ("a forwarding entry", RTM.NEWNEIGH, state.forwarding, rtnetlink.CREATE | rtnetlink.APPEND),
         ("a route", RTM.NEWROUTE, state.routes, rtnetlink.CREATE | rtnetlink.REPLACE),
-        ("a rule", RTM.NEWRULE, state.rules, rtnetlink.CREATE | rtnetlink.EXCLUSIVE),
     ):
         for content in contents:
             with step(index, what):
                 route.do(message, content, flags)
+
+
+def _add_rules(state: NetState, route: Netlink) -> None:
+    for rule in state.rules:
+        route.do(RTM.NEWRULE, rule, rtnetlink.CREATE | rtnetlink.EXCLUSIVE)
+
+
+def _add_rules_here(state: NetState) -> bytes:
+    """Uids of rules are taken only from the user namespace that owns the network, and as it knows them."""
+    with Netlink(rtnetlink.socket_of()) as route:
+        _add_rules(state, route)
+    return b""
 
 
 def _set_flags(link: Link, route: Netlink) -> None:

@@ -13,8 +13,9 @@ import msgspec
 from pipeline.errors import Blocker, ImageError
 from pipeline.ids import LocalFd
 from pipeline.image.schema import Namespace
+from pipeline.kernel.rtnetlink import attributes
 from pipeline.resources.namespaces import nftables, outside_links
-from pipeline.resources.namespaces.network import NetState
+from pipeline.resources.namespaces.network import FRA_UID_RANGE, NetState
 from pipeline.resources.namespaces.tun import Number
 from pipeline.userns.externals import GivenDevice
 from pipeline.userns.forest import IdKind
@@ -59,7 +60,14 @@ def check_here(
     yield from outside_links.check_here(states, given, surroundings)
     for index, state in states.items():
         yield from _unplaced_users(index, state, number)
-        yield from nftables.check_here(index, state.ruleset, ids_stay or namespaces[index].owner != 0)
+        stay = ids_stay or namespaces[index].owner != 0
+        yield from nftables.check_here(index, state.ruleset, stay)
+        if not stay and any(FRA_UID_RANGE in attributes(rule[12:]) for rule in state.rules):
+            yield Blocker(
+                f"network namespace {index}",
+                "has routing rules for uids, and --map gives these other numbers here",
+                "restore with --map same",
+            )
 
 
 def _unplaced_users(index: int, state: NetState, number: Number) -> Iterator[Blocker]:

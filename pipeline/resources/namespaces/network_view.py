@@ -14,6 +14,7 @@ import socket
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from functools import partial
 
 import msgpack
 
@@ -26,7 +27,7 @@ from pipeline.kernel.syscalls import CLONE, unshare
 from pipeline.resources.namespaces import nftables
 from pipeline.resources.namespaces.links import Link
 from pipeline.resources.namespaces.links_view import LinksView, number
-from pipeline.resources.namespaces.network import SYSCTLS, NetState, set_sysctl
+from pipeline.resources.namespaces.network import FRA_UID_RANGE, SYSCTLS, NetState, set_sysctl
 from pipeline.userns.forest import IdKind
 from pipeline.userns.visit import Way, fetch, read_file, visit
 
@@ -39,7 +40,7 @@ _DEFAULT_RULES = {
 _IFA_KEPT = {1, 2, 3, 4, 6, 8, 9}
 _IFA_FLAGS, _NODAD, _OF_THE_KERNEL = 8, 0x02, 0x40 | 0x80 | 0x08
 _RTA_GATEWAY, _RTA_CACHEINFO, _RTA_NH_ID = 5, 12, 30
-_FRA_PRIORITY, _FRA_TABLE, _FRA_UID_RANGE = 6, 15, 20
+_FRA_PRIORITY, _FRA_TABLE = 6, 15
 _PROTO_REDIRECT, _PROTO_KERNEL, _CLONED = 1, 2, 0x200
 #: RTNH_F_PERVASIVE and ONLINK; the others say how the device is
 _ROUTE_FLAGS = 2 | 4
@@ -63,6 +64,7 @@ class NetworkView:
         networks: opens the network namespaces of the tree, and the external one, by their index.
         index: its own.
         identify: an id as we know it, in the forest.
+        as_owner: what a visitor joins to be in it with the ids of the user namespace that owns it.
     """
 
     def __init__(
@@ -73,9 +75,11 @@ class NetworkView:
         index: int,
         external: int,
         identify: Callable[[int, IdKind], Id],
+        as_owner: Way,
     ) -> None:
         self._subject = subject
         self._way = way
+        self._as_owner = as_owner
         self.blockers: list[Blocker] = []
         with self._netlink() as route:
             self._route = route
@@ -145,14 +149,16 @@ class NetworkView:
         kept = []
         for family, defaults in _DEFAULT_RULES.items():
             missing = set(defaults)
-            for content in self._route.dump(RTM.GETRULE, bytes([family]) + bytes(11)):
+            contents = list(_rules_of(family, self._route))
+            if any(FRA_UID_RANGE in attributes(content[12:]) for content in contents):
+                # uids are told as who asks knows them, and will be taken only from the owner's user namespace
+                contents = msgpack.unpackb(visit(self._as_owner, partial(_packed_rules_here, family)))
+            for content in contents:
                 told = attributes(content[12:])
                 key = number(told.get(_FRA_PRIORITY)), number(told.get(_FRA_TABLE))
                 if key in missing:
                     missing.remove(key)
                     continue
-                if _FRA_UID_RANGE in told:
-                    self._refuse("a routing rule for a range of uids, which is not carried")
                 kept.append(content)
             if missing:
                 self._refuse("a routing rule less than every namespace is born with, which is not carried")
@@ -207,6 +213,16 @@ class NetworkView:
             self._refuse(f"/proc/sys/net/{name} set to a value that cannot be set again")
         kept: dict[str, bytes] = differ
         return kept
+
+
+def _rules_of(family: int, route: Netlink) -> Iterator[bytes]:
+    return route.dump(RTM.GETRULE, bytes([family]) + bytes(11))
+
+
+def _packed_rules_here(family: int) -> bytes:
+    with Netlink(rtnetlink.socket_of()) as route:
+        packed: bytes = msgpack.packb(list(_rules_of(family, route)))
+    return packed
 
 
 def _state_of(neighbour: bytes) -> int:

@@ -278,20 +278,20 @@ def host_rows() -> list[Row]:
     return list(_host_rows())
 
 
-async def check(pid: int | None = None, rows: list[Row] | None = None) -> CheckReport:
-    """Say what this host can do and, with a pid, everything that stops that tree.
+async def check(pid: int | None = None) -> CheckReport:
+    """Say what this host can do and, with a pid, everything that stops that tree."""
+    return await trio.to_thread.run_sync(lambda: report_on(pid, host_rows()))
+
+
+def report_on(pid: int | None, rows: list[Row]) -> CheckReport:
+    """What stops a tree, if one is meant.
 
     Args:
         pid: root of the tree, in the caller's pid namespace.
-        rows: what this host can do, where that was looked at before.
+        rows: what this host can do.
     """
-    return await trio.to_thread.run_sync(_check, pid, rows)
-
-
-def _check(pid: int | None, rows: list[Row] | None) -> CheckReport:
     from pipeline.stages.examine import portrait, tree_blockers
 
-    rows = host_rows() if rows is None else rows
     if pid is None:
         return CheckReport(rows, [])
     return CheckReport(rows, sorted(set(tree_blockers(pid))), portrait(pid))

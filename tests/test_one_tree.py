@@ -66,6 +66,7 @@ class World:
         self.check()
 
     root_pid = child_pid = 77
+    notes = ()
 
     def thaw(self) -> int:
         assert self.there == "stands"
@@ -203,7 +204,7 @@ def play(
             {
                 "read_records": read_records, "rebuilt": rebuilt,
                 "page_feed": lambda *_: SimpleNamespace(bytes_done=0),
-                "RestoredTree": lambda *_: SimpleNamespace(wait=nothing, close=lambda: None),
+                "RestoredTree": lambda *_: SimpleNamespace(wait=nothing, close=lambda: None, notes=[]),
             },
         ),
     ):  # fmt: skip

@@ -24,13 +24,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(arguments: argparse.Namespace) -> int:
-    import pipeline
-    from pipeline.check import host_rows
+    import trio
+
+    from pipeline.check import host_rows, report_on
     from pipeline.cli import recipe
 
     rows = host_rows()  # from here, not from where the tree is
     pid = None if arguments.pid is None else within.enter("check", arguments.pid).pid
-    report = recipe.run(lambda: pipeline.check(pid, rows))
+    report = recipe.run(lambda: trio.to_thread.run_sync(report_on, pid, rows))
     if arguments.json:
         render.document(_plain(report))
     else:

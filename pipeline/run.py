@@ -30,13 +30,19 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import Literal, NamedTuple, NoReturn
 
 from pipeline.errors import PipelineError, UsageError
 from pipeline.ids import HostPid
 from pipeline.kernel.arch.x86_64_numbers import NR
 from pipeline.kernel.syscalls import CLONE, PRCTL, mount, prctl, syscall, unshare
-from pipeline.userns.permitted import ask_for_namespaces, ask_for_tools
+from pipeline.userns.permitted import (
+    ask_for_namespaces,
+    ask_for_ranges,
+    ask_for_tools,
+    subordinate_ranges,
+    user_name,
+)
 
 _CAP_SETGID, _CAP_SETUID = 6, 7
 _SECBIT_NO_SETUID_FIXUP = 1 << 2
@@ -63,6 +69,8 @@ class Extent(NamedTuple):
 
 
 IdMap = tuple[Extent, ...]
+#: own ids as 0, and behind it every range that subuid(5) and subgid(5) grant to the caller
+Granted = Literal["auto"]
 
 
 def parse_map(text: str) -> IdMap:
@@ -95,12 +103,13 @@ class Surroundings:
     """What a program is started in.
 
     Args:
-        users: user namespaces from the outermost in; None maps the caller's euid and egid to 0.
+        users: user namespaces from the outermost in; None maps the caller's euid and egid to 0; ``auto``, for
+            the outermost, all that the caller has.
         others: CLONE_NEW* of the other kinds, owned by the innermost user namespace.
         detach: a session of its own, and /dev/null where stdio is not a file.
     """
 
-    users: Sequence[IdMap | None] = ()
+    users: Sequence[IdMap | Granted | None] = ()
     others: int = 0
     detach: bool = False
 
@@ -117,11 +126,15 @@ def start(command: Sequence[str], surroundings: Surroundings, mask: Sequence[int
         Its pid in this process's pid namespace.
 
     Raises:
-        UsageError: too many levels.
+        UsageError: too many levels, or ``auto`` not for the outermost.
         PipelineError: the kernel or newuidmap refused a step, or the program cannot be executed.
     """
     if len(surroundings.users) > _MOST_LEVELS:
         raise UsageError(f"user namespaces nest {_MOST_LEVELS} deep at most, not {len(surroundings.users)}")
+    if "auto" in surroundings.users[1:]:
+        raise UsageError(
+            "auto, the ids that this user has on the host, is for the outermost user namespace only"
+        )
     reader, writer = os.pipe()
     first = os.fork()
     if first == 0:
@@ -193,10 +206,22 @@ def _report(writer: int, text: str) -> None:
         os.write(writer, b"error " + text.replace("\n", " ").encode() + b"\n")
 
 
-def _enter_user_namespace(wanted: IdMap | None, writer: int) -> None:
+def _granted(kind: str, own: int) -> IdMap:
+    ranges = subordinate_ranges(f"/etc/sub{kind}", user_name(), os.geteuid())
+    if not ranges:
+        raise PipelineError(f"/etc/sub{kind} has no range for {user_name()}; {ask_for_ranges()}")
+    starts = itertools.accumulate((count for _, count in ranges), initial=1)
+    granted = (Extent(inner, first, count) for inner, (first, count) in zip(starts, ranges, strict=False))
+    return (Extent(0, own, 1), *granted)
+
+
+def _enter_user_namespace(wanted: IdMap | Granted | None, writer: int) -> None:
     euid, egid = os.geteuid(), os.getegid()
-    uids = (Extent(0, euid, 1),) if wanted is None else wanted
-    gids = (Extent(0, egid, 1),) if wanted is None else _for_groups(wanted, euid, egid)
+    if wanted == "auto":
+        uids, gids = _granted("uid", euid), _granted("gid", egid)
+    else:
+        uids = (Extent(0, euid, 1),) if wanted is None else wanted
+        gids = (Extent(0, egid, 1),) if wanted is None else _for_groups(wanted, euid, egid)
     go_reader, go_writer = os.pipe()
     target = os.getpid()
     helper = os.fork()

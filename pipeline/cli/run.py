@@ -1,10 +1,11 @@
 """Start a program in new namespaces, nested as deep as wanted; without root too.
 
-MAP is INNER:OUTER:COUNT[,INNER:OUTER:COUNT...], for uids and gids alike; without it the
-caller's own ids become 0. --userns may be given several times, from the outermost in;
-the other namespaces belong to the innermost. With --pidns the program is pid 1 there,
-and with --mntns too it has a fresh /proc. Without --detach the command waits for the
-program, forwards signals and exits with its status.
+MAP is INNER:OUTER:COUNT[,INNER:OUTER:COUNT...], for uids and gids alike, or auto: own ids
+as 0, and behind it the ranges of /etc/subuid and /etc/subgid. Without it own ids become 0.
+--userns may be given several times, from the outermost in; the other namespaces belong to
+the innermost. With --pidns the program is pid 1 there, and with --mntns too it has a fresh
+/proc. Without --detach the command waits for the program, forwards signals and exits with
+its status.
 """
 
 from __future__ import annotations
@@ -12,12 +13,17 @@ from __future__ import annotations
 import argparse
 import os
 import signal
+from typing import TYPE_CHECKING
 
 from pipeline.cli import pidfile, render
 from pipeline.errors import UsageError
 
+if TYPE_CHECKING:
+    from pipeline.run import Granted, IdMap
+
 EXAMPLE = (
     "  python -m pipeline run --userns --pidns --mntns -- ps ax\n"
+    "  python -m pipeline run --userns=auto -- sh -c 'id; cat /proc/self/uid_map'\n"
     "  python -m pipeline run --userns=0:100000:65536 --userns=0:1000:100 --detach --pidfile pid -- sleep 1000"
 )
 
@@ -73,6 +79,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _map(text: str) -> IdMap | Granted | None:
+    from pipeline import run
+
+    if text == "auto":
+        return "auto"
+    return run.parse_map(text) if text else None
+
+
 def execute(arguments: argparse.Namespace) -> int:
     if not arguments.command:
         raise UsageError("no COMMAND; write it after --")
@@ -85,7 +99,7 @@ def execute(arguments: argparse.Namespace) -> int:
         if getattr(arguments, name):
             others |= CLONE[flag]
     surroundings = run.Surroundings(
-        users=[run.parse_map(text) if text else None for text in arguments.userns or ()],
+        users=[_map(text) for text in arguments.userns or ()],
         others=others,
         detach=arguments.detach,
     )

@@ -99,3 +99,18 @@ def test_a_map_that_is_not_granted_names_check(users: Users) -> None:
     assert done.returncode == 1
     assert "not allowed" in done.stderr
     assert "`check` says" in done.stderr
+
+
+def test_auto_maps_all_that_the_user_has(users: Users) -> None:
+    script = "cat /proc/self/uid_map /proc/self/gid_map /proc/self/setgroups"
+    done = users.engine(ALICE, "run", "--userns=auto", "--", "sh", "-c", script)
+    assert done.returncode == 0, done.stderr
+    uids = ["0", "61301", "1", "1", "300000", "10", "11", "300020", "1"]
+    assert done.stdout.split() == [*uids, "0", "62301", "1", "1", "400000", "65536", "allow"]
+    for options, code, words in (
+        (["--userns=auto"], 1, "as root: usermod --add-subuids 300021-365556"),
+        (["--userns", "--userns=auto"], 2, "for the outermost user namespace only"),
+    ):
+        done = users.engine(CAROL, "run", *options, "--", "true")
+        assert done.returncode == code, done.stderr
+        assert words in done.stderr

@@ -66,9 +66,9 @@ def _in_own_user_namespace() -> int:
             "the demo needs CAP_SYS_ADMIN, and a user namespace of your own does not give it here"
         )
     extents = own_map()
-    render.say("demo: as a plain user: the hosts are made inside a user namespace of your own,")
+    render.say("demo: as a plain user: the hosts are made inside a user namespace of your own")
     if len(extents) == 1:
-        render.say("demo: with one id only (more need newuidmap and a range in /etc/subuid and /etc/subgid)")
+        render.say(f"demo: with one id only; for more, {permitted.ask_for_ranges()}")
     waited = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, (*waited, signal.SIGCHLD))
     os.environ["PIPELINE_DEMO_INSIDE"] = "1"

@@ -154,6 +154,8 @@ def misnamed(view: FdView) -> str | None:
     except OSError as error:
         if view.link.endswith(DELETED):
             return NAME_REMOVED
+        if isinstance(error, PermissionError):
+            return f"uid {os.geteuid()} may not search a directory on its path"
         return f"its name does not lead to it any more: {error.strerror or error}"
     if same_inode(found, view.stat):
         return None

@@ -79,7 +79,7 @@ class RegularFile:
             yield Blocker(
                 view.subject,
                 f"the file cannot be opened again by name: {wrong}",
-                "close it, or rename it back",
+                "close it, have it in a directory that is open to this user, or rename it back",
             )
         yield from locks.check(view)
 

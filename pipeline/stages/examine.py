@@ -41,16 +41,14 @@ def _look(pid: int, externals: Externals | None) -> Iterator[Blocker]:
     yield from at_root
     if at_root:
         return
-    with suppress(procfs.ProcessGone):
-        at_root = list(around.check_levels(HostPid(pid)))
-    yield from at_root
-    if at_root:
-        return
     pids = walk(HostPid(pid))
     hidden: list[Blocker] = []
     for member in pids:
         with suppress(procfs.ProcessGone):
             hidden += check_visible(member)
+    if not hidden:
+        with suppress(procfs.ProcessGone):
+            hidden += around.check_levels(HostPid(pid))
     yield from hidden
     if hidden:
         return

@@ -94,6 +94,8 @@ def test_maps_of_a_plain_user_are_whole_again(users: Users, begin: Callable[...,
     ]
     for _ in range(2):  # what was restored is dumped like any other
         restore(users, ALICE, tree, dump(users, ALICE, tree))
+        other = users.engine(BOB, "dump", "--pid", str(tree.pid), "--to", tree.directory / "other")
+        assert (other.returncode, "it runs for another user" in other.stderr) == (3, True), said(other)
         assert [maps_of(pid) for pid in tree.pids()] == before
         assert Path(f"/proc/{tree.pid}/setgroups").read_text() == "allow\n"
         tree.check()

@@ -57,7 +57,7 @@ def execute(arguments: argparse.Namespace) -> int:
             lambda: pipeline.dump(place.pid, to, leave=leave, externals=outside, progress=progress)
         )
     if arguments.json:
-        render.document(result)
+        render.document({**render.plain(result), "root_pid": arguments.pid})
     else:
         outcome = {"end": "ended", "running": "still running", "stopped": "stopped"}[leave]
         render.say(f"dump: pid {arguments.pid} is in {arguments.to}; the tree is {outcome}")

@@ -33,7 +33,15 @@ from pipeline.resources.kinds import FdView, FileKind
 @cache
 def kinds() -> tuple[FileKind[Any], ...]:
     """Every kind; the last one matches whatever is left, and refuses it."""
-    from pipeline.resources import inet_listen, inet_other, netlink_socket, other_socket, pty, unix_socket
+    from pipeline.resources import (
+        inet_listen,
+        inet_other,
+        netlink_socket,
+        other_socket,
+        pty,
+        tun_file,
+        unix_socket,
+    )
 
     return (
         opath.KIND,
@@ -52,6 +60,7 @@ def kinds() -> tuple[FileKind[Any], ...]:
         other_socket.KIND,
         pty.KIND,
         device.KIND,
+        tun_file.KIND,
         eventfd.KIND,
         epoll.KIND,
         timerfd.KIND,

@@ -36,6 +36,7 @@ from pipeline.kernel import procfs, ptrace, smaps
 from pipeline.kernel.arch import x86_64 as arch
 from pipeline.kernel.inside import open_file
 from pipeline.remote.live import LiveTask, Region, find_places
+from pipeline.resources import tun_file
 from pipeline.resources.memory.alike import is_forked
 from pipeline.resources.memory.capture import Captured, capture_address_space, check_address_space
 from pipeline.resources.memory.objects import MemoryObjects
@@ -151,7 +152,12 @@ class Capture:
                 yield from check_task(pid)
                 yield from check_address_space(pid, self._objects)
                 yield from check_controlling_terminal(pid, self.files)
+        yield from self._attachment_blockers()
+
+    def _attachment_blockers(self) -> Iterator[Blocker]:
         yield from self.namespaces.attachment_blockers()
+        views = [view for _, view in self.files.files()]
+        yield from tun_file.outsiders(self.namespaces.attached, views, self.namespaces.network_of)
 
     # -- capturing -------------------------------------------------------------------------
 
@@ -193,7 +199,7 @@ class Capture:
             blockers += found
             processes.append(record)
             captured[memory.space.space] = (pid, memory)
-        blockers += self.namespaces.attachment_blockers()
+        blockers += self._attachment_blockers()
         if blockers:
             return [], [], blockers
         spaces, sources, planner = self._arrange(processes, captured)

@@ -258,6 +258,8 @@ def _descriptors(pid: int) -> dict[str, Any]:
                 lines.append(f"flags:{flags & ~os.O_TMPFILE if unnamed else flags:o}")
             elif name == "flags" and link.endswith(" (deleted)"):
                 lines.append(f"flags:{int(value, 8) & ~UNNAMED_MAY_DIFFER:o}")
+            elif name == "pos" and link == "/dev/net/tun":
+                continue  # how much was read once; it means nothing, and cannot be set
             elif name not in FDINFO_MAY_DIFFER:
                 lines.append(f"{name}:{' '.join(value.split())}")
         found[f"fd {fd}"] = [_without_number(link), *sorted(lines)]

@@ -58,6 +58,8 @@ class LinksView:
         self._external = external
         self._refuse = refuse
         self._identify = identify
+        #: to how many descriptors tun and tap devices are attached, by name
+        self.attached: dict[bytes, int] = {}
 
     def links(self) -> list[Link]:
         """All that are carried, by index."""
@@ -83,8 +85,10 @@ class LinksView:
         uid, gid = tun.ids(data) if kind == "tun" else (None, None)
         if kind == "tun":
             link_type = int(struct.unpack_from("<H", content, 2)[0])
-            for what, remedy in tun.blockers(name.decode(), link_type, told.get(IFLA.CARRIER) == b"\1", data):
+            for what, remedy in tun.blockers(name.decode(), link_type, data):
                 self._refuse(what, remedy)
+            if count := tun.attached(told.get(IFLA.CARRIER) == b"\1", data):
+                self.attached[name] = count
         peer, outside = self._other(told, kind) if kind in HANGING else (None, None)
         if kind == "vxlan" and outside is not None:
             self._refuse(

@@ -119,6 +119,8 @@ class NamespaceCapture:
         self._inside: dict[int, list[Blocker]] = {}
         self.namespaces: list[Namespace] = []
         self.memberships: dict[HostPid, Memberships] = {}
+        #: to how many descriptors tun and tap devices are attached, by network and name
+        self.attached: dict[tuple[int, bytes], int] = {}
         self._numbers: dict[tuple[str, NamespaceKey], int] = {}
         self._seats: dict[int, _Seat] = {}
         self._ipc = IpcCapture()
@@ -365,6 +367,7 @@ class NamespaceCapture:
         if namespace.kind == "net":
             network = self._network(f"pid {pid}", namespace, way)
             refuse(network.blockers)
+            self.attached |= {(namespace.index, name): count for name, count in network.attached.items()}
             return network.state
         if namespace.kind == "cgroup":
             if seat.held:

@@ -46,7 +46,7 @@ from pipeline.userns.visit import Way, fetch, read_file, visit
 SUPPORT = Support(
     "net",
     carried=(
-        "lo, dummy, bridge, veth, macvlan, macvtap, vxlan and persistent tun devices with names, indexes and MACs",
+        "lo, dummy, bridge, veth, macvlan, macvtap, vxlan, tun and tap devices with names, indexes and MACs",
         "veth, macvlan and macvtap devices that hang on one outside: at the destination on the one that is said there",
         "addresses, routes, rules, permanent neighbours, sysctls, nftables rules",
         "sockets in the network that they were made in",

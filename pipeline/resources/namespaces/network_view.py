@@ -83,7 +83,10 @@ class NetworkView:
         self.blockers: list[Blocker] = []
         with self._netlink() as route:
             self._route = route
-            links = LinksView(route, index, networks, external, self._refuse, identify).links()
+            devices = LinksView(route, index, networks, external, self._refuse, identify)
+            links = devices.links()
+            #: see `LinksView`
+            self.attached = devices.attached
             self.state = NetState(
                 links=links,
                 addresses=[

@@ -1,11 +1,13 @@
-"""Persistent tun and tap devices: made by an open /dev/net/tun, which then lets go of them.
+"""tun and tap devices: made by an open /dev/net/tun, which then lets go of them.
+
+They are made persistent, so that they are there when descriptors are attached (`pipeline.resources.tun_file`).
 
 Kept besides what every device has: tun or tap, packet information, vnet headers, multiple queues, and the user and
 the group that may attach to it, who go through the forest: the kernel tells and takes them as the user namespace of
 whoever asks knows them.
 
-Refused by name: a device that a descriptor is attached to, another link type than is usual. Not kept, because only
-an attached descriptor is told: size of vnet headers, offloads, filters.
+Refused by name: another link type than is usual. Only an attached descriptor is told the size of vnet headers,
+offloads and filters: without one they are not kept.
 
 Source: Documentation/networking/tuntap.rst; include/uapi/linux/if_tun.h; drivers/net/tun.c.
 """
@@ -40,24 +42,28 @@ def _value(data: Mapping[int, bytes], kind: int) -> int:
     return int.from_bytes(data.get(kind, b""), "little")
 
 
-def blockers(
-    name: str, link_type: int, carrier: bool, data: Mapping[int, bytes]
-) -> Iterator[tuple[str, str]]:
+def blockers(name: str, link_type: int, data: Mapping[int, bytes]) -> Iterator[tuple[str, str]]:
     """What stands in the way of carrying a device, and what can be done.
 
     Args:
         link_type: ARPHRD_*.
-        carrier: whether it has one: single-queue devices do while a descriptor is attached.
         data: attributes of IFLA_INFO_DATA.
     """
     what = f"{'tap' if _value(data, _TYPE) == _TAP else 'tun'} device {name}"
-    if carrier or _value(data, _QUEUES) or _value(data, _DISABLED) or not _value(data, _PERSIST):
-        yield (
-            f"{what}, which a descriptor of /dev/net/tun is attached to",
-            "close it, and keep the device persistent",
-        )
     if link_type != (_ARPHRD_ETHER if _value(data, _TYPE) == _TAP else _ARPHRD_NONE):
         yield f"{what} of link type {link_type}, which is not carried", "remove it"
+
+
+def attached(carrier: bool, data: Mapping[int, bytes]) -> int:
+    """How many descriptors are attached to a device.
+
+    Args:
+        carrier: whether it has one: devices with one queue do while a descriptor is attached.
+        data: attributes of IFLA_INFO_DATA.
+    """
+    if _value(data, _MULTI_QUEUE):
+        return _value(data, _QUEUES) + _value(data, _DISABLED)
+    return int(carrier)
 
 
 def ids(data: Mapping[int, bytes]) -> tuple[int | None, int | None]:

@@ -68,6 +68,8 @@ class IFLA_INFO(IntEnum):  # noqa: N801 (as the kernel spells it)
 
     KIND = 1
     DATA = 2
+    SLAVE_KIND = 4
+    SLAVE_DATA = 5
 
 
 def socket_of(protocol: int = socket.NETLINK_ROUTE) -> socket.socket:

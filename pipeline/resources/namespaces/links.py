@@ -37,8 +37,8 @@ DATA: Mapping[str, frozenset[int]] = {
     "lo": frozenset(),
     "dummy": frozenset(),
     "veth": frozenset(),
-    # timers, STP, priority, VLAN protocol, multicast snooping, netfilter calls
-    "bridge": frozenset({1, 2, 3, 4, 5, 6, 8, 9, 23, 36, 37, 38, 39}),
+    # timers, STP, priority, VLAN protocol, group address, netfilter calls, multicast, IGMP and MLD, switches
+    "bridge": frozenset({1, 2, 3, 4, 5, 6, 8, 9, 20, 22, 23, 24, 25, *range(27, 40), 42, 43, 44, 46}),
     # mode, flags, MACs of mode source, length of the broadcast queue, cutoff
     "macvlan": frozenset({1, 2, 5, 7, 9}),
     "macvtap": frozenset({1, 2, 5, 7, 9}),
@@ -46,12 +46,15 @@ DATA: Mapping[str, frozenset[int]] = {
     "vxlan": frozenset(range(1, 35)),
     "tun": tun.KEPT,
 }
+#: attributes of a port of a bridge that are set again: all but its STP state, and what is only told
+PORT_DATA = frozenset({2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 25, 27, 28, 30, 31, 32, 33, 34, 39, 40, 42, 43})
 #: how long a network that nobody is in any more may take to go, with its devices
 GOING_S = 1.0
 #: kinds that lie on another device
 LYING = frozenset({"macvlan", "macvtap"})
 #: kinds that hang on another device, or whose packets go through another network
 HANGING = LYING | {"veth", "vxlan"}
+_BRIDGE_SWITCHES = 46
 _MACVLAN_MAC_MODE, _MACVLAN_MACS, _MACVLAN_SET_MACS = 3, 5, 3
 _VXLAN_LINK = 3
 #: taken as set if they are there at all (remote checksum offload, TTL inherited); the last one is then without a value
@@ -70,7 +73,7 @@ class Link(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     `peer`: the (`Namespace` index, device index) of the other end of a veth, of what a macvlan lies on; of a
     vxlan the network is the one that its packets go through.
     `outside`: that is outside of the tree, and was called so (NAME or NAME@BRIDGE, empty if it could not be seen).
-    `uid`, `gid`: who may attach to a tun or tap device.
+    `uid`, `gid`: who may attach to a tun or tap device. `port`: how it is set as a port of a bridge.
     """
 
     index: Annotated[int, Meta(ge=1, le=0x7FFF_FFFF)]
@@ -88,6 +91,7 @@ class Link(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     outside: Annotated[bytes, Meta(max_length=64)] | None = None
     uid: Id | None = None
     gid: Id | None = None
+    port: Annotated[list[tuple[U16, Small]], Meta(max_length=64)] = []
 
 
 class Outside(Protocol):
@@ -195,6 +199,13 @@ class Making:
         raise RebuildError(f"device {link.name!r} has no other end in the image")
 
 
+def port_of(link: Link) -> bytes:
+    """How a device is set as a port of a bridge, as an attribute of the device."""
+    data = b"".join(attribute(kind, value) for kind, value in link.port)
+    info = attribute(IFLA_INFO.SLAVE_KIND, b"bridge\0") + attribute(IFLA_INFO.SLAVE_DATA, data)
+    return attribute(IFLA.LINKINFO, info)
+
+
 def _below(link: Link) -> Place | None:
     """What has to be there before a device can be made."""
     if link.outside is not None or link.peer is None:
@@ -216,6 +227,8 @@ def create(route: Netlink, described: bytes, kind: str, data: bytes) -> None:
 def data_of(link: Link) -> bytes:
     """The attributes of a device's kind, as they are set."""
     data = link.data
+    if link.kind == "bridge":  # switches are values and a mask: those that are off may not be known here
+        data = [(kind, value[:4] * 2 if kind == _BRIDGE_SWITCHES else value) for kind, value in data]
     if link.kind == "vxlan":
         data = [(kind, value) for kind, value in data if kind not in _VXLAN_SWITCHES or any(value)]
         data = [(kind, b"" if kind == _VXLAN_TTL_INHERIT else value) for kind, value in data]

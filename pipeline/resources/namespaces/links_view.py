@@ -17,12 +17,13 @@ from pipeline.kernel import rtnetlink
 from pipeline.kernel.rtnetlink import IFLA, IFLA_INFO, RTM, Netlink, attribute, attributes
 from pipeline.kernel.syscalls import CLONE
 from pipeline.resources.namespaces import tun
-from pipeline.resources.namespaces.links import DATA, HANGING, Link, Place, head_of
+from pipeline.resources.namespaces.links import DATA, HANGING, PORT_DATA, Link, Place, head_of
 from pipeline.userns.forest import IdKind
 from pipeline.userns.visit import fetch
 
 _UP = 1
 _BRIDGE_VLAN_FILTERING = 7
+_BACKUP_NEXTHOP = 44
 _NETNSA_NSID, _NETNSA_FD = 1, 3
 _NOT_ASSIGNED = b"\xff" * 4
 #: devices that a network namespace is born with where their module is loaded; they are down until somebody uses them
@@ -110,7 +111,19 @@ class LinksView:
             outside=outside,
             uid=None if uid is None else self._identify(uid, "uid"),
             gid=None if gid is None else self._identify(gid, "gid"),
+            port=self._port(name.decode(), info),
         )
+
+    def _port(self, name: str, info: Mapping[int, bytes]) -> list[tuple[int, bytes]]:
+        """How a device is set as a port of a bridge."""
+        if info.get(IFLA_INFO.SLAVE_KIND, b"").rstrip(b"\0") != b"bridge":
+            return []
+        told = attributes(info.get(IFLA_INFO.SLAVE_DATA, b""))
+        if any(told.get(_BACKUP_NEXTHOP, b"")):
+            self._refuse(
+                f"device {name}, a port of a bridge with a next-hop object, which is not carried", ""
+            )
+        return [(kind, value) for kind, value in told.items() if kind in PORT_DATA]
 
     def _other(self, told: Mapping[int, bytes], kind: str) -> tuple[Place | None, bytes | None]:
         """What a device hangs on: its place in the tree, or what it is called outside."""

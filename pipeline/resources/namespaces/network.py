@@ -38,7 +38,16 @@ from pipeline.kernel import rtnetlink
 from pipeline.kernel.rtnetlink import IFLA, RTM, Netlink, attribute, attributes
 from pipeline.kernel.syscalls import CLONE
 from pipeline.resources.namespaces import nftables
-from pipeline.resources.namespaces.links import GOING_S, SETTABLE_FLAGS, Link, Making, Outside, head, step
+from pipeline.resources.namespaces.links import (
+    GOING_S,
+    SETTABLE_FLAGS,
+    Link,
+    Making,
+    Outside,
+    head,
+    port_of,
+    step,
+)
 from pipeline.resources.namespaces.support import Support
 from pipeline.resources.namespaces.tun import Number
 from pipeline.userns.visit import Way, fetch, read_file, visit
@@ -131,6 +140,10 @@ def _furnish(index: int, state: NetState, fd: LocalFd, route: Netlink) -> None:
         if extra:
             with step(index, f"device {os.fsdecode(link.name)}"):
                 route.do(RTM.SETLINK, head(link) + extra)
+    for link in state.links:
+        if link.port:
+            with step(index, f"port {os.fsdecode(link.name)} of a bridge"):
+                route.do(RTM.NEWLINK, head(link) + port_of(link))
     with step(index, "sysctls"):
         visit([(fd, CLONE.NEWNET)], lambda: _set_sysctls(state))
     if state.ruleset:

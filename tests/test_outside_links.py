@@ -267,6 +267,38 @@ def test_neighbours_hear_where_the_addresses_are_now(
     assert "elsewhere" in shell(around, f"bridge fdb show br br0 | grep -i {MAC}")
 
 
+def refuses_without_a_word(around: str, source: Host, destination: Host, secret: Path) -> None:
+    """A destination that was not told where the other end shall be; the tree goes on where it is."""
+    there = ["nsenter", f"--net={around}"]
+    pipeline = (sys.executable, "-m", "pipeline")
+    server = subprocess.Popen(
+        [
+            *there,
+            *destination.command(*pipeline, "serve", "--listen", "127.0.0.1:0", "--secret-file", secret),
+        ],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert server.stdout is not None
+        to = server.stdout.readline().split()[-1]
+        options = ["--pid", "20000", "--to", to, "--secret-file", str(secret)]
+        done = subprocess.run(
+            [*there, *source.command(*pipeline, "migrate", *options)],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    finally:
+        terminate(server)
+    assert done.returncode == 1, said(done)
+    assert "--external veth:eth0=source1@br0" in done.stderr, said(done)
+
+
 @pytest.mark.parametrize("setting", [DEPTH_1, DEPTH_2], ids=lambda s: s.name)
 def test_a_migration_takes_the_address_along(
     workshop: Workshop, around: str, tmp_path: Path, setting: Setting
@@ -282,6 +314,8 @@ def test_a_migration_takes_the_address_along(
         tree = within(around, lambda: source.start(workshop, "echoing", setting, 20_000))
         stack.callback(tree.kill)
         plug(around, tree, "source1")
+        assert answers(around)
+        refuses_without_a_word(around, source, destination, secret)
         assert answers(around)
         options = [
             "--listen",

@@ -7,12 +7,14 @@ import os
 import subprocess
 
 import pytest
+from msgspec import convert, to_builtins
 from msgspec.structs import replace
 
 from pipeline.errors import RebuildError
 from pipeline.image.schema import Id, Namespace
 from pipeline.kernel.syscalls import CLONE, PRCTL, prctl, unshare
 from pipeline.resources.namespaces import announce, outside_links
+from pipeline.resources.namespaces.network import NetState
 from pipeline.userns import cradle
 from pipeline.userns.externals import GivenDevice
 from pipeline.userns.forest import Forest
@@ -96,6 +98,33 @@ def test_what_lies_on_a_device_outside_says_nothing_until_the_tree_runs() -> Non
             assert "NO-CARRIER" in shell(inside, "ip link show inner")
             keepers.connect_networks()
             assert "LOWER_UP" in shell(inside, "ip link show inner")
+
+    in_child(body)
+
+
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [((7, 99), "lies on one that is not in the image"), (None, "lies on nothing in the image")],
+)
+def test_a_device_that_lies_on_nothing_is_named(place: tuple[int, int] | None, words: str) -> None:
+    """No image of ours says so."""
+
+    def body() -> None:
+        unshare(CLONE.NEWNET)
+
+        def act() -> None:
+            unshare(CLONE.NEWNET)
+            ip("link", "add", "lower", "type", "veth", "peer", "name", "other")
+            ip("link", "add", "link", "lower", "name", "over", "type", "macvlan")
+
+        with held(act) as pid:
+            capture, forest = captured(pid)
+            network = own_namespace(capture, "net")
+        state = convert(network.state, NetState)
+        wrong = [replace(link, peer=place) if link.name == b"over" else link for link in state.links]
+        built = to_builtins(replace(state, links=wrong), builtin_types=(bytes,))
+        with pytest.raises(RebuildError, match=words), making(forest, {7: replace(network, state=built)}):
+            pass
 
     in_child(body)
 

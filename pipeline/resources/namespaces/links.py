@@ -163,7 +163,8 @@ class Making:
             self._make_tun(index, link)
             return
         if link.kind in LYING:
-            assert link.peer is not None
+            if link.peer is None:
+                raise RebuildError(f"device {os.fsdecode(link.name)} lies on nothing in the image")
             network, lower = link.peer
             described += lies_on(lower, self.fds[index])
             create(self.routes[network], described, link.kind, data_of(link))

@@ -18,7 +18,7 @@ import pytest
 from tests.harness.hosts import Host, terminate
 from tests.harness.networks import engine_in, network, shell, start_in, within
 from tests.harness.settings import DEPTH_0, DEPTH_1, DEPTH_2, Setting
-from tests.harness.tree import Tree, Workshop, reap, said
+from tests.harness.tree import Tree, Workshop, engine, reap, said
 
 pytestmark = pytest.mark.root
 
@@ -242,6 +242,27 @@ def test_two_networks_with_a_device_of_one_name(
     assert sorted(inner) == [40, 41]
     outer = devices(around)
     assert {outer[f"new{n}"]["link_index"] for n in range(2)} == {40, 41}
+    tree.check()
+
+
+def test_the_surroundings_may_be_a_network_that_was_given(
+    start: Callable[..., Tree], around: str, tmp_path: Path
+) -> None:
+    """Both commands run elsewhere: the network of the host is given by path."""
+    tree = start_in(around, start, "echoing", DEPTH_1)
+    plug(around, tree)
+    family, image = tree.pids(), tmp_path / "image"
+    here = ["--external", f"net={around}"]
+    done = engine("dump", "--pid", str(tree.pid), "--to", image, *here)
+    assert done.returncode == 0, said(done)
+    assert not reap(family)
+    done = engine("restore", "--from", image, "--detach", *here)
+    assert done.returncode == 3, said(done)
+    assert "--external veth:eth0=out1@br0" in done.stderr
+    done = engine("restore", "--from", image, "--detach", *here, "--external", "veth:eth0=again@br0")
+    assert done.returncode == 0, said(done)
+    assert devices(around)["again"]["master"] == "br0"
+    assert answers(around)
     tree.check()
 
 

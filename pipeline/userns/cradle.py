@@ -112,8 +112,6 @@ def trial() -> tuple[list[Extent], list[Extent]]:
     if child == 0:
         answer = b""
         try:
-            devnull = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(devnull, 2)  # newuidmap's own words
             enter()
             answer = b"\0".join(Path(f"/proc/self/{kind}_map").read_bytes() for kind in ("uid", "gid"))
         except (PipelineError, OSError) as error:
@@ -162,6 +160,7 @@ class _Mapper:
         self, pid: int, uid: int, gid: int, uids: Sequence[tuple[int, int]], gids: Sequence[tuple[int, int]]
     ) -> None:
         ready, self._go = os.pipe()
+        self._told, tell = os.pipe()
         self._child = os.fork()
         if self._child == 0:
             os.close(self._go)
@@ -172,24 +171,33 @@ class _Mapper:
                         words = [
                             str(n) for first, count in [(own, 1), *ranges] for n in (first, first, count)
                         ]
-                        subprocess.run([tool, str(pid), *words], check=True)
-                    status = 0
+                        done = subprocess.run([tool, str(pid), *words], capture_output=True, check=False)
+                        if done.returncode:
+                            os.write(tell, tool.encode() + b" failed: " + done.stderr.strip()[:1000])
+                            break
+                    else:
+                        status = 0
             finally:
                 os._exit(status)
         os.close(ready)
+        os.close(tell)
 
     def write(self) -> None:
         """Let it write the maps and wait for it."""
         os.write(self._go, b"g")
         os.close(self._go)
+        with os.fdopen(self._told, "rb") as file:
+            told = file.read().decode(errors="replace").replace("\n", " ")
         _, status = os.waitpid(self._child, 0)
         if status:
             raise PipelineError(
-                "newuidmap or newgidmap failed: they have to be setuid root (or hold cap_setuid and cap_setgid), and "
-                "no mount option or no_new_privs may take that away; as root: apt-get install --reinstall uidmap"
+                f"{told or 'newuidmap was not run'} (newuidmap and newgidmap have to be setuid root, or hold "
+                "cap_setuid and cap_setgid, and no mount option or no_new_privs may take that away; this user needs a name in "
+                "/etc/passwd; as root: apt-get install --reinstall uidmap)"
             )
 
     def give_up(self) -> None:
         """Let it go without having written anything."""
         os.close(self._go)
+        os.close(self._told)
         os.waitpid(self._child, 0)

@@ -75,14 +75,16 @@ def ask_for_namespaces(refusal: OSError) -> str:
 
 def ask_for_ranges(count: int = USUAL_RANGE, kinds: Sequence[str] = ("uid", "gid")) -> str:
     """What an administrator does, so that this user has `count` subordinate ids in one piece; `kinds`: uid, gid."""
-    user = user_name()
+    user, name = user_name(), ""
+    if user.isdigit():  # newuidmap asks for a name
+        user, name = "NAME", f"useradd --uid {user} NAME; "
     words = []
     for kind in kinds:
         ends = [first + size for _, first, size in _granted(f"/etc/sub{kind}")]
         first = max([_FIRST_SUBORDINATE, *ends])
         words.append(f"--add-sub{kind}s {first}-{first + count - 1}")
     tools = "" if has_tools() else f"{ask_for_tools()}; "
-    return f"as root: {tools}usermod {' '.join(words)} {user}"
+    return f"as root: {tools}{name}usermod {' '.join(words)} {user}"
 
 
 def has_tools() -> bool:

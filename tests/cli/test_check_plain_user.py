@@ -22,6 +22,7 @@ pytestmark = [
 
 ALICE = User("alice", 61_301, 62_301, [(300_000, 10), (300_020, 1)], [(400_000, 65_536)])
 CAROL = User("carol", 61_303, 62_303)
+NOBODY_KNOWS = User("", 61_399, 62_399)
 
 
 @pytest.fixture
@@ -55,6 +56,14 @@ def test_who_has_no_range_is_told_what_root_types(users: Users) -> None:
     assert found["/etc/subgid"]["remedy"] == "as root: usermod --add-subgids 465536-531071 carol"
 
 
+def test_who_has_no_name_is_told_to_get_one(users: Users) -> None:
+    code, found = rows(users.engine_command(NOBODY_KNOWS, "check", "--json"))
+    assert code == 0
+    assert found["/etc/subuid"]["remedy"].startswith(
+        "as root: useradd --uid 61399 NAME; usermod --add-subuids "
+    )
+
+
 def test_newuidmap_that_is_not_there(users: Users) -> None:
     empty = users.command(ALICE, "env", "PATH=/nowhere", users.python, "-m", "pipeline", "check", "--json")
     code, found = rows(empty)
@@ -71,6 +80,7 @@ def test_newuidmap_that_may_not_do_it(users: Users) -> None:
     )
     assert code == 1
     assert found["ids of a tree"]["ok"] is False
+    assert "uid_map failed: Operation not permitted" in found["ids of a tree"]["remedy"]
     assert "no_new_privs" in found["ids of a tree"]["remedy"]
 
 

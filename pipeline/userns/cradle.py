@@ -192,8 +192,8 @@ class _Mapper:
         if status:
             raise PipelineError(
                 f"{told or 'newuidmap was not run'} (newuidmap and newgidmap have to be setuid root, or hold "
-                "cap_setuid and cap_setgid, and no mount option or no_new_privs may take that away; this user needs a name in "
-                "/etc/passwd; as root: apt-get install --reinstall uidmap)"
+                "cap_setuid and cap_setgid, and no mount option or no_new_privs may take that away; this user needs a "
+                "name in /etc/passwd; as root: apt-get install --reinstall uidmap)"
             )
 
     def give_up(self) -> None:

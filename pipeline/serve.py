@@ -33,7 +33,7 @@ from pipeline.transport.framing import Message
 from pipeline.transport.protocol import Accept, Commit, Completed, Decision, Hello, Offer, Prepared, Refuse
 from pipeline.transport.tcp import Channel, parse_address
 from pipeline.userns.cradle import owns_pid_namespace
-from pipeline.userns.destination import Unmapped
+from pipeline.userns.destination import Unmapped, check_options
 from pipeline.userns.externals import Externals
 
 
@@ -243,6 +243,7 @@ async def serve(
     Cancellation: a tree that is on its way is given up here, and runs on at its source.
     """
     host, port = parse_address(listen)
+    check_options(map, unmapped)
     made = identity.generate_secret() if secret_file is None else None
     secret = identity.load_secret(secret_file) if secret_file is not None else (made or "").encode()
     new_pidns = new_pidns or not owns_pid_namespace()

@@ -56,8 +56,7 @@ class Destination:
     """
 
     def __init__(self, image: Image, placing: str = "same", unmapped: Unmapped = "refuse") -> None:
-        if unmapped not in get_args(Unmapped):
-            raise UsageError(f"--unmapped {unmapped}: say refuse or overflow")
+        check_options(placing, unmapped)
         namespaces = list(image.user_namespaces.values())
         here = {kind: _mapped_here(kind) for kind in _KINDS}
         self.forest = Forest(
@@ -217,6 +216,14 @@ def _overflow_id(kind: IdKind, here: Sequence[Range]) -> int | None:
     if any(first <= number < first + count for first, count in here):
         return number
     return None
+
+
+def check_options(placing: str, unmapped: str) -> None:
+    """See that --map and --unmapped can be meant here, whatever the image; raises UsageError."""
+    if unmapped not in get_args(Unmapped):
+        raise UsageError(f"--unmapped {unmapped}: say refuse or overflow")
+    for kind in _KINDS:
+        _outside(placing, kind, [], _mapped_here(kind))
 
 
 def _outside(placing: str, kind: IdKind, namespaces: Iterable[UserNamespace], here: list[Range]) -> IdMap:

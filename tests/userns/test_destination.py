@@ -185,3 +185,19 @@ def test_what_cannot_be_placed_is_said_and_nothing_is_left(
     assert done.returncode == code, said(done)
     assert words in done.stderr
     assert not Path(f"/proc/{tree.pid}").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--map", "elsewhere"], "--map elsewhere: say same, auto, or BASE:COUNT"),
+        (["--map", "4294967290:100"], "not all of these uids exist"),
+    ],
+)
+def test_a_destination_that_cannot_be_meant_is_said_before_anybody_is_listened_to(
+    options: list[str], words: str
+) -> None:
+    done = engine("serve", "--listen", "127.0.0.1:0", *options)
+    assert done.returncode == 2, said(done)
+    assert words in done.stderr
+    assert not done.stdout

@@ -18,7 +18,8 @@ from pipeline.image.schema import Index, NamespaceKind, OpenFile, Record
 from pipeline.resources.kinds import CaptureScope, CreateScope, FdView
 from pipeline.resources.steps import CompleteOnceCreated
 
-_LINKS = (b"mnt:[", b"net:[", b"pid:[", b"user:[", b"uts:[", b"ipc:[", b"cgroup:[", b"time:[")
+#: what readlink says of a descriptor of one
+LINKS = (b"mnt:[", b"net:[", b"pid:[", b"user:[", b"uts:[", b"ipc:[", b"cgroup:[", b"time:[")
 
 
 class NamespaceFileState(Record, frozen=True, kw_only=True):
@@ -43,7 +44,7 @@ class NamespaceFile(CompleteOnceCreated):
 
     def matches(self, view: FdView) -> bool:
         """By link."""
-        return view.link.startswith(_LINKS)
+        return view.link.startswith(LINKS)
 
     def check(self, view: FdView, scope: CaptureScope) -> Iterator[Blocker]:
         """It must be possible to make the namespace again; what is in it is looked at elsewhere."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import suppress
 
 from pipeline.errors import Blocker
-from pipeline.ids import HostPid
+from pipeline.ids import HostPid, LocalFd
 from pipeline.kernel import procfs
+from pipeline.resources.namespace_file import LINKS
 from pipeline.resources.namespaces.members import NamespaceCapture, check_visible
 from pipeline.resources.tasks import credentials
 from pipeline.stages.capture import Capture
@@ -19,6 +21,18 @@ from pipeline.userns.cradle import is_privileged
 from pipeline.userns.externals import Externals
 from pipeline.userns.lodgers import Lodgers
 from pipeline.userns.portrait import Portrait, Sitter, paint
+
+
+def _learn_held(pid: HostPid, namespaces: NamespaceCapture) -> None:
+    """Look for namespaces that a process holds by descriptors."""
+    for number in procfs.list_dir(pid, "fd"):
+        with suppress(OSError):  # it is closed by now
+            if os.readlink(f"/proc/{pid}/fd/{number}".encode()).startswith(LINKS):
+                fd = LocalFd(os.open(f"/proc/{pid}/fd/{number}", os.O_RDONLY | os.O_CLOEXEC))
+                try:
+                    namespaces.number_of(fd, pid, int(number))
+                finally:
+                    os.close(fd)
 
 
 def tree_blockers(pid: int, externals: Externals | None = None) -> list[Blocker]:
@@ -77,6 +91,9 @@ def portrait(pid: int) -> Portrait | None:
             pids.append(member)
     with Lodgers() as lodgers:
         namespaces = NamespaceCapture(pids, forest, is_privileged(), lodgers)
+        for member in pids:
+            with suppress(procfs.ProcessGone):
+                _learn_held(member, namespaces)
     sitters = []
     for member, members in namespaces.memberships.items():
         with suppress(procfs.ProcessGone):

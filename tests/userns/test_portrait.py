@@ -13,7 +13,7 @@ from pipeline.cli import forest
 from pipeline.image.schema import Credentials, Extent, Id, Memberships, Namespace, UserNamespace
 from pipeline.resources.namespaces.members import KINDS
 from pipeline.userns.portrait import OVERFLOW_ID, Sitter, paint
-from tests.harness.settings import DEPTH_0
+from tests.harness.settings import DEPTH_0, DEPTH_1
 from tests.harness.tree import Tree, dump, engine, said
 
 
@@ -110,3 +110,16 @@ def test_a_tree_and_its_image_give_the_same_picture(start: Callable[..., Tree], 
     text = answer("inspect", image, "--namespaces").stdout
     assert "shows as 65534 in user namespace" in text
     assert "setgroups denied" in text
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("program", ["held_namespaces", "showing"])
+def test_namespaces_that_are_only_held_are_in_both_pictures(
+    start: Callable[..., Tree], tmp_path: Path, program: str
+) -> None:
+    tree = start(program, DEPTH_1)
+    live = json.loads(engine("check", "--pid", tree.pid, "--json").stdout)["namespaces"]
+    dump(tree, tmp_path / "image")
+    assert json.loads(engine("inspect", tmp_path / "image", "--namespaces", "--json").stdout) == live
+    empty = [house for house in live["user-namespaces"] if not house["residents"] and house["index"]]
+    assert empty

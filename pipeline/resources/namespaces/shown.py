@@ -13,13 +13,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pipeline.ids import HostPid, LocalFd
 from pipeline.image.schema import NamespaceKind
 from pipeline.kernel import procfs
 from pipeline.kernel.arch.x86_64 import NR
-from pipeline.kernel.mountinfo import Mount, mountinfo
+from pipeline.kernel.mountinfo import Mount, parse_mountinfo
 from pipeline.kernel.nsfs import NamespaceKey
 from pipeline.kernel.syscalls import CLONE, syscall, unshare
 from pipeline.resources.namespaces import ipc_view
@@ -45,6 +45,8 @@ class Shown:
     number_of: Callable[[str, NamespaceKey], int | None]
     way: Callable[[int, ExitStack], Way]
     held: Callable[[HostPid, bytes, bool], tuple[str, int] | None]
+    #: where the mounts that a process sees begin, seen from a cgroup namespace: one visit tells of all
+    _roots: dict[tuple[int, HostPid], dict[int, bytes]] = field(default_factory=dict)
 
     def pids(self, path: str) -> int | None:
         """The pid namespace that the proc at a path shows: that of its process 1."""
@@ -64,7 +66,10 @@ class Shown:
     def cgroups(self, pid: HostPid, mount: Mount) -> int | None:
         """A cgroup namespace at whose root a mount, which `pid` sees, begins."""
         for index, way in self._ways("cgroup"):
-            if visit(way, lambda: _root_of(pid, mount.id)) == b"/":
+            if (index, pid) not in self._roots:
+                text = visit(way, lambda: procfs.read_file(pid, "mountinfo"))
+                self._roots[index, pid] = {one.id: one.root for one in parse_mountinfo(text)}
+            if self._roots[index, pid].get(mount.id) == b"/":
                 return index
         return None
 
@@ -89,7 +94,3 @@ def _sysfs_device(way: Way) -> int:
         return b"%d" % os.fstat(made).st_dev
 
     return int(visit(way, look))
-
-
-def _root_of(pid: HostPid, mount_id: int) -> bytes:
-    return next((mount.root for mount in mountinfo(pid) if mount.id == mount_id), b"")

@@ -16,10 +16,7 @@ Sources: user_namespaces(7), pid_namespaces(7), clone(2), capabilities(7), newui
 from __future__ import annotations
 
 import fcntl
-import itertools
-import operator
 import os
-import re
 import shutil
 import signal
 import socket
@@ -30,72 +27,26 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple, NoReturn
+from typing import NoReturn
 
 from pipeline.errors import PipelineError, UsageError
 from pipeline.ids import HostPid
 from pipeline.kernel.arch.x86_64_numbers import NR
 from pipeline.kernel.syscalls import CLONE, PRCTL, mount, prctl, syscall, unshare
-from pipeline.userns.permitted import (
-    ask_for_namespaces,
-    ask_for_ranges,
-    ask_for_tools,
-    subordinate_ranges,
-    user_name,
-)
+from pipeline.userns.permitted import ask_for_namespaces, ask_for_tools
+from pipeline.userns.wanted import Extent, Granted, IdMap, granted, parse_map
+
+__all__ = ("Extent", "Granted", "IdMap", "Surroundings", "parse_map", "start", "wait")
 
 _CAP_SETGID, _CAP_SETUID = 6, 7
 _SECBIT_NO_SETUID_FIXUP = 1 << 2
 _MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_REC, _MS_PRIVATE = 1 << 1, 1 << 2, 1 << 3, 1 << 14, 1 << 18
 _SIOCGIFFLAGS, _SIOCSIFFLAGS, _IFF_UP = 0x8913, 0x8914, 1
-_MOST_EXTENTS = 340
 _MOST_LEVELS = 32
 _MORE_IDS = (
     "more ids than the own one need newuidmap, newgidmap and a range in /etc/subuid and /etc/subgid: "
     "`check` says which there are, and whom to ask for more"
 )
-
-
-class Extent(NamedTuple):
-    """`length` ids from `inner` on are `outer` on in the parent user namespace."""
-
-    inner: int
-    outer: int
-    length: int
-
-    def text(self) -> str:
-        """As /proc/PID/uid_map wants it."""
-        return f"{self.inner} {self.outer} {self.length}"
-
-
-IdMap = tuple[Extent, ...]
-#: own ids as 0, and behind it every range that subuid(5) and subgid(5) grant to the caller
-Granted = Literal["auto"]
-
-
-def parse_map(text: str) -> IdMap:
-    """Parse ``inner:outer:count[,inner:outer:count…]``.
-
-    Raises:
-        UsageError: not of that form, over 340 lines, an id over 2**32-2, or lines that overlap.
-    """
-    extents = []
-    for line in text.split(","):
-        found = re.fullmatch(r"(\d{1,10}):(\d{1,10}):(\d{1,10})", line)
-        if found is None:
-            raise UsageError(f"{line!r} is not a map line: it is INNER:OUTER:COUNT, such as 0:100000:65536")
-        extent = Extent(*map(int, found.groups()))
-        if extent.length == 0 or max(extent.inner, extent.outer) + extent.length > 0xFFFF_FFFF:
-            raise UsageError(f"map line {line!r}: the count is 0, or an id is over 4294967294")
-        extents.append(extent)
-    if len(extents) > _MOST_EXTENTS:
-        raise UsageError(f"a map has at most {_MOST_EXTENTS} lines, this one has {len(extents)}")
-    for field, side in ((0, "inner"), (1, "outer")):
-        ordered = sorted(extents, key=operator.itemgetter(field))
-        for low, high in itertools.pairwise(ordered):
-            if low[field] + low.length > high[field]:
-                raise UsageError(f"map lines {low.text()!r} and {high.text()!r} overlap in their {side} ids")
-    return tuple(extents)
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,19 +157,10 @@ def _report(writer: int, text: str) -> None:
         os.write(writer, b"error " + text.replace("\n", " ").encode() + b"\n")
 
 
-def _granted(kind: str, own: int) -> IdMap:
-    ranges = subordinate_ranges(f"/etc/sub{kind}", user_name(), os.geteuid())
-    if not ranges:
-        raise PipelineError(f"/etc/sub{kind} has no range for {user_name()}; {ask_for_ranges()}")
-    starts = itertools.accumulate((count for _, count in ranges), initial=1)
-    granted = (Extent(inner, first, count) for inner, (first, count) in zip(starts, ranges, strict=False))
-    return (Extent(0, own, 1), *granted)
-
-
 def _enter_user_namespace(wanted: IdMap | Granted | None, writer: int) -> None:
     euid, egid = os.geteuid(), os.getegid()
     if wanted == "auto":
-        uids, gids = _granted("uid", euid), _granted("gid", egid)
+        uids, gids = granted("uid", euid), granted("gid", egid)
     else:
         uids = (Extent(0, euid, 1),) if wanted is None else wanted
         gids = (Extent(0, egid, 1),) if wanted is None else _for_groups(wanted, euid, egid)

@@ -22,6 +22,9 @@ from pipeline.userns.externals import Externals
 from pipeline.userns.lodgers import Lodgers
 from pipeline.userns.portrait import Portrait, Sitter, paint
 
+#: how often a tree is looked at in which something was not permitted
+_LOOKS = 4
+
 
 def _learn_held(pid: HostPid, namespaces: NamespaceCapture) -> None:
     """Look for namespaces that a process holds by descriptors."""
@@ -45,9 +48,20 @@ def tree_blockers(pid: int, externals: Externals | None = None) -> list[Blocker]
         pid: its root.
         externals: namespaces that are external instead of the pipeline's own.
     """
-    found = list(_look(pid, externals))
-    again = set(_look(pid, externals)) if found else set()
-    return [blocker for blocker in found if blocker in again]
+    for _ in range(_LOOKS):
+        try:
+            found = list(_look(pid, externals))
+            again = set(_look(pid, externals)) if found else set()
+            return [blocker for blocker in found if blocker in again]
+        except PermissionError as error:
+            refused = error  # of a member that ended, the number may be somebody else's now
+    return [
+        Blocker(
+            f"pid {pid}",
+            f"a process of its tree may not be looked at: {refused}",
+            "run as its user, or as root",
+        )
+    ]
 
 
 def _look(pid: int, externals: Externals | None) -> Iterator[Blocker]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -66,3 +67,23 @@ def test_migration_between_two_hosts(
     tree = source.start(workshop, program, setting, first_pid=5000)
     migrate(source, destination, tree, secret)
     tree.check()
+
+
+@pytest.mark.parametrize("setting", [DEPTH_0, DEPTH_1, DEPTH_2], ids=lambda s: s.name)
+def test_sleeps_last_through_several_rounds(
+    start: Callable[..., Tree], tmp_path: Path, setting: Setting
+) -> None:
+    """After the first round the kernel is in restart_syscall(2), and only the place where it sleeps tells in what."""
+    tree = start("asleep", setting)
+    for number in range(2):
+        carry(tree, tmp_path / f"image{number}")
+    done = engine("dump", "--pid", tree.pid, "--to", tmp_path / "running", "--leave-running")
+    assert done.returncode == 0, said(done)
+    carry(tree, tmp_path / "last")
+    deadline = time.monotonic() + 40
+    while len(list(Path(f"/proc/{tree.pid}/task").iterdir())) > 1:
+        assert time.monotonic() < deadline
+        tree.check()
+        time.sleep(0.2)
+    tree.check()
+    assert tree.end() == 0

@@ -43,7 +43,7 @@ from pipeline.resources.memory.objects import MemoryObjects
 from pipeline.resources.memory.sharing import plan_copy_on_write
 from pipeline.resources.namespaces.members import NamespaceCapture
 from pipeline.resources.pty_session import check_controlling_terminal
-from pipeline.resources.tasks import credentials, loginuid, semaphore_undo, signals
+from pipeline.resources.tasks import credentials, interrupted, loginuid, semaphore_undo, signals
 from pipeline.resources.tasks.inquiry import Inquiry, thread_record
 from pipeline.resources.tasks.interrupted import Sleepers
 from pipeline.resources.tasks.refusals import check_task
@@ -76,7 +76,8 @@ class Capture:
         externals: Externals | None = None,
     ) -> None:
         self._sleepers = sleepers or Sleepers()
-        self._slept_ns: dict[int, int | None] = {}
+        #: how long each thread had slept when it was stopped, and in which call
+        self._slept: dict[int, tuple[int | None, int | None]] = {}
         self.tree = Tree(pids)
         self._zombies = set(zombies)
         self.living = [pid for pid in pids if pid not in self._zombies]
@@ -297,6 +298,16 @@ class Capture:
         subject = f"pid {pid}"
         own_users = bool(self.namespaces.memberships[pid].user)
         blockers += [b for inquiry in inquiries for b in inquiry.blockers(subject, own_users)]
+        blockers += [
+            Blocker(
+                f"pid {pid} thread {tid}",
+                "goes on with a sleep that was interrupted before, and fell asleep anew while it was looked at",
+                "try again",
+                transient=True,
+            )
+            for tid in tids
+            if interrupted.is_lost(tid, self._slept[tid][1])
+        ]
         memory = capture_address_space(
             pid,
             self._objects,
@@ -345,7 +356,8 @@ class Capture:
         return record, memory, blockers
 
     def _thread(self, inquiry: Inquiry, members: Memberships) -> Thread:
-        return thread_record(inquiry, members.user, self.tree.member, self._slept_ns.get(inquiry.tid))
+        slept_ns, call = self._slept.get(inquiry.tid, (None, None))
+        return thread_record(inquiry, members.user, self.tree.member, slept_ns, call)
 
     def _ask(
         self, pid: HostPid, tids: Sequence[HostPid]
@@ -359,7 +371,7 @@ class Capture:
                 )
                 for m in smaps.maps(pid)
             ]
-            self._slept_ns.update({tid: self._sleepers.slept_ns(tid) for tid in tids})
+            self._slept.update({t: (self._sleepers.slept_ns(t), self._sleepers.call(t)) for t in tids})
             pointers = [arch.Registers(ptrace.get_regs(tid))["rsp"] for tid in tids]
             places = find_places(pid, regions, pointers, memory)
             uncaught = ~procfs.status(pid).caught

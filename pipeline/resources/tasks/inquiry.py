@@ -179,7 +179,11 @@ def _robust_list(tid: HostPid) -> tuple[int, int]:
 
 
 def thread_record(
-    inquiry: Inquiry, userns: int, member: Callable[[int], int], slept_ns: int | None = None
+    inquiry: Inquiry,
+    userns: int,
+    member: Callable[[int], int],
+    slept_ns: int | None = None,
+    call: int | None = None,
 ) -> Thread:
     """The record of a stopped thread, which `interrupted.settle` was called for at its stop.
 
@@ -188,6 +192,7 @@ def thread_record(
         userns: the `UserNamespace` index it is in.
         member: level-0 pid of a process or thread of the tree, 0 for others.
         slept_ns: how long the call had lasted that it was stopped in, where `interrupted.Sleepers` knows.
+        call: which one that was, likewise.
 
     Raises:
         TargetError: it changed under our hands.
@@ -195,7 +200,7 @@ def thread_record(
     tid = inquiry.tid
     status = procfs.status(tid)
     area = ptrace.get_rseq(tid)
-    registers = ptrace.get_regs(tid)
+    registers = interrupted.in_its_call(arch.Registers(ptrace.get_regs(tid)), call).pack()
     if status.seccomp_filters and not status.seccomp:
         raise TargetError(f"thread {tid} has seccomp filters and no seccomp mode")
     return Thread(

@@ -13,6 +13,10 @@ The kernel leaves its intention in the result register of a stopped thread:
   by us is no reason to fail. It becomes -514: the call is issued again, with its whole
   time, unless a handler runs first; then the program sees EINTR as it should.
 
+A thread that goes on with a restart block is in restart_syscall(2) from then on, with the arguments of the call that it
+goes on with; which one that was only shows in where it sleeps (/proc/TID/wchan). `Sleepers` sees that, too, and in the
+record it is in that call again.
+
 The time left: nanosleep(2) tells it itself where the program gave it room; else it
 follows from when the thread fell asleep, which the scheduler shows for a *sleeping* task
 (/proc/TID/sched). So `Sleepers` looks before the freeze, and believes what it saw only
@@ -56,6 +60,9 @@ _NEVER_RESTARTED = frozenset({
 })  # fmt: skip
 #: calls that leave a restart block
 _SLEEPS = frozenset({NR.nanosleep, NR.clock_nanosleep, NR.poll, NR.futex})
+_LOWEST_ADDRESS = 4096
+#: where a nap sleeps, or who called it, if the kernel counts the nap itself as part of its scheduler
+_NAPS = (b"nanosleep", b"nsleep", b"restart_syscall", b"do_syscall")
 
 #: reads (address, size in bytes) of the thread's memory; raises OSError
 Read = Callable[[int, int], bytes]
@@ -66,10 +73,14 @@ Read = Callable[[int, int], bytes]
 
 @dataclass(frozen=True, slots=True)
 class _Asleep:
-    """A thread seen sleeping: since how long, in nanoseconds, and how often it had gone to sleep before."""
+    """A thread seen sleeping in `call`: since how long, in nanoseconds, and how often it had gone to sleep before.
 
-    slept_ns: int
+    `slept_ns` is None where the scheduler's clock is not known.
+    """
+
+    slept_ns: int | None
     switches: int
+    call: int
 
 
 _EXEC_START = re.compile(rb"^se\.exec_start\s*:\s*(\d+)\.(\d{6})", re.MULTILINE)
@@ -104,23 +115,33 @@ class Sleepers:
         Returns:
             None if it was not seen, or has been awake since by itself.
         """
+        seen = self._still(tid)
+        return seen.slept_ns if seen is not None else None
+
+    def call(self, tid: HostPid) -> int | None:
+        """The call that `tid` was stopped in, if it is one that leaves a restart block. As `slept_ns`."""
+        seen = self._still(tid)
+        return seen.call if seen is not None else None
+
+    def _still(self, tid: HostPid) -> _Asleep | None:
         seen = self._seen.get(tid)
-        if seen is None:
-            return None
-        with suppress(OSError, ValueError):
-            if _scheduler(tid)[1] == seen.switches + 1:
-                return seen.slept_ns
+        if seen is not None:
+            with suppress(OSError, ValueError):
+                if _scheduler(tid)[1] == seen.switches + 1:
+                    return seen
         return None
 
     def _look_at(self, tid: HostPid) -> _Asleep | None:
         words = procfs.read_file(tid, "syscall").split()
-        if not words[0].isdigit() or int(words[0]) not in _SLEEPS:
+        call = int(words[0]) if words[0].isdigit() else -1
+        if call == NR.restart_syscall:
+            call = _gone_on_with(procfs.read_file(tid, "wchan"), int(words[1], 16))
+        if call not in _SLEEPS:
             return None
         since, switches = _scheduler(tid)
         clock = self._clock(procfs.stat(tid).processor)
-        if clock is None or not since:
-            return None
-        return _Asleep(max(0, clock + time.monotonic_ns() - since), switches)
+        known = clock is not None and since
+        return _Asleep(max(0, (clock or 0) + time.monotonic_ns() - since) if known else None, switches, call)
 
     def _clock(self, processor: int) -> int | None:
         """What to add to CLOCK_MONOTONIC for the scheduler's clock of a processor."""
@@ -129,6 +150,18 @@ class Sleepers:
             with suppress(OSError, ValueError):
                 self._clocks[processor] = _read_clock(processor)
         return self._clocks[processor]
+
+
+def _gone_on_with(where: bytes, first_argument: int) -> int:
+    """The call that restart_syscall(2) goes on with, by the function of the kernel that it sleeps in; -1: not known."""
+    if b"futex" in where:
+        return NR.futex
+    if b"poll" in where:
+        return NR.poll
+    if any(name in where for name in _NAPS):
+        # the number of a clock, or the address of a time
+        return NR.clock_nanosleep if first_argument < _LOWEST_ADDRESS else NR.nanosleep
+    return -1
 
 
 def _scheduler(tid: int | str) -> tuple[int, int]:
@@ -193,6 +226,25 @@ def undisturbed(regs: arch.Registers) -> arch.Registers:
 
 
 # -- capture -----------------------------------------------------------------------------
+
+
+def is_lost(tid: HostPid, call: int | None) -> bool:
+    """Whether a thread was stopped in restart_syscall(2), and nobody knows what it goes on with there."""
+    raw = ptrace.get_regs(tid)
+    return call is None and len(raw) == arch.REGISTERS_BYTES and _goes_on(arch.Registers(raw))
+
+
+def _goes_on(regs: arch.Registers) -> bool:
+    return (
+        regs.in_syscall
+        and regs.syscall_result == arch.ERESTART_RESTARTBLOCK
+        and regs["orig_rax"] == NR.restart_syscall
+    )
+
+
+def in_its_call(regs: arch.Registers, call: int | None) -> arch.Registers:
+    """The registers of a thread as if it had been stopped in the call that it goes on with; see `Sleepers.call`."""
+    return regs.replace(orig_rax=call) if call is not None and _goes_on(regs) else regs
 
 
 def sleep_left_ns(regs: arch.Registers, slept_ns: int | None, read: Read) -> int | None:

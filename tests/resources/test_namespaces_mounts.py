@@ -311,6 +311,16 @@ def bind_of_own_tmpfs(place: bytes) -> None:
     mount(None, place + b"/a", b"tmpfs", 0)
 
 
+def parts_of_own_tmpfs(place: bytes) -> None:
+    """Two of them; what they are parts of is covered."""
+    empty_tmpfs(place)
+    for name, point in ((b"x", b"/b"), (b"y", b"/c")):
+        os.mkdir(place + b"/a/" + name)
+        os.makedirs(place + point, exist_ok=True)
+        mount(place + b"/a/" + name, place + point, None, BIND)
+    syscall(NR.umount2, place + b"/a", 2)
+
+
 def slave_of_nothing(place: bytes) -> None:
     peers(place)
     os.open("/proc/self/ns/mnt", os.O_RDONLY)  # keeps the namespace of the master
@@ -329,6 +339,7 @@ def message_queues_of_outside(place: bytes) -> None:
 
 REFUSED = {
     bind_of_own_tmpfs: "/b (tmpfs) is not carried",
+    parts_of_own_tmpfs: "/b (tmpfs) is not carried",
     slave_of_nothing: "is a slave of a mount that is not to be seen",
     covered_terminals: "is covered by another mount",
     message_queues_of_outside: "(mqueue) shows a namespace (ipc) that is not the tree's",

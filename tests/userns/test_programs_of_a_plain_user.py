@@ -39,6 +39,24 @@ COUNTING: dict[str, Sequence[str]] = {
     "three levels": [*ROOT_INSIDE, *ROOT_INSIDE, "unshare", "-U", "-c", "-m", "sh", "-c", COUNT],
     "setpriv": [*ROOT_INSIDE, "setpriv", "--no-new-privs", "--bounding-set=-all", "sh", "-c", COUNT],
     "bwrap": ["bwrap", "--unshare-user", "--bind", "/", "/", "sh", "-c", COUNT],
+    # its root is a directory of a tmpfs that nobody sees any more
+    "a sandbox of bwrap": [
+        *(
+            "bwrap",
+            "--unshare-all",
+            "--ro-bind",
+            "/usr",
+            "/usr",
+            "--proc",
+            "/proc",
+            "--dev",
+            "/dev",
+            "--tmpfs",
+            "/tmp",
+        ),
+        *(word for name in ("bin", "lib", "lib64") for word in ("--symlink", f"usr/{name}", f"/{name}")),
+        *("sh", "-c", COUNT),
+    ],
 }
 
 

@@ -22,7 +22,7 @@ from pipeline.kernel.syscalls import CLONE
 from pipeline.resources.namespaces import idmapped, tmpfs
 from pipeline.resources.namespaces.idmapped import MountIdmap
 from pipeline.resources.namespaces.mounts import SHOWN, MountState
-from pipeline.resources.namespaces.mounts_compare import Comparison, PeerGroups, compare
+from pipeline.resources.namespaces.mounts_compare import Comparison, PeerGroups, compare, within
 from pipeline.resources.namespaces.mounts_view import NAMELESS, MountsView, Surroundings
 from pipeline.resources.namespaces.shown import Shown
 from pipeline.userns.forest import Forest
@@ -117,6 +117,7 @@ class MountsCapture:
             instances={
                 device: (number, maker == seat.index) for device, (number, maker) in self._instances.items()
             },
+            tops=self._tops,
             list_tmpfs=lambda mount, covers: self._list_tmpfs(seat, mount, covers),
             idmap_of=lambda mount: self._idmap_of(seat, mount),
             owner=owner,
@@ -166,6 +167,20 @@ class MountsCapture:
             device: (number, min(seats, key=self._order).index)
             for number, (device, seats) in enumerate(several.items(), start=1)
         }
+
+    @cached_property
+    def _tops(self) -> dict[int, bytes]:
+        """The directory of a tmpfs that all its mounts show, or show a part of, by st_dev; as far as there is one.
+
+        What lies beside or above it nobody can see: it becomes the root directory of the file system.
+        """
+        roots: dict[int, set[bytes]] = defaultdict(set)
+        for _, comparison in self._copies.values():
+            for mount in comparison.added:
+                if mount.kind == b"tmpfs":
+                    roots[mount.device].add(mount.root)
+        tops = {device: min(found, key=len) for device, found in roots.items()}
+        return {device: top for device, top in tops.items() if all(within(r, top) for r in roots[device])}
 
     @cached_property
     def _pid_namespaces_by_device(self) -> dict[int, int]:

@@ -68,6 +68,7 @@ class Surroundings:
         groups: of the whole tree.
         instances: of file systems that several mount namespaces of the tree show, by st_dev: number, and whether
             this namespace is the one that mounts it.
+        tops: by st_dev of such a file system, the directory in it that shows all that is to be seen of it.
         list_tmpfs: lists what a tmpfs holds on which other mounts may lie, at these points, the last one first.
         owner: the user namespace that the mount namespace belongs to; `index`: its number.
     """
@@ -79,6 +80,7 @@ class Surroundings:
     pid_namespace_of: Callable[[int], int | None]
     groups: PeerGroups
     instances: Mapping[int, tuple[int, bool]]
+    tops: Mapping[int, bytes]
     list_tmpfs: Callable[[Mount, list[bytes]], list[Entry]]
     idmap_of: Callable[[Mount], MountIdmap]
     owner: int
@@ -219,7 +221,8 @@ class MountsView:
             self._refuse_mount(mount, "is idmapped, and of a file system that is not to be seen as it is")
             return []
         instance, maker = self._around.instances.get(mount.device, (0, True))
-        if mount.kind not in MOUNTED_AGAIN or (mount.root != b"/" and shows is None):
+        whole = self._around.tops.get(mount.device, b"/")
+        if mount.kind not in MOUNTED_AGAIN or (mount.root != whole and shows is None):
             self._refuse_mount(mount, "is not carried yet")
             return []
         if mount.kind in NAMELESS and self._sources.is_outside(mount):

@@ -123,3 +123,20 @@ def test_proc_of_the_own_pid_namespace_waits_for_its_first_process(tmp_path: Pat
         assert step[1] == b"/proc"
         assert step[5] == b"hidepid=invisible"
         assert step[6] == capture.memberships[low].pid
+
+
+def test_a_pid_namespace_between_whose_first_process_is_not_of_the_tree_is_named() -> None:
+    """Nobody of the tree lives in it, but it has to be made again for the one inside."""
+
+    def another() -> None:
+        unshare(CLONE.NEWPID)
+
+    with held(with_child(another, with_child(another, lambda: None))) as pid:
+        (middle,) = children(pid)
+        (inner,) = children(middle)
+        (blocker,) = captured(inner)[0].blockers
+        assert f"pid {inner}: is in a pid namespace whose first process is not part of the tree" in str(
+            blocker
+        )
+        assert f"--pid {middle}" in str(blocker)
+        assert not captured(middle, inner)[0].blockers

@@ -39,14 +39,14 @@ class PidsView:
     def without_first(self) -> Iterator[Blocker]:
         """Namespaces of the tree whose first process is not: one can only be made again together with it."""
         for namespace in self._namespaces:
-            members = self._members(namespace.index)
-            if namespace.kind != "pid" or namespace.external or not members:
+            within = [pid for pid, at in self._memberships.items() if namespace.index in self._levels(at.pid)]
+            if namespace.kind != "pid" or namespace.external or not within:
                 continue
-            depth = self._depth(namespace.index)
-            if not any(self._is_first(pid, depth) for pid in members):
+            depth = len(self._levels(namespace.index))
+            if not any(self._is_first(pid, depth) for pid in self._members(namespace.index)):
                 first = next((p for p in self._living(namespace.index) if self._is_first(p, depth)), None)
                 yield Blocker(
-                    f"pid {members[0]}",
+                    f"pid {within[0]}",
                     "is in a pid namespace whose first process is not part of the tree",
                     f"give that one: --pid {first}" if first else "give a tree that holds all of it",
                 )
@@ -78,13 +78,14 @@ class PidsView:
     def _members(self, index: int) -> list[HostPid]:
         return [pid for pid, members in self._memberships.items() if members.pid == index]
 
-    def _depth(self, index: int) -> int:
-        depth = 0
+    def _levels(self, index: int) -> list[int]:
+        """A pid namespace, the one around it, and so on to the external one."""
+        levels: list[int] = []
         at: int | None = index
         while at is not None:
-            depth += 1
+            levels.append(at)
             at = self._namespaces[at].parent
-        return depth
+        return levels
 
     @staticmethod
     def _is_first(pid: HostPid, depth: int) -> bool:

@@ -75,6 +75,7 @@ def program() -> Iterator[Program]:
     program.end()
 
 
+@pytest.mark.root
 def test_dump_ends_the_tree_and_restore_prints_its_pid(program: Program, folder: Path) -> None:
     image, pidfile = folder / "image", folder / "pid"
     dumped = pipeline("dump", "--pid", program.pid, "--to", image, "--json")
@@ -99,6 +100,7 @@ def test_dump_leaves_the_tree_as_it_is_told(program: Program, folder: Path, opti
     assert program.state() in set(states)
 
 
+@pytest.mark.root
 def test_an_image_goes_through_a_pipe(program: Program) -> None:
     dumped = pipeline("dump", "--pid", program.pid, "--to", "-")
     assert dumped.returncode == 0, dumped.stderr
@@ -246,6 +248,7 @@ def test_migrate_without_the_secret_leaves_the_tree_running(program: Program, fo
         assert server.wait(30) == 143
 
 
+@pytest.mark.root
 def test_plain_code_and_asyncio_do_the_same(program: Program, folder: Path) -> None:
     import asyncio
 

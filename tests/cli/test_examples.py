@@ -36,6 +36,7 @@ def test_without_arguments_each_says_how_it_is_used(path: Path) -> None:
     assert f"python examples/{path.name} " in done.stderr
 
 
+@pytest.mark.root
 def test_checkpoints_are_taken_the_last_are_kept_and_the_newest_restores(
     program: Program, folder: Path
 ) -> None:

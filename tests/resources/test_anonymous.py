@@ -193,6 +193,7 @@ def test_a_pidfd_of_the_tree_names_the_same_process_again() -> None:
             assert f"the pidfd is of pid {grandchild}, outside the tree" in capture.reasons(fd)
 
 
+@pytest.mark.root
 def test_a_pidfd_of_a_zombie_and_one_of_a_thread() -> None:
     def setup() -> tuple[int, int, int]:
         pid = os.fork()

@@ -29,6 +29,7 @@ def close(*fds: int) -> None:
         os.close(fd)
 
 
+@pytest.mark.root
 def test_a_listener_is_made_again_with_address_backlog_and_options() -> None:
     def setup() -> tuple[int, ...]:
         listener = socket.socket(socket.AF_INET6, socket.SOCK_STREAM)
@@ -286,6 +287,7 @@ def test_netlink_with_answers_or_hidden_state_is_refused() -> None:
         assert "netlink socket of netfilter" in capture.reasons(queue)
 
 
+@pytest.mark.root
 def test_other_sockets_are_refused_by_name() -> None:
     def setup() -> tuple[int, ...]:
         return kept(
@@ -300,6 +302,7 @@ def test_other_sockets_are_refused_by_name() -> None:
             assert name in blocker.reason
 
 
+@pytest.mark.root
 def test_a_socket_of_another_network_namespace_is_refused() -> None:
     def setup() -> tuple[int, ...]:
         unshare(CLONE.NEWNET)

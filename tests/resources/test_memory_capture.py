@@ -174,6 +174,7 @@ ready(private=private, shared=shared, read_only=read_only, zero=zero)
         assert exe.identity.build_id or exe.identity.size_bytes
 
 
+@pytest.mark.root
 def test_deleted_file_is_carried_and_replaced_file_refused(folder: str) -> None:
     body = """
 def file(name):
@@ -197,6 +198,7 @@ ready(gone=gone, moved=moved)
         assert "leads to another file" in refused.reason
 
 
+@pytest.mark.root
 def test_names_in_another_mount_namespace(folder: str) -> None:
     body = """
 def file(name):
@@ -220,6 +222,7 @@ ready(covered=covered, inside=inside)
 
 
 @pytest.mark.parametrize("memfd", [False, True])
+@pytest.mark.root
 def test_deleted_executable_is_carried(folder: str, memfd: bool) -> None:
     with open("/bin/sleep", "rb") as file:
         image = file.read()
@@ -388,6 +391,7 @@ ready(address=address)
 
 
 @pytest.mark.skipif(not os.path.exists(SYSTEM_PYTHON), reason="needs a Python that everybody may read")
+@pytest.mark.root
 def test_plain_user_captures_its_own_program() -> None:
     body = """
 os.setresgid(65534, 65534, 65534); os.setresuid(65534, 65534, 65534); libc.prctl(4, 1)

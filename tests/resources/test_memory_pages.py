@@ -119,6 +119,7 @@ def test_comparing_in_large_pieces_finds_every_page() -> None:
     assert nonzero_runs(one, len(one)) == []
 
 
+@pytest.mark.root
 def test_shared_memory_is_read_without_moving_the_targets_position() -> None:
     body = """
 fd = os.memfd_create("m"); os.write(fd, b"a" * P * 3); os.lseek(fd, 17, 0)

@@ -137,6 +137,7 @@ except OSError:
 """
 
 
+@pytest.mark.root
 def test_every_mapping_is_made_again(folder: str) -> None:
     with (
         program(MAPPINGS + "ready()", folder) as target,
@@ -194,6 +195,7 @@ ready(child=child, big=big)
 )
 
 
+@pytest.mark.root
 def test_a_forked_puppet_becomes_the_child(folder: str) -> None:
     with program(FORKED, folder) as target, Scope() as scope, MemoryObjects(scope) as objects:
         child = HostPid(target["child"])

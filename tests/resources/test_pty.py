@@ -27,6 +27,8 @@ from pipeline.resources.pty_session import ControllingTerminals, check_controlli
 from tests.resources.fdharness import Capture, Rebuilt, Subject, subject
 from tests.resources.sockharness import polled
 
+pytestmark = pytest.mark.root  # each test has a devpts of its own
+
 _MS_REC, _MS_PRIVATE = 1 << 14, 1 << 18
 TIOCGPTPEER, TIOCSPTLCK, TIOCGPKT, TIOCGSID = 0x5441, 0x40045431, 0x80045438, 0x5429
 

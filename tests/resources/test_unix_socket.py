@@ -99,6 +99,7 @@ def test_messages_keep_their_bounds_and_peek_offsets_stay(kind: int) -> None:
 
 
 @pytest.mark.parametrize("kind", [DGRAM, SEQPACKET])
+@pytest.mark.root
 def test_a_message_longer_than_the_first_buffer(kind: int) -> None:
     content = os.urandom(700_000)
 
@@ -117,6 +118,7 @@ def test_a_message_longer_than_the_first_buffer(kind: int) -> None:
             assert sender.getsockopt(SOL, socket.SO_SNDBUF) == 4_000_000
 
 
+@pytest.mark.root
 def test_options_and_owner_of_a_pair() -> None:
     def setup() -> tuple[int, ...]:
         a, b = socket.socketpair()
@@ -252,6 +254,7 @@ def test_ends_in_two_processes_that_share_one_socket() -> None:
 # -- credentials --------------------------------------------------------------------
 
 
+@pytest.mark.root
 def test_credentials_of_unread_messages_name_the_rebuilt_process() -> None:
     def setup() -> tuple[int, ...]:
         a, b = socket.socketpair(socket.AF_UNIX, DGRAM)
@@ -270,6 +273,7 @@ def test_credentials_of_unread_messages_name_the_rebuilt_process() -> None:
             assert (data, UCRED.unpack(ucred)) == (b"plain", (new.host_pid(child.pid), 0, 0))
 
 
+@pytest.mark.root
 def test_credentials_of_a_process_outside_are_refused_when_seen() -> None:
     def setup() -> tuple[int, ...]:
         a, b = socket.socketpair()
@@ -282,6 +286,7 @@ def test_credentials_of_a_process_outside_are_refused_when_seen() -> None:
             capture.records()
 
 
+@pytest.mark.root
 def test_peer_ids_are_kept_and_a_listener_is_owned_by_the_rebuilt_process() -> None:
     def setup() -> tuple[int, ...]:
         listener = unix()
@@ -324,6 +329,7 @@ def _listening(name: bytes | str, mode: int = 0o640) -> tuple[int, ...]:
     return kept(listener)
 
 
+@pytest.mark.root
 def test_a_listener_replaces_its_own_stale_file(tmp_path: Path) -> None:
     path = str(tmp_path / "some" / "socket")
     os.mkdir(tmp_path / "some")
@@ -345,6 +351,7 @@ def test_a_listener_replaces_its_own_stale_file(tmp_path: Path) -> None:
         assert os.listdir(tmp_path / "some") == ["socket"]
 
 
+@pytest.mark.root
 def test_a_listener_comes_back_where_its_file_is_missing(tmp_path: Path) -> None:
     path = str(tmp_path / "socket")
     with subject(partial(_listening, path)) as child:
@@ -356,6 +363,7 @@ def test_a_listener_comes_back_where_its_file_is_missing(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("replacement", ["file", "socket"])
+@pytest.mark.root
 def test_another_file_in_the_place_of_a_socket_is_not_replaced(tmp_path: Path, replacement: str) -> None:
     path = tmp_path / "socket"
     with subject(partial(_listening, str(path))) as child:
@@ -374,6 +382,7 @@ def test_another_file_in_the_place_of_a_socket_is_not_replaced(tmp_path: Path, r
         assert path.is_socket() == (replacement == "socket")
 
 
+@pytest.mark.root
 def test_a_missing_directory_is_named(tmp_path: Path) -> None:
     os.mkdir(tmp_path / "gone")
     with subject(partial(_listening, str(tmp_path / "gone" / "socket"))) as child:
@@ -384,6 +393,7 @@ def test_a_missing_directory_is_named(tmp_path: Path) -> None:
             Rebuilt(capture, records).__enter__()
 
 
+@pytest.mark.root
 def test_a_relative_name_is_kept_as_written_and_its_file_lands_where_it_was(tmp_path: Path) -> None:
     (tmp_path / "a" / "b").mkdir(parents=True)
 
@@ -491,6 +501,7 @@ def test_an_accepted_connection_without_its_listener(tmp_path: Path) -> None:
         assert {entry.name: entry.inode() for entry in os.scandir(tmp_path)} == before
 
 
+@pytest.mark.root
 def test_clients_that_wait_are_accepted_later_in_their_order() -> None:
     def setup() -> tuple[int, ...]:
         listener = unix()
@@ -615,6 +626,7 @@ class _Plain:
 
 
 @pytest.mark.parametrize("name", ["absolute", "../relative"])
+@pytest.mark.root
 def test_a_plain_user_binds_a_name_as_it_was_written(name: str) -> None:
     with tempfile.TemporaryDirectory(prefix="pipeline-test-") as directory:
         os.chmod(directory, 0o777)
@@ -638,6 +650,7 @@ def test_a_plain_user_binds_a_name_as_it_was_written(name: str) -> None:
         assert os.listdir(directory) == [os.path.basename(name)]
 
 
+@pytest.mark.root
 def test_a_socket_file_is_found_by_name_where_the_kernel_does_not_give_it_away() -> None:
     with tempfile.TemporaryDirectory(prefix="pipeline-test-") as directory:
         os.chmod(directory, 0o777)

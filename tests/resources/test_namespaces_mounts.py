@@ -254,6 +254,23 @@ def test_a_root_on_tmpfs_is_the_root_again(id_map: str | None, place: Path) -> N
         assert own_namespace(captured(again)[0], "mnt").state == record.state
 
 
+def test_a_tmpfs_in_a_directory_that_its_owner_may_not_search(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A runtime gets there before it takes the ids of its container."""
+    monkeypatch.chdir(place / "a")
+    place.chmod(0o700)
+
+    def whole() -> None:
+        begin()
+        mount(b"own", b"inner", b"tmpfs", 0)
+        os.mkdir("inner/kept")
+
+    with held(whole, MAPS[1]) as pid, made_again(pid, "mnt") as (_, again):
+        assert looks(again) == looks(pid)
+        assert os.listdir(f"/proc/{again}/root{place}/a/inner") == ["kept"]
+
+
 def another_root(place: bytes) -> None:
     mount(b"root", place + b"/a", b"tmpfs", 0)
     os.mkdir(place + b"/a/old")

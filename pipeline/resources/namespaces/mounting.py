@@ -201,9 +201,10 @@ class Mounting:
         content = self._contents(step.space) if step.space else LocalFd(-1)
 
         def work() -> bytes:
+            tmpfs.Place(step.point).enter()  # those ids may not get through the directories above it
             if owner:
                 become(*ids)
-            return tmpfs.fill(tmpfs.Place(step.point), step.entries, owners, content)
+            return tmpfs.fill(step.entries, owners, content)
 
         try:
             with self._seats.way_into(mntns) as way:

@@ -227,4 +227,4 @@ def hint(error: OSError) -> str:
     """What to do about a refusal, behind its message."""
     if error.errno != errno.EACCES:
         return ""
-    return " (who is root in the tree has to be able to get there: chmod o+x on the directories above it)"
+    return " (who made the user namespace has to be able to get there: chmod o+x on the directories above it)"

@@ -161,13 +161,10 @@ def check(entries: Sequence[Entry]) -> None:
             directories.add(entry.path)
 
 
-def fill(
-    place: Place, entries: Sequence[Entry], owners: Sequence[tuple[int, int]], content: LocalFd
-) -> bytes:
-    """Make every entry in an empty tmpfs; for a visitor.
+def fill(entries: Sequence[Entry], owners: Sequence[tuple[int, int]], content: LocalFd) -> bytes:
+    """Make every entry in an empty tmpfs; for a visitor that has entered it (`Place.enter`).
 
     Args:
-        place: where it is mounted.
         entries: `check` has seen them.
         owners: uid and gid of each, as the visitor's user namespace knows them.
         content: a descriptor of their bytes; -1 if no file has any.
@@ -176,7 +173,6 @@ def fill(
         OSError: the kernel refuses something.
     """
     os.umask(0)
-    place.enter()
     for entry in entries:
         if entry.path != b".":
             _make(entry, entries, content)

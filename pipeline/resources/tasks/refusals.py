@@ -48,6 +48,13 @@ def check_task(pid: HostPid) -> Iterator[Blocker]:
     for tid in threads:
         name = subject + (f" thread {tid}" if tid != pid else "")
         with suppress(procfs.ProcessGone, ProcessLookupError):  # a thread that has ended is not in the way
+            if tid != pid and _may_not_be_looked_at(tid):
+                yield Blocker(
+                    name,
+                    "may not be looked at: it has other ids than its process",
+                    "run the pipeline as root",
+                )
+                continue
             status = procfs.status(tid)
             yield from check_seccomp(name, status)
             yield from check_scheduling(name, tid)
@@ -96,6 +103,14 @@ def _apart(subject: str, pid: HostPid, tid: HostPid) -> Iterator[Blocker]:
         with suppress(PermissionError):
             if kcmp(pid, tid, kind):
                 yield Blocker(subject, f"has a {what} of its own (unshare)")
+
+
+def _may_not_be_looked_at(tid: HostPid) -> bool:
+    try:
+        os.stat(f"/proc/{tid}/ns/user")
+    except PermissionError:
+        return True
+    return False
 
 
 def _namespaces(tid: HostPid) -> list[tuple[int, int]]:

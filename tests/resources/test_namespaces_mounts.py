@@ -271,6 +271,19 @@ def test_a_tmpfs_in_a_directory_that_its_owner_may_not_search(
         assert os.listdir(f"/proc/{again}/root{place}/a/inner") == ["kept"]
 
 
+def test_looking_at_mounts_that_show_namespaces_leaves_nothing_open(place: Path) -> None:
+    def whole() -> None:
+        unshare(CLONE.NEWNET | CLONE.NEWIPC | CLONE.NEWCGROUP)
+        begin()
+        mount(b"sysfs", os.fsencode(place / "a"), b"sysfs", 0)
+        mount(b"none", os.fsencode(place / "b"), b"cgroup2", 0)
+
+    with held(whole) as pid:
+        before = os.listdir("/proc/self/fd")
+        assert not captured(pid)[0].blockers
+        assert os.listdir("/proc/self/fd") == before
+
+
 def another_root(place: bytes) -> None:
     mount(b"root", place + b"/a", b"tmpfs", 0)
     os.mkdir(place + b"/a/old")

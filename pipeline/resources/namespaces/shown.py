@@ -11,11 +11,11 @@ Sources: namespaces(7), mq_overview(7), cgroup_namespaces(7); fs/sysfs/mount.c, 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 
-from pipeline.ids import HostPid, LocalFd
+from pipeline.ids import HostPid
 from pipeline.image.schema import NamespaceKind
 from pipeline.kernel import procfs
 from pipeline.kernel.arch.x86_64 import NR
@@ -25,7 +25,7 @@ from pipeline.kernel.syscalls import CLONE, syscall, unshare
 from pipeline.resources.namespaces import ipc_view
 from pipeline.userns.visit import Way, visit
 
-_FSCONFIG_CMD_CREATE = 6
+_CLOEXEC, _FSCONFIG_CMD_CREATE = 1, 6
 
 
 @dataclass(frozen=True)
@@ -57,30 +57,34 @@ class Shown:
 
     def queues(self, device: int) -> int | None:
         """The ipc namespace whose message queues have this st_dev."""
-        return next((n for n, way in self._ways("ipc") if ipc_view.mqueue_device(way) == device), None)
+        return self._first("ipc", lambda _, way: ipc_view.mqueue_device(way) == device)
 
     def network(self, device: int) -> int | None:
         """The network that the sysfs with this st_dev shows."""
-        return next((n for n, way in self._ways("net") if _sysfs_device(way) == device), None)
+        return self._first("net", lambda _, way: _sysfs_device(way) == device)
 
     def cgroups(self, pid: HostPid, mount: Mount) -> int | None:
         """A cgroup namespace at whose root a mount, which `pid` sees, begins."""
-        for index, way in self._ways("cgroup"):
+
+        def begins_there(index: int, way: Way) -> bool:
             if (index, pid) not in self._roots:
                 text = visit(way, lambda: procfs.read_file(pid, "mountinfo"))
                 self._roots[index, pid] = {one.id: one.root for one in parse_mountinfo(text)}
-            if self._roots[index, pid].get(mount.id) == b"/":
-                return index
-        return None
+            return self._roots[index, pid].get(mount.id) == b"/"
+
+        return self._first("cgroup", begins_there)
 
     def _ours(self, kind: NamespaceKind, key: NamespaceKey) -> int | None:
         number = self.number_of(kind, key)
         return number if number is not None and number in self.own(kind) else None
 
-    def _ways(self, kind: NamespaceKind) -> Iterator[tuple[int, Way]]:
+    def _first(self, kind: NamespaceKind, is_it: Callable[[int, Way], bool]) -> int | None:
+        """The first namespace of a kind that a visitor says it is; one that cannot be visited is not."""
         for index in self.own(kind):
             with ExitStack() as fds, suppress(OSError, procfs.ProcessGone):
-                yield index, self.way(index, fds)
+                if is_it(index, self.way(index, fds)):
+                    return index
+        return None
 
 
 def _sysfs_device(way: Way) -> int:
@@ -88,9 +92,12 @@ def _sysfs_device(way: Way) -> int:
 
     def look() -> bytes:
         unshare(CLONE.NEWNS)  # mounting wants a mount namespace of the same owner
-        context = syscall(NR.fsopen, b"sysfs\0", 0)
-        syscall(NR.fsconfig, context, _FSCONFIG_CMD_CREATE, None, None, 0)
-        made = LocalFd(syscall(NR.fsmount, context, 0, 0))
-        return b"%d" % os.fstat(made).st_dev
+        with ExitStack() as fds:  # a visitor that is a thread shares them with us
+            context = syscall(NR.fsopen, b"sysfs\0", _CLOEXEC)
+            fds.callback(os.close, context)
+            syscall(NR.fsconfig, context, _FSCONFIG_CMD_CREATE, None, None, 0)
+            made = syscall(NR.fsmount, context, _CLOEXEC, 0)
+            fds.callback(os.close, made)
+            return b"%d" % os.fstat(made).st_dev
 
     return int(visit(way, look))

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import RebuildError
+from pipeline.errors import PipelineError, RebuildError
 from pipeline.ids import HostPid, LocalFd
-from pipeline.image.schema import Extent
+from pipeline.image.schema import Extent, Namespace, UserNamespace
 from pipeline.kernel.arch.x86_64 import NR
 from pipeline.kernel.mountinfo import mountinfo
 from pipeline.kernel.syscalls import CLONE, PRCTL, mount, open_tree, prctl, syscall, unshare
@@ -282,6 +282,50 @@ def test_looking_at_mounts_that_show_namespaces_leaves_nothing_open(place: Path)
         before = os.listdir("/proc/self/fd")
         assert not captured(pid)[0].blockers
         assert os.listdir("/proc/self/fd") == before
+
+
+@pytest.mark.parametrize(
+    ("step", "words"),
+    [
+        (["namespace", b"/mnt", b"", b"uts"], "mount /mnt of the image shows no namespace"),
+        (
+            ["namespace", b"/mnt", b"", b"uts", 0, b"", None, 99],
+            "namespace 99 is no uts namespace of the image",
+        ),
+        (["namespace", b"/mnt", b"", b"../x", 0, b"", None, 0], "is no ../x namespace of the image"),
+        (["namespace", b"/mnt", b"", b"user", 0, b"", None, 9], "the image has no user namespace 9"),
+        (["mount", b"/mnt", b"", b"sysfs", 0, b"", None, 9], "namespace 9 is no net namespace of the tree"),
+        (
+            ["bind", b"/mnt", b"/no-such", b"", 0, b"", None, None, 0, [], 0, [[[0, 5, 1]], [[0, 5, 1]]]],
+            "idmapped mount /mnt of mount namespace 8: .*No such file",
+        ),
+        (
+            [
+                "bind",
+                b"/mnt",
+                b"/srv",
+                b"",
+                0,
+                b"",
+                None,
+                None,
+                0,
+                [],
+                0,
+                [[[0, 5, 2], [1, 9, 1]], [[0, 5, 1]]],
+            ],
+            "overlap inside",
+        ),
+        (
+            ["bind", b"/mnt", b"/srv", b"", 0, b"", None, None, 0, [], 0, [[[0, 5, 2]], []]],
+            "it has no gid map",
+        ),
+    ],
+)
+def test_steps_of_a_bad_image_are_named(step: list[object], words: str) -> None:
+    record = Namespace(index=8, kind="mnt", external=False, state={"steps": [step]})
+    with pytest.raises(PipelineError, match=words), making(Forest([UserNamespace(index=0)]), {8: record}):
+        pass
 
 
 def another_root(place: bytes) -> None:

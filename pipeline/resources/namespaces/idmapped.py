@@ -94,6 +94,8 @@ def _user_namespace(
             placed = IdMap(lines).compose(outside(kind))
             if sum(line.count for line in placed.extents) != sum(line.count for line in lines):
                 raise MapError(f"{kind}s that it shows have no place here")
+            if not lines:
+                raise MapError(f"it has no {kind} map")
             put(launcher, f"/proc/{helper.pid}/{kind}_map", placed.text())
         fd = LocalFd(os.open(f"/proc/{helper.pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC))
     finally:

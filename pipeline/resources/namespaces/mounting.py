@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import cast
 
-from pipeline.errors import RebuildError
+from pipeline.errors import ImageError, RebuildError
 from pipeline.ids import LocalFd
 from pipeline.kernel.syscalls import open_tree
 from pipeline.ledger import LEDGER
@@ -143,7 +143,8 @@ class Mounting:
 
     def _bind_namespace(self, step: Step, keeper: Puppet) -> bool:
         """Bind a namespace file, unless the namespace is still to be made."""
-        assert step.shows is not None
+        if step.shows is None:
+            raise ImageError(f"mount {os.fsdecode(step.point)} of the image shows no namespace")
         kind = step.kind.decode(errors="replace")
         if kind == "pid" and step.shows in self._firsts:
             holder: Puppet | None = self._firsts[step.shows]
@@ -157,18 +158,19 @@ class Mounting:
 
     def _bind_mapped(self, step: Step, wanted: MountIdmap, mntns: int) -> None:
         """Bind what another mount shows, with its ids as others."""
-        with self._seats.way_into(mntns) as way:
-            detached = fetch(way, lambda: open_tree(-100, step.source))
         try:
-            idmapped.create(detached, wanted, self._seats.user[0], partial(self._forest.map_of, 0))
-            mounts.attach(step, self._seats.of(mntns, "mnt"), detached)
+            with self._seats.way_into(mntns) as way:
+                detached = fetch(way, lambda: open_tree(-100, step.source))
+            try:
+                idmapped.create(detached, wanted, self._seats.user[0], partial(self._forest.map_of, 0))
+                mounts.attach(step, self._seats.of(mntns, "mnt"), detached)
+            finally:
+                os.close(detached)
         except (OSError, MapError) as error:
             raise RebuildError(
                 f"idmapped mount {os.fsdecode(step.point)} of mount namespace {mntns}: {error} (it takes root "
                 "of the initial user namespace)"
             ) from error
-        finally:
-            os.close(detached)
 
     @staticmethod
     def _mount_inside(step: Step, keeper: Puppet, first: Puppet) -> None:

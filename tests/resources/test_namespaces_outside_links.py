@@ -129,6 +129,39 @@ def test_a_device_that_lies_on_nothing_is_named(place: tuple[int, int] | None, w
     in_child(body)
 
 
+def test_an_end_outside_is_no_place_in_the_image() -> None:
+    """No image of ours says so: what lies there lies on nothing."""
+
+    def body() -> None:
+        unshare(CLONE.NEWNET)
+
+        def act() -> None:
+            unshare(CLONE.NEWNET)
+            ip("link", "add", "lower", "type", "veth", "peer", "name", "other")
+            ip("link", "add", "link", "lower", "name", "over", "type", "macvlan")
+
+        with held(act) as pid:
+            capture, forest = captured(pid)
+            network = own_namespace(capture, "net")
+        state = convert(network.state, NetState)
+        wrong = {
+            b"lower": {"outside": b"there", "peer": (99, 5)},
+            b"over": {"peer": (99, 5)},
+        }
+        changed = [replace(link, **wrong.get(link.name, {})) for link in state.links]
+        kept = [link for link in changed if link.name != b"other"]
+        built = to_builtins(replace(state, links=kept), builtin_types=(bytes,))
+        given = [GivenDevice("veth", "lower", None, "again")]
+        with (
+            pytest.raises(RebuildError, match="over lies on one that is not in the image"),
+            making(forest, {7: replace(network, state=built)}, given=given),
+        ):
+            pass
+        assert "again" not in outer()
+
+    in_child(body)
+
+
 def test_a_name_that_is_taken_meanwhile_stays_its_owner_s() -> None:
     def body() -> None:
         unshare(CLONE.NEWNET)

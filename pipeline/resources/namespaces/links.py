@@ -145,7 +145,7 @@ class Making:
                     with step(index, f"device {os.fsdecode(link.name)}"):
                         self._make(index, link)
                 there.add((index, link.index))
-                if link.kind == "veth" and link.peer is not None:
+                if link.kind == "veth" and link.peer is not None and link.outside is None:
                     there.add(link.peer)
             if len(later) == len(waiting):
                 index, link = later[0]
@@ -179,8 +179,9 @@ class Making:
         if link.kind == "veth":
             other = self._other_end(link)
             assert link.peer is not None
-            peer = head(other) + _described(other) + attribute(IFLA.NET_NS_FD, self.fds[link.peer[0]])
-            data = attribute(_VETH_PEER, peer)
+            data = veth_to(
+                head(other) + _described(other) + attribute(IFLA.NET_NS_FD, self.fds[link.peer[0]])
+            )
         create(self.routes[index], described, link.kind, data)
 
     def _make_tun(self, index: int, link: Link) -> None:

@@ -194,7 +194,7 @@ def _set_sysctls(state: NetState) -> bytes:
     for name, value in state.sysctls.items():
         path = os.path.join(SYSCTLS, name)
         try:
-            if os.path.normpath(path) != path:
+            if os.path.normpath(path) != path or not path.startswith(SYSCTLS + "/"):
                 raise OSError(errno.EINVAL, name)  # an image of ours has no such name
             if read_file(path).strip() != value:
                 set_sysctl(name, value)

@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from itertools import count as count_up
 from pathlib import Path
 from typing import Any, Self
 
@@ -31,8 +32,8 @@ ENDS = {"host-a": "cable-a", "host-b": "cable-b"}
 GREETING = "hello from the tree\n"
 #: pids of the tree on its first host; far from those of the second's own programs
 FIRST_PID = 1000
-#: tries of `migrate` where nothing but a connection on the way stood against it
-_TRIES = 5
+#: how long `migrate` is tried again where nothing but a connection on the way stood against it
+_PATIENCE_S = 30.0
 _PACKAGE = Path(pipeline.__file__).parent
 
 
@@ -231,7 +232,8 @@ class Scene:
             raise PipelineError(f"`serve` failed:\n{self.text('serve.err')}")
         to = first.removeprefix("listening on ")
         move = ["migrate", "--pid", str(self.root), "--to", to, *secret, "--json"]
-        for attempt in range(_TRIES):
+        deadline = time.monotonic() + _PATIENCE_S
+        for attempt in count_up():
             name = f"migrate-{attempt}"
             mover = self._spawn(self.source, [*tool, *move], name, path)
             code = self.source.ask("wait", pid=mover, patience_s=60)
@@ -239,7 +241,8 @@ class Scene:
                 raise PipelineError(f"`migrate` has not ended after 60 s:\n{self.text(f'{name}.err')}")
             document = json.loads(self.text(f"{name}.out") or "{}")
             blockers = document.get("blockers", [])
-            if code != 3 or not all(blocker["transient"] for blocker in blockers):
+            transient = code == 3 and all(blocker["transient"] for blocker in blockers)
+            if not transient or time.monotonic() > deadline:
                 break
             # a request of the client was on the way at that very moment
             time.sleep(0.1)

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     )
     from pipeline.inspect import Inspection, inspect
     from pipeline.migrate import MigrateResult, migrate
+    from pipeline.policy import DumpPolicy, RestorePolicy
     from pipeline.progress import NullProgress, Progress
     from pipeline.restore import RestoredTree, restore
     from pipeline.serve import serve
@@ -43,6 +44,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Blocker",
     "CheckReport",
+    "DumpPolicy",
     "DumpResult",
     "ImageError",
     "InDoubt",
@@ -54,6 +56,7 @@ __all__ = [
     "Progress",
     "RebuildError",
     "Refused",
+    "RestorePolicy",
     "RestoredTree",
     "StorageError",
     "TargetError",
@@ -70,11 +73,13 @@ __all__ = [
 _RECIPES = frozenset({"check", "dump", "inspect", "migrate", "restore", "serve"})
 _HOMES = {name: name for name in _RECIPES} | {
     "CheckReport": "check",
+    "DumpPolicy": "policy",
     "DumpResult": "dump",
     "Inspection": "inspect",
     "MigrateResult": "migrate",
     "NullProgress": "progress",
     "Progress": "progress",
+    "RestorePolicy": "policy",
     "RestoredTree": "restore",
 }
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pipeline.dump import DumpResult
     from pipeline.inspect import Inspection
     from pipeline.migrate import MigrateResult
+    from pipeline.policy import DumpPolicy, RestorePolicy
     from pipeline.progress import Progress
     from pipeline.restore import RestoredTree
 
@@ -159,11 +160,14 @@ async def dump(
     *,
     leave: Literal["end", "running", "stopped"] = "end",
     externals: Mapping[str, str] | None = None,
+    policy: DumpPolicy | None = None,
     progress: Progress | None = None,
 ) -> DumpResult:
     """`pipeline.dump` for asyncio."""
     listener = _forward(progress)
-    return await _run(lambda: pipeline.dump(pid, to, leave=leave, externals=externals, progress=listener))
+    return await _run(
+        lambda: pipeline.dump(pid, to, leave=leave, externals=externals, policy=policy, progress=listener)
+    )
 
 
 async def restore(
@@ -174,6 +178,7 @@ async def restore(
     map: str = "same",  # noqa: A002 (the recipe's own argument)
     unmapped: Literal["refuse", "overflow"] = "refuse",
     externals: Mapping[str, str] | None = None,
+    policy: RestorePolicy | None = None,
     progress: Progress | None = None,
 ) -> Tree:
     """`pipeline.restore` for asyncio; returns when the tree runs."""
@@ -187,6 +192,7 @@ async def restore(
                 map=map,
                 unmapped=unmapped,
                 externals=externals,
+                policy=policy,
                 progress=listener,
             )
         )
@@ -202,6 +208,7 @@ async def migrate(
     max_downtime_s: float = 0.3,
     plaintext: bool = False,
     externals: Mapping[str, str] | None = None,
+    policy: DumpPolicy | None = None,
     progress: Progress | None = None,
 ) -> MigrateResult:
     """`pipeline.migrate` for asyncio."""
@@ -215,6 +222,7 @@ async def migrate(
             max_downtime_s=max_downtime_s,
             plaintext=plaintext,
             externals=externals,
+            policy=policy,
             progress=listener,
         )
     )
@@ -232,6 +240,7 @@ async def serve(
     map: str = "same",  # noqa: A002 (the recipe's own argument)
     unmapped: Literal["refuse", "overflow"] = "refuse",
     externals: Mapping[str, str] | None = None,
+    policy: RestorePolicy | None = None,
     plaintext: bool = False,
     progress: Progress | None = None,
 ) -> None:
@@ -247,6 +256,7 @@ async def serve(
             map=map,
             unmapped=unmapped,
             externals=externals,
+            policy=policy,
             plaintext=plaintext,
             on_listening=_in_loop(loop, on_listening),
             on_restored=on_restored and _in_loop(loop, on_restored),
@@ -256,9 +266,9 @@ async def serve(
     )
 
 
-async def check(pid: int | None = None) -> CheckReport:
+async def check(pid: int | None = None, policy: DumpPolicy | None = None) -> CheckReport:
     """`pipeline.check` for asyncio."""
-    return await _run(lambda: pipeline.check(pid))
+    return await _run(lambda: pipeline.check(pid, policy))
 
 
 async def inspect(source: str) -> Inspection:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pipeline.dump import DumpResult
     from pipeline.inspect import Inspection
     from pipeline.migrate import MigrateResult
+    from pipeline.policy import DumpPolicy, RestorePolicy
     from pipeline.progress import Progress
     from pipeline.restore import RestoredTree
 
@@ -55,10 +56,13 @@ def dump(
     *,
     leave: Literal["end", "running", "stopped"] = "end",
     externals: Mapping[str, str] | None = None,
+    policy: DumpPolicy | None = None,
     progress: Progress | None = None,
 ) -> DumpResult:
     """`pipeline.dump`, blocking."""
-    return trio.run(lambda: pipeline.dump(pid, to, leave=leave, externals=externals, progress=progress))
+    return trio.run(
+        lambda: pipeline.dump(pid, to, leave=leave, externals=externals, policy=policy, progress=progress)
+    )
 
 
 def restore(
@@ -69,6 +73,7 @@ def restore(
     map: str = "same",  # noqa: A002 (the recipe's own argument)
     unmapped: Literal["refuse", "overflow"] = "refuse",
     externals: Mapping[str, str] | None = None,
+    policy: RestorePolicy | None = None,
     progress: Progress | None = None,
 ) -> Tree:
     """`pipeline.restore`, blocking; returns when the tree runs."""
@@ -81,6 +86,7 @@ def restore(
                 map=map,
                 unmapped=unmapped,
                 externals=externals,
+                policy=policy,
                 progress=progress,
             )
         )
@@ -96,6 +102,7 @@ def migrate(
     max_downtime_s: float = 0.3,
     plaintext: bool = False,
     externals: Mapping[str, str] | None = None,
+    policy: DumpPolicy | None = None,
     progress: Progress | None = None,
 ) -> MigrateResult:
     """`pipeline.migrate`, blocking."""
@@ -108,6 +115,7 @@ def migrate(
             max_downtime_s=max_downtime_s,
             plaintext=plaintext,
             externals=externals,
+            policy=policy,
             progress=progress,
         )
     )
@@ -125,6 +133,7 @@ def serve(
     map: str = "same",  # noqa: A002 (the recipe's own argument)
     unmapped: Literal["refuse", "overflow"] = "refuse",
     externals: Mapping[str, str] | None = None,
+    policy: RestorePolicy | None = None,
     plaintext: bool = False,
     progress: Progress | None = None,
 ) -> None:
@@ -138,6 +147,7 @@ def serve(
             map=map,
             unmapped=unmapped,
             externals=externals,
+            policy=policy,
             plaintext=plaintext,
             on_listening=on_listening,
             on_restored=on_restored,
@@ -147,9 +157,9 @@ def serve(
     )
 
 
-def check(pid: int | None = None) -> CheckReport:
+def check(pid: int | None = None, policy: DumpPolicy | None = None) -> CheckReport:
     """`pipeline.check`, blocking."""
-    return trio.run(lambda: pipeline.check(pid))
+    return trio.run(lambda: pipeline.check(pid, policy))
 
 
 def inspect(source: str) -> Inspection:

@@ -30,6 +30,7 @@ from pipeline.kernel.syscalls import (
     syscall,
     unshare,
 )
+from pipeline.policy import DumpPolicy
 from pipeline.userns import cradle
 from pipeline.userns.permitted import (
     ask_for_namespaces,
@@ -278,20 +279,21 @@ def host_rows() -> list[Row]:
     return list(_host_rows())
 
 
-async def check(pid: int | None = None) -> CheckReport:
+async def check(pid: int | None = None, policy: DumpPolicy | None = None) -> CheckReport:
     """Say what this host can do and, with a pid, everything that stops that tree."""
-    return await trio.to_thread.run_sync(lambda: report_on(pid, host_rows()))
+    return await trio.to_thread.run_sync(lambda: report_on(pid, host_rows(), policy))
 
 
-def report_on(pid: int | None, rows: list[Row]) -> CheckReport:
+def report_on(pid: int | None, rows: list[Row], policy: DumpPolicy | None = None) -> CheckReport:
     """What stops a tree, if one is meant.
 
     Args:
         pid: root of the tree, in the caller's pid namespace.
         rows: what this host can do.
+        policy: decisions about states that have more than one good answer.
     """
     from pipeline.stages.examine import portrait, tree_blockers
 
     if pid is None:
         return CheckReport(rows, [])
-    return CheckReport(rows, sorted(set(tree_blockers(pid))), portrait(pid))
+    return CheckReport(rows, sorted(set(tree_blockers(pid, policy=policy))), portrait(pid))

@@ -22,6 +22,7 @@ from msgspec import Struct
 
 from pipeline.errors import ungrouped
 from pipeline.image.schema import FORMAT_VERSION, Record
+from pipeline.policy import DumpPolicy
 from pipeline.progress import NullProgress, Progress
 from pipeline.remote.tracer import tracer_thread
 from pipeline.stages import freeze
@@ -132,6 +133,7 @@ async def dump(
     *,
     leave: Leave = "end",
     externals: Externals | None = None,
+    policy: DumpPolicy | None = None,
     progress: Progress | None = None,
 ) -> DumpResult:
     """Dump the tree below `pid` to the image `to`.
@@ -141,6 +143,7 @@ async def dump(
         to: a directory, a URL, or ``-``.
         leave: what becomes of the tree when the image is complete.
         externals: paths of namespaces, by kind, that are external instead of the caller's own.
+        policy: decisions about states that have more than one good answer.
         progress: is told how far it is.
 
     Raises:
@@ -156,10 +159,10 @@ async def dump(
     storage = open_storage(to)
     await storage.require_free()
     progress.phase("setup")
-    await refuse_early(pid, externals)
+    await refuse_early(pid, externals, policy)
     async with tracer_thread() as tracer:
         progress.phase("freeze")
-        async with standstill(tracer, pid, externals) as still:
+        async with standstill(tracer, pid, externals, policy) as still:
             progress.phase("memory")
             written = await _store(storage, still.records, still.sources, still.forest, progress)
             await still.let_go_of_files()

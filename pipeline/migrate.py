@@ -27,6 +27,7 @@ from msgspec import Struct
 from pipeline.dump import write_image
 from pipeline.errors import InDoubt, PeerError, PeerRefused, UsageError
 from pipeline.kernel.arch import x86_64 as arch
+from pipeline.policy import DumpPolicy
 from pipeline.progress import NullProgress, Progress
 from pipeline.remote.tracer import tracer_thread
 from pipeline.stages import freeze
@@ -75,6 +76,7 @@ async def migrate(
     max_downtime_s: float = 0.3,
     plaintext: bool = False,
     externals: Externals | None = None,
+    policy: DumpPolicy | None = None,
     progress: Progress | None = None,
 ) -> MigrateResult:
     """Move the tree below `pid` to the destination that serves at `to`.
@@ -87,6 +89,7 @@ async def migrate(
         max_downtime_s: for modes that send while the tree runs.
         plaintext: no TLS; both sides still prove the secret.
         externals: paths of namespaces, by kind, that are external instead of the caller's own.
+        policy: decisions about states that have more than one good answer.
         progress: is told how far it is.
 
     Raises:
@@ -106,7 +109,7 @@ async def migrate(
     secret = identity.load_secret(secret_file)
     begin = time.monotonic()
     progress.phase("setup")
-    await refuse_early(pid, externals)
+    await refuse_early(pid, externals, policy)
     migration = secrets.token_hex(16)
     async with tracer_thread() as tracer, connect(host, port, secret, plaintext=plaintext) as channel:
         await greet(channel)
@@ -116,7 +119,7 @@ async def migrate(
             raise PeerError(f"{channel.peer} did not answer the offer")
         progress.phase("freeze")
         told = _Decision(channel, migration, lambda: connect(host, port, secret, plaintext=plaintext))
-        async with told, standstill(tracer, pid, externals) as still:
+        async with told, standstill(tracer, pid, externals, policy) as still:
             progress.phase("memory")
             page_bytes = await write_image(
                 channel.writer, still.records, still.sources, still.forest, progress

@@ -24,6 +24,7 @@ from pipeline.image.codec import Image
 from pipeline.image.frames import MAX_PAYLOAD_BYTES
 from pipeline.image.schema import FORMAT_VERSION, End
 from pipeline.ledger import LEDGER
+from pipeline.policy import RestorePolicy
 from pipeline.progress import NullProgress, Progress
 from pipeline.remote.tracer import tracer_thread
 from pipeline.stages.fill import PageFeed
@@ -175,6 +176,7 @@ async def restore(
     map: str = "same",  # noqa: A002 (the option's name on the command line)
     unmapped: Unmapped = "refuse",
     externals: Externals | None = None,
+    policy: RestorePolicy | None = None,
     progress: Progress | None = None,
 ) -> RestoredTree:
     """Restore the image at `source`.
@@ -186,6 +188,7 @@ async def restore(
         map: where the ids of the outermost user namespaces lie here: ``same``, ``BASE:COUNT``, or ``auto``.
         externals: paths of namespaces, by kind, that take the place of external ones, instead of the caller's own;
             and where the other ends of the tree's veth devices are put: ``{"veth:eth0": "PEER@BRIDGE"}``.
+        policy: decisions about states that have more than one good answer.
         unmapped: ids that have no place here: ``refuse``, or let the ``overflow`` id stand for them.
         progress: is told how far it is.
 
@@ -204,7 +207,9 @@ async def restore(
         image, first = await read_records(reader)
         records_read = time.monotonic()
         feed = page_feed(reader, image, first, progress)
-        async with rebuilt(image, feed, tracer, progress, new_pidns, map, unmapped, externals) as rebuilding:
+        async with rebuilt(
+            image, feed, tracer, progress, new_pidns, map, unmapped, externals, policy
+        ) as rebuilding:
             progress.phase("thaw")
             # before it runs: it may end at once, and somebody else's process have its number
             tree = RestoredTree(rebuilding.root_pid, rebuilding.child_pid, {})

@@ -23,6 +23,7 @@ import trio
 from pipeline.errors import ImageError, PeerError, RebuildError, Refused
 from pipeline.ids import HostPid
 from pipeline.kernel.arch import x86_64 as arch
+from pipeline.policy import RestorePolicy
 from pipeline.progress import NullProgress, Progress
 from pipeline.remote.tracer import Tracer, tracer_thread
 from pipeline.restore import RestoredTree, page_feed, read_records
@@ -61,7 +62,7 @@ class _Server:
         self,
         tracer: Tracer,
         new_pidns: bool,
-        placing: tuple[str, Unmapped, Externals],
+        placing: tuple[str, Unmapped, Externals, RestorePolicy],
         progress: Progress,
         restored: Callable[[RestoredTree], None],
         said: Callable[[str], None],
@@ -217,6 +218,7 @@ async def serve(
     map: str = "same",  # noqa: A002 (the option's name on the command line)
     unmapped: Unmapped = "refuse",
     externals: Externals | None = None,
+    policy: RestorePolicy | None = None,
     plaintext: bool = False,
     on_listening: Callable[[str, int, str | None], None],
     on_restored: Callable[[RestoredTree], None] | None = None,
@@ -230,7 +232,7 @@ async def serve(
         secret_file: the secret that both sides share; None makes one, which `on_listening` is told.
         once: end when one tree has arrived.
         new_pidns: give every tree a pid namespace of its own.
-        map, unmapped, externals: see `pipeline.restore`.
+        map, unmapped, externals, policy: see `pipeline.restore`.
         plaintext: no TLS; both sides still prove the secret.
         on_listening: told host, port, and the secret if it was made here.
         on_restored: given each tree that runs; it is waited for here.
@@ -257,7 +259,7 @@ async def serve(
             server = _Server(
                 tracer,
                 new_pidns,
-                (map, unmapped, externals or {}),
+                (map, unmapped, externals or {}, policy or RestorePolicy()),
                 progress or NullProgress(),
                 on_restored or quiet,
                 on_message or quiet,

@@ -16,6 +16,7 @@ import trio
 from pipeline.errors import Blocker, Refused
 from pipeline.ids import HostPid
 from pipeline.image.schema import Record
+from pipeline.policy import DumpPolicy
 from pipeline.remote.tracer import Tracer
 from pipeline.resources.tasks.interrupted import Sleepers
 from pipeline.stages import freeze
@@ -35,10 +36,12 @@ _TRANSIENT_PAUSE_S = 0.2
 CapturedRecords = Sequence[tuple[Record, Record | None]]
 
 
-async def refuse_early(pid: int, externals: Externals | None = None) -> None:
+async def refuse_early(
+    pid: int, externals: Externals | None = None, policy: DumpPolicy | None = None
+) -> None:
     """Raise Refused with everything that stops the tree, all of it at once; nothing is touched."""
     for attempt in range(_TRANSIENT_TRIES):
-        blockers: Sequence[Blocker] = await trio.to_thread.run_sync(tree_blockers, pid, externals)
+        blockers: Sequence[Blocker] = await trio.to_thread.run_sync(tree_blockers, pid, externals, policy)
         if not blockers:
             return
         if attempt == _TRANSIENT_TRIES - 1 or not all(blocker.transient for blocker in blockers):
@@ -79,7 +82,7 @@ class Standstill:
 
 @asynccontextmanager
 async def standstill(
-    tracer: Tracer, pid: int, externals: Externals | None = None
+    tracer: Tracer, pid: int, externals: Externals | None = None, policy: DumpPolicy | None = None
 ) -> AsyncIterator[Standstill]:
     """The tree below `pid`, stopped and captured; runs on after the block, unless it was ended or held.
 
@@ -95,7 +98,7 @@ async def standstill(
             async with AsyncExitStack() as held:
                 try:
                     capture, records, sources = await held.enter_async_context(
-                        _captured(tracer, tree, sleepers, externals)
+                        _captured(tracer, tree, sleepers, externals, policy)
                     )
                 except Refused as refused:
                     last = attempt == _TRANSIENT_TRIES - 1
@@ -119,9 +122,13 @@ async def _frozen(tracer: Tracer, pid: int) -> AsyncIterator[FrozenTree]:
 
 @asynccontextmanager
 async def _captured(
-    tracer: Tracer, tree: FrozenTree, sleepers: Sleepers, externals: Externals | None
+    tracer: Tracer,
+    tree: FrozenTree,
+    sleepers: Sleepers,
+    externals: Externals | None,
+    policy: DumpPolicy | None,
 ) -> AsyncIterator[tuple[Capture, CapturedRecords, Sequence[PageSource]]]:
-    capture = await tracer.run(_open_capture, tree, sleepers, externals)
+    capture = await tracer.run(_open_capture, tree, sleepers, externals, policy)
     try:
         records, sources, blockers = await tracer.run(capture.take, tree)
         if blockers:
@@ -132,6 +139,8 @@ async def _captured(
             await tracer.run(capture.__exit__, None, None, None)
 
 
-def _open_capture(tree: FrozenTree, sleepers: Sleepers, externals: Externals | None) -> Capture:
+def _open_capture(
+    tree: FrozenTree, sleepers: Sleepers, externals: Externals | None, policy: DumpPolicy | None
+) -> Capture:
     zombies = [process.pid for process in tree.processes.values() if process.zombie]
-    return Capture(tree.pids(), zombies, sleepers, externals)
+    return Capture(tree.pids(), zombies, sleepers, externals, policy)

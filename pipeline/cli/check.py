@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from pipeline.cli import forest, render, within
+from pipeline.cli import forest, policies, render, within
 
 if TYPE_CHECKING:
     from pipeline.check import CheckReport
@@ -20,6 +20,7 @@ EXAMPLE = "  python -m pipeline check\n  python -m pipeline check --pid 4242"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pid", type=int, metavar="PID", help="also look at the tree whose root is PID")
+    policies.add_dump(parser)
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
 
 
@@ -29,9 +30,10 @@ def execute(arguments: argparse.Namespace) -> int:
     from pipeline.check import host_rows, report_on
     from pipeline.cli import recipe
 
+    policy = policies.of_dump(arguments)
     rows = host_rows()  # from here, not from where the tree is
     pid = None if arguments.pid is None else within.enter("check", arguments.pid).pid
-    report = recipe.run(lambda: trio.to_thread.run_sync(report_on, pid, rows))
+    report = recipe.run(lambda: trio.to_thread.run_sync(report_on, pid, rows, policy))
     if arguments.json:
         render.document(_plain(report))
     else:

@@ -12,7 +12,7 @@ import os
 import sys
 from typing import Literal
 
-from pipeline.cli import placing, render, within
+from pipeline.cli import placing, policies, render, within
 from pipeline.cli.progress import listener
 from pipeline.errors import UsageError
 
@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     after.add_argument("--leave-running", action="store_true", help="the tree goes on after the dump")
     after.add_argument("--leave-stopped", action="store_true", help="the tree is left stopped (SIGSTOP)")
     placing.add_external(parser)
+    policies.add_dump(parser)
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
 
 
@@ -54,7 +55,14 @@ def execute(arguments: argparse.Namespace) -> int:
     outside = {kind: place.path(path) for kind, path in outside.items()}
     with listener("dump") as progress:
         result = recipe.run(
-            lambda: pipeline.dump(place.pid, to, leave=leave, externals=outside, progress=progress)
+            lambda: pipeline.dump(
+                place.pid,
+                to,
+                leave=leave,
+                externals=outside,
+                policy=policies.of_dump(arguments),
+                progress=progress,
+            )
         )
     if arguments.json:
         render.document({**render.plain(result), "root_pid": arguments.pid})

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import re
 
-from pipeline.cli import placing, render, within
+from pipeline.cli import placing, policies, render, within
 from pipeline.cli.progress import listener
 
 EXAMPLE = "  python -m pipeline migrate --pid 4242 --to other.example:7000 --secret-file secret"
@@ -52,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how long the tree may stand still at the switch (default: 300ms)",
     )
     placing.add_external(parser)
+    policies.add_dump(parser)
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
 
 
@@ -74,6 +75,7 @@ def execute(arguments: argparse.Namespace) -> int:
                 max_downtime_s=arguments.max_downtime,
                 plaintext=arguments.plaintext,
                 externals=outside,
+                policy=policies.of_dump(arguments),
                 progress=progress,
             )
         )

@@ -14,7 +14,7 @@ from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING
 
-from pipeline.cli import pidfile, placing, render
+from pipeline.cli import pidfile, placing, policies, render
 from pipeline.cli.progress import Lines, Terminal, listener
 from pipeline.errors import UsageError
 
@@ -53,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--new-pidns", action="store_true", help="rebuild the tree in a pid namespace of its own"
     )
     placing.add_arguments(parser)
+    policies.add_restore(parser)
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout, once the tree runs")
 
 
@@ -85,6 +86,7 @@ async def _main(arguments: argparse.Namespace) -> int:
             map=arguments.map,
             unmapped=arguments.unmapped,
             externals=externals.parse(arguments.external),
+            policy=policies.of_restore(arguments),
             progress=progress,
         )
         if arguments.detach:

@@ -10,7 +10,7 @@ import argparse
 import socket
 from typing import TYPE_CHECKING
 
-from pipeline.cli import placing, render
+from pipeline.cli import placing, policies, render
 from pipeline.cli.progress import listener
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--new-pidns", action="store_true", help="rebuild each tree in a pid namespace of its own"
     )
     placing.add_arguments(parser)
+    policies.add_restore(parser)
 
 
 def execute(arguments: argparse.Namespace) -> int:
@@ -57,6 +58,7 @@ def execute(arguments: argparse.Namespace) -> int:
                 map=arguments.map,
                 unmapped=arguments.unmapped,
                 externals=outside,
+                policy=policies.of_restore(arguments),
                 on_listening=_listening,
                 on_restored=_restored,
                 on_message=lambda text: render.say(f"serve: {text}"),

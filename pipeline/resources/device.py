@@ -51,6 +51,7 @@ class Device(CompleteOnceCreated):
     record: type[DeviceState] = DeviceState
     carried: Sequence[str] = ("/dev/null, zero, full, random, urandom, by whatever name",)
     refused: Sequence[str] = ("every other device but terminals",)
+    shown_by: Sequence[str] = ("programs/files.py",)
 
     def matches(self, view: FdView) -> bool:
         """By device number."""

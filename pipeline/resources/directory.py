@@ -64,6 +64,10 @@ class Directory:
     record: type[DirectoryState] = DirectoryState
     carried: Sequence[str] = ("path, flags, reading position within the same directory", "locks")
     refused: Sequence[str] = ("a removed directory", "/proc/PID directories", "a lease")
+    shown_by: Sequence[str] = (
+        "programs/files.py",
+        "resources/test_places.py",
+    )
 
     def matches(self, view: FdView) -> bool:
         """By type."""

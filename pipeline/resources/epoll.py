@@ -145,6 +145,10 @@ class Epoll(CompleteOnceCreated):
         "an item whose file no process of the tree has open",
         "an instance shared with outside",
     )
+    shown_by: Sequence[str] = (
+        "programs/anonymous.py",
+        "resources/test_anonymous.py",
+    )
 
     def matches(self, view: FdView) -> bool:
         """By link."""

@@ -40,6 +40,10 @@ class Eventfd(CompleteOnceCreated):
     record: type[EventfdState] = EventfdState
     carried: Sequence[str] = ("count, semaphore mode, flags",)
     refused: Sequence[str] = ("an eventfd shared with a process outside the tree",)
+    shown_by: Sequence[str] = (
+        "programs/anonymous.py",
+        "resources/test_anonymous.py",
+    )
 
     def matches(self, view: FdView) -> bool:
         """By link."""

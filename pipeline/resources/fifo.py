@@ -46,6 +46,10 @@ class Fifo(CompleteOnceCreated):
     record: type[FifoState] = FifoState
     carried: Sequence[str] = ("open ends, unread bytes, packet mode, capacity",)
     refused: Sequence[str] = ("a FIFO with an end outside the tree", "a removed FIFO")
+    shown_by: Sequence[str] = (
+        "programs/pipes.py",
+        "resources/test_pipes.py",
+    )
 
     def matches(self, view: FdView) -> bool:
         """A FIFO inode with a path."""

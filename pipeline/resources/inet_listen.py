@@ -56,6 +56,10 @@ class Tcp(CompleteOnceCreated):
     record: type[TcpState] = TcpState
     carried: Sequence[str] = ("listening, bound and fresh TCP sockets with their options and backlog",)
     refused: Sequence[str] = ("TCP connections", "listeners with clients that wait to be accepted")
+    shown_by: Sequence[str] = (
+        "programs/sockets.py",
+        "resources/test_inet_sockets.py",
+    )
 
     def matches(self, view: FdView) -> bool:
         """A TCP socket of either family."""

@@ -42,6 +42,10 @@ class Udp(CompleteOnceCreated):
     record: type[UdpState] = UdpState
     carried: Sequence[str] = ("UDP sockets, bound and connected, with their options",)
     refused: Sequence[str] = ("datagrams in a queue", "multicast memberships", "pending errors")
+    shown_by: Sequence[str] = (
+        "programs/sockets.py",
+        "resources/test_inet_sockets.py",
+    )
 
     def matches(self, view: FdView) -> bool:
         """A UDP socket of either family."""

@@ -91,6 +91,10 @@ class KernelFile(CompleteOnceCreated):
         "files open for writing",
         "tracefs, debugfs, bpf and the like",
     )
+    shown_by: Sequence[str] = (
+        "programs/files.py",
+        "resources/test_places.py",
+    )
 
     def matches(self, view: FdView) -> bool:
         """By filesystem."""

@@ -25,6 +25,7 @@ from typing import Any, Protocol, TypeVar
 from pipeline.errors import Blocker
 from pipeline.ids import HostPid, LocalFd
 from pipeline.image.schema import Id, Index, OpenFile, PathRef, Pid, Record
+from pipeline.policy import DumpPolicy, RestorePolicy
 
 T = TypeVar("T")
 
@@ -70,7 +71,12 @@ class FdView:
 
 
 class CaptureScope(Protocol):
-    """What a kind may ask about the rest of the tree while it is captured."""
+    """What a kind may ask about the rest of the tree while it is captured.
+
+    `policy`: what the person who captures has decided.
+    """
+
+    policy: DumpPolicy
 
     def path(self, pid: HostPid, link: bytes) -> PathRef:
         """The path `link` (as readlink of a /proc/PID magic link says it) in the mount namespace of `pid`."""
@@ -116,7 +122,12 @@ class CaptureScope(Protocol):
 
 
 class CreateScope(Protocol):
-    """What a kind may use while the tree is rebuilt."""
+    """What a kind may use while the tree is rebuilt.
+
+    `policy`: what the person who rebuilds has decided.
+    """
+
+    policy: RestorePolicy
 
     def open(self, path: PathRef, flags: int, mode: int = 0) -> LocalFd:
         """Open `path` inside its mount namespace's root (openat2, RESOLVE_IN_ROOT); caller owns the result."""
@@ -177,6 +188,8 @@ class FileKind(Protocol[R]):
     #: states carried and states refused, for the support matrix: (what, how)
     carried: Sequence[str]
     refused: Sequence[str]
+    #: the tests that show it, for the support matrix: paths below tests/
+    shown_by: Sequence[str]
 
     def matches(self, view: FdView) -> bool:
         """Whether this kind is the one to carry `view`; the first kind of the registry that says so does."""

@@ -15,6 +15,7 @@ _HEAD = """# What is carried, and what is refused
 
 Printed from the registry of kinds (`python -m pipeline.resources.matrix`). What is not
 carried is refused before anything is touched, with the pid and the number of the descriptor.
+Tests are named by their paths below `tests/`.
 Memory and task state say the same in the first lines of their files, under
 `pipeline/resources/`.
 
@@ -23,7 +24,7 @@ Memory and task state say the same in the first lines of their files, under
 
 def support_matrix() -> str:
     """Both tables as Markdown."""
-    files = ((kind.name, kind.carried, kind.refused) for kind in kinds())
+    files = ((kind.name, kind.carried, kind.refused, kind.shown_by) for kind in kinds())
     return _HEAD + _table("kind of open file", files) + "\n" + namespace_matrix()
 
 
@@ -32,9 +33,11 @@ def namespace_matrix() -> str:
     return _table("kind of namespace", KINDS)
 
 
-def _table(what: str, rows: Iterable[tuple[str, Sequence[str], Sequence[str]]]) -> str:
-    lines = [f"| {what} | carried | refused |", "|---|---|---|"]
-    lines += [f"| {name} | {'; '.join(yes) or '—'} | {'; '.join(no) or '—'} |" for name, yes, no in rows]
+def _table(what: str, rows: Iterable[tuple[str, Sequence[str], Sequence[str], Sequence[str]]]) -> str:
+    lines = [f"| {what} | carried | refused | shown by |", "|---|---|---|---|"]
+    for name, carried, refused, shown_by in rows:
+        tests = "; ".join(f"`{path}`" for path in shown_by)
+        lines.append(f"| {name} | {'; '.join(carried) or '—'} | {'; '.join(refused) or '—'} | {tests} |")
     return "\n".join(lines) + "\n"
 
 

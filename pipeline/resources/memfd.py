@@ -65,6 +65,10 @@ class Memfd:
         "locks",
     )
     refused: Sequence[str] = ("huge pages", "a memfd shared with a process outside the tree")
+    shown_by: Sequence[str] = (
+        "programs/sharing.py",
+        "resources/test_places.py",
+    )
 
     def matches(self, view: FdView) -> bool:
         """By link, device and link count."""

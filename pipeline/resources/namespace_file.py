@@ -41,6 +41,7 @@ class NamespaceFile(CompleteOnceCreated):
         "namespaces that belong to a user namespace outside of the pipeline's own",
         "a pid namespace that no process of the tree is in",
     )
+    shown_by: Sequence[str] = ("programs/held_namespaces.py",)
 
     def matches(self, view: FdView) -> bool:
         """By link."""

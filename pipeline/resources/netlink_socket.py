@@ -64,6 +64,7 @@ class Netlink(CompleteOnceCreated):
     record: type[NetlinkState] = NetlinkState
     carried: Sequence[str] = ("idle netlink sockets of route, uevent, sock_diag, generic and xfrm",)
     refused: Sequence[str] = ("netlink sockets with unread messages", "netfilter, audit and other protocols")
+    shown_by: Sequence[str] = ("resources/test_inet_sockets.py",)
 
     def matches(self, view: FdView) -> bool:
         """A netlink socket."""

@@ -43,6 +43,10 @@ class PathOnly(CompleteOnceCreated):
         "O_PATH descriptors of files, directories, symbolic links, sockets and devices",
     )
     refused: Sequence[str] = ("a place whose name is gone", "a place without a path", "/proc/PID")
+    shown_by: Sequence[str] = (
+        "programs/files.py",
+        "resources/test_paths.py",
+    )
 
     def matches(self, view: FdView) -> bool:
         """By flag."""

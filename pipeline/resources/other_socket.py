@@ -28,6 +28,7 @@ class OtherSocket(CompleteOnceCreated):
     record: type[NoState] = NoState
     carried: Sequence[str] = ()
     refused: Sequence[str] = ("raw, ping, packet, SCTP, MPTCP, vsock, Bluetooth, XDP and other sockets",)
+    shown_by: Sequence[str] = ("resources/test_inet_sockets.py",)
 
     def matches(self, view: FdView) -> bool:
         """Every socket: stands behind the kinds that carry some."""

@@ -57,6 +57,10 @@ class Pidfd(CompleteOnceCreated):
         "a pidfd of a process outside the tree, or of one that is gone",
         "a pidfd of a thread that does not lead its group",
     )
+    shown_by: Sequence[str] = (
+        "programs/anonymous.py",
+        "resources/test_anonymous.py",
+    )
 
     def matches(self, view: FdView) -> bool:
         """By link and fdinfo."""

@@ -46,6 +46,10 @@ class Pipe(CompleteOnceCreated):
     record: type[PipeState] = PipeState
     carried: Sequence[str] = ("both ends, unread bytes, packet mode, capacity, closed ends, owner",)
     refused: Sequence[str] = ("a pipe with an end outside the tree", "more than 16 MiB unread")
+    shown_by: Sequence[str] = (
+        "programs/pipes.py",
+        "resources/test_pipes.py",
+    )
 
     def matches(self, view: FdView) -> bool:
         """A FIFO inode without a path."""

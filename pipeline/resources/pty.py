@@ -50,6 +50,10 @@ class Pty:
         "a terminal with a side outside the tree, a console or serial line",
         "a terminal that is stopped or full, unread events of packet mode",
     )
+    shown_by: Sequence[str] = (
+        "programs/terminal.py",
+        "resources/test_pty.py",
+    )
 
     def matches(self, view: FdView) -> bool:
         """Every terminal device; those that are no pseudo-terminal are refused here."""

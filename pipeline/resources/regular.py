@@ -61,6 +61,10 @@ class RegularFile:
         "a name that leads to another file",
         "a file that has only other hard links",
     )
+    shown_by: Sequence[str] = (
+        "programs/files.py",
+        "resources/test_regular.py",
+    )
 
     def matches(self, view: FdView) -> bool:
         """Regular, with a name, on a filesystem that stores files."""

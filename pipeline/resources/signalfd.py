@@ -35,6 +35,10 @@ class Signalfd(CompleteOnceCreated):
     record: type[SignalfdState] = SignalfdState
     carried: Sequence[str] = ("mask, flags",)
     refused: Sequence[str] = ()
+    shown_by: Sequence[str] = (
+        "programs/anonymous.py",
+        "resources/test_anonymous.py",
+    )
 
     def matches(self, view: FdView) -> bool:
         """By link."""

@@ -73,6 +73,10 @@ class Timerfd(CompleteOnceCreated):
         "clock, time left or absolute wall clock time, interval, unread expirations, flags",
     )
     refused: Sequence[str] = ("a timer shared with a process outside the tree",)
+    shown_by: Sequence[str] = (
+        "programs/anonymous.py",
+        "resources/test_anonymous.py",
+    )
 
     def matches(self, view: FdView) -> bool:
         """By link."""

@@ -111,6 +111,10 @@ class TunFile(CompleteOnceCreated):
         "/dev/net/tun, attached to a tun or tap device of a network of the tree, or to nothing",
     )
     refused: Sequence[str] = ("devices of external networks; offloads, filters",)
+    shown_by: Sequence[str] = (
+        "programs/tunnel.py",
+        "test_tun_file.py",
+    )
 
     def matches(self, view: FdView) -> bool:
         """By device number."""

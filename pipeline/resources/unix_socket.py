@@ -136,6 +136,10 @@ class Unix:
         "a peer, waiting client or holder outside the tree",
         "descriptors in flight (SCM_RIGHTS), out-of-band data, data sent before accept",
     )
+    shown_by: Sequence[str] = (
+        "programs/sockets.py",
+        "resources/test_unix_socket.py",
+    )
 
     def matches(self, view: FdView) -> bool:
         """A unix socket."""

@@ -79,6 +79,10 @@ class UnnamedFile:
         "locks",
     )
     refused: Sequence[str] = ("a lease", "user extended attributes or an ACL on a deleted file")
+    shown_by: Sequence[str] = (
+        "programs/files.py",
+        "resources/test_places.py",
+    )
 
     def matches(self, view: FdView) -> bool:
         """Regular, with bytes on a filesystem, and without a name."""

@@ -65,6 +65,7 @@ class Unsupported(CompleteOnceCreated):
         "inotify, fanotify, io_uring, userfaultfd, perf, BPF, KVM, secret memory",
         "devices with state, block devices, whatever is not known",
     )
+    shown_by: Sequence[str] = ("resources/test_places.py",)
 
     def matches(self, view: FdView) -> bool:
         """Everything."""

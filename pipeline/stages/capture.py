@@ -35,6 +35,7 @@ from pipeline.image.schema import (
 from pipeline.kernel import procfs, ptrace, smaps
 from pipeline.kernel.arch import x86_64 as arch
 from pipeline.kernel.inside import open_file
+from pipeline.policy import DumpPolicy
 from pipeline.remote.live import LiveTask, Region, find_places
 from pipeline.resources import tun_file
 from pipeline.resources.memory.alike import is_forked
@@ -66,6 +67,7 @@ class Capture:
         zombies: those of them that have ended.
         sleepers: has looked at the tree before it was stopped.
         externals: namespaces that are external instead of the pipeline's own.
+        policy: decisions about states that have more than one good answer.
     """
 
     def __init__(
@@ -74,7 +76,9 @@ class Capture:
         zombies: Sequence[HostPid],
         sleepers: Sleepers | None = None,
         externals: Externals | None = None,
+        policy: DumpPolicy | None = None,
     ) -> None:
+        self.policy = policy or DumpPolicy()
         self._sleepers = sleepers or Sleepers()
         #: how long each thread had slept when it was stopped, and in which call
         self._slept: dict[int, tuple[int | None, int | None]] = {}
@@ -95,6 +99,7 @@ class Capture:
                     self._mount_namespace,
                     self._objects.memory_of,
                     self.namespaces,
+                    self.policy,
                 )
             )
             self._stack = stack.pop_all()

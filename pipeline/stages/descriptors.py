@@ -25,6 +25,7 @@ from pipeline.image.schema import FdEntry, Id, OpenFile, PathRef, Record
 from pipeline.kernel.arch.x86_64 import NR
 from pipeline.kernel.syscalls import CLONE, RESOLVE, openat2
 from pipeline.ledger import LEDGER
+from pipeline.policy import RestorePolicy
 from pipeline.remote.calls import Call
 from pipeline.remote.puppet import Puppet
 from pipeline.resources import signal_owner
@@ -51,6 +52,7 @@ class Descriptors:
         own_networks: numbers of the network namespaces that are the tree's.
         user, group: translate an `Id` to what the restorer sees.
         made: what `once` shall find made already; not owned here.
+        policy: see `CreateScope`.
     """
 
     def __init__(
@@ -64,7 +66,9 @@ class Descriptors:
         user: Callable[[Id], int],
         group: Callable[[Id], int],
         made: Mapping[tuple[Any, ...], Any],
+        policy: RestorePolicy,
     ) -> None:
+        self.policy = policy
         self._image = image
         self._puppets = puppets
         self._contents = contents

@@ -9,6 +9,7 @@ from contextlib import suppress
 from pipeline.errors import Blocker
 from pipeline.ids import HostPid, LocalFd
 from pipeline.kernel import procfs
+from pipeline.policy import DumpPolicy
 from pipeline.resources.namespace_file import LINKS
 from pipeline.resources.namespaces.members import NamespaceCapture, check_visible
 from pipeline.resources.tasks import credentials
@@ -38,7 +39,9 @@ def _learn_held(pid: HostPid, namespaces: NamespaceCapture) -> None:
                     os.close(fd)
 
 
-def tree_blockers(pid: int, externals: Externals | None = None) -> list[Blocker]:
+def tree_blockers(
+    pid: int, externals: Externals | None = None, policy: DumpPolicy | None = None
+) -> list[Blocker]:
     """Every blocker of the tree below `pid`, which goes on running meanwhile.
 
     What is there at one look and not at the next was the program at work, such as a file that it removed while it
@@ -47,11 +50,12 @@ def tree_blockers(pid: int, externals: Externals | None = None) -> list[Blocker]
     Args:
         pid: its root.
         externals: namespaces that are external instead of the pipeline's own.
+        policy: decisions about states that have more than one good answer.
     """
     for _ in range(_LOOKS):
         try:
-            found = list(_look(pid, externals))
-            again = set(_look(pid, externals)) if found else set()
+            found = list(_look(pid, externals, policy))
+            again = set(_look(pid, externals, policy)) if found else set()
             return [blocker for blocker in found if blocker in again]
         except PermissionError as error:
             refused = error  # of a member that ended, the number may be somebody else's now
@@ -64,7 +68,7 @@ def tree_blockers(pid: int, externals: Externals | None = None) -> list[Blocker]
     ]
 
 
-def _look(pid: int, externals: Externals | None) -> Iterator[Blocker]:
+def _look(pid: int, externals: Externals | None, policy: DumpPolicy | None) -> Iterator[Blocker]:
     at_root = list(check_root(pid))
     yield from at_root
     if at_root:
@@ -88,7 +92,7 @@ def _look(pid: int, externals: Externals | None) -> Iterator[Blocker]:
         with suppress(procfs.ProcessGone):
             if procfs.status(member).state in "ZX":
                 zombies.append(member)
-    with Capture(pids, zombies, externals=externals) as capture:
+    with Capture(pids, zombies, externals=externals, policy=policy) as capture:
         yield from capture.blockers()
 
 

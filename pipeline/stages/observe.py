@@ -22,6 +22,7 @@ from pipeline.ids import HostPid, LocalFd
 from pipeline.image.schema import Content, FdEntry, Id, OpenFile, PathRef, Record
 from pipeline.kernel import procfs
 from pipeline.ledger import LEDGER
+from pipeline.policy import DumpPolicy
 from pipeline.resources import signal_owner
 from pipeline.resources.kinds import FdView
 from pipeline.resources.namespaces.members import NamespaceCapture
@@ -103,6 +104,7 @@ class FileObserver:
         mount_namespace: the `Namespace` index of the mount namespace of a process.
         memory: registers the shared memory behind a descriptor and returns its space.
         namespaces: of the tree.
+        policy: see `CaptureScope`.
     """
 
     def __init__(
@@ -112,7 +114,9 @@ class FileObserver:
         mount_namespace: Callable[[HostPid], int],
         memory: Callable[[FdView], int],
         namespaces: NamespaceCapture,
+        policy: DumpPolicy,
     ) -> None:
+        self.policy = policy
         self._tree = tree
         self._spaces = spaces
         self._mount_namespace = mount_namespace

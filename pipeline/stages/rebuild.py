@@ -24,6 +24,7 @@ from pipeline.kernel.arch import x86_64 as arch
 from pipeline.kernel.arch.x86_64 import NR
 from pipeline.kernel.syscalls import RESOLVE, openat2
 from pipeline.ledger import LEDGER
+from pipeline.policy import RestorePolicy
 from pipeline.progress import Progress
 from pipeline.remote.births import Announcer, Here, Inside
 from pipeline.remote.init import Init
@@ -64,6 +65,7 @@ class Rebuilding:
         new_pidns: make a pid namespace for the tree, with a first process that waits for it.
         placing, unmapped: see `Destination`.
         externals: namespaces that take the place of the external ones, instead of our own, and what devices hang on.
+        policy: decisions about states that have more than one good answer.
     """
 
     def __init__(
@@ -73,7 +75,9 @@ class Rebuilding:
         placing: str = "same",
         unmapped: Unmapped = "refuse",
         externals: Externals | None = None,
+        policy: RestorePolicy | None = None,
     ) -> None:
+        self.policy = policy or RestorePolicy()
         self._image = image
         self._new_pidns = new_pidns
         self._externals = externals or {}
@@ -231,6 +235,7 @@ class Rebuilding:
             self._ids.uid_here,
             self._ids.gid_here,
             self._terminals.made,
+            self.policy,
         )
         try:
             descriptors.create()
@@ -381,6 +386,7 @@ async def rebuilt(
     placing: str = "same",
     unmapped: Unmapped = "refuse",
     externals: Externals | None = None,
+    policy: RestorePolicy | None = None,
 ) -> AsyncIterator[Rebuilding]:
     """The tree of `image`, complete and stopped; gone after the block unless it was thawed.
 
@@ -391,7 +397,7 @@ async def rebuilt(
     progress.phase("rebuild")
     if image.head.machine != arch.MACHINE:
         image.check_machine(arch.MACHINE)
-    rebuilding = Rebuilding(image, new_pidns, placing, unmapped, externals)
+    rebuilding = Rebuilding(image, new_pidns, placing, unmapped, externals, policy)
     try:
         await tracer.run(rebuilding.prepare)
         for space in [*image.shared_memory, *image.contents]:

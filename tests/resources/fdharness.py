@@ -28,6 +28,7 @@ from pipeline.image.schema import Id, OpenFile, PathRef
 from pipeline.kernel.arch.x86_64 import NR
 from pipeline.kernel.procfs import parse_fdinfo
 from pipeline.kernel.syscalls import KCMP, RESOLVE, kcmp, openat2, pidfd_getfd, pidfd_open
+from pipeline.policy import DumpPolicy, RestorePolicy
 from pipeline.remote.puppet import Puppet, spawn_launcher
 from pipeline.resources import (
     device,
@@ -135,7 +136,8 @@ class Capture:
         pids: the members; a process that is left out is outside the tree.
     """
 
-    def __init__(self, *pids: int) -> None:
+    def __init__(self, *pids: int, policy: DumpPolicy | None = None) -> None:
+        self.policy = policy or DumpPolicy()
         self.pids = [HostPid(pid) for pid in pids]
         self._stack = ExitStack()
         self._peers: dict[Any, Any] = {}
@@ -277,8 +279,13 @@ class Rebuilt:
     """
 
     def __init__(
-        self, capture: Capture, files: Sequence[OpenFile] | None = None, finish: bool = True
+        self,
+        capture: Capture,
+        files: Sequence[OpenFile] | None = None,
+        finish: bool = True,
+        policy: RestorePolicy | None = None,
     ) -> None:
+        self.policy = policy or RestorePolicy()
         files = capture.records() if files is None else files
         self.files = msgspec.msgpack.decode(msgspec.msgpack.encode(files), type=list[OpenFile])
         self._numbers = dict(capture._tables)

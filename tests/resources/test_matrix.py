@@ -26,3 +26,11 @@ def test_every_kind_of_namespace_is_there() -> None:
 def test_every_kind_says_something() -> None:
     for kind in kinds():
         assert kind.carried or kind.refused, kind.name
+
+
+def test_what_shows_a_state_is_there() -> None:
+    rows = {kind.name: kind.shown_by for kind in kinds()} | {kind.kind: kind.shown_by for kind in KINDS}
+    tests = Path(__file__).parents[1]
+    for name, shown_by in rows.items():
+        assert shown_by, name
+        assert [path for path in shown_by if not (tests / path).is_file()] == [], name

@@ -16,13 +16,14 @@ from collections.abc import Iterator, Sequence
 
 from pipeline.errors import Blocker
 from pipeline.ids import HostPid
-from pipeline.resources.namespaces.support import Support
+from pipeline.resources.support import Support
 from pipeline.userns.visit import Way, read_file, visit
 
 SUPPORT = Support(
     "cgroup",
     carried=("one whose members are all at its root: the restorer's cgroup becomes the root",),
     refused=("members in cgroups below or beside the root",),
+    shown_by=("topologies/test_topologies.py",),
 )
 
 

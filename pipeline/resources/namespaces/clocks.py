@@ -27,13 +27,14 @@ from pipeline.image.schema import Record
 from pipeline.kernel.arch.x86_64 import NR
 from pipeline.kernel.syscalls import CLONE
 from pipeline.remote.puppet import Puppet
-from pipeline.resources.namespaces.support import Support
+from pipeline.resources.support import Support
 from pipeline.userns.visit import Way, visit
 
 SUPPORT = Support(
     "time",
     carried=("clocks that go on from what they said; one for children only",),
     refused=("children that would be born on the wrong side of one",),
+    shown_by=("programs/clocks.py",),
 )
 
 _OFFSETS = "/proc/self/timens_offsets"

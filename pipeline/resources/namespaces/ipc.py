@@ -30,7 +30,7 @@ from pipeline.image.schema import I32, I64, U16, U64, Id, Index, Record
 from pipeline.kernel.arch.x86_64 import NR
 from pipeline.kernel.syscalls import PRCTL, prctl, syscall
 from pipeline.resources.memory.pages import data_runs
-from pipeline.resources.namespaces.support import Support
+from pipeline.resources.support import Support
 
 SUPPORT = Support(
     "ipc",
@@ -41,6 +41,10 @@ SUPPORT = Support(
     refused=(
         "POSIX message queues",
         "a segment that somebody outside of the tree has attached; segments of huge pages",
+    ),
+    shown_by=(
+        "programs/sysv.py",
+        "resources/test_ipc_outside.py",
     ),
 )
 

@@ -36,7 +36,7 @@ from pipeline.resources.namespaces.members import FLAGS
 from pipeline.resources.namespaces.mounting import Mounting
 from pipeline.resources.namespaces.outside_links import OutsideLinks
 from pipeline.resources.namespaces.seats import Seats, join
-from pipeline.resources.namespaces.support import Support
+from pipeline.resources.support import Support
 from pipeline.userns.externals import GivenDevice
 from pipeline.userns.forest import Forest, IdKind
 from pipeline.userns.idmap import MapError
@@ -50,6 +50,10 @@ SUPPORT = Support(
         "one that only a descriptor, a mount or another namespace holds",
     ),
     refused=("one that is not below the pipeline's own",),
+    shown_by=(
+        "topologies/test_topologies.py",
+        "programs/levels.py",
+    ),
 )
 
 _NO_SETUID_FIXUP = 1 << 2

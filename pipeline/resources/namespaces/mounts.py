@@ -37,7 +37,7 @@ from pipeline.remote.calls import Argument
 from pipeline.remote.puppet import Puppet
 from pipeline.resources.namespaces import tmpfs
 from pipeline.resources.namespaces.idmapped import MountIdmap
-from pipeline.resources.namespaces.support import Support
+from pipeline.resources.support import Support
 
 SUPPORT = Support(
     "mnt",
@@ -53,6 +53,10 @@ SUPPORT = Support(
         "a tmpfs with mounts on it that another user namespace has locked",
         "peers in two namespaces neither of which is a copy of the other",
         "slaves of mounts that are nowhere to be seen",
+    ),
+    shown_by=(
+        "programs/mounted.py",
+        "resources/test_namespaces_mounts.py",
     ),
 )
 

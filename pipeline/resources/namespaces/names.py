@@ -8,10 +8,15 @@ from __future__ import annotations
 from pipeline.image.schema import Record
 from pipeline.kernel.arch.x86_64 import NR
 from pipeline.remote.puppet import Puppet
-from pipeline.resources.namespaces.support import Support
+from pipeline.resources.support import Support
 from pipeline.userns.visit import Way, read_file, visit
 
-SUPPORT = Support("uts", carried=("host name and domain name",), refused=())
+SUPPORT = Support(
+    "uts",
+    carried=("host name and domain name",),
+    refused=(),
+    shown_by=("resources/test_namespaces_names.py",),
+)
 
 
 class UtsState(Record, frozen=True, kw_only=True):

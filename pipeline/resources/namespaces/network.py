@@ -48,8 +48,8 @@ from pipeline.resources.namespaces.links import (
     port_of,
     step,
 )
-from pipeline.resources.namespaces.support import Support
 from pipeline.resources.namespaces.tun import Number
+from pipeline.resources.support import Support
 from pipeline.userns.visit import Way, fetch, read_file, visit
 
 SUPPORT = Support(
@@ -63,6 +63,10 @@ SUPPORT = Support(
     refused=(
         "devices of other kinds",
         "iptables rules, queueing disciplines that were set, next-hop objects, VLAN filtering",
+    ),
+    shown_by=(
+        "programs/networks.py",
+        "resources/test_namespaces_outside_links.py",
     ),
 )
 

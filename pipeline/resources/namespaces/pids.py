@@ -14,7 +14,7 @@ from pipeline.image.schema import Record
 from pipeline.kernel.arch.x86_64 import NR
 from pipeline.kernel.syscalls import CLONE
 from pipeline.remote.puppet import Puppet
-from pipeline.resources.namespaces.support import Support
+from pipeline.resources.support import Support
 
 SUPPORT = Support(
     "pid",
@@ -25,6 +25,10 @@ SUPPORT = Support(
     refused=(
         "one whose first process is not part of the tree",
         "one without a process that only a descriptor or a mount holds",
+    ),
+    shown_by=(
+        "topologies/test_topologies.py",
+        "programs/namespaced.py",
     ),
 )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pipeline.resources.namespaces import cgroups, clocks, ipc, keepers, mounts, names, network, pids
-from pipeline.resources.namespaces.support import Support
+from pipeline.resources.support import Support
 
 KINDS: Sequence[Support] = (
     keepers.SUPPORT,

@@ -102,7 +102,11 @@ def scan(
         )
         count = fcntl.ioctl(fd, _PAGEMAP_SCAN, argument)
         found.extend(_REGION.iter_unpack(vector.raw[: _REGION.size * count]))
-        walked = _ARG.unpack(argument)[4]
+        if count < _REGIONS:
+            break
+        # The kernel walks in parts of its own, and where the last of them ended well, the address says where an
+        # earlier one did: what lies behind it was found already.
+        walked = max(_ARG.unpack(argument)[4], found[-1][1])
         if walked <= start:
             break
         start = walked

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import itertools
 import mmap
 import os
 import subprocess
@@ -100,6 +101,28 @@ def test_arithmetic_of_ranges(one: set[int], other: set[int]) -> None:
     assert pagemap.intersect(_runs(one), _runs(other)) == _runs(one & other)
     assert pagemap.subtract(_runs(one), _runs(other)) == _runs(one - other)
     assert pagemap.total_bytes(_runs(one)) == len(one)
+
+
+def test_pagemap_scan_finds_every_run_once_however_many_parts_the_kernel_walks() -> None:
+    pages = 3000  # every other one is a run; the kernel hands them over in parts of 512
+    body = (
+        "import mmap, sys\n"
+        f"area = mmap.mmap(-1, {pages} * 4096, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)\n"
+        f"for page in range(0, {pages}, 2): area[page * 4096] = 1\n"
+        "print(flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", body], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as child:
+        assert child.stdout
+        child.stdout.readline()
+        fd = pagemap.open_pagemap(HostPid(child.pid))
+        ranges = [(m.start, m.end) for m in smaps.maps(HostPid(child.pid)) if m.name != b"[vsyscall]"]
+        runs, _ = pagemap.populated(fd, ranges)
+        os.close(fd)
+        child.kill()
+    assert len(runs) > pages // 2
+    assert all(one[1] < other[0] for one, other in itertools.pairwise(runs))
 
 
 def test_namespaces_of_a_child() -> None:

@@ -173,29 +173,6 @@ def test_a_connection_that_was_reset_is_refused() -> None:
         assert "the TCP connection has ended" in capture.reasons(child.result[0])
 
 
-def test_a_packet_filter_is_refused() -> None:
-    def setup() -> tuple[int, ...]:
-        import ctypes
-
-        sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        program = ctypes.create_string_buffer(struct.pack("<HBBI", 6, 0, 0, 0xFFFF), 8)
-        sock.setsockopt(SOL, 26, struct.pack("<H6xQ", 1, ctypes.addressof(program)))
-        return kept(sock)
-
-    with subject(setup) as child, Capture(child.pid) as capture:
-        assert "packet filter" in capture.reasons(child.result[0])
-
-
-def test_an_interface_number_among_the_options_is_refused() -> None:
-    def setup() -> tuple[int, ...]:
-        sock = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
-        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_IF, 1)
-        return kept(sock)
-
-    with subject(setup) as child, Capture(child.pid) as capture:
-        assert "IPV6_MULTICAST_IF" in capture.reasons(child.result[0])
-
-
 def test_udp_sockets_keep_their_ends_options_and_device() -> None:
     def setup() -> tuple[int, ...]:
         one, two, fresh = (socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in range(3))

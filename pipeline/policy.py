@@ -19,11 +19,20 @@ class DumpPolicy:
 
     Args:
         tcp: what becomes of TCP connections: carried, closed, or refused by name.
+        cgroup: whether the cgroups that only the tree lives in go along.
     """
 
     tcp: Tcp = "established"
+    cgroup: Literal["keep", "ignore"] = "keep"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RestorePolicy:
-    """Decisions of whoever rebuilds a tree."""
+    """Decisions of whoever rebuilds a tree.
+
+    Args:
+        cgroup: where the cgroups that came with the tree are made: ``keep``: where they were; ``ignore``: nowhere,
+            all of it is in the restorer's; or the path of a cgroup to make them in.
+    """
+
+    cgroup: str = "keep"

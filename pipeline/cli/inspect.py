@@ -70,6 +70,7 @@ def as_document(inspection: Inspection) -> dict[str, Any]:
         "namespaces": render.plain(list(image.namespaces.values())),
         "processes": render.plain(list(image.processes.values())),
         "address-spaces": render.plain(list(image.spaces.values())),
+        "cgroups": render.plain(list(image.cgroups.values())),
         "mapped-files": render.plain(list(image.mapped_files.values())),
         "shared-memory": render.plain(list(image.shared_memory.values())),
         "contents": render.plain(list(image.contents.values())),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 
+from pipeline.errors import UsageError
 from pipeline.policy import DumpPolicy, RestorePolicy
 
 
@@ -19,6 +20,12 @@ def add_dump(parser: argparse.ArgumentParser) -> None:
         default="established",
         help="TCP connections: carry them (default), close them at the destination, or refuse and name them",
     )
+    parser.add_argument(
+        "--cgroup",
+        choices=("keep", "ignore"),
+        default="keep",
+        help="cgroups that only the tree lives in: carry them with their limits (default), or leave them behind",
+    )
 
 
 def of_dump(arguments: argparse.Namespace) -> DumpPolicy:
@@ -27,17 +34,26 @@ def of_dump(arguments: argparse.Namespace) -> DumpPolicy:
     Raises:
         UsageError: an option is not of its form.
     """
-    return DumpPolicy(tcp=arguments.tcp)
+    return DumpPolicy(tcp=arguments.tcp, cgroup=arguments.cgroup)
 
 
 def add_restore(parser: argparse.ArgumentParser) -> None:
     """Add the options of restore and serve."""
+    parser.add_argument(
+        "--cgroup",
+        default="keep",
+        metavar="keep|ignore|PATH",
+        help="cgroups that came with the tree: make them where they were (default), put the tree into the cgroup of "
+        "this command, or make them in the cgroup PATH, such as /trees",
+    )
 
 
-def of_restore(arguments: argparse.Namespace) -> RestorePolicy:  # noqa: ARG001
+def of_restore(arguments: argparse.Namespace) -> RestorePolicy:
     """What they say.
 
     Raises:
         UsageError: an option is not of its form.
     """
-    return RestorePolicy()
+    if arguments.cgroup not in {"keep", "ignore"} and not arguments.cgroup.startswith("/"):
+        raise UsageError(f"--cgroup {arguments.cgroup}: say keep, ignore, or a path that begins with /")
+    return RestorePolicy(cgroup=arguments.cgroup)

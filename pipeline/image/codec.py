@@ -18,6 +18,7 @@ from pipeline.image.schema import (
     FORMAT_VERSION,
     AddressSpace,
     AnyRecord,
+    Cgroup,
     Content,
     End,
     Head,
@@ -91,6 +92,7 @@ class Image:
         self._head: Head | None = None
         self.user_namespaces: dict[int, UserNamespace] = {}
         self.namespaces: dict[int, Namespace] = {}
+        self.cgroups: dict[int, Cgroup] = {}
         self.mapped_files: dict[int, MappedFile] = {}
         self.shared_memory: dict[int, SharedMemory] = {}
         self.contents: dict[int, Content] = {}
@@ -114,6 +116,7 @@ class Image:
         for table in (
             self.user_namespaces,
             self.namespaces,
+            self.cgroups,
             self.mapped_files,
             self.shared_memory,
             self.contents,
@@ -150,6 +153,8 @@ class Image:
                     raise ImageError(f"user namespace {record.index}: {error}") from None
             case Namespace():
                 self._put(self.namespaces, record.index, record)
+            case Cgroup():
+                self._put(self.cgroups, record.index, record)
             case MappedFile():
                 self._put(self.mapped_files, record.index, record)
             case SharedMemory():
@@ -259,6 +264,11 @@ class Image:
         ):
             self._require(
                 getattr(members, kind) in self.namespaces, f"{name}: its {kind} namespace is missing"
+            )
+        for groups in (process.cgroups, *(thread.cgroups or [] for thread in process.threads)):
+            self._require(
+                all(index in self.cgroups and self.cgroups[index].own for index in groups),
+                f"{name}: its cgroup is missing",
             )
         self._require(
             process.parent == 0 or process.parent in self.processes, f"{name}: its parent is missing"

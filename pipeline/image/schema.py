@@ -120,6 +120,34 @@ class Namespace(Record, frozen=True, kw_only=True, tag="ns"):
     state: dict[str, Any] = {}
 
 
+class CgroupFile(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """Whose a file in a cgroup is, that was handed to somebody; the empty name: the directory itself."""
+
+    name: Annotated[str, Meta(max_length=255)]
+    uid: Id
+    gid: Id
+    mode: U16
+
+
+class Cgroup(Record, frozen=True, kw_only=True, tag="cgroup"):
+    """A cgroup: of the tree's own, or (not `own`) one of the surroundings at which a cgroup namespace begins.
+
+    `hierarchy`: empty for version 2, else its controllers or ``name=…``. `path`: as the cgroup namespace of whoever
+    captured it has it. `opened`: controllers for those below (cgroup.subtree_control). `settings`: what is not the
+    default, see `pipeline.resources.cgroups.settings`. `xattrs`: user and trusted ones.
+    """
+
+    index: Index
+    hierarchy: Annotated[str, Meta(max_length=255)]
+    path: Path
+    own: bool
+    threaded: bool = False
+    opened: Annotated[list[Annotated[str, Meta(max_length=64)]], Meta(max_length=64)] = []
+    settings: Annotated[dict[str, Small], Meta(max_length=256)] = {}
+    files: Annotated[list[CgroupFile], Meta(max_length=256)] = []
+    xattrs: Annotated[dict[str, Small], Meta(max_length=64)] = {}
+
+
 class PathRef(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """A path as seen from the root of mount namespace `mntns` (a `Namespace` index)."""
 
@@ -308,6 +336,8 @@ class Thread(Record, frozen=True, kw_only=True):
     pdeathsig: U8 = 0
     personality: U32 = 0
     timer_slack_ns: U64 = 50_000
+    #: the `Cgroup` indexes, where they are others than those of the process
+    cgroups: Annotated[list[Index], Meta(max_length=64)] | None = None
     #: time left of a relative sleep that was interrupted (restart block), None where not known
     sleep_left_ns: U64 | None = None
 
@@ -395,6 +425,8 @@ class Process(Record, frozen=True, kw_only=True, tag="process"):
     credentials: Credentials | None = None
     #: as whom somebody logged in, see loginuid(5); None for nobody
     loginuid: Id | None = None
+    #: the tree's own cgroups that it is in; elsewhere it is in one of the surroundings
+    cgroups: Annotated[list[Index], Meta(max_length=64)] = []
 
 
 class Owner(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -441,6 +473,7 @@ AnyRecord = (
     Head
     | UserNamespace
     | Namespace
+    | Cgroup
     | MappedFile
     | SharedMemory
     | AddressSpace

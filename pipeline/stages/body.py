@@ -27,6 +27,7 @@ from pipeline.ledger import LEDGER
 from pipeline.remote.calls import Call
 from pipeline.remote.puppet import Puppet
 from pipeline.resources import identity
+from pipeline.resources.cgroups.making import CgroupMaking
 from pipeline.resources.memory import rebuild
 from pipeline.resources.memory.rebuild import Source
 from pipeline.resources.namespaces.ipc import Segment
@@ -130,6 +131,7 @@ class Embodiment:
         keepers: of the namespaces.
         ids: what ids are called in each user namespace.
         terminals: what session leaders take when they found their session.
+        cgroups: of the tree.
     """
 
     def __init__(
@@ -140,12 +142,14 @@ class Embodiment:
         keepers: Keepers,
         ids: Destination,
         terminals: ControllingTerminals,
+        cgroups: CgroupMaking,
     ) -> None:
         self._image = image
         self._files = files
         self._contents = contents
         self._keepers = keepers
         self._ids = ids
+        self._cgroups = cgroups
         self._logins_lost: set[Id | None] = set()
         #: what is not as it was, and stops nothing
         self.notes: list[str] = []
@@ -179,6 +183,7 @@ class Embodiment:
 
     def _move_in(self, process: Process, grown: Grown) -> None:
         puppet = grown.puppet
+        self._cgroups.place(process, puppet.pid)
         self._log_in(process, puppet)
         wanted = process.threads[0].credentials
         credentials.before_join(puppet, wanted, grown.members.user, self._ids.uid, self._ids.gid)

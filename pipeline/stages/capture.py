@@ -38,6 +38,7 @@ from pipeline.kernel.inside import open_file
 from pipeline.policy import DumpPolicy
 from pipeline.remote.live import LiveTask, Region, find_places
 from pipeline.resources import tun_file
+from pipeline.resources.cgroups.capture import CgroupCapture
 from pipeline.resources.memory.alike import is_forked
 from pipeline.resources.memory.capture import Captured, capture_address_space, check_address_space
 from pipeline.resources.memory.objects import MemoryObjects
@@ -90,7 +91,10 @@ class Capture:
         with ExitStack() as stack:
             stack.callback(self._spaces.close)
             lodgers = stack.enter_context(Lodgers())
-            self.namespaces = NamespaceCapture(self.living, self._forest, is_privileged(), lodgers, externals)
+            self._cgroups = CgroupCapture(pids if self.policy.cgroup == "keep" else [], self.tree.member)
+            self.namespaces = NamespaceCapture(
+                self.living, self._forest, is_privileged(), lodgers, externals, self._cgroups
+            )
             self._objects = stack.enter_context(MemoryObjects(self))
             self.files = stack.enter_context(
                 FileObserver(
@@ -152,6 +156,7 @@ class Capture:
         """Everything that is known to stop the tree without asking its tasks."""
         self.files.collect(self.living)
         yield from self.files.blockers()
+        yield from self._cgroups.blockers()
         yield from self.namespaces.blockers  # behind the files, which may hold further namespaces
         for pid in self.living:
             with suppress(procfs.ProcessGone):
@@ -177,7 +182,7 @@ class Capture:
             their pages in the order of the plan; and blockers: with any of them the rest is not to be used.
         """
         self.files.collect(self.living)
-        blockers = [*self.files.blockers(), *self.namespaces.blockers]
+        blockers = [*self.files.blockers(), *self.namespaces.blockers, *self._cgroups.blockers()]
         for pid in self.living:
             blockers += [*check_task(pid), *check_controlling_terminal(pid, self.files)]
         if blockers:
@@ -214,6 +219,7 @@ class Capture:
         for group in (
             self._forest.records,
             self.namespaces.namespaces,
+            self._cgroups.records(),
             self._objects.mapped_files,
             [shared.record for shared in self._objects.shared_memory],
             self.files.contents,
@@ -293,6 +299,7 @@ class Capture:
             namespaces=members,
             comm=stat.comm[:15],
             credentials=credentials.captured(status, members.user, 0),
+            cgroups=self._cgroups.of_process(pid),
         )
 
     def _process(self, frozen: FrozenProcess) -> tuple[Process, Captured, list[Blocker]]:
@@ -323,7 +330,7 @@ class Capture:
         blockers += memory.blockers
         stat, status = procfs.stat(pid), procfs.status(pid)
         members = self.namespaces.memberships[pid]
-        threads = [self._thread(inquiry, members) for inquiry in inquiries]
+        threads = [self._thread(pid, inquiry, members) for inquiry in inquiries]
         is_root = pid == self.tree.pids[0]
         record = Process(
             pids=list(status.ns_pid),
@@ -352,6 +359,7 @@ class Capture:
             threads=threads,
             comm=stat.comm[:15],
             loginuid=loginuid.capture(pid),
+            cgroups=self._cgroups.of_process(pid),
         )
         for what, path in (("working directory", record.cwd), ("root directory", record.root)):
             if path is not None and path.path.endswith(b" (deleted)"):
@@ -360,9 +368,11 @@ class Capture:
                 )
         return record, memory, blockers
 
-    def _thread(self, inquiry: Inquiry, members: Memberships) -> Thread:
+    def _thread(self, pid: HostPid, inquiry: Inquiry, members: Memberships) -> Thread:
         slept_ns, call = self._slept.get(inquiry.tid, (None, None))
-        return thread_record(inquiry, members.user, self.tree.member, slept_ns, call)
+        record = thread_record(inquiry, members.user, self.tree.member, slept_ns, call)
+        elsewhere = self._cgroups.of_thread(pid, inquiry.tid)
+        return record if elsewhere is None else replace(record, cgroups=elsewhere)
 
     def _ask(
         self, pid: HostPid, tids: Sequence[HostPid]

@@ -30,6 +30,7 @@ from pipeline.remote.births import Announcer, Here, Inside
 from pipeline.remote.init import Init
 from pipeline.remote.puppet import spawn_launcher
 from pipeline.remote.tracer import Tracer
+from pipeline.resources.cgroups.making import CgroupMaking
 from pipeline.resources.memory.rebuild import find_hole
 from pipeline.resources.namespaces import network_here
 from pipeline.resources.namespaces.keepers import Keepers
@@ -116,6 +117,7 @@ class Rebuilding:
             )
         if lacking:
             raise Refused(lacking)
+        self._cgroups = self._make_cgroups()
         blockers = list(check_here(list(image.processes.values())))
         if blockers:
             raise RebuildError("this host cannot take the tree: " + "; ".join(map(str, blockers)))
@@ -124,6 +126,8 @@ class Rebuilding:
         self._stack.callback(self._end_launcher)
         self._check_processor_and_vdso()
         self._join_externals()
+        self._stack.callback(self._cgroups.close)
+        self._cgroups.make()
         announcer: Announcer
         if self._new_pidns:
             self._init = Init(self._launcher)
@@ -133,11 +137,12 @@ class Rebuilding:
             announcer = Here()
         around = self._init.puppet if self._init is not None else None
         self._keepers = Keepers(
-            self._launcher, self._ids.forest, self._stack, around, self._ids.number, given
+            self._launcher, self._ids.forest, self._stack, around, self._ids.number, given, self._cgroups
         )
         members = [process.namespaces for process in image.processes.values()]
         begun_later = {m.time_for_children for m in members if m.time_for_children != m.time}
         self._keepers.make(image.namespaces, begun_later)
+        self._cgroups.open()
         self._stack.callback(self.contents.close)
         self.contents.make(image, self._launcher, self._ids.uid_here, self._ids.gid_here)
         files = MappedFiles(image, self.contents, self._open_path)
@@ -145,7 +150,9 @@ class Rebuilding:
         self._stack.callback(self._close_roots)
         self._terminals = ControllingTerminals(image.files.values(), self._open_path)
         self._stack.callback(self._terminals.close)
-        self._body = body = Embodiment(image, files, self.contents, self._keepers, self._ids, self._terminals)
+        self._body = body = Embodiment(
+            image, files, self.contents, self._keepers, self._ids, self._terminals, self._cgroups
+        )
         self.growth = Growth(
             image,
             self._planner,
@@ -157,6 +164,23 @@ class Rebuilding:
         )
         self._stack.callback(self._end_tree)
         self._steps = self.growth.grow()
+
+    def _make_cgroups(self) -> CgroupMaking:
+        """The cgroups of the tree, not made yet.
+
+        Raises:
+            Refused: they have no place here.
+        """
+        used = {index for process in self._image.processes.values() for index in process.cgroups}
+        for process in self._image.processes.values():
+            used.update(index for thread in process.threads for index in thread.cgroups or [])
+        made = CgroupMaking(
+            self._image.cgroups, used, self.policy.cgroup, self._ids.uid_here, self._ids.gid_here
+        )
+        lacking = list(made.check())
+        if lacking:
+            raise Refused(lacking)
+        return made
 
     @contextmanager
     def _outer_network(self) -> Iterator[LocalFd]:
@@ -217,6 +241,8 @@ class Rebuilding:
         """Everything but letting it run."""
         image, growth = self._image, self.growth
         finish.make_threads(image, growth)
+        for process, grown in finish.living(image, growth):
+            self._cgroups.place_threads(process, [puppet.tid for puppet in grown.threads])
         growth.end_wardens()
         self._keepers.check_mounted()
         self.contents.seal_late()
@@ -260,6 +286,7 @@ class Rebuilding:
             semaphore_undo.reinstate(process.undo, sets, grown.puppet.syscall)
         self._keepers.settle()
         self._keepers.set_limits()
+        self._cgroups.settle()
         finish.put_on(image, growth, lambda process, index: registers[process.pids[0]][index])
 
     def thaw(self) -> HostPid:
@@ -269,6 +296,7 @@ class Rebuilding:
         """
         root = self.root_pid
         self._thawed = True
+        self._cgroups.keep()
         try:
             self._keepers.connect_networks()
         except (OSError, RebuildError) as error:  # the source may be gone already: the tree runs all the same
@@ -305,6 +333,7 @@ class Rebuilding:
 
     def _give_ids(self, process: Process, grown: Grown) -> None:
         """The ids of a zombie; of its namespaces only the user namespace outlives it."""
+        self._cgroups.place(process, grown.puppet.pid)
         wanted = process.credentials
         if wanted is None:
             return

@@ -30,7 +30,8 @@ from pipeline.kernel.syscalls import CLONE, PRCTL
 from pipeline.remote.calls import Call
 from pipeline.remote.files import put
 from pipeline.remote.puppet import Puppet
-from pipeline.resources.namespaces import clocks, ipc, mounts, names, network, pids
+from pipeline.resources.cgroups.making import CgroupMaking
+from pipeline.resources.namespaces import cgroups, clocks, ipc, mounts, names, network, pids
 from pipeline.resources.namespaces.ipc_making import IpcMaking, Number
 from pipeline.resources.namespaces.members import FLAGS
 from pipeline.resources.namespaces.mounting import Mounting
@@ -79,6 +80,7 @@ class Keepers:
         around: the first process of a pid namespace made around the tree; its mounts, with a /proc of that
             namespace, are those that mount namespaces begin as a copy of.
         given: what devices of the tree's networks shall hang on outside.
+        cgroups: of the tree.
     """
 
     def __init__(
@@ -89,7 +91,9 @@ class Keepers:
         around: Puppet | None = None,
         number: Number | None = None,
         given: Sequence[GivenDevice] = (),
+        cgroups: CgroupMaking | None = None,
     ) -> None:
+        self._cgroups = cgroups or CgroupMaking({}, set(), "ignore", lambda one: one.id, lambda one: one.id)
         self._forest = forest
         self._claims = claims
         self._around = around
@@ -237,7 +241,11 @@ class Keepers:
         if namespace.kind == "ipc":  # the root of its message queues will belong to the maker
             self._become_root_inside(namespace.owner, keeper)
             self._ipc.add(namespace.index, msgspec.convert(namespace.state, ipc.IpcState))
-        if namespace.kind != "time":
+        if namespace.kind == "cgroup":
+            roots = msgspec.convert(namespace.state, cgroups.CgroupNamespaceState).roots
+            with self._cgroups.visiting(roots, keeper.pid):
+                keeper.syscall(NR.unshare, FLAGS[namespace.kind])
+        elif namespace.kind != "time":
             keeper.syscall(NR.unshare, FLAGS[namespace.kind])
         self.seats.other[namespace.index] = keeper
         match namespace.kind:
@@ -246,7 +254,7 @@ class Keepers:
             case "net":
                 self._networks[namespace.index] = msgspec.convert(namespace.state, network.NetState)
             case "cgroup" | "ipc":
-                pass  # the root of the one is the cgroup that we are in; the other is furnished later
+                pass  # the one begins where its keeper was; the other is furnished later
             case "uts":
                 names.create_uts(msgspec.convert(namespace.state, names.UtsState), keeper)
             case _:

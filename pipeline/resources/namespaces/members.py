@@ -32,6 +32,7 @@ from pipeline.image.schema import Memberships, Namespace, NamespaceKind
 from pipeline.kernel import nsfs, procfs
 from pipeline.kernel.nsfs import NamespaceKey
 from pipeline.kernel.syscalls import CLONE
+from pipeline.resources.cgroups.capture import CgroupCapture
 from pipeline.resources.namespaces import cgroups, clocks, names
 from pipeline.resources.namespaces.ipc import Semaphores
 from pipeline.resources.namespaces.ipc_capture import IpcCapture
@@ -102,6 +103,7 @@ class NamespaceCapture:
         privileged: whether the pipeline may join namespaces without their user namespace first.
         lodgers: sit in mount namespaces that nobody of the tree is in.
         externals: namespaces that are external instead of the pipeline's own.
+        groups: the cgroups of the tree.
     """
 
     def __init__(
@@ -111,8 +113,10 @@ class NamespaceCapture:
         privileged: bool,
         lodgers: Lodgers,
         externals: Externals | None = None,
+        groups: CgroupCapture | None = None,
     ) -> None:
         self._forest = forest
+        self._cgroups = groups or CgroupCapture(pids, set(pids).__contains__)
         self._privileged = privileged
         self._lodgers = lodgers
         self._blockers: list[Blocker] = []
@@ -370,11 +374,10 @@ class NamespaceCapture:
             self.attached |= {(namespace.index, name): count for name, count in network.attached.items()}
             return network.state
         if namespace.kind == "cgroup":
-            if seat.held:
-                refuse(cgroups.check_held(pid, seat.held, way))
-            else:
-                refuse(cgroups.check(self._members("cgroup", namespace.index), way))
-            return None
+            members = [pid] if seat.held else self._members("cgroup", namespace.index)
+            begins, found = cgroups.capture(members, way, self._cgroups)
+            refuse(found)
+            return begins
         if namespace.kind == "uts":
             return names.capture_uts(way)
         if namespace.kind == "ipc":

@@ -28,6 +28,7 @@ from pipeline.image.schema import (
     Process,
     Record,
     SharedMemory,
+    Together,
     UserNamespace,
 )
 from pipeline.userns.idmap import IdMap, MapError
@@ -273,8 +274,18 @@ class Image:
         self._require(
             process.parent == 0 or process.parent in self.processes, f"{name}: its parent is missing"
         )
+        for kind in Together.__struct_fields__:
+            first = getattr(process.together, kind)
+            self._require(
+                not first
+                or (first != process.pids[0] and first in self.processes and self._has_own(first, kind)),
+                f"{name}: pid {first}, which it shares with, is missing",
+            )
         if process.state == "zombie":
             return
+        if process.together.vm:
+            same = self.processes[process.together.vm].space == process.space
+            self._require(same, f"{name}: it shares its memory, and has other")
         self._require(process.space in self.spaces, f"{name}: its memory is missing")
         self._require(bool(process.threads), f"{name} has no threads")
         self._require(
@@ -284,6 +295,10 @@ class Image:
             self._require(
                 entry.file in self.files, f"{name} fd {entry.fd}: open file {entry.file} is missing"
             )
+
+    def _has_own(self, pid: int, kind: str) -> bool:
+        process = self.processes[pid]
+        return process.state != "zombie" and not getattr(process.together, kind)
 
     @staticmethod
     def _require(holds: bool, otherwise: str) -> None:

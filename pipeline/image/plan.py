@@ -12,9 +12,11 @@ For a process P, born in user namespace S:
    one that cannot be entered from there) or before P founds its session (they are in the older one);
 2. P founds its session; children that live outside P's final namespace, but in its session;
 3. P *becomes* itself (joins namespaces, gets a fresh address space and mappings) or
-   *inherits* (keeps the memory it was forked with, and only what differs is changed);
+   *inherits* (keeps the memory it was forked with, and only what differs is changed) or *shares* (goes on using
+   that of its creator: CLONE_VM);
 4. P's pages;
-5. all other children, which may inherit from P.
+5. all other children, which may inherit from P, and siblings that share something with P (CLONE_FILES and the
+   like), which P clones.
 
 A session or process group whose leader is gone is founded again by a stand-in with the
 leader's pid, which ends when the others have joined.
@@ -26,96 +28,24 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from pipeline.errors import Blocker
+from pipeline.image.plan_sharing import Sharing
 from pipeline.image.schema import AddressSpace, Namespace, Process, UserNamespace
-
-
-@dataclass(frozen=True, slots=True)
-class Spawn:
-    """Puppet `creator` clones process `pid`. All pids are level-0 pids.
-
-    Args:
-        pid: the new process.
-        creator: which puppet clones it; 0 is the launcher.
-        sibling: with CLONE_PARENT: the new process gets the creator's parent.
-        pidns: a `Namespace` index to be entered for the clone, where it is not the creator's own.
-        first: the new process is the first of `pidns`, which begins to exist with it.
-        stand_in: not a process of the tree: founds a session or group and ends.
-        pids: of a stand-in, per pid namespace level.
-    """
-
-    pid: int
-    creator: int
-    sibling: bool = False
-    pidns: int | None = None
-    first: bool = False
-    stand_in: bool = False
-    pids: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class FoundSession:
-    """`pid` calls setsid."""
-
-    pid: int
-
-
-@dataclass(frozen=True, slots=True)
-class JoinGroup:
-    """`pid` enters process group `pgid` (its own pid: founds it)."""
-
-    pid: int
-    pgid: int
-
-
-@dataclass(frozen=True, slots=True)
-class Become:
-    """`pid` joins its namespaces and gets a new address space with all of its mappings."""
-
-    pid: int
-
-
-@dataclass(frozen=True, slots=True)
-class Inherit:
-    """`pid` joins its namespaces, keeps its parent's memory and changes what differs."""
-
-    pid: int
-
-
-@dataclass(frozen=True, slots=True)
-class BeginTime:
-    """`pid` makes time namespace `timens`, for the children it bears from now on."""
-
-    pid: int
-    timens: int
-
-
-@dataclass(frozen=True, slots=True)
-class LookAhead:
-    """`pid` chooses pid namespace `pidns`, which has its first process, for the children it bears from now on."""
-
-    pid: int
-    pidns: int
-
-
-@dataclass(frozen=True, slots=True)
-class Fill:
-    """The pages of `space` come now."""
-
-    space: int
-
-
-@dataclass(frozen=True, slots=True)
-class Remove:
-    """Stand-in `pid` ends."""
-
-    pid: int
-
-
-Step = Spawn | FoundSession | JoinGroup | Become | Inherit | BeginTime | LookAhead | Fill | Remove
-
+from pipeline.image.steps import (
+    Become,
+    BeginTime,
+    Fill,
+    FoundSession,
+    Inherit,
+    JoinGroup,
+    LookAhead,
+    Remove,
+    Share,
+    Spawn,
+    Step,
+)
 
 #: kinds of namespaces that a process joins by setns; a pid namespace it is born into, and time has a step of its own
 _JOINED = ("mnt", "uts", "ipc", "net", "cgroup")
@@ -153,12 +83,15 @@ class Planner:
             self._children[process.parent].append(process)
         self._state: dict[int, _State] = {}
         self._adopted: dict[int, list[Process]] = defaultdict(list)
+        self._is_adopted: set[int] = set()
         self._stand_in_sessions: dict[tuple[int, int], int] = {}
         self._spawned: set[int] = set()
+        self._settled: set[int] = set()
         self._ahead: set[int] = set()
         self._users: dict[int, set[int]] = {}
         self._joined: dict[int, set[tuple[str, int]]] = {}
         self._gather()
+        self._sharing = Sharing(self._children)
         self._find_adoptions()
 
     # -- facts ------------------------------------------------------------------
@@ -190,7 +123,7 @@ class Planner:
 
     def late(self, parent: Process, child: Process) -> bool:
         """Whether `child` can be born after `parent` has its memory, so that it may inherit it."""
-        if child.pids[0] in self._is_adopted():
+        if child.pids[0] in self._is_adopted:
             return False
         if self._chooses_early(parent) and child.namespaces.pid != parent.namespaces.pid_for_children:
             return False
@@ -222,18 +155,20 @@ class Planner:
                     return False
         return True
 
-    def _is_adopted(self) -> set[int]:
-        return {child.pids[0] for children in self._adopted.values() for child in children}
-
     def _find_adoptions(self) -> None:
         """Children whose session leader is a living sibling are cloned by that sibling."""
         for siblings in self._children.values():
             leaders = {p.pids[0] for p in siblings if p.sid == p.pids[0] and p.state != "zombie"}
             for child in siblings:
-                if child.sid in leaders and child.sid != child.pids[0]:
+                if (
+                    child.sid in leaders
+                    and child.sid != child.pids[0]
+                    and not self._sharing.is_beside(child.pids[0])
+                ):
                     parent = self.processes.get(child.parent)
                     if parent is None or parent.sid != child.sid:
                         self._adopted[child.sid].append(child)
+                        self._is_adopted.add(child.pids[0])
 
     # -- the play ---------------------------------------------------------------
 
@@ -258,7 +193,10 @@ class Planner:
             if leader is None:
                 return
             creator, sibling, inherited = leader, True, self._state[leader]
-        self.steps.append(self._spawn(child, creator, sibling))
+        spawn = self._spawn(child, creator, sibling)
+        shares, blockers = self._sharing.given(child, self.processes.get(creator), sibling, self._settled)
+        self.blockers += blockers
+        self.steps.append(replace(spawn, shares=shares) if shares else spawn)
         self._spawned.add(pid)
         self._state[pid] = _State(inherited.sid, inherited.pgid)
         first_in = self.steps[-1]
@@ -323,8 +261,8 @@ class Planner:
     def _live(self, process: Process, born_in: int) -> None:
         pid = process.pids[0]
         children = self._children[pid]
-        adopted = self._is_adopted()
-        own = [c for c in children if c.pids[0] not in adopted]
+        adopted = self._is_adopted
+        own = [c for c in children if c.pids[0] not in adopted and not self._sharing.is_beside(c.pids[0])]
         leader = process.sid == pid
         early = [c for c in own if not self.late(process, c)]
         if leader:
@@ -357,9 +295,13 @@ class Planner:
                 and self.spaces[space].copy_of is not None
                 and self.spaces[space].copy_of == parent.space
             )
-            self.steps.append(Inherit(pid) if inherits else Become(pid))
-            if space is not None:
-                self.steps.append(Fill(space))
+            if process.together.vm:
+                self.steps.append(Share(pid))
+            else:
+                self.steps.append(Inherit(pid) if inherits else Become(pid))
+                if space is not None:
+                    self.steps.append(Fill(space))
+            self._settled.add(pid)
         if begins_time is not None:
             self._refuse_time(process, early, begins_time, inside=True)
             for child in own:
@@ -368,6 +310,8 @@ class Planner:
             self.steps.append(BeginTime(pid, begins_time))
         for child in own:
             self._bear(child, pid, process.namespaces.user)
+        for sibling in self._sharing.beside(pid):
+            self._bear(sibling, pid, process.namespaces.user, sibling=True)
         for key in [k for k in self._stand_in_sessions if k[0] == pid]:
             self.steps.append(Remove(self._stand_in_sessions.pop(key)))
 

@@ -386,6 +386,21 @@ class SemaphoreUndo(Struct, frozen=True, array_like=True, forbid_unknown_fields=
     adjustment: Annotated[int, Meta(ge=-0x8000, le=0x7FFF)]
 
 
+class Together(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """What a process shares with another one by clone(2): a level-0 pid for each thing, 0 where it has its own.
+
+    Of all that share a thing the first in the tree has it, and the others name that one: the address space
+    (CLONE_VM), the descriptor table (CLONE_FILES), root, working directory and umask (CLONE_FS), the signal
+    actions (CLONE_SIGHAND), the semaphore adjustments (CLONE_SYSVSEM).
+    """
+
+    vm: Pid = 0
+    files: Pid = 0
+    fs: Pid = 0
+    sighand: Pid = 0
+    sysvsem: Pid = 0
+
+
 class Process(Record, frozen=True, kw_only=True, tag="process"):
     """One process. pids as in `Thread`; `parent`, `pgid`, `sid` are level-0 pids, 0 = outside the tree."""
 
@@ -403,6 +418,7 @@ class Process(Record, frozen=True, kw_only=True, tag="process"):
     #: signal that stopped it, for state "stopped"
     stop_signal: U8 = 0
     namespaces: Memberships
+    together: Together = Together()
     space: Index | None = None
     fds: Annotated[list[FdEntry], Meta(max_length=1 << 20)] = []
     cwd: PathRef | None = None

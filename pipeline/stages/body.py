@@ -181,6 +181,10 @@ class Embodiment:
             puppet.run_checked(rebuild.inherit(parent, space, fds, self._segments(process)))
             memory_layout.set_bounds(puppet, space, no_exe)
 
+    def share(self, process: Process, grown: Grown) -> None:
+        """`Share` of the plan: its memory is there."""
+        self._move_in(process, grown)
+
     def _move_in(self, process: Process, grown: Grown) -> None:
         puppet = grown.puppet
         self._cgroups.place(process, puppet.pid)

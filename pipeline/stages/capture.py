@@ -31,6 +31,7 @@ from pipeline.image.schema import (
     Record,
     SemaphoreUndo,
     Thread,
+    Together,
 )
 from pipeline.kernel import procfs, ptrace, smaps
 from pipeline.kernel.arch import x86_64 as arch
@@ -45,7 +46,7 @@ from pipeline.resources.memory.objects import MemoryObjects
 from pipeline.resources.memory.sharing import plan_copy_on_write
 from pipeline.resources.namespaces.members import NamespaceCapture
 from pipeline.resources.pty_session import check_controlling_terminal
-from pipeline.resources.tasks import credentials, interrupted, loginuid, semaphore_undo, signals
+from pipeline.resources.tasks import credentials, interrupted, loginuid, semaphore_undo, signals, together
 from pipeline.resources.tasks.inquiry import Inquiry, thread_record
 from pipeline.resources.tasks.interrupted import Sleepers
 from pipeline.resources.tasks.refusals import check_task
@@ -83,6 +84,7 @@ class Capture:
         self._sleepers = sleepers or Sleepers()
         #: how long each thread had slept when it was stopped, and in which call
         self._slept: dict[int, tuple[int | None, int | None]] = {}
+        self._together: dict[HostPid, Together] = {}
         self.tree = Tree(pids)
         self._zombies = set(zombies)
         self.living = [pid for pid in pids if pid not in self._zombies]
@@ -163,6 +165,8 @@ class Capture:
                 yield from check_task(pid)
                 yield from check_address_space(pid, self._objects)
                 yield from check_controlling_terminal(pid, self.files)
+        if self.living:
+            yield from together.check_outside(self.living)
         yield from self._attachment_blockers()
 
     def _attachment_blockers(self) -> Iterator[Blocker]:
@@ -193,6 +197,9 @@ class Capture:
         except OSError as error:
             why = f"what its mount and ipc namespaces hold cannot be copied: {error.strerror}"
             return [], [], [Blocker(f"pid {frozen.root}", why, "free memory, or remove what is there")]
+        self._together = together.capture(
+            self.living, any(self.namespaces.semaphores(pid) for pid in self.living)
+        )
         processes: list[Process] = []
         captured: dict[int, tuple[HostPid, Captured]] = {}
         for pid in self.tree.pids:
@@ -206,10 +213,9 @@ class Capture:
                 else:
                     processes.append(zombie)
                 continue
-            record, memory, found = self._process(process)
+            record, found = self._process(process, captured)
             blockers += found
             processes.append(record)
-            captured[memory.space.space] = (pid, memory)
         blockers += self._attachment_blockers()
         if blockers:
             return [], [], blockers
@@ -256,7 +262,7 @@ class Capture:
                 shared = plan_copy_on_write(
                     parent_pid, parent_memory.space, parent_memory.runs, pid, space, memory.runs
                 )
-                if shared.shared:
+                if shared.shared or by_pid[pid].together.files:
                     spaces[number] = replace(space, copy_of=parent.space, dropped=shared.dropped)
                     runs[number] = shared.send
         planner = plan(processes, list(spaces.values()), *tables)
@@ -302,8 +308,12 @@ class Capture:
             cgroups=self._cgroups.of_process(pid),
         )
 
-    def _process(self, frozen: FrozenProcess) -> tuple[Process, Captured, list[Blocker]]:
+    def _process(
+        self, frozen: FrozenProcess, captured: dict[int, tuple[HostPid, Captured]]
+    ) -> tuple[Process, list[Blocker]]:
+        """The record of a process, and what stops it; its memory is added to `captured`, by its space."""
         pid = frozen.pid
+        shares = self._together.get(pid, Together())
         tids = [HostPid(tid) for tid in sorted(frozen.tasks, key=lambda tid: (tid != pid, tid))]
         inquiries, undo, blockers = self._ask(pid, tids)
         leader = inquiries[0]
@@ -320,14 +330,19 @@ class Capture:
             for tid in tids
             if interrupted.is_lost(tid, self._slept[tid][1])
         ]
-        memory = capture_address_space(
-            pid,
-            self._objects,
-            brk=leader.brk(),
-            dumpable=leader.dumpable(),
-            thp_disable=leader.thp_disable(),
+        memory = (
+            next(found for holder, found in captured.values() if holder == shares.vm) if shares.vm else None
         )
-        blockers += memory.blockers
+        if memory is None:
+            memory = capture_address_space(
+                pid,
+                self._objects,
+                brk=leader.brk(),
+                dumpable=leader.dumpable(),
+                thp_disable=leader.thp_disable(),
+            )
+            blockers += memory.blockers
+            captured[memory.space.space] = (pid, memory)
         stat, status = procfs.stat(pid), procfs.status(pid)
         members = self.namespaces.memberships[pid]
         threads = [self._thread(pid, inquiry, members) for inquiry in inquiries]
@@ -343,8 +358,9 @@ class Capture:
             exit_signal=max(stat.exit_signal, 0),
             stop_signal=frozen.stop_signal,
             namespaces=members,
+            together=shares,
             space=memory.space.space,
-            fds=self.files.entries(pid),
+            fds=[] if shares.files else self.files.entries(pid),
             cwd=self.path(pid, procfs.read_link(pid, "cwd")),
             root=self.path(pid, procfs.read_link(pid, "root")),
             umask=status.umask or 0,
@@ -353,7 +369,7 @@ class Capture:
             limits=procfs.limits(pid),
             itimers=leader.itimers(),
             timers=leader.posix_timers(self.tree.member),
-            undo=undo,
+            undo=[] if shares.sysvsem else undo,
             oom_score_adj=int(procfs.read_file(pid, "oom_score_adj")),
             child_subreaper=leader.child_subreaper(),
             threads=threads,
@@ -366,7 +382,7 @@ class Capture:
                 blockers.append(
                     Blocker(subject, f"its {what} has been removed", "let it change its directory")
                 )
-        return record, memory, blockers
+        return record, blockers
 
     def _thread(self, pid: HostPid, inquiry: Inquiry, members: Memberships) -> Thread:
         slept_ns, call = self._slept.get(inquiry.tid, (None, None))

@@ -56,13 +56,15 @@ def make_threads(image: Image, growth: Growth) -> None:
 def complete_memory(image: Image, growth: Growth) -> None:
     """Advice, guards, names, locks and seals of every mapping."""
     for process, grown in living(image, growth):
-        if process.space is not None:
+        if process.space is not None and not process.together.vm:
             grown.puppet.run_checked(rebuild.complete(image.spaces[process.space]))
 
 
 def set_directories(image: Image, growth: Growth, open_path: Callable[[PathRef, int], LocalFd]) -> None:
     """Root, working directory and umask of every process."""
     for process, grown in living(image, growth):
+        if process.together.fs:
+            continue
         puppet = grown.puppet
         if process.root is not None and process.root.path != b"/":
             _enter(puppet, open_path, process.root, process, "root directory")
@@ -123,9 +125,10 @@ def _die_of(puppet: Puppet, number: int) -> None:
 
 def put_on(image: Image, growth: Growth, registers: Callable[[Process, int], bytes]) -> None:
     """Take the scratch area away and give every task its registers, extended state and mask."""
+    for _, grown in living(image, growth):
+        grown.puppet.syscall(NR.close_range, grown.puppet.stage.channel_fd, 0xFFFF_FFFF, 0)
     for process, grown in living(image, growth):
-        if process.space is not None:
-            grown.puppet.syscall(NR.close_range, grown.puppet.stage.channel_fd, 0xFFFF_FFFF, 0)
+        if process.space is not None and not process.together.vm:
             grown.puppet.leave_scratch(_syscall_instruction(image, process, grown.puppet))
         for index, (thread, puppet) in enumerate(zip(process.threads, grown.threads, strict=True)):
             puppet.put_on(registers(process, index), thread.xstate, thread.sigmask)

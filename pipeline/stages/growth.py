@@ -21,7 +21,9 @@ from msgspec.structs import replace
 
 from pipeline.errors import RebuildError
 from pipeline.image.codec import Image
-from pipeline.image.plan import (
+from pipeline.image.plan import Planner
+from pipeline.image.schema import Memberships, Process
+from pipeline.image.steps import (
     Become,
     BeginTime,
     Fill,
@@ -29,16 +31,16 @@ from pipeline.image.plan import (
     Inherit,
     JoinGroup,
     LookAhead,
-    Planner,
     Remove,
+    Share,
     Spawn,
 )
-from pipeline.image.schema import Memberships, Process
 from pipeline.kernel.arch.x86_64 import NR
 from pipeline.kernel.syscalls import CLONE
 from pipeline.remote.births import Announcer, Inside, clone_with_pids
 from pipeline.remote.puppet import Puppet
 from pipeline.resources.namespaces.members import KINDS
+from pipeline.resources.tasks import together
 
 
 @dataclass
@@ -83,6 +85,9 @@ class Body(Protocol):
 
     def inherit(self, process: Process, grown: Grown) -> None:
         """`Inherit` of the plan."""
+
+    def share(self, process: Process, grown: Grown) -> None:
+        """`Share` of the plan."""
 
 
 class Growth:
@@ -158,6 +163,8 @@ class Growth:
                     self._body.become(self._planner.processes[pid], self.grown[pid])
                 case Inherit(pid):
                     self._body.inherit(self._planner.processes[pid], self.grown[pid])
+                case Share(pid):
+                    self._body.share(self._planner.processes[pid], self.grown[pid])
                 case BeginTime(pid, timens):
                     grown = self.grown[pid]
                     self._body.begin_time(timens, grown.puppet)
@@ -258,6 +265,7 @@ class Growth:
         process = self._planner.processes[step.pid]
         members = replace(creator.members, time=creator.members.time_for_children)
         options = {"exit_signal": process.exit_signal}
+        flags |= together.flags(step.shares)
         if step.pidns is None or step.pidns == creator.ahead:
             puppet = self.clone_task(creator, process.namespaces.pid, process.pids, flags, **options)
         elif step.first:

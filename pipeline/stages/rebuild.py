@@ -17,8 +17,9 @@ import trio
 from pipeline.errors import ImageError, RebuildError, Refused
 from pipeline.ids import HostPid, LocalFd
 from pipeline.image.codec import Image
-from pipeline.image.plan import Fill, plan
+from pipeline.image.plan import plan
 from pipeline.image.schema import PathRef, Process
+from pipeline.image.steps import Fill
 from pipeline.kernel import procfs, ptrace
 from pipeline.kernel.arch import x86_64 as arch
 from pipeline.kernel.arch.x86_64 import NR
@@ -282,6 +283,8 @@ class Rebuilding:
                 process, space, grown.threads, self._ids.uid, self._ids.gid
             )
         for process, grown in finish.living(image, growth):
+            if process.together.sysvsem:
+                continue
             sets = self._keepers.ipc_state(process.namespaces.ipc).semaphores
             semaphore_undo.reinstate(process.undo, sets, grown.puppet.syscall)
         self._keepers.settle()

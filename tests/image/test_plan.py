@@ -4,19 +4,7 @@ from __future__ import annotations
 
 from msgspec.structs import replace
 
-from pipeline.image.plan import (
-    Become,
-    Fill,
-    FoundSession,
-    Inherit,
-    JoinGroup,
-    LookAhead,
-    Planner,
-    Remove,
-    Spawn,
-    fill_order,
-    plan,
-)
+from pipeline.image.plan import Planner, fill_order, plan
 from pipeline.image.schema import (
     AddressSpace,
     Extent,
@@ -25,6 +13,7 @@ from pipeline.image.schema import (
     Process,
     UserNamespace,
 )
+from pipeline.image.steps import Become, Fill, FoundSession, Inherit, JoinGroup, LookAhead, Remove, Spawn
 
 USER = [
     UserNamespace(index=0),

@@ -1,0 +1,102 @@
+"""The steps by which a tree grows again, as `pipeline.image.plan` finds them and `pipeline.stages.growth` plays them.
+
+All pids are level-0 pids.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Spawn:
+    """Puppet `creator` clones process `pid`. All pids are level-0 pids.
+
+    Args:
+        pid: the new process.
+        creator: which puppet clones it; 0 is the launcher.
+        sibling: with CLONE_PARENT: the new process gets the creator's parent.
+        pidns: a `Namespace` index to be entered for the clone, where it is not the creator's own.
+        first: the new process is the first of `pidns`, which begins to exist with it.
+        stand_in: not a process of the tree: founds a session or group and ends.
+        pids: of a stand-in, per pid namespace level.
+        shares: fields of `Together` that the new process shares with its creator.
+    """
+
+    pid: int
+    creator: int
+    sibling: bool = False
+    pidns: int | None = None
+    first: bool = False
+    stand_in: bool = False
+    pids: tuple[int, ...] = ()
+    shares: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class FoundSession:
+    """`pid` calls setsid."""
+
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class JoinGroup:
+    """`pid` enters process group `pgid` (its own pid: founds it)."""
+
+    pid: int
+    pgid: int
+
+
+@dataclass(frozen=True, slots=True)
+class Become:
+    """`pid` joins its namespaces and gets a new address space with all of its mappings."""
+
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class Inherit:
+    """`pid` joins its namespaces, keeps its parent's memory and changes what differs."""
+
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """`pid` uses its creator's memory."""
+
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class BeginTime:
+    """`pid` makes time namespace `timens`, for the children it bears from now on."""
+
+    pid: int
+    timens: int
+
+
+@dataclass(frozen=True, slots=True)
+class LookAhead:
+    """`pid` chooses pid namespace `pidns`, which has its first process, for the children it bears from now on."""
+
+    pid: int
+    pidns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Fill:
+    """The pages of `space` come now."""
+
+    space: int
+
+
+@dataclass(frozen=True, slots=True)
+class Remove:
+    """Stand-in `pid` ends."""
+
+    pid: int
+
+
+Step = Spawn | FoundSession | JoinGroup | Become | Inherit | Share | BeginTime | LookAhead | Fill | Remove

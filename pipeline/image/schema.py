@@ -195,7 +195,7 @@ class SharedMemory(Record, frozen=True, kw_only=True, tag="shm"):
     exec_sealed: bool = False
 
 
-VmaKind = Literal["anon", "file", "shared", "sysv", "vdso", "vvar", "vvar_vclock", "vsyscall"]
+VmaKind = Literal["anon", "file", "shared", "sysv", "aio", "vdso", "vvar", "vvar_vclock", "vsyscall"]
 
 
 class Vma(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -225,6 +225,16 @@ class Vma(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     readonly_file: bool = False
 
 
+class AioRing(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A context of asynchronous I/O: where its ring is mapped, head, tail, and the unread events, the oldest first."""
+
+    start: U64
+    pages: Annotated[int, Meta(ge=1, le=1 << 18)]
+    head: U32
+    tail: U32
+    events: Annotated[bytes, Meta(max_length=1 << 24)] = b""
+
+
 class AddressSpace(Record, frozen=True, kw_only=True, tag="mm"):
     """The memory of one process. `space` names it in page frames.
 
@@ -245,6 +255,8 @@ class AddressSpace(Record, frozen=True, kw_only=True, tag="mm"):
     copy_of: Index | None = None
     #: page ranges [start, end) of `copy_of` that are *absent* here and must be dropped after the fork
     dropped: list[tuple[U64, U64]] = []
+    #: of the mappings of kind ``aio``
+    rings: Annotated[list[AioRing], Meta(max_length=1 << 16)] = []
 
 
 class SignalAction(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):

@@ -40,6 +40,7 @@ from pipeline.policy import DumpPolicy
 from pipeline.remote.live import LiveTask, Region, find_places
 from pipeline.resources import tun_file
 from pipeline.resources.cgroups.capture import CgroupCapture
+from pipeline.resources.memory import aio
 from pipeline.resources.memory.alike import is_forked
 from pipeline.resources.memory.capture import Captured, capture_address_space, check_address_space
 from pipeline.resources.memory.objects import MemoryObjects
@@ -109,6 +110,7 @@ class Capture:
                 )
             )
             self._stack = stack.pop_all()
+        self._rings = aio.Rings()
         #: system calls run inside the target
         self.injected_calls = 0
 
@@ -216,7 +218,7 @@ class Capture:
             record, found = self._process(process, captured)
             blockers += found
             processes.append(record)
-        blockers += self._attachment_blockers()
+        blockers += [*self._attachment_blockers(), *self._rings.blockers()]
         if blockers:
             return [], [], blockers
         spaces, sources, planner = self._arrange(processes, captured)
@@ -315,7 +317,7 @@ class Capture:
         pid = frozen.pid
         shares = self._together.get(pid, Together())
         tids = [HostPid(tid) for tid in sorted(frozen.tasks, key=lambda tid: (tid != pid, tid))]
-        inquiries, undo, blockers = self._ask(pid, tids)
+        inquiries, undo, contexts, blockers = self._ask(pid, tids)
         leader = inquiries[0]
         subject = f"pid {pid}"
         own_users = bool(self.namespaces.memberships[pid].user)
@@ -340,8 +342,10 @@ class Capture:
                 brk=leader.brk(),
                 dumpable=leader.dumpable(),
                 thp_disable=leader.thp_disable(),
+                contexts=contexts,
             )
             blockers += memory.blockers
+            self._rings.seen(pid, memory.space.rings)
             captured[memory.space.space] = (pid, memory)
         stat, status = procfs.stat(pid), procfs.status(pid)
         members = self.namespaces.memberships[pid]
@@ -392,15 +396,20 @@ class Capture:
 
     def _ask(
         self, pid: HostPid, tids: Sequence[HostPid]
-    ) -> tuple[list[Inquiry], list[SemaphoreUndo], list[Blocker]]:
-        """Put the questions of every thread to it, by system calls inside it."""
+    ) -> tuple[list[Inquiry], list[SemaphoreUndo], set[int], list[Blocker]]:
+        """Put the questions of every thread to it, by system calls inside it.
+
+        Returns:
+            What it says; where its contexts of asynchronous I/O are; and what stops it.
+        """
         memory = open_file(pid, "mem", os.O_RDWR)
         try:
+            mappings = smaps.maps(pid)
             regions = [
                 Region(
                     m.start, m.end, bool(m.prot & 1), bool(m.prot & 2), bool(m.prot & 4), not m.shared, m.name
                 )
-                for m in smaps.maps(pid)
+                for m in mappings
             ]
             self._slept.update({t: (self._sleepers.slept_ns(t), self._sleepers.call(t)) for t in tids})
             pointers = [arch.Registers(ptrace.get_regs(tid))["rsp"] for tid in tids]
@@ -418,8 +427,11 @@ class Capture:
             undo, blockers = semaphore_undo.capture(
                 pid, tids, self.namespaces.semaphores(pid), leader.syscall
             )
+            rings = {m.start: aio.question(m) for m in mappings if m.name == aio.NAME}
+            if rings:
+                leader.run(list(rings.values()))
             self.injected_calls += leader.injected_calls
-            return inquiries, undo, blockers
+            return inquiries, undo, {at for at, call in rings.items() if not call.result}, blockers
         finally:
             os.close(memory)
 

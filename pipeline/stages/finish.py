@@ -28,7 +28,7 @@ from pipeline.kernel.arch.x86_64 import NR
 from pipeline.kernel.syscalls import CLONE, PRCTL
 from pipeline.remote.calls import Call
 from pipeline.remote.puppet import Puppet
-from pipeline.resources.memory import rebuild
+from pipeline.resources.memory import aio, rebuild
 from pipeline.resources.tasks import signals
 from pipeline.stages.growth import Grown, Growth
 
@@ -54,9 +54,10 @@ def make_threads(image: Image, growth: Growth) -> None:
 
 
 def complete_memory(image: Image, growth: Growth) -> None:
-    """Advice, guards, names, locks and seals of every mapping."""
+    """Rings of asynchronous I/O; advice, guards, names, locks and seals of every mapping."""
     for process, grown in living(image, growth):
         if process.space is not None and not process.together.vm:
+            aio.rebuild(image.spaces[process.space], grown.puppet)
             grown.puppet.run_checked(rebuild.complete(image.spaces[process.space]))
 
 

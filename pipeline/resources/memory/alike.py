@@ -15,6 +15,8 @@ from pipeline.resources.memory.classify import MADV_HUGEPAGE, MADV_NOHUGEPAGE, M
 
 #: mappings that the kernel makes; they are put in place once, and fork keeps them
 KERNEL_KINDS = frozenset({"vdso", "vvar", "vvar_vclock", "vsyscall"})
+#: mappings that are made when all children are born
+LATE_KINDS = frozenset({"aio"})
 HUGE_ADVICE = frozenset({MADV_HUGEPAGE, MADV_NOHUGEPAGE})
 
 
@@ -28,8 +30,8 @@ class Overlap(NamedTuple):
 
 
 def ordinary(vmas: Sequence[Vma]) -> list[Vma]:
-    """Without the kernel's own."""
-    return [vma for vma in vmas if vma.kind not in KERNEL_KINDS]
+    """Without the kernel's own and those made late."""
+    return [vma for vma in vmas if vma.kind not in KERNEL_KINDS | LATE_KINDS]
 
 
 def is_forked(parent: Sequence[Vma], child: Sequence[Vma]) -> bool:

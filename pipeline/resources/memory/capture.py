@@ -15,20 +15,22 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from pipeline.errors import Blocker
 from pipeline.ids import HostPid, RemoteAddress
-from pipeline.image.schema import AddressSpace, Index, Vma
+from pipeline.image.schema import AddressSpace, AioRing, Index, Vma
 from pipeline.kernel import procfs, smaps
 from pipeline.kernel.pagemap import Range, intersect, open_pagemap, populated
 from pipeline.kernel.smaps import Mapping
+from pipeline.resources.memory import aio
+from pipeline.resources.memory.alike import KERNEL_KINDS, LATE_KINDS
 from pipeline.resources.memory.classify import Shape, classify
 from pipeline.resources.memory.objects import MemoryObjects, Place, place_of
 from pipeline.resources.memory.scope import CannotCarry
 
-_KERNEL_KINDS = frozenset({"vdso", "vvar", "vvar_vclock", "vsyscall"})
+_WITHOUT_PAGES = KERNEL_KINDS | LATE_KINDS
 _SECOND_NODE = "/sys/devices/system/node/node1"
 
 
@@ -51,6 +53,7 @@ def capture_address_space(
     brk: RemoteAddress,
     dumpable: int = 1,
     thp_disable: int = 0,
+    contexts: Collection[int] | None = None,
 ) -> Captured:
     """Capture the memory of process `pid`.
 
@@ -60,6 +63,7 @@ def capture_address_space(
         brk: its program break.
         dumpable: PR_GET_DUMPABLE.
         thp_disable: PR_GET_THP_DISABLE.
+        contexts: where contexts of asynchronous I/O have their rings; None: every ring that is mapped is taken for one.
 
     Raises:
         ProcessGone: there is no such process (any more).
@@ -67,10 +71,16 @@ def capture_address_space(
     """
     blockers: list[Blocker] = []
     found: list[tuple[Mapping, Shape, Index | None]] = []
+    rings: list[AioRing] = []
     place = place_of(pid)
     for mapping in smaps.smaps(pid):
         try:
             shape = classify(mapping)
+            if shape.kind == "aio":
+                if contexts is None or mapping.start in contexts:
+                    rings.append(aio.capture(pid, mapping))
+                else:
+                    shape = replace(shape, kind="shared", backing="anon_shared")
             found.append((mapping, shape, _backing(pid, mapping, shape, objects, place)))
         except CannotCarry as refusal:
             blockers.append(refusal.blocker(subject(pid, mapping)))
@@ -105,6 +115,7 @@ def capture_address_space(
         dumpable=dumpable,
         thp_disable=thp_disable,
         coredump_filter=procfs.coredump_filter(pid),
+        rings=rings,
     )
     return Captured(space, runs, blockers)
 
@@ -141,7 +152,7 @@ def _populated(
     pid: HostPid, found: Sequence[tuple[Mapping, Shape, Index | None]]
 ) -> tuple[list[Range], list[Range]]:
     """Page runs to save and guard pages."""
-    carried = [(mapping, shape) for mapping, shape, _ in found if shape.kind not in _KERNEL_KINDS]
+    carried = [(mapping, shape) for mapping, shape, _ in found if shape.kind not in _WITHOUT_PAGES]
     if not carried:
         return [], []
     fd = open_pagemap(pid)

@@ -67,6 +67,7 @@ _SPECIAL: dict[bytes, VmaKind] = {
     b"[vsyscall]": "vsyscall",
 }
 _DELETED = b" (deleted)"
+_RING = b"/[aio] (deleted)"
 
 #: What is behind a mapping. ``device``: /dev/zero mapped privately.
 Backing = Literal["none", "file", "anon_shared", "memfd", "sysv"]
@@ -111,11 +112,17 @@ def classify(mapping: Mapping) -> Shape:
     Raises:
         CannotCarry: it is refused; says why.
     """
+    kind: VmaKind
+    backing: Backing
     special = _SPECIAL.get(mapping.name) if mapping.inode == 0 else None
     if special is not None:
         return Shape(special, "none", MAP_PRIVATE, [], "", False)
-    kind, backing, name = _behind(mapping)
-    _refuse_flags(mapping.flags)
+    if is_ring(mapping):
+        kind, backing, name = "aio", "none", b""
+        _refuse_flags(mapping.flags - {"de"})
+    else:
+        kind, backing, name = _behind(mapping)
+        _refuse_flags(mapping.flags)
     if mapping.pkey:
         raise CannotCarry(f"is under memory protection key {mapping.pkey}", "free the key (pkey_free)")
     flags = MAP_SHARED if mapping.shared else MAP_PRIVATE
@@ -136,6 +143,11 @@ def classify(mapping: Mapping) -> Shape:
         name=name,
         may_write="mw" in mapping.flags,
     )
+
+
+def is_ring(mapping: Mapping) -> bool:
+    """Whether it is the ring of a context of asynchronous I/O; a file of that name can be extended."""
+    return mapping.name == _RING and "de" in mapping.flags
 
 
 def _refuse_flags(flags: frozenset[str]) -> None:
@@ -179,7 +191,6 @@ def _on_kernel_shmem(name: bytes) -> tuple[VmaKind, Backing, bytes]:
 
 
 _REFUSED_NAMES = {
-    b"/[aio]": ("is the ring of asynchronous I/O (io_setup)", "end the program's use of libaio"),
     b"anon_inode:[io_uring]": ("is the ring of an io_uring", "start the program without io_uring"),
     b"anon_inode:[perf_event]": ("is the ring of a perf event", "stop the measurement"),
     b"/secretmem": ("is secret memory (memfd_secret), which nobody else can read", ""),

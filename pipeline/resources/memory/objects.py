@@ -16,6 +16,7 @@ Not preserved: times of a memfd. Sources: proc_pid_map_files(5), memfd_create(2)
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import stat
@@ -135,13 +136,18 @@ class MemoryObjects:
         if key not in self._shared:
             try:
                 fd = LocalFd(os.open(f"/proc/{pid}/map_files/{mapping.range_name}", _READ))
-            except PermissionError:
-                if backing == "memfd" and mapping.name != _RESTORED_ANON:
+            except OSError as error:
+                if error.errno == errno.ENXIO:  # what a child of fork(2) has of a ring of asynchronous I/O
+                    self._register_unopened(key)
+                elif not isinstance(error, PermissionError):
+                    raise
+                elif backing == "memfd" and mapping.name != _RESTORED_ANON:
                     raise CannotCarry(
                         "is a memfd that no descriptor refers to any more; only root can open it",
                         "run the pipeline as root, or keep the memfd open",
                     ) from None
-                self._register_unopened(key)
+                else:
+                    self._register_unopened(key)
             else:
                 self._register_open(key, fd, b"" if backing == "anon_shared" else exact_name(pid, mapping))
         shared = self._shared[key]

@@ -30,7 +30,7 @@ from pipeline.kernel.arch.x86_64 import NR
 from pipeline.kernel.pagemap import PAGE_BYTES, Range, merged, subtract
 from pipeline.kernel.syscalls import PRCTL
 from pipeline.remote.calls import Call
-from pipeline.resources.memory.alike import HUGE_ADVICE, huge_advice, ordinary, overlaps
+from pipeline.resources.memory.alike import HUGE_ADVICE, KERNEL_KINDS, huge_advice, ordinary, overlaps
 from pipeline.resources.memory.classify import MAP_ANONYMOUS, MAP_FIXED_NOREPLACE
 from pipeline.resources.namespaces.ipc import Segment
 
@@ -176,8 +176,8 @@ def _map(vma: Vma, start: int, end: int, fds: Sources) -> Iterator[Call]:
 
 
 def complete(space: AddressSpace) -> list[Call]:
-    """What is done when all pages are in and all children are born. Seals come last."""
-    vmas = ordinary(space.vmas)
+    """What is done when all pages are in, all children are born and all is mapped. Seals come last."""
+    vmas = [vma for vma in space.vmas if vma.kind not in KERNEL_KINDS]
     calls = [call for vma in vmas for call in _finish(vma)]
     calls.extend(
         Call(NR.mseal, (vma.start, vma.end - vma.start, 0), name=f"mseal {vma.start:x}-{vma.end:x}")

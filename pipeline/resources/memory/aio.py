@@ -1,0 +1,265 @@
+"""Contexts of asynchronous I/O (io_setup(2)), each of which shows itself as a mapping, ``/[aio]``.
+
+The kernel holds: a ring of completion events in pages that the program has mapped; the *address of that mapping
+is the identifier* of the context. The ring begins with a header (its number in the kernel's table, events it has room
+for, head, tail, a magic number); the kernel keeps a tail of its own, and takes the head from the ring. How many
+requests are in flight is told nowhere.
+
+A context is made with a ring of the same size, and moved (mremap(2)) to where it was, which the kernel takes as its
+new identifier. The kernel's tail is brought to its place by as many requests that end at once (reads of an empty
+file); those before the head are collected, so that as many slots are taken as were. Then the unread events are put
+into their slots.
+
+In flight: requests of a frozen program come to their end by themselves, and their events arrive in its ring. So
+rings are looked at twice while the program stands still, at least `QUIET_S` apart, and what moved is waited for.
+A request that waits for a file to become ready (IOCB_CMD_POLL) may wait for ever. Events that a ring still holds,
+read ones too, lead to the requests they were of: if one was such a poll, the program is refused.
+
+Not preserved: the number of a ring in the kernel's table; how much of aio-max-nr a context is counted as, which may
+be less than what io_setup was asked for; events that were read already. Not seen: a request that stays in flight for
+longer than `QUIET_S`, and the first poll of a context, while it waits.
+A child of fork(2) has the mapping but not the context: it keeps what it sees, as memory.
+
+Sources: io_setup(2), io_submit(2), io_getevents(2); fs/aio.c: aio_setup_ring, aio_ring_mremap, aio_complete,
+refill_reqs_available, lookup_ioctx, aio_poll.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from pipeline.errors import Blocker, ImageError, RebuildError
+from pipeline.ids import HostPid, LocalFd
+from pipeline.image.schema import AddressSpace, AioRing, Vma
+from pipeline.kernel.arch.x86_64 import NR
+from pipeline.kernel.inside import open_file
+from pipeline.kernel.pagemap import PAGE_BYTES
+from pipeline.kernel.smaps import Mapping
+from pipeline.ledger import LEDGER
+from pipeline.remote.calls import Call, In, Out
+from pipeline.remote.puppet import Puppet
+from pipeline.resources.memory.classify import MAP_ANONYMOUS, MAP_FIXED_NOREPLACE, MAP_PRIVATE
+from pipeline.resources.memory.scope import CannotCarry
+
+NAME = b"/[aio] (deleted)"
+#: how long rings have to be unchanged
+QUIET_S = 0.05
+
+_MAGIC = 0xA10A10A1
+#: id, room, head, tail, magic, compatible and incompatible features, bytes of the header
+_HEADER = struct.Struct("<8I")
+#: data, address of the struct iocb, two results
+_EVENT = struct.Struct("<2Q2q")
+#: struct iocb: data, key, rw_flags, opcode, priority, descriptor, buffer, bytes, offset, reserved, flags, resfd
+_REQUEST = struct.Struct("<Q2IHhI2QqQ2I")
+_IOCB_CMD_PREAD, _IOCB_CMD_POLL = 0, 5
+_MREMAP_MAYMOVE_FIXED = 1 | 2
+_EVENTS_PER_PAGE = PAGE_BYTES // _EVENT.size
+#: requests that are given to the kernel at once
+_BATCH = 64
+
+
+def room(pages: int) -> int:
+    """How many slots a ring of this size has; one of them is always free."""
+    return pages * _EVENTS_PER_PAGE - 1
+
+
+def slots(ring: AioRing) -> list[int]:
+    """The slots of its unread events, the oldest first."""
+    size = room(ring.pages)
+    return [(ring.head + n) % size for n in range((ring.tail - ring.head) % size)]
+
+
+# -- capturing ---------------------------------------------------------------------------------
+
+
+def question(mapping: Mapping) -> Call:
+    """Asks a task whether a mapping is a context of its process (0), or only left of one: reads no event."""
+    return Call(NR.io_getevents, (mapping.start, 0, 0, 0, 0), may_fail=True)
+
+
+def capture(pid: HostPid, mapping: Mapping) -> AioRing:
+    """The ring that `mapping` shows.
+
+    Raises:
+        CannotCarry: it is not whole, or a request may wait for ever.
+        OSError: it may not be read.
+    """
+    size = mapping.end - mapping.start
+    memory = open_file(pid, "mem", os.O_RDONLY)
+    try:
+        content = os.pread(memory, size, mapping.start)
+        _, count, head, tail, magic, *_ = _HEADER.unpack_from(content)
+        pages = size // PAGE_BYTES
+        if mapping.offset or len(content) != size or count != room(pages) or magic != _MAGIC:
+            raise CannotCarry("is a part of a ring of asynchronous I/O", "leave the ring whole")
+        head, tail = head % count, tail % count
+        if any(_polled(memory, content)):
+            raise CannotCarry(
+                "is a ring of asynchronous I/O that is used to poll (IOCB_CMD_POLL): what waits in it cannot be seen",
+                "let the program use epoll (Seastar: --reactor-backend=epoll)",
+            )
+    finally:
+        os.close(memory)
+    ring = AioRing(mapping.start, pages, head, tail)
+    events = (content[at : at + _EVENT.size] for at in map(_place, slots(ring)))
+    return AioRing(mapping.start, pages, head, tail, b"".join(events))
+
+
+def _place(slot: int) -> int:
+    return _HEADER.size + slot * _EVENT.size
+
+
+def _polled(memory: int, content: bytes) -> Iterator[bool]:
+    """Of the request behind each event in a ring: whether it was a poll, as far as its memory still says so."""
+    requests = {request for _, request, _, _ in _EVENT.iter_unpack(content[_HEADER.size :]) if request}
+    for address in requests:
+        try:
+            request = os.pread(memory, _REQUEST.size, address)
+        except (OSError, OverflowError):  # freed since then
+            continue
+        if len(request) == _REQUEST.size:
+            _, key, how, opcode, _, _, events, size, offset, reserved, _, _ = _REQUEST.unpack(request)
+            rest = key | how | size | offset | reserved | events >> 16
+            yield opcode == _IOCB_CMD_POLL and not rest
+
+
+@dataclass(frozen=True)
+class _Look:
+    pid: HostPid
+    ring: AioRing
+    at_s: float
+
+
+class Rings:
+    """The rings of a frozen tree, to be looked at once more before the capture ends."""
+
+    def __init__(self) -> None:
+        self._looks: list[_Look] = []
+
+    def seen(self, pid: HostPid, rings: Iterable[AioRing]) -> None:
+        """They were like this a moment ago."""
+        now = time.monotonic()
+        self._looks += [_Look(pid, ring, now) for ring in rings]
+
+    def blockers(self) -> Iterator[Blocker]:
+        """Those in which an event has arrived since; waits until each was quiet for `QUIET_S`."""
+        if self._looks:
+            time.sleep(max(0.0, self._looks[-1].at_s + QUIET_S - time.monotonic()))
+        for look in self._looks:
+            memory = open_file(look.pid, "mem", os.O_RDONLY)
+            try:
+                _, _, _, tail, *_ = _HEADER.unpack(os.pread(memory, _HEADER.size, look.ring.start))
+            finally:
+                os.close(memory)
+            if tail % room(look.ring.pages) != look.ring.tail:
+                yield Blocker(
+                    f"pid {look.pid} mapping {look.ring.start:x}",
+                    "asynchronous I/O was in flight: an event arrived while the program stood still",
+                    "try again",
+                    transient=True,
+                )
+
+
+# -- rebuilding ------------------------------------------------------------------------------------
+
+
+def check(space: AddressSpace) -> None:
+    """See that the rings of an image are possible, and that each is the ring of a mapping.
+
+    Raises:
+        ImageError: says which is not.
+    """
+    mapped = {vma.start: vma for vma in space.vmas if vma.kind == "aio"}
+    if sorted(mapped) != sorted(ring.start for ring in space.rings):
+        raise ImageError(f"space {space.space}: rings of asynchronous I/O without a mapping, or the reverse")
+    for ring in space.rings:
+        vma, size = mapped[ring.start], room(ring.pages)
+        fits = vma.end - vma.start == ring.pages * PAGE_BYTES and max(ring.head, ring.tail) < size
+        if not fits or len(ring.events) != len(slots(ring)) * _EVENT.size:
+            raise ImageError(f"space {space.space}: the ring at {ring.start:x} does not fit together")
+
+
+def rebuild(space: AddressSpace, puppet: Puppet) -> None:
+    """Make all contexts of a process. It has its descriptors, and all its children are born.
+
+    Raises:
+        RebuildError: the kernel refuses a ring of this size.
+        ImageError: see `check`.
+    """
+    if not space.rings:
+        return
+    check(space)
+    mapped = {vma.start: vma for vma in space.vmas if vma.kind == "aio"}
+    empty = LocalFd(os.memfd_create("nothing", os.MFD_CLOEXEC))
+    LEDGER.take("owned descriptor", empty)
+    try:
+        (number,) = puppet.send_fds([empty])
+    finally:
+        os.close(empty)
+        LEDGER.give_back("owned descriptor", empty)
+    for ring in space.rings:
+        try:
+            _make(ring, mapped[ring.start], puppet, number)
+        except OSError as error:
+            raise RebuildError(
+                f"the ring of asynchronous I/O at {ring.start:x} cannot be made: {error.strerror} "
+                "(see /proc/sys/fs/aio-max-nr)"
+            ) from error
+    puppet.syscall(NR.close, number)
+
+
+def _make(ring: AioRing, vma: Vma, puppet: Puppet, empty: int) -> None:
+    size = ring.pages * PAGE_BYTES
+    # taken, so that the ring is made elsewhere: a mapping cannot be moved to where it overlaps itself
+    flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE
+    puppet.syscall(NR.mmap, ring.start, size, 0, flags, -1, 0)
+    made = Out(8)
+    # the smallest number that gives a ring of so many pages: twice as many events, and two
+    puppet.syscall(NR.io_setup, max(1, (ring.pages - 1) * _EVENTS_PER_PAGE // 2), made)
+    at = int.from_bytes(made.data, "little")
+    header = os.pread(puppet.memory, _HEADER.size, at)
+    found = _HEADER.unpack(header)[1]
+    if found != room(ring.pages):
+        raise RebuildError(
+            f"the ring of asynchronous I/O at {ring.start:x} has room for {room(ring.pages)} events; this host, with "
+            f"another number of processors, makes one of {found}"
+        )
+    puppet.syscall(NR.mremap, at, size, size, _MREMAP_MAYMOVE_FIXED, ring.start)
+    _advance(ring, ring.head, puppet, empty, collected=True)
+    _advance(ring, len(slots(ring)), puppet, empty, collected=False)
+    for n, slot in enumerate(slots(ring)):
+        event = ring.events[n * _EVENT.size : (n + 1) * _EVENT.size]
+        os.pwrite(puppet.memory, event, ring.start + _place(slot))
+    header = os.pread(puppet.memory, _HEADER.size, ring.start)
+    if _HEADER.unpack(header)[2:4] != (ring.head, ring.tail):
+        raise RebuildError(f"the ring of asynchronous I/O at {ring.start:x} does not take its place")
+    puppet.syscall(NR.mprotect, ring.start, size, vma.prot)
+
+
+def _advance(ring: AioRing, count: int, puppet: Puppet, empty: int, *, collected: bool) -> None:
+    """Let `count` requests end at once, and collect their events unless they stand for unread ones."""
+    request = In([_REQUEST.pack(0, 0, 0, _IOCB_CMD_PREAD, 0, empty, 0, 0, 0, 0, 0, 0)])
+    calls: list[Call] = []
+    for start in range(0, count, _BATCH):
+        wanted = min(_BATCH, count - start)
+        pointers: Sequence[In] = [request] * wanted
+        calls.append(Call(NR.io_submit, (ring.start, wanted, In(pointers)), name="io_submit"))
+        if collected:
+            calls.append(
+                Call(
+                    NR.io_getevents,
+                    (ring.start, wanted, wanted, Out(wanted * _EVENT.size), 0),
+                    name="collect",
+                )
+            )
+    puppet.run_checked(calls)
+    ended = sum(call.result for call in calls if call.number == NR.io_submit)
+    if ended != count:
+        raise RebuildError(
+            f"the ring of asynchronous I/O at {ring.start:x} takes {ended} of {count} requests"
+        )

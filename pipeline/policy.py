@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 Tcp = Literal["established", "close", "refuse"]
+UdpQueue = Literal["carry", "drop", "refuse"]
+UdpQueueHere = Literal["carry", "drop"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,10 +22,14 @@ class DumpPolicy:
     Args:
         tcp: what becomes of TCP connections: carried, closed, or refused by name.
         cgroup: whether the cgroups that only the tree lives in go along.
+        udp_queue: what becomes of datagrams that wait to be read in UDP sockets: carried, dropped, or waited for and
+            then refused by name. Those of ping, raw and packet sockets cannot be carried: they are dropped where this
+            says so, else waited for and refused.
     """
 
     tcp: Tcp = "established"
     cgroup: Literal["keep", "ignore"] = "keep"
+    udp_queue: UdpQueue = "carry"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +39,8 @@ class RestorePolicy:
     Args:
         cgroup: where the cgroups that came with the tree are made: ``keep``: where they were; ``ignore``: nowhere,
             all of it is in the restorer's; or the path of a cgroup to make them in.
+        udp_queue: what becomes of the unread datagrams of an image: queued again, or dropped.
     """
 
     cgroup: str = "keep"
+    udp_queue: UdpQueueHere = "carry"

@@ -26,6 +26,13 @@ def add_dump(parser: argparse.ArgumentParser) -> None:
         default="keep",
         help="cgroups that only the tree lives in: carry them with their limits (default), or leave them behind",
     )
+    parser.add_argument(
+        "--udp-queue",
+        choices=("carry", "drop", "refuse"),
+        default="carry",
+        help="datagrams that wait to be read: carry them (default; those of ping, raw and packet sockets are refused), "
+        "drop them, or refuse and name them",
+    )
 
 
 def of_dump(arguments: argparse.Namespace) -> DumpPolicy:
@@ -34,7 +41,7 @@ def of_dump(arguments: argparse.Namespace) -> DumpPolicy:
     Raises:
         UsageError: an option is not of its form.
     """
-    return DumpPolicy(tcp=arguments.tcp, cgroup=arguments.cgroup)
+    return DumpPolicy(tcp=arguments.tcp, cgroup=arguments.cgroup, udp_queue=arguments.udp_queue)
 
 
 def add_restore(parser: argparse.ArgumentParser) -> None:
@@ -46,6 +53,12 @@ def add_restore(parser: argparse.ArgumentParser) -> None:
         help="cgroups that came with the tree: make them where they were (default), put the tree into the cgroup of "
         "this command, or make them in the cgroup PATH, such as /trees",
     )
+    parser.add_argument(
+        "--udp-queue",
+        choices=("carry", "drop"),
+        default="carry",
+        help="unread datagrams of the image: queue them again (default), or drop them",
+    )
 
 
 def of_restore(arguments: argparse.Namespace) -> RestorePolicy:
@@ -56,4 +69,4 @@ def of_restore(arguments: argparse.Namespace) -> RestorePolicy:
     """
     if arguments.cgroup not in {"keep", "ignore"} and not arguments.cgroup.startswith("/"):
         raise UsageError(f"--cgroup {arguments.cgroup}: say keep, ignore, or a path that begins with /")
-    return RestorePolicy(cgroup=arguments.cgroup)
+    return RestorePolicy(cgroup=arguments.cgroup, udp_queue=arguments.udp_queue)

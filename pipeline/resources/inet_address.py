@@ -1,12 +1,13 @@
 """Addresses of IPv4 and IPv6 sockets as an image holds them, and binding to them.
 
 An interface index means nothing on another host: the scope of a link-local IPv6 address
-is recorded as the interface's name.
+is recorded as the interface's name, in the network of the socket.
 """
 
 from __future__ import annotations
 
 import errno
+import os
 import socket
 from typing import Annotated, Any
 
@@ -14,6 +15,7 @@ from msgspec import Meta, Struct
 
 from pipeline.errors import RebuildError
 from pipeline.image.schema import U32
+from pipeline.kernel import interfaces
 
 Port = Annotated[int, Meta(ge=0, le=0xFFFF)]
 _REASONS = {
@@ -44,39 +46,39 @@ class Address(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
         return f"[{socket.inet_ntop(socket.AF_INET6, self.host)}{scope}]:{self.port}"
 
 
-def pack(family: int, name: Any) -> Address:
-    """The record of what getsockname or getpeername returned, in the pipeline's network namespace."""
+def pack(sock: socket.socket, family: int, name: Any) -> Address:
+    """The record of what getsockname or getpeername returned."""
     host = socket.inet_pton(family, name[0].split("%")[0])
     if family == socket.AF_INET:
         return Address(host, name[1])
-    return Address(host, name[1], name[2], socket.if_indextoname(name[3]) if name[3] else "")
+    return Address(host, name[1], name[2], os.fsdecode(interfaces.name_of(sock, name[3])) if name[3] else "")
 
 
-def unpack(family: int, address: Address) -> Any:
-    """The tuple that bind and connect take here.
+def unpack(sock: socket.socket, family: int, address: Address) -> Any:
+    """The tuple that bind and connect take in the network of `sock`.
 
     Raises:
-        RebuildError: the interface of its scope does not exist here, or the record is malformed.
+        RebuildError: the interface of its scope does not exist there, or the record is malformed.
     """
     try:
         host = socket.inet_ntop(family, address.host)
         if family == socket.AF_INET:
             return host, address.port
-        scope = socket.if_nametoindex(address.interface) if address.interface else 0
+        scope = interfaces.number_of(sock, os.fsencode(address.interface)) if address.interface else 0
     except (OSError, ValueError) as error:
         raise RebuildError(f"address {address.host.hex()}%{address.interface}: {error}") from error
-    return host, address.port, address.flow, scope
+    return host, address.port, address.flow & 0xFFFFF, scope
 
 
 def local(sock: socket.socket, family: int) -> Address:
     """The address that `sock` is bound to."""
-    return pack(family, sock.getsockname())
+    return pack(sock, family, sock.getsockname())
 
 
 def remote(sock: socket.socket, family: int) -> Address | None:
     """The address that `sock` is connected to; None if it is not."""
     try:
-        return pack(family, sock.getpeername())
+        return pack(sock, family, sock.getpeername())
     except OSError as error:
         if error.errno != errno.ENOTCONN:
             raise
@@ -90,7 +92,7 @@ def bind(sock: socket.socket, family: int, address: Address, subject: str) -> No
         RebuildError: names the address and why not.
     """
     try:
-        sock.bind(unpack(family, address))
+        sock.bind(unpack(sock, family, address))
     except OSError as error:
         raise RebuildError(f"{subject}: cannot bind {address}: {_reason(error)}") from error
 
@@ -102,7 +104,7 @@ def connect(sock: socket.socket, family: int, address: Address, subject: str) ->
         RebuildError: names the address and why not.
     """
     try:
-        sock.connect(unpack(family, address))
+        sock.connect(unpack(sock, family, address))
     except OSError as error:
         raise RebuildError(f"{subject}: cannot connect to {address}: {_reason(error)}") from error
 

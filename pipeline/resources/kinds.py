@@ -117,6 +117,9 @@ class CaptureScope(Protocol):
     def in_network(self, netns: Index, make: Callable[[], socket.socket]) -> socket.socket:
         """Make a socket in a network namespace of the tree, or the external one."""
 
+    def look_in_network(self, netns: Index, look: Callable[[], bytes]) -> bytes:
+        """What `look` returns in a network namespace of the tree, or the external one; it makes system calls only."""
+
     def peers(self) -> dict[Any, Any]:
         """A scratch dictionary shared by all kinds during one capture (socket tables, inode groups)."""
 

@@ -35,11 +35,11 @@ def kinds() -> tuple[FileKind[Any], ...]:
     """Every kind; the last one matches whatever is left, and refuses it."""
     from pipeline.resources import (
         inet_listen,
-        inet_other,
         netlink_socket,
         other_socket,
         pty,
         tun_file,
+        udp_socket,
         unix_socket,
     )
 
@@ -55,7 +55,7 @@ def kinds() -> tuple[FileKind[Any], ...]:
         fifo.KIND,
         unix_socket.KIND,
         inet_listen.KIND,
-        inet_other.KIND,
+        udp_socket.KIND,
         netlink_socket.KIND,
         other_socket.KIND,
         pty.KIND,

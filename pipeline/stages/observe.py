@@ -232,6 +232,10 @@ class FileObserver:
         """See `CaptureScope.in_network`."""
         return self._namespaces.in_network(netns, make)
 
+    def look_in_network(self, netns: int, look: Callable[[], bytes]) -> bytes:
+        """See `CaptureScope.look_in_network`."""
+        return self._namespaces.look_in_network(netns, look)
+
     def peers(self) -> dict[Any, Any]:
         """See `CaptureScope.peers`."""
         return self._peers

@@ -231,6 +231,9 @@ class Capture:
     def in_network(self, netns: int, make: Callable[[], socket.socket]) -> socket.socket:
         return make()
 
+    def look_in_network(self, netns: int, look: Callable[[], bytes]) -> bytes:
+        return look()
+
     def peers(self) -> dict[Any, Any]:
         return self._peers
 

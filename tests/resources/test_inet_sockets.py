@@ -1,9 +1,8 @@
-"""TCP listeners, UDP and netlink sockets: made again with address and options; what has a queue is refused."""
+"""TCP listeners and netlink sockets: made again with address and options; what has a queue is refused."""
 
 from __future__ import annotations
 
 import os
-import select
 import socket
 import struct
 from functools import partial
@@ -171,64 +170,6 @@ def test_a_connection_that_was_reset_is_refused() -> None:
 
     with subject(setup) as child, Capture(child.pid) as capture:
         assert "the TCP connection has ended" in capture.reasons(child.result[0])
-
-
-def test_udp_sockets_keep_their_ends_options_and_device() -> None:
-    def setup() -> tuple[int, ...]:
-        one, two, fresh = (socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in range(3))
-        one.setsockopt(SOL, socket.SO_BINDTODEVICE, b"lo")
-        one.setsockopt(SOL, socket.SO_BROADCAST, 1)
-        one.setsockopt(socket.IPPROTO_IP, socket.IP_TTL, 77)
-        one.bind(("127.0.0.1", 0))
-        two.bind(("127.0.0.1", 0))
-        one.connect(two.getsockname())
-        return kept(one, two, fresh)
-
-    with subject(setup) as child:
-        one, two, fresh = child.result
-        with Capture(child.pid) as capture:
-            records = capture.records()
-        child.call(partial(close, one, two))
-        with Rebuilt(capture, records) as new:
-            with of(new.fd(one)) as a, of(new.fd(two)) as b, of(new.fd(fresh)) as c:
-                assert a.getpeername() == b.getsockname()
-                assert a.getsockopt(SOL, socket.SO_BROADCAST) == 1
-                assert a.getsockopt(socket.IPPROTO_IP, socket.IP_TTL) == 77
-                assert a.getsockopt(SOL, socket.SO_BINDTODEVICE, 16).rstrip(b"\0") == b"lo"
-                assert c.getsockname() == ("0.0.0.0", 0)
-                a.send(b"to the other")
-                assert b.recvfrom(100) == (b"to the other", a.getsockname())
-
-
-def test_udp_with_something_in_it_is_refused() -> None:
-    def setup() -> tuple[int, ...]:
-        full, empty, corked, failed, grouped = (
-            socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in range(5)
-        )
-        full.bind(("127.0.0.1", 0))
-        empty.bind(("127.0.0.1", 0))
-        full.sendto(b"", full.getsockname())
-        corked.connect(empty.getsockname())
-        corked.setsockopt(socket.IPPROTO_UDP, 1, 1)
-        corked.send(b"held back")
-        failed.connect(("127.0.0.1", 9))
-        failed.send(b"nobody there")
-        grouped.setsockopt(
-            socket.IPPROTO_IP,
-            socket.IP_ADD_MEMBERSHIP,
-            socket.inet_aton("239.1.2.3") + socket.inet_aton("127.0.0.1"),
-        )
-        select.select([], [], [failed], 0.2)
-        return kept(full, empty, corked, failed, grouped)
-
-    with subject(setup) as child, Capture(child.pid) as capture:
-        full, empty, corked, failed, grouped = child.result
-        assert capture.blockers(full)[0].transient
-        assert "datagrams wait" in capture.reasons(full)
-        assert not capture.blockers(empty)
-        assert "not sent yet" in capture.reasons(corked)
-        assert "an error waits" in capture.reasons(failed)
-        assert "member of multicast group 239.1.2.3" in capture.reasons(grouped)
 
 
 def test_idle_netlink_sockets_keep_port_groups_and_options() -> None:

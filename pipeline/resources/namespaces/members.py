@@ -43,7 +43,7 @@ from pipeline.resources.namespaces.shown import Shown
 from pipeline.userns.capture import LiveForest, OutsideError, outside_blocker
 from pipeline.userns.externals import Externals, opened
 from pipeline.userns.lodgers import Lodgers
-from pipeline.userns.visit import Way, as_owner, fetch
+from pipeline.userns.visit import Way, as_owner, fetch, visit
 
 KINDS: tuple[NamespaceKind, ...] = ("pid", "mnt", "uts", "ipc", "net", "cgroup", "time")
 FLAGS = {
@@ -206,11 +206,21 @@ class NamespaceCapture:
     def in_network(self, netns: int, make: Callable[[], socket.socket]) -> socket.socket:
         """Make a socket in a network namespace of the tree or the external one; the caller owns it."""
         with ExitStack() as fds:
-            if self.namespaces[netns].external:
-                given = fds.enter_context(opened({k: p for k, p in self._externals.items() if k == "net"}))
-                way = [(given["net"], FLAGS["net"])] if given else []
-                return socket.socket(fileno=fetch(way, lambda: make().detach())) if way else make()
-            return socket.socket(fileno=fetch(self._way(netns, fds), lambda: make().detach()))
+            way = self._way_to_network(netns, fds)
+            return socket.socket(fileno=fetch(way, lambda: make().detach())) if way else make()
+
+    def look_in_network(self, netns: int, look: Callable[[], bytes]) -> bytes:
+        """See `CaptureScope.look_in_network`."""
+        with ExitStack() as fds:
+            way = self._way_to_network(netns, fds)
+            return visit(way, look) if way else look()
+
+    def _way_to_network(self, netns: int, fds: ExitStack) -> Way:
+        """Empty where it is the pipeline's own."""
+        if not self.namespaces[netns].external:
+            return self._way(netns, fds)
+        given = fds.enter_context(opened({k: p for k, p in self._externals.items() if k == "net"}))
+        return [(given["net"], FLAGS["net"])] if given else []
 
     def own_network(self) -> int | None:
         """The number of the network namespace that the pipeline itself is in; None if it is not of the image."""

@@ -1,0 +1,190 @@
+"""UDP and UDP-Lite sockets over IPv4 and IPv6.
+
+Kept: local address, peer, options, owner, unread datagrams with their senders (`pipeline.resources.datagrams`),
+multicast groups (`pipeline.resources.multicast`), what is shut down. What a person wants to lose may be dropped
+(`--udp-queue drop`), by the dump or by the restore. Refused: data that is not sent yet (UDP_CORK), which nobody can
+read; a pending error, which reading would take away. Not preserved: a socket without a port that was shut down for
+sending (the kernel does not tell), and whether the kernel or the program chose the address of a connected socket.
+
+Source: udp(7), udplite(7), ip(7).
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import select
+import socket
+import struct
+import termios
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+
+from pipeline.errors import Blocker
+from pipeline.ids import LocalFd
+from pipeline.image.schema import U8, Index, OpenFile, Record
+from pipeline.kernel import inetdiag
+from pipeline.resources import datagrams, inet_address, multicast, socket_options, sockets
+from pipeline.resources.inet_address import Address
+from pipeline.resources.kinds import CaptureScope, CreateScope, FdView
+from pipeline.resources.sockets import SocketState
+from pipeline.resources.steps import CompleteOnceCreated
+
+_UDPLITE = 136
+#: UDP_ENCAP: ESP in UDP, with and without IKE; the others are set by tunnels in the kernel
+_ENCAP, _ENCAPS_OF_PROGRAMS = 100, (0, 1, 2)
+_SHUT_RECEIVE, _SHUT_SEND = 1, 2
+#: options that would keep datagrams from being queued again, or are lost when the socket is disconnected
+_HELD_BACK = socket_options.LATE | {"SO_BINDTODEVICE", "SO_RCVBUF", "SO_BUF_LOCK", "UDP_ENCAP", "UDP_CORK"}
+
+
+class UdpState(Record, frozen=True, kw_only=True):
+    """`local`: None if not bound. `peer`: None if not connected. `shut`: bit 0 receiving, bit 1 sending."""
+
+    socket: SocketState
+    local: Address | None = None
+    peer: Address | None = None
+    queue: datagrams.Queue = []
+    groups: multicast.Memberships = []
+    shut: U8 = 0
+
+
+class Udp(CompleteOnceCreated):
+    """See the module."""
+
+    name = "udp"
+    record: type[UdpState] = UdpState
+    carried: Sequence[str] = (
+        "UDP and UDP-Lite sockets, bound and connected, with their options and classic filters",
+        "unread datagrams with their senders (--udp-queue carry|drop|refuse)",
+        "multicast groups with their sources",
+        "shutdown halves",
+    )
+    refused: Sequence[str] = (
+        "data held back by UDP_CORK",
+        "pending errors",
+        "unread datagrams with time or device of arrival, or put together by UDP_GRO",
+        "IPv6 anycast addresses and flow labels",
+    )
+    shown_by: Sequence[str] = (
+        "programs/datagrams.py",
+        "resources/test_udp_sockets.py",
+        "resources/test_socket_options.py",
+    )
+
+    def matches(self, view: FdView) -> bool:
+        """A UDP socket of either family."""
+        who = sockets.identity_of(view)
+        return (
+            who is not None
+            and who.family in (socket.AF_INET, socket.AF_INET6)
+            and who.type == socket.SOCK_DGRAM
+            and who.protocol in (socket.IPPROTO_UDP, _UDPLITE)
+        )
+
+    def check(self, view: FdView, scope: CaptureScope) -> Iterator[Blocker]:
+        """No error, nothing held back, nothing unread that cannot be queued again."""
+        with sockets.borrowed(view.local) as sock:
+            yield from sockets.check(view, sock, scope)
+            found = sockets.events(view.local, select.POLLIN | select.POLLRDHUP)
+            if found & select.POLLERR:
+                yield Blocker(
+                    view.subject, "an error waits to be read", "wait until it is read", transient=True
+                )
+            (unsent,) = struct.unpack("<i", fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)))
+            if unsent:
+                yield Blocker(
+                    view.subject, "data was not sent yet", "wait, or clear UDP_CORK", transient=True
+                )
+            if sock.getsockopt(socket.IPPROTO_UDP, _ENCAP) not in _ENCAPS_OF_PROGRAMS:
+                yield Blocker(view.subject, "the kernel runs a tunnel (L2TP, GTP) over it", "end the tunnel")
+            netns = sockets.network(sock, scope)
+            if netns is None:
+                return
+            yield from multicast.check(view, sock, netns, scope)
+            if self._has_unread(view, sock) and scope.policy.udp_queue != "drop":
+                if scope.policy.udp_queue == "refuse":
+                    yield Blocker(
+                        view.subject, "datagrams wait to be read", "wait until they are read", transient=True
+                    )
+                else:
+                    yield from datagrams.check(sock, netns, view.subject, scope)
+
+    def _has_unread(self, view: FdView, sock: socket.socket) -> bool:
+        if not sockets.events(view.local, select.POLLIN) & select.POLLIN:
+            return False
+        try:  # a socket that was shut down for reading is readable, too
+            sock.recv(0, socket.MSG_PEEK | socket.MSG_DONTWAIT | socket.MSG_TRUNC)
+        except BlockingIOError:
+            return False
+        return True
+
+    def capture(self, view: FdView, scope: CaptureScope) -> UdpState:
+        """Options, both addresses, queue, groups.
+
+        Raises:
+            Refused: a datagram came with something that cannot come back.
+        """
+        with sockets.borrowed(view.local) as sock:
+            common = sockets.capture(view, sock, scope)
+            address = inet_address.local(sock, common.family)
+            return UdpState(
+                socket=common,
+                local=address if address.is_set else None,
+                peer=inet_address.remote(sock, common.family),
+                queue=[] if scope.policy.udp_queue == "drop" else datagrams.peek(sock, view.subject),
+                groups=multicast.capture(sock, common.netns, scope),
+                shut=self._shut(view, common, scope),
+            )
+
+    def _shut(self, view: FdView, common: SocketState, scope: CaptureScope) -> int:
+        found = sockets.events(view.local, select.POLLRDHUP)
+        if found & select.POLLHUP:
+            return _SHUT_RECEIVE | _SHUT_SEND
+        if found & select.POLLRDHUP:
+            return _SHUT_RECEIVE
+        known: dict[int, int] | None = scope.peers().get(key := ("shut down", *_table(common)))
+        if known is None:
+            try:
+                known = inetdiag.shut_down(
+                    lambda make: scope.in_network(common.netns, make), common.family, common.protocol
+                )
+            except OSError as error:
+                if error.errno != errno.ENOENT:
+                    raise
+                known = {}
+            scope.peers()[key] = known
+        return known.get(view.stat.st_ino, 0)
+
+    def create(self, file: OpenFile, record: UdpState, scope: CreateScope) -> LocalFd:
+        """A socket with its options and what it has not read, bound and connected as it was.
+
+        Raises:
+            RebuildError: an option, address or group is not to be had here, or a datagram does not come in.
+        """
+        subject, common = f"open file {file.index} (udp)", record.socket
+        with sockets.make_socket(common, scope) as sock:
+            sockets.give_owner(sock, common, scope, subject)
+            if record.queue and scope.policy.udp_queue != "drop":
+                socket_options.apply(sock, common.identity, common.options, subject, _HELD_BACK)
+                datagrams.queue_again(sock, common, record.queue, subject, scope)
+            socket_options.apply(sock, common.identity, common.options, subject)
+            if record.local is not None:
+                inet_address.bind(sock, common.family, record.local, subject)
+            if record.peer is not None:
+                inet_address.connect(sock, common.family, record.peer, subject)
+            multicast.join(sock, record.groups, subject)
+            for bit, how in ((_SHUT_RECEIVE, socket.SHUT_RD), (_SHUT_SEND, socket.SHUT_WR)):
+                if record.shut & bit:
+                    with suppress(
+                        OSError
+                    ):  # of one that is not connected the kernel says so, and shuts it down
+                        sock.shutdown(how)
+            return sockets.take(sock)
+
+
+def _table(common: SocketState) -> tuple[Index, int, int]:
+    return common.netns, common.family, common.protocol
+
+
+KIND = Udp()

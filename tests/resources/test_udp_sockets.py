@@ -1,0 +1,377 @@
+"""UDP and UDP-Lite sockets: ends, options, unread datagrams with their senders, multicast groups, halves."""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import struct
+from collections.abc import Callable
+from functools import partial
+
+import msgspec
+import pytest
+
+from pipeline.errors import RebuildError, Refused
+from pipeline.kernel.syscalls import CLONE, unshare
+from pipeline.policy import DumpPolicy, RestorePolicy
+from pipeline.resources import datagrams, multicast, udp_socket
+from pipeline.resources.inet_address import Address
+from tests.resources.fdharness import Capture, Rebuilt, subject
+from tests.resources.sockharness import of
+
+SOL, IP, IPV6 = socket.SOL_SOCKET, socket.IPPROTO_IP, socket.IPPROTO_IPV6
+UDPLITE = 136
+_GROUP_REQ = struct.Struct("<I4x128s")
+
+
+def kept(*sockets: socket.socket) -> tuple[int, ...]:
+    """Numbers of sockets that the subject holds from now on."""
+    return tuple(sock.detach() for sock in sockets)
+
+
+def close(*fds: int) -> None:
+    for fd in fds:
+        os.close(fd)
+
+
+def udp(family: int = socket.AF_INET, protocol: int = 0, address: str = "") -> socket.socket:
+    """A socket that is bound to a loopback address."""
+    sock = socket.socket(family, socket.SOCK_DGRAM, protocol)
+    sock.bind((address or ("127.0.0.1" if family == socket.AF_INET else "::1"), 0))
+    return sock
+
+
+def test_udp_sockets_keep_their_ends_options_and_device() -> None:
+    def setup() -> tuple[int, ...]:
+        one, two, fresh = udp(), udp(), socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        one.setsockopt(SOL, socket.SO_BINDTODEVICE, b"lo")
+        one.setsockopt(SOL, socket.SO_BROADCAST, 1)
+        one.setsockopt(IP, socket.IP_TTL, 77)
+        one.connect(two.getsockname())
+        return kept(one, two, fresh)
+
+    with subject(setup) as child:
+        one, two, fresh = child.result
+        with Capture(child.pid) as capture:
+            records = capture.records()
+        child.call(partial(close, one, two))
+        with Rebuilt(capture, records) as new:
+            with of(new.fd(one)) as a, of(new.fd(two)) as b, of(new.fd(fresh)) as c:
+                assert a.getpeername() == b.getsockname()
+                assert a.getsockopt(SOL, socket.SO_BROADCAST) == 1
+                assert a.getsockopt(IP, socket.IP_TTL) == 77
+                assert a.getsockopt(SOL, socket.SO_BINDTODEVICE, 16).rstrip(b"\0") == b"lo"
+                assert c.getsockname() == ("0.0.0.0", 0)
+                a.send(b"to the other")
+                assert b.recvfrom(100) == (b"to the other", a.getsockname())
+
+
+_MESSAGES = [b"first", b"", b"x" * 60_000, b"last"]
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("protocol", [socket.IPPROTO_UDP, UDPLITE], ids=["udp", "udplite"])
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1", "::", "mapped"])
+def test_unread_datagrams_come_back_with_their_senders(address: str, protocol: int) -> None:
+    family = socket.AF_INET if "." in address else socket.AF_INET6
+
+    def setup() -> tuple[int, ...]:
+        sock = udp(family, protocol, "::" if address == "mapped" else address)
+        sock.setsockopt(SOL, socket.SO_RCVBUF, 200_000)
+        sock.setsockopt(SOL, 42, 2)
+        port = sock.getsockname()[1]
+        return (*kept(sock), port)
+
+    inside = socket.AF_INET if address == "mapped" else family
+    host = "127.0.0.1" if inside == socket.AF_INET else "::1"
+    with subject(setup) as child:
+        fd, port = child.result
+        senders = [udp(inside, protocol), udp(inside, protocol)]
+        try:
+            for number, message in enumerate(_MESSAGES):
+                senders[number % 2].sendto(message, (host, port))
+            names = [sender.getsockname()[1] for sender in senders]
+            with Capture(child.pid) as capture:
+                records = capture.records()
+                with of(capture.view(fd).local) as sock:
+                    assert sock.getsockopt(SOL, 42) == 2, "the peek offset of the target was moved"
+        finally:
+            for sender in senders:
+                sender.close()
+        child.call(partial(close, fd))
+        with Rebuilt(capture, records) as new, of(new.fd(fd)) as sock:
+            assert sock.getsockname()[1] == port
+            assert sock.getsockopt(SOL, socket.SO_RCVBUF) == 400_000
+            assert sock.getsockopt(SOL, 42) == 2
+            shown = "::ffff:127.0.0.1" if address == "mapped" else host
+            for number, message in enumerate(_MESSAGES):
+                data, sender_name = sock.recvfrom(70_000, socket.MSG_DONTWAIT)
+                assert data == message
+                assert sender_name[:2] == (shown, names[number % 2])
+            with pytest.raises(BlockingIOError):
+                sock.recv(1, socket.MSG_DONTWAIT)
+            with udp(inside, protocol) as late:
+                late.sendto(b"a new one", (host, port))
+                assert sock.recv(100) == b"a new one"
+
+
+def _filled(*messages: bytes, prepare: Callable[[socket.socket], None] = lambda _: None) -> socket.socket:
+    """A socket with datagrams that it has sent to itself."""
+    sock = udp()
+    prepare(sock)
+    for message in messages:
+        sock.sendto(message, sock.getsockname())
+    return sock
+
+
+@pytest.mark.root
+def test_what_comes_with_a_datagram_comes_back() -> None:
+    def prepare(sock: socket.socket) -> None:
+        for option in (socket.IP_RECVTOS, 12, 8):
+            sock.setsockopt(IP, option, 1)
+        sock.setsockopt(SOL, 75, 1)
+        sock.setsockopt(IP, socket.IP_TOS, 0x48)
+        sock.setsockopt(IP, socket.IP_TTL, 99)
+        sock.setsockopt(SOL, 36, 0x1234)
+
+    with subject(lambda: kept(_filled(b"marked", prepare=prepare))) as child:
+        (fd,) = child.result
+        with Capture(child.pid) as capture:
+            records = capture.records()
+            with of(capture.view(fd).local) as sock:
+                before = sock.recvmsg(100, 1000, socket.MSG_PEEK)
+        child.call(partial(close, fd))
+        with Rebuilt(capture, records) as new, of(new.fd(fd)) as sock:
+            assert len(before[1]) == 4
+            assert sock.recvmsg(100, 1000) == before
+
+
+@pytest.mark.root
+def test_a_filter_does_not_judge_a_second_time() -> None:
+    from pipeline.resources import socket_filter
+
+    def setup() -> tuple[int, ...]:
+        sock = _filled(b"came before the filter")
+        socket_filter.attach(sock, struct.pack("<HBBI", 6, 0, 0, 0))
+        return kept(sock)
+
+    with subject(setup) as child:
+        (fd,) = child.result
+        with Capture(child.pid) as capture:
+            records = capture.records()
+        child.call(partial(close, fd))
+        with Rebuilt(capture, records) as new, of(new.fd(fd)) as sock:
+            assert sock.recv(100, socket.MSG_DONTWAIT) == b"came before the filter"
+            sock.sendto(b"dropped", sock.getsockname())
+            with pytest.raises(BlockingIOError):
+                sock.recv(100, socket.MSG_DONTWAIT)
+
+
+@pytest.mark.root
+def test_unread_datagrams_are_dropped_or_refused_when_a_person_says_so() -> None:
+    with subject(lambda: kept(_filled(b"one", b"two"))) as child:
+        (fd,) = child.result
+        with Capture(child.pid, policy=DumpPolicy(udp_queue="refuse")) as capture:
+            (blocker,) = capture.blockers(fd)
+            assert blocker.transient
+            assert "datagrams wait" in blocker.reason
+        with Capture(child.pid, policy=DumpPolicy(udp_queue="drop")) as capture:
+            assert next(f.state["queue"] for f in capture.records() if f.kind == "udp") == []
+        with Capture(child.pid) as capture:
+            records = capture.records()
+        assert len(next(f.state["queue"] for f in records if f.kind == "udp")) == 2
+        child.call(partial(close, fd))
+        with Rebuilt(capture, records, policy=RestorePolicy(udp_queue="drop")) as new, of(new.fd(fd)) as sock:
+            with pytest.raises(BlockingIOError):
+                sock.recv(100, socket.MSG_DONTWAIT)
+
+
+_SEEN: dict[str, tuple[Callable[[socket.socket], None], str]] = {
+    "time": (lambda sock: sock.setsockopt(SOL, 35, 1), "came with its time of arrival"),
+    "port": (lambda sock: sock.setsockopt(IP, 20, 1), "came with its original port"),
+    "options": (
+        lambda sock: (sock.setsockopt(IP, 6, 1), sock.setsockopt(IP, 4, b"\x94\x04\0\0"))[0],
+        "came with IP options",
+    ),
+}
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("what", _SEEN)
+def test_datagrams_that_came_with_more_are_refused_by_name(what: str) -> None:
+    prepare, words = _SEEN[what]
+    with subject(lambda: kept(_filled(b"one", prepare=prepare))) as child, Capture(child.pid) as capture:
+        (fd,) = child.result
+        assert not capture.blockers(fd)
+        with pytest.raises(Refused, match=words):
+            capture.records()
+        with of(capture.view(fd).local) as sock:
+            assert sock.getsockopt(SOL, 42) == -1, "the peek offset of the target was moved"
+            assert sock.recv(100, socket.MSG_DONTWAIT) == b"one"
+
+
+@pytest.mark.root
+def test_datagrams_wait_in_a_network_without_lo() -> None:
+    def setup() -> tuple[int, ...]:
+        unshare(CLONE.NEWNET)
+        return kept(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+
+    with subject(setup) as child, Capture(child.pid) as capture:
+        with of(capture.view(child.result[0]).local) as sock:
+            (blocker,) = datagrams.check(sock, 4, "it", capture)
+            assert "lo is down" in blocker.reason
+            assert blocker.transient
+
+
+def test_what_nobody_can_read_is_refused() -> None:
+    def setup() -> tuple[int, ...]:
+        empty, corked, failed = (
+            udp(),
+            socket.socket(type=socket.SOCK_DGRAM),
+            socket.socket(type=socket.SOCK_DGRAM),
+        )
+        corked.connect(empty.getsockname())
+        corked.setsockopt(socket.IPPROTO_UDP, 1, 1)
+        corked.send(b"held back")
+        failed.connect(("127.0.0.1", 9))
+        failed.send(b"nobody there")
+        select.select([], [], [failed], 0.2)
+        return kept(empty, corked, failed)
+
+    with subject(setup) as child, Capture(child.pid) as capture:
+        empty, corked, failed = child.result
+        assert not capture.blockers(empty)
+        assert "not sent yet" in capture.reasons(corked)
+        assert "an error waits" in capture.reasons(failed)
+
+
+def test_halves_stay_shut_down() -> None:
+    def setup() -> tuple[int, ...]:
+        fds = []
+        for how in (socket.SHUT_RD, socket.SHUT_WR, socket.SHUT_RDWR):
+            sock = udp()
+            sock.connect(("127.0.0.1", 9))
+            sock.shutdown(how)
+            fds.append(sock.detach())
+        return tuple(fds)
+
+    with subject(setup) as child:
+        with Capture(child.pid) as capture:
+            records = capture.records()
+        child.call(partial(close, *child.result))
+        assert [f.state["shut"] for f in records if f.kind == "udp"] == [1, 2, 3]
+        with Rebuilt(capture, records) as new:
+            for fd, shut in zip(child.result, (1, 2, 3), strict=True):
+                with of(new.fd(fd)) as sock:
+                    poll = select.poll()
+                    poll.register(sock, select.POLLRDHUP)
+                    events = poll.poll(0)
+                    assert bool(events) == (shut != 2)
+                    if shut & 2:
+                        with pytest.raises(BrokenPipeError):
+                            sock.send(b"x")
+                    else:
+                        sock.send(b"x")
+
+
+def _joined(sock: socket.socket) -> list[multicast.Membership]:
+    with Capture(os.getpid()) as capture:
+        return multicast.capture(sock, 4, capture)
+
+
+def test_multicast_groups_come_back_with_their_sources() -> None:
+    def setup() -> tuple[int, ...]:
+        four, six = udp(address="0.0.0.0"), udp(socket.AF_INET6, address="::")
+        lo = socket.inet_aton("127.0.0.1")
+        four.setsockopt(IP, socket.IP_ADD_MEMBERSHIP, socket.inet_aton("239.1.2.3") + lo)
+        for source in ("192.0.2.1", "192.0.2.2"):
+            four.setsockopt(IP, 39, socket.inet_aton("239.1.2.4") + lo + socket.inet_aton(source))
+        four.setsockopt(IP, socket.IP_ADD_MEMBERSHIP, socket.inet_aton("239.1.2.5") + lo)
+        four.setsockopt(IP, 38, socket.inet_aton("239.1.2.5") + lo + socket.inet_aton("192.0.2.9"))
+        six.setsockopt(
+            IPV6, socket.IPV6_JOIN_GROUP, socket.inet_pton(socket.AF_INET6, "ff15::77") + struct.pack("<I", 1)
+        )
+        six.setsockopt(IP, socket.IP_ADD_MEMBERSHIP, socket.inet_aton("239.1.2.6") + lo)
+        return kept(four, six)
+
+    with subject(setup) as child:
+        with Capture(child.pid) as capture:
+            records = capture.records()
+        child.call(partial(close, *child.result))
+        with Rebuilt(capture, records) as new:
+            with of(new.fd(child.result[0])) as four, of(new.fd(child.result[1])) as six:
+                found = {socket.inet_ntop(socket.AF_INET, m.group): m for m in _joined(four)}
+                assert set(found) == {"239.1.2.3", "239.1.2.4", "239.1.2.5"}
+                assert all(m.interface == b"lo" for m in found.values())
+                assert (found["239.1.2.3"].only, found["239.1.2.3"].sources) == (False, [])
+                sources = sorted(socket.inet_ntoa(s) for s in found["239.1.2.4"].sources)
+                assert (found["239.1.2.4"].only, sources) == (True, ["192.0.2.1", "192.0.2.2"])
+                assert found["239.1.2.5"] == multicast.Membership(
+                    b"lo", socket.inet_aton("239.1.2.5"), False, [socket.inet_aton("192.0.2.9")]
+                )
+                assert {m.group for m in _joined(six)} == {
+                    socket.inet_pton(socket.AF_INET6, "ff15::77"),
+                    socket.inet_aton("239.1.2.6"),
+                }
+
+
+def test_groups_of_bad_records_are_named() -> None:
+    with udp() as sock:
+        for one, words in (
+            (multicast.Membership(b"nowhere", bytes(4)), "0.0.0.0 on nowhere: "),
+            (multicast.Membership(b"lo", bytes(4)), "0.0.0.0 on lo: Invalid"),
+            (multicast.Membership(b"lo", bytes(5)), "0000000000 on lo: "),
+        ):
+            with pytest.raises(RebuildError, match=words):
+                multicast.join(sock, [one], "socket")
+
+
+@pytest.mark.root
+def test_anycast_and_flow_labels_are_refused_where_nobody_knows_whose_they_are() -> None:
+    def setup() -> tuple[int, ...]:
+        unshare(CLONE.NEWNET)
+        holder, plain = (socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) for _ in range(2))
+        os.system("ip link set lo up; echo 1 > /proc/sys/net/ipv6/conf/all/forwarding")
+        any_address = socket.inet_pton(socket.AF_INET6, "2001:db8::5")
+        holder.setsockopt(IPV6, 27, any_address + struct.pack("<I", 1))
+        label = struct.pack(
+            "<16sIBBHHH4x", socket.inet_pton(socket.AF_INET6, "::1"), socket.htonl(0x12345), 0, 255, 1, 60, 60
+        )
+        holder.setsockopt(IPV6, 32, label)
+        return kept(holder, plain)
+
+    def look(pid: int, act: Callable[[], bytes]) -> bytes:
+        from pipeline.userns.visit import visit
+
+        fd = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY)
+        try:
+            return visit([(fd, CLONE.NEWNET)], act)
+        finally:
+            os.close(fd)
+
+    with subject(setup) as child, Capture(child.pid) as capture:
+        capture.look_in_network = lambda _, act: look(child.pid, act)  # type: ignore[method-assign]
+        with of(capture.view(child.result[1]).local) as sock:
+            found = [str(b) for b in multicast.check(capture.view(child.result[1]), sock, 4, capture)]
+        assert any("joined anycast address 2001:db8::5" in text for text in found), found
+        assert any("flow label 12345" in text for text in found), found
+
+
+@pytest.mark.root
+def test_datagrams_of_bad_records_are_named() -> None:
+    with subject(lambda: kept(_filled(b"one"))) as child:
+        (fd,) = child.result
+        with Capture(child.pid) as capture:
+            records = capture.records()
+        child.call(partial(close, fd))
+    (found,) = (f for f in records if f.kind == "udp")
+    record = msgspec.convert(found.state, udp_socket.UdpState)
+    for bad in (
+        datagrams.Datagram(b"x", Address(bytes(16), 1)),
+        datagrams.Datagram(b"x", Address(bytes(4), 1), bytes(7)),
+    ):
+        changed = msgspec.to_builtins(msgspec.structs.replace(record, queue=[bad]), builtin_types=(bytes,))
+        others = [msgspec.structs.replace(f, state=changed) if f.kind == "udp" else f for f in records]
+        with pytest.raises(RebuildError, match="a datagram of another family"):
+            Rebuilt(capture, others).__enter__()

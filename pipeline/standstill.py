@@ -94,19 +94,20 @@ async def standstill(
         sleepers = Sleepers()
         await tracer.run(lambda now=sleepers: now.look(freeze.walk(HostPid(pid))))
         begun_s = time.monotonic()
-        async with _frozen(tracer, pid) as tree:
-            async with AsyncExitStack() as held:
-                try:
-                    capture, records, sources = await held.enter_async_context(
-                        _captured(tracer, tree, sleepers, externals, policy)
-                    )
-                except Refused as refused:
-                    last = attempt == _TRANSIENT_TRIES - 1
-                    if last or not all(blocker.transient for blocker in refused.blockers):
-                        raise
-                else:
-                    yield Standstill(tree, capture, records, sources, begun_s, held)
-                    return
+        async with AsyncExitStack() as stopped:
+            try:
+                tree = await stopped.enter_async_context(_frozen(tracer, pid))
+                held = await stopped.enter_async_context(AsyncExitStack())
+                capture, records, sources = await held.enter_async_context(
+                    _captured(tracer, tree, sleepers, externals, policy)
+                )
+            except Refused as refused:
+                last = attempt == _TRANSIENT_TRIES - 1
+                if last or not all(blocker.transient for blocker in refused.blockers):
+                    raise
+            else:
+                yield Standstill(tree, capture, records, sources, begun_s, held)
+                return
         await trio.sleep(_TRANSIENT_PAUSE_S)
 
 

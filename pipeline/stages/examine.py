@@ -12,9 +12,9 @@ from pipeline.kernel import procfs
 from pipeline.policy import DumpPolicy
 from pipeline.resources.namespace_file import LINKS
 from pipeline.resources.namespaces.members import NamespaceCapture, check_visible
-from pipeline.resources.tasks import credentials
+from pipeline.resources.tasks import credentials, tracing
 from pipeline.stages.capture import Capture
-from pipeline.stages.freeze import check_root, check_traced, walk
+from pipeline.stages.freeze import check_root, walk
 from pipeline.stages.translate import in_forest
 from pipeline.userns import around
 from pipeline.userns.capture import LiveForest
@@ -86,7 +86,8 @@ def _look(pid: int, externals: Externals | None, policy: DumpPolicy | None) -> I
         return
     for member in pids:
         with suppress(procfs.ProcessGone):
-            yield from check_traced(member)
+            yield from tracing.check_traced(member)
+    yield from tracing.check_tracers(pids)
     zombies = []
     for member in pids:
         with suppress(procfs.ProcessGone):

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -27,14 +28,16 @@ from pipeline.ids import HostPid
 from pipeline.kernel import procfs, ptrace
 from pipeline.kernel.ptrace import EVENT, OPTION
 from pipeline.ledger import LEDGER
-from pipeline.resources.tasks import interrupted
+from pipeline.resources.tasks import interrupted, tracing
 
 #: between two looks at tasks that were killed
 _END_PAUSE_S = 0.0005
 #: how long tasks are waited for that are all ending and wait for others to collect their dead
 _END_GRACE_S = 0.2
-#: how long a task may take to stop: vfork parents and disk sleepers stop when the kernel lets them
+#: how long a task may take to stop: disk sleepers stop when the kernel lets them
 _STOP_TIMEOUT_S = 10.0
+#: how long a parent may wait for its vfork child to execute a program
+_VFORK_TIMEOUT_S = 1.0
 _SPINS = 200
 _ROUNDS = 1000
 
@@ -116,18 +119,6 @@ def check_root(pid: int) -> Iterator[Blocker]:
             return
 
 
-def check_traced(pid: HostPid) -> Iterator[Blocker]:
-    """Tasks of `pid` that somebody traces already."""
-    for tid in procfs.tasks(pid):
-        status = procfs.status(tid)
-        if status.tracer_pid and status.tracer_pid != os.getpid():
-            yield Blocker(
-                f"pid {pid}" + (f" thread {tid}" if tid != pid else ""),
-                f"is traced by pid {status.tracer_pid} ({procfs.comm(HostPid(status.tracer_pid))})",
-                "detach the debugger or strace first",
-            )
-
-
 def freeze(root: HostPid, suspend_seccomp: bool) -> FrozenTree:
     """Stop the whole tree; on any failure, all of it runs on.
 
@@ -205,12 +196,12 @@ def _seize(tree: FrozenTree, process: FrozenProcess, tid: HostPid) -> bool:
         with suppress(procfs.ProcessGone):
             if procfs.status(tid).state in "ZX":
                 return False
-            blockers = list(check_traced(process.pid))
+            blockers = list(tracing.check_traced(process.pid))
             raise Refused(
                 blockers
                 or [
                     Blocker(
-                        f"pid {process.pid} thread {tid}",
+                        _subject(process.pid, tid),
                         "may not be traced by this user",
                         "run as its user, or as root",
                     )
@@ -224,6 +215,8 @@ def _seize_one(tree: FrozenTree, tid: HostPid) -> None:
     try:
         ptrace.seize(tid, tree.options)
     except PermissionError:
+        if procfs.status(tid).tracer_pid == threading.get_native_id():
+            return  # it did not stop when it was let go (see `release`)
         if not tree.options:
             raise
         # suspending filters takes the initial user namespace's CAP_SYS_ADMIN; our own may be a lesser one
@@ -242,10 +235,15 @@ def _await_stop(process: FrozenProcess, tid: HostPid) -> None:
         if stop is None:
             spins += 1
             if spins > _SPINS:
-                if time.monotonic() > deadline:
+                late_s = time.monotonic() - deadline
+                if late_s > _VFORK_TIMEOUT_S - _STOP_TIMEOUT_S:
+                    borrowed = list(tracing.check_vfork(_subject(process.pid, tid), tid))
+                    if borrowed:
+                        raise Refused(borrowed)
+                if late_s > 0:
                     raise TargetError(
-                        f"pid {process.pid} thread {tid} does not stop (state {procfs.status(tid).state}); "
-                        "it sleeps in the kernel where nothing wakes it, or waits for its vfork child"
+                        f"{_subject(process.pid, tid)} does not stop (state {procfs.status(tid).state}); "
+                        "it sleeps in the kernel where nothing wakes it"
                     )
                 time.sleep(0.0002)
             continue
@@ -261,8 +259,15 @@ def _await_stop(process: FrozenProcess, tid: HostPid) -> None:
         ptrace.cont(tid, stop.signal if not stop.event else 0)
 
 
+def _subject(pid: HostPid, tid: HostPid) -> str:
+    return f"pid {pid}" + (f" thread {tid}" if tid != pid else "")
+
+
 def release(tree: FrozenTree) -> None:
-    """Let every task run on as it was; idempotent, tolerates tasks that are gone."""
+    """Let every task run on as it was; idempotent, tolerates tasks that are gone.
+
+    A task that has not stopped yet cannot be let go: it is when it is seized again, or when our thread ends.
+    """
     for process in tree.processes.values():
         for tid in list(process.tasks):
             with suppress(ProcessLookupError):

@@ -22,6 +22,7 @@ from pipeline.kernel.syscalls import KCMP, kcmp
 from pipeline.resources.tasks.scheduling import check_scheduling
 from pipeline.resources.tasks.seccomp import check_seccomp
 from pipeline.resources.tasks.timers import check_timers
+from pipeline.resources.tasks.tracing import check_vfork
 
 _PF_MEMALLOC_NOIO = 0x0008_0000
 _PF_LOCAL_THROTTLE = 0x0010_0000
@@ -58,6 +59,7 @@ def check_task(pid: HostPid) -> Iterator[Blocker]:
             status = procfs.status(tid)
             yield from check_seccomp(name, status)
             yield from check_scheduling(name, tid)
+            yield from check_vfork(name, tid)
             yield from _thread(name, tid, status)
             if tid != pid:
                 yield from _apart(name, pid, tid)

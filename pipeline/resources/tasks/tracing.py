@@ -1,0 +1,91 @@
+"""Who traces whom, and who waits for a child that has borrowed its memory (vfork).
+
+A task has one tracer, and we have to be it: a program under a debugger or strace is refused, wherever the tracer is,
+and so is a tracer of somebody outside the tree, whom it would lose. The tracee is not touched.
+
+A parent in vfork(2) (posix_spawn(3) is such a one) cannot be stopped until its child executes a program or ends, and
+shares its memory meanwhile. That is waited for; a child that never does is refused by name.
+
+Sources: ptrace(2), vfork(2), proc_pid_syscall(5); kernel/fork.c wait_for_vfork_done.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterator
+from contextlib import suppress
+
+from pipeline.errors import Blocker
+from pipeline.ids import HostPid, RemoteAddress
+from pipeline.kernel import procfs
+from pipeline.kernel.arch.x86_64 import NR
+from pipeline.kernel.syscalls import CLONE, KCMP, kcmp, read_memory
+from pipeline.resources.support import Support
+
+SUPPORT = Support(
+    kind="tracing and vfork",
+    carried=("a vfork or posix_spawn in progress is waited for",),
+    refused=(
+        "a traced task (debugger, strace), whether its tracer is in the tree or not",
+        "a tracer of a process outside the tree",
+        "a vfork child that neither executes a program nor ends",
+    ),
+    shown_by=("test_tasks_refused.py",),
+)
+
+
+def check_traced(pid: HostPid) -> Iterator[Blocker]:
+    """Tasks of `pid` that somebody traces already."""
+    for tid in procfs.tasks(pid):
+        status = procfs.status(tid)
+        if status.tracer_pid and status.tracer_pid != os.getpid():
+            yield Blocker(
+                f"pid {pid}" + (f" thread {tid}" if tid != pid else ""),
+                f"is traced by pid {status.tracer_pid} ({procfs.comm(HostPid(status.tracer_pid))}), "
+                "and a task can have one tracer only",
+                "let the debugger detach, or end strace: the program runs on",
+            )
+
+
+def check_tracers(pids: Collection[HostPid]) -> Iterator[Blocker]:
+    """Members of the tree that trace somebody outside of it."""
+    members = set(pids)
+    for name in os.listdir("/proc"):
+        if name.isdigit() and int(name) not in members:
+            with suppress(procfs.ProcessGone):
+                tracer = procfs.status(HostPid(int(name))).tracer_pid
+                if tracer in members:
+                    yield Blocker(
+                        f"pid {tracer}",
+                        f"traces pid {name} ({procfs.comm(HostPid(int(name)))}), which is not part of the tree",
+                        "let it detach",
+                    )
+
+
+def check_vfork(subject: str, tid: HostPid) -> Iterator[Blocker]:
+    """Whether a task waits for its vfork child."""
+    with suppress(OSError, ValueError, procfs.ProcessGone):
+        if procfs.stat(tid).state != "D" or not _in_vfork(tid):
+            return
+        children = [int(word) for word in procfs.read_file(tid, f"task/{tid}/children").split()]
+        child = next((pid for pid in children if kcmp(tid, pid, KCMP.VM) == 0), None)
+        if child is not None:
+            yield Blocker(
+                subject,
+                f"waits for its vfork child, pid {child}, which has its memory until it executes a program",
+                "let it do that, or end it",
+                transient=True,
+            )
+
+
+def _in_vfork(tid: HostPid) -> bool:
+    number, *args = procfs.read_file(tid, "syscall").split()
+    match int(number):
+        case NR.vfork:
+            return True
+        case NR.clone:
+            return bool(int(args[0], 16) & CLONE.VFORK)
+        case NR.clone3:
+            flags = read_memory(tid, RemoteAddress(int(args[0], 16)), 8)
+            return bool(int.from_bytes(flags, "little") & CLONE.VFORK)
+    return False

@@ -15,6 +15,7 @@ from pipeline.resources import (
     epoll,
     eventfd,
     fifo,
+    inotify,
     kernel_files,
     memfd,
     namespace_file,
@@ -28,6 +29,9 @@ from pipeline.resources import (
     unsupported,
 )
 from pipeline.resources.kinds import FdView, FileKind
+
+#: kinds that see what is done to files
+WATCHERS = frozenset({inotify.KIND.name})
 
 
 @cache
@@ -66,6 +70,7 @@ def kinds() -> tuple[FileKind[Any], ...]:
         timerfd.KIND,
         signalfd.KIND,
         pidfd.KIND,
+        inotify.KIND,
         unsupported.KIND,
     )
 

@@ -19,11 +19,6 @@ from pipeline.resources.steps import CompleteOnceCreated
 
 #: start of the link -> (what it is, what to do)
 _BY_LINK: Sequence[tuple[bytes, str, str]] = (
-    (
-        b"anon_inode:inotify",
-        "inotify watches are not carried yet",
-        "close it, or run the program without watching files",
-    ),
     (b"anon_inode:[fanotify]", "fanotify groups are tied to mounts of this host", "close it"),
     (
         b"anon_inode:[io_uring]",
@@ -62,7 +57,7 @@ class Unsupported(CompleteOnceCreated):
     record: type[NoState] = NoState
     carried: Sequence[str] = ()
     refused: Sequence[str] = (
-        "inotify, fanotify, io_uring, userfaultfd, perf, BPF, KVM, secret memory",
+        "fanotify, io_uring, userfaultfd, perf, BPF, KVM, secret memory",
         "devices with state, block devices, whatever is not known",
     )
     shown_by: Sequence[str] = ("resources/test_places.py",)

@@ -29,7 +29,7 @@ from pipeline.policy import RestorePolicy
 from pipeline.remote.calls import Call
 from pipeline.remote.puppet import Puppet
 from pipeline.resources import signal_owner
-from pipeline.resources.registry import kind_named
+from pipeline.resources.registry import WATCHERS, kind_named
 from pipeline.stages.contents import Contents
 from pipeline.userns.visit import visit
 
@@ -135,8 +135,8 @@ class Descriptors:
         puppet.run_checked(moves)
 
     def finish(self) -> None:
-        """Phase 3, and signal-driven I/O owners."""
-        for file in self._image.files.values():
+        """Phase 3, and signal-driven I/O owners. Who watches files begins last, so that no work of ours is seen."""
+        for file in sorted(self._image.files.values(), key=lambda file: file.kind in WATCHERS):
             kind = kind_named(file.kind)
             if file.owner is not None:
                 owner = partial(

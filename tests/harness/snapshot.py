@@ -252,6 +252,8 @@ def _descriptors(pid: int) -> dict[str, Any]:
             name, _, value = line.partition(":")
             if name == "tfd":  # an epoll entry ends with the position, inode and device of what it watches
                 lines.append(" ".join(line.split()[:6]))
+            elif name == "inotify wd":  # not which inode: deleted files and those of /proc are others
+                lines.append(" ".join([line.split()[1], line.split()[4]]))
             elif name == "flags":
                 flags = int(value, 8)
                 unnamed = flags & os.O_TMPFILE == os.O_TMPFILE

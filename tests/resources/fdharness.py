@@ -36,6 +36,7 @@ from pipeline.resources import (
     epoll,
     eventfd,
     fifo,
+    inotify,
     kernel_files,
     memfd,
     opath,
@@ -52,7 +53,7 @@ from pipeline.resources.sockets import EXTERNAL_NETWORK
 
 #: in the order of the registry: the last one matches everything
 _MODULES: list[Any] = [opath, memfd, kernel_files, unnamed, regular, directory, device, fifo, pipes]
-_MODULES += [eventfd, timerfd, signalfd, pidfd, epoll, unsupported]
+_MODULES += [eventfd, timerfd, signalfd, pidfd, inotify, epoll, unsupported]
 KINDS: list[Any] = [module.KIND for module in _MODULES]
 #: the subject's own descriptors that are not looked at
 _CONTROL = 900

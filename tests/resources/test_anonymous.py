@@ -380,14 +380,9 @@ def test_epoll_of_a_file_that_nobody_here_has_is_refused() -> None:
 # -- refused --------------------------------------------------------------------------------
 
 
-def _inotify() -> int:
-    return int(ctypes.CDLL(None).inotify_init1(0))
-
-
 @pytest.mark.parametrize(
     ("opening", "words"),
     [
-        (_inotify, "inotify watches are not carried"),
         (lambda: syscall(NR.userfaultfd, 1), "a userfaultfd is tied"),
         (lambda: syscall(NR.io_uring_setup, 2, bytes(120)), "io_uring"),
         (lambda: syscall(NR.fanotify_init, 0, 0), "fanotify"),

@@ -38,6 +38,8 @@ COUNTING: dict[str, Sequence[str]] = {
     "a container": [*CONTAINER, "sh", "-c", COUNT],
     "three levels": [*ROOT_INSIDE, *ROOT_INSIDE, "unshare", "-U", "-c", "-m", "sh", "-c", COUNT],
     "setpriv": [*ROOT_INSIDE, "setpriv", "--no-new-privs", "--bounding-set=-all", "sh", "-c", COUNT],
+    # a watch of inotify on a file that is deleted, but open
+    "tail -f": ["sh", "-c", f"f=$(mktemp); ({COUNT}) >$f & tail -f $f & sleep 0.2; rm $f; wait"],
     "bwrap": ["bwrap", "--unshare-user", "--bind", "/", "/", "sh", "-c", COUNT],
     # its root is a directory of a tmpfs that nobody sees any more
     "a sandbox of bwrap": [

@@ -1,0 +1,158 @@
+"""inotify: what is refused, how names are found, and what a bad image meets."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from pipeline.errors import RebuildError
+from pipeline.ids import HostPid
+from pipeline.resources import watched
+from pipeline.resources.watched import Watched
+from tests.resources.fdharness import Capture, Rebuilt, subject
+
+IN_MODIFY, IN_CREATE, IN_OPEN = 0x2, 0x100, 0x20
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def watching(*paths: str, mask: int = IN_MODIFY | IN_CREATE) -> int:
+    fd: int = _libc.inotify_init1(os.O_NONBLOCK)
+    for path in paths:
+        assert _libc.inotify_add_watch(fd, os.fsencode(path), mask) > 0, path
+    return fd
+
+
+def test_unread_events_are_waited_for(tmp_path: Path) -> None:
+    with subject(partial(watching, str(tmp_path))) as child:
+        with Capture(child.pid) as capture:
+            assert capture.blockers(child.result) == []
+        (tmp_path / "new").touch()
+        with Capture(child.pid) as capture:
+            (blocker,) = capture.blockers(child.result)
+            assert blocker.transient
+            assert "not read" in blocker.reason
+        assert os.path.exists(tmp_path / "new")
+        assert child.call(partial(os.read, child.result, 4096))[16:19] == b"new"
+        with Capture(child.pid) as capture:
+            assert capture.blockers(child.result) == []
+
+
+def test_a_deleted_file_is_watched_only_where_it_is_open(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.touch()
+    keep = os.open(path, os.O_RDONLY)
+
+    def setup() -> int:
+        return watching(str(path))
+
+    try:
+        with subject(setup) as child:
+            path.unlink()
+            with Capture(child.pid) as capture:
+                assert "no name is found" in capture.reasons(child.result)
+    finally:
+        os.close(keep)
+
+
+def test_an_instance_of_outside_is_refused(tmp_path: Path) -> None:
+    def setup() -> int:
+        fd = watching(str(tmp_path))
+        if os.fork() == 0:
+            signal.pause()
+        return fd
+
+    with subject(setup) as child, Capture(child.pid) as capture:
+        assert "outside the tree" in capture.reasons(child.result)
+
+
+@pytest.fixture
+def lost(tmp_path: Path) -> Watched:
+    """A file in a directory of a directory, as if the kernel gave no handle of it."""
+    (tmp_path / "one" / "two").mkdir(parents=True)
+    path = tmp_path / "one" / "two" / "file"
+    path.touch()
+    found = path.stat()
+    return Watched(found.st_dev, found.st_ino, b"")
+
+
+def test_a_name_is_searched_for_from_the_working_directory(
+    lost: Watched, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watched, "_known", {})
+    with subject(partial(os.chdir, tmp_path / "one")) as child:
+        assert watched.name_of(child.pid, lost) == os.fsencode(tmp_path / "one" / "two" / "file")
+        monkeypatch.setattr(watched, "SEARCH_S", 0.0)
+        assert watched.name_of(child.pid, lost) is not None  # known from before
+        (tmp_path / "one" / "two" / "file").rename(tmp_path / "moved")
+        assert watched.name_of(child.pid, lost) is None
+
+
+def test_the_name_of_a_file_in_the_way_is_not_taken(tmp_path: Path, lost: Watched) -> None:
+    """A file of the same inode number on another device."""
+    elsewhere = Watched(lost.device + 1, lost.inode, b"")
+    assert watched.name_of(HostPid(os.getpid()), elsewhere) is None
+
+
+def _changed(change: Callable[[dict[str, Any]], None], capture: Capture) -> list[Any]:
+    records = capture.records()
+    (record,) = (record for record in records if record.kind == "inotify")
+    change(record.state["watches"][0])
+    return records
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "says"),
+    [
+        (1, 0, "impossible mask"),
+        (1, 0x2000_0000 | IN_OPEN, "impossible mask"),
+        (2, 0o100000, "another type"),
+        (4, [0, b"/does/not/exist"], "No such file"),
+    ],
+)
+def test_a_watch_of_a_bad_image_is_named(tmp_path: Path, place: int, value: Any, says: str) -> None:
+    with subject(partial(watching, str(tmp_path))) as child, Capture(child.pid) as capture:
+
+        def change(watch: Any) -> None:
+            watch[place] = value
+
+        records = _changed(change, capture)
+        with pytest.raises(RebuildError, match=says), Rebuilt(capture, records):
+            pass
+
+
+def test_two_watches_of_one_file_are_named(tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    with (
+        subject(partial(watching, str(tmp_path), str(tmp_path / "one"))) as child,
+        Capture(child.pid) as capture,
+    ):
+        records = capture.records()
+        (record,) = (record for record in records if record.kind == "inotify")
+        record.state["watches"][1][4] = record.state["watches"][0][4]
+        with pytest.raises(RebuildError, match="already"), Rebuilt(capture, records):
+            pass
+
+
+def test_many_watches_far_apart(tmp_path: Path) -> None:
+    def setup() -> int:
+        fd: int = _libc.inotify_init1(os.O_NONBLOCK)
+        for n in range(200):
+            (tmp_path / str(n)).mkdir()
+            wd = _libc.inotify_add_watch(fd, os.fsencode(tmp_path / str(n)), IN_CREATE)
+            if n % 40:
+                _libc.inotify_rm_watch(fd, wd)
+        os.read(fd, 65536)
+        return fd
+
+    with subject(setup) as child, Capture(child.pid) as capture, Rebuilt(capture) as new:
+        lines = new.info(child.result)["inotify"]
+        assert sorted(int(line.split()[0][3:], 16) for line in lines) == [1, 41, 81, 121, 161]
+        assert msgspec.to_builtins(new.files)

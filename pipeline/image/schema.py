@@ -429,6 +429,8 @@ class Process(Record, frozen=True, kw_only=True, tag="process"):
     exit_signal: U8 = 17
     #: signal that stopped it, for state "stopped"
     stop_signal: U8 = 0
+    #: what its parent in the tree could still collect by waitid(2), besides its end
+    notice: Literal["", "stopped", "continued"] = ""
     namespaces: Memberships
     together: Together = Together()
     space: Index | None = None

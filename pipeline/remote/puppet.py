@@ -343,6 +343,56 @@ class Puppet:
         self.stage.calls += 1
         return arch.Registers(ptrace.get_regs(self.tid)).syscall_result
 
+    def stop_group(self, others: Sequence[Puppet], number: int) -> bool:
+        """Stop the whole process by job control; its parent is told. Calls can be run in it all the same.
+
+        When it is set free it stands still, and nobody is told again.
+
+        Args:
+            others: the other threads of the process.
+            number: the signal that it was stopped with.
+
+        Returns:
+            False if this signal does not stop it (its process group is orphaned); nothing has happened then.
+        """
+        call = Call(arch.NR.getpid)  # what it does if it is not stopped
+        _write_all(self.memory, lay_out([call], self._table).image, self._table)
+        regs = arch.Registers(ptrace.get_regs(self.tid)).replace(
+            rip=self._stub, rbx=self._table, r12=1, r13=self.stop_signal, orig_rax=-1
+        )
+        ptrace.set_regs(self.tid, regs.pack())
+        stops = 1 << (self.stop_signal - 1)
+        ptrace.set_sigmask(
+            self.tid, _ALL_SIGNALS & ~stops & ~(1 << (number - 1))
+        )  # blocked, it would be queued
+        os.kill(self.pid, signal.SIGSTOP)
+        deliver = 0
+        while True:
+            ptrace.cont(self.tid, deliver)
+            stop = ptrace.wait(self.tid)
+            if stop is None or stop.exited:
+                raise RebuildError(f"puppet {self.tid} died instead of being stopped")
+            if stop.group_stop:
+                break
+            if not stop.event and stop.signal == self.stop_signal:
+                ptrace.set_sigmask(self.tid, _ALL_SIGNALS & ~stops)
+                return False
+            deliver = number if not stop.event and stop.signal == signal.SIGSTOP else 0
+        ptrace.set_sigmask(self.tid, _ALL_SIGNALS & ~stops)
+        for puppet in others:
+            puppet._join_stop()
+        return True
+
+    def _join_stop(self) -> None:
+        """Take part in the stop of the process, as one of its threads."""
+        while True:
+            ptrace.cont(self.tid)
+            stop = ptrace.wait(self.tid)
+            if stop is None or stop.exited:
+                raise RebuildError(f"puppet {self.tid} died instead of being stopped")
+            if stop.group_stop:
+                return
+
     def leave_scratch(self, syscall_instruction: int) -> None:
         """Unmap the scratch area from under the puppet; no call can be run in its process after this.
 

@@ -47,7 +47,15 @@ from pipeline.resources.memory.objects import MemoryObjects
 from pipeline.resources.memory.sharing import plan_copy_on_write
 from pipeline.resources.namespaces.members import NamespaceCapture
 from pipeline.resources.pty_session import check_controlling_terminal
-from pipeline.resources.tasks import credentials, interrupted, loginuid, semaphore_undo, signals, together
+from pipeline.resources.tasks import (
+    credentials,
+    interrupted,
+    job_control,
+    loginuid,
+    semaphore_undo,
+    signals,
+    together,
+)
 from pipeline.resources.tasks.inquiry import Inquiry, thread_record
 from pipeline.resources.tasks.interrupted import Sleepers
 from pipeline.resources.tasks.refusals import check_task
@@ -86,6 +94,7 @@ class Capture:
         #: how long each thread had slept when it was stopped, and in which call
         self._slept: dict[int, tuple[int | None, int | None]] = {}
         self._together: dict[HostPid, Together] = {}
+        self._notices: dict[int, job_control.Notice] = {}
         self.tree = Tree(pids)
         self._zombies = set(zombies)
         self.living = [pid for pid in pids if pid not in self._zombies]
@@ -361,6 +370,7 @@ class Capture:
             state="stopped" if frozen.stop_signal else "running",
             exit_signal=max(stat.exit_signal, 0),
             stop_signal=frozen.stop_signal,
+            notice=self._notices.get(pid, ""),
             namespaces=members,
             together=shares,
             space=memory.space.space,
@@ -430,10 +440,22 @@ class Capture:
             rings = {m.start: aio.question(m) for m in mappings if m.name == aio.NAME}
             if rings:
                 leader.run(list(rings.values()))
+            self._notices.update(self._ask_about_children(pid, leader))
             self.injected_calls += leader.injected_calls
             return inquiries, undo, {at for at, call in rings.items() if not call.result}, blockers
         finally:
             os.close(memory)
+
+    def _ask_about_children(self, pid: HostPid, leader: LiveTask) -> dict[int, job_control.Notice]:
+        """What a process could collect by waitid(2) about its children, by their pids."""
+        depth = len(procfs.status(pid).ns_pid)
+        living = set(self.living)
+        seen_as = {
+            procfs.status(child).ns_pid[depth - 1]: child for child in procfs.children(pid) if child in living
+        }
+        if not seen_as:
+            return {}
+        return {seen_as[seen]: notice for seen, notice in job_control.notices(leader, seen_as).items()}
 
     def _head(self, root: HostPid, processes: Sequence[Process]) -> Head:
         xstate = next(thread.xstate for process in processes for thread in process.threads)

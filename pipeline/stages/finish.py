@@ -6,7 +6,7 @@ The order, each step for all processes before the next begins:
 2. descriptors: made, joined, handed over;
 3. what had to wait for the pages and the births: advice, locks, guards, seals of memory;
 4. working directory, root, umask;
-5. zombies end;
+5. zombies end, and who is to be stopped by job control is stopped;
 6. task state that needs capabilities or numbers: limits, signal actions, timers, ids, filters;
 7. the scratch area goes, registers and masks are put on.
 
@@ -29,7 +29,7 @@ from pipeline.kernel.syscalls import CLONE, PRCTL
 from pipeline.remote.calls import Call
 from pipeline.remote.puppet import Puppet
 from pipeline.resources.memory import aio, rebuild
-from pipeline.resources.tasks import signals
+from pipeline.resources.tasks import job_control, signals
 from pipeline.stages.growth import Grown, Growth
 
 _THREAD = CLONE.VM | CLONE.FS | CLONE.FILES | CLONE.SIGHAND | CLONE.THREAD | CLONE.SYSVSEM
@@ -114,6 +114,14 @@ def end_zombies(image: Image, growth: Growth, give_ids: Callable[[Process, Grown
             parent.puppet.forget_child_signals()
 
 
+def stop_stopped(image: Image, growth: Growth) -> None:
+    """Stop the processes that are to stand still, before their parents get the signals that they have queued."""
+    for process, grown in living(image, growth):
+        above = growth.grown.get(process.parent)
+        parent = (image.processes[process.parent], above.puppet) if above is not None else None
+        job_control.stop(process, grown.threads, parent)
+
+
 def _die_of(puppet: Puppet, number: int) -> None:
     no_core = bytes(16)
     rlimit_core = 4
@@ -152,8 +160,8 @@ def thaw(image: Image, growth: Growth) -> None:
         for puppet in grown.threads:
             puppet.disown()
     for process, grown in tasks:
-        if process.state == "stopped" or signals.stops_when_free(process):
-            os.kill(grown.puppet.pid, process.stop_signal or signal.SIGSTOP)
+        if signals.stops_when_free(process):
+            os.kill(grown.puppet.pid, signal.SIGSTOP)
     for _, grown in tasks:
         for puppet in grown.threads:
             puppet.set_free()

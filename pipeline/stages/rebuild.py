@@ -276,6 +276,7 @@ class Rebuilding:
             descriptors.close()
         growth.look_ahead()
         finish.end_zombies(image, growth, self._give_ids)
+        finish.stop_stopped(image, growth)
         registers: dict[int, list[bytes]] = {}
         for process, grown in finish.living(image, growth):
             space = image.spaces[process.space] if process.space is not None else None

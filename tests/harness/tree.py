@@ -44,7 +44,7 @@ class Workshop:
         self.path = Path(tempfile.mkdtemp(prefix="pipeline-tests-", dir="/tmp"))
         self.path.chmod(0o755)
         self.programs = self.path / "programs"
-        shutil.copytree(PROGRAMS, self.programs, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(PROGRAMS, self.programs, ignore=shutil.ignore_patterns("__pycache__", "real"))
         shutil.copy(STARTER, self.programs)
         # All of it at once, unwritable and with old times, so that a program's files are not "just changed".
         for path in self.programs.iterdir():

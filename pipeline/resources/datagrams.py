@@ -20,6 +20,7 @@ Source: udp(7), ip(7), raw(7); net/core/datagram.c (__skb_try_recv_from_queue), 
 
 from __future__ import annotations
 
+import select
 import socket
 import struct
 from collections.abc import Iterator, Sequence
@@ -29,13 +30,14 @@ from typing import Annotated
 from msgspec import Meta, Struct
 
 from pipeline.errors import Blocker, RebuildError, Refused
+from pipeline.ids import LocalFd
 from pipeline.image.schema import U8, U32
 from pipeline.kernel import interfaces
 from pipeline.kernel.arch.x86_64_numbers import NR
 from pipeline.kernel.syscalls import syscall
-from pipeline.resources import inet_address
+from pipeline.resources import inet_address, sockets
 from pipeline.resources.inet_address import Address
-from pipeline.resources.kinds import CaptureScope, CreateScope
+from pipeline.resources.kinds import CaptureScope, CreateScope, FdView
 from pipeline.resources.sockets import SocketState
 
 _SO_PEEK_OFF = 42
@@ -171,6 +173,28 @@ def _is_shared(host: bytes) -> bool:
     if len(host) == 4:
         return host[0] >= 224
     return host[0] == 0xFF
+
+
+def are_unread(fd: LocalFd, sock: socket.socket) -> bool:
+    """Whether something waits to be read; a socket that was shut down for reading is readable, too."""
+    if not sockets.events(fd, select.POLLIN) & select.POLLIN:
+        return False
+    try:
+        sock.recv(0, socket.MSG_PEEK | socket.MSG_DONTWAIT | socket.MSG_TRUNC)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def refuse_unread(view: FdView, sock: socket.socket, scope: CaptureScope) -> Iterator[Blocker]:
+    """Refuse what waits to be read in a socket whose queue is not carried, unless a person lets it be dropped."""
+    if scope.policy.udp_queue != "drop" and are_unread(view.local, sock):
+        yield Blocker(
+            view.subject,
+            "messages wait to be read",
+            "wait until they are read, or let them be dropped (--udp-queue drop)",
+            transient=True,
+        )
 
 
 def check(sock: socket.socket, netns: int, subject: str, scope: CaptureScope) -> Iterator[Blocker]:

@@ -1,4 +1,8 @@
-"""Sockets of every family and protocol that no other kind carries: always refused, by name."""
+"""Sockets of every family and protocol that no other kind carries: always refused, by name, with what could be done.
+
+The state of SCTP associations, MPTCP subflows, vsock, Bluetooth and XDP sockets is in the kernel, or in a device, and
+there is no call that gives it or takes it. A program that asks for MPTCP can mostly do without.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +17,17 @@ from pipeline.resources.kinds import CaptureScope, CreateScope, FdView
 from pipeline.resources.socket_options import Identity
 from pipeline.resources.steps import CompleteOnceCreated
 
-_PROTOCOLS = {33: "DCCP", 132: "SCTP", 136: "UDP-Lite", 262: "MPTCP"}
-_PING = (socket.IPPROTO_ICMP, socket.IPPROTO_ICMPV6)
+_MPTCP = 262
+_PROTOCOLS = {33: "DCCP", 132: "SCTP", _MPTCP: "MPTCP"}
+_REMEDY_MPTCP = (
+    "start the program without MPTCP: not by mptcpize, a Go program with GODEBUG=multipathtcp=0, or by its own "
+    "option; it can be forbidden by sysctl net.mptcp.enabled=0 before the program starts"
+)
+#: families that Python may not know the names of
+_FAMILIES = {
+    21: "RDS", 29: "CAN", 30: "TIPC", 31: "Bluetooth", 38: "the kernel's cryptography (AF_ALG)", 39: "NFC", 40: "vsock",
+    41: "KCM", 42: "QIPCRTR", 43: "SMC", 44: "XDP",
+}  # fmt: skip
 
 
 class NoState(Record, frozen=True):
@@ -27,7 +40,7 @@ class OtherSocket(CompleteOnceCreated):
     name = "other-socket"
     record: type[NoState] = NoState
     carried: Sequence[str] = ()
-    refused: Sequence[str] = ("raw, ping, packet, SCTP, MPTCP, vsock, Bluetooth, XDP and other sockets",)
+    refused: Sequence[str] = ("SCTP, MPTCP, vsock, Bluetooth, XDP and other sockets",)
     shown_by: Sequence[str] = ("resources/test_inet_sockets.py",)
 
     def matches(self, view: FdView) -> bool:
@@ -38,7 +51,8 @@ class OtherSocket(CompleteOnceCreated):
         """Always one blocker."""
         with sockets.borrowed(view.local) as sock:
             who = sockets.identify(sock)
-        yield Blocker(view.subject, f"{_name(who)} are not carried", "close it")
+        remedy = _REMEDY_MPTCP if who.protocol == _MPTCP else "close it"
+        yield Blocker(view.subject, f"{_name(who)} are not carried", remedy)
 
     def capture(self, view: FdView, scope: CaptureScope) -> NoState:
         """Never reached: `check` refuses.
@@ -59,13 +73,9 @@ class OtherSocket(CompleteOnceCreated):
 
 def _name(who: Identity) -> str:
     if who.family in (socket.AF_INET, socket.AF_INET6):
-        if who.type == socket.SOCK_RAW:
-            return f"raw sockets (IP protocol {who.protocol})"
-        if who.type == socket.SOCK_DGRAM and who.protocol in _PING:
-            return "ping sockets"
         return f"{_PROTOCOLS.get(who.protocol, f'IP protocol {who.protocol}')} sockets"
-    if who.family == socket.AF_PACKET:
-        return "packet sockets"
+    if who.family in _FAMILIES:
+        return f"sockets of {_FAMILIES[who.family]}"
     try:
         return f"sockets of family {socket.AddressFamily(who.family).name}"
     except ValueError:

@@ -18,13 +18,12 @@ import socket
 import struct
 import termios
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 
 from pipeline.errors import Blocker
 from pipeline.ids import LocalFd
 from pipeline.image.schema import U8, Index, OpenFile, Record
 from pipeline.kernel import inetdiag
-from pipeline.resources import datagrams, inet_address, multicast, socket_options, sockets
+from pipeline.resources import datagrams, halves, inet_address, inet_peer, multicast, socket_options, sockets
 from pipeline.resources.inet_address import Address
 from pipeline.resources.kinds import CaptureScope, CreateScope, FdView
 from pipeline.resources.sockets import SocketState
@@ -33,7 +32,6 @@ from pipeline.resources.steps import CompleteOnceCreated
 _UDPLITE = 136
 #: UDP_ENCAP: ESP in UDP, with and without IKE; the others are set by tunnels in the kernel
 _ENCAP, _ENCAPS_OF_PROGRAMS = 100, (0, 1, 2)
-_SHUT_RECEIVE, _SHUT_SEND = 1, 2
 #: options that would keep datagrams from being queued again, or are lost when the socket is disconnected
 _HELD_BACK = socket_options.LATE | {"SO_BINDTODEVICE", "SO_RCVBUF", "SO_BUF_LOCK", "UDP_ENCAP", "UDP_CORK"}
 
@@ -102,22 +100,10 @@ class Udp(CompleteOnceCreated):
             if netns is None:
                 return
             yield from multicast.check(view, sock, netns, scope)
-            if self._has_unread(view, sock) and scope.policy.udp_queue != "drop":
-                if scope.policy.udp_queue == "refuse":
-                    yield Blocker(
-                        view.subject, "datagrams wait to be read", "wait until they are read", transient=True
-                    )
-                else:
-                    yield from datagrams.check(sock, netns, view.subject, scope)
-
-    def _has_unread(self, view: FdView, sock: socket.socket) -> bool:
-        if not sockets.events(view.local, select.POLLIN) & select.POLLIN:
-            return False
-        try:  # a socket that was shut down for reading is readable, too
-            sock.recv(0, socket.MSG_PEEK | socket.MSG_DONTWAIT | socket.MSG_TRUNC)
-        except BlockingIOError:
-            return False
-        return True
+            if scope.policy.udp_queue == "refuse":
+                yield from datagrams.refuse_unread(view, sock, scope)
+            elif scope.policy.udp_queue == "carry" and datagrams.are_unread(view.local, sock):
+                yield from datagrams.check(sock, netns, view.subject, scope)
 
     def capture(self, view: FdView, scope: CaptureScope) -> UdpState:
         """Options, both addresses, queue, groups.
@@ -131,18 +117,15 @@ class Udp(CompleteOnceCreated):
             return UdpState(
                 socket=common,
                 local=address if address.is_set else None,
-                peer=inet_address.remote(sock, common.family),
+                peer=inet_peer.remote(view, sock, common.identity, common.netns, scope),
                 queue=[] if scope.policy.udp_queue == "drop" else datagrams.peek(sock, view.subject),
                 groups=multicast.capture(sock, common.netns, scope),
                 shut=self._shut(view, common, scope),
             )
 
     def _shut(self, view: FdView, common: SocketState, scope: CaptureScope) -> int:
-        found = sockets.events(view.local, select.POLLRDHUP)
-        if found & select.POLLHUP:
-            return _SHUT_RECEIVE | _SHUT_SEND
-        if found & select.POLLRDHUP:
-            return _SHUT_RECEIVE
+        if found := halves.of(view.local):
+            return found
         known: dict[int, int] | None = scope.peers().get(key := ("shut down", *_table(common)))
         if known is None:
             try:
@@ -174,12 +157,7 @@ class Udp(CompleteOnceCreated):
             if record.peer is not None:
                 inet_address.connect(sock, common.family, record.peer, subject)
             multicast.join(sock, record.groups, subject)
-            for bit, how in ((_SHUT_RECEIVE, socket.SHUT_RD), (_SHUT_SEND, socket.SHUT_WR)):
-                if record.shut & bit:
-                    with suppress(
-                        OSError
-                    ):  # of one that is not connected the kernel says so, and shuts it down
-                        sock.shutdown(how)
+            halves.shut(sock, record.shut)
             return sockets.take(sock)
 
 

@@ -1,4 +1,4 @@
-"""TCP listeners and netlink sockets: made again with address and options; what has a queue is refused."""
+"""TCP listeners, and sockets that are not carried: made again with address and options; what has a queue is refused."""
 
 from __future__ import annotations
 
@@ -172,52 +172,22 @@ def test_a_connection_that_was_reset_is_refused() -> None:
         assert "the TCP connection has ended" in capture.reasons(child.result[0])
 
 
-def test_idle_netlink_sockets_keep_port_groups_and_options() -> None:
-    def setup() -> tuple[int, ...]:
-        route = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0)
-        route.bind((0x7FFF0001, 1 << 0 | 1 << 4))
-        route.setsockopt(270, 1, 33)
-        route.setsockopt(270, 11, 1)
-        return kept(route)
-
-    with subject(setup) as child:
-        (fd,) = child.result
-        with Capture(child.pid) as capture:
-            records = capture.records()
-        child.call(partial(close, fd))
-        with Rebuilt(capture, records) as new, of(new.fd(fd)) as sock:
-            assert sock.getsockname() == (0x7FFF0001, 1 << 0 | 1 << 4)
-            assert int.from_bytes(sock.getsockopt(270, 9, 8), "little") == 1 << 0 | 1 << 4 | 1 << 32
-            assert sock.getsockopt(270, 11) == 1
-
-
-def test_netlink_with_answers_or_hidden_state_is_refused() -> None:
-    def setup() -> tuple[int, ...]:
-        asked = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0)
-        asked.bind((0, 0))
-        asked.send(struct.pack("<IHHII", 20, 18, 0x301, 1, 0) + bytes(4))
-        queue = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 12)
-        return kept(asked, queue)
-
-    with subject(setup) as child, Capture(child.pid) as capture:
-        asked, queue = child.result
-        assert "wait to be read" in capture.reasons(asked)
-        assert "netlink socket of netfilter" in capture.reasons(queue)
-
-
-@pytest.mark.root
-def test_other_sockets_are_refused_by_name() -> None:
+def test_other_sockets_are_refused_by_name_with_a_remedy() -> None:
     def setup() -> tuple[int, ...]:
         return kept(
-            socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP),
-            socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0),
+            socket.socket(socket.AF_INET, socket.SOCK_STREAM, 262), socket.socket(40, socket.SOCK_STREAM)
         )
 
     with subject(setup) as child, Capture(child.pid) as capture:
-        for fd, name in zip(child.result, ("raw sockets", "packet sockets"), strict=True):
+        mptcp, vsock = child.result
+        for fd, name, remedy in (
+            (mptcp, "MPTCP sockets", "without MPTCP"),
+            (vsock, "sockets of vsock", "close"),
+        ):
             assert OTHER.matches(capture.view(fd))
             (blocker,) = OTHER.check(capture.view(fd), capture)
             assert name in blocker.reason
+            assert remedy in blocker.remedy
 
 
 @pytest.mark.root

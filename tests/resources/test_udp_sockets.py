@@ -175,7 +175,7 @@ def test_unread_datagrams_are_dropped_or_refused_when_a_person_says_so() -> None
         with Capture(child.pid, policy=DumpPolicy(udp_queue="refuse")) as capture:
             (blocker,) = capture.blockers(fd)
             assert blocker.transient
-            assert "datagrams wait" in blocker.reason
+            assert "messages wait to be read" in blocker.reason
         with Capture(child.pid, policy=DumpPolicy(udp_queue="drop")) as capture:
             assert next(f.state["queue"] for f in capture.records() if f.kind == "udp") == []
         with Capture(child.pid) as capture:

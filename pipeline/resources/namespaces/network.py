@@ -71,6 +71,8 @@ SUPPORT = Support(
 )
 
 SYSCTLS = "/proc/sys/net"
+#: the sysctl whose numbers are gids in the user namespace that owns the network
+PING_GROUPS = "ipv4/ping_group_range"
 FRA_UID_RANGE = 20
 
 Raw = Annotated[list[Small], Meta(max_length=1 << 16)]
@@ -124,6 +126,9 @@ def create(
         ).make_all()
         for index, state in states.items():
             _furnish(index, state, fds[index], routes[index])
+            if PING_GROUPS in state.sysctls:
+                with step(index, f"/proc/sys/net/{PING_GROUPS}"), way_into(index) as way:
+                    visit(way, partial(_set_ping_groups_here, state.sysctls[PING_GROUPS]))
             with step(index, "a rule"):
                 if any(FRA_UID_RANGE in attributes(rule[12:]) for rule in state.rules):
                     with way_into(index) as way:
@@ -196,6 +201,8 @@ def _set_flags(link: Link, route: Netlink) -> None:
 
 def _set_sysctls(state: NetState) -> bytes:
     for name, value in state.sysctls.items():
+        if name == PING_GROUPS:
+            continue
         path = os.path.join(SYSCTLS, name)
         try:
             if os.path.normpath(path) != path or not path.startswith(SYSCTLS + "/"):
@@ -205,6 +212,11 @@ def _set_sysctls(state: NetState) -> bytes:
         except OSError as error:
             code = error.errno or 0
             raise OSError(code, f"/proc/sys/net/{name} to {value!r}: {os.strerror(code)}") from error
+    return b""
+
+
+def _set_ping_groups_here(value: bytes) -> bytes:
+    set_sysctl(PING_GROUPS, value)
     return b""
 
 

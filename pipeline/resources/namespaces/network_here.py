@@ -15,7 +15,7 @@ from pipeline.ids import LocalFd
 from pipeline.image.schema import Namespace
 from pipeline.kernel.rtnetlink import attributes
 from pipeline.resources.namespaces import nftables, outside_links
-from pipeline.resources.namespaces.network import FRA_UID_RANGE, NetState
+from pipeline.resources.namespaces.network import FRA_UID_RANGE, PING_GROUPS, NetState
 from pipeline.resources.namespaces.tun import Number
 from pipeline.userns.externals import GivenDevice
 from pipeline.userns.forest import IdKind
@@ -62,6 +62,12 @@ def check_here(
         yield from _unplaced_users(index, state, number)
         stay = ids_stay or namespaces[index].owner != 0
         yield from nftables.check_here(index, state.ruleset, stay)
+        if not stay and PING_GROUPS in state.sysctls:
+            yield Blocker(
+                f"network namespace {index}",
+                f"lets groups make ping sockets ({PING_GROUPS}), and --map gives these other numbers here",
+                "restore with --map same",
+            )
         if not stay and any(FRA_UID_RANGE in attributes(rule[12:]) for rule in state.rules):
             yield Blocker(
                 f"network namespace {index}",

@@ -27,7 +27,7 @@ from pipeline.kernel.syscalls import CLONE, unshare
 from pipeline.resources.namespaces import nftables
 from pipeline.resources.namespaces.links import Link
 from pipeline.resources.namespaces.links_view import LinksView, number
-from pipeline.resources.namespaces.network import FRA_UID_RANGE, SYSCTLS, NetState, set_sysctl
+from pipeline.resources.namespaces.network import FRA_UID_RANGE, PING_GROUPS, SYSCTLS, NetState, set_sysctl
 from pipeline.userns.forest import IdKind
 from pipeline.userns.visit import Way, fetch, read_file, visit
 
@@ -53,6 +53,8 @@ _NDA_NOT_KEPT = {3, _NDA_MASTER, 10, _NDA_NH_ID}
 _LOOPBACK_INDEX = 1
 #: sysctls that say what is, not what shall be; mtu is the device's
 _NOT_KEPT = {"mtu", "nf_conntrack_count", "stable_secret", "flush", "tcp_fastopen_key"}
+#: who may make ping sockets: gids of whoever reads it, so it is read as the owner
+_PING_GROUPS = os.path.basename(PING_GROUPS)
 
 
 class NetworkView:
@@ -215,7 +217,8 @@ class NetworkView:
         for name in refused:
             self._refuse(f"/proc/sys/net/{name} set to a value that cannot be set again")
         kept: dict[str, bytes] = differ
-        return kept
+        groups = visit(self._as_owner, _ping_groups_here)
+        return kept | ({PING_GROUPS: groups} if groups else {})
 
 
 def _rules_of(family: int, route: Netlink) -> Iterator[bytes]:
@@ -258,9 +261,17 @@ def _walk() -> Iterator[tuple[str, bytes]]:
     for folder, _, names in os.walk(SYSCTLS):
         for name in names:
             path = os.path.join(folder, name)
-            if name not in _NOT_KEPT and os.stat(path).st_mode & 0o200:
+            if name not in _NOT_KEPT and name != _PING_GROUPS and os.stat(path).st_mode & 0o200:
                 with suppress(OSError):
                     yield os.path.relpath(path, SYSCTLS), read_file(path).strip()
+
+
+def _ping_groups_here() -> bytes:
+    """The gids that may make ping sockets in the network of the caller; empty if they are those of a fresh one."""
+    path = os.path.join(SYSCTLS, PING_GROUPS)
+    here = read_file(path).strip()
+    unshare(CLONE.NEWNET)
+    return b"" if read_file(path).strip() == here else here
 
 
 def _of_a_fresh_device(name: str, devices: list[str], fresh: Mapping[str, bytes]) -> str:

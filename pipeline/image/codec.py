@@ -289,6 +289,10 @@ class Image:
         self._require(process.space in self.spaces, f"{name}: its memory is missing")
         self._require(bool(process.threads), f"{name} has no threads")
         self._require(
+            process.threads[-1].ended is None and all(thread.ended is None for thread in process.threads[1:]),
+            f"{name}: a thread has ended that is not the first of several",
+        )
+        self._require(
             process.cwd is not None and process.root is not None, f"{name} has no root or working directory"
         )
         for entry in process.fds:

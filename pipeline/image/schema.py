@@ -350,6 +350,8 @@ class Thread(Record, frozen=True, kw_only=True):
     timer_slack_ns: U64 = 50_000
     #: the `Cgroup` indexes, where they are others than those of the process
     cgroups: Annotated[list[Index], Meta(max_length=64)] | None = None
+    #: exit code of a first thread that has ended while others of its process run
+    ended: U8 | None = None
     #: time left of a relative sleep that was interrupted (restart block), None where not known
     sleep_left_ns: U64 | None = None
 

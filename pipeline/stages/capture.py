@@ -51,6 +51,7 @@ from pipeline.resources.tasks import (
     credentials,
     interrupted,
     job_control,
+    leaders,
     loginuid,
     semaphore_undo,
     signals,
@@ -97,7 +98,9 @@ class Capture:
         self._notices: dict[int, job_control.Notice] = {}
         self.tree = Tree(pids)
         self._zombies = set(zombies)
-        self.living = [pid for pid in pids if pid not in self._zombies]
+        #: where the first thread has ended and others run: by whom the process is looked at
+        self._faces = leaders.faces(pid for pid in pids if pid not in self._zombies)
+        self.living = [self._face(pid) for pid in pids if pid not in self._zombies]
         self._spaces = Spaces()
         self._forest = LiveForest()
         with ExitStack() as stack:
@@ -132,6 +135,10 @@ class Capture:
     def forest(self) -> Forest:
         """The user namespaces of the tree."""
         return self._forest.forest()
+
+    def _face(self, pid: HostPid) -> HostPid:
+        """By which of its threads a process is looked at."""
+        return self._faces.get(pid, pid)
 
     # -- MemoryScope -------------------------------------------------------------------
 
@@ -209,7 +216,9 @@ class Capture:
             why = f"what its mount and ipc namespaces hold cannot be copied: {error.strerror}"
             return [], [], [Blocker(f"pid {frozen.root}", why, "free memory, or remove what is there")]
         self._together = together.capture(
-            self.living, any(self.namespaces.semaphores(pid) for pid in self.living)
+            self.living,
+            any(self.namespaces.semaphores(pid) for pid in self.living),
+            {face: pid for pid, face in self._faces.items()},
         )
         processes: list[Process] = []
         captured: dict[int, tuple[HostPid, Captured]] = {}
@@ -268,10 +277,15 @@ class Capture:
                 continue
             parent_pid, parent_memory = captured[parent.space]
             if is_forked(parent_memory.space.vmas, space.vmas) and os.path.samefile(
-                f"/proc/{parent_pid}/exe", f"/proc/{pid}/exe"
+                f"/proc/{self._face(parent_pid)}/exe", f"/proc/{self._face(pid)}/exe"
             ):
                 shared = plan_copy_on_write(
-                    parent_pid, parent_memory.space, parent_memory.runs, pid, space, memory.runs
+                    self._face(parent_pid),
+                    parent_memory.space,
+                    parent_memory.runs,
+                    self._face(pid),
+                    space,
+                    memory.runs,
                 )
                 if shared.shared or by_pid[pid].together.files:
                     spaces[number] = replace(space, copy_of=parent.space, dropped=shared.dropped)
@@ -285,7 +299,8 @@ class Capture:
             assert fd is not None
             sources.append(FilePages(content.space, fd, content.size_bytes))
         sources += [
-            ProcessPages(number, captured[number][0], runs[number]) for number in fill_order(planner.steps)
+            ProcessPages(number, self._face(captured[number][0]), runs[number])
+            for number in fill_order(planner.steps)
         ]
         return list(spaces.values()), sources, planner
 
@@ -297,7 +312,7 @@ class Capture:
         parent = self.tree.member(stat.ppid)
         if not parent:
             return None
-        members = self.namespaces.memberships[HostPid(parent)]
+        members = self.namespaces.memberships[self._face(HostPid(parent))]
         if len(status.ns_pid) > len(procfs.status(HostPid(parent)).ns_pid):
             members = replace(members, pid=members.pid_for_children)
         user = self.namespaces.user_of_zombie(pid)
@@ -323,12 +338,12 @@ class Capture:
         self, frozen: FrozenProcess, captured: dict[int, tuple[HostPid, Captured]]
     ) -> tuple[Process, list[Blocker]]:
         """The record of a process, and what stops it; its memory is added to `captured`, by its space."""
-        pid = frozen.pid
-        shares = self._together.get(pid, Together())
+        number, pid = frozen.pid, self._face(frozen.pid)
+        shares = self._together.get(number, Together())
         tids = [HostPid(tid) for tid in sorted(frozen.tasks, key=lambda tid: (tid != pid, tid))]
         inquiries, undo, contexts, blockers = self._ask(pid, tids)
         leader = inquiries[0]
-        subject = f"pid {pid}"
+        subject = f"pid {number}"
         own_users = bool(self.namespaces.memberships[pid].user)
         blockers += [b for inquiry in inquiries for b in inquiry.blockers(subject, own_users)]
         blockers += [
@@ -355,11 +370,13 @@ class Capture:
             )
             blockers += memory.blockers
             self._rings.seen(pid, memory.space.rings)
-            captured[memory.space.space] = (pid, memory)
-        stat, status = procfs.stat(pid), procfs.status(pid)
+            captured[memory.space.space] = (number, memory)
+        stat, status = procfs.stat(number), procfs.status(number)
         members = self.namespaces.memberships[pid]
         threads = [self._thread(pid, inquiry, members) for inquiry in inquiries]
-        is_root = pid == self.tree.pids[0]
+        if pid != number:
+            threads.insert(0, leaders.capture(number, threads[0]))
+        is_root = number == self.tree.pids[0]
         record = Process(
             pids=list(status.ns_pid),
             parent=0 if is_root else self.tree.member(stat.ppid),
@@ -370,14 +387,14 @@ class Capture:
             state="stopped" if frozen.stop_signal else "running",
             exit_signal=max(stat.exit_signal, 0),
             stop_signal=frozen.stop_signal,
-            notice=self._notices.get(pid, ""),
+            notice=self._notices.get(number, ""),
             namespaces=members,
             together=shares,
             space=memory.space.space,
             fds=[] if shares.files else self.files.entries(pid),
             cwd=self.path(pid, procfs.read_link(pid, "cwd")),
             root=self.path(pid, procfs.read_link(pid, "root")),
-            umask=status.umask or 0,
+            umask=procfs.status(pid).umask or 0,
             actions=leader.actions(),
             pending=signals.pending(pid, shared=True, member=self.tree.member),
             limits=procfs.limits(pid),
@@ -449,7 +466,7 @@ class Capture:
     def _ask_about_children(self, pid: HostPid, leader: LiveTask) -> dict[int, job_control.Notice]:
         """What a process could collect by waitid(2) about its children, by their pids."""
         depth = len(procfs.status(pid).ns_pid)
-        living = set(self.living)
+        living = set(self.tree.pids) - self._zombies
         seen_as = {
             procfs.status(child).ns_pid[depth - 1]: child for child in procfs.children(pid) if child in living
         }

@@ -12,7 +12,7 @@ from pipeline.kernel import procfs
 from pipeline.policy import DumpPolicy
 from pipeline.resources.namespace_file import LINKS
 from pipeline.resources.namespaces.members import NamespaceCapture, check_visible
-from pipeline.resources.tasks import credentials, tracing
+from pipeline.resources.tasks import credentials, leaders, tracing
 from pipeline.stages.capture import Capture
 from pipeline.stages.freeze import check_root, walk
 from pipeline.stages.translate import in_forest
@@ -91,7 +91,7 @@ def _look(pid: int, externals: Externals | None, policy: DumpPolicy | None) -> I
     zombies = []
     for member in pids:
         with suppress(procfs.ProcessGone):
-            if procfs.status(member).state in "ZX":
+            if leaders.has_ended(member):
                 zombies.append(member)
     with Capture(pids, zombies, externals=externals, policy=policy) as capture:
         yield from capture.blockers()

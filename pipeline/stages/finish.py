@@ -29,7 +29,7 @@ from pipeline.kernel.syscalls import CLONE, PRCTL
 from pipeline.remote.calls import Call
 from pipeline.remote.puppet import Puppet
 from pipeline.resources.memory import aio, rebuild
-from pipeline.resources.tasks import job_control, signals
+from pipeline.resources.tasks import job_control, leaders, signals
 from pipeline.stages.growth import Grown, Growth
 
 _THREAD = CLONE.VM | CLONE.FS | CLONE.FILES | CLONE.SIGHAND | CLONE.THREAD | CLONE.SYSVSEM
@@ -137,15 +137,21 @@ def put_on(image: Image, growth: Growth, registers: Callable[[Process, int], byt
     for _, grown in living(image, growth):
         grown.puppet.syscall(NR.close_range, grown.puppet.stage.channel_fd, 0xFFFF_FFFF, 0)
     for process, grown in living(image, growth):
-        if process.space is not None and not process.together.vm:
-            grown.puppet.leave_scratch(_syscall_instruction(image, process, grown.puppet))
+        way_out = _syscall_instruction(image, process, grown.puppet)
+        if not process.together.vm:
+            grown.puppet.leave_scratch(way_out)
         for index, (thread, puppet) in enumerate(zip(process.threads, grown.threads, strict=True)):
-            puppet.put_on(registers(process, index), thread.xstate, thread.sigmask)
+            last = registers(process, index)
+            if thread.ended is not None:
+                last = leaders.last_registers(thread, way_out)
+            puppet.put_on(last, thread.xstate, thread.sigmask)
 
 
 def _syscall_instruction(image: Image, process: Process, puppet: Puppet) -> int:
-    assert process.space is not None
-    code = [vma for vma in image.spaces[process.space].vmas if vma.prot & 4 and vma.kind != "vsyscall"]
+    space = image.spaces[process.space] if process.space is not None else None
+    code = [
+        vma for vma in (space.vmas if space is not None else ()) if vma.prot & 4 and vma.kind != "vsyscall"
+    ]
     for vma in sorted(code, key=lambda vma: vma.kind != "vdso"):
         at = os.pread(puppet.memory, vma.end - vma.start, vma.start).find(_SYSCALL)
         if at >= 0:

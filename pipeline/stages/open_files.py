@@ -31,6 +31,7 @@ from pipeline.ledger import LEDGER
 from pipeline.resources.kinds import FdView
 
 _LESS = 1
+_PIDFD_THREAD = os.O_EXCL
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +74,7 @@ class OpenFiles:
                 self._collect(pid)
 
     def _collect(self, pid: HostPid) -> None:
-        pidfd = pidfd_open(pid)
+        pidfd = pidfd_open(pid, 0 if procfs.status(pid).tgid == pid else _PIDFD_THREAD)
         try:
             for fd in sorted(map(int, procfs.list_dir(pid, "fdinfo"))):
                 try:

@@ -34,20 +34,19 @@ _NAMESPACES = ("user", "mnt", "uts", "ipc", "net", "cgroup", "time")
 def check_task(pid: HostPid) -> Iterator[Blocker]:
     """Everything about a process and its threads that is not carried, as far as it shows from outside.
 
+    Args:
+        pid: the process, or the thread that it is looked at by (`leaders.face`).
+
     Raises:
         procfs.ProcessGone: it has ended.
     """
-    subject = f"pid {pid}"
-    threads = procfs.tasks(pid)
-    leader = procfs.status(pid)
-    if leader.state in "ZX":
-        if len(threads) > 1:
-            yield Blocker(subject, "its first thread has ended and others run", "wait for them")
-        return
+    number = procfs.status(pid).tgid
+    subject = f"pid {number}"
+    threads = [tid for tid in procfs.tasks(pid) if tid == pid or procfs.status(tid).state not in "ZX"]
     yield from _process(subject, pid, len(threads))
     namespaces = _namespaces(pid)
     for tid in threads:
-        name = subject + (f" thread {tid}" if tid != pid else "")
+        name = subject + (f" thread {tid}" if tid != number else "")
         with suppress(procfs.ProcessGone, ProcessLookupError):  # a thread that has ended is not in the way
             if tid != pid and _may_not_be_looked_at(tid):
                 yield Blocker(

@@ -104,11 +104,12 @@ def install_filters(process: Process, threads: Sequence[Puppet]) -> None:
     Raises:
         RebuildError: the kernel refuses a filter.
     """
-    if len(threads) > 1 and _common(process.threads):
-        _install(process, 0, threads[0], _FLAG_TSYNC)
+    running = [index for index, thread in enumerate(process.threads) if thread.ended is None]
+    if len(threads) > 1 and _common([process.threads[index] for index in running]):
+        _install(process, running[0], threads[running[0]], _FLAG_TSYNC)
         return
-    for index, puppet in enumerate(threads):
-        _install(process, index, puppet, 0)
+    for index in running:
+        _install(process, index, threads[index], 0)
 
 
 def _common(threads: Sequence[Thread]) -> bool:

@@ -18,7 +18,7 @@ Sources: clone(2), kcmp(2), unshare(2); kernel/fork.c, kernel/nsproxy.c.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cmp_to_key
 
@@ -60,12 +60,15 @@ def flags(kinds: Sequence[str]) -> int:
     return found
 
 
-def capture(pids: Sequence[HostPid], semaphores: bool) -> dict[HostPid, Together]:
+def capture(
+    pids: Sequence[HostPid], semaphores: bool, leaders: Mapping[HostPid, HostPid]
+) -> dict[HostPid, Together]:
     """What each of these processes shares with one that comes before it.
 
     Args:
         pids: processes with tasks, in the order of the tree; all of them may be compared.
         semaphores: whether there are semaphore sets, whose adjustments could be shared.
+        leaders: the processes themselves, where one is looked at by another than its first thread.
     """
     if len(pids) < 2:
         return {}
@@ -73,7 +76,7 @@ def capture(pids: Sequence[HostPid], semaphores: bool) -> dict[HostPid, Together
     for name, (kind, _, _) in _KINDS.items():
         asked = pids if name != "sysvsem" else has_any(pids) if semaphores else ()
         for group in _groups(asked, kind):
-            first, *others = sorted(group, key=pids.index)
+            first, *others = (leaders.get(pid, pid) for pid in sorted(group, key=pids.index))
             for pid in others:
                 found.setdefault(pid, {})[name] = first
     return {pid: Together(**shares) for pid, shares in found.items()}

@@ -45,7 +45,6 @@ _WITH_STATE = {
     Magic.PSTOREFS: "pstore",
     Magic.BINFMTFS: "binfmt_misc",
     Magic.RESCTRL: "resctrl",
-    Magic.MQUEUE: "mqueue",
 }
 _PROC_ROOT_INODE = 1
 _CONSUMED_BY_READING = (b"kmsg", b"kcore")

@@ -108,6 +108,12 @@ class CaptureScope(Protocol):
     def namespace(self, view: FdView) -> tuple[str, Index] | None:
         """Kind and number of the namespace behind a namespace file; None for one that is not the tree's to make."""
 
+    def queues_of(self, view: FdView) -> Index | None:
+        """The ipc namespace of an open POSIX message queue: the tree's, or the external one; None for another."""
+
+    def is_external(self, namespace: Index) -> bool:
+        """Whether a namespace (of a kind other than user) is the destination's to supply."""
+
     def network(self, local: LocalFd) -> Index | None:
         """The network namespace of an open socket; None for one that is not the tree's."""
 
@@ -143,6 +149,9 @@ class CreateScope(Protocol):
 
     def in_network(self, netns: Index, make: Callable[[], T]) -> T:
         """Make sockets in a network namespace of the image."""
+
+    def in_ipc(self, ipc: Index, make: Callable[[], int]) -> LocalFd:
+        """Open something in an ipc namespace of the image; the caller owns it. Raises OSError as `make` does."""
 
     def once(self, key: tuple[Any, ...], make: Callable[[], T]) -> T:
         """Make something that several files share exactly once.

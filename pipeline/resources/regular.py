@@ -36,7 +36,7 @@ from pipeline.resources.paths import (
     seek,
 )
 
-_SPECIAL = (Magic.SECRETMEM, Magic.HUGETLBFS)
+_SPECIAL = (Magic.SECRETMEM, Magic.HUGETLBFS, Magic.MQUEUE)
 
 
 class RegularState(Record, frozen=True, kw_only=True):

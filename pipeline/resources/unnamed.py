@@ -90,7 +90,7 @@ class UnnamedFile:
             return False
         if memfd.is_memfd(view) or kernel_files.is_kernel_file(view):
             return False
-        if filesystem(view.local) in (Magic.SECRETMEM, Magic.HUGETLBFS):
+        if filesystem(view.local) in (Magic.SECRETMEM, Magic.HUGETLBFS, Magic.MQUEUE):
             return False
         return is_unnamed(view)
 

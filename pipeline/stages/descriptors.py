@@ -31,7 +31,7 @@ from pipeline.remote.puppet import Puppet
 from pipeline.resources import signal_owner
 from pipeline.resources.registry import WATCHERS, kind_named
 from pipeline.stages.contents import Contents
-from pipeline.userns.visit import visit
+from pipeline.userns.visit import fetch, visit
 
 T = TypeVar("T")
 
@@ -49,7 +49,7 @@ class Descriptors:
         contents: shared memory and file contents.
         root_of: gives an O_PATH descriptor of the root of a mount namespace; not owned here.
         namespace: opens a namespace of the image by kind and number.
-        own_networks: numbers of the network namespaces that are the tree's.
+        entered: numbers of the network and ipc namespaces that are not our own.
         user, group: translate an `Id` to what the restorer sees.
         made: what `once` shall find made already; not owned here.
         policy: see `CreateScope`.
@@ -62,7 +62,7 @@ class Descriptors:
         contents: Contents,
         root_of: Callable[[int], int],
         namespace: Callable[[str, int], LocalFd],
-        own_networks: Collection[int],
+        entered: Collection[int],
         user: Callable[[Id], int],
         group: Callable[[Id], int],
         made: Mapping[tuple[Any, ...], Any],
@@ -74,7 +74,7 @@ class Descriptors:
         self._contents = contents
         self._root_of = root_of
         self.namespace = namespace
-        self._own_networks = own_networks
+        self._entered = entered
         self.user = user
         self.group = group
         self._files: dict[int, LocalFd] = {}
@@ -176,7 +176,7 @@ class Descriptors:
 
     def in_network(self, netns: int, make: Callable[[], T]) -> T:
         """See `CreateScope.in_network`: a visitor goes there; a socket stays where it was made."""
-        if netns not in self._own_networks:
+        if netns not in self._entered:
             return make()
         made: list[T] = []
         failed: list[RebuildError] = []
@@ -196,6 +196,16 @@ class Descriptors:
         if failed:
             raise failed[0]
         return made[0]
+
+    def in_ipc(self, ipc: int, make: Callable[[], int]) -> LocalFd:
+        """See `CreateScope.in_ipc`: a visitor goes there."""
+        if ipc not in self._entered:
+            return LocalFd(make())
+        fd = self.namespace("ipc", ipc)
+        try:
+            return fetch([(fd, CLONE.NEWIPC)], make)
+        finally:
+            os.close(fd)
 
     def once(self, key: tuple[Any, ...], make: Callable[[], T]) -> T:
         """See `CreateScope.once`."""

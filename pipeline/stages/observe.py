@@ -220,6 +220,14 @@ class FileObserver:
         """See `CaptureScope.namespace`."""
         return self._namespaces.number_of(view.local, view.pid, view.fd)
 
+    def queues_of(self, view: FdView) -> int | None:
+        """See `CaptureScope.queues_of`."""
+        return self._namespaces.queues_of(view)
+
+    def is_external(self, namespace: int) -> bool:
+        """See `CaptureScope.is_external`."""
+        return self._namespaces.namespaces[namespace].external
+
     def network(self, local: LocalFd) -> int | None:
         """See `CaptureScope.network`."""
         return self._namespaces.network_of(local)

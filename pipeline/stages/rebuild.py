@@ -257,7 +257,7 @@ class Rebuilding:
             {
                 n.index
                 for n in image.namespaces.values()
-                if n.kind == "net" and (not n.external or "net" in self._externals)
+                if n.kind in ("net", "ipc") and (not n.external or n.kind in self._externals)
             },
             self._ids.uid_here,
             self._ids.gid_here,

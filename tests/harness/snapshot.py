@@ -65,8 +65,8 @@ FDINFO_MAY_DIFFER = {
     "eventfd-id": "a number of the kernel",
 }
 # O_TMPFILE may go: it says how an unnamed file once came to be; it is opened again from another
-#: flags of files without a name: O_TMPFILE (with its O_DIRECTORY) and O_NOFOLLOW say how they were opened once
-UNNAMED_MAY_DIFFER = os.O_TMPFILE | os.O_NOFOLLOW
+#: flags of files without a name: O_TMPFILE (with its O_DIRECTORY), O_NOFOLLOW and O_LARGEFILE say how they were opened
+UNNAMED_MAY_DIFFER = os.O_TMPFILE | os.O_NOFOLLOW | 0o100000
 #: namespaces of a process
 KINDS = ("user", "pid", "pid_for_children", "mnt", "uts", "ipc", "net", "cgroup", "time", "time_for_children")
 #: plain files of /proc/PID that must be equal as they are
@@ -254,12 +254,12 @@ def _descriptors(pid: int) -> dict[str, Any]:
                 lines.append(" ".join(line.split()[:6]))
             elif name == "inotify wd":  # not which inode: deleted files and those of /proc are others
                 lines.append(" ".join([line.split()[1], line.split()[4]]))
+            elif name == "flags" and link.endswith(" (deleted)"):
+                lines.append(f"flags:{int(value, 8) & ~UNNAMED_MAY_DIFFER:o}")
             elif name == "flags":
                 flags = int(value, 8)
                 unnamed = flags & os.O_TMPFILE == os.O_TMPFILE
                 lines.append(f"flags:{flags & ~os.O_TMPFILE if unnamed else flags:o}")
-            elif name == "flags" and link.endswith(" (deleted)"):
-                lines.append(f"flags:{int(value, 8) & ~UNNAMED_MAY_DIFFER:o}")
             elif name == "pos" and link == "/dev/net/tun":
                 continue  # how much was read once; it means nothing, and cannot be set
             elif name not in FDINFO_MAY_DIFFER:

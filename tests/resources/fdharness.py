@@ -39,6 +39,7 @@ from pipeline.resources import (
     inotify,
     kernel_files,
     memfd,
+    mqueue,
     opath,
     pidfd,
     pipes,
@@ -52,7 +53,7 @@ from pipeline.resources.kinds import FdView
 from pipeline.resources.sockets import EXTERNAL_NETWORK
 
 #: in the order of the registry: the last one matches everything
-_MODULES: list[Any] = [opath, memfd, kernel_files, unnamed, regular, directory, device, fifo, pipes]
+_MODULES: list[Any] = [opath, memfd, kernel_files, unnamed, regular, directory, device, fifo, mqueue, pipes]
 _MODULES += [eventfd, timerfd, signalfd, pidfd, inotify, epoll, unsupported]
 KINDS: list[Any] = [module.KIND for module in _MODULES]
 #: the subject's own descriptors that are not looked at
@@ -223,6 +224,12 @@ class Capture:
     def namespace(self, view: FdView) -> tuple[str, int] | None:
         return None
 
+    def queues_of(self, view: FdView) -> int | None:
+        return 3
+
+    def is_external(self, namespace: int) -> bool:
+        return True
+
     def network(self, local: LocalFd) -> int | None:
         return None
 
@@ -362,6 +369,9 @@ class Rebuilt:
 
     def group(self, gid: Id) -> int:
         return gid.id
+
+    def in_ipc(self, ipc: int, make: Callable[[], int]) -> LocalFd:
+        return LocalFd(make())
 
     def in_network(self, netns: int, make: Callable[[], Any]) -> Any:
         return make()

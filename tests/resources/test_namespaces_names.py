@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import struct
 import subprocess
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 
 from pipeline.kernel.arch.x86_64 import NR
 from pipeline.kernel.syscalls import CLONE, mount, syscall, unshare
+from pipeline.resources.namespaces import posix_queues
 from tests.userns.making import captured, held, made_again, own_namespace, refused
 
 pytestmark = pytest.mark.root
@@ -72,22 +75,30 @@ def test_limits_of_an_ipc_namespace(id_map: str | None) -> None:
 
 def test_fresh_ipc_namespace_without_root_inside() -> None:
     with held(lambda: unshare(CLONE.NEWIPC), MAPS[2]) as pid, made_again(pid, "ipc") as (record, again):
-        assert record.state == {"sysctls": {}, "segments": [], "semaphores": [], "queues": []}
+        assert record.state == {"sysctls": {}, "segments": [], "semaphores": [], "queues": [], "posix": []}
         assert own_namespace(captured(again)[0], "ipc").state == record.state
 
 
-def _queue() -> None:
-    syscall(NR.mq_open, b"here", os.O_CREAT | os.O_RDWR, 0o600, 0)
-
-
 @pytest.mark.parametrize("id_map", MAPS[:2])
-def test_posix_message_queues_are_refused(id_map: str | None) -> None:
+def test_posix_message_queues(id_map: str | None) -> None:
     def act() -> None:
         unshare(CLONE.NEWIPC)
-        _queue()
+        os.close(posix_queues.make(b"here", posix_queues.Room(7, 99), [], 0o640))
 
-    with held(act, id_map) as pid:
-        assert "ipc namespace holds POSIX message queue /here" in refused(pid)
+    with held(act, id_map) as pid, made_again(pid, "ipc") as (record, again):
+        ((name, permissions, room, _),) = record.state["posix"]
+        assert (name, permissions[1], room) == (b"here", 0o640, [7, 99])
+        assert own_namespace(captured(again)[0], "ipc").state == record.state
+
+
+def test_a_posix_message_queue_that_tells_somebody_is_refused() -> None:
+    def act() -> None:
+        unshare(CLONE.NEWIPC)
+        queue = posix_queues.make(b"here", posix_queues.Room(7, 99), [], 0o640)
+        syscall(NR.mq_notify, queue, struct.pack("<Qii48x", 0, signal.SIGUSR1, 0))
+
+    with held(act) as pid:
+        assert "POSIX message queue /here, which tells a process" in refused(pid)
 
 
 def test_a_segment_of_huge_pages_is_refused() -> None:

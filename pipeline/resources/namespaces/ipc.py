@@ -1,4 +1,4 @@
-"""System V objects of an ipc namespace: shared memory segments, semaphore sets, message queues; and its limits.
+"""What an ipc namespace holds: System V segments, semaphore sets and message queues, POSIX queues; and its limits.
 
 An object is made with the identifier that it had, by somebody with the ids of its creator, and open to everybody at
 first: processes of the tree attach segments and take adjustments of semaphores before they are what they were.
@@ -30,6 +30,7 @@ from pipeline.image.schema import I32, I64, U16, U64, Id, Index, Record
 from pipeline.kernel.arch.x86_64 import NR
 from pipeline.kernel.syscalls import PRCTL, prctl, syscall
 from pipeline.resources.memory.pages import data_runs
+from pipeline.resources.namespaces import posix_queues
 from pipeline.resources.support import Support
 
 SUPPORT = Support(
@@ -37,13 +38,15 @@ SUPPORT = Support(
     carried=(
         "limits",
         "System V segments, semaphore sets with what their users would undo, and message queues, whoever has them",
+        "POSIX message queues with their messages",
     ),
     refused=(
-        "POSIX message queues",
+        "a POSIX message queue of whose messages somebody is told (mq_notify)",
         "a segment that somebody outside of the tree has attached; segments of huge pages",
     ),
     shown_by=(
         "programs/sysv.py",
+        "programs/queues.py",
         "resources/test_ipc_outside.py",
     ),
 )
@@ -110,6 +113,15 @@ class Queue(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     messages: Annotated[list[tuple[I64, Message]], Meta(max_length=1 << 20)]
 
 
+class PosixQueue(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A POSIX message queue, which was made by who it belongs to."""
+
+    name: posix_queues.Name
+    permissions: Permissions
+    room: posix_queues.Room
+    messages: posix_queues.Messages = []
+
+
 class IpcState(Record, frozen=True, kw_only=True):
     """Objects, and sysctls that differ from those of a fresh namespace, by their path below /proc/sys."""
 
@@ -117,6 +129,7 @@ class IpcState(Record, frozen=True, kw_only=True):
     segments: Annotated[list[Segment], Meta(max_length=1 << 16)] = []
     semaphores: Annotated[list[Semaphores], Meta(max_length=1 << 16)] = []
     queues: Annotated[list[Queue], Meta(max_length=1 << 16)] = []
+    posix: Annotated[list[PosixQueue], Meta(max_length=1 << 16)] = []
 
 
 @dataclass(frozen=True)
@@ -138,6 +151,8 @@ def check(state: IpcState) -> None:
     for name in state.sysctls:
         if name not in SYSCTLS:
             raise ImageError(f"{name} is no limit of an ipc namespace")
+    for queue in state.posix:
+        posix_queues.check_name(queue.name)
 
 
 def create(state: IpcState, translate: Translate, contents: Mapping[int, LocalFd]) -> bytes:
@@ -168,6 +183,9 @@ def create(state: IpcState, translate: Translate, contents: Mapping[int, LocalFd
         for kind, text in queue.messages:
             message = struct.pack("<q", kind) + text
             syscall(NR.msgsnd, queue.id, message, len(text), _NO_WAIT)
+    for posix in state.posix:
+        _become(translate(posix.permissions))
+        os.close(posix_queues.make(posix.name, posix.room, posix.messages, posix.permissions.mode))
     return b""
 
 
@@ -208,14 +226,18 @@ def _make(
     size: int | None,
 ) -> None:
     """Make an object with its identifier, as its creator."""
-    ids = translate(wanted.permissions)
-    os.setresgid(-1, ids.cgid, -1)
-    os.setresuid(-1, ids.cuid, -1)
+    _become(translate(wanted.permissions))
     _set(f"kernel/{kind}_next_id", b"%d" % wanted.id)
     flags = _CREATE | _OPEN_TO_ALL
     made = syscall(number, key, flags) if size is None else syscall(number, key, size, flags)
     if made != wanted.id:
         raise OSError(errno.EEXIST, f"identifier {wanted.id} is taken")
+
+
+def _become(ids: Numbers) -> None:
+    """Take on the ids of who made an object."""
+    os.setresgid(-1, ids.cgid, -1)
+    os.setresuid(-1, ids.cuid, -1)
 
 
 def _fill(segment: Segment, source: LocalFd) -> None:

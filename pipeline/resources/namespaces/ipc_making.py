@@ -120,5 +120,5 @@ class IpcMaking:
         return None if None in found else Numbers(*found)  # type: ignore[arg-type]
 
 
-def _objects(state: IpcState) -> Iterable[ipc.Segment | ipc.Semaphores | ipc.Queue]:
-    return (*state.segments, *state.semaphores, *state.queues)
+def _objects(state: IpcState) -> Iterable[ipc.Segment | ipc.Semaphores | ipc.Queue | ipc.PosixQueue]:
+    return (*state.segments, *state.semaphores, *state.queues, *state.posix)

@@ -1,10 +1,11 @@
 """Looking at an ipc namespace: a visitor lists its System V objects, and copies what they hold without changing it.
 
 Messages are read with MSG_COPY, which leaves them in their queue; segments through a mapping of the visitor's own,
-or, by root, through a descriptor of that mapping, so that they are not copied at all.
+or, by root, through a descriptor of that mapping, so that they are not copied at all. Those of POSIX queues are taken
+and put back, see `pipeline.resources.namespaces.posix_queues`.
 
 Refused by name: ids that have no number where the visitor is (a plain user's has to be in the owning user namespace),
-POSIX message queues, whose messages nobody can read without taking them, and segments of huge pages.
+and segments of huge pages.
 
 Sources: sysvipc(7), shmctl(2), semctl(2), msgrcv(2) on MSG_COPY, mq_overview(7).
 """
@@ -28,14 +29,16 @@ from pipeline.ids import LocalFd
 from pipeline.image.schema import Id
 from pipeline.kernel.arch.x86_64 import NR
 from pipeline.kernel.pagemap import PAGE_BYTES
-from pipeline.kernel.syscalls import CLONE, mount, syscall, unshare
+from pipeline.kernel.syscalls import CLONE, syscall, unshare
 from pipeline.resources.memory.classify import kernel_shmem_device
+from pipeline.resources.namespaces import posix_view
 from pipeline.resources.namespaces.ipc import (
     IPC_STAT,
     PERM,
     SYSCTLS,
     IpcState,
     Permissions,
+    PosixQueue,
     Queue,
     Segment,
     Semaphores,
@@ -54,14 +57,15 @@ _PRIVATE_RECURSIVE = 0x40000 | 0x4000
 
 
 class _Found(Struct, array_like=True):
-    """What a visitor says: sysctls, objects, how many attachments each segment has, POSIX queues."""
+    """What a visitor says: sysctls, objects, how many attachments each segment has, POSIX queues that tell somebody."""
 
     sysctls: dict[str, bytes]
     segments: list[Segment]
     semaphores: list[Semaphores]
     queues: list[Queue]
     attachments: dict[int, int]
-    posix: list[str]
+    posix: list[PosixQueue]
+    telling: list[bytes]
 
 
 @dataclass(frozen=True)
@@ -85,17 +89,13 @@ def look(subject: str, way: Way, userns: int, mapped: tuple[bool, bool]) -> IpcV
         OSError: it cannot be joined.
     """
     found = msgspec.msgpack.decode(visit(way, lambda: msgspec.msgpack.encode(_look(userns))), type=_Found)
-    blockers = [
-        Blocker(
-            subject, f"its ipc namespace holds POSIX message queue /{name}, which is not carried", "remove it"
-        )
-        for name in found.posix
-    ]
     kinds = (
         ("shared memory segment", found.segments),
         ("semaphore set", found.semaphores),
         ("message queue", found.queues),
     )
+    unmapped = [one.name for one in found.posix if not _has_numbers(one.permissions, mapped)]
+    blockers = list(posix_view.blockers(subject, found.telling, unmapped))
     blockers += [
         Blocker(
             subject,
@@ -111,6 +111,7 @@ def look(subject: str, way: Way, userns: int, mapped: tuple[bool, bool]) -> IpcV
         segments=found.segments,
         semaphores=found.semaphores,
         queues=found.queues,
+        posix=found.posix,
     )
     return IpcView(state, found.attachments, blockers)
 
@@ -141,6 +142,7 @@ def moved(state: IpcState, move: Callable[[Id, IdKind], Id]) -> IpcState:
         segments=[replace(one, permissions=of(one.permissions)) for one in state.segments],
         semaphores=[replace(one, permissions=of(one.permissions)) for one in state.semaphores],
         queues=[replace(one, permissions=of(one.permissions)) for one in state.queues],
+        posix=[replace(one, permissions=of(one.permissions)) for one in state.posix],
     )
 
 
@@ -160,7 +162,7 @@ def _look(userns: int) -> _Found:
     segments = list(_each("shm", lambda number: _segment(number, userns)))
     semaphores = list(_each("sem", lambda number: _semaphores(number, userns)))
     queues = list(_each("msg", lambda number: _queue(number, userns)))
-    posix = os.listdir(mount_mqueue())
+    posix = list(posix_view.look(userns))
     here = _sysctls()
     unshare(CLONE.NEWIPC)
     fresh = _sysctls()
@@ -170,7 +172,8 @@ def _look(userns: int) -> _Found:
         semaphores=semaphores,
         queues=queues,
         attachments={segment.id: count for segment, count in segments},
-        posix=posix,
+        posix=[queue for queue, _ in posix],
+        telling=[queue.name for queue, told in posix if told],
     )
 
 
@@ -245,19 +248,6 @@ def _sysctls() -> dict[str, bytes]:
     }
 
 
-def mount_mqueue() -> str:
-    """Mount the message queues of the ipc namespace that the caller is in, where only the caller sees them."""
-    unshare(CLONE.NEWNS)
-    mount(None, b"/", None, _PRIVATE_RECURSIVE)
-    mount(b"mqueue", b"/proc/fs", b"mqueue", 0)
-    return "/proc/fs"
-
-
-def mqueue_device(way: Way) -> int:
-    """st_dev of the mqueue file system of an ipc namespace; there is one for each."""
-    return int(visit(way, lambda: b"%d" % os.stat(mount_mqueue()).st_dev))
-
-
 def _opened(segment: Segment) -> int:
     end = segment.size_bytes + -segment.size_bytes % PAGE_BYTES
     address = syscall(NR.shmat, segment.id, 0, _RDONLY)
@@ -313,4 +303,4 @@ def with_contents(state: IpcState, way: Way, content: Register) -> IpcState:
             segments.append(replace(segment, space=content(fd, segment.size_bytes)))
         finally:
             os.close(fd)
-    return replace(state, segments=segments)
+    return replace(state, segments=segments, posix=posix_view.with_messages(state.posix, way))

@@ -33,7 +33,8 @@ from pipeline.kernel import nsfs, procfs
 from pipeline.kernel.nsfs import NamespaceKey
 from pipeline.kernel.syscalls import CLONE
 from pipeline.resources.cgroups.capture import CgroupCapture
-from pipeline.resources.namespaces import cgroups, clocks, names
+from pipeline.resources.kinds import FdView
+from pipeline.resources.namespaces import cgroups, clocks, names, posix_view
 from pipeline.resources.namespaces.ipc import Semaphores
 from pipeline.resources.namespaces.ipc_capture import IpcCapture
 from pipeline.resources.namespaces.mounts_capture import MountsCapture, MountSeat
@@ -128,6 +129,7 @@ class NamespaceCapture:
         self._numbers: dict[tuple[str, NamespaceKey], int] = {}
         self._seats: dict[int, _Seat] = {}
         self._ipc = IpcCapture()
+        self._queues: dict[int, int | None] = {}
         self._externals = externals or {}
         own = nsfs.keys(HostPid(os.getpid()))
         with opened(self._externals) as fds:
@@ -434,6 +436,24 @@ class NamespaceCapture:
         path = self._externals.get("net", "/proc/self/ns/net")
         return found | {self.external("net"): lambda: LocalFd(os.open(path, os.O_RDONLY | os.O_CLOEXEC))}
 
+    def _shown(self) -> Shown:
+        return Shown(
+            own=lambda kind: [n.index for n in self.namespaces if n.kind == kind and not n.external],
+            number_of=lambda kind, key: self._numbers.get((kind, key)),
+            way=self._way,
+            held=self._held_by_mount,
+        )
+
+    def queues_of(self, view: FdView) -> int | None:
+        """The ipc namespace of an open POSIX message queue: the tree's or the external one; None for another."""
+        device = view.stat.st_dev
+        if device not in self._queues:
+            found = self._shown().queues(device)
+            if found is None and posix_view.is_here(view):
+                found = self.external("ipc")
+            self._queues[device] = found
+        return self._queues[device]
+
     @cached_property
     def _mounts(self) -> MountsCapture:
         seats = {
@@ -448,13 +468,7 @@ class NamespaceCapture:
             if n.kind == "mnt" and not n.external
         }
         forest = self._forest.forest()
-        shown = Shown(
-            own=lambda kind: [n.index for n in self.namespaces if n.kind == kind and not n.external],
-            number_of=lambda kind, key: self._numbers.get((kind, key)),
-            way=self._way,
-            held=self._held_by_mount,
-        )
-        return MountsCapture(seats, forest, shown, lambda index: self.namespaces[index].owner)
+        return MountsCapture(seats, forest, self._shown(), lambda index: self.namespaces[index].owner)
 
     def take_contents(self, content: Callable[[LocalFd, int], int]) -> None:
         """Copy the bytes that segments and tmpfs of a frozen tree hold.

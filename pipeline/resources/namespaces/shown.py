@@ -22,7 +22,7 @@ from pipeline.kernel.arch.x86_64 import NR
 from pipeline.kernel.mountinfo import Mount, parse_mountinfo
 from pipeline.kernel.nsfs import NamespaceKey
 from pipeline.kernel.syscalls import CLONE, syscall, unshare
-from pipeline.resources.namespaces import ipc_view
+from pipeline.resources.namespaces import posix_view
 from pipeline.userns.visit import Way, visit
 
 _CLOEXEC, _FSCONFIG_CMD_CREATE = 1, 6
@@ -57,7 +57,7 @@ class Shown:
 
     def queues(self, device: int) -> int | None:
         """The ipc namespace whose message queues have this st_dev."""
-        return self._first("ipc", lambda _, way: ipc_view.mqueue_device(way) == device)
+        return self._first("ipc", lambda _, way: posix_view.mqueue_device(way) == device)
 
     def network(self, device: int) -> int | None:
         """The network that the sysfs with this st_dev shows."""

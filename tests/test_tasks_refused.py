@@ -130,6 +130,23 @@ def test_a_descriptor_table_shared_with_somebody_outside_of_the_tree(tmp_path: P
         assert sleeps(kid)
 
 
+def test_a_program_that_dispatches_its_system_calls_itself(tmp_path: Path) -> None:
+    """A call that is run inside it would kill it, unless it were where calls are allowed: here below the vdso."""
+    body = """
+at = next(int(line.split("-")[0], 16) for line in open("/proc/self/maps") if "[vdso]" in line)
+selector = ctypes.create_string_buffer(b"\\1")
+say()
+assert libc.prctl(59, ctypes.c_ulong(1), ctypes.c_ulong(1), ctypes.c_ulong(at - 1), selector) == 0
+sleep_on()
+"""
+    with running(body) as (pid, _):
+        assert sleeps(pid)
+        done = engine("dump", "--pid", pid, "--to", tmp_path / "image")
+        assert done.returncode == 3, said(done)
+        assert f"pid {pid}: dispatches its system calls itself" in done.stderr
+        assert sleeps(pid)
+
+
 # -- vfork -----------------------------------------------------------------------------
 
 #: posix_spawn borrows the memory until its child has opened the FIFO, which it does when somebody else does

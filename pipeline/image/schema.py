@@ -252,6 +252,10 @@ class AddressSpace(Record, frozen=True, kw_only=True, tag="mm"):
     dumpable: U8 = 1
     thp_disable: U8 = 0
     coredump_filter: U32 = 0x33
+    #: PR_GET_MDWE, PR_GET_MEMORY_MERGE, registrations of membarrier(2)
+    mdwe: U8 = 0
+    merge: U8 = 0
+    membarrier: U32 = 0
     copy_of: Index | None = None
     #: page ranges [start, end) of `copy_of` that are *absent* here and must be dropped after the fork
     dropped: list[tuple[U64, U64]] = []
@@ -348,6 +352,10 @@ class Thread(Record, frozen=True, kw_only=True):
     pdeathsig: U8 = 0
     personality: U32 = 0
     timer_slack_ns: U64 = 50_000
+    #: PR_MCE_KILL_GET; get_mempolicy(2): mode and mask of nodes
+    mce_kill: U8 = 2
+    memory_policy: U32 = 0
+    memory_nodes: Annotated[bytes, Meta(max_length=128)] = b""
     #: the `Cgroup` indexes, where they are others than those of the process
     cgroups: Annotated[list[Index], Meta(max_length=64)] | None = None
     #: exit code of a first thread that has ended while others of its process run
@@ -449,6 +457,8 @@ class Process(Record, frozen=True, kw_only=True, tag="process"):
     timers: Annotated[list[PosixTimer], Meta(max_length=65536)] = []
     undo: Annotated[list[SemaphoreUndo], Meta(max_length=1 << 20)] = []
     oom_score_adj: I32 = 0
+    #: of its session, where that is the tree's
+    autogroup_nice: Annotated[int, Meta(ge=-20, le=19)] = 0
     child_subreaper: bool = False
     #: leader first; empty for a zombie
     threads: Annotated[list[Thread], Meta(max_length=1 << 16)] = []

@@ -9,6 +9,7 @@ The same objects, over a tree that runs, tell `check` what stops it (`tree_block
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -48,6 +49,7 @@ from pipeline.resources.memory.sharing import plan_copy_on_write
 from pipeline.resources.namespaces.members import NamespaceCapture
 from pipeline.resources.pty_session import check_controlling_terminal
 from pipeline.resources.tasks import (
+    attributes,
     credentials,
     interrupted,
     job_control,
@@ -59,7 +61,7 @@ from pipeline.resources.tasks import (
 )
 from pipeline.resources.tasks.inquiry import Inquiry, thread_record
 from pipeline.resources.tasks.interrupted import Sleepers
-from pipeline.resources.tasks.refusals import check_task
+from pipeline.resources.tasks.refusals import check_stopped, check_task
 from pipeline.stages.freeze import FrozenProcess, FrozenTree
 from pipeline.stages.memory import FilePages, PageSource, ProcessPages, SharedPages
 from pipeline.stages.memory_layout import vdso_digest
@@ -207,6 +209,8 @@ class Capture:
         blockers = [*self.files.blockers(), *self.namespaces.blockers, *self._cgroups.blockers()]
         for pid in self.living:
             blockers += [*check_task(pid), *check_controlling_terminal(pid, self.files)]
+        for process in frozen.living():
+            blockers += [b for tid in process.tasks for b in check_stopped(process.pid, HostPid(tid))]
         if blockers:
             return [], [], blockers
         file_records = list(self.files.records())
@@ -368,6 +372,7 @@ class Capture:
                 thp_disable=leader.thp_disable(),
                 contexts=contexts,
             )
+            memory = dataclasses.replace(memory, space=replace(memory.space, **leader.of_memory()))
             blockers += memory.blockers
             self._rings.seen(pid, memory.space.rings)
             captured[memory.space.space] = (number, memory)
@@ -402,6 +407,7 @@ class Capture:
             timers=leader.posix_timers(self.tree.member),
             undo=[] if shares.sysvsem else undo,
             oom_score_adj=int(procfs.read_file(pid, "oom_score_adj")),
+            autogroup_nice=attributes.autogroup_nice(pid),
             child_subreaper=leader.child_subreaper(),
             threads=threads,
             comm=stat.comm[:15],

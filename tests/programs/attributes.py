@@ -1,10 +1,12 @@
 """Per-task attributes: limits, scheduling, affinity, ioprio, oom_score_adj, personality, settings of prctl(2)."""
 
 import ctypes
+import mmap
 import os
 import resource
 import signal
 import struct
+import time
 
 from support import main, prctl, syscall
 
@@ -17,6 +19,11 @@ PR_SET_TIMERSLACK, PR_GET_TIMERSLACK = 29, 30
 PR_SET_CHILD_SUBREAPER, PR_GET_CHILD_SUBREAPER = 36, 37
 PR_SET_NO_NEW_PRIVS, PR_GET_NO_NEW_PRIVS = 38, 39
 PR_SET_THP_DISABLE, PR_GET_THP_DISABLE = 41, 42
+PR_MCE_KILL, PR_MCE_KILL_GET = 33, 34
+PR_SET_MDWE, PR_GET_MDWE, PR_SET_MEMORY_MERGE, PR_GET_MEMORY_MERGE = 65, 66, 67, 68
+SYS_SET_MEMPOLICY, SYS_GET_MEMPOLICY, MPOL_BIND = 238, 239, 2
+SYS_MEMBARRIER, REGISTER_GLOBAL_EXPEDITED, PRIVATE_EXPEDITED, REGISTER_PRIVATE_EXPEDITED = 324, 4, 8, 16
+GET_REGISTRATIONS = 512
 ADDR_NO_RANDOMIZE, UNAME26 = 0x0040000, 0x0020000
 
 
@@ -144,6 +151,56 @@ def settings(program):
     )
 
 
+def memory_settings(program):
+    """What belongs to an address space, in a child of its own: not all of it can be taken back."""
+
+    def get_policy():
+        mode, nodes = ctypes.c_int(), ctypes.create_string_buffer(128)
+        syscall(SYS_GET_MEMPOLICY, ctypes.addressof(mode), nodes, 1024, 0, 0)
+        return mode.value, nodes.raw.rstrip(b"\0")
+
+    def private(child):
+        prctl(PR_MCE_KILL, 1, 1)
+        child.same("memory error policy", lambda: prctl(PR_MCE_KILL_GET), lambda: prctl(PR_MCE_KILL, 0))
+        syscall(SYS_SET_MEMPOLICY, MPOL_BIND, struct.pack("<Q", 1), 64)
+        child.same("memory policy", get_policy, lambda: syscall(SYS_SET_MEMPOLICY, 0, 0, 0))
+        syscall(SYS_MEMBARRIER, REGISTER_PRIVATE_EXPEDITED, 0, 0)
+        child.same(
+            "membarrier",
+            lambda: (
+                syscall(SYS_MEMBARRIER, GET_REGISTRATIONS, 0, 0),
+                syscall(SYS_MEMBARRIER, PRIVATE_EXPEDITED, 0, 0),
+            ),
+            lambda: syscall(SYS_MEMBARRIER, REGISTER_GLOBAL_EXPEDITED, 0, 0),
+        )
+        prctl(PR_SET_MEMORY_MERGE, 1)
+        child.same("memory merge", lambda: prctl(PR_GET_MEMORY_MERGE), lambda: prctl(PR_SET_MEMORY_MERGE, 0))
+        prctl(PR_SET_MDWE, 1)
+        expected = [1]
+
+        def denies():
+            try:
+                mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC).close()
+            except PermissionError:
+                return None if prctl(PR_GET_MDWE) == expected[0] else f"is {prctl(PR_GET_MDWE)}"
+            return "writable executable memory was given"
+
+        child.check("memory-deny-write-execute", denies, expected.clear)
+
+    program.child("memory", private)
+
+    def in_a_session(child):
+        os.setsid()
+        write_file("/proc/self/autogroup", "7")
+        child.same(
+            "autogroup nice",
+            lambda: read_file("/proc/self/autogroup").split()[-1],
+            lambda: (time.sleep(0.2), write_file("/proc/self/autogroup", "9")),
+        )
+
+    program.child("session", in_a_session)
+
+
 def log_in():
     """Take a login uid, which only who has none may; the tests compare it from outside."""
     first, _, count = map(int, read_file("/proc/self/uid_map").split()[:3])
@@ -154,6 +211,7 @@ def body(program):
     log_in()
     limits(program)
     settings(program)
+    memory_settings(program)
     scheduling(program)
 
 

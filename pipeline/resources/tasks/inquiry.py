@@ -5,9 +5,9 @@ because each entry into a live target costs it a stop. The rest comes from /proc
 ptrace and calls that take a pid.
 
 Not preserved: CPU times and fault counters; the default that PR_SET_TIMERSLACK 0 goes
-back to. Refused here (the task itself has to tell): memory-deny-write-execute, a
-disabled time stamp counter or cpuid instruction, merging of all memory, AMX tiles, a
-local descriptor table, syscall user dispatch, 32-bit code. Keyrings: `pipeline.resources.tasks.keyrings`.
+back to. Refused here (the task itself has to tell): a disabled time stamp counter or cpuid
+instruction, AMX tiles, a local descriptor table. Keyrings: `pipeline.resources.tasks.keyrings`; all
+that prctl(2) sets: `pipeline.resources.tasks.attributes`.
 
 Sources: prctl(2), arch_prctl(2), ptrace(2), sigaction(2).
 """
@@ -19,6 +19,8 @@ import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+from msgspec.structs import replace
+
 from pipeline.errors import Blocker, TargetError
 from pipeline.ids import HostPid, RemoteAddress
 from pipeline.image.schema import PosixTimer, Rseq, SignalAction, Thread
@@ -28,6 +30,7 @@ from pipeline.kernel.arch.x86_64 import NR
 from pipeline.kernel.syscalls import PRCTL, syscall
 from pipeline.remote.calls import Call, Out
 from pipeline.resources.tasks import credentials, interrupted, scheduling, seccomp, signals, timers
+from pipeline.resources.tasks.attributes import Attributes
 from pipeline.resources.tasks.keyrings import Keyrings
 
 _ARCH_GET_CPUID = 0x1011
@@ -53,6 +56,7 @@ class Inquiry:
         self._securebits = self._number(PRCTL.GET_SECUREBITS)
         self._timer_slack = self._number(PRCTL.GET_TIMERSLACK)
         self._cpuid = self._call(NR.arch_prctl, _ARCH_GET_CPUID, 0)
+        self._attributes = Attributes(self.leader, self._call)
         self._keyrings = Keyrings(self.tid, self.leader, self._call)
         if not self.leader:
             return
@@ -62,8 +66,6 @@ class Inquiry:
         self._subreaper = self._ask(NR.prctl, PRCTL.GET_CHILD_SUBREAPER, Out(4))
         self._dumpable = self._number(PRCTL.GET_DUMPABLE)
         self._thp_disable = self._number(PRCTL.GET_THP_DISABLE)
-        self._mdwe = self._number(PRCTL.GET_MDWE)
-        self._merge = self._number(PRCTL.GET_MEMORY_MERGE)
         self._permitted_features = self._ask(NR.arch_prctl, _ARCH_GET_XCOMP_PERM, Out(8))
         self._descriptor_table = self._call(NR.modify_ldt, 0, Out(8), 8)
         self._brk = Call(NR.brk, (0,))
@@ -135,6 +137,14 @@ class Inquiry:
         """PR_GET_THP_DISABLE."""
         return max(self._thp_disable.result, 0)
 
+    def of_memory(self) -> dict[str, int]:
+        """Further fields of `AddressSpace`."""
+        return self._attributes.of_memory()
+
+    def of_thread(self) -> dict[str, int | bytes]:
+        """Further fields of `Thread`."""
+        return self._attributes.of_thread()
+
     def brk(self) -> RemoteAddress:
         """The program break."""
         return RemoteAddress(self._brk.check())
@@ -147,25 +157,16 @@ class Inquiry:
         """
         if not self.leader:
             subject += f" thread {self.tid}"
-        registers = ptrace.get_regs(self.tid)
-        if len(registers) != arch.REGISTERS_BYTES or not arch.Registers(registers).is_64_bit:
-            yield Blocker(subject, "runs 32-bit code")
         if int.from_bytes(self._tsc.data, "little") == _TSC_SIGSEGV:
             yield Blocker(subject, "has the time stamp counter disabled (PR_SET_TSC)")
         if self._cpuid.result == 0:
             yield Blocker(subject, "has the cpuid instruction disabled (ARCH_SET_CPUID)")
-        if ptrace.get_syscall_user_dispatch(self.tid)[0]:
-            yield Blocker(subject, "dispatches its system calls itself (PR_SET_SYSCALL_USER_DISPATCH)")
         status = procfs.status(self.tid)
         if status.seccomp_filters:
             yield from seccomp.check_filters(subject, seccomp.seccomp(self.tid, status))
         yield from self._keyrings.blockers(subject, own_users)
         if not self.leader:
             return
-        if self._mdwe.result > 0:
-            yield Blocker(subject, "denies writable executable memory (PR_SET_MDWE), which the rebuild needs")
-        if self._merge.result > 0:
-            yield Blocker(subject, "merges all of its memory (PR_SET_MEMORY_MERGE)")
         if int.from_bytes(self._permitted_features.data, "little") >> _XFEATURE_TILE_DATA & 1:
             yield Blocker(subject, "has the permission to use AMX tiles (ARCH_REQ_XCOMP_PERM)")
         if self._descriptor_table.result > 0:
@@ -203,7 +204,7 @@ def thread_record(
     registers = interrupted.in_its_call(arch.Registers(ptrace.get_regs(tid)), call).pack()
     if status.seccomp_filters and not status.seccomp:
         raise TargetError(f"thread {tid} has seccomp filters and no seccomp mode")
-    return Thread(
+    record = Thread(
         pids=list(status.ns_pid),
         comm=procfs.read_file(tid, "comm").removesuffix(b"\n"),
         registers=registers,
@@ -222,3 +223,4 @@ def thread_record(
         timer_slack_ns=inquiry.timer_slack_ns(),
         sleep_left_ns=interrupted.sleep_left_ns(arch.Registers(registers), slept_ns, interrupted.reader(tid)),
     )
+    return replace(record, **inquiry.of_thread())

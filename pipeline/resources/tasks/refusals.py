@@ -17,7 +17,8 @@ from contextlib import suppress
 
 from pipeline.errors import Blocker
 from pipeline.ids import HostPid
-from pipeline.kernel import procfs
+from pipeline.kernel import procfs, ptrace
+from pipeline.kernel.arch import x86_64 as arch
 from pipeline.kernel.syscalls import KCMP, kcmp
 from pipeline.resources.tasks.scheduling import check_scheduling
 from pipeline.resources.tasks.seccomp import check_seccomp
@@ -66,10 +67,24 @@ def check_task(pid: HostPid) -> Iterator[Blocker]:
                     yield Blocker(name, "is in other namespaces than the first thread of its process")
 
 
+def check_stopped(pid: HostPid, tid: HostPid) -> Iterator[Blocker]:
+    """What forbids to run a system call inside a stopped task: asked before any is."""
+    subject = f"pid {pid}" + (f" thread {tid}" if tid != pid else "")
+    registers = ptrace.get_regs(tid)
+    if len(registers) != arch.REGISTERS_BYTES or not arch.Registers(registers).is_64_bit:
+        yield Blocker(subject, "runs 32-bit code", "use a 64-bit build of the program")
+    if ptrace.get_syscall_user_dispatch(tid)[0]:
+        yield Blocker(
+            subject,
+            "dispatches its system calls itself (PR_SET_SYSCALL_USER_DISPATCH)",
+            "let it switch that off, or end it",
+        )
+
+
 def _process(subject: str, pid: HostPid, threads: int) -> Iterator[Blocker]:
     with suppress(OSError), open(f"/proc/{pid}/exe", "rb") as file:
         if file.read(5)[4:] == bytes([_ELFCLASS32]):
-            yield Blocker(subject, "is a 32-bit program")
+            yield Blocker(subject, "is a 32-bit program", "use a 64-bit build of it")
     with suppress(FileNotFoundError, PermissionError):
         yield from check_timers(subject, procfs.timers(pid), threads)
     me = os.getpid()

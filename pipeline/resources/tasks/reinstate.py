@@ -29,7 +29,16 @@ from pipeline.kernel.arch.x86_64 import NR
 from pipeline.kernel.syscalls import PRCTL
 from pipeline.remote.calls import Call
 from pipeline.remote.puppet import Puppet
-from pipeline.resources.tasks import credentials, interrupted, limits, scheduling, seccomp, signals, timers
+from pipeline.resources.tasks import (
+    attributes,
+    credentials,
+    interrupted,
+    limits,
+    scheduling,
+    seccomp,
+    signals,
+    timers,
+)
 from pipeline.resources.tasks.credentials import Number
 
 _ROBUST_LIST_BYTES = 24
@@ -66,6 +75,7 @@ def reinstate(
     for puppet in puppets:
         puppet.stop_with(signals.stop_signal(process))
     _write_process_files(process, space, leader)
+    attributes.set_autogroup(process, leader)
     _run(subject, leader, _process_calls(process))
     for thread, puppet in pairs:
         _run(subject, puppet, _thread_calls(thread, puppet))
@@ -117,6 +127,7 @@ def _thread_calls(thread: Thread, puppet: Puppet) -> Iterator[Call]:
         area = thread.rseq
         yield Call(NR.rseq, (area.address, area.size_bytes, area.flags, area.signature), name="rseq")
     yield from signals.altstack_calls(thread)
+    yield from attributes.thread_calls(thread)
     yield Call(NR.personality, (thread.personality,), name="personality")
 
 
@@ -131,6 +142,7 @@ def _memory_calls(space: AddressSpace | None) -> Iterator[Call]:
         flags = space.thp_disable & ~1
         yield Call(NR.prctl, (PRCTL.SET_THP_DISABLE, 1, flags, 0, 0), name="transparent huge pages")
     yield Call(NR.prctl, (PRCTL.SET_DUMPABLE, int(space.dumpable == 1), 0, 0, 0), name="dumpable")
+    yield from attributes.memory_calls(space)
 
 
 def _last_calls(thread: Thread) -> Iterator[Call]:

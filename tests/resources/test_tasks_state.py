@@ -428,7 +428,8 @@ def refused(puppet: Puppet, own_users: bool = False) -> list[str]:
     inquiry = Inquiry(puppet.tid, puppet.tid == puppet.pid, procfs.timers(puppet.pid))
     puppet.run(inquiry.calls)
     found = inquiry.blockers(f"pid {puppet.pid}", own_users)
-    return [str(b) for b in (*found, *refusals.check_task(puppet.pid))]
+    stopped = refusals.check_stopped(puppet.pid, puppet.tid)
+    return [str(b) for b in (*found, *stopped, *refusals.check_task(puppet.pid))]
 
 
 def test_an_ordinary_task_is_not_refused(launcher: Puppet) -> None:
@@ -440,7 +441,6 @@ def test_an_ordinary_task_is_not_refused(launcher: Puppet) -> None:
     ("number", "arguments", "said"),
     [
         (NR.prctl, (PRCTL.SET_TSC, 2, 0, 0, 0), "PR_SET_TSC"),
-        (NR.prctl, (PRCTL.SET_MDWE, 1, 0, 0, 0), "PR_SET_MDWE"),
         (
             NR.prctl,
             (PRCTL.SET_SYSCALL_USER_DISPATCH, 1, 0, 0xFFFF_FFFF_FFFF, 0),
@@ -451,7 +451,7 @@ def test_an_ordinary_task_is_not_refused(launcher: Puppet) -> None:
         (NR.modify_ldt, (0x11, struct.pack("<4I", 0, 0, 4, 1), 16), "local descriptor table"),
         (NR.timer_create, (3, struct.pack("<Qiii", 0, 34, 0, 0).ljust(64, b"\0"), Out(4)), ""),
     ],
-    ids=["tsc", "mdwe", "dispatch", "thread-keyring", "process-keyring", "ldt", "thread-timer-of-one"],
+    ids=["tsc", "dispatch", "thread-keyring", "process-keyring", "ldt", "thread-timer-of-one"],
 )
 def test_states_that_only_the_task_knows(launcher: Puppet, number: int, arguments: tuple, said: str) -> None:
     with puppet_in(launcher, HOST) as puppet:

@@ -22,6 +22,9 @@ from typing import Any
 
 import pytest
 
+from pipeline.ids import HostPid
+from pipeline.kernel import cgroupfs
+from pipeline.resources.cgroups import settings
 from tests.harness.tree import ROOT, Workshop, find_python, reap
 
 BUSYBOX = Path(shutil.which("busybox") or "/nonexistent")
@@ -83,6 +86,17 @@ class Container:
         text = re.sub(r"\w{3} +\d+ \d+:\d\d", "then", text)
         # whose the directory of message queues is depends on who made the namespace: docs/user-namespaces.md, Limits
         return [line for line in text.splitlines() if not line.endswith("then mqueue")]
+
+    def limits(self) -> dict[str, dict[str, bytes]]:
+        """What is set in its cgroups, by hierarchy; those of the surroundings say nothing."""
+        found = {}
+        here = cgroupfs.places(HostPid(os.getpid()))
+        hierarchies = cgroupfs.hierarchies(here)
+        for name, path in cgroupfs.places(HostPid(self.pid)).items():
+            directory = hierarchies[name].directory(path) if name in hierarchies else None
+            if directory is not None and path != here[name]:
+                found[f"{name}:{os.fsdecode(path)}"] = settings.current(directory)
+        return found
 
     def engine(self, *arguments: str | Path) -> str:
         done = subprocess.run(
@@ -161,7 +175,7 @@ def contain(nothing_left_behind: None, workshop: Workshop) -> Iterator[Callable[
 def carried(container: Container, image: Path) -> None:
     """Dump a container and restore it; it is what it was, and goes on."""
     container.goes_on()
-    before, count = container.look(), container.count()
+    before, count, limits = container.look(), container.count(), container.limits()
     container.engine("dump", "--pid", str(container.pid), "--to", image)
     assert not reap([container.pid])
     stopped = container.count()
@@ -169,6 +183,7 @@ def carried(container: Container, image: Path) -> None:
     container.goes_on()
     assert container.count() > stopped >= count
     assert container.look() == before
+    assert container.limits() == limits
     log = (container.bundle / "log").read_text().split()
     assert log == [str(number) for number in range(1, len(log) + 1)], "a line is lost or doubled"
     assert len(log) > stopped
@@ -179,8 +194,16 @@ def test_a_container_with_a_user_namespace(contain: Callable[..., Container], tm
         config["linux"]["namespaces"] += [{"type": "user"}, {"type": "cgroup"}]
         for name in ("uidMappings", "gidMappings"):
             config["linux"][name] = [{"containerID": 0, "hostID": 100_000, "size": 65_536}]
+        config["linux"]["resources"] |= {
+            "pids": {"limit": 77},
+            "memory": {"limit": 1 << 28},
+            "cpu": {"shares": 300},
+        }
 
     container = contain([], [sys.executable], (100_000, 100_000), rootless=False, change=change)
+    if "pids" in cgroupfs.places(HostPid(os.getpid())):  # version 1
+        assert any(one.get("pids.max") == b"77" for one in container.limits().values())
+        assert any(one.get("devices.list", b"a") != b"a *:* rwm" for one in container.limits().values())
     carried(container, tmp_path / "first")
     carried(container, tmp_path / "second")
 

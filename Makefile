@@ -15,7 +15,7 @@ demo: packages $(STAMP)
 
 # pytest's exit status 5 (no test ran) is a failure like any other.
 test: test-packages $(STAMP)
-	$(PY) -m pytest $(TESTS)
+	$(PY) -m tests $(TESTS)
 
 lint: packages $(STAMP)
 	$(PY) -m ruff check .

@@ -22,7 +22,7 @@ from pipeline.image.codec import unpack
 from pipeline.image.frames import HEAD, Kind, decode_head, encode
 from tests.harness.carry import unharmed
 from tests.harness.settings import CONTAINER_2, DEPTH_1, Setting
-from tests.harness.tree import ROOT, Tree, dump, engine, family_of, reap, restore, said
+from tests.harness.tree import ROOT, Tree, dump, engine, family_of, has_kernel_threads, reap, restore, said
 
 pytestmark = pytest.mark.root
 
@@ -51,6 +51,7 @@ def test_dump_pid_that_does_not_exist(tmp_path: Path) -> None:
     assert_nothing_written(tmp_path / "image")
 
 
+@pytest.mark.skipif(not has_kernel_threads(), reason="no kernel thread in this pid namespace")
 def test_dump_kernel_thread(tmp_path: Path) -> None:
     done = engine("dump", "--pid", 2, "--to", tmp_path / "image")
     assert_refused(done, 3, "pid 2", "kernel thread")

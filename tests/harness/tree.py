@@ -86,6 +86,14 @@ class Workshop:
         shutil.rmtree(self.path, ignore_errors=True)
 
 
+def has_kernel_threads() -> bool:
+    """Whether pid 2 is the kernel's; in a pid namespace it is somebody else."""
+    try:
+        return Path("/proc/2/comm").read_text() == "kthreadd\n"
+    except OSError:
+        return False
+
+
 def children_of(pid: int) -> list[int]:
     """Host pids of the children of every thread of `pid`."""
     found: list[int] = []

@@ -25,11 +25,14 @@ class DumpPolicy:
         udp_queue: what becomes of datagrams that wait to be read in UDP sockets: carried, dropped, or waited for and
             then refused by name. Those of ping, raw and packet sockets cannot be carried: they are dropped where this
             says so, else waited for and refused.
+        unix_outside: what becomes of unix sockets that are connected to a process outside the tree: refused by
+            name, or closed, as if that process had ended.
     """
 
     tcp: Tcp = "established"
     cgroup: Literal["keep", "ignore"] = "keep"
     udp_queue: UdpQueue = "carry"
+    unix_outside: Literal["refuse", "close"] = "refuse"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -33,6 +33,13 @@ def add_dump(parser: argparse.ArgumentParser) -> None:
         help="datagrams that wait to be read: carry them (default; those of ping, raw and packet sockets are refused), "
         "drop them, or refuse and name them",
     )
+    parser.add_argument(
+        "--unix-outside",
+        choices=("refuse", "close"),
+        default="refuse",
+        help="unix sockets connected to a process outside the tree: refuse and name them (default), or close them: the "
+        "program finds that the other side hung up",
+    )
 
 
 def of_dump(arguments: argparse.Namespace) -> DumpPolicy:
@@ -41,7 +48,12 @@ def of_dump(arguments: argparse.Namespace) -> DumpPolicy:
     Raises:
         UsageError: an option is not of its form.
     """
-    return DumpPolicy(tcp=arguments.tcp, cgroup=arguments.cgroup, udp_queue=arguments.udp_queue)
+    return DumpPolicy(
+        tcp=arguments.tcp,
+        cgroup=arguments.cgroup,
+        udp_queue=arguments.udp_queue,
+        unix_outside=arguments.unix_outside,
+    )
 
 
 def add_restore(parser: argparse.ArgumentParser) -> None:

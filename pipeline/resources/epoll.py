@@ -20,6 +20,7 @@ outside. Source: epoll(7), fs/eventpoll.c, kernel/kcmp.c `kcmp_epoll_target`.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import os
@@ -27,7 +28,7 @@ import re
 import select
 import struct
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import Annotated
 
@@ -38,8 +39,9 @@ from pipeline.ids import HostPid, LocalFd
 from pipeline.image.schema import U32, Index, OpenFile, Pid, Record
 from pipeline.kernel.arch import x86_64 as arch
 from pipeline.kernel.arch.x86_64_numbers import NR
-from pipeline.kernel.syscalls import KCMP, kcmp
+from pipeline.kernel.syscalls import CLONE, KCMP, kcmp, syscall, unshare
 from pipeline.resources import locks, outside
+from pipeline.resources.acting import in_thread
 from pipeline.resources.kinds import CaptureScope, CreateScope, FdView
 from pipeline.resources.paths import describe
 from pipeline.resources.steps import CompleteOnceCreated
@@ -103,9 +105,10 @@ def _is_target(view: FdView, line: _Line, pid: HostPid, fd: int) -> bool | None:
     The slot is struct kcmp_epoll_slot: epoll descriptor and target number in the table of
     the instance's holder, and which item of that number.
     """
-    slot = struct.pack("<3I", view.fd, line.fd, line.nth)
+    holder, number = view.seat
+    slot = struct.pack("<3I", number, line.fd, line.nth)
     try:
-        return kcmp(pid, view.pid, KCMP.EPOLL_TFD, fd, slot) == 0
+        return kcmp(pid, holder, KCMP.EPOLL_TFD, fd, slot) == 0
     except OSError as error:
         if error.errno in (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP):
             return None
@@ -124,7 +127,7 @@ def _target(view: FdView, line: _Line, scope: CaptureScope) -> Index | None:
                 if os.stat(f"/proc/{view.pid}/fd/{line.fd}").st_ino == line.inode:
                     return own
     for index, other in scope.files():
-        if _is_target(view, line, other.pid, other.fd):
+        if _is_target(view, line, *other.seat):
             return index
     return None
 
@@ -162,7 +165,7 @@ class Epoll(CompleteOnceCreated):
             if target not in (None, own) and own is not None and _has_posix_lock(own, scope):
                 why = f"epoll watches a file as fd {line.fd}, a number that now names a file with POSIX locks"
                 yield Blocker(view.subject, why, "remove the old file from epoll, or release the locks")
-            if target is None:
+            if target is None and not scope.unseen:
                 why = (
                     f"epoll watches a file, registered as fd {line.fd}, that no process of the tree has open"
                 )
@@ -212,7 +215,8 @@ class Epoll(CompleteOnceCreated):
             return
         homes = dict(reversed(scope.holders(file.index)))
         if not homes:
-            raise RebuildError(f"{describe(file)} watches files, but no process has it open")
+            _register_apart(file, record, scope)
+            return
         for item in sorted(record.items, key=lambda item: not _has_fired(item)):
             targets = set(scope.holders(item.file))
             pid = next((pid for pid in homes if (pid, item.fd) in targets), None)
@@ -235,15 +239,54 @@ def _has_fired(item: Item) -> bool:
     return bool(item.events & select.EPOLLONESHOT) and not item.events & ~_HOW
 
 
+def _register_apart(file: OpenFile, record: EpollState, scope: CreateScope) -> None:
+    """Register the items of an instance that no process has, because it is in flight: from a table of our own.
+
+    Raises:
+        RebuildError: a registration is refused.
+    """
+
+    def register() -> None:
+        unshare(CLONE.FILES)
+        above = max(item.fd for item in record.items) + 1
+        instance = fcntl.fcntl(scope.file(file.index), fcntl.F_DUPFD_CLOEXEC, above)
+        targets = {
+            item.file: LocalFd(fcntl.fcntl(scope.file(item.file), fcntl.F_DUPFD_CLOEXEC, above))
+            for item in record.items
+        }
+
+        def control(action: int, number: int, event: bytes) -> None:
+            syscall(NR.epoll_ctl, instance, action, number, ctypes.create_string_buffer(event))
+
+        for item in sorted(record.items, key=lambda item: not _has_fired(item)):
+            os.dup2(targets[item.file], item.fd)
+            _add(control, targets[item.file], item)
+            if _has_fired(item):
+                _let_fire(LocalFd(instance))
+
+    try:
+        in_thread(register)
+    except OSError as error:
+        raise RebuildError(f"{describe(file)} cannot watch its files again: {error.strerror}") from error
+
+
 def _register(pid: Pid, epoll: int, item: Item, scope: CreateScope) -> None:
+    def control(action: int, number: int, event: bytes) -> None:
+        scope.inject(pid, NR.epoll_ctl, epoll, action, number, event)
+
+    _add(control, scope.file(item.file), item)
+
+
+def _add(control: Callable[[int, int, bytes], None], target: LocalFd, item: Item) -> None:
+    """Register an item by `control`: action, number, struct epoll_event."""
     data = int.from_bytes(item.data, "little")
     events = item.events | _ANY_EVENT if _has_fired(item) else item.events
-    scope.inject(pid, NR.epoll_ctl, epoll, _EPOLL_CTL_ADD, item.fd, _EVENT.pack(events, data))
+    control(_EPOLL_CTL_ADD, item.fd, _EVENT.pack(events, data))
     if _has_fired(item):
         fired = select.poll()
-        fired.register(scope.file(item.file), _POLL_ANY)
+        fired.register(target, _POLL_ANY)
         if not fired.poll(0):
-            scope.inject(pid, NR.epoll_ctl, epoll, _EPOLL_CTL_MOD, item.fd, _EVENT.pack(item.events, data))
+            control(_EPOLL_CTL_MOD, item.fd, _EVENT.pack(item.events, data))
 
 
 _POLL_ANY = select.POLLIN | select.POLLOUT | select.POLLPRI | select.POLLRDHUP

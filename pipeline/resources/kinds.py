@@ -20,12 +20,15 @@ import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from pipeline.errors import Blocker
 from pipeline.ids import HostPid, LocalFd
 from pipeline.image.schema import Id, Index, OpenFile, PathRef, Pid, Record
 from pipeline.policy import DumpPolicy, RestorePolicy
+
+if TYPE_CHECKING:
+    from pipeline.resources.unix_unread import Unread
 
 T = TypeVar("T")
 
@@ -36,7 +39,8 @@ class FdView:
 
     Args:
         pid: the process, in the pipeline's pid namespace.
-        fd: its number there.
+        fd: its number there. Below zero, and different for each, where no process has it: then it is in flight in
+            the queue of a unix socket of `pid`.
         local: a duplicate of the same open file description in the pipeline's own
             table (pidfd_getfd), valid during the call only. Reading or seeking it
             would move the target's position: use pread, tee, MSG_PEEK.
@@ -60,6 +64,11 @@ class FdView:
     opened_here: bool = False
 
     @property
+    def seat(self) -> tuple[HostPid, int]:
+        """(process, descriptor) by which the kernel can be asked about it."""
+        return (self.pid, self.fd) if self.fd >= 0 else (HostPid(os.getpid()), self.local)
+
+    @property
     def namer(self) -> HostPid:
         """In whose mount namespace `link` is a name."""
         return HostPid(os.getpid()) if self.opened_here else self.pid
@@ -67,16 +76,22 @@ class FdView:
     @property
     def subject(self) -> str:
         """How a message names it."""
+        if self.fd < 0:
+            return f"pid {self.pid}: a file in flight in a unix socket ({os.fsdecode(self.link)})"
         return f"pid {self.pid} fd {self.fd} ({os.fsdecode(self.link)})"
 
 
 class CaptureScope(Protocol):
     """What a kind may ask about the rest of the tree while it is captured.
 
-    `policy`: what the person who captures has decided.
+    Attributes:
+        policy: what the person who captures has decided.
+        unseen: files of the tree are in flight, and were not looked at because it runs: what seems to be
+            missing may be among them.
     """
 
     policy: DumpPolicy
+    unseen: bool
 
     def path(self, pid: HostPid, link: bytes) -> PathRef:
         """The path `link` (as readlink of a /proc/PID magic link says it) in the mount namespace of `pid`."""
@@ -97,7 +112,10 @@ class CaptureScope(Protocol):
         """Index of the open file behind descriptor `fd` of `pid`; None if that slot is empty."""
 
     def holders(self, index: Index) -> Sequence[tuple[HostPid, int]]:
-        """Every (process, descriptor number) that refers to open file `index`."""
+        """Every (process, descriptor number) that refers to open file `index`; nobody if it is only in flight."""
+
+    def unread(self, view: FdView) -> Sequence[Unread] | None:
+        """What waits in the queue of a unix socket with descriptors in flight in it; None for other queues."""
 
     def content(self, local: LocalFd, size_bytes: int) -> Index:
         """Carry the bytes of a file: they are streamed as pages later (holes stay holes). Duplicates `local`."""

@@ -63,9 +63,10 @@ def same_link(view: FdView, scope: CaptureScope) -> list[Holder]:
 def same_file(view: FdView, scope: CaptureScope) -> list[Holder]:
     """Descriptors outside the tree of the same open file description, where kcmp(2) may compare them."""
     found = []
+    holder, number = view.seat
     for pid, fd in _table(scope).get(view.link, []):
         with suppress(OSError):
-            if kcmp(view.pid, pid, KCMP.FILE, view.fd, fd) == 0:
+            if kcmp(holder, pid, KCMP.FILE, number, fd) == 0:
                 found.append((pid, fd))
     return found
 

@@ -71,7 +71,7 @@ class Pty:
         if role == "master":
             yield from _check_master(view, scope)
             return
-        if pty_sides.master_of(view, scope) is None:
+        if pty_sides.master_of(view, scope) is None and not scope.unseen:
             yield Blocker(
                 view.subject,
                 f"the terminal belongs to {pty_sides.owner_outside(pty_sides.number(view), scope)} outside the tree",

@@ -7,7 +7,7 @@ names, pids or listeners waits for phase 3 and is done for all sockets at once, 
 1. unread messages of pairs that carry credentials: now the senders' pids exist;
 2. names: each path name bound in a private directory (`unix_names`);
 3. unread datagrams of sockets that are no pair, from senders of the right name;
-4. one-sided datagram peers;
+4. one-sided datagram peers, and those outside the tree;
 5. listeners listen, and the clients that waited connect again, in their order;
 6. shut-down halves and options; socket files move to their places.
 """
@@ -26,7 +26,7 @@ from pipeline.errors import RebuildError
 from pipeline.ids import LocalFd
 from pipeline.image.schema import Index, OpenFile
 from pipeline.kernel.arch.x86_64_numbers import NR
-from pipeline.resources import socket_options, sockets, unix_queue
+from pipeline.resources import socket_options, sockets, unix_outside, unix_queue
 from pipeline.resources.kinds import CreateScope
 from pipeline.resources.unix_names import Place, as_peer, check_target
 from pipeline.resources.unix_state import (
@@ -208,7 +208,7 @@ def _fill(sender: LocalFd, index: Index, record: UnixState, scope: CreateScope) 
     if record.queue:
         with sockets.borrowed(sender) as sock:
             for message in record.queue:
-                unix_queue.send(sock, message, _subject(index, record), scope)
+                unix_queue.send(sock, message, _subject(index, record), scope, receiver=scope.file(index))
 
 
 def _settle(index: Index, record: UnixState, scope: CreateScope) -> None:
@@ -261,6 +261,9 @@ def finish(scope: CreateScope) -> None:
         for index, record in alone.items():
             if record.peer is not None:
                 _call(index, record, names.address(record.peer), scope)
+            elif record.outside is not None:
+                with sockets.borrowed(scope.file(index)) as sock:
+                    unix_outside.connect(sock, record, _subject(index, record), scope)
         for index, record in alone.items():
             if record.backlog is not None:
                 _listen(index, record, record.backlog, scope)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import socket
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
 
@@ -20,6 +20,8 @@ from pipeline.resources.sockets import SocketState
 
 #: most bytes that are carried of one message, or of the unread bytes of one stream
 MAX_MESSAGE_BYTES = 64 << 20
+#: SCM_MAX_FD: the kernel sends no more with one message
+_MAX_FILES = 253
 
 SHUT_RECEIVE = 1
 SHUT_SEND = 2
@@ -39,12 +41,15 @@ class Message(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """One unread message, or unread bytes of a stream with one sender.
 
     `sender`: name of the socket it came from (datagrams). `credentials`: of the sending process, where
-    the message carries them.
+    the message carries them. `files`: open files in flight with it. `mark`: ``urgent`` for an out-of-band
+    byte, ``passed`` for the mark of one that was taken already.
     """
 
     data: Annotated[bytes, Meta(max_length=MAX_MESSAGE_BYTES)]
     sender: Name = b""
     credentials: Peer | None = None
+    files: Annotated[list[Index], Meta(max_length=_MAX_FILES)] = []
+    mark: Literal["", "urgent", "passed"] = ""
 
 
 class SocketFile(Record, frozen=True, kw_only=True):
@@ -60,6 +65,17 @@ class SocketFile(Record, frozen=True, kw_only=True):
     mtime_ns: int
 
 
+class Outside(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A datagram peer outside the tree, to be connected again by its name.
+
+    `file`: its socket file, None for an abstract name. `must`: it has to be there; else the socket is left without
+    peer, as if that had ended.
+    """
+
+    file: PathRef | None
+    must: bool
+
+
 class UnixState(Record, frozen=True, kw_only=True):
     """A unix socket.
 
@@ -68,6 +84,7 @@ class UnixState(Record, frozen=True, kw_only=True):
         backlog: None if it does not listen; `clients`: who waits to be accepted, in order.
         peer: the socket it is connected to, in the tree; `mutual`: that one is connected to this one too.
         peer_closed: it had a peer, which was closed; `reset`: and with unread bytes: ECONNRESET is due.
+        outside: a peer that is not of the tree and is connected again.
         waits: it is connected to a listener that did not accept it yet.
         peer_name: name of the peer. `accepted`: of a named pair, this is the end that accept(2) returned.
         credentials: what SO_PEERCRED answers here; `own_credentials`: what it answers at the peer.
@@ -83,6 +100,7 @@ class UnixState(Record, frozen=True, kw_only=True):
     mutual: bool = False
     peer_closed: bool = False
     reset: bool = False
+    outside: Outside | None = None
     waits: bool = False
     peer_name: Name = b""
     accepted: bool = False

@@ -66,7 +66,8 @@ def _readable(view: FdView) -> LocalFd:
     try:
         return LocalFd(os.open(f"/proc/self/fd/{view.local}", flags))
     except PermissionError:
-        return open_file(view.pid, f"fd/{view.fd}", flags)
+        pid, fd = view.seat
+        return open_file(pid, f"fd/{fd}", flags)
 
 
 class UnnamedFile:

@@ -176,7 +176,7 @@ class Capture:
 
     def blockers(self) -> Iterator[Blocker]:
         """Everything that is known to stop the tree without asking its tasks."""
-        self.files.collect(self.living)
+        self.files.collect(self.living, still=False)
         yield from self.files.blockers()
         yield from self._cgroups.blockers()
         yield from self.namespaces.blockers  # behind the files, which may hold further namespaces
@@ -205,7 +205,7 @@ class Capture:
             Records in order, each with the record of its kind where it is an open file; the sources of
             their pages in the order of the plan; and blockers: with any of them the rest is not to be used.
         """
-        self.files.collect(self.living)
+        self.files.collect(self.living, still=True)
         blockers = [*self.files.blockers(), *self.namespaces.blockers, *self._cgroups.blockers()]
         for pid in self.living:
             blockers += [*check_task(pid), *check_controlling_terminal(pid, self.files)]

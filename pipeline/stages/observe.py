@@ -23,10 +23,11 @@ from pipeline.image.schema import Content, FdEntry, Id, OpenFile, PathRef, Recor
 from pipeline.kernel import procfs
 from pipeline.ledger import LEDGER
 from pipeline.policy import DumpPolicy
-from pipeline.resources import signal_owner
+from pipeline.resources import in_flight, signal_owner
 from pipeline.resources.kinds import FdView
 from pipeline.resources.namespaces.members import NamespaceCapture
 from pipeline.resources.registry import kind_of
+from pipeline.resources.unix_unread import Unread
 from pipeline.stages.open_files import OpenFiles
 
 
@@ -124,6 +125,7 @@ class FileObserver:
         self._namespaces = namespaces
         self._open = OpenFiles()
         self._peers: dict[Any, Any] = {}
+        self.unseen = False
         self._content_of: dict[tuple[int, int], int] = {}
         self.contents: list[Content] = []
 
@@ -135,9 +137,10 @@ class FileObserver:
 
     # -- the whole ------------------------------------------------------------------
 
-    def collect(self, pids: Sequence[HostPid]) -> None:
-        """Look at every descriptor of these processes."""
-        self._open.collect(pids)
+    def collect(self, pids: Sequence[HostPid], still: bool) -> None:
+        """Look at every descriptor of these processes; where they stand `still`, at what is in flight, too."""
+        self._open.collect(pids, still)
+        self.unseen = not still and any(in_flight.count(view) for view in self._open.views)
 
     def blockers(self) -> Iterator[Blocker]:
         """Everything that stops an open file of the tree from being carried."""
@@ -197,6 +200,11 @@ class FileObserver:
         """See `CaptureScope.holders`."""
         return self._open.holders(index)
 
+    def unread(self, view: FdView) -> Sequence[Unread] | None:
+        """See `CaptureScope.unread`."""
+        index = self._open.file_at(view.pid, view.fd)
+        return None if index is None else self._open.unread.get(index)
+
     def content(self, local: LocalFd, size_bytes: int) -> int:
         """See `CaptureScope.content`."""
         found = os.fstat(local)
@@ -218,7 +226,7 @@ class FileObserver:
 
     def namespace(self, view: FdView) -> tuple[str, int] | None:
         """See `CaptureScope.namespace`."""
-        return self._namespaces.number_of(view.local, view.pid, view.fd)
+        return self._namespaces.number_of(view.local, *view.seat)
 
     def queues_of(self, view: FdView) -> int | None:
         """See `CaptureScope.queues_of`."""

@@ -3,8 +3,9 @@
 Two descriptors share an open file description (position, flags, locks) after dup or
 fork; the kernel says so by kcmp(KCMP_FILE), which also orders descriptions, so each
 new descriptor finds its like in a sorted list in a few comparisons, however many
-there are. Every distinct open file is held by one duplicate in our own table until
-the capture ends; nothing in the target is touched.
+there are. Files that are in flight in unix sockets count as well, when the tree stands still.
+Every distinct open file is held by one duplicate in our own table until the capture ends;
+nothing in the target is touched.
 
 Source: kcmp(2), pidfd_getfd(2).
 """
@@ -28,7 +29,9 @@ from pipeline.kernel.mountinfo import mountinfo
 from pipeline.kernel.nsfs import NamespaceKey
 from pipeline.kernel.syscalls import KCMP, kcmp, pidfd_getfd, pidfd_open
 from pipeline.ledger import LEDGER
+from pipeline.resources import in_flight
 from pipeline.resources.kinds import FdView
+from pipeline.resources.unix_unread import Unread
 
 _LESS = 1
 _PIDFD_THREAD = os.O_EXCL
@@ -49,10 +52,13 @@ class OpenFiles:
         self.views: list[FdView] = []
         self.slots: dict[HostPid, list[FdEntry]] = defaultdict(list)
         self.blockers: list[Blocker] = []
+        #: by the index of a unix socket with descriptors in flight in its queue: what is in it
+        self.unread: dict[int, list[Unread]] = {}
         self._sorted: dict[tuple[int, int, int], list[int]] = defaultdict(list)
         self._holders: dict[int, list[tuple[HostPid, int]]] = defaultdict(list)
         self._at: dict[tuple[HostPid, int], int] = {}
         self._apart: dict[HostPid, bool] = {}
+        self._mounts: dict[HostPid, frozenset[int]] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -67,11 +73,23 @@ class OpenFiles:
             os.close(view.local)
             LEDGER.give_back("duplicate", view.local)
 
-    def collect(self, pids: Sequence[HostPid]) -> None:
-        """Look at every descriptor of these processes (none of them a zombie)."""
+    def collect(self, pids: Sequence[HostPid], still: bool) -> None:
+        """Look at every descriptor of these processes (none of them a zombie).
+
+        Args:
+            pids: the processes.
+            still: they are stopped: what is in flight between them is looked at, too.
+        """
         for pid in pids:
             with suppress(ProcessLookupError, procfs.ProcessGone):
                 self._collect(pid)
+        if still:
+            for found in in_flight.gather(self.views, self._adopt):
+                if isinstance(found, Blocker):
+                    self.blockers.append(found)
+                else:
+                    index, unread = found
+                    self.unread[index] = unread
 
     def _collect(self, pid: HostPid) -> None:
         pidfd = pidfd_open(pid, 0 if procfs.status(pid).tgid == pid else _PIDFD_THREAD)
@@ -89,32 +107,56 @@ class OpenFiles:
     def _add(self, pid: HostPid, fd: int, pidfd: LocalFd) -> None:
         local = pidfd_getfd(pidfd, fd)
         LEDGER.take("duplicate", local)
+        index, info = self._place(local, pid, fd)
+        cloexec = bool(int(info["flags"][0], 8) & os.O_CLOEXEC)
+        self.slots[pid].append(FdEntry(fd, index, cloexec))
+        self._holders[index].append((pid, fd))
+        self._at[pid, fd] = index
+
+    def _adopt(self, local: LocalFd, queue: FdView) -> int:
+        """The index of an open file that is in flight in the queue of a socket. Takes `local` over."""
+        LEDGER.take("duplicate", local)
+        in_flight_as = -1 - len(self.views)
+        index, _ = self._place(local, queue.pid, in_flight_as)
+        view = self.views[index]
+        if view.fd == in_flight_as:
+            self._at[view.pid, view.fd] = index
+        return index
+
+    def _place(self, local: LocalFd, pid: HostPid, fd: int) -> tuple[int, dict[str, list[str]]]:
+        """The index of the open file behind a duplicate, which is kept if the file is new; and its fdinfo."""
         try:
             stat = os.fstat(local)
-            info = procfs.fdinfo(pid, fd)
+            info = procfs.fdinfo(pid, fd) if fd >= 0 else procfs.fdinfo(HostPid(os.getpid()), local)
             flags = fcntl.fcntl(local, fcntl.F_GETFL)
-            cloexec = bool(int(info["flags"][0], 8) & os.O_CLOEXEC)
             group = self._sorted[stat.st_dev, stat.st_ino, flags]
             at, same = self._find(group, local)
             if not same:
                 link = os.readlink(b"/proc/self/fd/%d" % local)
+                if fd < 0 and link.startswith(b"/"):
+                    pid = self._sender(pid, info)
                 position = int(info["pos"][0])
                 here = self._opened_here(pid, info)
                 self.views.append(FdView(pid, fd, local, link, stat, info, flags, position, here))
                 group.insert(at, len(self.views) - 1)
-                index = len(self.views) - 1
-            else:
-                index = group[at]
+                return len(self.views) - 1, info
         except BaseException:
             os.close(local)
             LEDGER.give_back("duplicate", local)
             raise
-        if same:
-            os.close(local)
-            LEDGER.give_back("duplicate", local)
-        self.slots[pid].append(FdEntry(fd, index, cloexec))
-        self._holders[index].append((pid, fd))
-        self._at[pid, fd] = index
+        os.close(local)
+        LEDGER.give_back("duplicate", local)
+        return group[at], info
+
+    def _sender(self, receiver: HostPid, info: dict[str, list[str]]) -> HostPid:
+        """A process of the tree that sees the mount a file in flight is on: its name is a name there."""
+        mount = int(info.get("mnt_id", ["-1"])[0])
+        for pid in (receiver, *self.slots):
+            if pid not in self._mounts:
+                self._mounts[pid] = frozenset(found.id for found in mountinfo(pid))
+            if mount in self._mounts[pid]:
+                return pid
+        return receiver
 
     def _opened_here(self, pid: HostPid, info: dict[str, list[str]]) -> bool:
         """Whether a process of another mount namespace has a file that was opened in ours."""

@@ -1,5 +1,9 @@
-"""Unix socket pairs with queued data, listening unix and TCP sockets, socket options."""
+"""Unix socket pairs with queued data, files in flight, listening unix and TCP sockets, socket options."""
 
+import array
+import fcntl
+import os
+import select
 import socket
 import struct
 
@@ -193,8 +197,105 @@ def bound(program):
     program.same("udp", udp.getsockname, udp.close)
 
 
+def send_files(sock, data, *fds):
+    sock.sendmsg([data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))])
+
+
+def receive_files(sock):
+    data, control, _, _ = sock.recvmsg(100, 4096, socket.MSG_DONTWAIT)
+    fds = array.array("i")
+    for _, _, value in control:
+        fds.frombytes(value)
+    return data, list(fds)
+
+
+def in_flight(program):
+    """Files that are nowhere but in a queue; a socket in its own; received, looked at and sent again."""
+    a, b = socket.socketpair()
+    reader, writer = os.pipe()
+    os.write(writer, b"in the pipe")
+    with select.epoll() as epoll:
+        epoll.register(reader, select.EPOLLIN)
+        c, d = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        send_files(d, b"inner", os.open(f"{DIRECTORY}/in_flight", os.O_RDWR | os.O_CREAT | os.O_APPEND))
+        send_files(a, b"outer", reader, writer, epoll.fileno(), c.fileno(), b.fileno())
+    os.close(reader)
+    os.close(writer)
+    c.close()
+    name = os.stat(b.fileno()).st_ino
+
+    def received():
+        data, fds = receive_files(b)
+        reader, writer, epoll, c, own = fds
+        try:
+            with socket.socket(fileno=os.dup(c)) as inner:
+                words, files = receive_files(inner)
+                where = os.readlink(f"/proc/self/fd/{files[0]}")
+                appends = bool(fcntl.fcntl(files[0], fcntl.F_GETFL) & os.O_APPEND)
+                with socket.socket(fileno=os.dup(d.fileno())) as sender:
+                    send_files(sender, words, *files)
+                os.close(files[0])
+            with select.epoll.fromfd(os.dup(epoll)) as instance:
+                ready = [how for _, how in instance.poll(0)]
+            text = os.read(reader, 100)
+            os.write(writer, text)
+            send_files(a, data, *fds)
+            same = os.fstat(own).st_ino == os.fstat(b.fileno()).st_ino
+            return data, words, os.path.basename(where), appends, ready, text, same
+        finally:
+            for fd in fds:
+                os.close(fd)
+
+    program.same("files in flight", received, lambda: receive_files(b))
+    urgent_a, urgent_b = socket.socketpair()
+
+    def send_urgent():
+        urgent_a.send(b"before")
+        urgent_a.send(b"!", socket.MSG_OOB)
+        urgent_a.send(b"after")
+
+    def urgent():
+        found = urgent_b.recv(100, socket.MSG_DONTWAIT), urgent_b.recv(1, socket.MSG_OOB)
+        found += (urgent_b.recv(100, socket.MSG_DONTWAIT),)
+        send_urgent()
+        return found
+
+    send_urgent()
+    program.same("urgent byte", urgent, lambda: urgent_b.recv(1, socket.MSG_OOB))
+    program.keep += a, b, d, urgent_a, urgent_b, name
+
+
+def senders(program):
+    """Messages that know who sent them."""
+    receiver = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    receiver.bind(f"{DIRECTORY}/receiver")
+    receiver.setsockopt(socket.SOL_SOCKET, SO_PASSCRED, 1)
+    names = [f"{DIRECTORY}/sender.{number}" for number in range(2)]
+
+    def send_all():
+        for name in names:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+                sender.bind(name)
+                sender.sendto(name.encode(), receiver.getsockname())
+            os.unlink(name)
+
+    def received():
+        found = []
+        for _ in names:
+            data, control, _, sender = receiver.recvmsg(1000, 100, socket.MSG_DONTWAIT)
+            found.append((data.decode() == sender, [struct.unpack("3i", value) for _, _, value in control]))
+        send_all()
+        return found
+
+    send_all()
+    program.same("senders", received, lambda: receiver.recv(1000))
+    program.keep += (receiver,)
+
+
 def body(program):
     pairs(program)
+    in_flight(program)
+    senders(program)
     between_processes(program)
     listeners(program)
     bound(program)

@@ -36,6 +36,7 @@ from pipeline.resources import (
     epoll,
     eventfd,
     fifo,
+    in_flight,
     inotify,
     kernel_files,
     memfd,
@@ -51,6 +52,7 @@ from pipeline.resources import (
 )
 from pipeline.resources.kinds import FdView
 from pipeline.resources.sockets import EXTERNAL_NETWORK
+from pipeline.resources.unix_unread import Unread
 
 #: in the order of the registry: the last one matches everything
 _MODULES: list[Any] = [opath, memfd, kernel_files, unnamed, regular, directory, device, fifo, mqueue, pipes]
@@ -140,6 +142,7 @@ class Capture:
 
     def __init__(self, *pids: int, policy: DumpPolicy | None = None) -> None:
         self.policy = policy or DumpPolicy()
+        self.unseen = False
         self.pids = [HostPid(pid) for pid in pids]
         self._stack = ExitStack()
         self._peers: dict[Any, Any] = {}
@@ -147,6 +150,9 @@ class Capture:
         self.memories: dict[int, dict[str, Any]] = {}
         self._views: list[FdView] = []
         self._tables: dict[tuple[int, int], int] = {}
+        self._unread: dict[int, list[Unread]] = {}
+        #: what is in the way of looking at what is in flight
+        self.found_in_flight: list[Blocker] = []
 
     def __enter__(self) -> Self:
         self._views.clear()
@@ -158,7 +164,30 @@ class Capture:
             for number in sorted(int(name) for name in os.listdir(f"/proc/{pid}/fd")):
                 if number < _CONTROL:
                     self._take(pid, pidfd_local, number)
+        for found in in_flight.gather(self._views, self._adopt):
+            if isinstance(found, Blocker):
+                self.found_in_flight.append(found)
+            else:
+                self._unread[found[0]] = found[1]
         return self
+
+    def _adopt(self, local: LocalFd, queue: FdView) -> int:
+        self._stack.callback(os.close, local)
+        me = HostPid(os.getpid())
+        for index, view in enumerate(self._views):
+            if kcmp(me, me, KCMP.FILE, local, view.local) == 0:
+                return index
+        number = -1 - len(self._views)
+        info = parse_fdinfo(Path(f"/proc/self/fdinfo/{local}").read_bytes())
+        link = os.readlink(f"/proc/self/fd/{local}".encode())
+        flags = fcntl.fcntl(local, fcntl.F_GETFL)
+        self._tables[queue.pid, number] = len(self._views)
+        stat = os.fstat(local)
+        self._views.append(FdView(queue.pid, number, local, link, stat, info, flags, int(info["pos"][0])))
+        return len(self._views) - 1
+
+    def unread(self, view: FdView) -> Sequence[Unread] | None:
+        return self._unread.get(self._tables.get((view.pid, view.fd), -1))
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
@@ -199,7 +228,7 @@ class Capture:
         return self._tables.get((pid, fd))
 
     def holders(self, index: int) -> Sequence[tuple[HostPid, int]]:
-        return [(HostPid(pid), fd) for (pid, fd), found in self._tables.items() if found == index]
+        return [(HostPid(pid), fd) for (pid, fd), found in self._tables.items() if found == index and fd >= 0]
 
     def content(self, local: LocalFd, size_bytes: int) -> int:
         space = 100 + len(self.contents)
@@ -344,6 +373,8 @@ class Rebuilt:
             assert fcntl.fcntl(self._locals[file.index], fcntl.F_GETFL) == file.flags & ~lost, file
         if self._finish:
             for (pid, number), index in self._numbers.items():
+                if number < 0:
+                    continue
                 self.send(pid, self._locals[index], number, cloexec=False)
             for file, kind, record in work:
                 kind.finish(file, record, self)
@@ -400,7 +431,7 @@ class Rebuilt:
         return self._locals[index]
 
     def holders(self, index: int) -> Sequence[tuple[int, int]]:
-        return [(pid, fd) for (pid, fd), found in self._numbers.items() if found == index]
+        return [(pid, fd) for (pid, fd), found in self._numbers.items() if found == index and fd >= 0]
 
     def host_pid(self, pid: int) -> HostPid:
         return self._puppets[pid].pid

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import array
 import os
 import select
 import socket
@@ -699,31 +698,6 @@ def test_a_peer_outside_is_named() -> None:
         with Capture(child.pid) as capture:
             (blocker,) = capture.blockers(fd)
             assert f"its peer without a name is held by pid {forked} " in blocker.reason
-
-
-def test_descriptors_in_flight_are_refused() -> None:
-    def setup() -> tuple[int, ...]:
-        a, b = socket.socketpair()
-        rights = array.array("i", [0, 1])
-        a.sendmsg([b"x"], [(SOL, socket.SCM_RIGHTS, rights)])
-        return kept(a, b)
-
-    with subject(setup) as child, Capture(child.pid) as capture:
-        (blocker,) = capture.blockers(child.result[1])
-        assert "2 descriptor(s) are in flight" in blocker.reason
-        assert not blocker.transient
-        with pytest.raises(Refused, match="in flight"):
-            capture.kind(child.result[1]).capture(capture.view(child.result[1]), capture)
-
-
-def test_out_of_band_data_is_refused() -> None:
-    def setup() -> tuple[int, ...]:
-        a, b = socket.socketpair()
-        a.send(b"!", socket.MSG_OOB)
-        return kept(a, b)
-
-    with subject(setup) as child, Capture(child.pid) as capture:
-        assert "out-of-band data" in capture.reasons(child.result[1])
 
 
 def test_waiting_clients_that_cannot_be_carried_are_refused() -> None:

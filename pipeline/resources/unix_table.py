@@ -1,0 +1,85 @@
+"""All unix sockets of a tree, and what sock_diag(7) says of each: so ends find each other.
+
+Source: sock_diag(7), unix(7).
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+from functools import partial
+
+from pipeline.image.schema import Index
+from pipeline.kernel.sockdiag import State, UnixDiag, UnixSocket
+from pipeline.resources import sockets
+from pipeline.resources.kinds import CaptureScope, FdView
+from pipeline.resources.sockets import EXTERNAL_NETWORK
+from pipeline.resources.unix_state import raw_name
+
+
+class Table:
+    """All unix sockets of the tree, and what sock_diag says of each; kept in `CaptureScope.peers`."""
+
+    def __init__(self, scope: CaptureScope) -> None:
+        self.members: dict[int, tuple[Index, FdView]] = {}
+        self._known: dict[int, UnixSocket | None] = {}
+        self._scope = scope
+        self._networks = {EXTERNAL_NETWORK}
+        for index, view in scope.files():
+            who = sockets.identity_of(view)
+            if who is not None and who.family == socket.AF_UNIX:
+                self.members[view.stat.st_ino] = index, view
+                with sockets.borrowed(view.local) as sock:
+                    netns = sockets.network(sock, scope)
+                if netns is not None:
+                    self._networks.add(netns)
+
+    def find(self, inode: int) -> UnixSocket | None:
+        """sock_diag's answer, asked once."""
+        if inode not in self._known:
+            self._known[inode] = None
+            for netns in self._networks:  # each knows its own only
+                with UnixDiag(partial(self._scope.in_network, netns)) as diag:
+                    self._known[inode] = self._known[inode] or diag.find(inode)
+        return self._known[inode]
+
+    def listener_of(self, inode: int) -> int | None:
+        """Inode of the listener in the tree at which socket `inode` waits to be accepted."""
+        for member in self.members:
+            found = self.find(member)
+            if found is not None and inode in found.waiting:
+                return member
+        return None
+
+    def listens_at(self, name: bytes) -> bool:
+        """Whether a listener in the tree has this name."""
+        for member, (_, view) in self.members.items():
+            found = self.find(member)
+            if found is not None and found.state == State.LISTEN and name_of(view) == name:
+                return True
+        return False
+
+
+def table_of(scope: CaptureScope) -> Table:
+    """The one of this capture."""
+    table = scope.peers().get("unix sockets")
+    if table is None:
+        table = scope.peers()["unix sockets"] = Table(scope)
+    return table
+
+
+def name_of(view: FdView) -> bytes:
+    """Its own name, see `unix_state`."""
+    with sockets.borrowed(view.local) as sock:
+        return raw_name(sock.getsockname())
+
+
+def peer_name_of(view: FdView) -> bytes:
+    """That of its peer; empty without one."""
+    with sockets.borrowed(view.local) as sock:
+        try:
+            return raw_name(sock.getpeername())
+        except OSError as error:
+            if error.errno != errno.ENOTCONN:
+                raise
+            return b""

@@ -1,0 +1,301 @@
+"""Unread messages of unix sockets: looked at without taking them, with the files in flight in them.
+
+SO_PEEK_OFF makes MSG_PEEK walk through the queue; it is set for the walk and put back. Each
+look at a message that carries descriptors (SCM_RIGHTS) gives duplicates of the files, which
+are the caller's. A stream glues bytes to the message behind them, up to the end of one with
+descriptors; where that one begins is found by looking at fewer and fewer bytes, because whoever reads
+its first byte gets the descriptors.
+
+An out-of-band byte is found where a look stops for no other reason: there is the mark. A mark stays when
+the byte was taken by MSG_OOB; one behind the last unread byte is seen by nobody until those are read.
+
+A message of length zero is found by the first walk only, and not at all behind a shutdown for
+reading of a seqpacket socket (there recvmsg answers 0 for ever): the kernel offers nothing better.
+
+Source: unix(7), socket(7); net/unix/af_unix.c (unix_stream_read_generic, manage_oob), net/core/datagram.c.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import mmap
+import os
+import select
+import socket
+import struct
+import termios
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Literal
+
+from pipeline.errors import Blocker, Refused
+from pipeline.ids import HostPid
+from pipeline.kernel import procfs
+from pipeline.kernel.arch.x86_64_numbers import NR
+from pipeline.kernel.syscalls import syscall
+from pipeline.resources.unix_state import MAX_MESSAGE_BYTES, raw_name
+
+_SO_PEEK_OFF = 42
+_SCM_RIGHTS = 1
+_SCM_CREDENTIALS = 2
+_SCM_PIDFD = 4
+_SIOCATMARK = 0x8905
+_FIRST_BUFFER_BYTES = 1 << 18
+_CONTROL_BYTES = 8192
+_UCRED = struct.Struct("<iII")
+_LOOK = socket.MSG_PEEK | socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
+
+#: `urgent`: an out-of-band byte; `passed`: the mark of one that was taken already
+Mark = Literal["", "urgent", "passed"]
+
+
+@dataclass(frozen=True, slots=True)
+class Unread:
+    """One unread message, or unread bytes of a stream; all ids as they are seen here.
+
+    Args:
+        data: its bytes.
+        sender: name of the socket it came from (datagrams).
+        pid: who sent it, where the message tells: 0 for a process that is not seen here; None where it does not tell.
+        ids: uid and gid of the sender, where it tells.
+        files: what is in flight with it: duplicates, or the indexes of the open files once they are known.
+        mark: see `Mark`.
+    """
+
+    data: bytes
+    sender: bytes = b""
+    pid: int | None = None
+    ids: tuple[int, int] | None = None
+    files: tuple[int, ...] = ()
+    mark: Mark = ""
+
+
+class _TooSmall(Exception):
+    """A message did not fit into the buffer."""
+
+
+def bytes_to_read(sock: socket.socket) -> int:
+    """Unread bytes of a stream or seqpacket socket; of a datagram socket the length of the first message."""
+    (count,) = struct.unpack("<i", fcntl.ioctl(sock, termios.FIONREAD, bytes(4)))
+    return int(count)
+
+
+def look(sock: socket.socket, subject: str, with_files: bool) -> list[Unread]:
+    """Every unread message of a socket that has some.
+
+    Args:
+        sock: a duplicate of the target's socket, which is frozen. It must have no error pending, or be a
+            stream: looking would take the error away from the target.
+        subject: how a message names it.
+        with_files: descriptors are in flight in its queue.
+
+    Ownership: the descriptors in `Unread.files` are the caller's.
+
+    Raises:
+        Refused: a message is too long, or more descriptors are in flight than can be held here.
+    """
+    size = _FIRST_BUFFER_BYTES
+    if sock.type == socket.SOCK_STREAM:
+        size = max(bytes_to_read(sock), 1)  # a message that is cut would show its descriptors twice
+    while True:
+        walk = _Walk(sock, size, subject, with_files)
+        try:
+            with walk.from_the_start():
+                walk.run()
+            return walk.found
+        except _TooSmall:
+            walk.close()
+            size *= 4
+            if size > MAX_MESSAGE_BYTES:
+                raise Refused([Blocker(subject, "a message of more than 64 MiB waits to be read")]) from None
+        except BaseException:
+            walk.close()
+            raise
+
+
+class _Walk:
+    """One walk through a queue."""
+
+    def __init__(self, sock: socket.socket, size: int, subject: str, with_files: bool) -> None:
+        self.found: list[Unread] = []
+        self._sock, self._subject, self._with_files = sock, subject, with_files
+        self._buffer = bytearray(size)
+        self._stream = sock.type == socket.SOCK_STREAM
+        self._urgent = self._stream and bool(_polled(sock) & select.POLLPRI)
+
+    def close(self) -> None:
+        """Give back every descriptor that was found."""
+        while self.found:
+            give_back(self.found.pop().files)
+
+    @contextmanager
+    def from_the_start(self) -> Iterator[None]:
+        """SO_PEEK_OFF is ours meanwhile."""
+        before = self._sock.getsockopt(socket.SOL_SOCKET, _SO_PEEK_OFF)
+        self._seek(0)
+        try:
+            yield
+        finally:
+            self._seek(before)
+
+    def _seek(self, offset: int) -> None:
+        self._sock.setsockopt(socket.SOL_SOCKET, _SO_PEEK_OFF, offset)
+
+    def run(self) -> None:
+        """Walk."""
+        if self._stream:
+            self._run_stream()
+            return
+        closed = self._sock.type == socket.SOCK_SEQPACKET and bool(_polled(self._sock) & select.POLLRDHUP)
+        while True:
+            unread = self._next(len(self._buffer))
+            if unread is None or (closed and not unread.data and not unread.files and unread.pid is None):
+                return
+            self.found.append(unread)
+
+    def _run_stream(self) -> None:
+        left, seen = bytes_to_read(self._sock), 0
+        placed = not self._urgent
+        cut = False  # the next byte is the urgent one
+        if _at_mark(self._sock):
+            cut = self._urgent and bool(self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE))
+            if not self._urgent:
+                self.found.append(Unread(b"", mark="passed"))
+            elif not cut:  # looks at the head leave it out
+                byte = self._sock.recv(1, socket.MSG_OOB | socket.MSG_PEEK | socket.MSG_DONTWAIT)
+                self.found.append(Unread(byte, mark="urgent"))
+                left, placed = left - 1, True
+        before: Unread | None = None
+        while seen < left:
+            self._seek(seen)
+            # behind an urgent byte stops what cannot be copied: else its look would find descriptors further behind
+            unread = self._next(1, stop=True) if cut else self._next(left - seen)
+            if unread is None or not unread.data:
+                break  # an error may be pending behind the bytes
+            if not cut and before is not None and _stopped_at_mark(before, unread):
+                if not placed:
+                    give_back(unread.files)
+                    cut = True
+                    continue
+                if not self._urgent:
+                    self.found.append(Unread(b"", mark="passed"))
+            if cut:
+                cut, placed = False, True
+                unread = replace(unread, mark="urgent")
+            self.found.append(unread)  # given back from now on if anything fails
+            if unread.files and not unread.mark:
+                self._separate(seen, unread)
+            seen += len(unread.data)
+            before = unread
+        if not placed:
+            why = "out-of-band data waits to be read, and where it is in the queue cannot be told"
+            raise Refused([Blocker(self._subject, why, "wait until it is read", transient=True)])
+
+    def _separate(self, start: int, last: Unread) -> None:
+        """Bytes before those that the descriptors of the last message were sent with are a message of their own.
+
+        However few bytes are asked for, descriptors come. But the kernel copies one message at a time, and stops
+        at one that cannot be copied whole, because its last byte may not be written: then they do not come.
+        """
+        self._seek(start)
+        fits = memoryview(self._buffer)[: len(last.data) - 1]
+        try:
+            before, control, _, _ = self._sock.recvmsg_into([fits, _unwritable()], _CONTROL_BYTES, _LOOK)
+        except OSError as error:
+            if error.errno != errno.EFAULT:
+                raise
+            return  # it is the only one
+        give_back(_interpret(b"", control).files)
+        self.found[-1:] = [
+            replace(last, data=last.data[:before], files=()),
+            replace(last, data=last.data[before:]),
+        ]
+
+    def _next(self, size: int, stop: bool = False) -> Unread | None:
+        """The message at the current offset, as far as `size` bytes of it; None at the end."""
+        buffers = [memoryview(self._buffer)[:size], *([_unwritable()] if stop else [])]
+        try:
+            length, control, flags, sender = self._sock.recvmsg_into(buffers, _CONTROL_BYTES, _LOOK)
+        except BlockingIOError:
+            return None
+        unread = _interpret(bytes(self._buffer[:length]), control)
+        if not self._stream:
+            unread = replace(unread, sender=raw_name(sender))
+        if flags & socket.MSG_CTRUNC or (unread.files and not self._with_files):
+            give_back(unread.files)
+            why = "what is in flight in its queue cannot be held here: too many descriptors (RLIMIT_NOFILE)"
+            raise Refused([Blocker(self._subject, why, "raise the limit of the pipeline (ulimit -n)")])
+        if flags & socket.MSG_TRUNC:
+            give_back(unread.files)
+            raise _TooSmall
+        return unread
+
+
+@cache
+def _unwritable() -> memoryview:
+    """A buffer of one byte, which the kernel fails to write to (EFAULT)."""
+    page = mmap.mmap(-1, mmap.PAGESIZE)
+    syscall(NR.mprotect, ctypes.addressof(ctypes.c_char.from_buffer(page)), mmap.PAGESIZE, 0)
+    return memoryview(page)[:1]
+
+
+def _interpret(data: bytes, control: list[tuple[int, int, bytes]]) -> Unread:
+    """A message and what came with it; pidfds of senders are closed once they have told who it was."""
+    files: tuple[int, ...] = ()
+    pid, ids = None, None
+    for level, kind, value in control:
+        if level != socket.SOL_SOCKET:
+            continue
+        if kind == _SCM_RIGHTS:
+            files += struct.unpack(f"<{len(value) // 4}i", value[: len(value) & ~3])
+        elif kind == _SCM_PIDFD and len(value) == 4:
+            (fd,) = struct.unpack("<i", value)
+            if fd >= 0:  # the kernel says an error here where it has none to give
+                with os.fdopen(fd):
+                    told = int(procfs.fdinfo(HostPid(os.getpid()), fd).get("Pid", ["-1"])[0])
+                pid = max(told, 0) if pid is None else pid
+        elif kind == _SCM_CREDENTIALS:
+            sender, uid, gid = _UCRED.unpack(value[: _UCRED.size])
+            if sender or (uid, gid) != _nobody():
+                pid, ids = sender, (uid, gid)
+    return Unread(data, pid=pid, ids=ids, files=files)
+
+
+def _nobody() -> tuple[int, int]:
+    """What the kernel answers for ids that nobody has told."""
+    found = []
+    for name in ("overflowuid", "overflowgid"):
+        with open(f"/proc/sys/kernel/{name}", encoding="ascii") as file:
+            found.append(int(file.read()))
+    return found[0], found[1]
+
+
+def give_back(duplicates: Iterable[int]) -> None:
+    """Close what came with a message."""
+    for fd in duplicates:
+        os.close(fd)
+
+
+def _stopped_at_mark(before: Unread, after: Unread) -> bool:
+    """Whether nothing but a mark can have been why two pieces of a stream were not given at once."""
+    by_pidfd = before.pid is not None and before.ids is None  # whose ids are not told
+    told_apart = (before.pid, before.ids) != (after.pid, after.ids)
+    return not (before.files or before.mark or by_pidfd or told_apart)
+
+
+def _polled(sock: socket.socket) -> int:
+    poll = select.poll()
+    poll.register(sock, select.POLLIN | select.POLLPRI | select.POLLRDHUP)
+    return sum(found for _, found in poll.poll(0))
+
+
+def _at_mark(sock: socket.socket) -> bool:
+    try:
+        (answer,) = struct.unpack("<i", fcntl.ioctl(sock, _SIOCATMARK, bytes(4)))
+    except OSError:  # a kernel without out-of-band data for unix sockets
+        return False
+    return bool(answer)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from pathlib import Path
 
 from pipeline.resources.matrix import namespace_matrix, support_matrix
 from pipeline.resources.namespaces.registry import KINDS
 from pipeline.resources.registry import kinds
+from pipeline.resources.support import Support
+from pipeline.resources.tasks.registry import KINDS as TASK_KINDS
 
 
 def test_documentation_is_current() -> None:
@@ -23,13 +27,28 @@ def test_every_kind_of_namespace_is_there() -> None:
     assert {kind.kind for kind in KINDS} == {"user", "pid", "mnt", "uts", "ipc", "net", "time", "cgroup"}
 
 
+def test_every_file_of_task_state_that_declares_itself_is_there() -> None:
+    rows = {kind.kind for kind in TASK_KINDS}
+    for folder in ("tasks", "memory"):
+        package = importlib.import_module(f"pipeline.resources.{folder}")
+        for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+            declared = getattr(importlib.import_module(module.name), "SUPPORT", ())
+            found = [declared] if isinstance(declared, Support) else declared
+            assert {row.kind for row in found} <= rows, module.name
+    assert len(rows) == len(TASK_KINDS) > 10
+
+
 def test_every_kind_says_something() -> None:
     for kind in kinds():
         assert kind.carried or kind.refused, kind.name
+    for row in TASK_KINDS:
+        assert row.carried, row.kind
 
 
 def test_what_shows_a_state_is_there() -> None:
-    rows = {kind.name: kind.shown_by for kind in kinds()} | {kind.kind: kind.shown_by for kind in KINDS}
+    rows = {kind.name: kind.shown_by for kind in kinds()} | {
+        kind.kind: kind.shown_by for kind in (*KINDS, *TASK_KINDS)
+    }
     tests = Path(__file__).parents[1]
     for name, shown_by in rows.items():
         assert shown_by, name

@@ -44,6 +44,7 @@ from pipeline.remote.calls import Call, In, Out
 from pipeline.remote.puppet import Puppet
 from pipeline.resources.memory.classify import MAP_ANONYMOUS, MAP_FIXED_NOREPLACE, MAP_PRIVATE
 from pipeline.resources.memory.scope import CannotCarry
+from pipeline.resources.support import Support
 
 NAME = b"/[aio] (deleted)"
 #: how long rings have to be unchanged
@@ -61,6 +62,14 @@ _MREMAP_MAYMOVE_FIXED = 1 | 2
 _EVENTS_PER_PAGE = PAGE_BYTES // _EVENT.size
 #: requests that are given to the kernel at once
 _BATCH = 64
+
+
+SUPPORT = Support(
+    kind="asynchronous I/O",
+    carried=("contexts under their numbers, with rings, head, tail and unread events",),
+    refused=("polls (IOCB_CMD_POLL) that may be in flight; a ring that is not whole",),
+    shown_by=("programs/rings.py", "resources/test_aio.py"),
+)
 
 
 def room(pages: int) -> int:

@@ -18,6 +18,7 @@ from typing import Literal
 from pipeline.image.schema import VmaKind
 from pipeline.kernel.smaps import Mapping
 from pipeline.resources.memory.scope import CannotCarry
+from pipeline.resources.support import Support
 
 MAP_SHARED = 0x1
 MAP_PRIVATE = 0x2
@@ -68,6 +69,35 @@ _SPECIAL: dict[bytes, VmaKind] = {
 }
 _DELETED = b" (deleted)"
 _RING = b"/[aio] (deleted)"
+
+SUPPORT = (
+    Support(
+        kind="anonymous memory",
+        carried=(
+            "private pages, shared copy-on-write with the parent where they were; heap, growing stacks, names",
+            "shared memory (MAP_SHARED, memfd, System V) with holes; guard regions, droppable memory",
+        ),
+        refused=(
+            "huge pages of hugetlbfs; secret memory; memory of drivers; a policy for NUMA nodes, of several",
+        ),
+        shown_by=("programs/mappings.py", "programs/sharing.py", "programs/sysv.py"),
+    ),
+    Support(
+        kind="mapped files",
+        carried=("private and shared mappings, changed pages; files without a name, with their bytes",),
+        refused=("a file that has another name only; devices; rings of io_uring, perf, packet sockets",),
+        shown_by=("programs/mappings.py", "programs/sharing.py", "resources/test_memory_capture.py"),
+    ),
+    Support(
+        kind="properties of mappings",
+        carried=(
+            "protection, madvise, locks (mlock, on fault), seals (mseal), bounds of the program, vdso, auxv",
+        ),
+        refused=("protection keys; userfaultfd; shadow stacks; MAP_SYNC; whatever is not known here",),
+        shown_by=("programs/mappings.py", "programs/stack.c", "resources/test_memory_rebuild.py"),
+    ),
+)
+
 
 #: What is behind a mapping. ``device``: /dev/zero mapped privately.
 Backing = Literal["none", "file", "anon_shared", "memfd", "sysv"]

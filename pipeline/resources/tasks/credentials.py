@@ -25,6 +25,7 @@ from pipeline.kernel.arch.x86_64 import NR
 from pipeline.kernel.syscalls import PRCTL
 from pipeline.remote.calls import Call
 from pipeline.remote.puppet import Puppet
+from pipeline.resources.support import Support
 from pipeline.userns.forest import OVERFLOW_ID
 
 _NO_ID = 0xFFFF_FFFF
@@ -34,6 +35,16 @@ _AMBIENT_RAISE = 2
 _AMBIENT_CLEAR_ALL = 4
 _CAPABILITY_VERSION_3 = 0x20080522
 
+
+SUPPORT = Support(
+    kind="credentials",
+    carried=(
+        "real, effective, saved and file system ids, supplementary groups, per thread; ids without a mapping",
+        "all five capability sets, securebits, no_new_privs",
+    ),
+    refused=("at the destination: ids that have no place there, groups that setgroups is denied for",),
+    shown_by=("programs/credentials.py", "programs/identity.py", "resources/test_tasks_state.py"),
+)
 
 #: what an `Id` is called in a user namespace of the image; None where it has no mapping
 Number = Callable[[Id, int], int | None]

@@ -46,6 +46,7 @@ from pipeline.kernel.arch import x86_64 as arch
 from pipeline.kernel.arch.x86_64 import NR
 from pipeline.kernel.syscalls import read_memory
 from pipeline.remote.calls import Call
+from pipeline.resources.support import Support
 
 _EINTR = -4
 _NS = 10**9
@@ -63,6 +64,17 @@ _SLEEPS = frozenset({NR.nanosleep, NR.clock_nanosleep, NR.poll, NR.futex})
 _LOWEST_ADDRESS = 4096
 #: where a nap sleeps, or who called it, if the kernel counts the nap itself as part of its scheduler
 _NAPS = (b"nanosleep", b"nsleep", b"restart_syscall", b"do_syscall")
+
+SUPPORT = Support(
+    kind="system calls under way",
+    carried=(
+        "sleeps with the time they have left (nanosleep, clock_nanosleep, poll, futex)",
+        "waits that go on (read, wait4, epoll_wait, semop, sigtimedwait, recv with a timeout and the like)",
+    ),
+    refused=("a sleep that was interrupted before, where this kernel does not say which (waited for)",),
+    shown_by=("programs/blocked.c", "programs/asleep.py", "resources/test_tasks_interrupted.py"),
+)
+
 
 #: reads (address, size in bytes) of the thread's memory; raises OSError
 Read = Callable[[int, int], bytes]

@@ -25,6 +25,7 @@ from pipeline.kernel.arch.x86_64 import NR
 from pipeline.kernel.syscalls import syscall
 from pipeline.remote.calls import Call
 from pipeline.remote.puppet import Puppet
+from pipeline.resources.support import Support
 
 # fmt: off
 _NAMES = [
@@ -32,6 +33,13 @@ _NAMES = [
     "msgqueue", "nice", "rtprio", "rttime",
 ]
 # fmt: on
+SUPPORT = Support(
+    kind="limits",
+    carried=("all sixteen resource limits, soft and hard",),
+    refused=("at the destination: a hard limit above the restorer's, without CAP_SYS_RESOURCE",),
+    shown_by=("programs/attributes.py", "resources/test_tasks_state.py"),
+)
+
 _CAP_SYS_RESOURCE = 24
 
 

@@ -29,6 +29,7 @@ from pipeline.kernel.arch.x86_64 import NR
 from pipeline.kernel.syscalls import PRCTL, syscall
 from pipeline.remote.calls import Call
 from pipeline.remote.puppet import Puppet
+from pipeline.resources.support import Support
 
 _IOPRIO_WHO_PROCESS = 1
 #: size, policy, flags, nice, priority, runtime, deadline, period, util_min, util_max
@@ -38,6 +39,18 @@ _NO_CLAMP = ((0, 0), (0, 1024))
 _ONLINE = "/sys/devices/system/cpu/online"
 _MASK_BYTES = 1024
 _PR_SCHED_CORE_GET = 0
+
+SUPPORT = Support(
+    kind="scheduling",
+    carried=(
+        "policy, nice, priority, deadline parameters, slice, flags, bound processors, I/O priority; per thread",
+    ),
+    refused=(
+        "utilization clamps; core scheduling cookies; at the destination: processors that are not there",
+    ),
+    shown_by=("programs/attributes.py", "resources/test_tasks_state.py"),
+)
+
 
 # -- capture ---------------------------------------------------------------------------
 

@@ -25,6 +25,7 @@ from pipeline.kernel import procfs, ptrace
 from pipeline.kernel.arch.x86_64 import NR
 from pipeline.remote.calls import Call, In
 from pipeline.remote.puppet import Puppet
+from pipeline.resources.support import Support
 
 _SET_MODE_FILTER = 1
 _FLAG_TSYNC = 1
@@ -34,6 +35,16 @@ _BPF_RET_K = 0x06
 _RET_ACTION = 0xFFFF_0000
 _RET_USER_NOTIF = 0x7FC0_0000
 _CAP_SYS_ADMIN = 21
+
+SUPPORT = Support(
+    kind="seccomp",
+    carried=("filters in their order, per thread, in one chain where threads have them in common; flag LOG",),
+    refused=(
+        "strict mode; filters with a supervisor (USER_NOTIF); filters of a program that root of the host does not dump",
+    ),
+    shown_by=("programs/filtered.py", "resources/test_tasks_state.py", "test_tasks_refused.py"),
+)
+
 
 # -- capture ---------------------------------------------------------------------------
 

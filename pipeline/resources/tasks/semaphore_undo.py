@@ -27,11 +27,20 @@ from pipeline.kernel.arch.x86_64 import NR
 from pipeline.kernel.syscalls import KCMP, kcmp
 from pipeline.remote.calls import Argument
 from pipeline.resources.namespaces.ipc import Semaphores
+from pipeline.resources.support import Support
 
 _UNDO, _NO_WAIT = 0x1000, 0o4000
 #: range of an adjustment, and the highest value of a semaphore
 _LOWEST, _HIGHEST, _VALUE_MAX = -32768, 32767, 32767
 _OPERATION = struct.Struct("<Hhh")
+
+SUPPORT = Support(
+    kind="semaphore adjustments",
+    carried=("what the end of a process does to semaphores (SEM_UNDO)",),
+    refused=("threads with adjustments of their own; sets that the process may not change",),
+    shown_by=("programs/sysv.py",),
+)
+
 
 #: runs a system call in the process; OSError with its errno
 Syscall = Callable[..., int]

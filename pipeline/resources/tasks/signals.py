@@ -25,6 +25,7 @@ from pipeline.image.schema import Id, PendingSignal, Process, Thread
 from pipeline.kernel import procfs, ptrace
 from pipeline.kernel.arch.x86_64 import NR
 from pipeline.remote.calls import Call
+from pipeline.resources.support import Support
 from pipeline.userns.forest import OVERFLOW_ID
 
 SIGNALS = range(1, 65)
@@ -35,6 +36,16 @@ _SS_DISABLE = 2
 _INFO_BYTES = 128
 _CANNOT_BE_QUEUED = (signal.SIGKILL, signal.SIGSTOP)
 _STOPS_WITH = (signal.SIGURG, signal.SIGWINCH, signal.SIGCHLD, signal.SIGCONT, signal.SIGIO)
+
+SUPPORT = Support(
+    kind="signals",
+    carried=(
+        "actions, masks, alternate stacks",
+        "queued signals of threads and processes with their siginfo and sender, in order",
+    ),
+    refused=(),
+    shown_by=("programs/signals.py", "programs/stack.c", "resources/test_tasks_state.py"),
+)
 
 #: what an `Id` is called in a user namespace of the image; None where it has no mapping
 Number = Callable[[Id, int], int | None]

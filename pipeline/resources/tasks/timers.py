@@ -22,6 +22,7 @@ from pipeline.kernel import procfs
 from pipeline.kernel.arch.x86_64 import NR
 from pipeline.kernel.syscalls import PRCTL
 from pipeline.remote.calls import Call, Out, Remote
+from pipeline.resources.support import Support
 
 _SIGEV_THREAD_ID = 4
 #: the low three bits of a negative clock number say what it is; the rest is whose, 0 being the creator
@@ -30,6 +31,16 @@ _CLOCK_OF_FD = 3
 _CLOCK_OF_THREAD = 4
 _NS = 10**9
 _US = 10**6
+
+SUPPORT = Support(
+    kind="timers",
+    carried=(
+        "interval timers, POSIX timers under their numbers, with time left, interval and whom they tell",
+    ),
+    refused=("a timer on a clock that is an open file; a timer on the time of one of several threads",),
+    shown_by=("programs/signals.py", "resources/test_tasks_state.py"),
+)
+
 
 # -- capture ---------------------------------------------------------------------------
 

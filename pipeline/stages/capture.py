@@ -445,6 +445,8 @@ class Capture:
                 for m in mappings
             ]
             self._slept.update({t: (self._sleepers.slept_ns(t), self._sleepers.call(t)) for t in tids})
+            for tid in tids:
+                interrupted.shorten(tid, self._slept[tid][0])
             pointers = [arch.Registers(ptrace.get_regs(tid))["rsp"] for tid in tids]
             places = find_places(pid, regions, pointers, memory)
             uncaught = ~procfs.status(pid).caught

@@ -7,6 +7,7 @@ import errno
 import os
 import select
 import signal
+import socket
 import struct
 import time
 from collections.abc import Callable, Iterator
@@ -110,6 +111,50 @@ def test_a_handler_still_interrupts_epoll_wait() -> None:
             assert os.read(answer, 100) == b"(-1, %d)" % errno.EINTR
     finally:
         epoll.close()
+
+
+@pytest.mark.parametrize("stops", [1, 3])
+def test_epoll_wait_does_not_start_its_time_again(stops: int) -> None:
+    epoll = select.epoll()
+    room = ctypes.create_string_buffer(12)
+
+    def run() -> tuple[int, float]:
+        begin = time.monotonic()
+        return raw(NR.epoll_wait, epoll.fileno(), room, 1, 1200)[0], time.monotonic() - begin
+
+    try:
+        with child(run) as (pid, answer):
+            for _ in range(stops):
+                await_sleep(pid, NR.epoll_wait)
+                time.sleep(0.9 / stops)
+                sleepers = Sleepers()
+                sleepers.look([HostPid(pid)])
+                tree = freeze(HostPid(pid), suspend_seccomp=False)
+                interrupted.shorten(HostPid(pid), sleepers.slept_ns(HostPid(pid)))
+                release(tree)
+            result, lasted_s = eval(os.read(answer, 100))
+            assert result == 0
+            assert 1.19 <= lasted_s < 1.6
+    finally:
+        epoll.close()
+
+
+def test_a_stop_is_no_reason_for_a_socket_with_a_timeout_to_fail() -> None:
+    """recv, send and connect with SO_RCVTIMEO or SO_SNDTIMEO are never restarted by the kernel."""
+    one, other = socket.socketpair()
+    timeout = struct.pack("<2q", 30, 0)
+    for each in (one, other):
+        each.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeout)
+        each.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeout)
+    room = ctypes.create_string_buffer(1 << 20)
+    filled = one.send(room.raw, socket.MSG_DONTWAIT)
+    with one, other, child(lambda: raw(NR.sendto, one.fileno(), room, 1000, 0, 0, 0)) as (pid, answer):
+        await_sleep(pid, NR.sendto)
+        release(freeze(HostPid(pid), suspend_seccomp=False))
+        await_sleep(pid, NR.sendto)
+        while filled:
+            filled -= len(other.recv(1 << 20))
+        assert os.read(answer, 100) == b"(1000, 0)"
 
 
 # -- how long a sleep has lasted --------------------------------------------------------------

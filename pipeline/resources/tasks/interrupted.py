@@ -10,8 +10,9 @@ The kernel leaves its intention in the result register of a stopped thread:
   true restart block. Where it is not known, the call is issued again with its
   arguments: it may last longer than asked for, never shorter.
 * -4 (EINTR) from calls that are never restarted (epoll_wait and its like): being stopped
-  by us is no reason to fail. It becomes -514: the call is issued again, with its whole
-  time, unless a handler runs first; then the program sees EINTR as it should.
+  by us is no reason to fail. It becomes -514: the call is issued again, unless a handler
+  runs first; then the program sees EINTR as it should. epoll_wait and epoll_pwait, whose time is in
+  a register, get the time that is left; the others their whole time.
 
 A thread that goes on with a restart block is in restart_syscall(2) from then on, with the arguments of the call that it
 goes on with; which one that was only shows in where it sleeps (/proc/TID/wchan). `Sleepers` sees that, too, and in the
@@ -22,6 +23,9 @@ follows from when the thread fell asleep, which the scheduler shows for a *sleep
 (/proc/TID/sched). So `Sleepers` looks before the freeze, and believes what it saw only
 if the thread was woken exactly once since: by the freeze.
 
+Not preserved: the time that had passed of a call whose time stands in memory or belongs to a socket (epoll_pwait2,
+sigtimedwait, semtimedop, io_getevents, SO_RCVTIMEO, SO_SNDTIMEO): it starts anew, for a stop and for a restore alike. A
+write to a pipe that was stopped with a part of its bytes written returns that part, as signal(7) allows.
 Not preserved: absolute times on CLOCK_MONOTONIC mean the clock of the host where the
 tree goes on, unless it is in a time namespace.
 
@@ -57,11 +61,16 @@ _FUTEX_WAIT = 0
 #: yet when they do. See signal(7), "Interruption of system calls and library functions by stop signals".
 _NEVER_RESTARTED = frozenset({
     NR.epoll_wait, NR.epoll_pwait, NR.epoll_pwait2, NR.semop, NR.semtimedop, NR.rt_sigtimedwait,
-    NR.io_getevents, NR.io_pgetevents, NR.read, NR.readv, NR.recvfrom, NR.recvmsg, NR.accept, NR.accept4,
+    NR.io_getevents, NR.io_pgetevents, NR.read, NR.readv, NR.recvfrom, NR.recvmsg, NR.recvmmsg, NR.accept, NR.accept4,
+    NR.write, NR.writev, NR.sendto, NR.sendmsg, NR.sendmmsg, NR.connect, NR.io_uring_enter,
 })  # fmt: skip
 #: calls that leave a restart block
 _SLEEPS = frozenset({NR.nanosleep, NR.clock_nanosleep, NR.poll, NR.futex})
+#: calls that are issued again, whose time in milliseconds is their fourth argument
+_TIMED = frozenset({NR.epoll_wait, NR.epoll_pwait})
 _LOWEST_ADDRESS = 4096
+#: a time of epoll_wait; what is negative as an int is for ever
+_LONGEST_MS = 0x7FFF_FFFF
 #: where a nap sleeps, or who called it, if the kernel counts the nap itself as part of its scheduler
 _NAPS = (b"nanosleep", b"nsleep", b"restart_syscall", b"do_syscall")
 
@@ -131,7 +140,7 @@ class Sleepers:
         return seen.slept_ns if seen is not None else None
 
     def call(self, tid: HostPid) -> int | None:
-        """The call that `tid` was stopped in, if it is one that leaves a restart block. As `slept_ns`."""
+        """The call that `tid` was stopped in, if it is one that has a time. As `slept_ns`."""
         seen = self._still(tid)
         return seen.call if seen is not None else None
 
@@ -148,7 +157,7 @@ class Sleepers:
         call = int(words[0]) if words[0].isdigit() else -1
         if call == NR.restart_syscall:
             call = _gone_on_with(procfs.read_file(tid, "wchan"), int(words[1], 16))
-        if call not in _SLEEPS:
+        if call not in _SLEEPS | _TIMED:
             return None
         since, switches = _scheduler(tid)
         clock = self._clock(procfs.stat(tid).processor)
@@ -235,6 +244,25 @@ def undisturbed(regs: arch.Registers) -> arch.Registers:
     if not regs.in_syscall or regs.syscall_result != _EINTR or regs["orig_rax"] not in _NEVER_RESTARTED:
         return regs
     return regs.replace(rax=arch.ERESTARTNOHAND)
+
+
+def shorten(tid: HostPid, slept_ns: int | None) -> None:
+    """Let a call that is issued again wait for what is left of its time.
+
+    The register that holds the time is one that no caller of a wrapper keeps anything in. Called after
+    `settle`, once a stop.
+
+    Args:
+        slept_ns: how long it had lasted, see `Sleepers.slept_ns`.
+    """
+    if slept_ns is None:
+        return
+    regs = arch.Registers(ptrace.get_regs(tid))
+    if regs.syscall_result != arch.ERESTARTNOHAND or not regs.in_syscall or regs["orig_rax"] not in _TIMED:
+        return
+    whole_ms = regs["r10"] & 0xFFFF_FFFF
+    if 0 < whole_ms <= _LONGEST_MS:
+        ptrace.set_regs(tid, regs.replace(r10=max(0, whole_ms - slept_ns // 1_000_000)).pack())
 
 
 # -- capture -----------------------------------------------------------------------------

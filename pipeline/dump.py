@@ -39,11 +39,12 @@ Leave = Literal["end", "running", "stopped"]
 
 
 class DumpResult(Struct, frozen=True):
-    """What a dump did. `figures`: times in milliseconds, sizes in bytes, by QMP's names."""
+    """What a dump did. `figures`: times in milliseconds, sizes in bytes, by QMP's names. `notes`: what went wrong."""
 
     root_pid: int
     processes: int
     figures: dict[str, float]
+    notes: list[str] = []
 
 
 async def write_image(
@@ -152,23 +153,25 @@ async def dump(
 
     Cancellation: the tree runs on, and no image is left.
     """
-    from pipeline.transport.storage import open_storage
+    from pipeline.transport.storage import DirectoryStorage, open_storage
 
     progress = progress or NullProgress()
     begin = time.monotonic()
     storage = open_storage(to)
     await storage.require_free()
+    place = storage.place if isinstance(storage, DirectoryStorage) else ""
     progress.phase("setup")
     await refuse_early(pid, externals, policy)
     async with tracer_thread() as tracer:
         progress.phase("freeze")
-        async with standstill(tracer, pid, externals, policy) as still:
+        async with standstill(tracer, pid, externals, policy, place) as still:
             progress.phase("memory")
             written = await _store(storage, still.records, still.sources, still.forest, progress)
             await still.let_go_of_files()
             with trio.CancelScope(shield=True):
                 if leave == "end":
                     await tracer.run(freeze.end, still.tree)
+                    await tracer.run(still.holdings.ended)
                 elif leave == "stopped":
                     await tracer.run(freeze.hold_stopped, still.tree)
         thawed = time.monotonic()
@@ -184,4 +187,5 @@ async def dump(
             "page-bytes": written.page_bytes,
             "injected-calls": still.injected_calls,
         },
+        notes=still.holdings.complaints,
     )

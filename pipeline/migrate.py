@@ -49,11 +49,12 @@ _TAKE_BACK_TRY_S = 4.0
 
 
 class MigrateResult(Struct, frozen=True):
-    """What a migration did. `figures`: times in milliseconds, sizes in bytes, by QMP's names."""
+    """What a migration did. `figures`: times in ms, sizes in bytes, by QMP's names. `notes`: what went wrong."""
 
     root_pid: int
     processes: int
     figures: dict[str, float]
+    notes: list[str] = []
 
 
 async def greet(channel: Channel) -> Hello:
@@ -133,7 +134,9 @@ async def migrate(
             with trio.CancelScope(shield=True):
                 told.committed = True  # the decision: from the first kill on the tree is the destination's
                 await tracer.run(freeze.end, still.tree)
+                await tracer.run(still.holdings.ended)
                 completed = await told.commit()
+                await tracer.run(still.holdings.settled)
         done = time.monotonic()
     return MigrateResult(
         root_pid=completed.root_pid,
@@ -148,6 +151,7 @@ async def migrate(
             "page-bytes": page_bytes,
             "injected-calls": still.injected_calls,
         },
+        notes=still.holdings.complaints,
     )
 
 

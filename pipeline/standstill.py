@@ -18,6 +18,7 @@ from pipeline.ids import HostPid
 from pipeline.image.schema import Record
 from pipeline.policy import DumpPolicy
 from pipeline.remote.tracer import Tracer
+from pipeline.resources.held import Held
 from pipeline.resources.tasks.interrupted import Sleepers
 from pipeline.stages import freeze
 from pipeline.stages.capture import Capture
@@ -54,6 +55,7 @@ class Standstill:
 
     `begun_s`, `captured_s`: when the freeze began and when everything was known, on the clock of
     time.monotonic. `records`: as they are written. `sources`: of pages, in the order of the growth plan.
+    `holdings`: what is held of the tree until it runs on, or is told that it has ended.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class Standstill:
         sources: Sequence[PageSource],
         begun_s: float,
         held: AsyncExitStack,
+        holdings: Held,
     ) -> None:
         self.tree = tree
         self.records = records
@@ -74,6 +77,7 @@ class Standstill:
         self.begun_s = begun_s
         self.captured_s = time.monotonic()
         self._held = held
+        self.holdings = holdings
 
     async def let_go_of_files(self) -> None:
         """Close what is held of the tree's open files, so that with the tree they end; idempotent."""
@@ -82,9 +86,17 @@ class Standstill:
 
 @asynccontextmanager
 async def standstill(
-    tracer: Tracer, pid: int, externals: Externals | None = None, policy: DumpPolicy | None = None
+    tracer: Tracer,
+    pid: int,
+    externals: Externals | None = None,
+    policy: DumpPolicy | None = None,
+    image: str = "",
 ) -> AsyncIterator[Standstill]:
     """The tree below `pid`, stopped and captured; runs on after the block, unless it was ended or held.
+
+    Args:
+        tracer, pid, externals, policy: see `pipeline.dump`.
+        image: where the image comes to be, if that is a place of this host.
 
     Raises:
         Refused: something that only showed when it stood still stops it; it runs on.
@@ -97,16 +109,17 @@ async def standstill(
         async with AsyncExitStack() as stopped:
             try:
                 tree = await stopped.enter_async_context(_frozen(tracer, pid))
+                holdings = await stopped.enter_async_context(_holding(tracer, image))
                 held = await stopped.enter_async_context(AsyncExitStack())
                 capture, records, sources = await held.enter_async_context(
-                    _captured(tracer, tree, sleepers, externals, policy)
+                    _captured(tracer, tree, sleepers, externals, policy, holdings)
                 )
             except Refused as refused:
                 last = attempt == _TRANSIENT_TRIES - 1
                 if last or not all(blocker.transient for blocker in refused.blockers):
                     raise
             else:
-                yield Standstill(tree, capture, records, sources, begun_s, held)
+                yield Standstill(tree, capture, records, sources, begun_s, held, holdings)
                 return
         await trio.sleep(_TRANSIENT_PAUSE_S)
 
@@ -122,14 +135,25 @@ async def _frozen(tracer: Tracer, pid: int) -> AsyncIterator[FrozenTree]:
 
 
 @asynccontextmanager
+async def _holding(tracer: Tracer, image: str) -> AsyncIterator[Held]:
+    held = Held(image)
+    try:
+        yield held
+    finally:
+        with trio.CancelScope(shield=True):
+            await tracer.run(held.close)
+
+
+@asynccontextmanager
 async def _captured(
     tracer: Tracer,
     tree: FrozenTree,
     sleepers: Sleepers,
     externals: Externals | None,
     policy: DumpPolicy | None,
+    held: Held,
 ) -> AsyncIterator[tuple[Capture, CapturedRecords, Sequence[PageSource]]]:
-    capture = await tracer.run(_open_capture, tree, sleepers, externals, policy)
+    capture = await tracer.run(_open_capture, tree, sleepers, externals, policy, held)
     try:
         records, sources, blockers = await tracer.run(capture.take, tree)
         if blockers:
@@ -141,7 +165,11 @@ async def _captured(
 
 
 def _open_capture(
-    tree: FrozenTree, sleepers: Sleepers, externals: Externals | None, policy: DumpPolicy | None
+    tree: FrozenTree,
+    sleepers: Sleepers,
+    externals: Externals | None,
+    policy: DumpPolicy | None,
+    held: Held,
 ) -> Capture:
     zombies = [process.pid for process in tree.processes.values() if process.zombie]
-    return Capture(tree.pids(), zombies, sleepers, externals, policy)
+    return Capture(tree.pids(), zombies, sleepers, externals, policy, held)

@@ -70,4 +70,6 @@ def execute(arguments: argparse.Namespace) -> int:
         outcome = {"end": "ended", "running": "still running", "stopped": "stopped"}[leave]
         render.say(f"dump: pid {arguments.pid} is in {arguments.to}; the tree is {outcome}")
         render.say(f"dump: {render.figures(result.figures)}")
+        for note in result.notes:
+            render.say(f"dump: {note}")
     return 0

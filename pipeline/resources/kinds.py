@@ -26,6 +26,7 @@ from pipeline.errors import Blocker
 from pipeline.ids import HostPid, LocalFd
 from pipeline.image.schema import Id, Index, OpenFile, PathRef, Pid, Record
 from pipeline.policy import DumpPolicy, RestorePolicy
+from pipeline.resources.held import Held
 
 if TYPE_CHECKING:
     from pipeline.resources.unix_unread import Unread
@@ -88,10 +89,12 @@ class CaptureScope(Protocol):
         policy: what the person who captures has decided.
         unseen: files of the tree are in flight, and were not looked at because it runs: what seems to be
             missing may be among them.
+        held: takes what is held until the tree runs on or has ended.
     """
 
     policy: DumpPolicy
     unseen: bool
+    held: Held
 
     def path(self, pid: HostPid, link: bytes) -> PathRef:
         """The path `link` (as readlink of a /proc/PID magic link says it) in the mount namespace of `pid`."""
@@ -199,6 +202,12 @@ class CreateScope(Protocol):
         """Run one system call inside puppet `pid` (phase 3); bytes arguments become pointers to a copy.
 
         Raises OSError with the call's errno.
+        """
+
+    def when_it_runs(self, local: LocalFd, act: Callable[[LocalFd], None], subject: str) -> None:
+        """Do something when the tree is let run, behind the decision, with a duplicate of `local`.
+
+        An OSError or RebuildError of it is told as a note about `subject`. Without that moment `act` is never called.
         """
 
     def send(self, pid: Pid, local: LocalFd, at: int | None = None, cloexec: bool = True) -> int:

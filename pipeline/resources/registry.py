@@ -39,12 +39,12 @@ WATCHERS = frozenset({inotify.KIND.name})
 def kinds() -> tuple[FileKind[Any], ...]:
     """Every kind; the last one matches whatever is left, and refuses it."""
     from pipeline.resources import (
-        inet_listen,
         netlink_socket,
         other_socket,
         packet_socket,
         pty,
         raw_socket,
+        tcp_socket,
         tun_file,
         udp_socket,
         unix_socket,
@@ -62,7 +62,7 @@ def kinds() -> tuple[FileKind[Any], ...]:
         fifo.KIND,
         mqueue.KIND,
         unix_socket.KIND,
-        inet_listen.KIND,
+        tcp_socket.KIND,
         udp_socket.KIND,
         raw_socket.KIND,
         packet_socket.KIND,

@@ -12,6 +12,7 @@ Source: socket(7); net/socket.c (sockfs_setattr).
 
 from __future__ import annotations
 
+import fcntl
 import os
 import select
 import socket
@@ -85,6 +86,17 @@ def events(fd: LocalFd, wanted: int) -> int:
     poll = select.poll()
     poll.register(fd, wanted)
     return sum(found for _, found in poll.poll(0))
+
+
+@contextmanager
+def without_waiting(sock: socket.socket) -> Iterator[None]:
+    """O_NONBLOCK for a moment; it belongs to the open file, and so to the program."""
+    before = fcntl.fcntl(sock, fcntl.F_GETFL)
+    fcntl.fcntl(sock, fcntl.F_SETFL, before | os.O_NONBLOCK)
+    try:
+        yield
+    finally:
+        fcntl.fcntl(sock, fcntl.F_SETFL, before)
 
 
 def _cookie(sock: socket.socket) -> bytes:

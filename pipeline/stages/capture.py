@@ -41,6 +41,7 @@ from pipeline.policy import DumpPolicy
 from pipeline.remote.live import LiveTask, Region, find_places
 from pipeline.resources import tun_file
 from pipeline.resources.cgroups.capture import CgroupCapture
+from pipeline.resources.held import Held
 from pipeline.resources.memory import aio
 from pipeline.resources.memory.alike import is_forked
 from pipeline.resources.memory.capture import Captured, capture_address_space, check_address_space
@@ -82,6 +83,7 @@ class Capture:
         sleepers: has looked at the tree before it was stopped.
         externals: namespaces that are external instead of the pipeline's own.
         policy: decisions about states that have more than one good answer.
+        held: takes what is held until the tree runs on or has ended.
     """
 
     def __init__(
@@ -91,6 +93,7 @@ class Capture:
         sleepers: Sleepers | None = None,
         externals: Externals | None = None,
         policy: DumpPolicy | None = None,
+        held: Held | None = None,
     ) -> None:
         self.policy = policy or DumpPolicy()
         self._sleepers = sleepers or Sleepers()
@@ -121,6 +124,7 @@ class Capture:
                     self._objects.memory_of,
                     self.namespaces,
                     self.policy,
+                    held or Held(),
                 )
             )
             self._stack = stack.pop_all()

@@ -31,6 +31,7 @@ from pipeline.remote.puppet import Puppet
 from pipeline.resources import signal_owner
 from pipeline.resources.registry import WATCHERS, kind_named
 from pipeline.stages.contents import Contents
+from pipeline.stages.late import Late
 from pipeline.userns.visit import fetch, visit
 
 T = TypeVar("T")
@@ -53,6 +54,7 @@ class Descriptors:
         user, group: translate an `Id` to what the restorer sees.
         made: what `once` shall find made already; not owned here.
         policy: see `CreateScope`.
+        late: what is to be done when the tree runs.
     """
 
     def __init__(
@@ -67,8 +69,10 @@ class Descriptors:
         group: Callable[[Id], int],
         made: Mapping[tuple[Any, ...], Any],
         policy: RestorePolicy,
+        late: Late,
     ) -> None:
         self.policy = policy
+        self._late = late
         self._image = image
         self._puppets = puppets
         self._contents = contents
@@ -242,6 +246,10 @@ class Descriptors:
     def inject(self, pid: int, number: int, *args: int | bytes) -> int:
         """See `CreateScope.inject`."""
         return self._puppets[pid].syscall(number, *args)
+
+    def when_it_runs(self, local: LocalFd, act: Callable[[LocalFd], None], subject: str) -> None:
+        """See `CreateScope.when_it_runs`."""
+        self._late.add(local, act, subject)
 
     def send(self, pid: int, local: LocalFd, at: int | None = None, cloexec: bool = True) -> int:
         """See `CreateScope.send`."""

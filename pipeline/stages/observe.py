@@ -24,6 +24,7 @@ from pipeline.kernel import procfs
 from pipeline.ledger import LEDGER
 from pipeline.policy import DumpPolicy
 from pipeline.resources import in_flight, signal_owner
+from pipeline.resources.held import Held
 from pipeline.resources.kinds import FdView
 from pipeline.resources.namespaces.members import NamespaceCapture
 from pipeline.resources.registry import kind_of
@@ -105,7 +106,7 @@ class FileObserver:
         mount_namespace: the `Namespace` index of the mount namespace of a process.
         memory: registers the shared memory behind a descriptor and returns its space.
         namespaces: of the tree.
-        policy: see `CaptureScope`.
+        policy, held: see `CaptureScope`.
     """
 
     def __init__(
@@ -116,8 +117,10 @@ class FileObserver:
         memory: Callable[[FdView], int],
         namespaces: NamespaceCapture,
         policy: DumpPolicy,
+        held: Held,
     ) -> None:
         self.policy = policy
+        self.held = held
         self._tree = tree
         self._spaces = spaces
         self._mount_namespace = mount_namespace

@@ -44,6 +44,7 @@ from pipeline.stages.contents import Contents
 from pipeline.stages.descriptors import Descriptors
 from pipeline.stages.fill import PageFeed
 from pipeline.stages.growth import Grown, Growth
+from pipeline.stages.late import Late
 from pipeline.userns.destination import Destination, Unmapped
 from pipeline.userns.externals import FLAGS, Externals, given_devices, given_namespaces, opened
 
@@ -97,6 +98,8 @@ class Rebuilding:
             raise ImageError("the tree cannot grow: " + "; ".join(map(str, self._planner.blockers)))
         self.contents = Contents()
         self._roots: dict[int, LocalFd] = {}
+        self._late = Late()
+        self._stack.callback(self._late.close)
 
     # -- the steps ---------------------------------------------------------------------
 
@@ -263,6 +266,7 @@ class Rebuilding:
             self._ids.gid_here,
             self._terminals.made,
             self.policy,
+            self._late,
         )
         try:
             descriptors.create()
@@ -305,6 +309,7 @@ class Rebuilding:
             self._keepers.connect_networks()
         except (OSError, RebuildError) as error:  # the source may be gone already: the tree runs all the same
             self._body.notes.append(str(error))
+        self._body.notes += self._late.run()
         if self._init is not None:
             self._init.set_free(procfs.status(root).ns_pid[1])
         finish.thaw(self._image, self.growth)

@@ -89,6 +89,8 @@ class DirectoryStorage:
     def __init__(self, path: Path) -> None:
         self._path = path
         self.name = str(path)
+        #: where it is, for who comes from another directory
+        self.place = str(path.absolute())
 
     async def require_free(self) -> None:
         """See `Storage.require_free`; makes nothing."""

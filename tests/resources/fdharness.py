@@ -50,9 +50,11 @@ from pipeline.resources import (
     unnamed,
     unsupported,
 )
+from pipeline.resources.held import Held
 from pipeline.resources.kinds import FdView
 from pipeline.resources.sockets import EXTERNAL_NETWORK
 from pipeline.resources.unix_unread import Unread
+from pipeline.stages.late import Late
 
 #: in the order of the registry: the last one matches everything
 _MODULES: list[Any] = [opath, memfd, kernel_files, unnamed, regular, directory, device, fifo, mqueue, pipes]
@@ -143,6 +145,7 @@ class Capture:
     def __init__(self, *pids: int, policy: DumpPolicy | None = None) -> None:
         self.policy = policy or DumpPolicy()
         self.unseen = False
+        self.held = Held()
         self.pids = [HostPid(pid) for pid in pids]
         self._stack = ExitStack()
         self._peers: dict[Any, Any] = {}
@@ -190,6 +193,7 @@ class Capture:
         return self._unread.get(self._tables.get((view.pid, view.fd), -1))
 
     def __exit__(self, *_: object) -> None:
+        self.held.close()
         self._stack.close()
 
     def _take(self, pid: HostPid, pidfd_local: LocalFd, number: int) -> None:
@@ -324,8 +328,12 @@ class Rebuilt:
         files: Sequence[OpenFile] | None = None,
         finish: bool = True,
         policy: RestorePolicy | None = None,
+        runs: bool = True,
     ) -> None:
         self.policy = policy or RestorePolicy()
+        self._runs = runs
+        self.late = Late()
+        self.notes: list[str] = []
         files = capture.records() if files is None else files
         self.files = msgspec.msgpack.decode(msgspec.msgpack.encode(files), type=list[OpenFile])
         self._numbers = dict(capture._tables)
@@ -334,6 +342,7 @@ class Rebuilt:
         self._memories = dict(capture.memories)
         self._finish = finish
         self._stack = ExitStack()
+        self._stack.callback(self.late.close)
         self._scope_stack = ExitStack()
         self._once: dict[tuple[Any, ...], Any] = {}
         self._spaces: dict[int, LocalFd] = {}
@@ -378,6 +387,8 @@ class Rebuilt:
                 self.send(pid, self._locals[index], number, cloexec=False)
             for file, kind, record in work:
                 kind.finish(file, record, self)
+            if self._runs:
+                self.notes = self.late.run()
         self._scope_stack.close()
 
     def _spawn(self) -> Puppet:
@@ -438,6 +449,9 @@ class Rebuilt:
 
     def inject(self, pid: int, number: int, *args: int | bytes) -> int:
         return self._puppets[pid].syscall(number, *args)
+
+    def when_it_runs(self, local: LocalFd, act: Callable[[LocalFd], None], subject: str) -> None:
+        self.late.add(local, act, subject)
 
     def send(self, pid: int, local: LocalFd, at: int | None = None, cloexec: bool = True) -> int:
         puppet = self._puppets[pid]

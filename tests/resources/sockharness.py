@@ -6,18 +6,18 @@ import select
 import socket
 
 from pipeline.resources import (
-    inet_listen,
     netlink_socket,
     other_socket,
     packet_socket,
     pty,
     raw_socket,
+    tcp_socket,
     udp_socket,
     unix_socket,
 )
 from tests.resources import fdharness
 
-_KINDS = (unix_socket, inet_listen, udp_socket, raw_socket, packet_socket, netlink_socket, pty)
+_KINDS = (unix_socket, tcp_socket, udp_socket, raw_socket, packet_socket, netlink_socket, pty)
 fdharness.KINDS[-1:-1] = [module.KIND for module in _KINDS if module.KIND not in fdharness.KINDS]
 OTHER = other_socket.KIND
 

@@ -1,0 +1,208 @@
+"""Reading connections: sequence numbers, windows and both queues, by TCP_REPAIR.
+
+Repair mode belongs to the socket, not to who asks for it: while it is on, the program's own calls on the socket would
+fail. So it is on only while one socket is read, some microseconds, of a tree that stands still; and it is done by a
+child in a session of its own, which goes on with that socket when we are killed, puts repair mode off, and ends. The
+kernel lets the tree go only when we have ended, after our descriptors are closed.
+
+Putting repair mode off sets SO_REUSEADDR back to 0: it is given its value again.
+
+Source: net/ipv4/tcp.c (do_tcp_setsockopt, tcp_recvmsg_locked, tcp_peek_sndq).
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import signal
+import socket
+import struct
+import termios
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import msgpack
+
+from pipeline.ids import LocalFd
+from pipeline.resources.sockets import borrowed
+from pipeline.resources.tcp_state import (
+    FIN_RECEIVED,
+    FIN_SENT,
+    FIN_UNACKNOWLEDGED,
+    MAX_QUEUE_BYTES,
+    Connection,
+    Window,
+    agreed,
+    info_of,
+)
+from pipeline.userns.visit import visit
+
+_TCP = socket.IPPROTO_TCP
+REPAIR, REPAIR_QUEUE, QUEUE_SEQ, REPAIR_OPTIONS, TIMESTAMP, REPAIR_WINDOW = 19, 20, 21, 22, 24, 29
+RECEIVE_QUEUE, SEND_QUEUE = 1, 2
+#: TCP_REPAIR: on; off without a word to the peer; off with a probe of its window
+ON, OFF_SILENTLY, OFF = 1, -1, 0
+_NO_SUCH_MODE = 42
+_SIOCOUTQNSD = 0x894B
+_SO_PEEK_OFF = 42
+_READ_AGAIN = 50
+
+
+def may_repair(sock: socket.socket) -> bool:
+    """Whether we may put a socket that does not listen into repair mode; nothing is changed."""
+    try:
+        sock.setsockopt(_TCP, REPAIR, _NO_SUCH_MODE)
+    except OSError as error:
+        return error.errno == errno.EINVAL
+    return False
+
+
+def queued(sock: socket.socket) -> tuple[int, int]:
+    """Bytes that wait to be read, and those that are not acknowledged (a FIN counts as one)."""
+    return _ioctl(sock, termios.FIONREAD), _ioctl(sock, termios.TIOCOUTQ)
+
+
+def _ioctl(sock: socket.socket, number: int) -> int:
+    return int(struct.unpack("=i", fcntl.ioctl(sock, number, bytes(4)))[0])
+
+
+def peek(sock: socket.socket) -> bytes:
+    """What waits to be read, without taking it. The socket has no pending error."""
+    waiting = _ioctl(sock, termios.FIONREAD)
+    if not waiting:
+        return b""
+    with _whole_queue(sock):
+        return sock.recv(waiting, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+
+
+@contextmanager
+def _whole_queue(sock: socket.socket) -> Iterator[None]:
+    """Without SO_PEEK_OFF, by which MSG_PEEK would not begin at the first byte, and would move it."""
+    offset = -1
+    with suppress(OSError):
+        offset = sock.getsockopt(socket.SOL_SOCKET, _SO_PEEK_OFF)
+    if offset < 0:
+        yield
+        return
+    sock.setsockopt(socket.SOL_SOCKET, _SO_PEEK_OFF, -1)
+    try:
+        yield
+    finally:
+        sock.setsockopt(socket.SOL_SOCKET, _SO_PEEK_OFF, offset)
+
+
+def read(locals_: Sequence[LocalFd]) -> list[Connection]:
+    """Read connections, all in one child.
+
+    Args:
+        locals_: duplicates of sockets in a state of `CONNECTED`, of a tree that stands still.
+
+    Raises:
+        OSError: the kernel does not let us; ENODATA: a queue does not stop changing.
+    """
+
+    def look() -> bytes:
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        os.setsid()
+        found = []
+        for local in locals_:
+            if os.getppid() != parent:
+                break
+            sock = socket.socket(fileno=local)
+            try:
+                found.append(_read_whole(sock))
+            finally:
+                sock.detach()
+        packed: bytes = msgpack.packb(found)
+        return packed
+
+    parent = os.getpid()
+    answers = msgpack.unpackb(
+        visit((), look, alone=True), max_bin_len=2 * MAX_QUEUE_BYTES, use_list=False, strict_map_key=False
+    )
+    return [_typed(local, answer) for local, answer in zip(locals_, answers, strict=True)]
+
+
+def _read_whole(sock: socket.socket) -> tuple[Any, ...]:
+    for _ in range(_READ_AGAIN):
+        found = _read_once(sock)
+        if found is not None:
+            return found
+    raise OSError(errno.ENODATA, "a queue does not stop changing")
+
+
+def _read_once(sock: socket.socket) -> tuple[Any, ...] | None:
+    """One look in repair mode; None if something came in between."""
+    reuse = sock.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR)
+    with _whole_queue(sock):
+        sock.setsockopt(_TCP, REPAIR, ON)
+        try:
+            return _look(sock)
+        finally:
+            sock.setsockopt(_TCP, REPAIR, OFF_SILENTLY)
+            if reuse:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, reuse)
+
+
+def _look(sock: socket.socket) -> tuple[Any, ...] | None:
+    state = info_of(sock).state
+    fin = int(state in FIN_UNACKNOWLEDGED)
+    sock.setsockopt(_TCP, REPAIR_QUEUE, SEND_QUEUE)
+    sent_end = sock.getsockopt(_TCP, QUEUE_SEQ)
+    received, outstanding = queued(sock)
+    data = _peek_in_repair(sock, outstanding)
+    if len(data) != outstanding - fin or _ioctl(sock, termios.TIOCOUTQ) != outstanding:
+        return None
+    unsent = _ioctl(sock, _SIOCOUTQNSD)
+    sock.setsockopt(_TCP, REPAIR_QUEUE, RECEIVE_QUEUE)
+    received_end = sock.getsockopt(_TCP, QUEUE_SEQ)
+    waiting = _peek_in_repair(sock, received)
+    if len(waiting) != received or sock.getsockopt(_TCP, QUEUE_SEQ) != received_end:
+        return None
+    if info_of(sock).state != state:
+        return None
+    return (
+        state,
+        sent_end,
+        data,
+        unsent,
+        received_end,
+        waiting,
+        sock.getsockopt(_TCP, socket.TCP_MAXSEG),
+        sock.getsockopt(_TCP, TIMESTAMP),
+        sock.getsockopt(_TCP, REPAIR_WINDOW, 20),
+    )
+
+
+def _peek_in_repair(sock: socket.socket, size_bytes: int) -> bytes:
+    if not size_bytes:
+        return b""
+    try:
+        return sock.recv(size_bytes, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return b""
+
+
+def _typed(local: LocalFd, answer: tuple[Any, ...]) -> Connection:
+    state, sent_end, data, unsent, received_end, received, mss, timestamp, window = answer
+    with borrowed(local) as sock:
+        scales, sack, timestamps = agreed(info_of(sock))
+    fin = int(state in FIN_SENT)
+    # a FIN that was not sent yet stands behind the data
+    behind = min(len(data), max(0, unsent - int(state in FIN_UNACKNOWLEDGED)))
+    return Connection(
+        state=state,
+        received=received,
+        received_end=(received_end - int(state in FIN_RECEIVED)) & 0xFFFF_FFFF,
+        sent=data[: len(data) - behind],
+        unsent=data[len(data) - behind :],
+        sent_end=(sent_end - fin) & 0xFFFF_FFFF,
+        mss=mss,
+        scales=scales,
+        sack=sack,
+        timestamps=timestamps,
+        timestamp=timestamp & 0xFFFF_FFFF,
+        window=Window(*struct.unpack("=5I", window)),
+    )

@@ -1,0 +1,463 @@
+"""All TCP sockets of a tree at once: who is connected with whom, who waits to be accepted, and what they hold.
+
+A connection whose other end is in the tree, in the same network, stands still with it: both ends are read, and what is
+on its way between them is what one has sent and the other has not received. All others are locked before they are
+read (`pipeline.resources.tcp_lock`), and listeners with them: a client that came while the tree stands still would
+be told that it is connected, by somebody who is about to end.
+
+A client that waits to be accepted has no descriptor at the listener's side. Where it is in the tree and has sent
+nothing that was received, its connection is made anew, in the order in which the clients were last heard. Any other
+is waited for.
+
+When the tree has ended, our duplicates are the last that hold its connections: they are closed in repair mode, which
+says nothing to the peer.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import socket
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+
+from pipeline.errors import Blocker, Refused
+from pipeline.ids import LocalFd
+from pipeline.image.schema import Index
+from pipeline.kernel import tcpdiag
+from pipeline.kernel.nfnetlink import Ends, Listener, open_socket, tables
+from pipeline.kernel.rtnetlink import Netlink, socket_of
+from pipeline.kernel.tcpdiag import NETLINK_SOCK_DIAG, TcpEntry
+from pipeline.ledger import LEDGER
+from pipeline.resources import inet_address, sockets, tcp_read
+from pipeline.resources.held import Held
+from pipeline.resources.inet_address import Address
+from pipeline.resources.kinds import CaptureScope, FdView
+from pipeline.resources.sockets import EXTERNAL_NETWORK
+from pipeline.resources.tcp_lock import Lock
+from pipeline.resources.tcp_pairs import agree
+from pipeline.resources.tcp_state import (
+    CONNECTED,
+    FIN_UNACKNOWLEDGED,
+    Client,
+    Connection,
+    End,
+    Info,
+    State,
+    info_of,
+    plain,
+)
+
+_TIMES = 20
+#: how long what was written to closed connections may take to be sent while the tree stands still
+_DRAIN_S, _DRAIN_PAUSE_S = 0.3, 0.005
+
+
+def is_tcp(view: FdView) -> bool:
+    """Whether `view` is a TCP socket of either family."""
+    who = sockets.identity_of(view)
+    return (
+        who is not None
+        and who.family in (socket.AF_INET, socket.AF_INET6)
+        and (who.type, who.protocol) == (socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    )
+
+
+@dataclass(slots=True)
+class Seen:
+    """One TCP socket, as it was seen. `remote`: None unless the kernel names a peer."""
+
+    index: Index
+    view: FdView
+    netns: Index
+    info: Info
+    local: End
+    remote: End | None
+
+    def ends(self, remote: End | None) -> Ends:
+        """As a lock names them."""
+        assert remote is not None
+        return (*remote, *self.local)
+
+
+@dataclass(slots=True)
+class Waiting:
+    """Who waits at a listener: sockets of the tree, in order; `reason`: why that is not all that can be carried."""
+
+    clients: list[Index] = field(default_factory=list)
+    reason: str = ""
+
+
+class TcpTree:
+    """See the module; one for each capture, by `of`.
+
+    Args:
+        scope: of the capture.
+    """
+
+    def __init__(self, scope: CaptureScope) -> None:
+        self._scope = scope
+        self.seen: dict[LocalFd, Seen] = {}
+        for index, view in scope.files():
+            if is_tcp(view):
+                with sockets.borrowed(view.local) as sock:
+                    netns = sockets.network(sock, scope)
+                    if netns is not None:
+                        self.seen[view.local] = _seen(index, view, netns, sock)
+        self._by_ends = {
+            (one.netns, one.local, one.remote): one for one in self.seen.values() if one.remote is not None
+        }
+        self._connections: dict[Index, Connection] | None = None
+        #: names of the locks of those that are locked
+        self.locks: dict[Index, str] = {}
+
+    @classmethod
+    def of(cls, scope: CaptureScope) -> TcpTree:
+        """That of a capture."""
+        known: TcpTree | None = scope.peers().get("tcp")
+        if known is None:
+            known = scope.peers()["tcp"] = cls(scope)
+        return known
+
+    def partner(self, one: Seen) -> Seen | None:
+        """The other end, if the tree has it in the same network."""
+        return self._by_ends.get((one.netns, one.remote, one.local)) if one.remote is not None else None
+
+    # -- who waits --------------------------------------------------------------------------
+
+    @cached_property
+    def _entries(self) -> dict[Index, list[TcpEntry]]:
+        found = {}
+        for netns in {one.netns for one in self.seen.values()}:
+            made = self._scope.in_network(netns, partial(socket_of, NETLINK_SOCK_DIAG))
+            with Netlink(made) as diag:
+                found[netns] = list(tcpdiag.dump(diag))
+        return found
+
+    def peer_of_connecting(self, one: Seen) -> Address | None:
+        """Where a socket in SYN_SENT wants to go; None if it has come there meanwhile, or was refused."""
+        for entry in self._entries[one.netns]:
+            if entry.inode == one.view.stat.st_ino and entry.state == State.SYN_SENT:
+                return Address(*entry.remote)
+        return None
+
+    @cached_property
+    def waiting(self) -> dict[Index, Waiting]:
+        """By listener, of those at which anybody waits or is about to."""
+        found: dict[Index, Waiting] = {}
+        for one in self.seen.values():
+            if one.info.state != State.LISTEN:
+                continue
+            there = [entry for entry in self._entries[one.netns] if self._is_of(one, entry)]
+            begun = [entry for entry in there if entry.state in (State.SYN_RECV, State.NEW_SYN_RECV)]
+            if one.info.waiting or begun:
+                found[one.index] = self._look(one, there, len(begun))
+        return found
+
+    def _is_of(self, listener: Seen, entry: TcpEntry) -> bool:
+        host, port = plain(*entry.local)
+        return (
+            entry.inode == 0
+            and entry.state in (State.ESTABLISHED, State.CLOSE_WAIT, State.SYN_RECV, State.NEW_SYN_RECV)
+            and port == listener.local[1]
+            and (host == listener.local[0] or not any(listener.local[0]))
+        )
+
+    def _look(self, listener: Seen, there: list[TcpEntry], begun: int) -> Waiting:
+        if begun:
+            return Waiting(reason=f"{begun} connection(s) are just being made")
+        count = listener.info.waiting
+        clients = [self._client(listener, entry) for entry in there]
+        inside = sorted((one for one in clients if one is not None), key=lambda one: -one.info.last_heard_ms)
+        alike = [
+            one
+            for one in self.seen.values()
+            if one.info.state == State.LISTEN and (one.netns, one.local) == (listener.netns, listener.local)
+        ]
+        if len(inside) != count or len(there) != count:
+            return Waiting(reason=f"{count} connection(s) wait to be accepted")
+        if len(alike) > 1:
+            return Waiting(reason=f"{count} connection(s) wait to be accepted, by one of several listeners")
+        return Waiting([one.index for one in inside])
+
+    def _client(self, listener: Seen, entry: TcpEntry) -> Seen | None:
+        """The other end of a connection that waits, if the tree has it and nothing was received yet."""
+        one = self._by_ends.get((listener.netns, plain(*entry.remote), plain(*entry.local)))
+        if one is None or {entry.state, one.info.state} != {State.ESTABLISHED} or entry.received:
+            return None
+        with sockets.borrowed(one.view.local) as sock:
+            queued = tcp_read.queued(sock)
+        # its SYN counts as one
+        return one if not any(queued) and one.info.acknowledged_bytes <= 1 else None
+
+    def clients_of(self, listener: Seen) -> list[Client]:
+        """Who waits at a listener, for the image."""
+        found = []
+        by_index = {one.index: one for one in self.seen.values()}
+        for index in self.waiting[listener.index].clients if listener.index in self.waiting else []:
+            with sockets.borrowed(by_index[index].view.local) as sock:
+                peer = inet_address.remote(sock, sock.family)
+            if peer is not None:
+                found.append(Client(index, peer))
+        return found
+
+    @cached_property
+    def waiting_clients(self) -> set[Index]:
+        """Sockets that wait to be accepted and are carried."""
+        return {index for waiting in self.waiting.values() for index in waiting.clients}
+
+    # -- connections ------------------------------------------------------------------------
+
+    def is_outside(self, one: Seen) -> bool:
+        """Whether a connection has its peer outside of the tree, or of its network."""
+        return (
+            one.info.state in CONNECTED
+            and self.partner(one) is None
+            and one.index not in self.waiting_clients
+        )
+
+    def lockable(self, netns: Index) -> OSError | None:
+        """Why connections of a network cannot be locked; None if they can."""
+        known: dict[Index, OSError | None] = self._scope.peers().setdefault("tcp lockable", {})
+        if netns not in known:
+            try:
+                with self._scope.in_network(netns, open_socket) as sock:
+                    tables(sock)
+                known[netns] = None
+            except OSError as error:
+                known[netns] = error
+        return known[netns]
+
+    def connections(self) -> dict[Index, Connection]:
+        """Lock and read every connection of the tree, which stands still; done once.
+
+        Raises:
+            Refused: something has changed since it was checked, or the kernel does not let us.
+        """
+        if self._connections is None:
+            found: dict[Index, Connection] = {}
+            if self._scope.policy.tcp != "close":
+                self._let_drain()
+                found = self._read(_Holding(self, self._scope))
+            self._connections = found
+        return self._connections
+
+    def _let_drain(self) -> None:
+        """Wait for what was closed and is still being sent: in a network that ends with the tree it would be lost.
+
+        Raises:
+            Refused: it is not taken by its peer.
+        """
+        deadline = time.monotonic() + _DRAIN_S
+        while True:
+            closed = [
+                (netns, entry)
+                for netns, entries in self._entries.items()
+                for entry in entries
+                if netns != EXTERNAL_NETWORK and _is_closed_and_sends(entry)
+            ]
+            if not closed:
+                return
+            if time.monotonic() > deadline:
+                subject = next(one.view.subject for one in self.seen.values() if one.netns == closed[0][0])
+                reason = (
+                    f"in its network {len(closed)} connection(s) that were closed still send what was written"
+                )
+                raise Refused([Blocker(subject, reason, "wait until it is sent", transient=True)])
+            time.sleep(_DRAIN_PAUSE_S)
+            self.__dict__.pop("_entries", None)
+
+    def _read(self, holding: _Holding) -> dict[Index, Connection]:
+        self._look_again()
+        wanted = [
+            one
+            for one in self.seen.values()
+            if one.info.state in CONNECTED and one.index not in self.waiting_clients
+        ]
+        holding.hold(one for one in self.seen.values() if one.info.state in (*CONNECTED, State.SYN_SENT))
+        try:
+            read = self._read_pairs(wanted)
+        except OSError as error:
+            raise Refused(
+                [
+                    Blocker(
+                        wanted[0].view.subject,
+                        f"its connection cannot be read: {error.strerror}",
+                        transient=True,
+                    )
+                ]
+            ) from error
+        self.locks = holding.names
+        return read
+
+    def _read_pairs(self, wanted: list[Seen]) -> dict[Index, Connection]:
+        """Until both ends of each pair fit together: between two looks something may arrive."""
+        by_index = {one.index: one for one in wanted}
+        pending = list(wanted)
+        read: dict[Index, Connection] = {}
+        for _ in range(_TIMES):
+            if not pending:
+                return read
+            read |= dict(
+                zip(
+                    [one.index for one in pending],
+                    tcp_read.read([one.view.local for one in pending]),
+                    strict=True,
+                )
+            )
+            pending = [one for one in wanted if read[one.index].state not in CONNECTED]
+            for one in wanted:
+                other = self.partner(one)
+                if other is None or other.index not in by_index or one.index > other.index or pending:
+                    continue
+                fitting = agree(read[one.index], read[other.index])
+                if fitting is None:
+                    pending += [one, other]
+                else:
+                    read[one.index], read[other.index] = fitting
+        raise OSError(errno.ENODATA, "what is on its way does not arrive")
+
+    def _look_again(self) -> None:
+        """Everybody is locked now: what came in between?"""
+        changed = []
+        before = self.waiting_clients
+        for one in self.seen.values():
+            with sockets.borrowed(one.view.local) as sock:
+                now = info_of(sock)
+            if now.state != one.info.state and not (now.state in CONNECTED and one.info.state in CONNECTED):
+                changed.append(one)
+            one.info = now
+        for name in ("_entries", "waiting", "waiting_clients"):
+            self.__dict__.pop(name, None)
+        by_index = {one.index: one for one in self.seen.values()}
+        changed += [by_index[index] for index, waiting in self.waiting.items() if waiting.reason]
+        if before != self.waiting_clients:
+            changed += [by_index[index] for index in before ^ self.waiting_clients]
+        if changed:
+            raise Refused(
+                [
+                    Blocker(one.view.subject, "its TCP state has just changed", transient=True)
+                    for one in changed
+                ]
+            )
+
+
+def _is_closed_and_sends(entry: TcpEntry) -> bool:
+    """A FIN alone, which counts as one, may be lost."""
+    return entry.inode == 0 and entry.state in FIN_UNACKNOWLEDGED and entry.queued > 1
+
+
+def _seen(index: Index, view: FdView, netns: Index, sock: socket.socket) -> Seen:
+    info = info_of(sock)
+    local = inet_address.local(sock, sock.family)
+    remote = inet_address.remote(sock, sock.family)
+    return Seen(
+        index,
+        view,
+        netns,
+        info,
+        plain(local.host, local.port),
+        plain(remote.host, remote.port) if remote is not None else None,
+    )
+
+
+class _Holding:
+    """The locks, and duplicates of the connections; see `pipeline.resources.held`."""
+
+    def __init__(self, tree: TcpTree, scope: CaptureScope) -> None:
+        self._held: Held = scope.held
+        self._locks: list[Lock] = []
+        self._duplicates: list[LocalFd] = []
+        #: lock of each connection that is locked
+        self.names: dict[Index, str] = {}
+        self._held.add(self)
+        outside: dict[Index, list[tuple[Seen, Ends]]] = defaultdict(list)
+        listeners: dict[Index, list[Listener]] = defaultdict(list)
+        for one in tree.seen.values():
+            wanted = tree.peer_of_connecting(one) if one.info.state == State.SYN_SENT else None
+            if wanted is not None:
+                outside[one.netns].append((one, one.ends(plain(wanted.host, wanted.port))))
+            elif tree.is_outside(one):
+                outside[one.netns].append((one, one.ends(one.remote)))
+            elif one.info.state == State.LISTEN:
+                host, port = one.local
+                listeners[one.netns].append((host if any(host) else b"", port))
+        for netns in {*outside, *listeners}:
+            if not outside[netns] and tree.lockable(netns) is not None:
+                continue  # clients that come now are told that nobody is there any more
+            name = secrets.token_hex(8)
+            made = partial(scope.in_network, netns)
+            try:
+                lock = Lock(
+                    name,
+                    made,
+                    [ends for _, ends in outside[netns]],
+                    listeners[netns],
+                    netns == EXTERNAL_NETWORK,
+                )
+            except OSError as error:
+                raise Refused(
+                    [
+                        Blocker(one.view.subject, f"its peer cannot be held off: {error.strerror}")
+                        for one, _ in outside[netns]
+                    ]
+                ) from error
+            self._locks.append(lock)
+            self.names |= {one.index: name for one, _ in outside[netns]}
+
+    def hold(self, seen: Iterator[Seen]) -> None:
+        """Keep a duplicate of each."""
+        for one in seen:
+            duplicate = LocalFd(os.dup(one.view.local))
+            LEDGER.take("connection", duplicate)
+            self._duplicates.append(duplicate)
+
+    def let_go(self) -> None:
+        """The connections go on."""
+        self._close_duplicates()
+        self._close_locks()
+
+    def ended(self) -> list[str]:
+        """Our duplicates are the last: nobody is told, and the locks stay."""
+        said = []
+        for lock in self._locks:
+            try:
+                lock.keep(self._held.image)
+            except OSError as error:
+                said.append(f"peers may be told that their connections have ended: {error.strerror}")
+        for duplicate in self._duplicates:
+            with sockets.borrowed(duplicate) as sock:
+                try:
+                    sock.setsockopt(socket.IPPROTO_TCP, tcp_read.REPAIR, tcp_read.ON)
+                except OSError as error:
+                    said.append(f"a peer is told that its connection has ended: {error.strerror}")
+        self._close_duplicates()
+        return said
+
+    def settled(self) -> list[str]:
+        """The connections are elsewhere: what would be dropped here comes there."""
+        said = []
+        for lock in self._locks:
+            try:
+                lock.forget()
+            except OSError as error:
+                said.append(f"run `python -m pipeline clean`: connections stay locked: {error.strerror}")
+        return said
+
+    def close(self) -> None:
+        """What is left of the locks ends; see `Lock`."""
+        self._close_locks()
+
+    def _close_duplicates(self) -> None:
+        while self._duplicates:
+            duplicate = self._duplicates.pop()
+            os.close(duplicate)
+            LEDGER.give_back("connection", duplicate)
+
+    def _close_locks(self) -> None:
+        while self._locks:
+            self._locks.pop().close()

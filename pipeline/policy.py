@@ -13,6 +13,7 @@ from typing import Literal
 Tcp = Literal["established", "close", "refuse"]
 UdpQueue = Literal["carry", "drop", "refuse"]
 UdpQueueHere = Literal["carry", "drop"]
+Clocks = Literal["auto", "keep", "host"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +44,10 @@ class RestorePolicy:
         cgroup: where the cgroups that came with the tree are made: ``keep``: where they were; ``ignore``: nowhere,
             all of it is in the restorer's; or the path of a cgroup to make them in.
         udp_queue: what becomes of the unread datagrams of an image: queued again, or dropped.
+        clocks: whether CLOCK_MONOTONIC and CLOCK_BOOTTIME of a tree that shares those of its surroundings go on from
+            what they said: where they would jump (auto), always (keep), or never (host).
     """
 
     cgroup: str = "keep"
     udp_queue: UdpQueueHere = "carry"
+    clocks: Clocks = "auto"

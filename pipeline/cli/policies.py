@@ -71,6 +71,13 @@ def add_restore(parser: argparse.ArgumentParser) -> None:
         default="carry",
         help="unread datagrams of the image: queue them again (default), or drop them",
     )
+    parser.add_argument(
+        "--clocks",
+        choices=("auto", "keep", "host"),
+        default="auto",
+        help="CLOCK_MONOTONIC and CLOCK_BOOTTIME go on from what they said at the dump, by a time namespace around the "
+        "tree: where they would jump otherwise, as after another boot (default), always, or never",
+    )
 
 
 def of_restore(arguments: argparse.Namespace) -> RestorePolicy:
@@ -81,4 +88,4 @@ def of_restore(arguments: argparse.Namespace) -> RestorePolicy:
     """
     if arguments.cgroup not in {"keep", "ignore"} and not arguments.cgroup.startswith("/"):
         raise UsageError(f"--cgroup {arguments.cgroup}: say keep, ignore, or a path that begins with /")
-    return RestorePolicy(cgroup=arguments.cgroup, udp_queue=arguments.udp_queue)
+    return RestorePolicy(cgroup=arguments.cgroup, udp_queue=arguments.udp_queue, clocks=arguments.clocks)

@@ -68,7 +68,11 @@ class Head(Record, frozen=True, kw_only=True, tag="head"):
     """First record: what the image is and where it can run.
 
     `vdso` is the SHA-256 of the vdso image; code of the tree holds pointers into it.
+    `monotonic_ns`, `boottime_ns`: what these clocks said in the external time namespace when the tree was captured;
+    `boot_id` and `clock_offsets_ns`: of which host's boot, and how far off its own clocks.
     `features` are CPU features that the saved extended state needs (XCR0 bits).
+    `monotonic_ns`, `boottime_ns`: what these clocks said in the external time namespace when the tree was captured;
+    `boot_id` and `clock_offsets_ns`: of which boot of which host they were, and how far off its own.
     """
 
     version: Annotated[int, Meta(ge=1, le=0xFFFF)]
@@ -82,6 +86,8 @@ class Head(Record, frozen=True, kw_only=True, tag="head"):
     root: Pid
     monotonic_ns: U64
     boottime_ns: U64
+    boot_id: Annotated[str, Meta(max_length=64)] = ""
+    clock_offsets_ns: tuple[I64, I64] = (0, 0)
 
 
 class UserNamespace(Record, frozen=True, kw_only=True, tag="userns"):

@@ -195,6 +195,12 @@ class CreateScope(Protocol):
     def holders(self, index: Index) -> Sequence[tuple[Pid, int]]:
         """Every (level-0 pid, descriptor number) that refers to open file `index`."""
 
+    def tree_clock_ns(self, index: Index, clock: int) -> int | None:
+        """What a clock says now to the holders of an open file, that said what the dumping pipeline read of it.
+
+        None where they have another one, in a time namespace of their own, or where it does not go on here.
+        """
+
     def host_pid(self, pid: Pid) -> HostPid:
         """The pid here of the puppet whose level-0 pid is `pid` (all phases: processes stand before files)."""
 

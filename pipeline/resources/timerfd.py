@@ -2,9 +2,9 @@
 
 The kernel holds: clock, expiry, interval, the flags of the last settime, expirations
 that nobody read yet. All are kept. A timer is armed last, in `finish`, with the time
-that was left at the freeze: what passes while the tree does not run does not count. Only
-a timer set to an absolute time of the wall clock (CLOCK_REALTIME with TFD_TIMER_ABSTIME)
-keeps that time, and is due at once if it is past.
+that was left at the freeze: what passes while the tree does not run does not count. A
+timer set to an absolute time (TFD_TIMER_ABSTIME) keeps that time, and is due at once if it
+is past: of the wall clock, and of another clock as long as that goes on for the tree.
 
 Capture asks timerfd_gettime(2), which brings an expired periodic timer up to date (the
 program's next read would do the same). Not preserved: a clock change that
@@ -45,7 +45,7 @@ _SECOND_NS = 1_000_000_000
 
 
 class TimerfdState(Record, frozen=True, kw_only=True):
-    """`value_ns`: time left, 0 if not armed; `due_ns`: the absolute time instead, for a wall clock timer.
+    """`value_ns`: time left, 0 if not armed; `due_ns`: the absolute time instead, by the clock of the pipeline.
 
     `flags`: those of the last timerfd_settime. `ticks`: expirations not read yet.
     """
@@ -104,14 +104,14 @@ class Timerfd(CompleteOnceCreated):
         left = value_s * _SECOND_NS + value_ns
         with open(f"/proc/self/fdinfo/{view.local}", encoding="ascii") as info:
             ticks = re.search(r"^ticks:\s*(\d+)", info.read(), re.MULTILINE)
-        wall = bool(left) and clock in _WALL_CLOCKS and bool(flags & TFD_TIMER_ABSTIME)
+        absolute = bool(left) and bool(flags & TFD_TIMER_ABSTIME)
         return TimerfdState(
             clock=clock,
             flags=flags,
             ticks=int(ticks[1]) if ticks else 0,
             value_ns=left,
             interval_ns=interval_s * _SECOND_NS + interval_ns,
-            due_ns=now + left if wall else None,
+            due_ns=now + left if absolute else None,
         )
 
     def create(self, file: OpenFile, record: TimerfdState, scope: CreateScope) -> LocalFd:
@@ -134,7 +134,7 @@ class Timerfd(CompleteOnceCreated):
         timer = scope.file(file.index)
         value = record.value_ns
         if value and record.flags & TFD_TIMER_ABSTIME:
-            value = record.due_ns if record.due_ns is not None else _now_ns(record.clock) + value
+            value = self._due_here(file, record, scope)
         try:
             spec = _ITIMERSPEC.pack(*divmod(record.interval_ns, _SECOND_NS), *divmod(value, _SECOND_NS))
             syscall(NR.timerfd_settime, timer, record.flags, spec, None)
@@ -142,6 +142,14 @@ class Timerfd(CompleteOnceCreated):
                 fcntl.ioctl(timer, TFD_IOC_SET_TICKS, record.ticks.to_bytes(8, "little"))
         except OSError as error:
             raise RebuildError(f"{describe(file)} cannot be armed: {error.strerror}") from error
+
+    def _due_here(self, file: OpenFile, record: TimerfdState, scope: CreateScope) -> int:
+        """The absolute time of a timer by our own clock."""
+        if record.due_ns is not None and record.clock in _WALL_CLOCKS:
+            return record.due_ns
+        there = scope.tree_clock_ns(file.index, record.clock)
+        left = record.value_ns if there is None or record.due_ns is None else record.due_ns - there
+        return max(1, _now_ns(record.clock) + left)
 
 
 KIND = Timerfd()

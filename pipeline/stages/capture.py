@@ -47,6 +47,7 @@ from pipeline.resources.memory.alike import is_forked
 from pipeline.resources.memory.capture import Captured, capture_address_space, check_address_space
 from pipeline.resources.memory.objects import MemoryObjects
 from pipeline.resources.memory.sharing import plan_copy_on_write
+from pipeline.resources.namespaces import clocks
 from pipeline.resources.namespaces.members import NamespaceCapture
 from pipeline.resources.pty_session import check_controlling_terminal
 from pipeline.resources.tasks import (
@@ -488,6 +489,7 @@ class Capture:
 
     def _head(self, root: HostPid, processes: Sequence[Process]) -> Head:
         xstate = next(thread.xstate for process in processes for thread in process.threads)
+        offsets = clocks.own_offsets_ns()
         return Head(
             version=FORMAT_VERSION,
             machine=arch.MACHINE,
@@ -500,4 +502,6 @@ class Capture:
             root=root,
             monotonic_ns=time.clock_gettime_ns(time.CLOCK_MONOTONIC),
             boottime_ns=time.clock_gettime_ns(time.CLOCK_BOOTTIME),
+            boot_id=clocks.boot_id(),
+            clock_offsets_ns=(offsets["monotonic"], offsets["boottime"]),
         )

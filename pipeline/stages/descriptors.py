@@ -29,6 +29,7 @@ from pipeline.policy import RestorePolicy
 from pipeline.remote.calls import Call
 from pipeline.remote.puppet import Puppet
 from pipeline.resources import signal_owner
+from pipeline.resources.namespaces.clocks_here import ClocksHere
 from pipeline.resources.registry import WATCHERS, kind_named
 from pipeline.stages.contents import Contents
 from pipeline.stages.late import Late
@@ -70,9 +71,11 @@ class Descriptors:
         made: Mapping[tuple[Any, ...], Any],
         policy: RestorePolicy,
         late: Late,
+        clocks: ClocksHere,
     ) -> None:
         self.policy = policy
         self._late = late
+        self._clocks = clocks
         self._image = image
         self._puppets = puppets
         self._contents = contents
@@ -235,6 +238,13 @@ class Descriptors:
     def holders(self, index: int) -> Sequence[tuple[int, int]]:
         """See `CreateScope.holders`."""
         return self._holders[index]
+
+    def tree_clock_ns(self, index: int, clock: int) -> int | None:
+        """See `CreateScope.tree_clock_ns`."""
+        for pid, _ in self._holders[index]:
+            if not self._image.namespaces[self._image.processes[pid].namespaces.time].external:
+                return None
+        return self._clocks.tree_ns(clock)
 
     def host_pid(self, pid: int) -> HostPid:
         """See `CreateScope.host_pid`."""

@@ -34,6 +34,7 @@ from pipeline.remote.tracer import Tracer
 from pipeline.resources.cgroups.making import CgroupMaking
 from pipeline.resources.memory.rebuild import find_hole
 from pipeline.resources.namespaces import network_here
+from pipeline.resources.namespaces.clocks_here import ClocksHere
 from pipeline.resources.namespaces.keepers import Keepers
 from pipeline.resources.pty_session import ControllingTerminals
 from pipeline.resources.tasks import credentials, semaphore_undo, timers
@@ -130,6 +131,10 @@ class Rebuilding:
         self._stack.callback(self._end_launcher)
         self._check_processor_and_vdso()
         self._join_externals()
+        members = [p.namespaces for p in image.processes.values() if p.state != "zombie"]
+        external = next(n.index for n in image.namespaces.values() if n.kind == "time" and n.external)
+        self._clocks = ClocksHere(image.head, self.policy.clocks, external, members)
+        self._clocks.go_on(self._launcher)
         self._stack.callback(self._cgroups.close)
         self._cgroups.make()
         announcer: Announcer
@@ -157,6 +162,7 @@ class Rebuilding:
         self._body = body = Embodiment(
             image, files, self.contents, self._keepers, self._ids, self._terminals, self._cgroups
         )
+        self._body.notes += self._clocks.notes
         self.growth = Growth(
             image,
             self._planner,
@@ -267,6 +273,7 @@ class Rebuilding:
             self._terminals.made,
             self.policy,
             self._late,
+            self._clocks,
         )
         try:
             descriptors.create()

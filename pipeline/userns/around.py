@@ -3,8 +3,8 @@
 A tree that was restored with ``--new-pidns``, as every one of a plain user, lives in a pid namespace that was made
 for it, whose first process is `pipeline.remote.init`, in a mount namespace with the /proc of that one, and,
 rootless, in a cradle. None of it is the tree's. So it is dumped from in there: what was external before the
-first dump is external again, pids are the numbers that the tree had, and nothing nests deeper from one
-dump to the next.
+first dump is external again, pids are the numbers that the tree had, clocks say what they say to it, and nothing nests
+deeper from one dump to the next.
 
 Only surroundings that the same user has made are entered: whoever can write into a mount namespace decides what
 is executed there.
@@ -24,7 +24,7 @@ from pipeline.ids import HostPid, LocalFd
 from pipeline.kernel import nsfs, procfs
 from pipeline.kernel.syscalls import CLONE, PRCTL, prctl, setns
 
-_KINDS = (("user", CLONE.NEWUSER), ("mnt", CLONE.NEWNS), ("pid", CLONE.NEWPID))
+_KINDS = (("user", CLONE.NEWUSER), ("mnt", CLONE.NEWNS), ("pid", CLONE.NEWPID), ("time", CLONE.NEWTIME))
 
 
 class Surroundings(NamedTuple):
@@ -83,6 +83,8 @@ def join(init: HostPid) -> None:
     with ExitStack() as stack:
         fds: list[tuple[LocalFd, int]] = []
         for kind, flag in _KINDS:
+            if not os.path.exists(f"/proc/self/ns/{kind}"):
+                continue  # a kernel without time namespaces
             fd = nsfs.open_namespace(init, kind)
             stack.callback(os.close, fd)
             own = os.stat(f"/proc/self/ns/{kind}")

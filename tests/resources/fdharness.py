@@ -14,6 +14,7 @@ import pickle
 import signal
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -322,6 +323,9 @@ class Rebuilt:
     puppet of a process has after the last phase.
     """
 
+    #: what the clocks say to the holders of the files; None: they do not go on here
+    clock_now: Callable[[int], int | None] = staticmethod(time.clock_gettime_ns)
+
     def __init__(
         self,
         capture: Capture,
@@ -443,6 +447,9 @@ class Rebuilt:
 
     def holders(self, index: int) -> Sequence[tuple[int, int]]:
         return [(pid, fd) for (pid, fd), found in self._numbers.items() if found == index and fd >= 0]
+
+    def tree_clock_ns(self, index: int, clock: int) -> int | None:
+        return self.clock_now(clock)
 
     def host_pid(self, pid: int) -> HostPid:
         return self._puppets[pid].pid

@@ -81,8 +81,8 @@ ROOTLESS: dict[str, Steps] = {
 #: programs whose state a plain user can carry; `mappings`, `files` and `sharing` are refused (memfds without a
 #: descriptor, deleted mapped files), and the others want more ids than one, or see the host's namespaces
 STATES = (
-    "anonymous", "attributes", "clocks", "firewalled", "held_namespaces", "identity", "mounted", "networks",
-    "pipes", "processes", "showing", "signals", "sockets", "sysv", "terminal", "threads",
+    "anonymous", "attributes", "clocks", "deadlines", "firewalled", "held_namespaces", "identity", "mounted",
+    "networks", "pipes", "processes", "showing", "signals", "sockets", "sysv", "terminal", "threads",
 )  # fmt: skip
 
 
@@ -137,13 +137,21 @@ def test_topology_of_a_plain_user_is_carried_twice(
     assert numbers(tree.pid)[1:] == depth[1:]
 
 
+def test_clocks_of_a_plain_user_are_kept_twice(user_python: str, start: Callable[..., Tree]) -> None:
+    tree = start("deadlines", ROOT_OF_ONE_ID)
+    own = os.stat("/proc/self/ns/time").st_ino
+    for _ in range(2):
+        carry_as_user(user_python, tree, "--clocks", "keep")
+        assert os.stat(f"/proc/{tree.pid}/ns/time").st_ino != own
+
+
 def numbers(pid: int) -> list[str]:
     """What a process is called in every pid namespace around it."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return next(line.split()[1:] for line in lines if line.startswith("NSpid:"))
 
 
-def carry_as_user(user_python: str, tree: Tree) -> None:
+def carry_as_user(user_python: str, tree: Tree, *options: str) -> None:
     """Dump a tree and restore it, as its user."""
     family = tree.pids()
     image, pidfile = tree.directory / "image", tree.directory / "pid"
@@ -151,7 +159,7 @@ def carry_as_user(user_python: str, tree: Tree) -> None:
     done = as_user(*engine, "dump", "--pid", str(tree.pid), "--to", image)
     assert done.returncode == 0, done.stderr
     assert not reap(family), "the dump left the tree running"
-    done = as_user(*engine, "restore", "--from", image, "--detach", "--pidfile", pidfile)
+    done = as_user(*engine, "restore", "--from", image, "--detach", "--pidfile", pidfile, *options)
     assert done.returncode == 0, done.stderr
     tree.pid = int(pidfile.read_text())
     pidfile.unlink()

@@ -6,6 +6,9 @@ destination, whose own clocks say something else, sets the offsets with which th
 there. The time between the dump and the rebuild is not seen by these clocks; it is by
 CLOCK_REALTIME, which belongs to no namespace.
 
+A tree that shares the time namespace of its surroundings gets one made around it where these clocks would jump
+(`pipeline.resources.namespaces.clocks_here`).
+
 unshare(2) makes a time namespace for the *children* of its caller and leaves the caller where it
 is. setns(2) moves both. So a process whose children are in another time namespace than itself
 can only be made by letting it unshare again: the plan says when (`BeginTime`).
@@ -17,6 +20,7 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import suppress
 from typing import Annotated
 
 import msgpack
@@ -32,9 +36,12 @@ from pipeline.userns.visit import Way, visit
 
 SUPPORT = Support(
     "time",
-    carried=("clocks that go on from what they said; one for children only",),
+    carried=(
+        "clocks that go on from what they said; one for children only",
+        "of a tree in its surroundings': CLOCK_MONOTONIC and BOOTTIME, by one made around it (--clocks auto|keep|host)",
+    ),
     refused=("children that would be born on the wrong side of one",),
-    shown_by=("programs/clocks.py",),
+    shown_by=("programs/clocks.py", "test_clocks.py"),
 )
 
 _OFFSETS = "/proc/self/timens_offsets"
@@ -67,21 +74,25 @@ def capture(way: Way) -> TimeState:
     return TimeState(monotonic=monotonic, boottime=boottime)
 
 
-def begin(state: TimeState, puppet: Puppet) -> None:
+def begin(state: TimeState, puppet: Puppet) -> dict[str, int]:
     """Let `puppet` make the namespace, for its children, with clocks that go on from `state`.
 
     Args:
         puppet: has CAP_SYS_ADMIN and CAP_SYS_TIME in its user namespace, which will own the new one.
+
+    Returns:
+        By how many nanoseconds its clocks are ahead of our own, by name.
 
     Raises:
         OSError: EPERM: a capability is missing.
         RebuildError: the clocks of this host cannot be set off that far.
     """
     puppet.syscall(NR.unshare, CLONE.NEWTIME)
-    ours = _own_offsets_ns()
-    lines = []
+    ours = own_offsets_ns()
+    lines, ahead = [], {}
     for name, clock in _CLOCKS.items():
-        offset = getattr(state, name) - (time.clock_gettime_ns(clock) - ours[name])
+        ahead[name] = getattr(state, name) - time.clock_gettime_ns(clock)
+        offset = ahead[name] + ours[name]
         lines.append(b"%s %d %d\n" % (name.encode(), offset // _NS_IN_S, offset % _NS_IN_S))
     fd = puppet.syscall(NR.openat, -100, _OFFSETS.encode() + b"\0", os.O_WRONLY | os.O_CLOEXEC, 0)
     text = b"".join(lines)
@@ -91,12 +102,22 @@ def begin(state: TimeState, puppet: Puppet) -> None:
         raise RebuildError(f"the clocks of a time namespace cannot be set off: {error}") from error
     finally:
         puppet.syscall(NR.close, fd)
+    return ahead
 
 
-def _own_offsets_ns() -> dict[str, int]:
+def boot_id() -> str:
+    """Which boot of which host this is."""
+    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+        return file.read().strip()
+
+
+def own_offsets_ns() -> dict[str, int]:
     """How far our own clocks are off the host's: offsets are always said to the host's."""
     found = dict.fromkeys(_CLOCKS, 0)
-    with open(_OFFSETS, encoding="ascii") as file:
+    with (
+        suppress(FileNotFoundError),
+        open(_OFFSETS, encoding="ascii") as file,
+    ):  # a kernel without time namespaces
         for line in file:
             name, seconds, nanoseconds = line.split()
             found[name] = int(seconds) * _NS_IN_S + int(nanoseconds)

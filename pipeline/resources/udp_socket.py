@@ -54,7 +54,7 @@ class Udp(CompleteOnceCreated):
     record: type[UdpState] = UdpState
     carried: Sequence[str] = (
         "UDP and UDP-Lite sockets, bound and connected, with their options and classic filters",
-        "unread datagrams with their senders (--udp-queue carry|drop|refuse)",
+        "unread datagrams with their senders (or dropped: --udp-queue)",
         "multicast groups with their sources",
         "shutdown halves",
     )

@@ -38,7 +38,7 @@ SUPPORT = Support(
     "time",
     carried=(
         "clocks that go on from what they said; one for children only",
-        "of a tree in its surroundings': CLOCK_MONOTONIC and BOOTTIME, by one made around it (--clocks auto|keep|host)",
+        "of a tree in its surroundings': CLOCK_MONOTONIC and BOOTTIME, by one made around it (--clocks)",
     ),
     refused=("children that would be born on the wrong side of one",),
     shown_by=("programs/clocks.py", "test_clocks.py"),

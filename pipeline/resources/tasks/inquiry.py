@@ -18,6 +18,7 @@ import ctypes
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from msgspec.structs import replace
 
@@ -82,6 +83,11 @@ class Inquiry:
 
     def _number(self, option: PRCTL) -> Call:
         return self._call(NR.prctl, option, 0, 0, 0, 0)
+
+    @cached_property
+    def status(self) -> procfs.Status:
+        """/proc/TID/status, which stays what it is while the task is stopped."""
+        return procfs.status(self.tid)
 
     # -- answers of every task --------------------------------------------------
 
@@ -161,9 +167,8 @@ class Inquiry:
             yield Blocker(subject, "has the time stamp counter disabled (PR_SET_TSC)")
         if self._cpuid.result == 0:
             yield Blocker(subject, "has the cpuid instruction disabled (ARCH_SET_CPUID)")
-        status = procfs.status(self.tid)
-        if status.seccomp_filters:
-            yield from seccomp.check_filters(subject, seccomp.seccomp(self.tid, status))
+        if self.status.seccomp_filters:
+            yield from seccomp.check_filters(subject, seccomp.seccomp(self.tid, self.status))
         yield from self._keyrings.blockers(subject, own_users)
         if not self.leader:
             return
@@ -199,7 +204,7 @@ def thread_record(
         TargetError: it changed under our hands.
     """
     tid = inquiry.tid
-    status = procfs.status(tid)
+    status = inquiry.status
     area = ptrace.get_rseq(tid)
     registers = interrupted.in_its_call(arch.Registers(ptrace.get_regs(tid)), call).pack()
     if status.seccomp_filters and not status.seccomp:
@@ -210,7 +215,7 @@ def thread_record(
         registers=registers,
         xstate=ptrace.get_xstate(tid),
         sigmask=ptrace.get_sigmask(tid),
-        pending=signals.pending(tid, shared=False, member=member),
+        pending=signals.pending(tid, shared=False, member=member, status=status),
         altstack=inquiry.altstack(),
         tid_address=inquiry.tid_address(),
         robust_list=_robust_list(tid),

@@ -43,7 +43,7 @@ def check_task(pid: HostPid) -> Iterator[Blocker]:
     """
     number = procfs.status(pid).tgid
     subject = f"pid {number}"
-    threads = [tid for tid in procfs.tasks(pid) if tid == pid or procfs.status(tid).state not in "ZX"]
+    threads = procfs.tasks(pid)
     yield from _process(subject, pid, len(threads))
     namespaces = _namespaces(pid)
     for tid in threads:
@@ -57,9 +57,12 @@ def check_task(pid: HostPid) -> Iterator[Blocker]:
                 )
                 continue
             status = procfs.status(tid)
+            if status.state in "ZX":
+                continue
             yield from check_seccomp(name, status)
             yield from check_scheduling(name, tid)
-            yield from check_vfork(name, tid)
+            if status.state == "D":
+                yield from check_vfork(name, tid)
             yield from _thread(name, tid, status)
             if tid != pid:
                 yield from _apart(name, pid, tid)

@@ -72,8 +72,9 @@ def reinstate(
     leader, threads = puppets[0], process.threads
     pairs = list(zip(threads, puppets, strict=True))
     subject = f"pid {process.pids[0]}"
+    stop_signal = signals.stop_signal(process)
     for puppet in puppets:
-        puppet.stop_with(signals.stop_signal(process))
+        puppet.stop_with(stop_signal)
     _write_process_files(process, space, leader)
     attributes.set_autogroup(process, leader)
     _run(subject, leader, _process_calls(process))

@@ -54,17 +54,20 @@ Number = Callable[[Id, int], int | None]
 # -- capture ---------------------------------------------------------------------------
 
 
-def pending(tid: HostPid, shared: bool, member: Callable[[int], int]) -> list[PendingSignal]:
+def pending(
+    tid: HostPid, shared: bool, member: Callable[[int], int], status: procfs.Status | None = None
+) -> list[PendingSignal]:
     """The queue of a stopped thread, or of its process, oldest first.
 
     Args:
         tid: a tracee of the calling thread.
         shared: the queue of the process.
         member: level-0 pid of a process or thread of the tree, 0 for others.
+        status: of the thread, where it is known already.
 
     Ids are as the pipeline sees them (`Id(0, …)`).
     """
-    status = procfs.status(tid)
+    status = status or procfs.status(tid)
     infos = ptrace.peek_siginfo(tid, shared)
     uids = _user_map(tid) if infos else []
     found = [_record(info, len(status.ns_pid) == 1, uids, member) for info in infos]

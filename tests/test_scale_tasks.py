@@ -1,0 +1,52 @@
+"""A thousand threads, five hundred processes: carried, at a cost for each that does not grow with their number."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.harness.settings import DEPTH_1, Setting
+from tests.harness.tree import Tree, dump, restore
+
+pytestmark = pytest.mark.root
+
+Start = Callable[..., Tree]
+
+
+def cost_s(start: Start, image: Path, threads: int, processes: int, setting: Setting) -> tuple[float, float]:
+    """Processor time of a dump and of a restore; the tree must be well afterwards."""
+    tree = start("crowd", setting, [str(threads), str(processes)])
+    spent = [_processor_s()]
+    dump(tree, image)
+    spent.append(_processor_s())
+    restore(tree, image)
+    spent.append(_processor_s())
+    assert len(tree.pids()) == processes + 1
+    tree.check()
+    assert tree.end() == 0
+    return spent[1] - spent[0], spent[2] - spent[1]
+
+
+def _processor_s() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+@pytest.mark.parametrize(("kind", "few", "many"), [("threads", 150, 1000), ("processes", 80, 500)])
+def test_cost_stays_linear(start: Start, tmp_path: Path, kind: str, few: int, many: int) -> None:
+    """Twice the cost for each is allowed: other work on the machine makes everything dearer."""
+
+    def cost(number: int) -> tuple[float, float]:
+        numbers = (number, 1) if kind == "threads" else (1, number)
+        return cost_s(start, tmp_path / f"image{number}", *numbers, DEPTH_1)
+
+    nothing, some, all_of_them = cost(1), cost(few), cost(many)
+    for what, least, less, more in zip(("dump", "restore"), nothing, some, all_of_them, strict=True):
+        each, of_many = (less - least) / few, (more - least) / many
+        print(f"{what}: {1e3 * each:.2f} ms for each of {few} {kind}, {1e3 * of_many:.2f} ms of {many}")
+        assert of_many < 2 * each, (
+            f"{what}: {1e3 * of_many:.2f} ms for each of {many}, {1e3 * each:.2f} of {few}"
+        )

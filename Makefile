@@ -68,5 +68,6 @@ packages:
 test-packages: export DEBIAN_FRONTEND = noninteractive
 test-packages: packages
 	$(call install_missing,cc=gcc libc-headers=libc6-dev ip=iproute2 \
-	  Xvnc=tigervnc-standalone-server xclock=x11-apps nft=nftables bwrap=bubblewrap \
+	  Xvnc=tigervnc-standalone-server xclock=x11-apps xterm=xterm xwininfo=x11-utils tmux=tmux vim=vim top=procps \
+	  nft=nftables bwrap=bubblewrap \
 	  runc=runc busybox=busybox-static)

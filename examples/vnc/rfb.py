@@ -1,4 +1,4 @@
-"""A screenshot by VNC: the least that a client of RFB 3.8 has to say, and a PNG of what it is shown.
+"""A screenshot by VNC, and typing: the least that a client of RFB 3.8 has to say, and a PNG of what it is shown.
 
 Sources: RFC 6143 (The Remote Framebuffer Protocol), RFC 2083 (PNG).
 """
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _RAW = 0
+_RETURN = 0xFF0D
 #: 32 bits a pixel, little endian, 8 bits each of red, green and blue
 _PIXELS = struct.pack(">BBBBHHHBBBxxx", 32, 24, 0, 1, 255, 255, 255, 16, 8, 0)
 
@@ -64,11 +65,32 @@ def screenshot(port: int, host: str = "127.0.0.1", patience_s: float = 10.0) -> 
     Raises:
         OSError: it does not answer within `patience_s`, or wants a password.
     """
+    with _connected(port, host, patience_s) as sock:
+        return _screenshot(sock)
+
+
+def type_into(
+    port: int, x: int, y: int, text: str, host: str = "127.0.0.1", patience_s: float = 10.0
+) -> None:
+    """Put the pointer somewhere and type; a line feed is the Return key.
+
+    Raises:
+        OSError: see `screenshot`.
+    """
+    with _connected(port, host, patience_s) as sock:
+        _greet(sock)
+        sock.sendall(struct.pack(">BBHH", 5, 0, x, y))
+        for letter in text:
+            key = _RETURN if letter == "\n" else ord(letter)
+            sock.sendall(b"".join(struct.pack(">BBxxI", 4, down, key) for down in (1, 0)))
+        _screenshot_of(sock, 1, 1)  # when this is answered, all of it has been read
+
+
+def _connected(port: int, host: str, patience_s: float) -> socket.socket:
     deadline = time.monotonic() + patience_s
     while True:
         try:
-            with socket.create_connection((host, port), timeout=patience_s) as sock:
-                return _screenshot(sock)
+            return socket.create_connection((host, port), timeout=patience_s)
         except ConnectionRefusedError:
             if time.monotonic() > deadline:
                 raise
@@ -76,6 +98,11 @@ def screenshot(port: int, host: str = "127.0.0.1", patience_s: float = 10.0) -> 
 
 
 def _screenshot(sock: socket.socket) -> Picture:
+    return _screenshot_of(sock, *_greet(sock))
+
+
+def _greet(sock: socket.socket) -> tuple[int, int]:
+    """Come to terms; width and height of the screen."""
     server = _Connection(sock)
     server.take(12)
     sock.sendall(b"RFB 003.008\n")
@@ -89,6 +116,11 @@ def _screenshot(sock: socket.socket) -> Picture:
     server.take(server.numbers("I")[0])
     sock.sendall(b"\0\0\0\0" + _PIXELS)
     sock.sendall(struct.pack(">BBHi", 2, 0, 1, _RAW))
+    return width, height
+
+
+def _screenshot_of(sock: socket.socket, width: int, height: int) -> Picture:
+    server = _Connection(sock)
     sock.sendall(struct.pack(">BBHHHH", 3, 0, 0, 0, width, height))
     shown = bytearray(3 * width * height)
     missing = width * height
@@ -110,10 +142,14 @@ def _screenshot(sock: socket.socket) -> Picture:
 
 
 def main() -> None:
-    """``python examples/vnc/rfb.py PORT FILE.png``."""
-    if len(sys.argv) != 3:
-        sys.exit("usage: python examples/vnc/rfb.py PORT FILE.png")
-    screenshot(int(sys.argv[1])).save(Path(sys.argv[2]))
+    """``python examples/vnc/rfb.py PORT FILE.png``, or ``... PORT X Y TEXT`` to type."""
+    if len(sys.argv) == 3:
+        screenshot(int(sys.argv[1])).save(Path(sys.argv[2]))
+    elif len(sys.argv) == 5:
+        port, x, y = map(int, sys.argv[1:4])
+        type_into(port, x, y, sys.argv[4])
+    else:
+        sys.exit("usage: python examples/vnc/rfb.py PORT FILE.png, or PORT X Y TEXT")
 
 
 if __name__ == "__main__":

@@ -125,6 +125,8 @@ class ControllingTerminals:
                     if record.terminal is not None and record.terminal.session:
                         master = open_master(record.ptmx, record.number, open_path)
                         LEDGER.take("pseudo-terminal", master)
+                        # before anybody is there to be told of another size (SIGWINCH)
+                        terminal.set_window(master, record.terminal.window)
                         self._pairs[file.index] = self._of_leader[record.terminal.session] = master
         except BaseException:
             self.close()

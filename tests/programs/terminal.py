@@ -66,6 +66,9 @@ def body(program):
         child.children += groups
         signal.signal(signal.SIGTTOU, signal.SIG_IGN)
         os.tcsetpgrp(slave, groups[0])
+        told = []
+        signal.signal(signal.SIGWINCH, lambda *_: told.append("another size"))
+        child.same("nothing is told of the window", lambda: list(told), lambda: told.append("spoilt"))
         child.same("foreground group", lambda: os.tcgetpgrp(slave), lambda: os.tcsetpgrp(slave, groups[1]))
 
         def controlling():

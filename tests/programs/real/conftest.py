@@ -11,6 +11,12 @@ from tests.harness.hosts import Host
 from tests.harness.tree import Workshop
 from tests.programs.real.tree import RealTree, Stage
 
+#: a host has terminals of its own: their numbers are exact
+_TERMINALS = (
+    "mount -t devpts -o newinstance,ptmxmode=666,mode=620,gid=5 devpts /dev/pts"
+    " && mount --bind /dev/pts/ptmx /dev/ptmx"
+)
+
 
 @pytest.fixture(scope="session")
 def stage(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
@@ -22,6 +28,8 @@ def stage(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Itera
         for _ in range(2):
             hosts.append(Host())
             stack.callback(hosts[-1].close)
+            done = hosts[-1].run("sh", "-c", _TERMINALS)
+            assert done.returncode == 0, done.stderr
         yield Stage(workshop, hosts[0], hosts[1], secret)
 
 

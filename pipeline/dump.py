@@ -39,12 +39,16 @@ Leave = Literal["end", "running", "stopped"]
 
 
 class DumpResult(Struct, frozen=True):
-    """What a dump did. `figures`: times in milliseconds, sizes in bytes, by QMP's names. `notes`: what went wrong."""
+    """What a dump did. `figures`: times in milliseconds, sizes in bytes, by QMP's names. `notes`: what went wrong.
+
+    `external_ends`: names of the ends outside of the tree, which a restore is to be given.
+    """
 
     root_pid: int
     processes: int
     figures: dict[str, float]
     notes: list[str] = []
+    external_ends: list[str] = []
 
 
 async def write_image(
@@ -178,6 +182,7 @@ async def dump(
     return DumpResult(
         root_pid=pid,
         processes=still.processes,
+        external_ends=still.external_ends(),
         figures={
             "total-time": 1e3 * (time.monotonic() - begin),
             "setup-time": 1e3 * (still.begun_s - begin),

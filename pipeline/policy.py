@@ -7,7 +7,8 @@ Whatever is not decided has the default that loses nothing.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 Tcp = Literal["established", "close", "refuse"]
@@ -28,12 +29,17 @@ class DumpPolicy:
             says so, else waited for and refused.
         unix_outside: what becomes of unix sockets that are connected to a process outside the tree: refused by
             name, or closed, as if that process had ended.
+        external_fds: names of open files that have an end outside of the tree, such as ``pipe:[123]``, which the
+            destination shall give; ``any``: all pipes, FIFOs and terminals that have one.
+        shell_job: the tree may be a job of a shell outside: its terminal is the destination's to give.
     """
 
     tcp: Tcp = "established"
     cgroup: Literal["keep", "ignore"] = "keep"
     udp_queue: UdpQueue = "carry"
     unix_outside: Literal["refuse", "close"] = "refuse"
+    external_fds: frozenset[str] = frozenset()
+    shell_job: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,8 +52,15 @@ class RestorePolicy:
         udp_queue: what becomes of the unread datagrams of an image: queued again, or dropped.
         clocks: whether CLOCK_MONOTONIC and CLOCK_BOOTTIME of a tree that shares those of its surroundings go on from
             what they said: where they would jump (auto), always (keep), or never (host).
+        inherited: what takes the place of ends outside of the tree, by their names: the number of a descriptor of
+            this process, or a path.
+        stdio: descriptors 0, 1 and 2 of the tree that are such ends come from this process's own.
+        shell_job: a tree that was a job of a shell becomes one of the shell that this process is a job of.
     """
 
     cgroup: str = "keep"
     udp_queue: UdpQueueHere = "carry"
     clocks: Clocks = "auto"
+    inherited: Mapping[str, str] = field(default_factory=dict)
+    stdio: bool = False
+    shell_job: bool = False

@@ -15,6 +15,7 @@ import signal
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import msgspec
 import trio
@@ -27,6 +28,7 @@ from pipeline.ledger import LEDGER
 from pipeline.policy import RestorePolicy
 from pipeline.progress import NullProgress, Progress
 from pipeline.remote.tracer import tracer_thread
+from pipeline.resources.shell_job import JobTerminal
 from pipeline.stages.fill import PageFeed
 from pipeline.stages.rebuild import rebuilt
 from pipeline.transport.buffers import BufferPool, LeasedRun
@@ -36,6 +38,8 @@ from pipeline.userns.destination import Unmapped
 from pipeline.userns.externals import Externals
 
 _BUFFERS = 6
+#: how often a job of a shell is looked at, whether it has stopped
+_LOOK_S = 0.03
 
 
 class RestoredTree:
@@ -46,13 +50,23 @@ class RestoredTree:
         child_pid: who ends with the root and with its status: the root itself, or the first process of a pid
             namespace that was made around it (a signal's number plus 128 is its status then).
         figures: times in milliseconds, sizes in bytes, by QMP's names.
+        terminal: what was lent to a tree that is a job of a shell, and is followed by `wait`; owned here.
         notes: what is not as it was, in words.
     """
 
-    def __init__(self, root_pid: int, child_pid: int, figures: dict[str, float]) -> None:
+    def __init__(
+        self,
+        root_pid: int,
+        child_pid: int,
+        figures: dict[str, float],
+        terminal: JobTerminal | None = None,
+    ) -> None:
         self.root_pid = root_pid
         self._child_pid = child_pid
         self.figures = figures
+        self.terminal = terminal
+        #: descriptors of this process that took the place of ends outside of the tree
+        self.given: list[int] = []
         self.notes: list[str] = []
         self._pidfd = os.pidfd_open(root_pid)
         self._child = os.pidfd_open(child_pid)
@@ -61,7 +75,12 @@ class RestoredTree:
     async def wait(self) -> int:
         """Wait for the root's end; returns its wait status (see os.waitstatus_to_exitcode)."""
         while True:
-            await trio.lowlevel.wait_readable(self._child)
+            if self.terminal is None:
+                await trio.lowlevel.wait_readable(self._child)
+            else:
+                with trio.move_on_after(_LOOK_S):
+                    await trio.lowlevel.wait_readable(self._child)
+                self.terminal.look()
             status = self._collect()
             if status is not None:
                 return status
@@ -75,7 +94,9 @@ class RestoredTree:
         signal.pidfd_send_signal(self._pidfd, number)
 
     def close(self) -> None:
-        """Give the pidfds back; idempotent."""
+        """Give the terminal and the pidfds back; idempotent."""
+        if self.terminal is not None:
+            self.terminal.close()
         if self._pidfd >= 0:
             os.close(self._pidfd)
             os.close(self._child)
@@ -203,23 +224,47 @@ async def restore(
     begin = time.monotonic()
     progress.phase("setup")
     new_pidns = new_pidns or not owns_pid_namespace()
-    async with tracer_thread() as tracer, opened(source) as reader:
-        image, first = await read_records(reader)
-        records_read = time.monotonic()
-        feed = page_feed(reader, image, first, progress)
-        async with rebuilt(
-            image, feed, tracer, progress, new_pidns, map, unmapped, externals, policy
-        ) as rebuilding:
-            progress.phase("thaw")
-            # before it runs: it may end at once, and somebody else's process have its number
-            tree = RestoredTree(rebuilding.root_pid, rebuilding.child_pid, {})
-            try:
-                await tracer.run(rebuilding.thaw)
-            except BaseException:
-                tree.close()
-                raise
-    del detach
+    policy = replace(policy or RestorePolicy(), stdio=not detach and source != "-")
+    terminal: JobTerminal | None = None
+    try:
+        async with tracer_thread() as tracer, opened(source) as reader:
+            image, first = await read_records(reader)
+            records_read = time.monotonic()
+            feed = page_feed(reader, image, first, progress)
+            if policy.shell_job and image.head.job is not None:
+                terminal = JobTerminal(image.head.job)
+            name = terminal.path if terminal is not None else None
+            async with rebuilt(
+                image,
+                feed,
+                tracer,
+                progress,
+                new_pidns,
+                map,
+                unmapped,
+                externals,
+                policy,
+                name,
+                strict_ends=True,
+            ) as rebuilding:
+                progress.phase("thaw")
+                # before it runs: it may end at once, and somebody else's process have its number
+                tree = RestoredTree(rebuilding.root_pid, rebuilding.child_pid, {}, terminal)
+                try:
+                    if terminal is not None:
+                        terminal.lend(tree.root_pid, rebuilding.foreground)
+                    await tracer.run(rebuilding.thaw)
+                except BaseException:
+                    tree.close()
+                    raise
+    except BaseException:
+        if terminal is not None:
+            terminal.close()
+        raise
+    if policy.shell_job and terminal is None:
+        tree.notes.append("the tree was no job of a shell: it has no terminal of this one")
     tree.notes += rebuilding.notes
+    tree.given += rebuilding.given
     tree.figures.update(
         {
             "total-time": 1e3 * (time.monotonic() - begin),

@@ -7,6 +7,7 @@ freeze; and where one shows only behind it, the tree is let go and stopped once 
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -18,6 +19,7 @@ from pipeline.ids import HostPid
 from pipeline.image.schema import Record
 from pipeline.policy import DumpPolicy
 from pipeline.remote.tracer import Tracer
+from pipeline.resources.external_end import ExternalState
 from pipeline.resources.held import Held
 from pipeline.resources.tasks.interrupted import Sleepers
 from pipeline.stages import freeze
@@ -78,6 +80,11 @@ class Standstill:
         self.captured_s = time.monotonic()
         self._held = held
         self.holdings = holdings
+
+    def external_ends(self) -> list[str]:
+        """Names of the ends outside of the tree, in order."""
+        names = {state.name for _, state in self.records if isinstance(state, ExternalState)}
+        return sorted(map(os.fsdecode, names))
 
     async def let_go_of_files(self) -> None:
         """Close what is held of the tree's open files, so that with the tree they end; idempotent."""

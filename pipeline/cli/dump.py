@@ -19,7 +19,10 @@ from pipeline.errors import UsageError
 EXAMPLE = (
     "  python -m pipeline run --userns --detach --pidfile pid -- sleep 1000\n"
     '  python -m pipeline dump --pid "$(cat pid)" --to image\n'
-    "  python -m pipeline restore --from image --detach"
+    "  python -m pipeline restore --from image --detach\n"
+    "a program that runs in a pipeline, and a job of this shell that ^Z has stopped:\n"
+    "  python -m pipeline dump --pid PID --to image --external-fd any\n"
+    '  python -m pipeline dump --pid "$(jobs -p %1)" --to job --shell-job'
 )
 
 
@@ -72,4 +75,6 @@ def execute(arguments: argparse.Namespace) -> int:
         render.say(f"dump: {render.figures(result.figures)}")
         for note in result.notes:
             render.say(f"dump: {note}")
+        if result.external_ends:
+            render.say(f"dump: to be given to the restore: {', '.join(result.external_ends)}")
     return 0

@@ -6,6 +6,7 @@ The whole image is read and every checksum verified; nothing is rebuilt or run.
 from __future__ import annotations
 
 import argparse
+import os
 from collections import Counter
 from collections.abc import Mapping
 from ipaddress import ip_address
@@ -63,6 +64,8 @@ def execute(arguments: argparse.Namespace) -> int:
 
 def as_document(inspection: Inspection) -> dict[str, Any]:
     """The whole image as JSON knows it; page contents are not part of it."""
+    from pipeline.resources.given_ends import external_ends
+
     image = inspection.image
     return {
         "head": render.plain(image.head),
@@ -75,6 +78,7 @@ def as_document(inspection: Inspection) -> dict[str, Any]:
         "shared-memory": render.plain(list(image.shared_memory.values())),
         "contents": render.plain(list(image.contents.values())),
         "files": render.plain(list(image.files.values())),
+        "external-ends": render.plain(external_ends(image)),
         "page-bytes": {str(space): count for space, count in inspection.page_bytes.items()},
         "image-bytes": inspection.image_bytes,
     }
@@ -86,7 +90,7 @@ def show(inspection: Inspection, name: str, console: Console) -> None:
     _heading(inspection, name, console)
     console.print(_process_tree(image, carried))
     console.print(_user_namespace_tree(image))
-    for table in (_namespaces(image), _memory(image, carried), _files(image)):
+    for table in (_namespaces(image), _memory(image, carried), _files(image), _external_ends(image)):
         if table.row_count:
             console.print()
             console.print(table)
@@ -239,6 +243,15 @@ def _memory(image: Image, carried: Mapping[int, int]) -> Table:
         name = f"{memory.kind} {_text(memory.name)}".strip()
         size, sent = render.size(memory.size_bytes), render.size(carried.get(memory.space, 0))
         table.add_row("shared", name, "", size, sent, "")
+    return table
+
+
+def _external_ends(image: Image) -> Table:
+    from pipeline.resources.given_ends import external_ends
+
+    table = _table("Ends outside of the tree, which a restore is given", "name", "held by pid:fd")
+    for name, holders in external_ends(image).items():
+        table.add_row(_text(os.fsencode(name)), " ".join(f"{pid}:{fd}" for pid, fd in holders))
     return table
 
 

@@ -7,6 +7,8 @@ rebuilds. See `pipeline.policy`.
 from __future__ import annotations
 
 import argparse
+import os
+from collections.abc import Iterable
 
 from pipeline.errors import UsageError
 from pipeline.policy import DumpPolicy, RestorePolicy
@@ -40,6 +42,21 @@ def add_dump(parser: argparse.ArgumentParser) -> None:
         help="unix sockets connected to a process outside the tree: refuse and name them (default), or close them: the "
         "program finds that the other side hung up",
     )
+    parser.add_argument(
+        "--external-fd",
+        action="append",
+        default=[],
+        metavar="NAME|any",
+        help="this open file has an end outside of the tree, which the destination shall give (--inherit-fd): "
+        "pipe:[123], fifo:/path, tty:/dev/pts/3 or socket:[123], as `check` names it. any: all pipes, FIFOs and "
+        "terminals that have one; may be repeated",
+    )
+    parser.add_argument(
+        "--shell-job",
+        action="store_true",
+        help="the tree is a job of a shell that stays behind: its terminal is not carried, `restore --shell-job` gives "
+        "it another one",
+    )
 
 
 def of_dump(arguments: argparse.Namespace) -> DumpPolicy:
@@ -48,11 +65,19 @@ def of_dump(arguments: argparse.Namespace) -> DumpPolicy:
     Raises:
         UsageError: an option is not of its form.
     """
+    names = frozenset(arguments.external_fd)
+    for name in names - {"any"}:
+        if not name.startswith(("pipe:[", "fifo:/", "tty:/", "socket:[")):
+            raise UsageError(
+                f"--external-fd {name}: say pipe:[123], fifo:/path, tty:/dev/pts/3, socket:[123] or any"
+            )
     return DumpPolicy(
         tcp=arguments.tcp,
         cgroup=arguments.cgroup,
         udp_queue=arguments.udp_queue,
         unix_outside=arguments.unix_outside,
+        external_fds=names,
+        shell_job=arguments.shell_job,
     )
 
 
@@ -78,6 +103,14 @@ def add_restore(parser: argparse.ArgumentParser) -> None:
         help="CLOCK_MONOTONIC and CLOCK_BOOTTIME go on from what they said at the dump, by a time namespace around the "
         "tree: where they would jump otherwise, as after another boot (default), always, or never",
     )
+    parser.add_argument(
+        "--inherit-fd",
+        action="append",
+        default=[],
+        metavar="NAME=FD|PATH",
+        help="what takes the place of an end outside of the tree, by the name that `dump` and `inspect` say: a "
+        "descriptor of this command, such as 'pipe:[123]=5', or a path that is opened; may be repeated",
+    )
 
 
 def of_restore(arguments: argparse.Namespace) -> RestorePolicy:
@@ -88,4 +121,31 @@ def of_restore(arguments: argparse.Namespace) -> RestorePolicy:
     """
     if arguments.cgroup not in {"keep", "ignore"} and not arguments.cgroup.startswith("/"):
         raise UsageError(f"--cgroup {arguments.cgroup}: say keep, ignore, or a path that begins with /")
-    return RestorePolicy(cgroup=arguments.cgroup, udp_queue=arguments.udp_queue, clocks=arguments.clocks)
+    return RestorePolicy(
+        cgroup=arguments.cgroup,
+        udp_queue=arguments.udp_queue,
+        clocks=arguments.clocks,
+        inherited=_inherited(arguments.inherit_fd),
+        shell_job=getattr(arguments, "shell_job", False),
+    )
+
+
+def _inherited(texts: Iterable[str]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for text in texts:
+        name, equals, given = text.rpartition("=")
+        if not equals or not given or ":" not in name:
+            raise UsageError(
+                f"--inherit-fd {text}: say NAME=FD or NAME=PATH, such as 'pipe:[123]=5' or tty:/dev/pts/3=/dev/null"
+            )
+        if name in found:
+            raise UsageError(f"--inherit-fd {text}: {name} is given twice")
+        if given.isdecimal():
+            try:
+                os.fstat(int(given))
+            except OSError:
+                raise UsageError(
+                    f"--inherit-fd {text}: this command has no descriptor {given} (in a shell: {given}>FILE behind it)"
+                ) from None
+        found[name] = given
+    return found

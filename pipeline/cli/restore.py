@@ -2,6 +2,9 @@
 
 Without --detach the command stays as the tree's parent, forwards signals and exits
 with the root's status; with it, it returns when the tree runs and prints the root's pid.
+
+What had an end outside of the tree when it was dumped (dump --external-fd, `inspect` lists the names) is given
+here: by --inherit-fd; else, without --detach, standard input, output and error of the tree are this command's own.
 """
 
 from __future__ import annotations
@@ -26,6 +29,9 @@ if TYPE_CHECKING:
 EXAMPLE = (
     "  python -m pipeline restore --from image\n"
     "  python -m pipeline restore --from image --map 200000:65536\n"
+    "  python -m pipeline restore --from image | tee log\n"
+    "  python -m pipeline restore --from image --inherit-fd 'pipe:[4711]=5' 5>log --detach\n"
+    "  python -m pipeline restore --from job --shell-job\n"
     "  python -m pipeline restore --from s3://bucket/prefix --detach --pidfile pid"
 )
 
@@ -54,11 +60,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     placing.add_arguments(parser)
     policies.add_restore(parser)
+    parser.add_argument(
+        "--shell-job",
+        action="store_true",
+        help="the tree was dumped as a job of a shell (dump --shell-job): it becomes a job of this one, with its "
+        "terminal, and ^C, ^Z, fg and bg reach it; not with --detach",
+    )
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout, once the tree runs")
 
 
 def execute(arguments: argparse.Namespace) -> int:
     pidfile.check(arguments.pidfile)
+    if arguments.shell_job and arguments.detach:
+        raise UsageError("--shell-job and --detach: a job stays with its shell; leave one of them out")
     if arguments.source == "-" and os.isatty(sys.stdin.fileno()):
         raise UsageError("--from - reads the image from stdin, which is a terminal")
     import trio
@@ -98,13 +112,29 @@ async def _main(arguments: argparse.Namespace) -> int:
         with trio.open_signal_receiver(*FORWARDED) as signals:
             tree = await recipe.cancellable(build)
             _announce(arguments, tree, progress)
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(_forward, signals, tree)
-                status = await tree.wait()
-                nursery.cancel_scope.cancel()
-            tree.close()
+            _let_go_of_ends(tree)
+            if tree.terminal is not None:
+                tree.terminal.greet()
+            try:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(_forward, signals, tree)
+                    status = await tree.wait()
+                    nursery.cancel_scope.cancel()
+            finally:
+                tree.close()
     code = os.waitstatus_to_exitcode(status)
     return code if code >= 0 else 128 - code
+
+
+def _let_go_of_ends(tree: RestoredTree) -> None:
+    """What the tree was given is the tree's: when it closes a pipe, whoever is at the other end shall see that."""
+    for fd in tree.given:
+        if fd in {0, 1}:
+            null = os.open(os.devnull, os.O_RDWR)
+            os.dup2(null, fd)
+            os.close(null)
+        elif fd > sys.stderr.fileno():
+            os.close(fd)
 
 
 async def _forward(signals: AsyncIterator[int], tree: RestoredTree) -> None:

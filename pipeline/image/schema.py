@@ -64,6 +64,18 @@ class Extent(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
 Extents = Annotated[list[Extent], Meta(max_length=340)]
 
 
+class ShellJob(Record, frozen=True, kw_only=True):
+    """The tree is a job of a shell outside: what it has set the terminal to, as far as it is known.
+
+    `settings`: struct termios2. `window`: struct winsize. `foreground`: level-0 number of the process group in the
+    foreground, 0: one that is led from outside, None: the tree was in the background.
+    """
+
+    settings: Annotated[bytes, Meta(max_length=44)]
+    window: Annotated[bytes, Meta(max_length=8)]
+    foreground: Pid | None
+
+
 class Head(Record, frozen=True, kw_only=True, tag="head"):
     """First record: what the image is and where it can run.
 
@@ -88,6 +100,8 @@ class Head(Record, frozen=True, kw_only=True, tag="head"):
     boottime_ns: U64
     boot_id: Annotated[str, Meta(max_length=64)] = ""
     clock_offsets_ns: tuple[I64, I64] = (0, 0)
+    #: set where the session of the tree and its terminal are those of a shell outside
+    job: ShellJob | None = None
 
 
 class UserNamespace(Record, frozen=True, kw_only=True, tag="userns"):

@@ -61,14 +61,18 @@ class Init:
         puppet.syscall(NR.mount, b"proc\0", b"/proc\0", b"proc\0", _flags_of_proc(), 0)
         puppet.syscall(NR.prctl, PRCTL.SET_NAME, COMM + b"\0")
 
-    def set_free(self, root: int) -> None:
+    def set_free(self, root: int, leaves_session: bool = True) -> None:
         """Let it run: it collects the dead until process `root` (a pid inside) ends.
+
+        In a session of its own it outlives that of the restorer; but a job of a shell needs a parent in its session,
+        or the kernel does not stop it (it would be orphaned).
 
         Nothing can be cloned from it any more.
         """
         puppet = self.puppet
         puppet.syscall(NR.close_range, puppet.stage.channel_fd, 0xFFFF_FFFF, 0)
-        puppet.syscall(NR.setsid)
+        if leaves_session:
+            puppet.syscall(NR.setsid)
         regs = arch.Registers(ptrace.get_regs(puppet.tid)).replace(
             rip=arch.PUPPET_INIT, rbp=root, orig_rax=-1
         )

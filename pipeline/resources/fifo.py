@@ -45,7 +45,10 @@ class Fifo(CompleteOnceCreated):
     name = "fifo"
     record: type[FifoState] = FifoState
     carried: Sequence[str] = ("open ends, unread bytes, packet mode, capacity",)
-    refused: Sequence[str] = ("a FIFO with an end outside the tree", "a removed FIFO")
+    refused: Sequence[str] = (
+        "a FIFO with an end outside the tree, unless the dump is told so",
+        "a removed FIFO",
+    )
     shown_by: Sequence[str] = (
         "programs/pipes.py",
         "resources/test_pipes.py",
@@ -60,9 +63,8 @@ class Fifo(CompleteOnceCreated):
         wrong = misnamed(view)
         if wrong:
             yield Blocker(view.subject, f"the FIFO cannot be opened again by name: {wrong}", "close it")
-        group = pipe_buffer.ends(view, scope)
-        # a reader that never saw a writer looks to poll like one whose writer is elsewhere
-        yield from pipe_buffer.check(view, scope, one_sided=any(pipe_buffer.writes(end) for _, end in group))
+        yield from outside_ends(view, scope)
+        yield from pipe_buffer.check(view)
         yield from locks.check(view, carried=False)
 
     def capture(self, view: FdView, scope: CaptureScope) -> FifoState:
@@ -99,6 +101,14 @@ class Fifo(CompleteOnceCreated):
         else:
             end = scope.once(("fifo", record.fifo), lambda: _keep_open(file, record, scope))
         pipe_buffer.refill(file, record.buffer, end)
+
+
+def outside_ends(view: FdView, scope: CaptureScope) -> Iterator[Blocker]:
+    """What says that the FIFO has an end outside the tree."""
+    group = pipe_buffer.ends(view, scope)
+    # a reader that never saw a writer looks to poll like one whose writer is elsewhere
+    one_sided = any(pipe_buffer.writes(end) for _, end in group)
+    yield from pipe_buffer.outside_ends(view, scope, one_sided)
 
 
 def _keep_open(file: OpenFile, record: FifoState, scope: CreateScope) -> LocalFd:

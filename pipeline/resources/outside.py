@@ -71,14 +71,16 @@ def same_file(view: FdView, scope: CaptureScope) -> list[Holder]:
     return found
 
 
-def blockers(view: FdView, holders: list[Holder], what: str) -> Iterator[Blocker]:
+def blockers(
+    view: FdView, holders: list[Holder], what: str, remedy: str = "include that process or redirect it"
+) -> Iterator[Blocker]:
     """One blocker that names up to four of the holders."""
     if holders:
         pids = sorted({pid for pid, _ in holders})
         named = ", ".join(name_of(pid) for pid in pids[:4]) + (
             f" and {len(pids) - 4} more" if len(pids) > 4 else ""
         )
-        yield Blocker(view.subject, f"{what} {named} outside the tree", "include that process or redirect it")
+        yield Blocker(view.subject, f"{what} {named} outside the tree", remedy)
 
 
 def of_link(link: bytes, scope: CaptureScope) -> list[Holder]:

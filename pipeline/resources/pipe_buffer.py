@@ -97,29 +97,33 @@ def _poll(view: FdView) -> int:
     return sum(event for _, event in poll.poll(0))
 
 
-def check(view: FdView, scope: CaptureScope, one_sided: bool) -> Iterator[Blocker]:
-    """Blockers for ends outside the tree, and for a buffer that cannot be made again.
+def outside_ends(view: FdView, scope: CaptureScope, one_sided: bool) -> Iterator[Blocker]:
+    """What says that the pipe has an end outside the tree.
 
     Args:
         one_sided: whether an end that poll reports but the tree lacks must be outside the tree.
     """
     others = outside.same_link(view, scope)
-    yield from outside.blockers(view, others, "an end of the pipe is held by")
+    remedy = (
+        f"redirect it, include its holder, or let the destination give it: --external-fd '{name_of(view)}'"
+    )
+    yield from outside.blockers(view, others, "an end of the pipe is held by", remedy)
     group = ends(view, scope)
     if one_sided and not others:
         who = "outside the tree: in a process not visible here or that dumps, or in flight in a socket"
         if not any(writes(end) for _, end in group) and has_writers(view):
-            yield Blocker(
-                view.subject,
-                f"the writing end of the pipe is open {who}",
-                "redirect it, or dump its holder too",
-            )
+            yield Blocker(view.subject, f"the writing end of the pipe is open {who}", remedy)
         if not any(reads(end) for _, end in group) and has_readers(view):
-            yield Blocker(
-                view.subject,
-                f"the reading end of the pipe is open {who}",
-                "redirect it, or dump its holder too",
-            )
+            yield Blocker(view.subject, f"the reading end of the pipe is open {who}", remedy)
+
+
+def name_of(view: FdView) -> str:
+    """By which a person names a pipe or FIFO: ``pipe:[123]``, ``fifo:/path``."""
+    return ("fifo:" if view.link.startswith(b"/") else "") + os.fsdecode(view.link)
+
+
+def check(view: FdView) -> Iterator[Blocker]:
+    """What stops the buffer of a pipe from being made again."""
     size = unread_bytes(view.local)
     if size > MAX_UNREAD_BYTES:
         yield Blocker(

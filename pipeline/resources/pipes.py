@@ -6,7 +6,8 @@ gone ends after its unread bytes, one without readers answers EPIPE), unread byt
 packets, capacity, flags of each end, owner and mode of the inode (they count when
 /dev/stdout is opened). The record of the end with the lowest index carries the buffer.
 
-Refused: an end outside the tree, by name where it can be found; locks; more than 16 MiB
+Refused: an end outside the tree, by name where it can be found, unless the person who dumps says that it is external
+(`pipeline.resources.external_end`); locks; more than 16 MiB
 unread. Not preserved: inode number. Source: pipe(7), fs/pipe.c.
 """
 
@@ -45,7 +46,10 @@ class Pipe(CompleteOnceCreated):
     name = "pipe"
     record: type[PipeState] = PipeState
     carried: Sequence[str] = ("both ends, unread bytes, packet mode, capacity, closed ends, owner",)
-    refused: Sequence[str] = ("a pipe with an end outside the tree", "more than 16 MiB unread")
+    refused: Sequence[str] = (
+        "a pipe with an end outside the tree, unless the dump is told so",
+        "more than 16 MiB unread",
+    )
     shown_by: Sequence[str] = (
         "programs/pipes.py",
         "resources/test_pipes.py",
@@ -61,7 +65,8 @@ class Pipe(CompleteOnceCreated):
 
     def check(self, view: FdView, scope: CaptureScope) -> Iterator[Blocker]:
         """Every end must be in the tree."""
-        yield from pipe_buffer.check(view, scope, one_sided=True)
+        yield from pipe_buffer.outside_ends(view, scope, one_sided=True)
+        yield from pipe_buffer.check(view)
         yield from locks.check(view, carried=False)
 
     def capture(self, view: FdView, scope: CaptureScope) -> PipeState:

@@ -6,7 +6,10 @@ lock, exclusive mode, owner and mode of the node, bytes under way on both sides 
 half typed (`pipeline.resources.terminal_bytes`), whether the slave was ever closed, the session
 that it controls with its foreground group, slaves that are hung up, descriptors of /dev/tty.
 
-Refused by name: a side outside the tree (a shell's own terminal), other kinds of terminals,
+A side outside the tree (a shell's own terminal) and other kinds of terminals are refused by name, unless the person
+who dumps says that they are external (`pipeline.resources.external_end`, `pipeline.resources.shell_job`).
+
+Refused by name:
 other line disciplines, events of packet mode not read yet, a terminal that is stopped
 (^S) or whose buffers are full.
 
@@ -47,7 +50,7 @@ class Pty:
         "hung-up terminals, /dev/tty",
     )
     refused: Sequence[str] = (
-        "a terminal with a side outside the tree, a console or serial line",
+        "a terminal with a side outside the tree, a console or serial line, unless the dump is told so",
         "a terminal that is stopped or full, unread events of packet mode",
     )
     shown_by: Sequence[str] = (

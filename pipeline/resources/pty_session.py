@@ -33,13 +33,21 @@ from pipeline.resources.kinds import CaptureScope, CreateScope
 from pipeline.resources.pty_state import KIND_NAME, PtyState, Terminal
 
 _AT_FDCWD = -100
-REMEDY = "start the tree with setsid and its stdio redirected, or run tmux inside the tree"
+REMEDY = (
+    "a job of a shell is carried with --shell-job; else start the tree with setsid and its stdio redirected, "
+    "or run tmux inside the tree"
+)
+_LEADS = (
+    "a terminal controls one session only: run tmux inside the tree, or dump the job that runs in this shell"
+)
 
 
 def check_controlling_terminal(pid: HostPid, scope: CaptureScope) -> Iterator[Blocker]:
     """The controlling terminal of process `pid`, which needs no descriptor, must be a pty of the tree."""
     found = procfs.stat(pid)
     if not found.tty_nr:
+        return
+    if scope.policy.shell_job and not scope.member(found.session):
         return
     major, number = terminal.decode(found.tty_nr)
     if major != terminal.PTS_MAJOR:
@@ -52,7 +60,7 @@ def check_controlling_terminal(pid: HostPid, scope: CaptureScope) -> Iterator[Bl
     yield Blocker(
         f"pid {pid}",
         f"its controlling terminal /dev/pts/{number} belongs to {owner} outside the tree",
-        REMEDY,
+        _LEADS if scope.member(found.session) else REMEDY,
     )
 
 

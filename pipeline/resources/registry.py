@@ -14,6 +14,7 @@ from pipeline.resources import (
     directory,
     epoll,
     eventfd,
+    external_end,
     fifo,
     inotify,
     kernel_files,
@@ -77,6 +78,7 @@ def kinds() -> tuple[FileKind[Any], ...]:
         signalfd.KIND,
         pidfd.KIND,
         inotify.KIND,
+        external_end.KIND,
         unsupported.KIND,
     )
 

@@ -39,7 +39,7 @@ from pipeline.kernel.arch import x86_64 as arch
 from pipeline.kernel.inside import open_file
 from pipeline.policy import DumpPolicy
 from pipeline.remote.live import LiveTask, Region, find_places
-from pipeline.resources import tun_file
+from pipeline.resources import shell_job, tun_file
 from pipeline.resources.cgroups.capture import CgroupCapture
 from pipeline.resources.held import Held
 from pipeline.resources.memory import aio
@@ -504,4 +504,5 @@ class Capture:
             boottime_ns=time.clock_gettime_ns(time.CLOCK_BOOTTIME),
             boot_id=clocks.boot_id(),
             clock_offsets_ns=(offsets["monotonic"], offsets["boottime"]),
+            job=shell_job.capture(self.living, self.files, self.tree.group),
         )

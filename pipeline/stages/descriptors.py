@@ -28,7 +28,7 @@ from pipeline.ledger import LEDGER
 from pipeline.policy import RestorePolicy
 from pipeline.remote.calls import Call
 from pipeline.remote.puppet import Puppet
-from pipeline.resources import signal_owner
+from pipeline.resources import external_end, signal_owner
 from pipeline.resources.namespaces.clocks_here import ClocksHere
 from pipeline.resources.registry import WATCHERS, kind_named
 from pipeline.stages.contents import Contents
@@ -115,8 +115,9 @@ class Descriptors:
 
     def _set_flags(self, file: OpenFile) -> None:
         fd = self._files[file.index]
+        settable = external_end.settable(fd) if file.kind == external_end.KIND_NAME else _SETTABLE
         now = fcntl.fcntl(fd, fcntl.F_GETFL)
-        wanted = now & ~_SETTABLE | file.flags & _SETTABLE
+        wanted = now & ~settable | file.flags & settable
         if wanted != now:
             fcntl.fcntl(fd, fcntl.F_SETFL, wanted)
 

@@ -23,9 +23,9 @@ from pipeline.image.schema import Content, FdEntry, Id, OpenFile, PathRef, Recor
 from pipeline.kernel import procfs
 from pipeline.ledger import LEDGER
 from pipeline.policy import DumpPolicy
-from pipeline.resources import in_flight, signal_owner
+from pipeline.resources import external_end, in_flight, signal_owner
 from pipeline.resources.held import Held
-from pipeline.resources.kinds import FdView
+from pipeline.resources.kinds import FdView, FileKind
 from pipeline.resources.namespaces.members import NamespaceCapture
 from pipeline.resources.registry import kind_of
 from pipeline.resources.unix_unread import Unread
@@ -148,15 +148,16 @@ class FileObserver:
     def blockers(self) -> Iterator[Blocker]:
         """Everything that stops an open file of the tree from being carried."""
         yield from self._open.blockers
+        yield from external_end.unknown_names(self)
         for _, view in self._open.files():
             with suppress(ProcessLookupError):
-                yield from kind_of(view).check(view, self)
+                yield from self._kind(view).check(view, self)
                 yield from signal_owner.check(view, self._tree.member)
 
     def records(self) -> Iterator[tuple[OpenFile, Record]]:
         """Every open file and the record of its kind; `OpenFile.state` is filled in by the translation."""
         for index, view in self._open.files():
-            kind = kind_of(view)
+            kind = self._kind(view)
             record = kind.capture(view, self)
             yield (
                 OpenFile(
@@ -168,6 +169,9 @@ class FileObserver:
                 ),
                 record,
             )
+
+    def _kind(self, view: FdView) -> FileKind[Any]:
+        return external_end.KIND if external_end.claims(view, self) else kind_of(view)
 
     def entries(self, pid: HostPid) -> list[FdEntry]:
         """The descriptor table of a process."""

@@ -32,6 +32,7 @@ from pipeline.remote.init import Init
 from pipeline.remote.puppet import spawn_launcher
 from pipeline.remote.tracer import Tracer
 from pipeline.resources.cgroups.making import CgroupMaking
+from pipeline.resources.given_ends import GivenEnds
 from pipeline.resources.memory.rebuild import find_hole
 from pipeline.resources.namespaces import network_here
 from pipeline.resources.namespaces.clocks_here import ClocksHere
@@ -70,6 +71,8 @@ class Rebuilding:
         placing, unmapped: see `Destination`.
         externals: namespaces that take the place of the external ones, instead of our own, and what devices hang on.
         policy: decisions about states that have more than one good answer.
+        job_terminal: the path of the terminal of the shell whose job the tree becomes; None: of none.
+        strict_ends: what is given for ends outside of the tree has to be in the image.
     """
 
     def __init__(
@@ -80,6 +83,8 @@ class Rebuilding:
         unmapped: Unmapped = "refuse",
         externals: Externals | None = None,
         policy: RestorePolicy | None = None,
+        job_terminal: str | None = None,
+        strict_ends: bool = False,
     ) -> None:
         self.policy = policy or RestorePolicy()
         self._image = image
@@ -98,6 +103,7 @@ class Rebuilding:
         if self._planner.blockers:
             raise ImageError("the tree cannot grow: " + "; ".join(map(str, self._planner.blockers)))
         self.contents = Contents()
+        self._ends = GivenEnds(image, self.policy, job_terminal, strict_ends)
         self._roots: dict[int, LocalFd] = {}
         self._late = Late()
         self._stack.callback(self._late.close)
@@ -120,8 +126,11 @@ class Rebuilding:
                     network,
                 )
             )
+        lacking += self._ends.missing()
         if lacking:
             raise Refused(lacking)
+        self._stack.callback(self._ends.close)
+        self._ends.open()
         self._cgroups = self._make_cgroups()
         blockers = list(check_here(list(image.processes.values())))
         if blockers:
@@ -174,6 +183,7 @@ class Rebuilding:
         )
         self._stack.callback(self._end_tree)
         self._steps = self.growth.grow()
+        body.notes += self._ends.notes
 
     def _make_cgroups(self) -> CgroupMaking:
         """The cgroups of the tree, not made yet.
@@ -270,7 +280,7 @@ class Rebuilding:
             },
             self._ids.uid_here,
             self._ids.gid_here,
-            self._terminals.made,
+            {**self._terminals.made, **self._ends.made},
             self.policy,
             self._late,
             self._clocks,
@@ -318,7 +328,7 @@ class Rebuilding:
             self._body.notes.append(str(error))
         self._body.notes += self._late.run()
         if self._init is not None:
-            self._init.set_free(procfs.status(root).ns_pid[1])
+            self._init.set_free(procfs.status(root).ns_pid[1], leaves_session=self._image.head.job is None)
         finish.thaw(self._image, self.growth)
         return root
 
@@ -326,6 +336,21 @@ class Rebuilding:
     def notes(self) -> list[str]:
         """What is not as it was, and stops nothing; complete when the tree is."""
         return self._body.notes
+
+    @property
+    def given(self) -> list[int]:
+        """Descriptors of this process that took the place of ends outside of the tree."""
+        return self._ends.given
+
+    @property
+    def foreground(self) -> int:
+        """The process group, as it is called here, that a job of a shell had in the foreground; 0: one led outside."""
+        job = self._image.head.job
+        if job is not None and job.foreground:
+            for process in self._image.processes.values():
+                if process.pgid == job.foreground:
+                    return os.getpgid(self.growth.grown[process.pids[0]].puppet.pid)
+        return 0
 
     @property
     def root_pid(self) -> HostPid:
@@ -432,6 +457,8 @@ async def rebuilt(
     unmapped: Unmapped = "refuse",
     externals: Externals | None = None,
     policy: RestorePolicy | None = None,
+    job_terminal: str | None = None,
+    strict_ends: bool = False,
 ) -> AsyncIterator[Rebuilding]:
     """The tree of `image`, complete and stopped; gone after the block unless it was thawed.
 
@@ -442,7 +469,7 @@ async def rebuilt(
     progress.phase("rebuild")
     if image.head.machine != arch.MACHINE:
         image.check_machine(arch.MACHINE)
-    rebuilding = Rebuilding(image, new_pidns, placing, unmapped, externals, policy)
+    rebuilding = Rebuilding(image, new_pidns, placing, unmapped, externals, policy, job_terminal, strict_ends)
     try:
         await tracer.run(rebuilding.prepare)
         for space in [*image.shared_memory, *image.contents]:

@@ -1,0 +1,255 @@
+"""Trees that are a job of an interactive shell: in its session, on its terminal, both of which stay behind.
+
+The kernel lets nobody join a session but by birth. So a dump (``--shell-job``) records that the session is led from
+outside, what the terminal is set to, and which process group is in the foreground; and a restore (``--shell-job``)
+has the tree born into its own session, which has to have a terminal, and takes the part of a shell for it:
+
+* the tree's group comes to the foreground, if it was there and the restorer is; the terminal gets the settings
+  that the tree had made, and SIGWINCH tells the tree to draw itself anew;
+* when the root stops (^Z, reading in the background), terminal and foreground go back, and the restorer stops, so
+  that its shell goes on; continued, it continues the tree, in the foreground if the shell says so;
+* when the tree ends, or the restorer fails, they go back for good.
+
+A guard, a child that no signal of the terminal reaches, puts the settings back when the restorer is killed.
+
+Not carried: the window's size, which is a fact of the terminal that is there (it is set only where that one has
+none); speeds and the form of bytes on the line (c_cflag); what a job in the background had set the terminal to, which
+only its shell knows. Refused: a session leader in the tree whose terminal is
+outside, because a terminal controls one session only.
+
+Source: credentials(7), tcsetpgrp(3), tty_ioctl(4), signal(7); drivers/tty/tty_jobctrl.c.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import struct
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import replace
+
+from pipeline.errors import Blocker, Refused
+from pipeline.ids import HostPid, LocalFd
+from pipeline.image.schema import ShellJob
+from pipeline.kernel import procfs
+from pipeline.ledger import LEDGER
+from pipeline.resources import pty_sides, terminal
+from pipeline.resources.kinds import CaptureScope
+from pipeline.resources.terminal import Settings
+
+_NO_WINDOW = bytes(8)
+_DONE = b"d"
+_GROUPS = struct.Struct("<2i")
+
+
+def capture(
+    pids: Iterable[HostPid], scope: CaptureScope, group_number: Callable[[int], int]
+) -> ShellJob | None:
+    """The terminal of the session that the tree is in and does not lead; None if there is none.
+
+    Args:
+        pids: the living processes of the tree.
+        group_number: the level-0 number of a process group, 0 if it is led from outside.
+    """
+    if not scope.policy.shell_job:
+        return None
+    groups = {}
+    on_terminal = []
+    for pid in pids:
+        found = procfs.stat(pid)
+        groups[pid] = found.pgrp
+        if found.tty_nr and not scope.member(found.session):
+            on_terminal.append(found)
+    if not on_terminal:
+        return None
+    first = on_terminal[0]
+    device = terminal.decode(first.tty_nr)
+    foreground = group_number(first.tpgid) if first.tpgid in groups.values() else None
+    settings = window = b""
+    for _, view in scope.files() if foreground is not None else ():
+        if pty_sides.is_terminal(view) and terminal.device(view.local) == device:
+            settings, window = terminal.settings(view.local).pack(), terminal.window(view.local)
+            break
+    return ShellJob(settings=settings, window=window, foreground=foreground)
+
+
+class JobTerminal:
+    """The terminal of the restorer's session, lent to a tree. All methods run in the main thread.
+
+    Raises:
+        Refused: there is none.
+
+    Ownership: holds the terminal open until `close`, which puts back what was lent; idempotent.
+    """
+
+    def __init__(self, job: ShellJob) -> None:
+        try:
+            self._tty = LocalFd(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC))
+        except OSError as error:
+            why = f"this command has no controlling terminal to give ({error.strerror})"
+            raise Refused([Blocker("--shell-job", why, "run it from an interactive shell")]) from None
+        LEDGER.take("terminal of the shell", self._tty)
+        self._wanted = job.foreground is not None
+        self._settings = job.settings
+        self._window = job.window
+        self._root = 0
+        self._group = 0
+        self._lent: tuple[Settings, bytes] | None = None
+        self._guard: _Guard | None = None
+        self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTTOU})
+
+    @property
+    def path(self) -> str:
+        """Its name, such as /dev/pts/3."""
+        device = terminal.device(self._tty)
+        for fd in range(3):
+            with suppress(OSError):
+                if terminal.device(LocalFd(fd)) == device:
+                    return os.ttyname(fd)
+        return f"/dev/pts/{device[1]}" if device and device[0] == terminal.PTS_MAJOR else "/dev/tty"
+
+    def lend(self, root: int, group: int) -> None:
+        """Let the tree have it: `group` was in the foreground (0: that of the root, which may be ours)."""
+        self._root = root
+        self._group = group or os.getpgid(root)
+        self._guard = _Guard(self._tty)
+        if self._wanted and self._is_ours():
+            self._give()
+
+    def greet(self) -> None:
+        """The tree runs: what it had drawn is not on this terminal."""
+        if self._lent is not None:
+            with suppress(ProcessLookupError):
+                os.killpg(terminal.foreground(self._tty), signal.SIGWINCH)
+
+    def look(self) -> None:
+        """Do what a shell would: follow a tree that has stopped, and one that shall be in the foreground."""
+        try:
+            stopped = procfs.stat(HostPid(self._root)).state == "T"
+        except procfs.ProcessGone:
+            return
+        if stopped:
+            self._suspend()
+        elif self._wanted and self._lent is None and self._group != os.getpgrp() and self._is_ours():
+            self._give()
+
+    def close(self) -> None:
+        """Put everything back, once; idempotent."""
+        if self._tty < 0:
+            return
+        self._take_back()
+        if self._guard is not None:
+            self._guard.dismiss()
+        os.close(self._tty)
+        LEDGER.give_back("terminal of the shell", self._tty)
+        self._tty = LocalFd(-1)
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
+
+    def _is_ours(self) -> bool:
+        with suppress(OSError):
+            return terminal.foreground(self._tty) == os.getpgrp()
+        return False  # it is hung up
+
+    def _give(self) -> None:
+        usual, window = terminal.settings(self._tty), terminal.window(self._tty)
+        self._lent = usual, window
+        assert self._guard is not None
+        self._guard.watch(usual, os.getpgrp(), self._group)
+        if self._settings:
+            wanted = replace(
+                Settings.unpack(self._settings),
+                cflag=usual.cflag,
+                line=usual.line,
+                ispeed=usual.ispeed,
+                ospeed=usual.ospeed,
+            )
+            terminal.set_settings(self._tty, wanted)
+        if window[:4] == _NO_WINDOW[:4] and self._window:
+            terminal.set_window(self._tty, self._window)
+        with suppress(OSError):  # the group has ended meanwhile
+            os.tcsetpgrp(self._tty, self._group)
+
+    def _take_back(self) -> None:
+        if self._lent is None:
+            return
+        usual, window = self._lent
+        self._lent = None
+        with suppress(OSError):  # it is hung up
+            self._settings = terminal.settings(self._tty).pack()
+            self._group = terminal.foreground(self._tty) or self._group
+            if window[:4] == _NO_WINDOW[:4]:
+                self._window = terminal.window(self._tty)
+                terminal.set_window(self._tty, window)
+            terminal.set_settings(self._tty, usual)
+            os.tcsetpgrp(self._tty, os.getpgrp())
+
+    def _suspend(self) -> None:
+        """Stop as the tree has stopped; returns when the shell lets both go on."""
+        self._take_back()
+        usual = signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+        try:
+            os.killpg(
+                os.getpgrp(), signal.SIGTSTP
+            )  # where no shell would continue it, the kernel ignores this
+        finally:
+            signal.signal(signal.SIGTSTP, usual)
+        self._wanted = True
+        if self._is_ours():
+            self._give()
+        for group in {_group_of(self._root), self._group if self._lent is not None else 0} - {0}:
+            with suppress(ProcessLookupError):
+                os.killpg(group, signal.SIGCONT)
+
+
+def _group_of(pid: int) -> int:
+    with suppress(ProcessLookupError):
+        return os.getpgid(pid)
+    return 0
+
+
+class _Guard:
+    """A child that puts settings back if its parent ends without a word."""
+
+    def __init__(self, tty: LocalFd) -> None:
+        reader, self._writer = os.pipe2(os.O_CLOEXEC)
+        self._pid = os.fork()
+        if self._pid == 0:
+            try:
+                signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+                os.setpgid(0, 0)
+                os.dup2(tty, 0)
+                os.dup2(reader, 1)
+                os.closerange(2, 1 << 16)
+                _keep_watch()
+            finally:
+                os._exit(0)
+        os.close(reader)
+        LEDGER.take("guard of the terminal", self._pid)
+
+    def watch(self, usual: Settings, ours: int, theirs: int) -> None:
+        """These settings are to be put back, and group `ours` in the foreground in the place of `theirs`."""
+        os.write(self._writer, usual.pack() + _GROUPS.pack(ours, theirs))
+
+    def dismiss(self) -> None:
+        """Everything is as it was: it has nothing to do any more."""
+        os.write(self._writer, _DONE)
+        os.close(self._writer)
+        os.waitpid(self._pid, 0)
+        LEDGER.give_back("guard of the terminal", self._pid)
+
+
+def _keep_watch() -> None:
+    """The guard: terminal at 0, what its parent says at 1."""
+    tty, usual = LocalFd(0), b""
+    while said := os.read(1, Settings.BYTES + _GROUPS.size):
+        if said == _DONE:
+            return
+        usual = said
+    if usual:
+        with suppress(OSError):
+            ours, theirs = _GROUPS.unpack(usual[Settings.BYTES :])
+            if terminal.foreground(tty) == theirs:
+                with suppress(OSError):  # nobody is in it: the shell sees to that
+                    os.tcsetpgrp(tty, ours)
+            terminal.set_settings(tty, Settings.unpack(usual[: Settings.BYTES]))

@@ -1,0 +1,318 @@
+"""Ends outside of the tree, as a person meets them: refused by name, carried when told so, given at the restore."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.harness.tree import ROOT, engine, find_python, reap, said
+
+pytestmark = pytest.mark.root
+
+#: answers each line; says when its input ends
+_ECHO = """
+import os, sys
+os.write(1, b"ready\\n")
+for line in sys.stdin.buffer:
+    os.write(1, b"got " + line)
+os.write(1, b"end\\n")
+"""
+#: waits until it is told to look at its input
+_LATE = """
+import os, select, signal
+signal.signal(signal.SIGUSR1, lambda *_: None)
+os.write(1, b"ready\\n")
+signal.pause()
+os.write(1, os.read(0, 100))
+os.write(1, os.read(0, 100))
+os.write(1, b"%d" % os.get_blocking(1))
+"""
+
+
+def receive(fd: int, wanted: bytes, timeout_s: float = 20.0) -> bytes:
+    """Read until `wanted` has come, or the end."""
+    found, deadline = b"", time.monotonic() + timeout_s
+    while wanted not in found:
+        assert select.select([fd], [], [], max(0, deadline - time.monotonic()))[0], (
+            f"{wanted!r}, not {found!r}"
+        )
+        piece = os.read(fd, 4096)
+        if not piece:
+            break
+        found += piece
+    return found
+
+
+class Program:
+    """A program whose standard input and output are pipes of ours."""
+
+    def __init__(self, code: str, **options: object) -> None:
+        self.process = subprocess.Popen(
+            [find_python(), "-S", "-s", "-E", "-c", code],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            cwd="/",
+            start_new_session=True,
+            **options,  # type: ignore[call-overload]
+        )
+        assert self.process.stdin
+        assert self.process.stdout
+        self.pid = self.process.pid
+        self.stdin, self.stdout = self.process.stdin.fileno(), self.process.stdout.fileno()
+        assert receive(self.stdout, b"ready\n") == b"ready\n"
+        self.names = [os.readlink(f"/proc/{self.pid}/fd/{fd}") for fd in (0, 1)]
+
+    def close(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
+        for stream in (self.process.stdin, self.process.stdout):
+            if stream is not None:
+                with contextlib.suppress(OSError):
+                    stream.close()
+        self.process.wait()
+        reap([self.pid])
+
+
+@pytest.fixture
+def program() -> Iterator[Callable[[str], Program]]:
+    made: list[Program] = []
+
+    def make(code: str) -> Program:
+        made.append(Program(code))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+@contextlib.contextmanager
+def restorer(
+    image: Path, *arguments: str, pass_fds: tuple[int, ...] = ()
+) -> Iterator[subprocess.Popen[bytes]]:
+    """`restore` in the foreground, with pipes of ours as its standard input and output."""
+    command = [sys.executable, "-m", "pipeline", "restore", "--from", str(image), *arguments]
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        pass_fds=pass_fds,
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.terminate()
+        process.communicate()
+
+
+def test_an_end_outside_is_refused_by_name_and_comes_from_the_restorer_in_the_foreground(
+    program: Callable[[str], Program], tmp_path: Path
+) -> None:
+    echo = program(_ECHO)
+    image = tmp_path / "image"
+    refused = engine("dump", "--pid", echo.pid, "--to", image)
+    assert refused.returncode == 3, said(refused)
+    for fd, name in enumerate(echo.names):
+        assert f"pid {echo.pid} fd {fd} ({name})" in refused.stderr
+        assert f"--external-fd '{name}'" in refused.stderr
+    checked = engine("check", "--pid", echo.pid, "--external-fd", echo.names[0])
+    assert checked.returncode == 3, said(checked)
+    assert echo.names[0] not in checked.stdout
+    assert echo.names[1] in checked.stdout
+    os.write(echo.stdin, b"one\n")
+    assert receive(echo.stdout, b"got one\n") == b"got one\n"
+    done = engine("dump", "--pid", echo.pid, "--to", image, "--external-fd", "any")
+    assert done.returncode == 0, said(done)
+    assert all(name in done.stderr for name in echo.names), said(done)
+    reap([echo.pid])
+    assert os.read(echo.stdout, 10) == b""
+    shown = json.loads(engine("inspect", image, "--json").stdout)
+    assert shown["external-ends"] == {name: [[echo.pid, fd]] for fd, name in enumerate(echo.names)}
+
+    detached = engine("restore", "--from", image, "--detach")
+    assert detached.returncode == 3, said(detached)
+    assert f"--inherit-fd '{echo.names[0]}=FD'" in detached.stderr
+    wrong = engine("restore", "--from", image, "--inherit-fd", "pipe:[1]=/dev/null")
+    assert wrong.returncode == 3, said(wrong)
+    assert "no end outside of this name" in wrong.stderr
+
+    with restorer(image) as process:
+        assert process.stdin
+        assert process.stdout
+        os.write(process.stdin.fileno(), b"two\n")
+        assert receive(process.stdout.fileno(), b"got two\n") == b"got two\n"
+        process.stdin.close()
+        process.stdin = None
+        assert receive(process.stdout.fileno(), b"end\n") == b"end\n"
+        assert process.wait(20) == 0
+        assert process.stderr
+        notes = process.stderr.read().decode()
+        assert f"pid {echo.pid} fd 1 ({echo.names[1]}) is the stdout of this command" in notes
+
+
+def test_an_end_is_given_by_number_or_path_and_unread_bytes_come_first(
+    program: Callable[[str], Program], tmp_path: Path
+) -> None:
+    late = program(_LATE)
+    os.write(late.stdin, b"unread")
+    os.set_blocking(late.process.stdout.fileno(), True)  # type: ignore[union-attr]
+    image, log = tmp_path / "image", tmp_path / "log"
+    done = engine(
+        "dump",
+        "--pid",
+        late.pid,
+        "--to",
+        image,
+        "--external-fd",
+        late.names[0],
+        "--external-fd",
+        late.names[1],
+    )
+    assert done.returncode == 0, said(done)
+    reap([late.pid])
+    log.write_bytes(b"before\n")
+
+    reader, writer = os.pipe()
+    given = ["--inherit-fd", f"{late.names[0]}={reader}", "--inherit-fd", f"{late.names[1]}={log}"]
+    os.write(writer, b"too early")
+    with restorer(image, *given, "--detach", pass_fds=(reader,)) as process:
+        assert process.wait(20) == 3
+        assert process.stderr
+        assert b"6 bytes that the tree had not read yet" in process.stderr.read()
+    assert os.read(reader, 100) == b"too early"
+    with restorer(image, *given, "--detach", pass_fds=(reader,)) as process:
+        assert process.wait(20) == 0
+    os.close(reader)
+    os.kill(late.pid, signal.SIGUSR1)
+    deadline = time.monotonic() + 10
+    while b"unread" not in log.read_bytes():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.write(writer, b", later")
+    while not log.read_bytes().endswith(b"1"):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert log.read_bytes() == b"before\nunread, later1"
+    os.close(writer)
+    assert not reap([late.pid])
+
+
+def test_a_name_that_is_said_must_fit(program: Callable[[str], Program], tmp_path: Path) -> None:
+    echo = program(_ECHO)
+    done = engine(
+        "dump", "--pid", echo.pid, "--to", tmp_path / "i", "--external-fd", "any", "--external-fd", "pipe:[1]"
+    )
+    assert done.returncode == 3, said(done)
+    assert "--external-fd pipe:[1]: no open file of the tree has this name" in done.stderr
+    assert engine("dump", "--pid", echo.pid, "--to", tmp_path / "i", "--external-fd", "x").returncode == 2
+    for wrong in ("pipe:[1]", "=5", "pipe:[1]=999"):
+        assert engine("restore", "--from", tmp_path / "i", "--inherit-fd", wrong).returncode == 2
+
+
+_ALONE = """
+import os, signal
+reader, writer = os.pipe()
+os.write(1, b"ready\\n")
+signal.pause()
+"""
+
+
+def test_a_pipe_of_the_tree_alone_is_no_end_outside(
+    program: Callable[[str], Program], tmp_path: Path
+) -> None:
+    alone = program(_ALONE)
+    inner = next(
+        link
+        for fd in os.listdir(f"/proc/{alone.pid}/fd")
+        if (link := os.readlink(f"/proc/{alone.pid}/fd/{fd}")).startswith("pipe:") and link not in alone.names
+    )
+    done = engine(
+        "dump", "--pid", alone.pid, "--to", tmp_path / "i", "--external-fd", "any", "--external-fd", inner
+    )
+    assert done.returncode == 3, said(done)
+    assert "has no end outside of the tree, and is said to be external" in done.stderr
+
+
+_FIFO = """
+import os, sys
+reader = os.open(sys.argv[1], os.O_RDONLY)
+os.write(1, b"ready\\n")
+os.read(0, 1)
+os.write(1, os.read(reader, 100))
+"""
+
+
+def test_a_fifo_is_found_by_its_name_with_what_was_not_read(tmp_path: Path) -> None:
+    """Somebody outside writes into it and holds it open: what waits is there already, and is not doubled."""
+    path = tmp_path / "fifo"
+    os.mkfifo(path)
+    keeper = os.open(path, os.O_RDWR)
+    writer = os.open(path, os.O_WRONLY)
+    os.close(keeper)
+    reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    program = Program(_FIFO.replace("sys.argv[1]", repr(str(path))))
+    os.close(reader)
+    try:
+        os.write(writer, b"through")
+        done = engine("dump", "--pid", program.pid, "--to", tmp_path / "image", "--external-fd", "any")
+        assert done.returncode == 0, said(done)
+        reap([program.pid])
+        with restorer(tmp_path / "image") as process:
+            assert process.stdin
+            assert process.stdout
+            os.write(process.stdin.fileno(), b"x")
+            assert receive(process.stdout.fileno(), b"through") == b"through"
+            assert process.wait(20) == 0
+    finally:
+        program.close()
+        os.close(writer)
+
+
+def test_a_terminal_outside_that_controls_nothing(tmp_path: Path) -> None:
+    """A tree in a session of its own, whose output is somebody's terminal."""
+    master, slave = os.openpty()
+    process = subprocess.Popen(
+        [find_python(), "-S", "-s", "-E", "-c", _ECHO],
+        stdin=slave,
+        stdout=slave,
+        stderr=subprocess.DEVNULL,
+        cwd="/",
+        start_new_session=True,
+    )
+    other_master, other_slave = os.openpty()
+    try:
+        receive(master, b"ready")
+        name = f"tty:{os.ttyname(slave)}"
+        refused = engine("dump", "--pid", process.pid, "--to", tmp_path / "image")
+        assert refused.returncode == 3, said(refused)
+        done = engine("dump", "--pid", process.pid, "--to", tmp_path / "image", "--external-fd", name)
+        assert done.returncode == 0, said(done)
+        process.wait()
+        given = f"{name}={os.ttyname(other_slave)}"
+        back = engine("restore", "--from", tmp_path / "image", "--detach", "--inherit-fd", given)
+        assert back.returncode == 0, said(back)
+        os.write(other_master, b"hello\n")
+        receive(other_master, b"got hello")
+        os.write(other_master, b"\x04")
+        receive(other_master, b"end")
+        assert not reap([process.pid])
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGKILL)
+        reap([process.pid])
+        for fd in (master, slave, other_master, other_slave):
+            os.close(fd)

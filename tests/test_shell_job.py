@@ -1,0 +1,277 @@
+"""Jobs of an interactive shell: dumped from one terminal, restored on another, with keys, ^C, ^Z, fg and bg."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pty
+import re
+import select
+import signal
+import sys
+import termios
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.harness.tree import ROOT, children_of, engine, family_of, find_python, reap, said
+
+pytestmark = pytest.mark.root
+
+_PROMPT = b"READY> "
+#: shows every key; ^C is counted, ^Z stops; SIGWINCH makes it draw itself
+_KEYS = """
+import os, signal, sys, termios, tty
+usual = termios.tcgetattr(0)
+tty.setcbreak(0)
+own = termios.tcgetattr(0)
+own[6][termios.VQUIT] = b"\\x05"
+termios.tcsetattr(0, termios.TCSANOW, own)
+signal.signal(signal.SIGINT, lambda *_: os.write(1, b"[interrupted]"))
+signal.signal(signal.SIGWINCH, lambda *_: os.write(1, b"[drawn]"))
+os.write(1, b"[begun %d %d]" % (os.getpid(), os.getpgrp()))
+while True:
+    key = os.read(0, 1)
+    if key in (b"q", b""):
+        break
+    os.write(1, b"<%s>" % key)
+terminal = os.open("/dev/tty", os.O_RDWR)
+same = os.tcgetpgrp(terminal) == os.getpgrp() and os.fstat(0).st_rdev == os.stat(os.ttyname(0)).st_rdev
+os.write(1, b"[end %d]" % same)
+"""
+
+
+class Shell:
+    """An interactive bash on a terminal of its own."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.pid, self.master = pty.fork()
+        if self.pid == 0:
+            os.chdir(directory)
+            environment = {
+                "PATH": os.environ["PATH"],
+                "PS1": _PROMPT.decode(),
+                "TERM": "dumb",
+                "HISTFILE": "",
+            }
+            os.closerange(3, 256)
+            os.execve("/bin/bash", ["bash", "--norc", "--noprofile", "-i"], environment)
+        self.seen = b""
+        self.expect(_PROMPT)
+        self.run("bind 'set enable-bracketed-paste off' 2>/dev/null; stty -echo")
+
+    def type(self, keys: bytes) -> None:
+        os.write(self.master, keys)
+
+    def expect(self, wanted: bytes, timeout_s: float = 20.0) -> bytes:
+        """Read the screen until `wanted` is there; what came up to and with it."""
+        deadline = time.monotonic() + timeout_s
+        while wanted not in self.seen:
+            left = deadline - time.monotonic()
+            assert left > 0, f"{wanted!r} is not on the screen: {self.seen!r}"
+            if select.select([self.master], [], [], left)[0]:
+                with contextlib.suppress(OSError):
+                    self.seen += os.read(self.master, 4096)
+        found, self.seen = self.seen.split(wanted, 1)
+        return found + wanted
+
+    def run(self, command: str) -> bytes:
+        """Type a command and wait until the shell asks for the next one."""
+        self.type(command.encode() + b"\n")
+        return self.expect(_PROMPT)
+
+    def settings(self) -> list[object]:
+        return termios.tcgetattr(self.master)
+
+    def quit_key(self) -> bytes:
+        """What no shell would change: the settings of the program are on if it is the program's."""
+        return termios.tcgetattr(self.master)[6][termios.VQUIT]
+
+    def status(self) -> int:
+        found = re.search(rb"status=(\d+)", self.run("echo status=$?"))
+        assert found
+        return int(found[1])
+
+    def pipeline(self, *words: str | Path) -> str:
+        return f"PYTHONPATH={ROOT} {sys.executable} -m pipeline {' '.join(map(str, words))}"
+
+    def close(self) -> None:
+        family = family_of(self.pid)
+        for pid in family:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        os.close(self.master)
+        assert not reap(family)
+
+
+@pytest.fixture
+def shells(tmp_path: Path) -> Iterator[list[Shell]]:
+    made: list[Shell] = []
+    try:
+        made.append(Shell(tmp_path))
+        made.append(Shell(tmp_path))
+        yield made
+    finally:
+        for shell in made:
+            shell.close()
+
+
+def begin(shell: Shell, code: str, directory: Path) -> int:
+    """Start a program as the job of a shell; its pid."""
+    script = directory / "job.py"
+    script.write_text(code)
+    shell.type(f"{find_python()} -S -s -E {script}\n".encode())
+    found = re.search(rb"\[begun (\d+) (\d+)\]", shell.expect(b"]"))
+    assert found
+    assert found[1] == found[2], "the shell makes a group for each job"
+    return int(found[1])
+
+
+def test_a_job_moves_to_another_shell_with_keys_interrupts_and_stops(
+    shells: list[Shell], tmp_path: Path
+) -> None:
+    first, second = shells
+    pid = begin(first, _KEYS, tmp_path)
+    first.type(b"a")
+    first.expect(b"<a>")
+    assert first.quit_key() == b"\x05"
+    image = tmp_path / "image"
+    refused = engine("dump", "--pid", pid, "--to", image)
+    assert refused.returncode == 3, said(refused)
+    assert "--shell-job" in refused.stderr
+    done = engine("dump", "--pid", pid, "--to", image, "--shell-job")
+    assert done.returncode == 0, said(done)
+    first.expect(_PROMPT)
+
+    without = engine("restore", "--from", image)
+    assert without.returncode == 3, said(without)
+    assert "restore --shell-job" in without.stderr
+    nowhere = engine("restore", "--from", image, "--shell-job")
+    assert nowhere.returncode == 3, said(nowhere)
+    assert "no controlling terminal" in nowhere.stderr
+    assert engine("restore", "--from", image, "--shell-job", "--detach").returncode == 2
+
+    usual = second.settings()
+    second.type(second.pipeline("restore", "--from", image, "--shell-job").encode() + b"\n")
+    second.expect(b"[drawn]")
+    assert second.quit_key() == b"\x05"
+    second.type(b"b")
+    second.expect(b"<b>")
+    second.type(b"\x03")
+    second.expect(b"[interrupted]")
+    second.type(b"\x1a")
+    second.expect(b"Stopped")
+    second.expect(_PROMPT)
+    assert second.settings() == usual
+    assert b"alive" in second.run(f"kill -0 {pid} && echo alive")
+    second.type(b"fg\n")
+    second.expect(b"--shell-job")
+    deadline = time.monotonic() + 10
+    while second.quit_key() != b"\x05":
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    second.type(b"c")
+    second.expect(b"<c>")
+    second.type(b"q")
+    second.expect(b"[end 1]")
+    second.expect(_PROMPT)
+    assert second.settings() == usual
+    assert second.status() == 0
+    assert not reap([pid])
+
+
+def test_a_stopped_job_comes_back_stopped_and_reads_in_the_background_stop_it(
+    shells: list[Shell], tmp_path: Path
+) -> None:
+    first, second = shells
+    pid = begin(first, _KEYS, tmp_path)
+    first.type(b"\x1a")
+    first.expect(b"Stopped")
+    first.expect(_PROMPT)
+    image = tmp_path / "image"
+    first.run(first.pipeline("dump", "--pid", pid, "--to", image, "--shell-job"))
+    assert first.status() == 0
+    usual = second.settings()
+    second.type(second.pipeline("restore", "--from", image, "--shell-job").encode() + b"\n")
+    second.expect(b"Stopped")
+    second.expect(_PROMPT)
+    assert second.settings() == usual
+    second.run("bg")
+    second.run("sleep 0.3")
+    assert b"Stopped" in second.run("jobs")  # it reads: the kernel stops it
+    second.type(b"fg\n")
+    second.expect(b"--shell-job")
+    second.type(b"d\n")  # only its shell knew what it had set the terminal to
+    second.expect(b"<d>")
+    second.type(b"q\n")
+    second.expect(b"[end 1]")
+    second.expect(_PROMPT)
+    assert second.settings() == usual
+
+
+def test_a_restorer_that_is_killed_leaves_a_terminal_as_it_was(shells: list[Shell], tmp_path: Path) -> None:
+    first, second = shells
+    pid = begin(first, _KEYS, tmp_path)
+    image = tmp_path / "image"
+    done = engine("dump", "--pid", pid, "--to", image, "--shell-job")
+    assert done.returncode == 0, said(done)
+    # a script, which does not care for the terminal itself
+    (tmp_path / "script").write_text(
+        second.pipeline("restore", "--from", image, "--shell-job", "--pidfile", tmp_path / "pid")
+        + "\necho over; while test ! -e go; do sleep 0.05; done; read word; echo it is $word\n"
+    )
+    before = second.quit_key()
+    second.type(b"sh ./script\n")
+    second.expect(b"[drawn]")
+    assert second.quit_key() == b"\x05" != before
+    (restorer,) = (one for one in family_of(second.pid) if pid in children_of(one))
+    os.kill(restorer, signal.SIGKILL)
+    second.expect(b"over")
+    deadline = time.monotonic() + 10
+    while second.quit_key() != before:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(pid, signal.SIGKILL)
+    assert not reap([pid])
+    (tmp_path / "go").touch()
+    second.type(b"mine\n")
+    second.expect(b"it is mine")
+
+
+_PARTS = """
+import os, signal, subprocess, sys
+os.write(1, b"[begun %d %d]" % (os.getpid(), os.getpgrp()))
+first = subprocess.Popen(["cat"], stdout=subprocess.PIPE)
+last = subprocess.Popen(["tr", "a-z", "A-Z"], stdin=first.stdout)
+first.stdout.close()
+os.write(1, b"[%d]" % last.wait())
+"""
+
+
+def test_a_pipeline_in_a_job(shells: list[Shell], tmp_path: Path) -> None:
+    first, second = shells
+    pid = begin(first, _PARTS, tmp_path)
+    image = tmp_path / "image"
+    deadline = time.monotonic() + 10
+    while len(family := family_of(pid)) < 3:
+        assert time.monotonic() < deadline
+    done = engine("dump", "--pid", pid, "--to", image, "--shell-job")
+    assert done.returncode == 0, said(done)
+    assert not reap(family)
+    second.type(second.pipeline("restore", "--from", image, "--shell-job").encode() + b"\n")
+    second.expect(b"total-time")
+    second.type(b"some words\n\x04")
+    second.expect(b"SOME WORDS")
+    second.expect(b"[0]")
+    second.expect(_PROMPT)
+    second.run("true")
+
+
+def test_who_leads_the_session_of_a_terminal_outside_is_refused(shells: list[Shell], tmp_path: Path) -> None:
+    shell, _ = shells
+    done = engine("dump", "--pid", shell.pid, "--to", tmp_path / "image", "--shell-job")
+    assert done.returncode == 3, said(done)
+    assert "a terminal controls one session only" in done.stderr

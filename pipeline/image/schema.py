@@ -443,6 +443,27 @@ class Together(Struct, frozen=True, array_like=True, forbid_unknown_fields=True)
     sysvsem: Pid = 0
 
 
+class Key(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A key of type ``user``; `permissions` as keyctl_setperm(3) has them."""
+
+    description: Annotated[bytes, Meta(min_length=1, max_length=4095)]
+    payload: Annotated[bytes, Meta(min_length=1, max_length=32767)]
+    uid: Id
+    gid: Id
+    permissions: U32
+
+
+class SessionKeyring(Record, frozen=True, kw_only=True):
+    """A session keyring with keys; `number` tells it from others. `with_user`: the user's keyring is linked to it."""
+
+    number: I32
+    permissions: U32
+    uid: Id
+    gid: Id
+    with_user: bool = False
+    keys: Annotated[list[Key], Meta(max_length=64)] = []
+
+
 class Process(Record, frozen=True, kw_only=True, tag="process"):
     """One process. pids as in `Thread`; `parent`, `pgid`, `sid` are level-0 pids, 0 = outside the tree."""
 
@@ -489,6 +510,8 @@ class Process(Record, frozen=True, kw_only=True, tag="process"):
     loginuid: Id | None = None
     #: the tree's own cgroups that it is in; elsewhere it is in one of the surroundings
     cgroups: Annotated[list[Index], Meta(max_length=64)] = []
+    #: if it is one of the tree's with keys in it
+    session_keyring: SessionKeyring | None = None
 
 
 class Owner(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):

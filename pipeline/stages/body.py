@@ -34,6 +34,7 @@ from pipeline.resources.namespaces.ipc import Segment
 from pipeline.resources.namespaces.keepers import Keepers
 from pipeline.resources.pty_session import ControllingTerminals
 from pipeline.resources.tasks import credentials, loginuid
+from pipeline.resources.tasks.keyrings import SessionKeyrings
 from pipeline.stages import memory_layout
 from pipeline.stages.contents import Contents
 from pipeline.stages.growth import Grown
@@ -151,8 +152,9 @@ class Embodiment:
         self._ids = ids
         self._cgroups = cgroups
         self._logins_lost: set[Id | None] = set()
+        self._keyrings = SessionKeyrings(ids.forest.number_in)
         #: what is not as it was, and stops nothing
-        self.notes: list[str] = []
+        self.notes: list[str] = self._keyrings.notes
         self.session_founded = terminals.session_founded
         self.join_owner = keepers.join_owner
         self.pid_namespace_begins = keepers.mount_late
@@ -192,6 +194,7 @@ class Embodiment:
         wanted = process.threads[0].credentials
         credentials.before_join(puppet, wanted, grown.members.user, self._ids.uid, self._ids.gid)
         self._keepers.join(puppet, grown.members, process.namespaces)
+        self._keyrings.give(process, puppet)
         puppet.syscall(NR.prctl, PRCTL.SET_DUMPABLE, 1, 0, 0, 0)
         # the namespace for its children is a step of its own, if it is not the one it is in
         here = process.namespaces

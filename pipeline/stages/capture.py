@@ -417,6 +417,9 @@ class Capture:
             threads=threads,
             comm=stat.comm[:15],
             loginuid=loginuid.capture(pid),
+            session_keyring=leader.session_keyring(self.namespaces.memberships[pid].user)
+            if not blockers
+            else None,
             cgroups=self._cgroups.of_process(pid),
         )
         for what, path in (("working directory", record.cwd), ("root directory", record.root)):
@@ -461,6 +464,8 @@ class Capture:
                 inquiry = Inquiry(tid, leader=tid == pid, timers=timers)
                 task = LiveTask(tid, places, memory, uncaught)
                 task.run(inquiry.calls)
+                if further := inquiry.further():
+                    task.run(further)
                 self.injected_calls += task.injected_calls
                 inquiries.append(inquiry)
             leader = LiveTask(pid, places, memory, uncaught)

@@ -427,6 +427,8 @@ def refused(puppet: Puppet, own_users: bool = False) -> list[str]:
 
     inquiry = Inquiry(puppet.tid, puppet.tid == puppet.pid, procfs.timers(puppet.pid))
     puppet.run(inquiry.calls)
+    if further := inquiry.further():
+        puppet.run(further)
     found = inquiry.blockers(f"pid {puppet.pid}", own_users)
     stopped = refusals.check_stopped(puppet.pid, puppet.tid)
     return [str(b) for b in (*found, *stopped, *refusals.check_task(puppet.pid))]
@@ -464,15 +466,22 @@ def test_states_that_only_the_task_knows(launcher: Puppet, number: int, argument
 def test_keys_in_keyrings_of_the_tree_are_named(launcher: Puppet) -> None:
     join_session, session, user = 1, -3, -4
 
-    def add_key(puppet: Puppet, keyring: int) -> None:
-        puppet.syscall(NR.add_key, b"user\0", b"secret\0", b"x", 1, keyring)
+    def add_key(puppet: Puppet, keyring: int, kind: bytes = b"user", size: int = 1) -> None:
+        puppet.syscall(NR.add_key, kind + b"\0", b"a:%d\0" % size, b"x" * size, size, keyring)
 
     with puppet_in(launcher, HOST) as puppet:
         puppet.syscall(NR.keyctl, join_session, 0)
         assert refused(puppet, own_users=True) == []  # every login has one
         add_key(puppet, session)
+        assert refused(puppet) == []
+        add_key(puppet, session, b"logon")
         (found,) = refused(puppet)
-        assert "uses its session keyring (keys: 1)" in found
+        assert "key in its session keyring that is of type logon" in found
+    with puppet_in(launcher, HOST) as puppet:
+        puppet.syscall(NR.keyctl, join_session, 0)
+        add_key(puppet, session, size=2000)
+        (found,) = refused(puppet)
+        assert "has 2000 bytes" in found
     with puppet_in(launcher, HOST) as puppet:
         puppet.syscall(NR.unshare, 0x1000_0000)
         assert refused(puppet, own_users=True) == []

@@ -29,6 +29,20 @@ from pipeline.kernel.arch.x86_64 import NR
 from pipeline.kernel.cgroupfs import UNIFIED, Hierarchy
 from pipeline.kernel.syscalls import syscall
 from pipeline.resources.cgroups import settings
+from pipeline.resources.support import Support
+
+SUPPORT = Support(
+    kind="cgroups",
+    carried=(
+        "cgroups that only the tree lives in, of both versions, with members, threads apart, too",
+        "limits and other settings, owners and permissions of delegated ones, extended attributes",
+    ),
+    refused=(
+        "a frozen one; one with BPF programs; one in a hierarchy that is not mounted where the pipeline runs",
+        "at the destination: one in which others live, a limit or controller that is not to be had there",
+    ),
+    shown_by=("resources/test_cgroups.py", "test_containers.py"),
+)
 
 IGNORE = "leave its cgroups behind: --cgroup ignore"
 _BPF_PROG_QUERY = 16

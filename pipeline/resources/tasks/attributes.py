@@ -54,7 +54,7 @@ SUPPORT = Support(
     refused=(
         "a disabled time stamp counter or cpuid, speculation switched off, syscall user dispatch, I/O flushers",
         "shadow stacks, linear address masking, AMX tiles, a local descriptor table, 32-bit code",
-        "keyrings with keys; confinement by a security module that the restorer is not in",
+        "confinement by a security module that the restorer is not in",
     ),
     shown_by=("programs/attributes.py", "test_tasks_refused.py", "resources/test_login.py"),
 )

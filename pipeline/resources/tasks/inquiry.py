@@ -24,7 +24,7 @@ from msgspec.structs import replace
 
 from pipeline.errors import Blocker, TargetError
 from pipeline.ids import HostPid, RemoteAddress
-from pipeline.image.schema import PosixTimer, Rseq, SignalAction, Thread
+from pipeline.image.schema import PosixTimer, Rseq, SessionKeyring, SignalAction, Thread
 from pipeline.kernel import procfs, ptrace
 from pipeline.kernel.arch import x86_64 as arch
 from pipeline.kernel.arch.x86_64 import NR
@@ -89,6 +89,12 @@ class Inquiry:
         """/proc/TID/status, which stays what it is while the task is stopped."""
         return procfs.status(self.tid)
 
+    def further(self) -> list[Call]:
+        """What follows from the first answers, and is to be run, too."""
+        asked = len(self.calls)
+        self._keyrings.further(self._call)
+        return self.calls[asked:]
+
     # -- answers of every task --------------------------------------------------
 
     def altstack(self) -> tuple[int, int, int]:
@@ -130,6 +136,10 @@ class Inquiry:
                 zip(self.timers, self._timer_values, strict=True), key=lambda pair: pair[0].id
             )
         ]
+
+    def session_keyring(self, userns: int) -> SessionKeyring | None:
+        """See `Keyrings.session`."""
+        return self._keyrings.session(userns)
 
     def child_subreaper(self) -> bool:
         """PR_GET_CHILD_SUBREAPER."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from pipeline.resources.cgroups import capture as cgroups
 from pipeline.resources.memory import aio, classify
 from pipeline.resources.support import Support
 from pipeline.resources.tasks import (
@@ -11,6 +12,7 @@ from pipeline.resources.tasks import (
     credentials,
     interrupted,
     job_control,
+    keyrings,
     leaders,
     limits,
     scheduling,
@@ -33,6 +35,8 @@ KINDS: Sequence[Support] = (
     scheduling.SUPPORT,
     seccomp.SUPPORT,
     attributes.SUPPORT,
+    keyrings.SUPPORT,
+    cgroups.SUPPORT,
     together.SUPPORT,
     semaphore_undo.SUPPORT,
     tracing.SUPPORT,

@@ -202,7 +202,7 @@ class CreateScope(Protocol):
         """
 
     def host_pid(self, pid: Pid) -> HostPid:
-        """The pid here of the puppet whose level-0 pid is `pid` (all phases: processes stand before files)."""
+        """The pid here of the process or thread whose level-0 pid is `pid` (all phases: they stand before files)."""
 
     def inject(self, pid: Pid, number: int, *args: int | bytes) -> int:
         """Run one system call inside puppet `pid` (phase 3); bytes arguments become pointers to a copy.

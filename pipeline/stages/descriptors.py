@@ -47,7 +47,7 @@ class Descriptors:
 
     Args:
         image: the records.
-        puppets: the leaders of all processes that stand, by level-0 pid.
+        puppets: all tasks that stand, by level-0 pid.
         contents: shared memory and file contents.
         root_of: gives an O_PATH descriptor of the root of a mount namespace; not owned here.
         namespace: opens a namespace of the image by kind and number.
@@ -250,7 +250,7 @@ class Descriptors:
     def host_pid(self, pid: int) -> HostPid:
         """See `CreateScope.host_pid`."""
         try:
-            return self._puppets[pid].pid
+            return self._puppets[pid].tid
         except KeyError:
             raise RebuildError(f"pid {pid} is no process of the image") from None
 

@@ -267,6 +267,9 @@ class Rebuilding:
         self._keepers.check_mounted()
         self.contents.seal_late()
         puppets = {pid: grown.puppet for pid, grown in growth.grown.items()}
+        for process, grown in finish.living(image, growth):
+            tasks = [thread.pids[0] for thread in process.threads]
+            puppets |= dict(zip(tasks, grown.threads, strict=True))
         descriptors = Descriptors(
             image,
             puppets,

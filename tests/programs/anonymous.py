@@ -6,11 +6,13 @@ import os
 import select
 import signal
 import struct
+import threading
 import time
 
 from support import main, syscall
 
 EFD_SEMAPHORE = 1
+SYS_RT_SIGQUEUEINFO, SYS_PIDFD_OPEN, PIDFD_THREAD = 129, 434, os.O_EXCL
 SYS_TIMERFD_CREATE, SYS_TIMERFD_SETTIME, SYS_TIMERFD_GETTIME, SYS_SIGNALFD4 = 283, 286, 287, 289
 MFD_ALLOW_SEALING, F_ADD_SEALS, F_GET_SEALS = 2, 1033, 1034
 
@@ -144,6 +146,12 @@ def timerfds(program):
     )
 
 
+def queue(number, value):
+    """sigqueue(3) to itself."""
+    info = struct.pack("<3i4xiIQ96x", number, 0, -1, os.getpid(), os.getuid(), value)
+    syscall(SYS_RT_SIGQUEUEINFO, os.getpid(), number, info)
+
+
 def signalfds(program):
     wanted = {signal.SIGUSR1, signal.SIGRTMIN + 3}
     signal.pthread_sigmask(signal.SIG_BLOCK, wanted)
@@ -159,6 +167,21 @@ def signalfds(program):
         syscall(SYS_SIGNALFD4, fd, struct.pack("<Q", 1 << 20), 8, 0)
 
     program.same("signalfd", arrives, narrow)
+
+    kept = signal.SIGRTMIN + 5
+    signal.pthread_sigmask(signal.SIG_BLOCK, {kept})
+    pending = syscall(SYS_SIGNALFD4, -1, struct.pack("<Q", 1 << (kept - 1)), 8, os.O_NONBLOCK | os.O_CLOEXEC)
+    for value in (11, 22):
+        queue(kept, value)
+
+    def unread():
+        ready = select.select([pending], [], [], 0)[0] == [pending]
+        values = [struct.unpack_from("<i", os.read(pending, 128), 44)[0] for _ in range(2)]
+        for value in values:
+            queue(kept, value)
+        return ready, values
+
+    program.same("signalfd: signals that wait", unread, lambda: os.read(pending, 128))
 
 
 def memfds(program):
@@ -187,6 +210,11 @@ def memfds(program):
     )
 
 
+def field(fd, name):
+    with open(f"/proc/self/fdinfo/{fd}") as file:
+        return [line.split()[-1] for line in file if line.startswith(f"{name}:")]
+
+
 def pidfds(program):
     def body(child):
         broken = []
@@ -200,6 +228,24 @@ def pidfds(program):
             return [line for line in file if line.startswith("Pid:")]
 
     program.same("pidfd", names, lambda: os.dup2(os.pidfd_open(os.getpid()), fd))
+    thread = threading.Thread(target=signal.pause, daemon=True)
+    thread.start()
+    of_thread = syscall(SYS_PIDFD_OPEN, thread.native_id, PIDFD_THREAD)
+    program.same(
+        "pidfd of a thread",
+        lambda: (field(of_thread, "NSpid"), select.select([of_thread], [], [], 0)[0]),
+        lambda: os.dup2(fd, of_thread),
+    )
+    gone = os.fork()
+    if gone == 0:
+        os._exit(3)
+    of_gone = os.pidfd_open(gone)
+    os.waitpid(gone, 0)
+
+    def is_gone():
+        return field(of_gone, "Pid"), select.select([of_gone], [], [], 0)[0] == [of_gone]
+
+    program.same("pidfd of a process that is gone", is_gone, lambda: os.dup2(fd, of_gone))
 
 
 def body(program):

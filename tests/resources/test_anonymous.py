@@ -8,7 +8,6 @@ import os
 import select
 import signal
 import struct
-import threading
 import time
 from collections.abc import Callable
 from functools import partial
@@ -190,41 +189,57 @@ def test_a_pidfd_of_the_tree_names_the_same_process_again() -> None:
             assert int(new.info(own)["Pid"][0]) == new.host_pid(child.pid)
             assert fcntl.fcntl(new.in_puppet(own), fcntl.F_GETFL) == capture.view(own).flags
         with Capture(child.pid) as capture:
-            assert f"the pidfd is of pid {grandchild}, outside the tree" in capture.reasons(fd)
+            assert f"the pidfd is of pid {grandchild} (python), outside the tree" in capture.reasons(fd)
 
 
 @pytest.mark.root
-def test_a_pidfd_of_a_zombie_and_one_of_a_thread() -> None:
-    def setup() -> tuple[int, int, int]:
+def test_a_pidfd_of_a_zombie() -> None:
+    def setup() -> tuple[int, int]:
         pid = os.fork()
         if pid == 0:
             os._exit(0)
         os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
-        thread = threading.Thread(target=signal.pause, daemon=True)
-        thread.start()
-        assert thread.native_id
-        return os.pidfd_open(pid), syscall(NR.pidfd_open, thread.native_id, os.O_EXCL), pid
+        return os.pidfd_open(pid), pid
 
     with subject(setup) as child:
-        zombie, thread, pid = child.result
+        zombie, pid = child.result
         with Capture(child.pid, pid) as capture:
             assert not capture.blockers(zombie)
-        with Capture(child.pid) as capture:
-            capture.pids.append(int(capture.view(thread).info["Pid"][0]))
-            assert "which does not lead its group" in capture.reasons(thread)
 
 
-def test_a_pidfd_of_a_process_that_is_gone_is_refused() -> None:
-    def setup() -> int:
+def exit_code(fd: int) -> int:
+    """As PIDFD_GET_INFO tells it."""
+    answer = fcntl.ioctl(fd, 0xC040FF0B, struct.pack("<Q56x", 8))
+    return int(struct.unpack_from("<i", answer, 60)[0])
+
+
+@pytest.mark.parametrize(
+    ("ends", "code"), [(lambda: os._exit(7), 0x700), (lambda: os.kill(os.getpid(), 9), 9)]
+)
+def test_pidfds_of_a_process_that_is_gone(ends: Callable[[], None], code: int) -> None:
+    def setup() -> tuple[int, int, int]:
         pid = os.fork()
         if pid == 0:
+            ends()
+        fd, second = os.pidfd_open(pid), syscall(NR.pidfd_open, pid, os.O_EXCL | os.O_NONBLOCK)
+        other = os.fork()
+        if other == 0:
             os._exit(0)
-        fd = os.pidfd_open(pid)
+        third = os.pidfd_open(other)
         os.waitpid(pid, 0)
-        return fd
+        os.waitpid(other, 0)
+        return fd, second, third
 
-    with subject(setup) as child, Capture(child.pid) as capture:
-        assert "a process that is gone" in capture.reasons(child.result)
+    with subject(setup) as child, Capture(child.pid) as capture, Rebuilt(capture) as new:
+        first, second, third = (new.in_puppet(fd) for fd in child.result)
+        assert [exit_code(fd) for fd in (first, second, third)] == [code, code, 0]
+        assert os.fstat(first).st_ino == os.fstat(second).st_ino != os.fstat(third).st_ino
+        for fd in child.result:
+            assert new.info(fd)["Pid"] == ["-1"]
+            assert fcntl.fcntl(new.in_puppet(fd), fcntl.F_GETFL) == capture.view(fd).flags
+        assert select.select([first], [], [], 0)[0] == [first]
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
 
 
 # -- epoll ----------------------------------------------------------------------------------

@@ -9,11 +9,17 @@ Kept: items with number, events (EPOLLET, EPOLLONESHOT, EPOLLEXCLUSIVE, EPOLLWAK
 data, nested instances, busy-poll parameters. Items are registered in `finish`, from
 inside a process that has the epoll instance, under the number they had.
 
+What has been reported of edge-triggered items is not told. But if nothing of an instance is
+ready to be reported, as when a program waits for it, then every edge has been: what such a
+file is ready for is recorded, and is collected behind the registration. Only what is more
+than that is reported then. Where something is ready, edges may be reported once more.
+
 Differences that remain: EPOLLWAKEUP needs CAP_BLOCK_SUSPEND in the host's user namespace,
-the kernel drops it silently elsewhere; an edge that was reported already is reported once more if the
-file is still ready. A one-shot item that had fired is put back by letting it fire once
-more where the file is ready; where it is not, errors and hang-ups (which the kernel
-adds by itself) can make it fire before it is armed again.
+the kernel drops it silently elsewhere. Edges may be reported once more by an instance that
+watches other things than sockets, pipes and `_POLLED` (asking may change what is asked), and
+of items that are exclusive or whose number is closed. A one-shot item that had fired is put
+back by letting it fire once more where the file is ready; where it is not, errors and
+hang-ups (which the kernel adds by itself) can make it fire before it is armed again.
 Refused: an item whose file no process of the tree has open, an instance shared with a process
 outside. Source: epoll(7), fs/eventpoll.c, kernel/kcmp.c `kcmp_epoll_target`.
 """
@@ -26,12 +32,14 @@ import fcntl
 import os
 import re
 import select
+import stat
 import struct
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import Annotated
 
+import msgspec
 from msgspec import Meta, Struct
 
 from pipeline.errors import Blocker, RebuildError, TargetError
@@ -54,6 +62,10 @@ _EPOLL_CTL_MOD = 3
 _EPOLLWAKEUP = 1 << 29
 #: bits that say how to report; a one-shot item that has fired keeps only these (EP_PRIVATE_BITS)
 _HOW = select.EPOLLONESHOT | select.EPOLLET | select.EPOLLEXCLUSIVE | _EPOLLWAKEUP
+#: what poll(2) and epoll call the same
+_POLL_BITS = 0xFFFF
+#: links of files that may be polled, besides sockets and pipes
+_POLLED = frozenset(b"anon_inode:" + name for name in (b"[eventfd]", b"[timerfd]", b"inotify"))
 _ANY_EVENT = select.EPOLLIN | select.EPOLLOUT | select.EPOLLPRI | select.EPOLLRDHUP
 #: struct epoll_params: u32 busy_poll_usecs, u16 busy_poll_budget, u8 prefer_busy_poll, u8 pad
 _PARAMS_BYTES = 8
@@ -62,12 +74,16 @@ _EPIOCGPARAMS = 0x80088A02
 
 
 class Item(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """One registration: the number it was made under, the open file, EPOLL* bits, the program's data."""
+    """One registration: the number it was made under, the open file, EPOLL* bits, the program's data.
+
+    `reported`: of an edge-triggered one, what the file was ready for and the program has been told.
+    """
 
     fd: Annotated[int, Meta(ge=0, le=1 << 24)]
     file: Index
     events: U32
     data: Annotated[bytes, Meta(min_length=8, max_length=8)]
+    reported: U32 = 0
 
 
 class EpollState(Record, frozen=True, kw_only=True):
@@ -143,7 +159,10 @@ class Epoll(CompleteOnceCreated):
 
     name = "epoll"
     record: type[EpollState] = EpollState
-    carried: Sequence[str] = ("items with number, events and data; nested instances; busy-poll parameters",)
+    carried: Sequence[str] = (
+        "items with number, events and data; nested instances; busy-poll parameters",
+        "which edges were reported, of an instance that has nothing to report",
+    )
     refused: Sequence[str] = (
         "an item whose file no process of the tree has open",
         "an instance shared with outside",
@@ -184,6 +203,11 @@ class Epoll(CompleteOnceCreated):
             if target is None:
                 raise TargetError(f"{view.subject}: what it watches as fd {line.fd} is gone")
             items.append(Item(line.fd, target, line.events, line.data.to_bytes(8, "little")))
+        views = dict(scope.files())
+        if all(_may_be_asked(views[item.file]) for item in items) and not _ready_for(
+            view.local, select.POLLIN
+        ):
+            items = [msgspec.structs.replace(one, reported=_reported(one, views[one.file])) for one in items]
         busy_poll = b""
         with suppress(OSError):  # ENOTTY before Linux 6.9: there are none
             busy_poll = fcntl.ioctl(view.local, _EPIOCGPARAMS, bytes(_PARAMS_BYTES))
@@ -217,21 +241,56 @@ class Epoll(CompleteOnceCreated):
         if not homes:
             _register_apart(file, record, scope)
             return
-        for item in sorted(record.items, key=lambda item: not _has_fired(item)):
+        instance, collected = scope.file(file.index), []
+        for item in sorted(record.items, key=lambda item: not _is_silent(item, scope)):
             targets = set(scope.holders(item.file))
             pid = next((pid for pid in homes if (pid, item.fd) in targets), None)
             try:
                 if pid is not None:
+                    silent = item.reported and _is_silent(item, scope)
                     _register(pid, homes[pid], item, scope)
+                    if silent:
+                        _let_fire(instance)
+                        collected.append((pid, item))
                 else:
                     pid = next(iter(homes))
                     with _Borrowed(pid, item, scope):
                         _register(pid, homes[pid], item, scope)
                 if _has_fired(item):
-                    _let_fire(scope.file(file.index))
+                    _let_fire(instance)
             except OSError as error:
                 why = f"{describe(file)} cannot watch open file {item.file} as fd {item.fd}: {error.strerror}"
                 raise RebuildError(why) from error
+        for pid, item in collected:
+            if not _is_silent(item, scope):  # it has become ready meanwhile
+                data = int.from_bytes(item.data, "little")
+                event = _EVENT.pack(item.events, data)
+                scope.inject(pid, NR.epoll_ctl, homes[pid], _EPOLL_CTL_MOD, item.fd, event)
+
+
+def _may_be_asked(view: FdView) -> bool:
+    """Whether polling a file changes nothing about it, as it does of /proc/self/mountinfo."""
+    kind = stat.S_IFMT(view.stat.st_mode)
+    return kind in (stat.S_IFSOCK, stat.S_IFIFO) or view.link in _POLLED
+
+
+def _ready_for(fd: LocalFd, events: int) -> int:
+    asked = select.poll()
+    asked.register(fd, events)
+    return next((found for _, found in asked.poll(0)), 0)
+
+
+def _reported(item: Item, view: FdView) -> int:
+    """What the program has been told of an item, none of whose instance is ready to be reported."""
+    if not item.events & select.EPOLLET or item.events & (select.EPOLLONESHOT | select.EPOLLEXCLUSIVE):
+        return 0
+    return _ready_for(view.local, item.events & _POLL_BITS)
+
+
+def _is_silent(item: Item, scope: CreateScope) -> bool:
+    """Whether it has nothing to report that the program was not told."""
+    told = item.reported and not _ready_for(scope.file(item.file), item.events & _POLL_BITS) & ~item.reported
+    return _has_fired(item) or bool(told)
 
 
 def _has_fired(item: Item) -> bool:

@@ -75,9 +75,26 @@ def epolls(program, event):
         return first, second
 
     program.same("epoll: edge-triggered", edge, lambda: os.close(write))
+    _, ready = os.pipe()
+    full, blank = select.epoll(), select.epoll()
+    full.register(ready, select.EPOLLOUT | select.EPOLLIN | select.EPOLLET)
+    assert full.poll(0)
+    program.same(
+        "epoll: an edge that was reported",
+        lambda: full.poll(0),
+        lambda: full.modify(ready, select.EPOLLOUT | select.EPOLLET),
+    )
+    blank.register(ready, select.EPOLLOUT | select.EPOLLET)
+
+    def reports():
+        found = blank.poll(0)
+        blank.modify(ready, select.EPOLLOUT | select.EPOLLET)
+        return found
+
+    program.same("epoll: an edge that was not reported", reports, lambda: blank.unregister(ready))
     program.same("epoll in epoll", lambda: [fd for fd, _ in nested.poll(0)], nested.close)
 
-    program.keep = [epoll, nested]
+    program.keep = [epoll, nested, full, blank, ready]
 
 
 def oneshot(program):

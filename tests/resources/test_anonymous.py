@@ -373,6 +373,61 @@ def test_a_one_shot_that_fired_stays_silent() -> None:
             assert {fd for fd, _ in instance.poll(0)} == {ready, other}
 
 
+def test_edges_are_reported_once() -> None:
+    """Three pipes: one edge was reported, one comes after the capture, one is waiting in another instance."""
+
+    def setup() -> tuple[int, int, int, int]:
+        poll, pending = syscall(NR.epoll_create1, 0), syscall(NR.epoll_create1, 0)
+        reader, writer = os.pipe()
+        late, _ = os.pipe()
+        instance = select.epoll.fromfd(os.dup(poll))
+        os.write(writer, b"x")
+        for fd in (reader, writer, late):
+            instance.register(fd, select.EPOLLIN | select.EPOLLOUT | select.EPOLLET)
+        assert {fd for fd, _ in instance.poll(0)} == {reader, writer}
+        instance.close()
+        instance = select.epoll.fromfd(os.dup(pending))
+        instance.register(reader, select.EPOLLIN | select.EPOLLET)
+        instance.register(writer, select.EPOLLOUT)
+        instance.close()
+        return poll, pending, reader, writer
+
+    with subject(setup) as child, Capture(child.pid) as capture:
+        poll, pending, reader, writer = child.result
+        records = capture.records()
+        with Rebuilt(capture, records) as new:
+            for number, expected in ((poll, set()), (pending, {reader, writer})):
+                with select.epoll.fromfd(os.dup(new.in_puppet(number))) as instance:
+                    assert {fd for fd, _ in instance.poll(0)} == expected
+            with select.epoll.fromfd(os.dup(new.in_puppet(poll))) as instance:
+                os.write(new.fd(writer), b"y")
+                assert {fd for fd, _ in instance.poll(0)} == {reader}
+        (state,) = (record.state for record in records if record.index == capture.file_at(child.pid, poll))
+        changed = [item for item in state["items"] if item[0] == reader]
+        changed[0][4] = 0x40  # as if something else had been reported
+        with Rebuilt(capture, records) as new, select.epoll.fromfd(os.dup(new.in_puppet(poll))) as instance:
+            assert {fd for fd, _ in instance.poll(0)} == {reader}
+        with select.epoll.fromfd(os.dup(capture.view(pending).local)) as instance:
+            assert {fd for fd, _ in instance.poll(0)} == {reader, writer}  # at the source nothing has changed
+
+
+def test_an_instance_that_watches_mounts_is_not_asked() -> None:
+    def setup() -> tuple[int, int]:
+        poll = syscall(NR.epoll_create1, 0)
+        _, writer = os.pipe()
+        mounts = os.open("/proc/self/mountinfo", os.O_RDONLY)
+        with select.epoll.fromfd(os.dup(poll)) as instance:
+            instance.register(writer, select.EPOLLOUT | select.EPOLLET)
+            instance.register(mounts, select.EPOLLPRI | select.EPOLLET)
+            assert instance.poll(0)
+        return poll, mounts
+
+    with subject(setup) as child, Capture(child.pid) as capture:
+        view = capture.view(child.result[0])
+        state = capture.kind(child.result[0]).capture(view, capture)
+        assert [item.reported for item in state.items] == [0, 0]
+
+
 def test_epoll_of_a_file_that_nobody_here_has_is_refused() -> None:
     def setup() -> tuple[int, int]:
         poll = syscall(NR.epoll_create1, 0)

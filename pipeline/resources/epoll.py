@@ -30,11 +30,9 @@ import ctypes
 import errno
 import fcntl
 import os
-import re
 import select
 import stat
 import struct
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import Annotated
@@ -43,18 +41,18 @@ import msgspec
 from msgspec import Meta, Struct
 
 from pipeline.errors import Blocker, RebuildError, TargetError
-from pipeline.ids import HostPid, LocalFd
+from pipeline.ids import LocalFd
 from pipeline.image.schema import U32, Index, OpenFile, Pid, Record
 from pipeline.kernel.arch import x86_64 as arch
 from pipeline.kernel.arch.x86_64_numbers import NR
-from pipeline.kernel.syscalls import CLONE, KCMP, kcmp, syscall, unshare
+from pipeline.kernel.syscalls import CLONE, syscall, unshare
 from pipeline.resources import locks, outside
 from pipeline.resources.acting import in_thread
+from pipeline.resources.epoll_items import lines, target
 from pipeline.resources.kinds import CaptureScope, CreateScope, FdView
 from pipeline.resources.paths import describe
 from pipeline.resources.steps import CompleteOnceCreated
 
-_ITEM = re.compile(r"\s*(\d+)\s+events:\s*([0-9a-f]+)\s+data:\s*([0-9a-f]+)(?:\s+pos:\S+\s+ino:([0-9a-f]+))?")
 #: struct epoll_event is packed on x86 only
 _EVENT = struct.Struct("<IQ" if arch.MACHINE == "x86_64" else "<I4xQ")
 _EPOLL_CTL_ADD = 1
@@ -93,61 +91,6 @@ class EpollState(Record, frozen=True, kw_only=True):
     busy_poll: Annotated[bytes, Meta(max_length=_PARAMS_BYTES)] = b""
 
 
-class _Line(Struct, frozen=True):
-    """A ``tfd:`` line of fdinfo; `nth` counts the lines of the same number before it."""
-
-    fd: int
-    nth: int
-    events: int
-    data: int
-    inode: int | None
-
-
-def _lines(view: FdView) -> Iterator[_Line]:
-    seen: Counter[int] = Counter()
-    for text in view.info.get("tfd", []):
-        match = _ITEM.match(text)
-        if match is None:
-            raise TargetError(f"{view.subject}: fdinfo has a line that is not understood: {text!r}")
-        fd = int(match[1])
-        inode = int(match[4], 16) if match[4] else None
-        yield _Line(fd, seen[fd], int(match[2], 16), int(match[3], 16), inode)
-        seen[fd] += 1
-
-
-def _is_target(view: FdView, line: _Line, pid: HostPid, fd: int) -> bool | None:
-    """Whether descriptor `fd` of `pid` is the open file of the item; None where the kernel does not say.
-
-    The slot is struct kcmp_epoll_slot: epoll descriptor and target number in the table of
-    the instance's holder, and which item of that number.
-    """
-    holder, number = view.seat
-    slot = struct.pack("<3I", number, line.fd, line.nth)
-    try:
-        return kcmp(pid, holder, KCMP.EPOLL_TFD, fd, slot) == 0
-    except OSError as error:
-        if error.errno in (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP):
-            return None
-        return False
-
-
-def _target(view: FdView, line: _Line, scope: CaptureScope) -> Index | None:
-    """Index of the open file that the item watches; None if no process of the tree has it open."""
-    own = scope.file_at(view.pid, line.fd)
-    if own is not None:
-        same = _is_target(view, line, view.pid, line.fd)
-        if same:
-            return own
-        if same is None and line.inode is not None:
-            with suppress(OSError):
-                if os.stat(f"/proc/{view.pid}/fd/{line.fd}").st_ino == line.inode:
-                    return own
-    for index, other in scope.files():
-        if _is_target(view, line, *other.seat):
-            return index
-    return None
-
-
 def _has_posix_lock(index: Index, scope: CaptureScope) -> bool:
     """Whether open file `index` has a lock that goes when any descriptor of it is closed, as registering would."""
     found = next(view for number, view in scope.files() if number == index)
@@ -178,13 +121,13 @@ class Epoll(CompleteOnceCreated):
 
     def check(self, view: FdView, scope: CaptureScope) -> Iterator[Blocker]:
         """Every watched file must be open somewhere in the tree."""
-        for line in _lines(view):
-            target = _target(view, line, scope)
+        for line in lines(view):
+            watched = target(view, line, scope)
             own = scope.file_at(view.pid, line.fd)
-            if target not in (None, own) and own is not None and _has_posix_lock(own, scope):
+            if watched not in (None, own) and own is not None and _has_posix_lock(own, scope):
                 why = f"epoll watches a file as fd {line.fd}, a number that now names a file with POSIX locks"
                 yield Blocker(view.subject, why, "remove the old file from epoll, or release the locks")
-            if target is None and not scope.unseen:
+            if watched is None and not scope.unseen:
                 why = (
                     f"epoll watches a file, registered as fd {line.fd}, that no process of the tree has open"
                 )
@@ -198,11 +141,11 @@ class Epoll(CompleteOnceCreated):
             TargetError: the set changed since it was checked.
         """
         items = []
-        for line in _lines(view):
-            target = _target(view, line, scope)
-            if target is None:
+        for line in lines(view):
+            watched = target(view, line, scope)
+            if watched is None:
                 raise TargetError(f"{view.subject}: what it watches as fd {line.fd} is gone")
-            items.append(Item(line.fd, target, line.events, line.data.to_bytes(8, "little")))
+            items.append(Item(line.fd, watched, line.events, line.data.to_bytes(8, "little")))
         views = dict(scope.files())
         if all(_may_be_asked(views[item.file]) for item in items) and not _ready_for(
             view.local, select.POLLIN

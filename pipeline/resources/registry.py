@@ -15,6 +15,7 @@ from pipeline.resources import (
     epoll,
     eventfd,
     external_end,
+    fanotify,
     fifo,
     inotify,
     kernel_files,
@@ -33,7 +34,7 @@ from pipeline.resources import (
 from pipeline.resources.kinds import FdView, FileKind
 
 #: kinds that see what is done to files
-WATCHERS = frozenset({inotify.KIND.name})
+WATCHERS = frozenset({inotify.KIND.name, fanotify.KIND.name})
 
 
 @cache
@@ -79,6 +80,7 @@ def kinds() -> tuple[FileKind[Any], ...]:
         pidfd.KIND,
         inotify.KIND,
         external_end.KIND,
+        fanotify.KIND,
         unsupported.KIND,
     )
 

@@ -13,19 +13,13 @@ from collections.abc import Iterator, Sequence
 from pipeline.errors import Blocker, RebuildError
 from pipeline.ids import LocalFd
 from pipeline.image.schema import OpenFile, Record
+from pipeline.resources import outside
 from pipeline.resources.kinds import CaptureScope, CreateScope, FdView
 from pipeline.resources.paths import Magic, filesystem
 from pipeline.resources.steps import CompleteOnceCreated
 
 #: start of the link -> (what it is, what to do)
 _BY_LINK: Sequence[tuple[bytes, str, str]] = (
-    (b"anon_inode:[fanotify]", "fanotify groups are tied to mounts of this host", "close it"),
-    (
-        b"anon_inode:[io_uring]",
-        "io_uring rings are shared with the kernel and cannot be made again",
-        "disable io_uring",
-    ),
-    (b"anon_inode:[userfaultfd]", "a userfaultfd is tied to the memory it serves", "close it"),
     (b"anon_inode:[perf_event]", "perf events count on this host's processors", "stop the measurement"),
     (b"anon_inode:bpf", "BPF programs and maps live in this kernel", "unload them"),
     (b"anon_inode:btf", "BPF type information lives in this kernel", "close it"),
@@ -46,6 +40,14 @@ _BY_LINK: Sequence[tuple[bytes, str, str]] = (
 )
 
 
+_IO_URING, _USERFAULTFD = b"anon_inode:[io_uring]", b"anon_inode:[userfaultfd]"
+_WITHOUT_IO_URING = (
+    "start it without io_uring: sysctl kernel.io_uring_disabled=2, MariaDB innodb_use_native_aio=0, "
+    "PostgreSQL io_method=worker, Node UV_USE_IO_URING=0"
+)
+_U32 = 0xFFFF_FFFF
+
+
 class NoState(Record, frozen=True):
     """There is never one."""
 
@@ -57,7 +59,7 @@ class Unsupported(CompleteOnceCreated):
     record: type[NoState] = NoState
     carried: Sequence[str] = ()
     refused: Sequence[str] = (
-        "fanotify, io_uring, userfaultfd, perf, BPF, KVM, secret memory",
+        "io_uring, userfaultfd, perf, BPF, KVM, secret memory",
         "devices with state, block devices, whatever is not known",
     )
     shown_by: Sequence[str] = ("resources/test_places.py",)
@@ -68,7 +70,7 @@ class Unsupported(CompleteOnceCreated):
 
     def check(self, view: FdView, scope: CaptureScope) -> Iterator[Blocker]:
         """Always one blocker."""
-        reason, remedy = _reason(view)
+        reason, remedy = _described(view) or _reason(view)
         yield Blocker(view.subject, reason, remedy)
 
     def capture(self, view: FdView, scope: CaptureScope) -> NoState:
@@ -86,6 +88,32 @@ class Unsupported(CompleteOnceCreated):
             RebuildError: the image holds such a file.
         """
         raise RebuildError(f"open file {file.index} is of a kind that cannot be made")
+
+
+def _described(view: FdView) -> tuple[str, str] | None:
+    """What fdinfo tells of kinds whose user wants to know more: who it is, and what is going on."""
+
+    def number(key: str) -> int:
+        return int(view.info.get(key, ["0"])[0], 0)
+
+    who = outside.name_of(view.pid)
+    if view.link == _IO_URING:
+        submitted = number("SqTail") - number("CachedSqHead") & _U32
+        unread = number("CachedCqTail") - number("CqHead") & _U32
+        reason = (
+            f"{who} uses an io_uring: {number('SqMask') + 1} requests ({submitted} not taken yet, "
+            f"{unread} results unread, {number('UserFiles')} files and {number('UserBufs')} buffers registered); the "
+            f"kernel's own counters, at {number('CachedSqHead')} and {number('CachedCqTail')}, cannot be set, nor can "
+            "what is in flight be seen"
+        )
+        return reason, _WITHOUT_IO_URING
+    if view.link == _USERFAULTFD:
+        reason = (
+            f"{who} handles page faults by a userfaultfd ({number('pending')} wait for it), "
+            "which is tied to the memory it serves"
+        )
+        return reason, "let it close its userfaultfd"
+    return None
 
 
 def _reason(view: FdView) -> tuple[str, str]:

@@ -48,15 +48,19 @@ class Watched(NamedTuple):
         return f"inode {self.inode} of device {os.major(self.device)}:{os.minor(self.device)}"
 
 
+def device(text: str) -> int:
+    """st_dev of the kernel's own device number, in hexadecimal."""
+    number = int(text, 16)
+    return os.makedev(number >> _MINOR_BITS, number & (1 << _MINOR_BITS) - 1)
+
+
 def parse(words: dict[str, str]) -> Watched:
     """From the words of a line of fdinfo (``ino:8e7ac2`` and so on), all in hexadecimal."""
-    number = int(words["sdev"], 16)
     handle = b""
     if words.get("f_handle"):
         content = bytes.fromhex(words["f_handle"])
         handle = struct.pack("<Ii", len(content), int(words["fhandle-type"], 16)) + content
-    device = os.makedev(number >> _MINOR_BITS, number & (1 << _MINOR_BITS) - 1)
-    return Watched(device, int(words["ino"], 16), handle)
+    return Watched(device(words["sdev"]), int(words["ino"], 16), handle)
 
 
 def is_it(found: os.stat_result, wanted: Watched) -> bool:

@@ -1,4 +1,4 @@
-"""inotify: numbers of watches, masks, what is watched, and that events arrive."""
+"""inotify and fanotify: numbers of watches, masks, what is watched, and that events arrive."""
 
 import ctypes
 import fcntl
@@ -6,10 +6,12 @@ import os
 import struct
 import termios
 
-from support import call, libc, main
+from support import call, libc, main, syscall
 
 IN_MODIFY, IN_CREATE, IN_DELETE, IN_OPEN, IN_ALL = 0x2, 0x100, 0x200, 0x20, 0xFFF
 IN_IGNORED, IN_ONESHOT, IN_EXCL_UNLINK, IN_DONT_FOLLOW = 0x8000, 0x8000_0000, 0x400_0000, 0x200_0000
+FANOTIFY_INIT, FANOTIFY_MARK, FAN_MARK_ADD, FAN_MARK_FLUSH = 300, 301, 1, 0x80
+FAN_REPORT_FID, FAN_REPORT_DFID_NAME, FAN_NONBLOCK = 0x200, 0xC00, 2
 
 
 class Instance:
@@ -51,7 +53,7 @@ def body(program):
     place = f"/proc/self/fd/{program.directory}/watched"
     os.mkdir(place)
     place = os.readlink(f"/proc/self/fd/{program.directory}") + "/watched"
-    for name in ("sub", "quiet"):
+    for name in ("sub", "quiet", "marked"):
         os.mkdir(f"{place}/{name}")
     for name in ("file", "once", "other", "gone", "quiet/file"):
         touch(f"{place}/{name}")
@@ -89,6 +91,21 @@ def body(program):
         return ignored, wd > last
 
     program.same("inotify: the next number", next_number, lambda: os.unlink(f"{place}/other"))
+
+    marked = syscall(FANOTIFY_INIT, FAN_REPORT_FID | FAN_REPORT_DFID_NAME | FAN_NONBLOCK, 0)
+    syscall(FANOTIFY_MARK, marked, FAN_MARK_ADD, IN_CREATE | IN_DELETE, -100, f"{place}/marked".encode())
+
+    def reported():
+        touch(f"{place}/marked/new")
+        os.unlink(f"{place}/marked/new")
+        content, masks = os.read(marked, 4096), []
+        while content:
+            masks.append(struct.unpack_from("<Q", content, 8)[0])
+            content = content[struct.unpack_from("<I", content)[0] :]
+        return masks
+
+    reported()
+    program.same("fanotify", reported, lambda: syscall(FANOTIFY_MARK, marked, FAN_MARK_FLUSH, 0, -100, b"/"))
 
     once = Instance()
 

@@ -36,6 +36,7 @@ from pipeline.resources import (
     directory,
     epoll,
     eventfd,
+    fanotify,
     fifo,
     in_flight,
     inotify,
@@ -59,7 +60,7 @@ from pipeline.stages.late import Late
 
 #: in the order of the registry: the last one matches everything
 _MODULES: list[Any] = [opath, memfd, kernel_files, unnamed, regular, directory, device, fifo, mqueue, pipes]
-_MODULES += [eventfd, timerfd, signalfd, pidfd, inotify, epoll, unsupported]
+_MODULES += [eventfd, timerfd, signalfd, pidfd, inotify, fanotify, epoll, unsupported]
 KINDS: list[Any] = [module.KIND for module in _MODULES]
 #: the subject's own descriptors that are not looked at
 _CONTROL = 900

@@ -19,7 +19,7 @@ from pipeline.kernel.arch.x86_64 import NR
 from pipeline.kernel.syscalls import syscall
 from tests.resources.fdharness import Capture, Rebuilt, subject
 
-CLOCK_REALTIME_ALARM = 8
+CLOCK_REALTIME_ALARM, CLOCK_BOOTTIME_ALARM = 8, 9
 ABSTIME = 1
 SECOND = 1_000_000_000
 
@@ -140,6 +140,28 @@ def test_expirations_not_read_yet_are_kept() -> None:
         value, interval = left(new.fd(periodic))
         assert interval == 1000 * SECOND
         assert 0 < value <= interval
+
+
+def test_alarm_clocks_and_a_timer_that_only_waits_for_the_clock_to_be_set() -> None:
+    """As systemd has one: it never expires, but tells when somebody sets the clock."""
+    cancel_on_set, for_ever = 2, 0x7FFF_FFFF_FFFF_FFFF // SECOND * SECOND
+
+    def setup() -> tuple[int, ...]:
+        return (
+            timer(CLOCK_REALTIME_ALARM, ABSTIME, time.time_ns() + 900 * SECOND),
+            timer(CLOCK_BOOTTIME_ALARM, 0, 800 * SECOND, 3),
+            timer(time.CLOCK_REALTIME, ABSTIME | cancel_on_set, for_ever),
+        )
+
+    with subject(setup) as child, Capture(child.pid) as capture, Rebuilt(capture) as new:
+        for fd in child.result:
+            for key in ("clockid", "settime"):
+                assert new.info(fd)[key] == capture.view(fd).info[key]
+        wall, boot, never = (left(new.fd(fd)) for fd in child.result)
+        assert 890 * SECOND < wall[0] <= 900 * SECOND
+        assert 790 * SECOND < boot[0] <= 800 * SECOND
+        assert boot[1] == 3
+        assert never[0] > 1 << 62
 
 
 def test_many_expirations_of_a_periodic_timer_are_counted() -> None:
@@ -453,9 +475,11 @@ def test_epoll_of_a_file_that_nobody_here_has_is_refused() -> None:
 @pytest.mark.parametrize(
     ("opening", "words"),
     [
-        (lambda: syscall(NR.userfaultfd, 1), "a userfaultfd is tied"),
-        (lambda: syscall(NR.io_uring_setup, 2, bytes(120)), "io_uring"),
-        (lambda: syscall(NR.fanotify_init, 0, 0), "fanotify"),
+        (lambda: syscall(NR.userfaultfd, 1), "(python) handles page faults by a userfaultfd (0 wait"),
+        (
+            lambda: syscall(NR.io_uring_setup, 2, bytes(120)),
+            "(python) uses an io_uring: 2 requests (0 not taken",
+        ),
         (lambda: syscall(NR.memfd_secret, 0), "secret memory"),
         (lambda: syscall(NR.landlock_create_ruleset, (1).to_bytes(8, "little"), 8, 0), "Landlock"),
         (lambda: os.memfd_create("huge", os.MFD_HUGETLB), "huge pages"),

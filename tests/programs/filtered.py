@@ -9,17 +9,19 @@ from support import main, prctl, status, syscall, wait_for
 
 SYS_SECCOMP, SYS_GETTID, SYS_GETPPID, SYS_GETPGID, SYS_UNAME = 317, 186, 110, 121, 63
 SECCOMP_SET_MODE_FILTER = 1
+SECCOMP_FILTER_FLAG_TSYNC, SECCOMP_FILTER_FLAG_LOG = 1, 2
+SYS_SYSINFO = 99
 PR_SET_NO_NEW_PRIVS = 38
 LOAD, EQUAL, RETURN = 0x20, 0x15, 0x06
 ALLOW, ERRNO = 0x7FFF0000, 0x00050000
 
 
-def deny(number, code):
+def deny(number, code, flags=0):
     """A filter that answers system call `number` with errno `code` and lets all others pass."""
     program = [(LOAD, 0, 0, 0), (EQUAL, 0, 1, number), (RETURN, 0, 0, ERRNO | code), (RETURN, 0, 0, ALLOW)]
     code_bytes = ctypes.create_string_buffer(b"".join(struct.pack("<HBBI", *line) for line in program))
     fprog = struct.pack("<H6xQ", len(program), ctypes.addressof(code_bytes))
-    syscall(SYS_SECCOMP, SECCOMP_SET_MODE_FILTER, 0, fprog)
+    return syscall(SYS_SECCOMP, SECCOMP_SET_MODE_FILTER, flags, fprog)
 
 
 def error_of(number, *args):
@@ -75,6 +77,33 @@ def body(program):
         child.same("denied in a thread", of_thread, lambda: asked.set() or time.sleep(0.1))
 
     program.child("filtered", filtered)
+
+    def synchronized(child):
+        """A thread has one filter more than the others; it can still give all of its own to them."""
+        prctl(PR_SET_NO_NEW_PRIVS, 1)
+        deny(SYS_GETPPID, 77)
+        deny(SYS_GETPGID, 66)
+        asked, answers, broken = threading.Event(), [], []
+
+        def run():
+            deny(SYS_UNAME, 44, SECCOMP_FILTER_FLAG_LOG)
+            while True:
+                asked.wait()
+                asked.clear()
+                answers.append(deny(SYS_SYSINFO, 40 + len(answers), SECCOMP_FILTER_FLAG_TSYNC))
+
+        threading.Thread(target=run, daemon=True).start()
+
+        def synchronize():
+            before = len(answers)
+            asked.set()
+            result = wait_for(lambda: answers[before:], "the thread", 2)[0]
+            denied = error_of(SYS_SYSINFO, bytes(200))
+            return None if (result, denied) == (0, 40 + before) and not broken else f"{result}, errno {denied}"
+
+        child.check("synchronized", synchronize, lambda: broken.append(1))
+
+    program.child("synchronized", synchronized)
 
 
 main(body)

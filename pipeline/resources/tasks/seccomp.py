@@ -4,9 +4,10 @@ A filter judges every later call of its task, also those that we run inside it. 
 may suspend filters (CAP_SYS_ADMIN in the initial user namespace) they are installed
 first, while the puppet has every capability; where we may not, as the very last thing.
 
-Filters that all threads of a process have in common are installed once for all of them
-(SECCOMP_FILTER_FLAG_TSYNC), so that they stay one chain and a later synchronization by
-the program works.
+Filters that all threads of a process have in common, from the oldest on, are installed once
+for all of them (SECCOMP_FILTER_FLAG_TSYNC), so that they stay one chain and a later
+synchronization by the program works; what is a thread's own comes behind them. Not
+preserved: a chain that only some of the threads have in common becomes one for each.
 
 Refused: strict mode; filters that hand calls to a supervisor (SECCOMP_RET_USER_NOTIF);
 filters that we may not read. Sources: seccomp(2), ptrace(2).
@@ -30,6 +31,8 @@ from pipeline.resources.support import Support
 _SET_MODE_FILTER = 1
 _FLAG_TSYNC = 1
 _FLAG_LOG = 2
+#: the kernel does not tell it; a thread that lacks it shows its switched off speculation, and is refused for that
+_FLAG_SPEC_ALLOW = 4
 _STRICT = 1
 _BPF_RET_K = 0x06
 _RET_ACTION = 0xFFFF_0000
@@ -115,28 +118,37 @@ def install_filters(process: Process, threads: Sequence[Puppet]) -> None:
     Raises:
         RebuildError: the kernel refuses a filter.
     """
-    running = [index for index, thread in enumerate(process.threads) if thread.ended is None]
-    if len(threads) > 1 and _common([process.threads[index] for index in running]):
-        _install(process, running[0], threads[running[0]], _FLAG_TSYNC)
-        return
-    for index in running:
-        _install(process, index, threads[index], 0)
+    running = [
+        (process.threads[i], puppet) for i, puppet in enumerate(threads) if process.threads[i].ended is None
+    ]
+    common = _common([thread for thread, _ in running]) if len(running) > 1 else 0
+    first, puppet = running[0]
+    _install(process, puppet, _filters(first)[:common], _FLAG_TSYNC)
+    for thread, puppet in running:
+        _install(process, puppet, _filters(thread)[common:], 0)
 
 
-def _common(threads: Sequence[Thread]) -> bool:
-    """Whether all threads have the same filters, and synchronizing would change nothing else."""
-    first = threads[0]
-    return all(
-        thread.seccomp == first.seccomp and thread.credentials.no_new_privs == first.credentials.no_new_privs
-        for thread in threads
-    )
+def _filters(thread: Thread) -> list[tuple[bytes, bool]]:
+    return list(zip(thread.seccomp.filters, thread.seccomp.log, strict=True))
 
 
-def _install(process: Process, index: int, puppet: Puppet, flags: int) -> None:
-    wanted = process.threads[index].seccomp
-    for number, (program, log) in enumerate(zip(wanted.filters, wanted.log, strict=True)):
+def _common(threads: Sequence[Thread]) -> int:
+    """How many filters, from the oldest on, all threads have in common; 0 where synchronizing would change more."""
+    if len({thread.credentials.no_new_privs for thread in threads}) > 1:
+        return 0
+    same = 0
+    for filters in zip(*map(_filters, threads), strict=False):
+        if any(one != filters[0] for one in filters):
+            break
+        same += 1
+    return same
+
+
+def _install(process: Process, puppet: Puppet, filters: Sequence[tuple[bytes, bool]], flags: int) -> None:
+    for number, (program, log) in enumerate(filters):
         fprog = In([len(program) // 8, In([program])])
-        call = Call(NR.seccomp, (_SET_MODE_FILTER, flags | (_FLAG_LOG if log else 0), fprog))
+        wanted = flags | _FLAG_SPEC_ALLOW | (_FLAG_LOG if log else 0)
+        call = Call(NR.seccomp, (_SET_MODE_FILTER, wanted, fprog))
         puppet.run([call])
         if call.result:
             reason = os.strerror(-call.result) if call.result < 0 else f"thread {call.result} has others"

@@ -353,6 +353,14 @@ class Rseq(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     flags: U32
 
 
+class Place(Record, frozen=True, kw_only=True):
+    """Where in the file system a thread is that does not share that with its process (unshare(CLONE_FS))."""
+
+    cwd: PathRef
+    root: PathRef
+    umask: U32
+
+
 class Thread(Record, frozen=True, kw_only=True):
     """One task. `pids` outermost first, one per pid namespace level of the tree."""
 
@@ -378,6 +386,8 @@ class Thread(Record, frozen=True, kw_only=True):
     memory_nodes: Annotated[bytes, Meta(max_length=128)] = b""
     #: the `Cgroup` indexes, where they are others than those of the process
     cgroups: Annotated[list[Index], Meta(max_length=64)] | None = None
+    #: None for that of its process
+    place: Place | None = None
     #: exit code of a first thread that has ended while others of its process run
     ended: U8 | None = None
     #: time left of a relative sleep that was interrupted (restart block), None where not known

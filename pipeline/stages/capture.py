@@ -28,6 +28,7 @@ from pipeline.image.schema import (
     Id,
     Memberships,
     PathRef,
+    Place,
     Process,
     Record,
     SemaphoreUndo,
@@ -37,6 +38,7 @@ from pipeline.image.schema import (
 from pipeline.kernel import procfs, ptrace, smaps
 from pipeline.kernel.arch import x86_64 as arch
 from pipeline.kernel.inside import open_file
+from pipeline.kernel.syscalls import KCMP, kcmp
 from pipeline.policy import DumpPolicy
 from pipeline.remote.live import LiveTask, Region, find_places
 from pipeline.resources import shell_job, tun_file
@@ -422,7 +424,17 @@ class Capture:
             else None,
             cgroups=self._cgroups.of_process(pid),
         )
-        for what, path in (("working directory", record.cwd), ("root directory", record.root)):
+        blockers += self._apart(pid, threads)
+        for what, path in (
+            ("working directory", record.cwd),
+            ("root directory", record.root),
+            *(
+                ("thread's directory", path)
+                for t in threads
+                if t.place
+                for path in (t.place.cwd, t.place.root)
+            ),
+        ):
             if path is not None and path.path.endswith(b" (deleted)"):
                 blockers.append(
                     Blocker(subject, f"its {what} has been removed", "let it change its directory")
@@ -432,8 +444,23 @@ class Capture:
     def _thread(self, pid: HostPid, inquiry: Inquiry, members: Memberships) -> Thread:
         slept_ns, call = self._slept.get(inquiry.tid, (None, None))
         record = thread_record(inquiry, members.user, self.tree.member, slept_ns, call)
+        if inquiry.tid != pid and kcmp(pid, inquiry.tid, KCMP.FS):
+            record = replace(record, place=self._place(pid, inquiry))
         elsewhere = self._cgroups.of_thread(pid, inquiry.tid)
         return record if elsewhere is None else replace(record, cgroups=elsewhere)
+
+    def _apart(self, pid: HostPid, threads: Sequence[Thread]) -> Iterator[Blocker]:
+        """Threads that share their directories with each other, but not with their process."""
+        apart = [HostPid(thread.pids[0]) for thread in threads if thread.place is not None]
+        for number, tid in enumerate(apart):
+            for other in apart[:number]:
+                if kcmp(tid, other, KCMP.FS) == 0:
+                    why = f"shares its working directory with thread {other}, and not with the others"
+                    yield Blocker(f"pid {pid} thread {tid}", why, "end one of them")
+
+    def _place(self, pid: HostPid, inquiry: Inquiry) -> Place:
+        links = {what: self.path(pid, procfs.read_link(inquiry.tid, what)) for what in ("cwd", "root")}
+        return Place(umask=inquiry.status.umask or 0, **links)
 
     def _ask(
         self, pid: HostPid, tids: Sequence[HostPid]

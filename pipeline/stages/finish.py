@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 from pipeline.errors import RebuildError
 from pipeline.ids import LocalFd
 from pipeline.image.codec import Image
-from pipeline.image.schema import PathRef, Process
+from pipeline.image.schema import PathRef, Place, Process
 from pipeline.kernel.arch.x86_64 import NR
 from pipeline.kernel.syscalls import CLONE, PRCTL
 from pipeline.remote.calls import Call
@@ -50,7 +50,8 @@ def make_threads(image: Image, growth: Growth) -> None:
     for process, grown in living(image, growth):
         grown.threads.append(grown.puppet)
         for thread in process.threads[1:]:
-            grown.threads.append(growth.clone_task(grown, process.namespaces.pid, thread.pids, _THREAD))
+            flags = _THREAD if thread.place is None else _THREAD & ~CLONE.FS
+            grown.threads.append(growth.clone_task(grown, process.namespaces.pid, thread.pids, flags))
 
 
 def complete_memory(image: Image, growth: Growth) -> None:
@@ -62,17 +63,24 @@ def complete_memory(image: Image, growth: Growth) -> None:
 
 
 def set_directories(image: Image, growth: Growth, open_path: Callable[[PathRef, int], LocalFd]) -> None:
-    """Root, working directory and umask of every process."""
+    """Root, working directory and umask of every process, and of threads that have their own."""
     for process, grown in living(image, growth):
-        if process.together.fs:
-            continue
-        puppet = grown.puppet
-        if process.root is not None and process.root.path != b"/":
-            _enter(puppet, open_path, process.root, process, "root directory")
-            puppet.syscall(NR.chroot, b".\0")
-        if process.cwd is not None:
-            _enter(puppet, open_path, process.cwd, process, "working directory")
-        puppet.syscall(NR.umask, process.umask)
+        if not process.together.fs and process.root is not None and process.cwd is not None:
+            place = Place(root=process.root, cwd=process.cwd, umask=process.umask)
+            _put(grown.puppet, open_path, place, process)
+        for thread, puppet in zip(process.threads, grown.threads, strict=True):
+            if thread.place is not None:
+                _put(puppet, open_path, thread.place, process)
+
+
+def _put(
+    puppet: Puppet, open_path: Callable[[PathRef, int], LocalFd], place: Place, process: Process
+) -> None:
+    if place.root.path != b"/":
+        _enter(puppet, open_path, place.root, process, "root directory")
+        puppet.syscall(NR.chroot, b".\0")
+    _enter(puppet, open_path, place.cwd, process, "working directory")
+    puppet.syscall(NR.umask, place.umask)
 
 
 def _enter(

@@ -99,7 +99,9 @@ def body(program):
             asked.set()
             result = wait_for(lambda: answers[before:], "the thread", 2)[0]
             denied = error_of(SYS_SYSINFO, bytes(200))
-            return None if (result, denied) == (0, 40 + before) and not broken else f"{result}, errno {denied}"
+            return (
+                None if (result, denied) == (0, 40 + before) and not broken else f"{result}, errno {denied}"
+            )
 
         child.check("synchronized", synchronize, lambda: broken.append(1))
 

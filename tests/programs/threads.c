@@ -2,6 +2,7 @@
 #include "support.h"
 
 #include <pthread.h>
+#include <sched.h>
 #include <sys/prctl.h>
 #include <sys/rseq.h>
 
@@ -21,7 +22,7 @@ static struct {
 } threads[COUNT];
 static pthread_mutex_t robust;
 static pthread_barrier_t ready;
-static volatile int spoil_local = -1, spoil_name = -1;
+static volatile int spoil_local = -1, spoil_name = -1, spoil_place;
 static volatile unsigned long long counter;
 static pthread_mutex_t counting = PTHREAD_MUTEX_INITIALIZER;
 
@@ -37,6 +38,10 @@ static void *run(void *argument) {
     syscall(SYS_get_robust_list, 0, &threads[number].robust_head, &threads[number].robust_size);
     if (number == 3)
         pthread_mutex_lock(&robust); /* held for ever: its death must be seen */
+    if (number == 8 && (unshare(CLONE_FS) || chdir("/usr"))) /* a place of its own; its umask is 051 */
+        die("unshare");
+    if (number == 8)
+        umask(051);
     pthread_barrier_wait(&ready);
     while (!threads[number].leave) {
         char expected[64];
@@ -57,6 +62,15 @@ static void *run(void *argument) {
         syscall(SYS_get_robust_list, 0, &head, &size);
         if (head != threads[number].robust_head || size != threads[number].robust_size)
             threads[number].error |= 8;
+        if (number == 8 && spoil_place)
+            threads[number].error |= chdir("/") + 16;
+        if (number == 8 && !spoil_place) {
+            char here[64];
+            int mask = umask(0);
+            umask(mask);
+            if (!getcwd(here, sizeof here) || strcmp(here, "/usr") || mask != 051)
+                threads[number].error |= 16;
+        }
         pthread_mutex_lock(&counting);
         counter++;
         pthread_mutex_unlock(&counting);
@@ -94,6 +108,16 @@ static const char *check_local(void) { return errors(1, "thread-local value"); }
 static const char *check_name(void) { return errors(2, "name"); }
 static const char *check_tid(void) { return errors(4, "id"); }
 static const char *check_robust_list(void) { return errors(8, "robust list"); }
+
+/* Thread 8 is in a place of its own, and all others are where the first one is. */
+static const char *check_place(void) {
+    char here[64];
+    int mask = umask(0);
+    umask(mask);
+    if (!getcwd(here, sizeof here) || strcmp(here, "/tmp") || mask != 026)
+        return differ("%s %o", here, mask);
+    return errors(16, "place");
+}
 
 /* Thread 9 is told to leave and is joined: that waits for the kernel to clear its id. Then it is made again. */
 static const char *check_join(void) {
@@ -152,6 +176,7 @@ static const char *check_rseq(void) {
 static void spoil_run(void) { threads[5].leave = 1; nap(30); }
 static void spoil_values(void) { spoil_local = 2; nap(30); }
 static void spoil_names(void) { spoil_name = 4; nap(30); }
+static void spoil_places(void) { spoil_place = 1; nap(30); }
 static void spoil_tid(void) { threads[6].tid = 1; nap(30); }
 static void spoil_robust_list(void) { threads[7].robust_size = 1; nap(30); }
 static void spoil_join(void) {
@@ -166,6 +191,9 @@ static void spoil_rseq(void) {
 
 int main(int argc, char **argv) {
     open_directory(argc, argv);
+    umask(026);
+    if (chdir("/tmp"))
+        die("/tmp");
     pthread_mutexattr_t attributes;
     pthread_mutexattr_init(&attributes);
     pthread_mutexattr_setrobust(&attributes, PTHREAD_MUTEX_ROBUST);
@@ -182,6 +210,7 @@ int main(int argc, char **argv) {
         {"names", check_name, spoil_names},
         {"ids", check_tid, spoil_tid},
         {"robust lists", check_robust_list, spoil_robust_list},
+        {"place", check_place, spoil_places},
         {"join", check_join, spoil_join},
         {"robust mutex", check_robust, spoil_robust},
         {"rseq", check_rseq, spoil_rseq},

@@ -32,9 +32,12 @@ SUPPORT = Support(
     kind="threads",
     carried=(
         "number, name, registers, extended state, robust list, restartable sequence, address cleared at the end",
+        "a working directory, root and umask of its own (unshare)",
         "a first thread that has ended while others run, with its exit code",
     ),
-    refused=("a thread with a descriptor table, a working directory or namespaces of its own",),
+    refused=(
+        "a thread with a descriptor table or namespaces of its own; directories shared by two threads only",
+    ),
     shown_by=("programs/threads.c", "programs/registers.c", "programs/leaderless.py"),
 )
 
@@ -84,6 +87,7 @@ def capture(pid: HostPid, other: Thread) -> Thread:
         credentials=wanted,
         seccomp=Seccomp(),
         pdeathsig=0,
+        place=None,
         sleep_left_ns=None,
         ended=stat.exit_code >> 8 & 0xFF,
     )

@@ -28,7 +28,6 @@ from pipeline.resources.tasks.tracing import check_vfork
 _PF_MEMALLOC_NOIO = 0x0008_0000
 _PF_LOCAL_THROTTLE = 0x0010_0000
 _ELFCLASS32 = 1
-_SHARED = {KCMP.FILES: "descriptor table", KCMP.FS: "working directory, root and umask"}
 _NAMESPACES = ("user", "mnt", "uts", "ipc", "net", "cgroup", "time")
 
 
@@ -118,10 +117,9 @@ def _thread(subject: str, tid: HostPid, status: procfs.Status) -> Iterator[Block
 
 def _apart(subject: str, pid: HostPid, tid: HostPid) -> Iterator[Blocker]:
     """What a thread does not share with its process although threads mostly do."""
-    for kind, what in _SHARED.items():
-        with suppress(PermissionError):
-            if kcmp(pid, tid, kind):
-                yield Blocker(subject, f"has a {what} of its own (unshare)")
+    with suppress(PermissionError):
+        if kcmp(pid, tid, KCMP.FILES):
+            yield Blocker(subject, "has a descriptor table of its own (unshare)", "end the thread")
 
 
 def _may_not_be_looked_at(tid: HostPid) -> bool:

@@ -18,7 +18,7 @@ from dataclasses import replace
 from pipeline.errors import Blocker, Refused
 from pipeline.ids import LocalFd
 from pipeline.image.schema import Index
-from pipeline.resources import sockets, unix_unread
+from pipeline.resources import sockets, unix_look, unix_unread
 from pipeline.resources.kinds import FdView
 from pipeline.resources.unix_unread import Unread
 
@@ -64,7 +64,7 @@ def _look(view: FdView, adopt: Adopt) -> list[Unread] | None:
     with sockets.borrowed(view.local) as sock:
         if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
             return None  # they are in connections that only accept(2) gives
-        found = unix_unread.look(sock, view.subject, with_files=True)
+        found = unix_look.look(sock, view.subject, with_files=True)
     held = [[LocalFd(fd) for fd in unread.files] for unread in found]
     indexes: list[list[Index]] = []
     try:

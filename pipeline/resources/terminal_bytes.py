@@ -22,7 +22,6 @@ from __future__ import annotations
 import errno
 import os
 import select
-import signal
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -35,6 +34,7 @@ from msgspec import Meta
 from pipeline.ids import LocalFd
 from pipeline.image.schema import Record
 from pipeline.resources import terminal
+from pipeline.resources.shielded import shielded
 from pipeline.resources.terminal import Settings
 
 #: more than the buffers of one direction hold
@@ -73,7 +73,7 @@ def capture(master: LocalFd) -> UnderWay:
     Raises:
         OSError: EAGAIN: the output is stopped or full, or the input full; nothing was taken.
     """
-    answer = _shielded(lambda: msgspec.msgpack.encode(_capture(master)))
+    answer = shielded(lambda: msgspec.msgpack.encode(_capture(master)))
     return msgspec.msgpack.decode(answer, type=UnderWay)
 
 
@@ -85,34 +85,6 @@ def put(master: LocalFd, found: UnderWay) -> None:
         _put_input(master, slave, found)
     finally:
         os.close(slave)
-
-
-def _shielded(act: Callable[[], bytes]) -> bytes:
-    """Run `act` in a child that no signal but SIGKILL for itself can stop."""
-    reader, writer = os.pipe2(os.O_CLOEXEC)
-    pid = os.fork()
-    if pid == 0:
-        code = 255
-        try:
-            signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-            os.setsid()
-            os.close(reader)
-            left = memoryview(act())
-            while left:
-                left = left[os.write(writer, left) :]
-            code = 0
-        except OSError as error:
-            code = error.errno or 255
-        finally:
-            os._exit(code)
-    os.close(writer)
-    with os.fdopen(reader, "rb") as pipe:
-        answer = pipe.read()
-    _, status = os.waitpid(pid, 0)
-    code = os.waitstatus_to_exitcode(status)
-    if code:
-        raise OSError(abs(code), os.strerror(abs(code)))
-    return answer
 
 
 def _capture(master: LocalFd) -> UnderWay:

@@ -23,8 +23,9 @@ from pipeline.ids import HostPid, LocalFd
 from pipeline.kernel import procfs
 from pipeline.resources import sockets
 from pipeline.resources.kinds import CaptureScope, CreateScope, FdView
+from pipeline.resources.unix_look import look
 from pipeline.resources.unix_state import Message, Peer
-from pipeline.resources.unix_unread import Unread, look
+from pipeline.resources.unix_unread import Unread
 
 _SO_SNDBUFFORCE = 32
 _SCM_RIGHTS = 1

@@ -69,6 +69,9 @@ class Unix:
     )
     shown_by: Sequence[str] = (
         "programs/sockets.py",
+        "programs/socket_places.py",
+        "programs/real/test_screens.py",
+        "resources/test_unix_in_flight.py",
         "resources/test_unix_socket.py",
     )
 

@@ -1,6 +1,6 @@
 """Unread messages of unix sockets: looked at without taking them, with the files in flight in them.
 
-SO_PEEK_OFF makes MSG_PEEK walk through the queue; it is set for the walk and put back. Each
+SO_PEEK_OFF makes MSG_PEEK walk through the queue; who walks has to give it back (`pipeline.resources.unix_look`). Each
 look at a message that carries descriptors (SCM_RIGHTS) gives duplicates of the files, which
 are the caller's. A stream glues bytes to the message behind them, up to the end of one with
 descriptors; where that one begins is found by looking at fewer and fewer bytes, because whoever reads
@@ -37,14 +37,13 @@ from pipeline.ids import HostPid
 from pipeline.kernel import procfs
 from pipeline.kernel.arch.x86_64_numbers import NR
 from pipeline.kernel.syscalls import syscall
-from pipeline.resources.unix_state import MAX_MESSAGE_BYTES, raw_name
+from pipeline.resources.unix_state import raw_name
 
-_SO_PEEK_OFF = 42
+SO_PEEK_OFF = 42
 _SCM_RIGHTS = 1
 _SCM_CREDENTIALS = 2
 _SCM_PIDFD = 4
 _SIOCATMARK = 0x8905
-_FIRST_BUFFER_BYTES = 1 << 18
 _CONTROL_BYTES = 8192
 _UCRED = struct.Struct("<iII")
 _LOOK = socket.MSG_PEEK | socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
@@ -74,7 +73,7 @@ class Unread:
     mark: Mark = ""
 
 
-class _TooSmall(Exception):
+class TooSmall(Exception):
     """A message did not fit into the buffer."""
 
 
@@ -84,40 +83,13 @@ def bytes_to_read(sock: socket.socket) -> int:
     return int(count)
 
 
-def look(sock: socket.socket, subject: str, with_files: bool) -> list[Unread]:
-    """Every unread message of a socket that has some.
-
-    Args:
-        sock: a duplicate of the target's socket, which is frozen. It must have no error pending, or be a
-            stream: looking would take the error away from the target.
-        subject: how a message names it.
-        with_files: descriptors are in flight in its queue.
-
-    Ownership: the descriptors in `Unread.files` are the caller's.
-
-    Raises:
-        Refused: a message is too long, or more descriptors are in flight than can be held here.
-    """
-    size = _FIRST_BUFFER_BYTES
-    if sock.type == socket.SOCK_STREAM:
-        size = max(bytes_to_read(sock), 1)  # a message that is cut would show its descriptors twice
-    while True:
-        walk = _Walk(sock, size, subject, with_files)
-        try:
-            with walk.from_the_start():
-                walk.run()
-            return walk.found
-        except _TooSmall:
-            walk.close()
-            size *= 4
-            if size > MAX_MESSAGE_BYTES:
-                raise Refused([Blocker(subject, "a message of more than 64 MiB waits to be read")]) from None
-        except BaseException:
-            walk.close()
-            raise
+def too_many(subject: str) -> Refused:
+    """Descriptors did not arrive."""
+    why = "what is in flight in its queue cannot be held here: too many descriptors (RLIMIT_NOFILE)"
+    return Refused([Blocker(subject, why, "raise the limit of the pipeline (ulimit -n)")])
 
 
-class _Walk:
+class Walk:
     """One walk through a queue."""
 
     def __init__(self, sock: socket.socket, size: int, subject: str, with_files: bool) -> None:
@@ -125,7 +97,7 @@ class _Walk:
         self._sock, self._subject, self._with_files = sock, subject, with_files
         self._buffer = bytearray(size)
         self._stream = sock.type == socket.SOCK_STREAM
-        self._urgent = self._stream and bool(_polled(sock) & select.POLLPRI)
+        self.urgent = self._stream and bool(_polled(sock) & select.POLLPRI)
 
     def close(self) -> None:
         """Give back every descriptor that was found."""
@@ -135,7 +107,7 @@ class _Walk:
     @contextmanager
     def from_the_start(self) -> Iterator[None]:
         """SO_PEEK_OFF is ours meanwhile."""
-        before = self._sock.getsockopt(socket.SOL_SOCKET, _SO_PEEK_OFF)
+        before = self._sock.getsockopt(socket.SOL_SOCKET, SO_PEEK_OFF)
         self._seek(0)
         try:
             yield
@@ -143,7 +115,7 @@ class _Walk:
             self._seek(before)
 
     def _seek(self, offset: int) -> None:
-        self._sock.setsockopt(socket.SOL_SOCKET, _SO_PEEK_OFF, offset)
+        self._sock.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, offset)
 
     def run(self) -> None:
         """Walk."""
@@ -152,18 +124,18 @@ class _Walk:
             return
         closed = self._sock.type == socket.SOCK_SEQPACKET and bool(_polled(self._sock) & select.POLLRDHUP)
         while True:
-            unread = self._next(len(self._buffer))
+            unread = self.next(len(self._buffer))
             if unread is None or (closed and not unread.data and not unread.files and unread.pid is None):
                 return
             self.found.append(unread)
 
     def _run_stream(self) -> None:
         left, seen = bytes_to_read(self._sock), 0
-        placed = not self._urgent
+        placed = not self.urgent
         cut = False  # the next byte is the urgent one
-        if _at_mark(self._sock):
-            cut = self._urgent and bool(self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE))
-            if not self._urgent:
+        if at_mark(self._sock):
+            cut = self.urgent and bool(self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE))
+            if not self.urgent:
                 self.found.append(Unread(b"", mark="passed"))
             elif not cut:  # looks at the head leave it out
                 byte = self._sock.recv(1, socket.MSG_OOB | socket.MSG_PEEK | socket.MSG_DONTWAIT)
@@ -173,15 +145,15 @@ class _Walk:
         while seen < left:
             self._seek(seen)
             # behind an urgent byte stops what cannot be copied: else its look would find descriptors further behind
-            unread = self._next(1, stop=True) if cut else self._next(left - seen)
+            unread = self.next(1, stop=True) if cut else self.next(left - seen)
             if unread is None or not unread.data:
                 break  # an error may be pending behind the bytes
-            if not cut and before is not None and _stopped_at_mark(before, unread):
+            if not cut and before is not None and _stoppedat_mark(before, unread):
                 if not placed:
                     give_back(unread.files)
                     cut = True
                     continue
-                if not self._urgent:
+                if not self.urgent:
                     self.found.append(Unread(b"", mark="passed"))
             if cut:
                 cut, placed = False, True
@@ -215,7 +187,7 @@ class _Walk:
             replace(last, data=last.data[before:]),
         ]
 
-    def _next(self, size: int, stop: bool = False) -> Unread | None:
+    def next(self, size: int, stop: bool = False) -> Unread | None:
         """The message at the current offset, as far as `size` bytes of it; None at the end."""
         buffers = [memoryview(self._buffer)[:size], *([_unwritable()] if stop else [])]
         try:
@@ -227,11 +199,10 @@ class _Walk:
             unread = replace(unread, sender=raw_name(sender))
         if flags & socket.MSG_CTRUNC or (unread.files and not self._with_files):
             give_back(unread.files)
-            why = "what is in flight in its queue cannot be held here: too many descriptors (RLIMIT_NOFILE)"
-            raise Refused([Blocker(self._subject, why, "raise the limit of the pipeline (ulimit -n)")])
+            raise too_many(self._subject)
         if flags & socket.MSG_TRUNC:
             give_back(unread.files)
-            raise _TooSmall
+            raise TooSmall
         return unread
 
 
@@ -280,7 +251,7 @@ def give_back(duplicates: Iterable[int]) -> None:
         os.close(fd)
 
 
-def _stopped_at_mark(before: Unread, after: Unread) -> bool:
+def _stoppedat_mark(before: Unread, after: Unread) -> bool:
     """Whether nothing but a mark can have been why two pieces of a stream were not given at once."""
     by_pidfd = before.pid is not None and before.ids is None  # whose ids are not told
     told_apart = (before.pid, before.ids) != (after.pid, after.ids)
@@ -293,7 +264,8 @@ def _polled(sock: socket.socket) -> int:
     return sum(found for _, found in poll.poll(0))
 
 
-def _at_mark(sock: socket.socket) -> bool:
+def at_mark(sock: socket.socket) -> bool:
+    """Whether an out-of-band byte, or the mark of one, comes next."""
     try:
         (answer,) = struct.unpack("<i", fcntl.ioctl(sock, _SIOCATMARK, bytes(4)))
     except OSError:  # a kernel without out-of-band data for unix sockets

@@ -7,9 +7,11 @@ import fcntl
 import os
 import resource
 import select
+import signal
 import socket
 import struct
 import tempfile
+import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -19,6 +21,8 @@ import pytest
 from pipeline.errors import RebuildError, Refused
 from pipeline.policy import DumpPolicy
 from pipeline.resources import in_flight
+from pipeline.resources.unix_look import look
+from pipeline.resources.unix_unread import Walk
 from tests.resources.fdharness import Capture, Rebuilt, subject
 from tests.resources.sockharness import of, polled
 
@@ -202,6 +206,34 @@ def test_nothing_is_left_open_and_the_queue_stays_as_it_is() -> None:
                 assert sock.getsockopt(SOL, PEEK_OFF) == 4
         assert child.call(partial(os.read, child.result[1], 1000)) == b"x" * 1000
     assert len(os.listdir("/proc/self/fd")) == len(before)
+
+
+def test_a_pipeline_that_is_killed_while_it_looks_gives_the_peek_offset_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    walk = Walk.run
+
+    def slowly(self: Walk) -> None:
+        walk(self)
+        time.sleep(0.3)
+
+    monkeypatch.setattr(Walk, "run", slowly)
+    a, b = socket.socketpair(socket.AF_UNIX, DGRAM)
+    with a, b:
+        a.send(b"unread")
+        pipeline = os.fork()
+        if not pipeline:
+            look(b, "", with_files=False)
+            os._exit(0)
+        deadline = time.monotonic() + 5
+        while b.getsockopt(SOL, PEEK_OFF) < 0:
+            assert time.monotonic() < deadline
+        os.kill(pipeline, signal.SIGKILL)
+        os.waitpid(pipeline, 0)
+        assert b.getsockopt(SOL, PEEK_OFF) >= 0
+        while b.getsockopt(SOL, PEEK_OFF) >= 0:
+            assert time.monotonic() < deadline
+        assert b.recv(10) == b"unread"
 
 
 def test_more_than_can_be_held_here_is_refused() -> None:

@@ -76,6 +76,21 @@ def scheduling(program):
     os.sched_setscheduler(0, os.SCHED_BATCH | os.SCHED_RESET_ON_FORK, os.sched_param(0))
     os.setpriority(os.PRIO_PROCESS, 0, 7)
     program.same("policy and nice", attributes, lambda: os.setpriority(os.PRIO_PROCESS, 0, 8))
+
+    def deadline(child):
+        def whole():
+            buffer = ctypes.create_string_buffer(48)
+            syscall(SYS_SCHED_GETATTR, 0, buffer, 48, 0)
+            return struct.unpack("<IIQiIQQQ", buffer.raw)
+
+        attributes = struct.pack("<IIQiIQQQ", 48, 6, 0, 0, 0, 2_000_000, 20_000_000, 40_000_000)
+        try:
+            syscall(SYS_SCHED_SETATTR, 0, attributes, 0)
+        except PermissionError:
+            os.setpriority(os.PRIO_PROCESS, 0, 13)  # not allowed in a user namespace
+        child.same("policy", whole, lambda: os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0)))
+
+    program.child("deadline", deadline)  # such a task may not be bound to a processor
     os.sched_setaffinity(0, {0})
     program.same(
         "affinity",

@@ -38,7 +38,12 @@ SUPPORT = Support(
     refused=(
         "a thread with a descriptor table or namespaces of its own; directories shared by two threads only",
     ),
-    shown_by=("programs/threads.c", "programs/registers.c", "programs/leaderless.py"),
+    shown_by=(
+        "programs/threads.c",
+        "programs/registers.c",
+        "programs/leaderless.py",
+        "programs/restartable.c",
+    ),
 )
 
 

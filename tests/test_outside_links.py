@@ -16,40 +16,28 @@ from typing import Any
 import pytest
 
 from tests.harness.hosts import Host, terminate
-from tests.harness.networks import engine_in, network, shell, start_in, within
+from tests.harness.networks import (
+    MAC,
+    THEIRS,
+    THEIRS_6,
+    bridged_network,
+    engine_in,
+    plug,
+    shell,
+    start_in,
+    within,
+)
 from tests.harness.settings import DEPTH_0, DEPTH_1, DEPTH_2, Setting
 from tests.harness.tree import Tree, Workshop, engine, reap, said
 
 pytestmark = pytest.mark.root
 
-MAC = "02:00:00:00:00:55"
-OURS, THEIRS = "10.8.0.1", "10.8.0.2"
-OURS_6, THEIRS_6 = "2001:db8:8::1", "2001:db8:8::2"
-
 
 @pytest.fixture
 def around() -> Iterator[str]:
     """The network of a host, with a bridge `br0` that has addresses."""
-    with network() as path:
-        shell(
-            path,
-            f"ip link add br0 type bridge && ip addr add {OURS}/24 dev br0 && "
-            f"ip addr add {OURS_6}/64 dev br0 nodad && ip link set br0 up",
-        )
+    with bridged_network() as path:
         yield path
-
-
-def plug(around: str, tree: Tree, outer: str = "out1") -> None:
-    """Give the tree a device eth0 whose other end is under `br0`."""
-    inside = f"/proc/{tree.pids()[-1]}/ns/net"
-    pair = f"type veth peer name {outer} netns {around.split('/')[2]}"
-    shell(inside, f"ip link add name eth0 index 33 address {MAC} mtu 1400 {pair}")
-    shell(around, f"ip link set {outer} master br0 up")
-    shell(
-        inside,
-        f"ip link set lo up && ip addr add {THEIRS}/24 dev eth0 && ip addr add {THEIRS_6}/64 dev eth0 nodad && "
-        f"ip link set eth0 up && ip route add default via {OURS}",
-    )
 
 
 def devices(path: str) -> dict[str, dict[str, Any]]:

@@ -74,7 +74,7 @@ def execute(arguments: argparse.Namespace) -> int:
         render.say(f"dump: pid {arguments.pid} is in {arguments.to}; the tree is {outcome}")
         render.say(f"dump: {render.figures(result.figures)}")
         for note in result.notes:
-            render.say(f"dump: {note}")
+            render.say(f"dump: note: {note}")
         if result.external_ends:
             render.say(f"dump: to be given to the restore: {', '.join(result.external_ends)}")
     return 0

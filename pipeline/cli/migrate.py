@@ -85,5 +85,5 @@ def execute(arguments: argparse.Namespace) -> int:
         render.say(f"migrate: the tree of pid {arguments.pid} runs at {arguments.to} and is gone from here")
         render.say(f"migrate: {render.figures(result.figures)}")
         for note in result.notes:
-            render.say(f"migrate: {note}")
+            render.say(f"migrate: note: {note}")
     return 0

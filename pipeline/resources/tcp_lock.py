@@ -6,32 +6,38 @@ drops exactly these connections' packets before they are read, in the network th
 
 - While the tree is looked at, the table is owned by a netlink socket of ours (`pipeline.kernel.nfnetlink`): whatever
   becomes of us, SIGKILL too, the kernel takes the table away with the socket, and the connections go on.
-- When the tree has ended, a second table that nobody owns takes its place, until the one who restores the tree
-  there takes it away (`unlock`). In a network of the tree's own it ends with the network. In the network around it,
-  it stays while the image waits: `python -m pipeline clean` leaves it while that image is there, and deletes it
-  otherwise.
+- When the tree has ended, a network of its own is about to end, too. The kernel takes rules away before devices, and
+  would answer in between: so the devices are set down first. Their addresses move with the tree anyway.
+- In the network around the tree a second table that nobody owns takes the place of the first, until the one who
+  restores the tree there takes it away (`unlock`), or it is known that the tree runs elsewhere. While an image waits,
+  `python -m pipeline clean` leaves the table; when that image is gone, it deletes it.
 
 Source: nft(8); pipeline/kernel/nfnetlink.py.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
 import socket
+import struct
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from pipeline.kernel import nfnetlink
+from pipeline.kernel import nfnetlink, rtnetlink
 from pipeline.kernel.nfnetlink import Ends, Listener
+from pipeline.kernel.rtnetlink import RTM, Netlink
 from pipeline.ledger import LEDGER
 from pipeline.leftovers import notes_directory
+from pipeline.resources.namespaces import links
 
 _ENTRY = "lock of connections"
 _LOOKING, _KEPT = "pipeline-looking-", "pipeline-kept-"
+_UP, _LOOPBACK = 0x1, 0x8
 #: what an image may call a lock
 NAME = re.compile(r"[0-9a-f]{16}")
 
@@ -44,7 +50,7 @@ class Lock:
         made: makes a socket in the network.
         ends: of the connections.
         listeners: nobody new may come to.
-        outlives: the network is not the tree's own, and stays when that has ended.
+        around: the network is not the tree's own.
 
     Raises:
         OSError: the kernel does not make the table; nothing is left.
@@ -56,47 +62,67 @@ class Lock:
         made: Callable[[Callable[[], socket.socket]], socket.socket],
         ends: Sequence[Ends],
         listeners: Sequence[Listener],
-        outlives: bool,
+        around: bool,
     ) -> None:
         self._name = name
         self._ends = ends
-        self._listeners = listeners
-        self._outlives = outlives
+        self._around = around
         self._sock = made(nfnetlink.open_socket)
+        self._route: socket.socket | None = None
         LEDGER.take(_ENTRY, id(self))
         try:
+            if not around:
+                self._route = made(rtnetlink.socket_of)
             nfnetlink.make_lock(self._sock, _LOOKING + name, ends, listeners, owned=True)
         except BaseException:
             self.close()
             raise
 
     def keep(self, image: str) -> None:
-        """Keep it locked behind our own end. In a network that stays, only connections: they alone come back there.
+        """Keep the connections locked behind our own end: see the module.
 
         Args:
             image: where the image is that waits for them; empty where nobody can say.
 
         Raises:
-            OSError: the kernel does not make the table.
+            OSError: the kernel does not let us.
         """
-        if self._outlives and not self._ends:
-            return
-        listeners = () if self._outlives else self._listeners
-        nfnetlink.make_lock(self._sock, _KEPT + self._name, self._ends, listeners, owned=False)
-        folder = notes_directory()
-        if self._outlives and folder is not None:
-            with suppress(OSError):
-                (folder / f"{_KEPT}{self._name}.image").write_text(json.dumps(image), encoding="utf-8")
+        if self._route is not None:
+            _silence(Netlink(self._route))
+        elif self._ends:
+            nfnetlink.make_lock(self._sock, _KEPT + self._name, self._ends, (), owned=False)
+            folder = notes_directory()
+            if folder is not None:
+                with suppress(OSError):
+                    (folder / f"{_KEPT}{self._name}.image").write_text(json.dumps(image), encoding="utf-8")
 
     def forget(self) -> None:
         """Take away what `keep` has made. OSError: the kernel does not."""
-        if self._outlives:
+        if self._around:
             _delete(self._sock, self._name)
 
     def close(self) -> None:
         """The owned table ends with its socket. To be called once."""
+        if self._route is not None:
+            self._route.close()
         self._sock.close()
         LEDGER.give_back(_ENTRY, id(self))
+
+
+def _silence(route: Netlink) -> None:
+    """Set every device of a network down, but the loopback."""
+    for content in list(route.dump(RTM.GETLINK, links.head_of(0))):
+        index, flags = struct.unpack_from("<iI", content, 4)
+        if flags & _UP and not flags & _LOOPBACK:
+            _set_down(route, index)
+
+
+def _set_down(route: Netlink, index: int) -> None:
+    try:
+        route.do(RTM.SETLINK, links.head_of(index, 0, _UP))
+    except OSError as error:
+        if error.errno != errno.ENODEV:
+            raise
 
 
 def unlock(name: str) -> None:

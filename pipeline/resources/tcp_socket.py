@@ -67,6 +67,8 @@ class Tcp(CompleteOnceCreated):
         "programs/sockets.py",
         "programs/connections.py",
         "resources/test_tcp_connections.py",
+        "resources/test_tcp_outside.py",
+        "test_tcp_clients.py",
         "resources/test_inet_sockets.py",
     )
 

@@ -18,6 +18,11 @@ from tests.harness.tree import ROOT, Tree
 
 T = TypeVar("T")
 
+#: a tree's device, and the addresses of the bridge around it and of the device
+MAC = "02:00:00:00:00:55"
+OURS, THEIRS = "10.8.0.1", "10.8.0.2"
+OURS_6, THEIRS_6 = "2001:db8:8::1", "2001:db8:8::2"
+
 
 @contextmanager
 def network() -> Iterator[str]:
@@ -35,6 +40,31 @@ def network() -> Iterator[str]:
         os.close(told)
         keeper.send_signal(signal.SIGKILL)
         keeper.wait()
+
+
+@contextmanager
+def bridged_network() -> Iterator[str]:
+    """A network with a bridge `br0` that has the addresses `OURS`."""
+    with network() as path:
+        shell(
+            path,
+            f"ip link add br0 type bridge && ip addr add {OURS}/24 dev br0 && "
+            f"ip addr add {OURS_6}/64 dev br0 nodad && ip link set br0 up",
+        )
+        yield path
+
+
+def plug(around: str, tree: Tree, outer: str = "out1") -> None:
+    """Give the tree a device eth0 whose other end is under `br0`."""
+    inside = f"/proc/{tree.pids()[-1]}/ns/net"
+    pair = f"type veth peer name {outer} netns {around.split('/')[2]}"
+    shell(inside, f"ip link add name eth0 index 33 address {MAC} mtu 1400 {pair}")
+    shell(around, f"ip link set {outer} master br0 up")
+    shell(
+        inside,
+        f"ip link set lo up && ip addr add {THEIRS}/24 dev eth0 && ip addr add {THEIRS_6}/64 dev eth0 nodad && "
+        f"ip link set eth0 up && ip route add default via {OURS}",
+    )
 
 
 def within(path: str, act: Callable[[], T]) -> T:

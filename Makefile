@@ -69,5 +69,5 @@ test-packages: export DEBIAN_FRONTEND = noninteractive
 test-packages: packages
 	$(call install_missing,cc=gcc libc-headers=libc6-dev ip=iproute2 \
 	  Xvnc=tigervnc-standalone-server xclock=x11-apps xterm=xterm xwininfo=x11-utils tmux=tmux vim=vim top=procps \
-	  nft=nftables bwrap=bubblewrap \
+	  nft=nftables strace=strace bwrap=bubblewrap \
 	  runc=runc busybox=busybox-static)

@@ -105,6 +105,27 @@ def test_a_program_under_a_debugger_outside_of_the_tree(tmp_path: Path) -> None:
         assert sleeps(pid)
 
 
+def test_a_program_under_strace(tmp_path: Path) -> None:
+    """The tree of strace and its program, and the program alone: both are refused, and strace goes on."""
+    log = tmp_path / "log"
+    words = ["strace", "-f", "-o", str(log), sys.executable, "-S", "-c", _LINES + "sleep_on()"]
+    streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(words, start_new_session=True, **streams) as strace:  # type: ignore[call-overload]
+        children = Path(f"/proc/{strace.pid}/task/{strace.pid}/children")
+        deadline = time.monotonic() + 10
+        while "nanosleep" not in (log.read_text() if log.exists() else ""):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        (pid,) = map(int, children.read_text().split())
+        for root in (strace.pid, pid):
+            refused(root, tmp_path, f"pid {pid}", f"is traced by pid {strace.pid} (strace)", "or end strace")
+        assert tracer_of(pid) == strace.pid
+        before = log.stat().st_size
+        assert sleeps(pid)
+        assert log.stat().st_size > before
+        os.kill(pid, signal.SIGKILL)
+
+
 def test_a_debugger_and_its_program_in_one_tree(tmp_path: Path) -> None:
     with running("kid = child(sleep_on); trace(kid); say(kid); sleep_on()") as (pid, (kid,)):
         refused(pid, tmp_path, f"pid {kid}", f"is traced by pid {pid}", "let the debugger detach")

@@ -51,6 +51,9 @@ from pipeline.image.steps import (
 _JOINED = ("mnt", "uts", "ipc", "net", "cgroup")
 
 
+_SIGCHLD = 17
+
+
 @dataclass
 class _State:
     """What a process is while the plan is played: session and group it is in."""
@@ -299,6 +302,11 @@ class Planner:
                 self.steps.append(Share(pid))
             else:
                 self.steps.append(Inherit(pid) if inherits else Become(pid))
+                if not inherits and process.parent and process.exit_signal != _SIGCHLD:
+                    why = f"tells its parent of its end by signal {process.exit_signal} (clone), not by SIGCHLD, "
+                    self.blockers.append(
+                        Blocker(f"pid {pid}", why + "and can only be made by executing a program")
+                    )
                 if space is not None:
                     self.steps.append(Fill(space))
             self._settled.add(pid)

@@ -382,6 +382,8 @@ class Thread(Record, frozen=True, kw_only=True):
     timer_slack_ns: U64 = 50_000
     #: PR_MCE_KILL_GET; get_mempolicy(2): mode and mask of nodes
     mce_kill: U8 = 2
+    #: PR_GET_TSC: reading the time stamp counter is a fault
+    no_tsc: bool = False
     memory_policy: U32 = 0
     memory_nodes: Annotated[bytes, Meta(max_length=128)] = b""
     #: the `Cgroup` indexes, where they are others than those of the process

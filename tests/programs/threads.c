@@ -22,7 +22,7 @@ static struct {
 } threads[COUNT];
 static pthread_mutex_t robust;
 static pthread_barrier_t ready;
-static volatile int spoil_local = -1, spoil_name = -1, spoil_place;
+static volatile int spoil_local = -1, spoil_name = -1, spoil_place, spoil_tsc;
 static volatile unsigned long long counter;
 static pthread_mutex_t counting = PTHREAD_MUTEX_INITIALIZER;
 
@@ -42,6 +42,8 @@ static void *run(void *argument) {
         die("unshare");
     if (number == 8)
         umask(051);
+    if (number == 7)
+        prctl(PR_SET_TSC, PR_TSC_SIGSEGV);
     pthread_barrier_wait(&ready);
     while (!threads[number].leave) {
         char expected[64];
@@ -71,6 +73,12 @@ static void *run(void *argument) {
             if (!getcwd(here, sizeof here) || strcmp(here, "/usr") || mask != 051)
                 threads[number].error |= 16;
         }
+        int tsc = 0;
+        prctl(PR_GET_TSC, &tsc);
+        if (number == 7 && spoil_tsc)
+            prctl(PR_SET_TSC, PR_TSC_ENABLE);
+        if ((tsc == PR_TSC_SIGSEGV) != (number == 7))
+            threads[number].error |= 32;
         pthread_mutex_lock(&counting);
         counter++;
         pthread_mutex_unlock(&counting);
@@ -176,6 +184,8 @@ static const char *check_rseq(void) {
 static void spoil_run(void) { threads[5].leave = 1; nap(30); }
 static void spoil_values(void) { spoil_local = 2; nap(30); }
 static void spoil_names(void) { spoil_name = 4; nap(30); }
+static const char *check_tsc(void) { return errors(32, "time stamp counter"); }
+static void spoil_tscs(void) { spoil_tsc = 1; nap(60); }
 static void spoil_places(void) { spoil_place = 1; nap(30); }
 static void spoil_tid(void) { threads[6].tid = 1; nap(30); }
 static void spoil_robust_list(void) { threads[7].robust_size = 1; nap(30); }
@@ -210,6 +220,7 @@ int main(int argc, char **argv) {
         {"names", check_name, spoil_names},
         {"ids", check_tid, spoil_tid},
         {"robust lists", check_robust_list, spoil_robust_list},
+        {"time stamp counter", check_tsc, spoil_tscs},
         {"place", check_place, spoil_places},
         {"join", check_join, spoil_join},
         {"robust mutex", check_robust, spoil_robust},

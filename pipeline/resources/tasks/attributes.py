@@ -2,12 +2,12 @@
 
 Each is carried, refused by name, or not kept for a reason. prctl(2) on x86-64, completely:
 
-* carried here: MCE_KILL (what memory errors do to a thread), MDWE, MEMORY_MERGE; of other calls: the memory policy of a
-  thread (set_mempolicy(2)), registrations of membarrier(2), the nice value of the session's autogroup.
+* carried here: MCE_KILL (what memory errors do to a thread), TSC, MDWE, MEMORY_MERGE; of other calls: the memory
+  policy of a thread (set_mempolicy(2)), registrations of membarrier(2), the nice value of the session's autogroup.
 * carried elsewhere: NAME, PDEATHSIG, TIMERSLACK, CHILD_SUBREAPER, DUMPABLE, THP_DISABLE, NO_NEW_PRIVS
   (`reinstate`); KEEPCAPS, SECUREBITS, CAPBSET, CAP_AMBIENT (`credentials`); SECCOMP (`seccomp`); SET_MM, SET_VMA,
   GET_AUXV (`pipeline.resources.memory`); TIMER_CREATE_RESTORE_IDS is only on while timers are made.
-* refused: TSC and ARCH_SET_CPUID (`inquiry`); SYSCALL_USER_DISPATCH (`refusals`: a call of ours would be
+* refused: ARCH_SET_CPUID (`inquiry`); SYSCALL_USER_DISPATCH (`refusals`: a call of ours would be
   dispatched, too); SPECULATION_CTRL, IO_FLUSHER, shadow stacks and linear address masking (`refusals`); SCHED_CORE
   (`scheduling`); permission for AMX tiles (`inquiry`).
 * not kept: the number of slots for private futexes (FUTEX_HASH) is speed only, and the kernel chooses it itself;
@@ -38,6 +38,7 @@ from pipeline.remote.puppet import Puppet
 from pipeline.resources.support import Support
 
 _MCE_KILL_SET = 1
+_TSC_SIGSEGV = 2
 _NODES = 1024
 #: membarrier(2): asks for the registrations; each is made again by its own bit
 _GET_REGISTRATIONS = 1 << 9
@@ -49,10 +50,10 @@ SUPPORT = Support(
     carried=(
         "personality, parent death signal, timer slack, child subreaper, dumpable, huge pages off, merging of pages",
         "memory-deny-write-execute, what memory errors do, memory policy, membarrier registrations",
-        "OOM score adjustment, core dump filter, login uid, nice value of an autogroup",
+        "a disabled time stamp counter, OOM score adjustment, core dump filter, login uid, nice value of an autogroup",
     ),
     refused=(
-        "a disabled time stamp counter or cpuid, speculation switched off, syscall user dispatch, I/O flushers",
+        "a disabled cpuid instruction, speculation switched off, syscall user dispatch, I/O flushers",
         "shadow stacks, linear address masking, AMX tiles, a local descriptor table, 32-bit code",
         "confinement by a security module that the restorer is not in",
     ),
@@ -70,6 +71,8 @@ class Attributes:
 
     def __init__(self, leader: bool, ask: Callable[..., Call]) -> None:
         self._mce_kill = ask(NR.prctl, PRCTL.MCE_KILL_GET, 0, 0, 0, 0)
+        self._tsc = Out(4)
+        ask(NR.prctl, PRCTL.GET_TSC, self._tsc, 0, 0, 0)
         self._mode, self._nodes = Out(4), Out(_NODES // 8)
         self._policy = ask(NR.get_mempolicy, self._mode, self._nodes, _NODES, 0, 0)
         if leader:
@@ -80,6 +83,8 @@ class Attributes:
     def of_thread(self) -> dict[str, int | bytes]:
         """Fields of `Thread`."""
         found: dict[str, int | bytes] = {}
+        if int.from_bytes(self._tsc.data, "little") == _TSC_SIGSEGV:
+            found["no_tsc"] = True
         if self._mce_kill.result >= 0:
             found["mce_kill"] = self._mce_kill.result
         if self._policy.result >= 0:
@@ -106,6 +111,8 @@ def autogroup_nice(pid: HostPid) -> int:
 def thread_calls(thread: Thread) -> Iterator[Call]:
     """What is a thread's own."""
     yield Call(NR.prctl, (PRCTL.MCE_KILL, _MCE_KILL_SET, thread.mce_kill, 0, 0), name="memory error policy")
+    if thread.no_tsc:
+        yield Call(NR.prctl, (PRCTL.SET_TSC, _TSC_SIGSEGV, 0, 0, 0), name="no time stamp counter")
     if thread.memory_policy:
         mask = thread.memory_nodes.ljust(_NODES // 8, b"\0")
         name = f"memory policy {thread.memory_policy:#x}"

@@ -5,9 +5,9 @@ because each entry into a live target costs it a stop. The rest comes from /proc
 ptrace and calls that take a pid.
 
 Not preserved: CPU times and fault counters; the default that PR_SET_TIMERSLACK 0 goes
-back to. Refused here (the task itself has to tell): a disabled time stamp counter or cpuid
-instruction, AMX tiles, a local descriptor table. Keyrings: `pipeline.resources.tasks.keyrings`; all
-that prctl(2) sets: `pipeline.resources.tasks.attributes`.
+back to. Refused here (the task itself has to tell): a disabled cpuid instruction, AMX tiles, a
+local descriptor table. Keyrings: `pipeline.resources.tasks.keyrings`; all that prctl(2) sets:
+`pipeline.resources.tasks.attributes`.
 
 Sources: prctl(2), arch_prctl(2), ptrace(2), sigaction(2).
 """
@@ -37,7 +37,6 @@ from pipeline.resources.tasks.keyrings import Keyrings
 _ARCH_GET_CPUID = 0x1011
 _ARCH_GET_XCOMP_PERM = 0x1022
 _XFEATURE_TILE_DATA = 18
-_TSC_SIGSEGV = 2
 
 
 @dataclass
@@ -53,7 +52,6 @@ class Inquiry:
         self._altstack = self._ask(NR.sigaltstack, 0, Out(24))
         self._tid_address = self._ask(NR.prctl, PRCTL.GET_TID_ADDRESS, Out(8))
         self._pdeathsig = self._ask(NR.prctl, PRCTL.GET_PDEATHSIG, Out(4))
-        self._tsc = self._ask(NR.prctl, PRCTL.GET_TSC, Out(4))
         self._securebits = self._number(PRCTL.GET_SECUREBITS)
         self._timer_slack = self._number(PRCTL.GET_TIMERSLACK)
         self._cpuid = self._call(NR.arch_prctl, _ARCH_GET_CPUID, 0)
@@ -173,8 +171,6 @@ class Inquiry:
         """
         if not self.leader:
             subject += f" thread {self.tid}"
-        if int.from_bytes(self._tsc.data, "little") == _TSC_SIGSEGV:
-            yield Blocker(subject, "has the time stamp counter disabled (PR_SET_TSC)")
         if self._cpuid.result == 0:
             yield Blocker(subject, "has the cpuid instruction disabled (ARCH_SET_CPUID)")
         if self.status.seccomp_filters:

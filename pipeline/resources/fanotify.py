@@ -221,7 +221,10 @@ def _unfound(view: FdView, scope: CaptureScope, words: Words) -> str:
             return "fanotify watches something that is not known here"
         case "inode":
             wanted = watched.parse(words)
-            if watched.open_file_of(wanted, scope) is None and watched.name_of(view.pid, wanted) is None:
+            if (
+                watched.open_file_of(wanted, scope) is None
+                and watched.name_of(view.pid, wanted, scope) is None
+            ):
                 return f"fanotify watches {wanted.subject}, for which no name is found"
         case of:
             if _place(view.pid, words) is None:
@@ -239,7 +242,7 @@ def _mark(view: FdView, scope: CaptureScope, words: Words) -> Mark:
         found = watched.open_file_of(wanted, scope)
         if found is not None:
             return Mark(of, *masks, stat.S_IFMT(found[1].stat.st_mode), file=found[0])
-        name = watched.name_of(view.pid, wanted)
+        name = watched.name_of(view.pid, wanted, scope)
     else:
         name = _place(view.pid, words)
     if name is None:
@@ -248,21 +251,13 @@ def _mark(view: FdView, scope: CaptureScope, words: Words) -> Mark:
 
 
 def _set(group: LocalFd, mark: Mark, scope: CreateScope) -> None:
-    if mark.path is not None:
-        opened = scope.own(scope.open(mark.path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC))
-    elif mark.file is not None:
-        opened = scope.file(mark.file)
-    else:
-        raise RebuildError("a mark of fanotify is of nothing")
-    if stat.S_IFMT(os.fstat(opened).st_mode) != mark.type:
-        raise RebuildError("a mark of fanotify: a file of another type is there")
-    place = b"/proc/self/fd/%d\0" % opened
     common = _ADD | _TYPES[mark.of] | mark.flags & _EVICTABLE
-    if mark.mask:
-        syscall(NR.fanotify_mark, group, common, mark.mask, -1, place)
-    if mark.ignored:
-        how = mark.flags & _IGNORE or _IGNORED_MASK
-        syscall(NR.fanotify_mark, group, common | how | mark.flags & _SURVIVES, mark.ignored, -1, place)
+    with watched.opened("a mark of fanotify", scope, mark.path, mark.file, mark.type) as place:
+        if mark.mask:
+            syscall(NR.fanotify_mark, group, common, mark.mask, -1, place)
+        if mark.ignored:
+            how = mark.flags & _IGNORE or _IGNORED_MASK
+            syscall(NR.fanotify_mark, group, common | how | mark.flags & _SURVIVES, mark.ignored, -1, place)
 
 
 KIND = Fanotify()

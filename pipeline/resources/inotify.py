@@ -102,7 +102,10 @@ class Inotify(CompleteOnceCreated):
             why = "there are events of inotify that the program has not read, and that nobody can put back"
             yield Blocker(view.subject, why, "wait until it reads them", transient=True)
         for wd, _, wanted in _lines(view):
-            if watched.open_file_of(wanted, scope) is None and watched.name_of(view.pid, wanted) is None:
+            if (
+                watched.open_file_of(wanted, scope) is None
+                and watched.name_of(view.pid, wanted, scope) is None
+            ):
                 why = f"watch {wd} is of {wanted.subject}, for which no name is found"
                 yield Blocker(view.subject, why, "remove the watch, or run as root")
         yield from outside.blockers(view, outside.same_file(view, scope), "the inotify instance is held by")
@@ -152,7 +155,7 @@ def _watch(view: FdView, scope: CaptureScope, wd: int, mask: int, wanted: Watche
     found = watched.open_file_of(wanted, scope)
     if found is not None:
         return Watch(wd, mask, stat.S_IFMT(found[1].stat.st_mode), file=found[0])
-    name = watched.name_of(view.pid, wanted)
+    name = watched.name_of(view.pid, wanted, scope)
     if name is None:
         raise TargetError(f"{view.subject}: what it watches as {wd} has lost its name")
     kind = stat.S_IFMT(look_up(view.pid, name).st_mode)
@@ -160,18 +163,12 @@ def _watch(view: FdView, scope: CaptureScope, wd: int, mask: int, wanted: Watche
 
 
 def _add(instance: LocalFd, watch: Watch, scope: CreateScope) -> None:
-    if watch.path is not None:
-        opened = scope.own(scope.open(watch.path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC))
-    elif watch.file is not None:
-        opened = scope.file(watch.file)
-    else:
-        raise RebuildError(f"watch {watch.wd} of inotify is of nothing")
-    if stat.S_IFMT(os.fstat(opened).st_mode) != watch.type:
-        raise RebuildError(f"watch {watch.wd} of inotify: a file of another type is there")
-    fcntl.ioctl(instance, _INOTIFY_IOC_SETNEXTWD, watch.wd)
-    got = syscall(NR.inotify_add_watch, instance, b"/proc/self/fd/%d\0" % opened, watch.mask)
+    of = f"watch {watch.wd} of inotify"
+    with watched.opened(of, scope, watch.path, watch.file, watch.type) as place:
+        fcntl.ioctl(instance, _INOTIFY_IOC_SETNEXTWD, watch.wd)
+        got = syscall(NR.inotify_add_watch, instance, place, watch.mask)
     if got != watch.wd:
-        raise RebuildError(f"watch {watch.wd} of inotify: the same file is watched as {got} already")
+        raise RebuildError(f"{of}: the same file is watched as {got} already")
 
 
 KIND = Inotify()

@@ -3,7 +3,7 @@
 The kernel says device, inode number and, where the filesystem has them, a file handle. In this order are tried: what
 the tree has open (then no name is needed); the handle, opened on each mount of the device in the mount
 namespace of the process (open_by_handle_at(2), for root); and a search for the inode number, from the working
-directory of the process outwards and then from the mounts of the device, for `SEARCH_S` at most. Every name that is
+directory of the process outwards and then from the mounts of the device, for `SEARCH_S` in all. Every name that is
 found is looked up and must lead to the inode.
 
 Sources: proc_pid_fdinfo(5), open_by_handle_at(2); show_mark_fhandle in fs/notify/fdinfo.c.
@@ -12,23 +12,25 @@ Sources: proc_pid_fdinfo(5), open_by_handle_at(2); show_mark_fhandle in fs/notif
 from __future__ import annotations
 
 import os
+import stat
 import struct
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
+from pipeline.errors import RebuildError
 from pipeline.ids import HostPid, LocalFd
-from pipeline.image.schema import Index
+from pipeline.image.schema import Index, PathRef
 from pipeline.kernel import procfs
 from pipeline.kernel.arch.x86_64_numbers import NR
 from pipeline.kernel.mountinfo import mountinfo
 from pipeline.kernel.syscalls import syscall
-from pipeline.resources.kinds import CaptureScope, FdView
+from pipeline.resources.kinds import CaptureScope, CreateScope, FdView
 from pipeline.resources.paths import DELETED, look_up
 
-#: how long a search for a name may take
+#: how long may be searched for the names of a process
 SEARCH_S = 1.0
 _MINOR_BITS = 20
 #: names found before, by inode: a tree is looked at twice
@@ -77,16 +79,49 @@ def open_file_of(wanted: Watched, scope: CaptureScope) -> tuple[Index, FdView] |
     return table.get((wanted.device, wanted.inode))
 
 
-def name_of(pid: HostPid, wanted: Watched) -> bytes | None:
+def name_of(pid: HostPid, wanted: Watched, scope: CaptureScope) -> bytes | None:
     """A path of it in the mount namespace of `pid`, as a magic link of /proc/PID prints it; None if none is found."""
     before = _known.get(wanted)
     if before is not None and _leads(pid, before, wanted):
         return before
-    for path in _candidates(pid, wanted):
+    names: _Names | None = scope.peers().get(("names", pid))
+    if names is None:
+        names = scope.peers()["names", pid] = _Names(pid)
+    for path in names.candidates(wanted):
         if not path.endswith(DELETED) and _leads(pid, path, wanted):
             _known[wanted] = path
             return path
     return None
+
+
+@contextmanager
+def opened(
+    of: str, scope: CreateScope, path: PathRef | None, file: Index | None, kind: int
+) -> Iterator[bytes]:
+    """What is to be watched, as a path that leads to it: what `path` leads to, or open file `file`.
+
+    Args:
+        of: how a message names who watches it.
+        kind: its type (S_IFMT).
+
+    Raises:
+        RebuildError: it is of another type.
+        OSError: it is not there.
+    """
+    own = None
+    if path is not None:
+        found = own = scope.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    elif file is not None:
+        found = scope.file(file)
+    else:
+        raise RebuildError(f"{of} is of nothing")
+    try:
+        if stat.S_IFMT(os.fstat(found).st_mode) != kind:
+            raise RebuildError(f"{of}: a file of another type is there")
+        yield b"/proc/self/fd/%d\0" % found
+    finally:
+        if own is not None:
+            os.close(own)
 
 
 def _leads(pid: HostPid, path: bytes, wanted: Watched) -> bool:
@@ -95,23 +130,61 @@ def _leads(pid: HostPid, path: bytes, wanted: Watched) -> bool:
     return False
 
 
-def _candidates(pid: HostPid, wanted: Watched) -> Iterator[bytes]:
-    points = [mount.point for mount in mountinfo(pid) if mount.device == wanted.device]
-    root = procfs.read_link(pid, "root").rstrip(b"/")
-    own = os.readlink(f"/proc/{pid}/ns/mnt") == os.readlink("/proc/self/ns/mnt")
-    base = b"/proc/self/root" if own and not root else f"/proc/{pid}/root".encode()
-    if wanted.handle:
+class _Names:
+    """Where a process may have names for inodes; a search goes on where the one before has stopped."""
+
+    def __init__(self, pid: HostPid) -> None:
+        self._root = procfs.read_link(pid, "root").rstrip(b"/")
+        own = os.readlink(f"/proc/{pid}/ns/mnt") == os.readlink("/proc/self/ns/mnt")
+        self._base = b"/proc/self/root" if own and not self._root else f"/proc/{pid}/root".encode()
+        self._mounts = mountinfo(pid)
+        self._left_s = SEARCH_S
+        self._found: dict[int, list[bytes]] = {}
+        self._queue: deque[bytes] = deque()
+        self._seen: set[bytes] = set()
+        with suppress(OSError):
+            directory = procfs.read_link(pid, "cwd").removeprefix(self._root)
+            while directory not in (b"", b"/"):
+                self._add(directory)
+                directory = os.path.dirname(directory)
+
+    def candidates(self, wanted: Watched) -> Iterator[bytes]:
+        """Paths that may lead to an inode, the likeliest first."""
+        points = [mount.point for mount in self._mounts if mount.device == wanted.device]
+        if wanted.handle:
+            for point in points:
+                with suppress(OSError):
+                    yield _by_handle(self._base + point, wanted.handle)
         for point in points:
+            self._add(point)
+        tried = 0
+        while True:
+            found = self._found.get(wanted.inode, [])
+            for path in found[tried:]:
+                yield self._root + path
+            tried = len(found)
+            if not self._queue or self._left_s <= 0:
+                return
+            begun = time.monotonic()
+            self._look_into(self._queue.popleft())
+            self._left_s -= time.monotonic() - begun
+
+    def _add(self, directory: bytes) -> None:
+        """A directory to look into, when its turn comes."""
+        if directory not in self._seen:
+            self._seen.add(directory)
+            self._queue.append(directory)
             with suppress(OSError):
-                yield _by_handle(base + point, wanted.handle)
-    places = []
-    with suppress(OSError):
-        directory = procfs.read_link(pid, "cwd").removeprefix(root)
-        while directory not in (b"", b"/"):
-            places.append(directory)
-            directory = os.path.dirname(directory)
-    for path in _search(base, [*places, *points], wanted):
-        yield root + path
+                self._found.setdefault(os.stat(self._base + directory).st_ino, []).append(directory)
+
+    def _look_into(self, directory: bytes) -> None:
+        with suppress(OSError), os.scandir(self._base + directory) as entries:
+            for entry in entries:
+                path = os.path.join(directory, entry.name)
+                self._found.setdefault(entry.inode(), []).append(path)
+                if path not in self._seen and entry.is_dir(follow_symlinks=False):
+                    self._seen.add(path)
+                    self._queue.append(path)
 
 
 def _by_handle(mount: bytes, handle: bytes) -> bytes:
@@ -125,23 +198,3 @@ def _by_handle(mount: bytes, handle: bytes) -> bytes:
         return os.readlink(f"/proc/self/fd/{found}".encode())
     finally:
         os.close(found)
-
-
-def _search(base: bytes, places: list[bytes], wanted: Watched) -> Iterator[bytes]:
-    """Paths below `base` whose last component has the inode number, nearest first."""
-    deadline = time.monotonic() + SEARCH_S
-    queue = deque(dict.fromkeys(places))
-    seen = set(queue)
-    while queue and time.monotonic() < deadline:
-        directory = queue.popleft()
-        with suppress(OSError):
-            if os.stat(base + directory).st_ino == wanted.inode:
-                yield directory
-            with os.scandir(base + directory) as entries:
-                for entry in entries:
-                    path = os.path.join(directory, entry.name)
-                    if entry.inode() == wanted.inode:
-                        yield path
-                    if path not in seen and entry.is_dir(follow_symlinks=False):
-                        seen.add(path)
-                        queue.append(path)

@@ -247,7 +247,10 @@ class Capture:
             record, found = self._process(process, captured)
             blockers += found
             processes.append(record)
-        blockers += [*self._attachment_blockers(), *self._rings.blockers()]
+        blockers += [
+            *self._attachment_blockers(),
+            *self._rings.blockers(view for _, view in self.files.files()),
+        ]
         if blockers:
             return [], [], blockers
         spaces, sources, planner = self._arrange(processes, captured)

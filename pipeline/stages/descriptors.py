@@ -234,7 +234,10 @@ class Descriptors:
 
     def file(self, index: int) -> LocalFd:
         """See `CreateScope.file`."""
-        return self._files[index]
+        try:
+            return self._files[index]
+        except KeyError:
+            raise RebuildError(f"open file {index} is not in the image") from None
 
     def holders(self, index: int) -> Sequence[tuple[int, int]]:
         """See `CreateScope.holders`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import struct
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,11 +14,12 @@ import msgspec
 import pytest
 
 from pipeline.errors import ImageError
-from pipeline.ids import HostPid
+from pipeline.ids import HostPid, LocalFd
 from pipeline.image.schema import AddressSpace, AioRing, Vma
 from pipeline.kernel import smaps
 from pipeline.kernel.arch.x86_64 import NR
 from pipeline.kernel.syscalls import syscall
+from pipeline.resources.kinds import FdView
 from pipeline.resources.memory import aio
 from pipeline.resources.memory.capture import capture_address_space
 from pipeline.resources.memory.objects import MemoryObjects
@@ -72,11 +74,38 @@ def test_an_event_that_arrives_while_the_program_stands_still_is_waited_for(empt
         made.submit(_PREAD, empty)
         rings = aio.Rings()
         rings.seen(HostPid(os.getpid()), [made.captured()])
-        assert list(rings.blockers()) == []
+        assert list(rings.blockers([])) == []
         rings.seen(HostPid(os.getpid()), [made.captured()])
         made.submit(_PREAD, empty)
-        assert all("in flight" in blocker.reason and blocker.transient for blocker in rings.blockers())
-        assert len(list(rings.blockers())) == 2
+        assert all("in flight" in blocker.reason and blocker.transient for blocker in rings.blockers([]))
+        assert len(list(rings.blockers([]))) == 2
+
+
+def test_disks_of_files_that_are_read_directly_are_waited_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(aio, "_await_idle", asked.append)
+    (tmp_path / "file").touch()
+    fd = LocalFd(os.open(tmp_path / "file", os.O_RDONLY))
+    try:
+        with context() as made:
+            rings = aio.Rings()
+            for ring in ([], [made.captured()]):
+                rings.seen(HostPid(os.getpid()), ring)
+                for flags in (os.O_DIRECT, 0):
+                    view = FdView(HostPid(os.getpid()), fd, fd, b"", os.fstat(fd), {}, flags, 0)
+                    assert list(rings.blockers([view])) == []
+    finally:
+        os.close(fd)
+    assert asked == [(tmp_path / "file").stat().st_dev]
+
+
+def test_a_disk_is_waited_for_only_for_a_while() -> None:
+    for name in ("0:999", *os.listdir("/sys/dev/block")[:3]):
+        begun = time.monotonic()
+        aio._await_idle(os.makedev(*map(int, name.split(":"))))
+        assert time.monotonic() - begun < aio.BUSY_S + 1
 
 
 def test_a_ring_in_which_a_poll_ended_is_refused() -> None:

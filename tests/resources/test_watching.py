@@ -88,17 +88,38 @@ def test_a_name_is_searched_for_from_the_working_directory(
 ) -> None:
     monkeypatch.setattr(watched, "_known", {})
     with subject(partial(os.chdir, tmp_path / "one")) as child:
-        assert watched.name_of(child.pid, lost) == os.fsencode(tmp_path / "one" / "two" / "file")
+        with Capture(child.pid) as capture:
+            found = watched.name_of(child.pid, lost, capture)
+            assert found == os.fsencode(tmp_path / "one" / "two" / "file")
         monkeypatch.setattr(watched, "SEARCH_S", 0.0)
-        assert watched.name_of(child.pid, lost) is not None  # known from before
-        (tmp_path / "one" / "two" / "file").rename(tmp_path / "moved")
-        assert watched.name_of(child.pid, lost) is None
+        with Capture(child.pid) as capture:
+            assert watched.name_of(child.pid, lost, capture) is not None  # known from before
+            (tmp_path / "one" / "two" / "file").rename(tmp_path / "moved")
+            assert watched.name_of(child.pid, lost, capture) is None
 
 
-def test_the_name_of_a_file_in_the_way_is_not_taken(tmp_path: Path, lost: Watched) -> None:
+def test_many_names_are_found_in_one_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watched, "_known", {})
+    monkeypatch.setattr(watched, "_by_handle", lambda *_: os.readlink(b"/not/permitted"))
+    names = [str(tmp_path / f"directory{n}") for n in range(400)]
+    for name in names:
+        os.mkdir(name)
+
+    def setup() -> int:
+        os.chdir(tmp_path)
+        return watching(*names)
+
+    with subject(setup) as child, Capture(child.pid) as capture:
+        assert capture.blockers(child.result) == []
+        (state,) = (file.state for file in capture.records() if file.kind == "inotify")
+        assert [os.fsdecode(watch[4][1]) for watch in state["watches"]] == names
+
+
+def test_the_name_of_a_file_in_the_way_is_not_taken(lost: Watched) -> None:
     """A file of the same inode number on another device."""
     elsewhere = Watched(lost.device + 1, lost.inode, b"")
-    assert watched.name_of(HostPid(os.getpid()), elsewhere) is None
+    with Capture() as capture:
+        assert watched.name_of(HostPid(os.getpid()), elsewhere, capture) is None
 
 
 def _changed(change: Callable[[dict[str, Any]], None], capture: Capture) -> list[Any]:

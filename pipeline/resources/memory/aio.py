@@ -11,13 +11,15 @@ file); those before the head are collected, so that as many slots are taken as w
 into their slots.
 
 In flight: requests of a frozen program come to their end by themselves, and their events arrive in its ring. So
-rings are looked at twice while the program stands still, at least `QUIET_S` apart, and what moved is waited for.
+rings are looked at twice while the program stands still, at least `QUIET_S` apart, and what moved is waited for. Each
+disk of files that the tree has open with O_DIRECT, of which requests are really in flight, has to be seen idle
+between, as no request of before can be left then; a disk that never is, is waited for as long as `BUSY_S`.
 A request that waits for a file to become ready (IOCB_CMD_POLL) may wait for ever. Events that a ring still holds,
 read ones too, lead to the requests they were of: if one was such a poll, the program is refused.
 
 Not preserved: the number of a ring in the kernel's table; how much of aio-max-nr a context is counted as, which may
-be less than what io_setup was asked for; events that were read already. Not seen: a request that stays in flight for
-longer than `QUIET_S`, and the first poll of a context, while it waits.
+be less than what io_setup was asked for; events that were read already. Not seen: a request that takes longer than
+that on something that is no disk, and the first poll of a context, while it waits.
 A child of fork(2) has the mapping but not the context: it keeps what it sees, as memory.
 
 Sources: io_setup(2), io_submit(2), io_getevents(2); fs/aio.c: aio_setup_ring, aio_ring_mremap, aio_complete,
@@ -42,6 +44,7 @@ from pipeline.kernel.smaps import Mapping
 from pipeline.ledger import LEDGER
 from pipeline.remote.calls import Call, In, Out
 from pipeline.remote.puppet import Puppet
+from pipeline.resources.kinds import FdView
 from pipeline.resources.memory.classify import MAP_ANONYMOUS, MAP_FIXED_NOREPLACE, MAP_PRIVATE
 from pipeline.resources.memory.scope import CannotCarry
 from pipeline.resources.support import Support
@@ -49,6 +52,9 @@ from pipeline.resources.support import Support
 NAME = b"/[aio] (deleted)"
 #: how long rings have to be unchanged
 QUIET_S = 0.05
+#: how long a disk may be busy
+BUSY_S = 1.0
+_LOOK_S = 0.001
 
 _MAGIC = 0xA10A10A1
 #: id, room, head, tail, magic, compatible and incompatible features, bytes of the header
@@ -155,10 +161,17 @@ class Rings:
         now = time.monotonic()
         self._looks += [_Look(pid, ring, now) for ring in rings]
 
-    def blockers(self) -> Iterator[Blocker]:
-        """Those in which an event has arrived since; waits until each was quiet for `QUIET_S`."""
+    def blockers(self, views: Iterable[FdView]) -> Iterator[Blocker]:
+        """Those in which an event has arrived since; waits until each was quiet for `QUIET_S`, and disks are idle.
+
+        Args:
+            views: the open files of the tree.
+        """
         if self._looks:
-            time.sleep(max(0.0, self._looks[-1].at_s + QUIET_S - time.monotonic()))
+            for device in {view.stat.st_dev for view in views if view.flags & os.O_DIRECT}:
+                _await_idle(device)
+            # an event comes a moment after its disk is idle
+            time.sleep(max(5 * _LOOK_S, self._looks[-1].at_s + QUIET_S - time.monotonic()))
         for look in self._looks:
             memory = open_file(look.pid, "mem", os.O_RDONLY)
             try:
@@ -172,6 +185,21 @@ class Rings:
                     "try again",
                     transient=True,
                 )
+
+
+def _await_idle(device: int) -> None:
+    """Wait until a disk has nothing in flight; does nothing for what is no disk, or not told."""
+    deadline = time.monotonic() + BUSY_S
+    while time.monotonic() < deadline:
+        try:
+            with open(
+                f"/sys/dev/block/{os.major(device)}:{os.minor(device)}/inflight", encoding="ascii"
+            ) as file:
+                if not any(map(int, file.read().split())):
+                    return
+        except OSError:
+            return
+        time.sleep(_LOOK_S)
 
 
 # -- rebuilding ------------------------------------------------------------------------------------

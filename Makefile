@@ -46,6 +46,7 @@ define install_missing
 	  case $${pair%%=*} in \
 	    ensurepip) $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null ;; \
 	    libc-headers) test -e /usr/include/stdio.h ;; \
+	    postgres) ls /usr/lib/postgresql/*/bin/postgres >/dev/null 2>&1 ;; \
 	    *) PATH=$$PATH:/usr/sbin:/sbin command -v $${pair%%=*} >/dev/null ;; \
 	  esac || missing="$$missing $${pair#*=}"; \
 	done; \
@@ -70,4 +71,5 @@ test-packages: packages
 	$(call install_missing,cc=gcc libc-headers=libc6-dev ip=iproute2 \
 	  Xvnc=tigervnc-standalone-server xclock=x11-apps xterm=xterm xwininfo=x11-utils tmux=tmux vim=vim top=procps \
 	  nft=nftables strace=strace bwrap=bubblewrap \
-	  runc=runc busybox=busybox-static)
+	  runc=runc busybox=busybox-static make=make rsync=rsync perl=perl-base sqlite3=sqlite3 gzip=gzip less=less \
+	  node=nodejs javac=openjdk-17-jdk-headless go=golang-go postgres=postgresql)

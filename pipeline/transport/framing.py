@@ -1,8 +1,10 @@
 """Frames over any byte stream: files, pipes, sockets, TLS, object stores.
 
-Sending hands the payload on without copying it. Receiving reads the payload straight
-into a leased buffer of the pool. What was read is checked before it is given out; an
-end of the stream in the middle of a frame is an error that says where.
+Sending hands a payload on without copying it, and receiving reads it straight into a leased
+buffer of the pool. Only what is small is gathered: a tree with ten thousand descriptors has as
+many records, and a system call and a change of threads for each would cost more than all the rest.
+What was read is checked before it is given out; an end of the stream in the middle of a
+frame is an error that says where.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ from pipeline.transport.buffers import BufferPool, LeasedRun
 
 #: payloads from this size on are summed in a worker thread, so that others get their turn
 _LARGE_BYTES = 256 << 10
+#: frames and payloads below this size are copied, to be written together and read ahead
+_SMALL_BYTES = 64 << 10
 
 
 class ByteSink(Protocol):
@@ -53,29 +57,49 @@ class FrameWriter:
     def __init__(self, sink: ByteSink) -> None:
         self._sink = sink
         self._digest = xxhash.xxh3_128()
+        self._gathered = bytearray()
         self.bytes_written = 0
 
     async def record(self, record: Record) -> None:
-        """Write one record."""
+        """Write one record, at the latest with the next message or the end."""
         await self._write(frames.encode(Kind.RECORD, codec.encode(record)))
 
     async def message(self, content: bytes) -> None:
-        """Write one protocol message."""
+        """Write one protocol message, and what was gathered before it."""
         await self._write(frames.encode(Kind.MESSAGE, content))
+        await self.flush()
 
     async def pages(self, run: PageRun) -> None:
         """Write pages; the caller keeps the buffer."""
-        head = await trio.to_thread.run_sync(frames.encode_pages, run)
+        if len(run.payload) >= _LARGE_BYTES:
+            head = await trio.to_thread.run_sync(frames.encode_pages, run)
+        else:
+            head = frames.encode_pages(run)
         await self._write(head, run.payload)
 
     async def end(self, records: int, page_bytes: int) -> None:
         """Write the end record, which vouches for every frame before it."""
         await self.record(End(records=records, page_bytes=page_bytes, digest=self._digest.digest()))
+        await self.flush()
 
     async def _write(self, *buffers: bytes | memoryview) -> None:
-        await self._sink.write(*buffers)
         self._digest.update(buffers[0])
-        self.bytes_written += sum(len(buffer) for buffer in buffers)
+        size = sum(len(buffer) for buffer in buffers)
+        if size < _SMALL_BYTES:
+            for buffer in buffers:
+                self._gathered += buffer
+            if len(self._gathered) >= _SMALL_BYTES:
+                await self.flush()
+        else:
+            await self.flush()
+            await self._sink.write(*buffers)
+        self.bytes_written += size
+
+    async def flush(self) -> None:
+        """Write what was gathered."""
+        if self._gathered:
+            gathered, self._gathered = self._gathered, bytearray()
+            await self._sink.write(memoryview(gathered))
 
 
 class FrameReader:
@@ -92,6 +116,9 @@ class FrameReader:
         self._pool = pool
         self._name = name
         self._digest = xxhash.xxh3_128()
+        self._ahead = memoryview(bytearray(_SMALL_BYTES))
+        #: what of `_ahead` was read and is not used yet
+        self._ready = self._ahead[:0]
         self.bytes_read = 0
         self._frames = 0
 
@@ -152,7 +179,15 @@ class FrameReader:
     async def _fill(self, view: memoryview, where: str, may_end: bool = False) -> bool:
         done = 0
         while done < len(view):
-            count = await self._source.read_into(view[done:])
+            rest = view[done:]
+            if not self._ready and len(rest) < _SMALL_BYTES:
+                self._ready = self._ahead[: await self._source.read_into(self._ahead)]
+            if self._ready:
+                count = min(len(rest), len(self._ready))
+                rest[:count] = self._ready[:count]
+                self._ready = self._ready[count:]
+            else:
+                count = 0 if len(rest) < _SMALL_BYTES else await self._source.read_into(rest)
             if count == 0:
                 if may_end and done == 0:
                     return False

@@ -111,9 +111,9 @@ async def test_a_missing_frame_is_seen_at_the_end(dropped: int):
     writer = FrameWriter(memory)
     starts = []
     for index in range(4):
-        starts.append(len(memory.raw))
+        starts.append(writer.bytes_written)
         await writer.record(UserNamespace(index=index))
-    starts.append(len(memory.raw))
+    starts.append(writer.bytes_written)
     await writer.end(4, 0)
     raw = bytes(memory.raw[: starts[dropped]] + memory.raw[starts[dropped + 1] :])
     with pytest.raises(ImageError, match="missing, double or out of order"):

@@ -101,6 +101,7 @@ async def test_messages_records_and_pages_arrive_in_order(plaintext: bool):
             await channel.say(HELLO)
             assert await channel.hear() == HELLO
             await channel.writer.record(UserNamespace(index=0))
+            await channel.writer.flush()
             for number in range(10):
                 segments = [(number << 32, len(payload))]
                 await channel.writer.pages(PageRun(1, segments, memoryview(payload)))
@@ -207,6 +208,7 @@ async def test_data_where_a_message_belongs_is_refused():
     async with serving(greet) as server:
         async with tcp.connect("127.0.0.1", server.port, SECRET) as channel:
             await channel.writer.record(UserNamespace(index=0))
+            await channel.writer.flush()
             with trio.fail_after(5):
                 while not server.failures:
                     await trio.sleep(0.01)

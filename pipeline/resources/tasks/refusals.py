@@ -127,6 +127,8 @@ def _may_not_be_looked_at(tid: HostPid) -> bool:
         os.stat(f"/proc/{tid}/ns/user")
     except PermissionError:
         return True
+    except FileNotFoundError as error:
+        raise procfs.ProcessGone(tid) from error
     return False
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.harness.settings import Setting
-from tests.programs.real.tree import DEPTHS, RealTree, lines_of, needs
+from tests.programs.real.tree import DEPTHS, RealTree, count_in, lines_of, needs
 
 pytestmark = [pytest.mark.root, pytest.mark.parametrize("setting", DEPTHS, ids=lambda s: s.name)]
 
@@ -48,3 +48,23 @@ def test_bash(launch: Callable[..., RealTree], setting: Setting, tmp_path: Path)
     counts = (tree.directory / "counts").read_text().split()
     assert counts == [str(n) for n in range(1, len(counts) + 1)], "a line is lost or doubled"
     assert (tree.directory / "ended").exists()
+
+
+def rounds(directory: Path) -> int:
+    """Of the tool that has done the fewest."""
+    return min(count_in(f"count.{name}")(directory) for name in TOOLS)
+
+
+TOOLS = ("archive", "mirror", "build", "box", "camel", "database")
+
+
+@needs("make=make", "rsync=rsync", "busybox=busybox-static", "perl=perl-base", "sqlite3=sqlite3", "gzip=gzip")
+def test_tools_side_by_side(launch: Callable[..., RealTree], setting: Setting, tmp_path: Path) -> None:
+    tree = launch(setting, ["bash", "tools.sh"], rounds, sources=["tools.sh"])
+    tree.all_ways(tmp_path)
+    tree.finish()
+    assert not (tree.directory / "wrong").exists(), (tree.directory / "wrong").read_text()
+    assert (tree.directory / "ended").exists()
+    camel = (tree.directory / "perl.out").read_text().split()
+    assert camel == [str(n) for n in range(len(camel))], "a line is lost or doubled"
+    assert tree.log() == ""

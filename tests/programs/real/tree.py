@@ -26,6 +26,7 @@ from tests.harness.tree import Tree, Workshop, children_of, reap, said
 
 #: where every real program is tried
 DEPTHS = (DEPTH_1, DEPTH_2)
+SOURCES = Path(__file__).with_name("sources")
 _POLL_S = 0.01
 _PATIENCE_S = 20.0
 _FIRST_PID = 5000
@@ -181,12 +182,18 @@ class Stage:
         progress: Callable[[Path], int],
         *,
         directory: Path | None = None,
+        sources: Sequence[str] = (),
         environment: dict[str, str] | None = None,
         dumping: Sequence[str] = (),
         restoring: Sequence[str] = (),
     ) -> RealTree:
-        """Start a command in `directory` (`Workshop.directory`), which is its HOME and TMPDIR, too."""
+        """Start a command in `directory` (`Workshop.directory`), which is its HOME and TMPDIR, too.
+
+        `sources`: files of `SOURCES` that are copied there.
+        """
         directory = directory or self.workshop.directory()
+        for name in sources:
+            (directory / name).write_bytes((SOURCES / name).read_bytes())
         program, *words = map(str, command)
         starter = [self.workshop.python, "-S", "-s", "-E", "-B", str(self.workshop.programs / "starter.py")]
         done = self.host.run("sh", "-c", f"echo {_FIRST_PID - 1} > /proc/sys/kernel/ns_last_pid")

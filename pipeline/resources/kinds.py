@@ -26,6 +26,7 @@ from pipeline.errors import Blocker
 from pipeline.ids import HostPid, LocalFd
 from pipeline.image.schema import Id, Index, OpenFile, PathRef, Pid, Record
 from pipeline.policy import DumpPolicy, RestorePolicy
+from pipeline.remote.calls import Argument
 from pipeline.resources.held import Held
 
 if TYPE_CHECKING:
@@ -204,8 +205,8 @@ class CreateScope(Protocol):
     def host_pid(self, pid: Pid) -> HostPid:
         """The pid here of the process or thread whose level-0 pid is `pid` (all phases: they stand before files)."""
 
-    def inject(self, pid: Pid, number: int, *args: int | bytes) -> int:
-        """Run one system call inside puppet `pid` (phase 3); bytes arguments become pointers to a copy.
+    def inject(self, pid: Pid, number: int, *args: Argument) -> int:
+        """Run one system call inside puppet `pid` (phase 3); arguments as `pipeline.remote.calls` says.
 
         Raises OSError with the call's errno.
         """

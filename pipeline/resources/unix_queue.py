@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pipeline.errors import Blocker, RebuildError, Refused
 from pipeline.ids import HostPid, LocalFd
 from pipeline.kernel import procfs
-from pipeline.resources import sockets
+from pipeline.resources import sockets, unix_inside
 from pipeline.resources.kinds import CaptureScope, CreateScope, FdView
 from pipeline.resources.unix_look import look
 from pipeline.resources.unix_state import Message, Peer
@@ -103,19 +103,24 @@ def send(
     Raises:
         RebuildError: the queue does not take it.
     """
+    who = message.credentials
     control: list[tuple[int, int, bytes]] = []
-    if message.credentials is not None:
-        who = message.credentials
+    if who is not None:
         ucred = _UCRED.pack(scope.host_pid(who.pid), scope.user(who.uid), scope.group(who.gid))
         control.append((socket.SOL_SOCKET, _SCM_CREDENTIALS, ucred))
-    files = array.array("i", [_file(index, subject, scope) for index in message.files])
-    rights = [(socket.SOL_SOCKET, _SCM_RIGHTS, files.tobytes())] if files else []
+    files = [_file(index, subject, scope) for index in message.files]
     how = socket.MSG_OOB if message.mark else 0
     view = memoryview(b"\0" if message.mark == "passed" else message.data)
     try:
         while True:
-            sent = _send_some(sender, view, control + rights, to, how)
-            view, rights = view[sent:], []
+            rights = [(socket.SOL_SOCKET, _SCM_RIGHTS, array.array("i", files).tobytes())] if files else []
+            try:
+                sent = _send_some(sender, view, control + rights, to, how)
+            except PermissionError:
+                if who is None or how:
+                    raise
+                sent = unix_inside.send(sender, view, who, files, scope, to)
+            view, files = view[sent:], []
             if not view:
                 break
         if message.mark == "passed" and receiver is not None:
@@ -143,7 +148,7 @@ def _remedy(error: OSError, message: Message, to: bytes | str) -> str:
     if error.errno == errno.ETOOMANYREFS and message.files:
         return " (more descriptors are in flight than a plain user may have: raise RLIMIT_NOFILE, or restore as root)"
     if error.errno == errno.EPERM and message.credentials is not None:
-        return " (it carries the credentials of another process, which only root can send)"
+        return " (it carries credentials that its sender does not have any more, which only root can send)"
     return ""
 
 

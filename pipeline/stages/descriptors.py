@@ -26,7 +26,7 @@ from pipeline.kernel.arch.x86_64 import NR
 from pipeline.kernel.syscalls import CLONE, RESOLVE, openat2
 from pipeline.ledger import LEDGER
 from pipeline.policy import RestorePolicy
-from pipeline.remote.calls import Call
+from pipeline.remote.calls import Argument, Call
 from pipeline.remote.puppet import Puppet
 from pipeline.resources import external_end, signal_owner
 from pipeline.resources.namespaces.clocks_here import ClocksHere
@@ -257,7 +257,7 @@ class Descriptors:
         except KeyError:
             raise RebuildError(f"pid {pid} is no process of the image") from None
 
-    def inject(self, pid: int, number: int, *args: int | bytes) -> int:
+    def inject(self, pid: int, number: int, *args: Argument) -> int:
         """See `CreateScope.inject`."""
         return self._puppets[pid].syscall(number, *args)
 

@@ -30,6 +30,7 @@ from pipeline.kernel.arch.x86_64 import NR
 from pipeline.kernel.procfs import parse_fdinfo
 from pipeline.kernel.syscalls import KCMP, RESOLVE, kcmp, openat2, pidfd_getfd, pidfd_open
 from pipeline.policy import DumpPolicy, RestorePolicy
+from pipeline.remote.calls import Argument
 from pipeline.remote.puppet import Puppet, spawn_launcher
 from pipeline.resources import (
     device,
@@ -455,7 +456,7 @@ class Rebuilt:
     def host_pid(self, pid: int) -> HostPid:
         return self._puppets[pid].pid
 
-    def inject(self, pid: int, number: int, *args: int | bytes) -> int:
+    def inject(self, pid: int, number: int, *args: Argument) -> int:
         return self._puppets[pid].syscall(number, *args)
 
     def when_it_runs(self, local: LocalFd, act: Callable[[LocalFd], None], subject: str) -> None:

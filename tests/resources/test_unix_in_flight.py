@@ -15,12 +15,13 @@ import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pipeline.errors import RebuildError, Refused
 from pipeline.policy import DumpPolicy
-from pipeline.resources import in_flight
+from pipeline.resources import in_flight, unix_queue
 from pipeline.resources.unix_look import look
 from pipeline.resources.unix_unread import Walk
 from tests.resources.fdharness import Capture, Rebuilt, subject
@@ -390,6 +391,48 @@ def test_a_pidfd_of_the_sender_names_the_rebuilt_process() -> None:
             os.close(fd)
             assert (data, kind) == (b"from me", SCM_PIDFD)
             assert f"\nPid:\t{new.host_pid(child.pid)}\n" in info
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_a_process_sends_again_itself_what_nobody_else_may_send_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: bool
+) -> None:
+    """As a plain user restores; root may say who a message is from."""
+    send_some = unix_queue._send_some
+
+    def plainly(sender: socket.socket, view: memoryview, control: Any, to: Any, how: int) -> int:
+        if any(kind == 2 for _, kind, _ in control):
+            raise PermissionError(1, "not permitted")
+        return send_some(sender, view, control, to, how)
+
+    def setup() -> tuple[int, ...]:
+        if named:
+            a, b = (socket.socket(socket.AF_UNIX, DGRAM) for _ in range(2))
+            b.bind(str(tmp_path / "receiver"))
+            a.bind(str(tmp_path / "sender"))
+            a.connect(b.getsockname())
+        else:
+            a, b = socket.socketpair()
+        b.setsockopt(SOL, socket.SO_PASSCRED, 1)
+        send(a, b"file", 0)
+        if not named:
+            a.send(b"more" * 50_000)
+        return kept(a, b)
+
+    with subject(setup) as child:
+        with Capture(child.pid) as capture:
+            records = capture.records()
+        child.call(partial(os.closerange, 3, 200))
+        monkeypatch.setattr(unix_queue, "_send_some", plainly)
+        with Rebuilt(capture, records) as new, of(new.fd(child.result[1])) as sock:
+            data, control, _, sender = sock.recvmsg(100, 100)
+            found = {kind: value for _, kind, value in control}
+            assert data == b"file"
+            assert struct.unpack("3i", found[2]) == (new.host_pid(child.pid), os.getuid(), os.getgid())
+            os.close(*array.array("i", found[socket.SCM_RIGHTS]))
+            assert sender == (str(tmp_path / "sender") if named else None)
+            if not named:
+                assert sock.recv(1 << 20, socket.MSG_WAITALL | socket.MSG_DONTWAIT) == b"more" * 50_000
 
 
 def _sent_by_one_that_ended() -> tuple[int, ...]:

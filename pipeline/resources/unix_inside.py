@@ -1,0 +1,103 @@
+"""Sending a message from inside the process that it is from.
+
+The kernel lets root say who a message is from, anybody else only itself. So where the pipeline may not, the
+rebuilt process does: it is lent the socket, and what is in flight with the message, and sends with ids of its own.
+
+Source: unix(7); net/core/scm.c (scm_check_creds).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import struct
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from pipeline.ids import LocalFd
+from pipeline.kernel import procfs
+from pipeline.kernel.arch.x86_64_numbers import NR
+from pipeline.kernel.syscalls import syscall
+from pipeline.remote.calls import In, Out
+from pipeline.resources.kinds import CreateScope
+from pipeline.resources.unix_state import Peer
+
+_SCM_RIGHTS = 1
+_SCM_CREDENTIALS = 2
+_UCRED = struct.Struct("<iII")
+#: what a process of the tree is given at once of the bytes of a stream
+_PIECE_BYTES = 1 << 17
+_DISCONNECT = struct.pack("<H", socket.AF_UNSPEC)
+
+
+def send(
+    sender: socket.socket,
+    data: memoryview,
+    who: Peer,
+    files: Sequence[int],
+    scope: CreateScope,
+    to: bytes | str,
+) -> int:
+    """sendmsg(2) by `who`; the number of bytes that were sent.
+
+    Args:
+        sender: connected, or a datagram socket that is connected to `to` meanwhile.
+        data: what to send; of a stream perhaps only the beginning is.
+        who: a process of the tree, with one of its real, effective or saved ids.
+        files: local descriptors to send along.
+        scope: of the rebuild, in its last phase.
+        to: where to, if it is not connected.
+
+    Raises:
+        OSError: EPERM: it does not have those ids; or what the kernel answered.
+    """
+    ucred = _UCRED.pack(procfs.status(scope.host_pid(who.pid)).ns_tgid[-1], *_own_ids(who, scope))
+    stream = sender.type == socket.SOCK_STREAM
+    piece = bytes(data[:_PIECE_BYTES] if stream else data)
+    if to:
+        sender.connect(to)
+    try:
+        with _lent([sender.fileno(), *files], who, scope) as (number, *rights):
+            control = _control(_SCM_CREDENTIALS, ucred)
+            if rights:
+                control += _control(_SCM_RIGHTS, struct.pack(f"<{len(rights)}i", *rights))
+            vector = In([In([piece]), len(piece)])
+            message = In([0, 0, vector, 1, In([control]), len(control), 0])
+            flags = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
+            return scope.inject(who.pid, NR.sendmsg, number, message, flags)
+    finally:
+        if to:
+            syscall(NR.connect, sender.fileno(), _DISCONNECT, len(_DISCONNECT))
+
+
+def _own_ids(who: Peer, scope: CreateScope) -> tuple[int, int]:
+    """The numbers that a process has for the ids of a message; whoever it is may only use its own."""
+    status = procfs.status(scope.host_pid(who.pid))
+    found = []
+    for call, wanted, there in (
+        (NR.getresuid, scope.user(who.uid), status.uids),
+        (NR.getresgid, scope.group(who.gid), status.gids),
+    ):
+        if wanted not in there[:3]:
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+        answers = [Out(4), Out(4), Out(4)]
+        scope.inject(who.pid, call, *answers)
+        found.append(int.from_bytes(answers[there.index(wanted)].data, "little"))
+    return found[0], found[1]
+
+
+@contextmanager
+def _lent(fds: Sequence[int], who: Peer, scope: CreateScope) -> Iterator[list[int]]:
+    numbers: list[int] = []
+    try:
+        numbers.extend(scope.send(who.pid, LocalFd(fd)) for fd in fds)
+        yield numbers
+    finally:
+        for number in numbers:
+            scope.inject(who.pid, NR.close, number)
+
+
+def _control(kind: int, value: bytes) -> bytes:
+    head = struct.pack("<Qii", 16 + len(value), socket.SOL_SOCKET, kind)
+    return (head + value).ljust(16 + (len(value) + 7 & ~7), b"\0")

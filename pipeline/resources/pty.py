@@ -2,16 +2,15 @@
 
 The kernel holds a pair: a master (one open file) and a slave that is opened by number.
 Kept: the number (programs know it as /dev/pts/N), settings, window size, packet mode,
-lock, exclusive mode, owner and mode of the node, bytes under way on both sides and lines
+lock, exclusive mode, whether output is stopped, owner and mode of the node, bytes under way on both sides and lines
 half typed (`pipeline.resources.terminal_bytes`), whether the slave was ever closed, the session
 that it controls with its foreground group, slaves that are hung up, descriptors of /dev/tty.
 
 A side outside the tree (a shell's own terminal) and other kinds of terminals are refused by name, unless the person
 who dumps says that they are external (`pipeline.resources.external_end`, `pipeline.resources.shell_job`).
 
-Refused by name:
-other line disciplines, events of packet mode not read yet, a terminal that is stopped
-(^S) or whose buffers are full.
+Refused by name: other line disciplines, events of packet mode not read yet, a terminal whose input is stopped or full
+of unread lines.
 
 Not preserved: a foreground group without a process
 becomes the session leader's; a hung-up slave may have another number; input typed before
@@ -47,11 +46,12 @@ class Pty:
     record: type[PtyState] = PtyState
     carried: Sequence[str] = (
         "pseudo-terminals with both sides in the tree: settings, number, unread bytes, session, foreground group",
+        "terminals that are stopped (^S or tcflow), and full ones",
         "hung-up terminals, /dev/tty",
     )
     refused: Sequence[str] = (
         "a terminal with a side outside the tree, a console or serial line, unless the dump is told so",
-        "a terminal that is stopped or full, unread events of packet mode",
+        "a terminal whose input is stopped, or full of unread lines; unread events of packet mode",
     )
     shown_by: Sequence[str] = (
         "programs/terminal.py",
@@ -185,10 +185,6 @@ def _check_master(view: FdView, scope: CaptureScope) -> Iterator[Blocker]:
                         f"its terminal {name} is used by {outside.name_of(pid)} outside the tree",
                         "include that process or end it",
                     )
-    elif not all(sockets.events(slave.local, select.POLLOUT) & select.POLLOUT for slave in inside):
-        yield Blocker(
-            view.subject, f"{name} is stopped (^S) or full", "wait until it is read", transient=True
-        )
     if terminal.discipline(view.local):
         yield Blocker(view.subject, "the terminal has a line discipline other than N_TTY", "reset it")
     leader = terminal.session(view.local)
@@ -235,8 +231,8 @@ def _bytes(view: FdView) -> UnderWay:
             [
                 Blocker(
                     view.subject,
-                    "the terminal is stopped (^S), or its buffers are full",
-                    "wait until its bytes are read",
+                    "its input is stopped (tcflow), or full of lines that are not read",
+                    "wait until they are read",
                     transient=True,
                 )
             ]

@@ -8,8 +8,9 @@ frozen; settings, packet mode and lock are as before afterwards.
 
 Input reaches the slave by a worker of the kernel, under the settings of that moment. In
 canonical mode a stop and a start character behind it tell that it has arrived: writing
-to the slave is not possible meanwhile. Hence a terminal that is stopped (^S) or whose
-output is full is refused, and one whose input buffer is full, which would let more in.
+to the slave is not possible meanwhile. So a terminal that is stopped is started first, and stopped
+again at the end the way it was: by a character (^S), or by a call (tcflow(3)), which only a call ends.
+Refused is one whose input buffer is full of lines, which would let more in, and one whose input is stopped.
 
 All this runs in a child process of its own, which no signal reaches: a pipeline that is
 killed meanwhile does not leave a terminal without its bytes or its settings.
@@ -22,11 +23,12 @@ from __future__ import annotations
 import errno
 import os
 import select
+import termios
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
@@ -48,6 +50,10 @@ _VSTART = 8
 _VSTOP = 9
 #: half of the kernel's buffer (N_TTY_BUF_SIZE)
 _MOST_INPUT_BYTES = 2048
+#: of more than this, some waits where FIONREAD does not see it
+_SEEN_INPUT_BYTES = 4000
+#: what the smallest buffer of the kernel holds (TTYB_ALIGN_MASK)
+_SMALL_BYTES = 256
 _PATIENCE_S = 5.0
 _PAUSE_S = 0.000_2
 
@@ -57,11 +63,12 @@ Bytes = Annotated[bytes, Meta(max_length=_MOST_BYTES)]
 class UnderWay(Record, frozen=True, kw_only=True):
     """Bytes that wait in a pseudo-terminal.
 
-    `output`: for the master. `lines`: finished lines for the slave; one that does not end in a newline
-    was ended by an end-of-file character. `rest`: what is typed behind them; without canonical mode all
-    of the input.
+    `stopped`: output waits for a start character or for TCOON. `output`: for the master. `lines`: finished lines for
+    the slave; one that does not end in a newline was ended by an end-of-file character. `rest`: what is typed behind
+    them; without canonical mode all of the input.
     """
 
+    stopped: Literal["", "key", "call"] = ""
     output: Bytes = b""
     lines: Annotated[list[Bytes], Meta(max_length=1 << 16)] = []
     rest: Bytes = b""
@@ -71,7 +78,7 @@ def capture(master: LocalFd) -> UnderWay:
     """Take what waits on both sides of a pair, and put it back; the slave must have been opened once.
 
     Raises:
-        OSError: EAGAIN: the output is stopped or full, or the input full; nothing was taken.
+        OSError: EAGAIN: the input is stopped or full; nothing was taken.
     """
     answer = shielded(lambda: msgspec.msgpack.encode(_capture(master)))
     return msgspec.msgpack.decode(answer, type=UnderWay)
@@ -83,6 +90,7 @@ def put(master: LocalFd, found: UnderWay) -> None:
     try:
         _put_output(master, slave, found.output)
         _put_input(master, slave, found)
+        _stop(master, slave, found.stopped)
     finally:
         os.close(slave)
 
@@ -96,13 +104,21 @@ def _capture(master: LocalFd) -> UnderWay:
     try:
         slave = terminal.open_slave(master, os.O_RDWR | os.O_NONBLOCK)
         try:
-            if not _writable(slave) or _settled(slave) > _MOST_INPUT_BYTES:
-                raise BlockingIOError(errno.EAGAIN, "the terminal is stopped or full")
+            usual = terminal.settings(slave)
+            waiting = _settled(slave)
+            if waiting > _MOST_INPUT_BYTES and usual.lflag & _ICANON:
+                raise BlockingIOError(errno.EAGAIN, "the terminal is full of lines")
+            if usual.lflag & _EXTPROC and not _writable(slave):
+                raise BlockingIOError(errno.EAGAIN, "no character could stop it again")
+            if waiting <= _MOST_INPUT_BYTES and not _writable(master):
+                raise BlockingIOError(errno.EAGAIN, "the input of the terminal is stopped")
             output = _drain(master)
+            stopped = _start(slave)
             _put_output(master, slave, output)
             found = _take_input(slave)
             _put_input(master, slave, found)
-            return msgspec.structs.replace(found, output=output)
+            _stop(master, slave, stopped)
+            return msgspec.structs.replace(found, output=output, stopped=stopped)
         finally:
             os.close(slave)
     finally:
@@ -118,8 +134,37 @@ def _events(fd: LocalFd, wanted: int) -> int:
     return sum(found for _, found in poll.poll(0))
 
 
-def _writable(slave: LocalFd) -> bool:
-    return bool(_events(slave, select.POLLOUT) & select.POLLOUT)
+def _writable(fd: LocalFd) -> bool:
+    return bool(_events(fd, select.POLLOUT) & select.POLLOUT)
+
+
+def _start(slave: LocalFd) -> Literal["", "key", "call"]:
+    """Start a terminal whose output is read up; how it was stopped."""
+    if _writable(slave):
+        return ""
+    termios.tcflow(slave, termios.TCOON)
+    if _writable(slave):
+        return "call"
+    # what a character has stopped starts only when a call that stopped it, too, is taken back
+    termios.tcflow(slave, termios.TCOOFF)
+    termios.tcflow(slave, termios.TCOON)
+    return "key"
+
+
+def _stop(master: LocalFd, slave: LocalFd, how: str) -> None:
+    if how == "call":
+        termios.tcflow(slave, termios.TCOOFF)
+    elif how == "key":
+        usual = terminal.settings(slave)
+        characters = bytearray(len(usual.characters))
+        characters[_VSTOP] = 1
+        kept = usual.lflag & (_ICANON | _EXTPROC)
+        terminal.set_settings(slave, replace(usual, iflag=_IXON, lflag=kept, characters=bytes(characters)))
+        try:
+            _write(master, b"\x01", slave)
+            _wait_until(lambda: not _writable(slave))
+        finally:
+            terminal.set_settings(slave, usual)
 
 
 def _settled(slave: LocalFd) -> int:
@@ -180,7 +225,7 @@ def _put_input(master: LocalFd, slave: LocalFd, found: UnderWay) -> None:
         else:
             terminal.set_settings(slave, plain)
             _write(master, found.rest, slave)
-            _wait_until(lambda: terminal.unread(slave) == len(found.rest))
+            _wait_until(lambda: terminal.unread(slave) >= min(len(found.rest), _SEEN_INPUT_BYTES))
     finally:
         terminal.set_settings(slave, usual)
 
@@ -213,15 +258,42 @@ def _wait_until(condition: Callable[[], bool]) -> None:
 
 
 def _write(fd: LocalFd, content: bytes, other: LocalFd) -> None:
-    """Write all, while the kernel's worker passes bytes on to the `other` side."""
+    """Write all, while the kernel's worker passes bytes on to the `other` side, from which nothing comes yet."""
+    if len(content) > _SEEN_INPUT_BYTES:
+        _make_room(fd, other)
     left = memoryview(content)
+    piece = len(content)
 
     def write_more() -> bool:
-        nonlocal left
-        with suppress(BlockingIOError):
-            left = left[os.write(fd, left) :]
+        nonlocal left, piece
+        try:
+            left = left[os.write(fd, left[:piece]) :]
+        except BlockingIOError:
+            piece = _SMALL_BYTES
         terminal.unread(other)
         return not left
 
     if content:
-        _wait_until(write_more)
+        with _never_blocking(fd):
+            _wait_until(write_more)
+
+
+def _make_room(fd: LocalFd, other: LocalFd) -> None:
+    """Let the kernel have many small buffers, which it then uses again however much waits in others.
+
+    How much fits depends on the sizes in which it was written: with them at hand all that did will do so again.
+    """
+    with _never_blocking(fd), suppress(BlockingIOError):
+        while True:
+            os.write(fd, bytes(_SMALL_BYTES))
+    _drain(other)
+
+
+@contextmanager
+def _never_blocking(fd: LocalFd) -> Iterator[None]:
+    blocking = os.get_blocking(fd)
+    os.set_blocking(fd, False)
+    try:
+        yield
+    finally:
+        os.set_blocking(fd, blocking)

@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import select
 import signal
 import struct
 import termios
@@ -119,6 +120,18 @@ def body(program):
         lambda: fcntl.ioctl(master, TIOCGPTLCK, bytes(4)),
         lambda: fcntl.ioctl(master, TIOCSPTLCK, struct.pack("<i", 1)),
     )
+    stopped_master, stopped = os.openpty()
+    os.write(stopped, b"before the stop")
+    os.write(stopped_master, b"\x13")
+
+    def stands():
+        poll = select.poll()
+        poll.register(stopped, select.POLLOUT)
+        return poll.poll(0)
+
+    wait_for(lambda: not stands(), "the stop")
+    program.same("stopped", stands, lambda: os.write(stopped_master, b"\x11") and time.sleep(0.02))
+
     program.same(
         "flags",
         lambda: [fcntl.fcntl(fd, fcntl.F_GETFL) for fd in (master, slave)],

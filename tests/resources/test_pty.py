@@ -405,41 +405,118 @@ def test_last_words_before_the_slave_was_closed() -> None:
             last(new.fd(child.result))
 
 
-def test_a_terminal_that_is_stopped_or_full_and_packet_events_are_refused() -> None:
+def test_full_lines_stopped_input_and_packet_events_are_refused() -> None:
     def setup() -> tuple[int, ...]:
         packet, packet_slave = os.openpty()
-        stopped, stopped_slave = os.openpty()
         fcntl.ioctl(packet, termios.TIOCPKT, struct.pack("<i", 1))
         termios.tcflow(packet_slave, termios.TCOOFF)
-        os.write(stopped_slave, b"before")
-        termios.tcflow(stopped_slave, termios.TCOOFF)
-        full, full_slave = os.openpty()
-        os.set_blocking(full_slave, False)
-        times_full = 0
-        while times_full < 5:
-            times_full += 1
-            time.sleep(0.002)
-            while polled(full_slave) & select.POLLOUT:
-                times_full = 0
-                with suppress(BlockingIOError):
-                    os.write(full_slave, bytes(1000))
-        typed, typed_slave = os.openpty()
-        _mode(typed_slave, termios.ECHO | termios.ICANON)
-        os.write(typed, bytes(range(65, 85)) * 500)
-        return packet, packet_slave, stopped, stopped_slave, full, full_slave, typed, typed_slave
+        lines, lines_slave = os.openpty()
+        _mode(lines_slave, termios.ECHO)
+        os.write(lines, b"a line that is finished\n" * 150)
+        stopped, stopped_slave = os.openpty()
+        os.write(stopped, b"typed\n")
+        termios.tcflow(stopped, termios.TCOOFF)
+        return packet, packet_slave, lines, lines_slave, stopped, stopped_slave
 
     with subject(setup) as child, Capture(child.pid) as capture:
-        packet, packet_slave, stopped, _, full, _, typed, _ = child.result
+        packet, packet_slave, lines, lines_slave, stopped, stopped_slave = child.result
         assert "(packet mode) waits" in capture.reasons(packet)
         assert all(blocker.transient for blocker in capture.blockers(packet))
         assert not capture.blockers(packet_slave)
-        for fd in (stopped, full):
-            assert "is stopped (^S) or full" in capture.reasons(fd)
-            with pytest.raises(Refused, match="is stopped"):
+        for fd in (lines, stopped):
+            assert not capture.blockers(fd)
+            with pytest.raises(Refused, match="its input is stopped") as refused:
                 capture.kind(fd).capture(capture.view(fd), capture)
-        with pytest.raises(Refused, match="its buffers are full"):
-            capture.kind(typed).capture(capture.view(typed), capture)
-        assert os.read(capture.view(stopped).local, 100) == b"before"
+            assert all(blocker.transient for blocker in refused.value.blockers)
+        assert os.read(capture.view(lines_slave).local, 100) == b"a line that is finished\n"
+        assert os.read(capture.view(stopped_slave).local, 100) == b"typed\n"
+
+
+def _start_by_key(master: int, slave: int) -> None:
+    os.write(master, b"\x11")
+    terminal.unread(slave)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("how", ["key", "call"])
+@pytest.mark.parametrize("canonical", [False, True])
+def test_output_that_is_stopped_stays_so_until_it_is_started_the_same_way(how: str, canonical: bool) -> None:
+    def setup() -> tuple[int, int]:
+        master, slave = os.openpty()
+        _mode(slave, termios.ECHO | (0 if canonical else termios.ICANON))
+        os.write(slave, b"before")
+        if how == "key":
+            os.write(master, b"typed\nrest\x13")
+            while polled(slave) & select.POLLOUT:
+                time.sleep(0.001)
+        else:
+            os.write(master, b"typed\nrest")
+            termios.tcflow(slave, termios.TCOOFF)
+        os.set_blocking(slave, False)
+        return master, slave
+
+    def stopped(master: int, slave: int) -> None:
+        assert output(master, b"before") == b"before"
+        with pytest.raises(BlockingIOError):
+            os.write(slave, b"after")
+        assert os.read(slave, 100) == (b"typed\n" if canonical else b"typed\nrest")
+        _start_by_key(master, slave)
+        assert bool(polled(slave) & select.POLLOUT) == (how == "key")
+        termios.tcflow(slave, termios.TCOON)
+        os.write(slave, b"after")
+        assert output(master, b"after") == b"after"
+
+    with subject(setup) as child:
+        with Capture(child.pid) as capture:
+            records = capture.records()
+            before = [termios.tcgetattr(capture.view(fd).local) for fd in child.result]
+            stopped(*(capture.view(fd).local for fd in child.result))
+        child.call(partial(os.closerange, 3, 200))
+        with Rebuilt(capture, records) as new:
+            assert [termios.tcgetattr(new.fd(fd)) for fd in child.result] == before
+            stopped(*(new.fd(fd) for fd in child.result))
+
+
+def test_buffers_that_are_full_in_both_directions() -> None:
+    typed, said = bytes(range(256)) * 40, b"".join(b"%07d\n" % number for number in range(1 << 15))
+
+    def setup() -> tuple[int, int, int]:
+        master, slave = os.openpty()
+        settings = termios.tcgetattr(slave)
+        settings[0] = settings[1] = settings[3] = 0
+        termios.tcsetattr(slave, termios.TCSANOW, settings)
+        os.write(master, typed)
+        os.set_blocking(slave, False)
+        written = idle = 0
+        while idle < 5:
+            idle += 1
+            time.sleep(0.002)
+            with suppress(BlockingIOError):
+                while True:
+                    written += os.write(slave, said[written : written + 700])
+                    idle = 0
+        return master, slave, written
+
+    def drained(master: int, slave: int, written: int) -> None:
+        found = bytearray()
+        while len(found) < written:
+            found += os.read(master, written)
+        assert len(found) == written
+        assert bytes(found) == said[:written]
+        found.clear()
+        while terminal.unread(slave):  # type: ignore[arg-type]
+            found += os.read(slave, 9000)
+        assert bytes(found) == typed
+        assert not terminal.unread(master)  # type: ignore[arg-type]
+
+    with subject(setup) as child:
+        *fds, written = child.result
+        assert written > 8192
+        with Capture(child.pid) as capture:
+            records = capture.records()
+            drained(*(capture.view(fd).local for fd in fds), written)
+        child.call(partial(os.closerange, 3, 200))
+        with Rebuilt(capture, records) as new:
+            drained(*(new.fd(fd) for fd in fds), written)
 
 
 def test_a_pipeline_that_is_killed_while_it_looks_leaves_the_bytes(monkeypatch: pytest.MonkeyPatch) -> None:

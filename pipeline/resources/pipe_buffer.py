@@ -109,7 +109,7 @@ def outside_ends(view: FdView, scope: CaptureScope, one_sided: bool) -> Iterator
     )
     yield from outside.blockers(view, others, "an end of the pipe is held by", remedy)
     group = ends(view, scope)
-    if one_sided and not others:
+    if one_sided and not others and not scope.unseen:
         who = "outside the tree: in a process not visible here or that dumps, or in flight in a socket"
         if not any(writes(end) for _, end in group) and has_writers(view):
             yield Blocker(view.subject, f"the writing end of the pipe is open {who}", remedy)

@@ -20,7 +20,6 @@ import socket
 import struct
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
 
 from pipeline.errors import RebuildError
 from pipeline.ids import LocalFd
@@ -29,11 +28,11 @@ from pipeline.kernel.arch.x86_64_numbers import NR
 from pipeline.resources import socket_options, sockets, unix_outside, unix_queue
 from pipeline.resources.kinds import CreateScope
 from pipeline.resources.unix_names import Place, as_peer, check_target
+from pipeline.resources.unix_pairs import bind_abstract, bind_for_now, make_pair, pair_key
 from pipeline.resources.unix_state import (
     SHUT_RECEIVE,
     SHUT_SEND,
     Message,
-    Peer,
     UnixState,
     is_path,
     raw_name,
@@ -76,7 +75,7 @@ def create(file: OpenFile, record: UnixState, scope: CreateScope) -> LocalFd:
     if record.file is not None:
         check_target(record.file, scope)
     if record.is_pair:
-        ends = scope.once(_pair_key(file.index, record), lambda: _make_pair(file.index, record, scope))
+        ends = scope.once(pair_key(file.index, record), lambda: make_pair(file.index, record, scope))
         if record.peer is None:
             world.closed_peers[file.index] = ends[None]
         fd = LocalFd(fcntl.fcntl(ends[file.index], fcntl.F_DUPFD_CLOEXEC, 0))
@@ -89,76 +88,6 @@ def create(file: OpenFile, record: UnixState, scope: CreateScope) -> LocalFd:
         os.close(fd)
         raise
     return fd
-
-
-def _pair_key(index: Index, record: UnixState) -> tuple[str, Index, Index]:
-    other = index if record.peer is None else record.peer
-    return "unix pair", min(index, other), max(index, other)
-
-
-def _make_pair(index: Index, record: UnixState, scope: CreateScope) -> dict[Index | None, LocalFd]:
-    """Both ends, owned by the scope, under their indexes; a peer that was closed is under None."""
-    if record.is_datagram or not (record.name or record.peer_name):
-        own, peer = sockets.make_pair(record.socket, scope, partial(as_peer, record.credentials, scope))
-    elif record.accepted or not record.peer_name:
-        peer, own = _connect_pair(
-            record, record.name, record.peer_name, record.own_credentials, record.credentials, scope
-        )
-    else:
-        own, peer = _connect_pair(
-            record, record.peer_name, record.name, record.credentials, record.own_credentials, scope
-        )
-    ends = {index: scope.own(sockets.take(own)), record.peer: scope.own(sockets.take(peer))}
-    if record.is_datagram and record.peer is None and record.peer_name:
-        # Unread messages are from the closed socket, whose name they still tell.
-        with sockets.borrowed(ends[None]) as sock, ExitStack() as stack:
-            _bind_for_now(sock, record.peer_name, scope, stack)
-    return ends
-
-
-def _connect_pair(
-    record: UnixState,
-    server_name: bytes,
-    client_name: bytes,
-    server_credentials: Peer | None,
-    client_credentials: Peer | None,
-    scope: CreateScope,
-) -> tuple[socket.socket, socket.socket]:
-    """(client, accepted socket) of a connection to a listener that lives only here."""
-    with ExitStack() as stack:
-        listener = stack.enter_context(sockets.make_socket(record.socket, scope))
-        address = _bind_for_now(listener, server_name, scope, stack)
-        as_peer(server_credentials, scope, lambda: listener.listen(1))
-        client = sockets.make_socket(record.socket, scope)
-        try:
-            if client_name:
-                _bind_for_now(client, client_name, scope, stack)
-            as_peer(client_credentials, scope, lambda: client.connect(address))
-            server, _ = listener.accept()
-        except OSError as error:
-            client.close()
-            raise RebuildError(f"unix connection to {shown(server_name)}: {error.strerror}") from error
-        except BaseException:
-            client.close()
-            raise
-    return client, server
-
-
-def _bind_for_now(sock: socket.socket, name: bytes, scope: CreateScope, stack: ExitStack) -> bytes | str:
-    """Give `sock` a name without leaving a file behind; returns the address to reach it by meanwhile."""
-    if is_path(name):
-        place = Place(sock, name, None, scope)
-        stack.callback(place.close)
-        return place.address
-    _bind_abstract(sock, name)
-    return name
-
-
-def _bind_abstract(sock: socket.socket, name: bytes) -> None:
-    try:
-        sock.bind(name)
-    except OSError as error:
-        raise RebuildError(f"unix socket {shown(name)}: cannot be bound: {error.strerror}") from error
 
 
 # -- phase 2 ----------------------------------------------------------------------
@@ -290,7 +219,7 @@ class _Names:
                     stack.callback(place.close)
                     self._places[index] = place
                 elif raw_name(sock.getsockname()) != record.name:
-                    _bind_abstract(sock, record.name)
+                    bind_abstract(sock, record.name)
             self._by_name[record.name] = index
 
     def address(self, index: Index) -> bytes | str:
@@ -328,7 +257,7 @@ def _fill_datagrams(
         if message.sender not in substitutes:
             sock = stack.enter_context(sockets.make_socket(record.socket, scope))
             if message.sender:
-                _bind_for_now(sock, message.sender, scope, stack)
+                bind_for_now(sock, message.sender, scope, stack)
             substitutes[message.sender] = sock
         send_from(substitutes[message.sender], message)
 

@@ -214,11 +214,14 @@ def in_flight(program):
     a, b = socket.socketpair()
     reader, writer = os.pipe()
     os.write(writer, b"in the pipe")
+    far, near = os.pipe()  # the end to read from is in flight, the other here
+    os.write(near, b"one end in flight")
     with select.epoll() as epoll:
         epoll.register(reader, select.EPOLLIN)
         c, d = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         send_files(d, b"inner", os.open(f"{DIRECTORY}/in_flight", os.O_RDWR | os.O_CREAT | os.O_APPEND))
-        send_files(a, b"outer", reader, writer, epoll.fileno(), c.fileno(), b.fileno())
+        send_files(a, b"outer", reader, writer, epoll.fileno(), c.fileno(), b.fileno(), far)
+    os.close(far)
     os.close(reader)
     os.close(writer)
     c.close()
@@ -226,7 +229,7 @@ def in_flight(program):
 
     def received():
         data, fds = receive_files(b)
-        reader, writer, epoll, c, own = fds
+        reader, writer, epoll, c, own, far = fds
         try:
             with socket.socket(fileno=os.dup(c)) as inner:
                 words, files = receive_files(inner)
@@ -239,9 +242,11 @@ def in_flight(program):
                 ready = [how for _, how in instance.poll(0)]
             text = os.read(reader, 100)
             os.write(writer, text)
+            more = os.read(far, 100)
+            os.write(near, more)
             send_files(a, data, *fds)
             same = os.fstat(own).st_ino == os.fstat(b.fileno()).st_ino
-            return data, words, os.path.basename(where), appends, ready, text, same
+            return data, words, os.path.basename(where), appends, ready, text, more, same
         finally:
             for fd in fds:
                 os.close(fd)

@@ -1,0 +1,97 @@
+"""Making both ends of a unix connection at once.
+
+By socketpair, or through a listener of the recorded name where an end has one: its name is the listener's.
+Neither leaves a file behind.
+
+Source: unix(7), socketpair(2).
+"""
+
+from __future__ import annotations
+
+import socket
+from contextlib import ExitStack
+from functools import partial
+
+from pipeline.errors import RebuildError
+from pipeline.ids import LocalFd
+from pipeline.image.schema import Index
+from pipeline.resources import sockets
+from pipeline.resources.kinds import CreateScope
+from pipeline.resources.unix_names import Place, as_peer
+from pipeline.resources.unix_state import Peer, UnixState, is_path, shown
+
+
+def pair_key(index: Index, record: UnixState) -> tuple[str, Index, Index]:
+    """Under which `CreateScope.once` knows the pair of an open file."""
+    other = index if record.peer is None else record.peer
+    return "unix pair", min(index, other), max(index, other)
+
+
+def make_pair(index: Index, record: UnixState, scope: CreateScope) -> dict[Index | None, LocalFd]:
+    """Both ends, owned by the scope, under their indexes; a peer that was closed is under None."""
+    if record.is_datagram or not (record.name or record.peer_name):
+        own, peer = sockets.make_pair(record.socket, scope, partial(as_peer, record.credentials, scope))
+    elif record.accepted or not record.peer_name:
+        peer, own = _connect_pair(
+            record, record.name, record.peer_name, record.own_credentials, record.credentials, scope
+        )
+    else:
+        own, peer = _connect_pair(
+            record, record.peer_name, record.name, record.credentials, record.own_credentials, scope
+        )
+    ends = {index: scope.own(sockets.take(own)), record.peer: scope.own(sockets.take(peer))}
+    if record.is_datagram and record.peer is None and record.peer_name:
+        # Unread messages are from the closed socket, whose name they still tell.
+        with sockets.borrowed(ends[None]) as sock, ExitStack() as stack:
+            bind_for_now(sock, record.peer_name, scope, stack)
+    return ends
+
+
+def _connect_pair(
+    record: UnixState,
+    server_name: bytes,
+    client_name: bytes,
+    server_credentials: Peer | None,
+    client_credentials: Peer | None,
+    scope: CreateScope,
+) -> tuple[socket.socket, socket.socket]:
+    """(client, accepted socket) of a connection to a listener that lives only here."""
+    with ExitStack() as stack:
+        listener = stack.enter_context(sockets.make_socket(record.socket, scope))
+        address = bind_for_now(listener, server_name, scope, stack)
+        as_peer(server_credentials, scope, lambda: listener.listen(1))
+        client = sockets.make_socket(record.socket, scope)
+        try:
+            if client_name:
+                bind_for_now(client, client_name, scope, stack)
+            as_peer(client_credentials, scope, lambda: client.connect(address))
+            server, _ = listener.accept()
+        except OSError as error:
+            client.close()
+            raise RebuildError(f"unix connection to {shown(server_name)}: {error.strerror}") from error
+        except BaseException:
+            client.close()
+            raise
+    return client, server
+
+
+def bind_for_now(sock: socket.socket, name: bytes, scope: CreateScope, stack: ExitStack) -> bytes | str:
+    """Give `sock` a name without leaving a file behind; returns the address to reach it by meanwhile."""
+    if is_path(name):
+        place = Place(sock, name, None, scope)
+        stack.callback(place.close)
+        return place.address
+    bind_abstract(sock, name)
+    return name
+
+
+def bind_abstract(sock: socket.socket, name: bytes) -> None:
+    """Bind to a name that is no path.
+
+    Raises:
+        RebuildError: it is taken.
+    """
+    try:
+        sock.bind(name)
+    except OSError as error:
+        raise RebuildError(f"unix socket {shown(name)}: cannot be bound: {error.strerror}") from error

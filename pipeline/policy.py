@@ -15,6 +15,7 @@ Tcp = Literal["established", "close", "refuse"]
 UdpQueue = Literal["carry", "drop", "refuse"]
 UdpQueueHere = Literal["carry", "drop"]
 Clocks = Literal["auto", "keep", "host"]
+Files = Literal["same", "any"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +33,7 @@ class DumpPolicy:
         external_fds: names of open files that have an end outside of the tree, such as ``pipe:[123]``, which the
             destination shall give; ``any``: all pipes, FIFOs and terminals that have one.
         shell_job: the tree may be a job of a shell outside: its terminal is the destination's to give.
+        with_files: patterns of names of files whose content goes along, see `pipeline.resources.taken`.
     """
 
     tcp: Tcp = "established"
@@ -40,6 +42,7 @@ class DumpPolicy:
     unix_outside: Literal["refuse", "close"] = "refuse"
     external_fds: frozenset[str] = frozenset()
     shell_job: bool = False
+    with_files: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +59,9 @@ class RestorePolicy:
             this process, or a path.
         stdio: descriptors 0, 1 and 2 of the tree that are such ends come from this process's own.
         shell_job: a tree that was a job of a shell becomes one of the shell that this process is a job of.
+        files: whether files that are not what they were at the source (see `pipeline.resources.identity`) are
+            refused (``same``) or used all the same (``any``).
+        with_files: patterns of files that an image may make here where they are lacking, whoever they belong to.
     """
 
     cgroup: str = "keep"
@@ -64,3 +70,5 @@ class RestorePolicy:
     inherited: Mapping[str, str] = field(default_factory=dict)
     stdio: bool = False
     shell_job: bool = False
+    files: Files = "same"
+    with_files: tuple[str, ...] = ()

@@ -75,6 +75,7 @@ def as_document(inspection: Inspection) -> dict[str, Any]:
         "address-spaces": render.plain(list(image.spaces.values())),
         "cgroups": render.plain(list(image.cgroups.values())),
         "mapped-files": render.plain(list(image.mapped_files.values())),
+        "taken-files": render.plain(list(image.taken_files.values())),
         "shared-memory": render.plain(list(image.shared_memory.values())),
         "contents": render.plain(list(image.contents.values())),
         "files": render.plain(list(image.files.values())),
@@ -90,7 +91,14 @@ def show(inspection: Inspection, name: str, console: Console) -> None:
     _heading(inspection, name, console)
     console.print(_process_tree(image, carried))
     console.print(_user_namespace_tree(image))
-    for table in (_namespaces(image), _memory(image, carried), _files(image), _external_ends(image)):
+    tables = (
+        _namespaces(image),
+        _memory(image, carried),
+        _files(image),
+        _taken(image),
+        _external_ends(image),
+    )
+    for table in tables:
         if table.row_count:
             console.print()
             console.print(table)
@@ -266,6 +274,17 @@ def _files(image: Image) -> Table:
         more = len(names) - _MOST_HOLDERS
         held = " ".join(names[:_MOST_HOLDERS]) + (f" and {more} more" if more > 0 else "")
         table.add_row(str(index), record.kind, _what(record), held)
+    return table
+
+
+def _taken(image: Image) -> Table:
+    table = _table(
+        "Files that came along", "name", "size", "mode", "uid", "gid", numbers=["size", "uid", "gid"]
+    )
+    for record in image.taken_files.values():
+        size, owner = render.size(record.identity.size_bytes), record.owner
+        mode = f"{owner.mode:04o}"
+        table.add_row(_text(record.path.path), size, mode, str(owner.uid.id), str(owner.gid.id))
     return table
 
 

@@ -57,6 +57,14 @@ def add_dump(parser: argparse.ArgumentParser) -> None:
         help="the tree is a job of a shell that stays behind: its terminal is not carried, `restore --shell-job` gives "
         "it another one",
     )
+    parser.add_argument(
+        "--with-files",
+        action="append",
+        default=[],
+        metavar="GLOB",
+        help="take the content of open and mapped files along whose names match, for a destination that lacks them; "
+        "without a / in front, names below the working directory are meant (may be given several times)",
+    )
 
 
 def of_dump(arguments: argparse.Namespace) -> DumpPolicy:
@@ -78,6 +86,7 @@ def of_dump(arguments: argparse.Namespace) -> DumpPolicy:
         unix_outside=arguments.unix_outside,
         external_fds=names,
         shell_job=arguments.shell_job,
+        with_files=tuple(arguments.with_files),
     )
 
 
@@ -111,6 +120,21 @@ def add_restore(parser: argparse.ArgumentParser) -> None:
         help="what takes the place of an end outside of the tree, by the name that `dump` and `inspect` say: a "
         "descriptor of this command, such as 'pipe:[123]=5', or a path that is opened; may be repeated",
     )
+    parser.add_argument(
+        "--files",
+        choices=("same", "any"),
+        default="same",
+        help="files that the tree has open or mapped: they must be what they were at the source (default: build id of "
+        "ELF files, size and modification time of others), or any file of that name will do",
+    )
+    parser.add_argument(
+        "--with-files",
+        action="append",
+        default=[],
+        metavar="GLOB",
+        help="let the image make lacking files of these names here whoever they belong to; without, it makes what "
+        "the tree itself would be allowed to (may be given several times)",
+    )
 
 
 def of_restore(arguments: argparse.Namespace) -> RestorePolicy:
@@ -127,6 +151,8 @@ def of_restore(arguments: argparse.Namespace) -> RestorePolicy:
         clocks=arguments.clocks,
         inherited=_inherited(arguments.inherit_fd),
         shell_job=getattr(arguments, "shell_job", False),
+        files=arguments.files,
+        with_files=tuple(arguments.with_files),
     )
 
 

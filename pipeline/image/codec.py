@@ -28,6 +28,7 @@ from pipeline.image.schema import (
     Process,
     Record,
     SharedMemory,
+    TakenFile,
     Together,
     UserNamespace,
 )
@@ -95,6 +96,8 @@ class Image:
         self.namespaces: dict[int, Namespace] = {}
         self.cgroups: dict[int, Cgroup] = {}
         self.mapped_files: dict[int, MappedFile] = {}
+        #: files that came along with their content
+        self.taken_files: dict[int, TakenFile] = {}
         self.shared_memory: dict[int, SharedMemory] = {}
         self.contents: dict[int, Content] = {}
         #: address spaces by space number
@@ -119,6 +122,7 @@ class Image:
             self.namespaces,
             self.cgroups,
             self.mapped_files,
+            self.taken_files,
             self.shared_memory,
             self.contents,
             self.spaces,
@@ -158,6 +162,8 @@ class Image:
                 self._put(self.cgroups, record.index, record)
             case MappedFile():
                 self._put(self.mapped_files, record.index, record)
+            case TakenFile():
+                self._put(self.taken_files, record.index, record)
             case SharedMemory():
                 self._put(self.shared_memory, record.space, record)
             case Content():
@@ -211,6 +217,11 @@ class Image:
                 namespace.owner in self.user_namespaces
                 and (namespace.parent is None or namespace.parent in self.namespaces),
                 f"namespace {namespace.index} has no owner or parent",
+            )
+        for taken in self.taken_files.values():
+            self._require(
+                taken.content in self.contents and taken.path.mntns in self.namespaces,
+                f"file {taken.index} that came along has no content, or no mount namespace",
             )
         for space in self.spaces.values():
             self._check_space(space)

@@ -188,15 +188,56 @@ class MappedFile(Record, frozen=True, kw_only=True, tag="mapped"):
     """A file that is mapped by, or is the executable of, some process.
 
     `writable`: opened read-write for a shared mapping. `content`: the space that
-    carries the bytes of a deleted file; `deleted` files live on without a name.
+    carries the bytes of a deleted file; `deleted` files live on without a name. `last_name`: it was mapped under
+    this name, and `path` is another hard link of it.
     """
 
     index: Index
     path: PathRef
     identity: FileIdentity
     writable: bool = False
+    last_name: Path = b""
     deleted: bool = False
     content: Index | None = None
+
+
+class AclEntry(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A line of an access control list, see acl(5): ACL_USER_OBJ 1, USER 2, GROUP_OBJ 4, GROUP 8, MASK 16, OTHER 32."""
+
+    tag: U16
+    permissions: Annotated[int, Meta(ge=0, le=7)]
+    uid: Id | None = None
+    gid: Id | None = None
+
+
+class FileAttributes(Record, frozen=True, kw_only=True):
+    """What a file has beside its bytes and mode: extended attributes of users, and its access control list."""
+
+    user: Annotated[list[tuple[Annotated[bytes, Meta(max_length=255)], Small]], Meta(max_length=4096)] = []
+    acl: Annotated[list[AclEntry], Meta(max_length=4096)] = []
+
+
+class FileOwner(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """Permissions and owner of a file or directory that is made."""
+
+    mode: Annotated[int, Meta(ge=0, le=0o7777)]
+    uid: Id
+    gid: Id
+
+
+class TakenFile(Record, frozen=True, kw_only=True, tag="taken"):
+    """A file whose content goes along, to be made where it is lacking.
+
+    `content`: the space with its bytes. `above`: the directories that it is in, outermost first.
+    """
+
+    index: Index
+    path: PathRef
+    identity: FileIdentity
+    owner: FileOwner
+    attributes: FileAttributes = FileAttributes()
+    content: Index
+    above: Annotated[list[FileOwner], Meta(max_length=2048)] = []
 
 
 class SharedMemory(Record, frozen=True, kw_only=True, tag="shm"):
@@ -357,6 +398,7 @@ class Place(Record, frozen=True, kw_only=True):
     """Where in the file system a thread is that does not share that with its process (unshare(CLONE_FS))."""
 
     cwd: PathRef
+    cwd_removed: FileOwner | None = None
     root: PathRef
     umask: U32
 
@@ -499,6 +541,8 @@ class Process(Record, frozen=True, kw_only=True, tag="process"):
     space: Index | None = None
     fds: Annotated[list[FdEntry], Meta(max_length=1 << 20)] = []
     cwd: PathRef | None = None
+    #: the working directory was removed: it is made once more under that name, and removed
+    cwd_removed: FileOwner | None = None
     root: PathRef | None = None
     umask: U32 = 0o022
     actions: Annotated[list[SignalAction], Meta(max_length=64)] = []
@@ -572,6 +616,7 @@ AnyRecord = (
     | Namespace
     | Cgroup
     | MappedFile
+    | TakenFile
     | SharedMemory
     | AddressSpace
     | Process

@@ -1,4 +1,4 @@
-"""Character devices that have no state: null, zero, full, random, urandom.
+"""Character devices that have no state: null, zero, full, random, urandom, kmsg for writing, loop-control.
 
 The kernel holds a device number and flags; reads and writes leave nothing behind (what
 was written into the random pools stays the host's). Kept: which device, by number, and
@@ -24,24 +24,32 @@ from pipeline.resources.kinds import CaptureScope, CreateScope, FdView
 from pipeline.resources.paths import describe, reopen
 from pipeline.resources.steps import CompleteOnceCreated
 
-_MEMORY_MAJOR = 1
-#: minor number of major 1 -> name under /dev
-_STATELESS = {3: "null", 5: "zero", 7: "full", 8: "random", 9: "urandom"}
+#: device number -> name under /dev
+_STATELESS = {
+    (1, 3): "null",
+    (1, 5): "zero",
+    (1, 7): "full",
+    (1, 8): "random",
+    (1, 9): "urandom",
+    (1, 11): "kmsg",
+    (10, 237): "loop-control",
+}
+#: who reads it has a place in it
+_FOR_WRITING_ONLY = (1, 11)
 
 
 class DeviceState(Record, frozen=True, kw_only=True):
-    """`minor` of major 1."""
+    """Which device: `major` and `minor`."""
 
     path: PathRef
     minor: U32
+    major: U32 = 1
 
 
-def _minor(found: os.stat_result) -> int | None:
-    """The minor number of a device without state; None for every other file."""
-    if not stat.S_ISCHR(found.st_mode) or os.major(found.st_rdev) != _MEMORY_MAJOR:
-        return None
-    minor = os.minor(found.st_rdev)
-    return minor if minor in _STATELESS else None
+def _number(found: os.stat_result) -> tuple[int, int] | None:
+    """The number of a device without state; None for every other file."""
+    number = os.major(found.st_rdev), os.minor(found.st_rdev)
+    return number if stat.S_ISCHR(found.st_mode) and number in _STATELESS else None
 
 
 class Device(CompleteOnceCreated):
@@ -49,21 +57,30 @@ class Device(CompleteOnceCreated):
 
     name = "device"
     record: type[DeviceState] = DeviceState
-    carried: Sequence[str] = ("/dev/null, zero, full, random, urandom, by whatever name",)
+    carried: Sequence[str] = (
+        "/dev/null, zero, full, random, urandom, loop-control, kmsg for writing, by whatever name",
+    )
     refused: Sequence[str] = ("every other device but terminals",)
-    shown_by: Sequence[str] = ("programs/files.py",)
+    shown_by: Sequence[str] = ("programs/files.py", "resources/test_places.py")
 
     def matches(self, view: FdView) -> bool:
         """By device number."""
-        return not view.flags & os.O_PATH and _minor(view.stat) is not None
+        number = _number(view.stat)
+        if number is None or view.flags & os.O_PATH:
+            return False
+        return number != _FOR_WRITING_ONLY or view.flags & os.O_ACCMODE == os.O_WRONLY
 
     def check(self, view: FdView, scope: CaptureScope) -> Iterator[Blocker]:
         """Locks on a device are not carried."""
-        yield from locks.check(view, carried=False)
+        yield from locks.check(view, scope, carried=False)
 
     def capture(self, view: FdView, scope: CaptureScope) -> DeviceState:
         """Its name and number."""
-        return DeviceState(path=scope.path(view.namer, view.link), minor=os.minor(view.stat.st_rdev))
+        return DeviceState(
+            path=scope.path(view.namer, view.link),
+            major=os.major(view.stat.st_rdev),
+            minor=os.minor(view.stat.st_rdev),
+        )
 
     def create(self, file: OpenFile, record: DeviceState, scope: CreateScope) -> LocalFd:
         """Open the node of that name, or the host's.
@@ -75,22 +92,23 @@ class Device(CompleteOnceCreated):
             fd = reopen(file, record.path, file.flags, scope)
         except RebuildError:
             return self._own(file, record)
-        if _minor(os.fstat(fd)) == record.minor:
+        if _number(os.fstat(fd)) == (record.major, record.minor):
             return fd
         os.close(fd)
         return self._own(file, record)
 
     def _own(self, file: OpenFile, record: DeviceState) -> LocalFd:
-        name = _STATELESS.get(record.minor)
+        number = record.major, record.minor
+        name = _STATELESS.get(number)
         if name is None:
             raise RebuildError(
-                f"{describe(file, record.path)}: device 1:{record.minor} is not one without state"
+                f"{describe(file, record.path)}: device {number[0]}:{number[1]} is not one without state"
             )
         try:
             fd = LocalFd(os.open(f"/dev/{name}", file.flags & os.O_ACCMODE | os.O_CLOEXEC | os.O_NONBLOCK))
         except OSError as error:
             raise RebuildError(f"{describe(file, record.path)} cannot be opened: {error.strerror}") from error
-        if _minor(os.fstat(fd)) != record.minor:
+        if _number(os.fstat(fd)) != number:
             os.close(fd)
             raise RebuildError(f"{describe(file, record.path)}: /dev/{name} is another device here")
         return fd

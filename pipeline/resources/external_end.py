@@ -148,7 +148,7 @@ class ExternalEnd(CompleteOnceCreated):
         if stat.S_ISFIFO(view.stat.st_mode):
             if pipe_buffer.reads(view):
                 yield from pipe_buffer.check(view)
-            yield from locks.check(view, carried=False)
+            yield from locks.check(view, scope, carried=False)
 
     def capture(self, view: FdView, scope: CaptureScope) -> ExternalState:
         """Its name; what waits in a pipe for the tree goes with the first end that reads."""

@@ -65,7 +65,7 @@ class Fifo(CompleteOnceCreated):
             yield Blocker(view.subject, f"the FIFO cannot be opened again by name: {wrong}", "close it")
         yield from outside_ends(view, scope)
         yield from pipe_buffer.check(view)
-        yield from locks.check(view, carried=False)
+        yield from locks.check(view, scope, carried=False)
 
     def capture(self, view: FdView, scope: CaptureScope) -> FifoState:
         """Name and state; for its first end also what is in it."""

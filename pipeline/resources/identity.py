@@ -1,10 +1,13 @@
-"""What a file must be at the destination to stand for the one that was open at the source.
+"""What a file must be at the destination to stand for the one that was open or mapped at the source.
 
 An ELF file is the same if its size and its build id are (another host installs the
 same package at another time). Any other regular file must have the same size and the
 same time of last modification, to the nanosecond: both are recorded after the freeze,
-so even a file that the tree itself writes has to be as the tree left it. Permissions
+so even a file that the tree itself writes has to be as the tree left it, wherever the tree may read it: it remembers
+what was in there. What is open for writing only, such as a log, may have grown since, and nothing else. Permissions
 and ownership are not compared.
+
+Whoever restores may accept other files (``--files any``): then only the type counts.
 
 Source: elf(5) (notes), inode(7).
 """
@@ -17,6 +20,7 @@ import struct
 from contextlib import suppress
 
 from pipeline.image.schema import FileIdentity
+from pipeline.policy import Files
 
 _NT_GNU_BUILD_ID = 3
 _PT_NOTE = 4
@@ -79,15 +83,19 @@ def _build_id_by_reader(fd: int) -> bytes:
     return b""
 
 
-def identity(fd: int) -> FileIdentity:
-    """What identifies the file behind local descriptor `fd` (also one that is write-only or O_PATH)."""
+def identity(fd: int, *, look_inside: bool = True) -> FileIdentity:
+    """What identifies the file behind local descriptor `fd` (also one that is write-only or O_PATH).
+
+    Args:
+        look_inside: an ELF file is opened for its build id, where it cannot be read through `fd`.
+    """
     result = os.fstat(fd)
     found = b""
     if stat.S_ISREG(result.st_mode):
         try:
             found = build_id(fd)
         except OSError:  # EBADF: write-only or O_PATH; EINVAL: O_DIRECT
-            found = _build_id_by_reader(fd)
+            found = _build_id_by_reader(fd) if look_inside else b""
     return FileIdentity(result.st_size, result.st_mtime_ns, result.st_mode, found)
 
 
@@ -96,13 +104,19 @@ def kind_of(mode: int) -> str:
     return _KINDS.get(stat.S_IFMT(mode), f"of mode {mode:o}")
 
 
-def difference(fd: int, wanted: FileIdentity) -> str | None:
-    """How the file behind local descriptor `fd` differs from `wanted`, as words; None if it does not."""
-    found = identity(fd)
-    if stat.S_IFMT(found.mode) != stat.S_IFMT(wanted.mode):
-        return f"it is {kind_of(found.mode)}, and was {kind_of(wanted.mode)}"
-    if not stat.S_ISREG(wanted.mode):
-        return None
+def difference(fd: int, wanted: FileIdentity, *, may_grow: bool = False) -> str | None:
+    """How the file behind local descriptor `fd` differs from `wanted`, as words; None if it does not.
+
+    Args:
+        may_grow: it was open for writing only.
+    """
+    wrong = _other_type(os.fstat(fd).st_mode, wanted)
+    if wrong or not stat.S_ISREG(wanted.mode):
+        return wrong
+    found = identity(fd, look_inside=not may_grow)
+    if may_grow:
+        shrunk = found.size_bytes < wanted.size_bytes
+        return f"it has {found.size_bytes} bytes, and had {wanted.size_bytes}" if shrunk else None
     if found.size_bytes != wanted.size_bytes:
         return f"it has {found.size_bytes} bytes, and had {wanted.size_bytes}"
     if wanted.build_id:
@@ -110,6 +124,19 @@ def difference(fd: int, wanted: FileIdentity) -> str | None:
             return f"its build id is {found.build_id.hex() or 'not there'}, and was {wanted.build_id.hex()}"
     elif found.mtime_ns != wanted.mtime_ns:
         return f"it was modified at {_time(found.mtime_ns)}, and at the source at {_time(wanted.mtime_ns)}"
+    return None
+
+
+def refusal(fd: int, wanted: FileIdentity, files: Files, *, may_grow: bool = False) -> str | None:
+    """`difference`, as far as whoever restores does not accept it."""
+    if files == "any":
+        return _other_type(os.fstat(fd).st_mode, wanted)
+    return difference(fd, wanted, may_grow=may_grow)
+
+
+def _other_type(mode: int, wanted: FileIdentity) -> str | None:
+    if stat.S_IFMT(mode) != stat.S_IFMT(wanted.mode):
+        return f"it is {kind_of(mode)}, and was {kind_of(wanted.mode)}"
     return None
 
 

@@ -1,12 +1,17 @@
 """Files of the kernel's own filesystems: /proc, /sys, cgroups and their relatives.
 
 What such a file says is made when it is read, so nothing of it can be carried; what
-can be done is to open the same name again. That is right for a file opened read-only
-that describes the system (/proc/meminfo, /sys/class/…): kept are name, flags, position.
+can be done is to open the same name again. That is right for a file that describes the system
+(/proc/meminfo, /sys/class/…), and for one about a process of the tree (/proc/PID/…), which has the same number
+again: kept are name, flags, position. Many of them show what whoever opened them may see, or count ids in the
+opener's user namespace: so they are opened by the process that had them open. Opening one for writing has no effect by
+itself: those of /proc/sys, /proc/PID, /sys and cgroups are opened again for writing, too.
 
-Refused: files about one process (/proc/PID/…), because they hold on to that process and
-often to its memory, not to a name; everything open for writing; filesystems whose
-files have a state of their own (tracefs, debugfs, bpf, …). Source: proc(5), sysfs(5).
+Refused: files about a process outside the tree; other files of /proc that are open for writing; what remembers
+something for each open file (pressure triggers, peaks that were reset); filesystems whose
+files have a state of their own (tracefs, debugfs, bpf, …); the mounts of a process that has changed its root.
+Not preserved: a file about a process that executed another program since holds on to its old memory, and is opened
+on the new one. Source: proc(5), sysfs(5), cgroups(7); fs/proc/base.c, kernel/sched/psi.c.
 """
 
 from __future__ import annotations
@@ -14,22 +19,27 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from functools import partial
 
 from pipeline.errors import Blocker, RebuildError
-from pipeline.ids import HostPid, LocalFd
-from pipeline.image.schema import OpenFile, PathRef, Record
-from pipeline.resources import locks
+from pipeline.ids import LocalFd
+from pipeline.image.schema import OpenFile, PathRef, Pid, Record
+from pipeline.kernel.arch.x86_64_numbers import NR
+from pipeline.kernel.syscalls import pidfd_getfd, pidfd_open
+from pipeline.resources import locks, proc_process
 from pipeline.resources.kinds import CaptureScope, CreateScope, FdView
 from pipeline.resources.paths import (
     Magic,
     closed_on_error,
     describe,
     filesystem,
-    look_up,
     misnamed,
+    open_place,
     reopen,
     seek,
 )
+from pipeline.resources.proc_process import Subject
 from pipeline.resources.steps import CompleteOnceCreated
 
 #: read-only files there can be opened again by name
@@ -46,14 +56,17 @@ _WITH_STATE = {
     Magic.BINFMTFS: "binfmt_misc",
     Magic.RESCTRL: "resctrl",
 }
-_PROC_ROOT_INODE = 1
 _CONSUMED_BY_READING = (b"kmsg", b"kcore")
+#: what is written there is remembered for the open file alone
+_REMEMBERS = (b".pressure", b".peak")
+_MOUNTS = (b"mounts", b"mountinfo", b"mountstats")
 
 
 class KernelFileState(Record, frozen=True, kw_only=True):
-    """A read-only file of /proc, /sys or a cgroup filesystem."""
+    """A file of /proc, /sys or a cgroup filesystem; `opener`: who opens it, level-0 pid (0: whoever restores)."""
 
     path: PathRef
+    opener: Pid = 0
 
 
 def is_kernel_file(view: FdView) -> bool:
@@ -62,36 +75,23 @@ def is_kernel_file(view: FdView) -> bool:
     return stat.S_ISREG(view.stat.st_mode) and (magic in _BY_NAME or magic in _WITH_STATE)
 
 
-def about_a_process(pid: HostPid, link: bytes, device: int) -> bool:
-    """Whether `link`, on the proc filesystem `device`, is below the directory of one process."""
-    parts = link.split(b"/")
-    for at, part in enumerate(parts):
-        if not part.isdigit():
-            continue
-        try:
-            above = look_up(pid, b"/".join(parts[:at]) or b"/")
-        except OSError:
-            return True
-        if (above.st_dev, above.st_ino) == (device, _PROC_ROOT_INODE):
-            return True
-    return False
-
-
 class KernelFile(CompleteOnceCreated):
     """See the module."""
 
     name = "kernel-file"
     record: type[KernelFileState] = KernelFileState
     carried: Sequence[str] = (
-        "read-only files of /proc, /sys and cgroups that are not about one process, with position",
+        "files of /proc, /sys and cgroups, with position; of /proc/sys, /proc/PID, /sys and cgroups for writing, too",
+        "/proc/PID files about processes of the tree, at every depth of pid namespaces",
     )
     refused: Sequence[str] = (
-        "/proc/PID files",
-        "files open for writing",
+        "/proc/PID files about others",
+        "pressure triggers, peaks that were reset",
         "tracefs, debugfs, bpf and the like",
     )
     shown_by: Sequence[str] = (
         "programs/files.py",
+        "programs/file_states.py",
         "resources/test_places.py",
     )
 
@@ -100,33 +100,51 @@ class KernelFile(CompleteOnceCreated):
         return not view.flags & os.O_PATH and is_kernel_file(view)
 
     def check(self, view: FdView, scope: CaptureScope) -> Iterator[Blocker]:
-        """Read-only, about the system, and reachable by name."""
+        """Without a state of its own, about the tree or the system, and reachable by name."""
         magic = filesystem(view.local)
         if magic not in _BY_NAME:
             where = _WITH_STATE.get(Magic(magic), "a kernel filesystem")
             yield Blocker(view.subject, f"files of {where} have a state that cannot be carried", "close it")
             return
-        where = _BY_NAME[Magic(magic)]
-        if view.flags & os.O_ACCMODE != os.O_RDONLY:
-            yield Blocker(
-                view.subject, f"a file of {where} that is open for writing is not carried", "close it"
-            )
-        if magic == Magic.PROC:
-            if about_a_process(view.namer, view.link, view.stat.st_dev):
-                yield Blocker(
-                    view.subject, "a /proc file about one process is not carried", "open it anew for each use"
-                )
-                return
-            if os.path.basename(view.link) in _CONSUMED_BY_READING:
-                yield Blocker(view.subject, "what was read of this /proc file cannot be carried", "close it")
+        if magic == Magic.PROC and os.path.basename(view.link) in _CONSUMED_BY_READING:
+            yield Blocker(view.subject, "what was read of this /proc file cannot be carried", "close it")
+            return
         wrong = misnamed(view)
         if wrong:
             yield Blocker(view.subject, f"the file cannot be opened again by name: {wrong}", "close it")
-        yield from locks.check(view, carried=False)
+            return
+        yield from self._check_place(view, scope, Magic(magic))
+        yield from locks.check(view, scope, carried=False)
+
+    def _check_place(self, view: FdView, scope: CaptureScope, magic: Magic) -> Iterator[Blocker]:
+        about = None
+        if magic == Magic.PROC:
+            about = proc_process.subject(view.namer, view.link, view.stat.st_dev)
+            yield from proc_process.check(view, scope)
+        if about is not None and about.below in _MOUNTS:
+            with suppress(OSError):
+                directory = open_place(view.namer, about.directory, os.O_PATH | os.O_DIRECTORY)
+                try:
+                    if os.readlink(b"root", dir_fd=directory) != b"/":
+                        why = "it lists the mounts below a root directory that was changed (chroot)"
+                        yield Blocker(view.subject, why, "open it anew for each use")
+                finally:
+                    os.close(directory)
+        if view.flags & os.O_ACCMODE == os.O_RDONLY:
+            return
+        where = _BY_NAME[magic]
+        if view.link.endswith(_REMEMBERS) or b"/pressure/" in view.link:
+            why = f"what was written into this file of {where} is remembered for the open file"
+            yield Blocker(view.subject, why, "close it")
+        elif magic == Magic.PROC and not _is_harmless(view, about):
+            yield Blocker(
+                view.subject, f"a file of {where} that is open for writing is not carried", "close it"
+            )
 
     def capture(self, view: FdView, scope: CaptureScope) -> KernelFileState:
         """Its name."""
-        return KernelFileState(path=scope.path(view.namer, view.link))
+        opener = 0 if view.opened_here else scope.member(view.pid)
+        return KernelFileState(path=scope.path(view.namer, view.link), opener=opener)
 
     def create(self, file: OpenFile, record: KernelFileState, scope: CreateScope) -> LocalFd:
         """Open the same name.
@@ -134,15 +152,54 @@ class KernelFile(CompleteOnceCreated):
         Raises:
             RebuildError: it is not there, or not a kernel file.
         """
-        with closed_on_error(reopen(file, record.path, file.flags, scope)) as fd:
+        with closed_on_error(self._open(file, record, scope)) as fd:
             if not stat.S_ISREG(os.fstat(fd).st_mode) or filesystem(fd) not in _BY_NAME:
                 raise RebuildError(f"{describe(file, record.path)} is not a file of the kernel here")
         return fd
+
+    @staticmethod
+    def _open(file: OpenFile, record: KernelFileState, scope: CreateScope) -> LocalFd:
+        """From inside of the process; or, where what that may do has changed since, by us, for reading."""
+        if not record.opener:
+            return reopen(file, record.path, file.flags, scope)
+        try:
+            return reopen(file, record.path, file.flags, scope, partial(_open_inside, record.opener, scope))
+        except RebuildError:
+            if file.flags & os.O_ACCMODE != os.O_RDONLY:
+                raise
+            return reopen(file, record.path, file.flags, scope)
 
     def connect(self, file: OpenFile, record: KernelFileState, scope: CreateScope) -> None:
         """Position, which these files understand as so many bytes of text."""
         if file.position:
             seek(file, scope)
+
+
+def _is_harmless(view: FdView, about: Subject | None) -> bool:
+    """Whether opening this file of /proc for writing does nothing by itself, and holds nothing."""
+    if about is not None:
+        return not about.below.startswith(b"net/")
+    root = open_place(view.namer, view.link[: view.link.index(b"/sys/")]) if b"/sys/" in view.link else -1
+    if root < 0:
+        return False
+    try:
+        found = os.fstat(root)
+        return found.st_dev == view.stat.st_dev and found.st_ino == proc_process.PROC_ROOT_INODE
+    finally:
+        os.close(root)
+
+
+def _open_inside(opener: int, scope: CreateScope, path: PathRef, flags: int) -> LocalFd:
+    """Let a process of the tree open a path, and take it over."""
+    number = scope.inject(opener, NR.openat, -100, path.path + b"\0", flags, 0)
+    try:
+        process = pidfd_open(scope.host_pid(opener))
+        try:
+            return pidfd_getfd(process, number)
+        finally:
+            os.close(process)
+    finally:
+        scope.inject(opener, NR.close, number)
 
 
 KIND = KernelFile()

@@ -124,6 +124,9 @@ class CaptureScope(Protocol):
     def content(self, local: LocalFd, size_bytes: int) -> Index:
         """Carry the bytes of a file: they are streamed as pages later (holes stay holes). Duplicates `local`."""
 
+    def take_along(self, pid: HostPid, link: bytes, local: LocalFd) -> None:
+        """Let the content of a file with a name go along, if whoever captures asked for that."""
+
     def memory(self, view: FdView) -> Index:
         """The `SharedMemory` space of a memfd or shared mapping behind `view`, registered on first use."""
 

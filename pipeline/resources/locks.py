@@ -1,17 +1,23 @@
-"""Locks on open files: flock(2), open-file-description locks and POSIX locks (fcntl(2)).
+"""Locks on open files: flock(2), open-file-description locks, POSIX locks and leases (fcntl(2)).
 
 The kernel ties a flock and an OFD lock to the open file description, and a POSIX lock
 to a descriptor table and an inode. /proc/PID/fdinfo/N shows each under the
 description that it was taken through, so every holder's fdinfo is asked.
 
-Kept: kind, read or write, range, and for POSIX locks the process. flock and OFD
-locks are taken again in `connect`, POSIX locks from inside the process in `finish`;
+Kept: kind, read or write, range, and the process that took it (that of a flock is only for people: lslocks(8)). OFD
+locks are taken again in `connect`, all others from inside the process in `finish`;
 a lock that somebody else holds by then is an error, never waited for.
 A POSIX lock goes when *any* descriptor of that file is closed in the process: nothing
-may be closed there after `finish`.
+may be closed there after `finish`. A thread that waits for a lock is in a system call, which is
+issued again when all locks are held.
 
-Not carried: leases and delegations (refused). Sources: fcntl(2), flock(2),
-proc_locks(5); fs/locks.c `lock_get_status`.
+A lease tells its owner by a signal, with the number of the descriptor that it was taken through: it is taken
+again through the first one that refers to the open file, by us where the process may not, with our pid in
+/proc/locks. One that is being broken just now is waited for.
+
+Refused: a flock or OFD lock of an open file that somebody outside of the tree holds, too: it would stay with
+them. Not carried: delegations (refused). Sources: fcntl(2), flock(2),
+proc_locks(5); fs/locks.c `lock_get_status`, `check_conflicting_open`.
 """
 
 from __future__ import annotations
@@ -21,29 +27,35 @@ import fcntl
 import os
 import re
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from pipeline.errors import Blocker, RebuildError
 from pipeline.ids import HostPid
 from pipeline.image.schema import U64, OpenFile, Pid
 from pipeline.kernel.arch.x86_64_numbers import NR
+from pipeline.kernel.syscalls import CLONE, unshare
+from pipeline.resources import outside
+from pipeline.resources.acting import in_thread
 from pipeline.resources.kinds import CaptureScope, CreateScope, FdView
 from pipeline.resources.paths import describe
 
 _LINE = re.compile(r"\s*\d+:\s+(\w+)\s+\w+\s+(\w+)\s+(-?\d+)\s+\S+\s+(\d+)\s+(\d+|EOF)")
-_KINDS: dict[str, Literal["flock", "ofd", "posix"]] = {"FLOCK": "flock", "OFDLCK": "ofd", "POSIX": "posix"}
+Kind = Literal["flock", "ofd", "posix", "lease"]
+_KINDS: dict[str, Kind] = {"FLOCK": "flock", "OFDLCK": "ofd", "POSIX": "posix", "LEASE": "lease"}
+_BREAKING = re.compile(r"\s*\d+:\s+LEASE\s+BREAK")
 F_OFD_SETLK = 37
 #: struct flock: l_type, l_whence, l_start, l_len, l_pid
 _FLOCK = struct.Struct("<hh4xqqi4x")
 
 
 class Lock(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """One lock: `start` and `length` in bytes (0: to the end), `pid`: level-0 pid of a POSIX lock's owner."""
+    """One lock: `start` and `length` in bytes (0: to the end), `pid`: level-0 pid of who took it (0: nobody here)."""
 
-    kind: Literal["flock", "ofd", "posix"]
+    kind: Kind
     write: bool
     start: U64 = 0
     length: U64 = 0
@@ -55,28 +67,44 @@ def _lines(pid: HostPid, fd: int) -> list[str]:
         return [line.removeprefix("lock:").strip() for line in info if line.startswith("lock:")]
 
 
-def _parse(line: str, pid: Pid) -> Lock | None:
-    """One line of fdinfo; None for what is not carried."""
+def _parse(line: str, pid: Pid, member: Callable[[int], Pid]) -> Lock | None:
+    """One line of the fdinfo of `pid`; None for what is not carried."""
     match = _LINE.match(line)
     if match is None or match[1] not in _KINDS or match[2] not in ("READ", "WRITE"):
         return None
     kind, start = _KINDS[match[1]], int(match[4])
     length = 0 if match[5] == "EOF" else int(match[5]) - start + 1
-    return Lock(kind, match[2] == "WRITE", start, length, pid if kind == "posix" else 0)
+    owner = pid if kind == "posix" else member(int(match[3])) if kind == "flock" else 0
+    return Lock(kind, match[2] == "WRITE", start, length, owner)
 
 
-def check(view: FdView, carried: bool = True) -> Iterator[Blocker]:
+def leased(view: FdView) -> bool:
+    """Whether there is a lease on the open file: opening the file once more could break it."""
+    return any(" LEASE " in line for line in view.info.get("lock", []))
+
+
+def check(view: FdView, scope: CaptureScope, *, carried: bool = True) -> Iterator[Blocker]:
     """Blockers for every lock on `view` that is not carried; for all of them where `carried` is false."""
+    of_description = False
     for line in view.info.get("lock", []):
-        lock = _parse(line, 0)
-        if lock is None:
+        lock = _parse(line, 0, scope.member)
+        if _BREAKING.match(line):
             yield Blocker(
-                view.subject, f"it has a lease or an unknown lock: {line.strip()}", "release it first"
+                view.subject,
+                "its lease is being broken by somebody who wants the file",
+                "wait",
+                transient=True,
             )
+        elif lock is None:
+            yield Blocker(view.subject, f"it has an unknown lock: {line.strip()}", "release it first")
         elif not carried:
             yield Blocker(
                 view.subject, f"a {lock.kind} lock on this kind of file is not carried", "release it first"
             )
+        else:
+            of_description |= lock.kind != "posix"
+    if of_description:
+        yield from outside.blockers(view, outside.same_file(view, scope), "its lock is shared with")
 
 
 def capture(view: FdView, scope: CaptureScope) -> list[Lock]:
@@ -88,7 +116,7 @@ def capture(view: FdView, scope: CaptureScope) -> list[Lock]:
         member = scope.member(pid)
         own = (pid, fd) == (view.pid, view.fd)
         for line in view.info.get("lock", []) if own else _lines(pid, fd):
-            lock = _parse(line, member)
+            lock = _parse(line, member, scope.member)
             if lock is not None:
                 locks[lock] = None
     return list(locks)
@@ -103,41 +131,81 @@ def _request(lock: Lock) -> bytes:
 def _refused(file: OpenFile, lock: Lock, error: OSError) -> RebuildError:
     taken = error.errno in (errno.EAGAIN, errno.EACCES)
     why = "another process holds a lock that conflicts" if taken else error.strerror or str(error)
-    return RebuildError(f"{describe(file)}: its {lock.kind} lock cannot be taken again: {why}")
+    if taken and lock.kind == "lease":
+        why = "another process has the file open"
+    what = "lease" if lock.kind == "lease" else f"{lock.kind} lock"
+    return RebuildError(f"{describe(file)}: its {what} cannot be taken again: {why}")
 
 
 def connect(file: OpenFile, locks: Sequence[Lock], scope: CreateScope) -> None:
-    """Take flock and OFD locks again, through the local descriptor.
+    """Take OFD locks again, through the local descriptor.
 
     Raises:
         RebuildError: somebody else holds the lock.
     """
     for lock in locks:
-        if lock.kind == "posix":
+        if lock.kind != "ofd":
             continue
-        local = scope.file(file.index)
         try:
-            if lock.kind == "flock":
-                fcntl.flock(local, (fcntl.LOCK_EX if lock.write else fcntl.LOCK_SH) | fcntl.LOCK_NB)
-            else:
-                fcntl.fcntl(local, F_OFD_SETLK, _request(lock))
+            fcntl.fcntl(scope.file(file.index), F_OFD_SETLK, _request(lock))
         except OSError as error:
             raise _refused(file, lock, error) from error
 
 
 def finish(file: OpenFile, locks: Sequence[Lock], scope: CreateScope) -> None:
-    """Take POSIX locks again, inside the process that held each.
+    """Take POSIX locks and flocks again, inside the process that took each, and leases.
 
     Raises:
         RebuildError: somebody else holds the lock.
     """
-    numbers = dict(reversed(scope.holders(file.index)))
+    holders = scope.holders(file.index)
+    numbers = dict(reversed(holders))
     for lock in locks:
-        if lock.kind != "posix":
-            continue
-        if lock.pid not in numbers:
-            raise RebuildError(f"{describe(file)}: pid {lock.pid} holds a lock on it but no descriptor")
+        if lock.kind == "lease":
+            _take_lease(file, lock, holders, scope)
+        elif lock.kind == "flock":
+            _take_flock(file, lock, numbers, scope)
+        elif lock.kind == "posix":
+            if lock.pid not in numbers:
+                if any(other.pid in numbers and replace(other, pid=lock.pid) == lock for other in locks):
+                    continue  # it shares its descriptor table with that one
+                raise RebuildError(f"{describe(file)}: pid {lock.pid} holds a lock on it but no descriptor")
+            try:
+                scope.inject(lock.pid, NR.fcntl, numbers[lock.pid], fcntl.F_SETLK, _request(lock))
+            except OSError as error:
+                raise _refused(file, lock, error) from error
+
+
+def _take_flock(file: OpenFile, lock: Lock, numbers: Mapping[Pid, int], scope: CreateScope) -> None:
+    """By whoever took it, or, who has no descriptor of it any more, by us."""
+    how = (fcntl.LOCK_EX if lock.write else fcntl.LOCK_SH) | fcntl.LOCK_NB
+    try:
+        if lock.pid in numbers:
+            scope.inject(lock.pid, NR.flock, numbers[lock.pid], how)
+        else:
+            fcntl.flock(scope.file(file.index), how)
+    except OSError as error:
+        raise _refused(file, lock, error) from error
+
+
+def _take_lease(file: OpenFile, lock: Lock, holders: Sequence[tuple[Pid, int]], scope: CreateScope) -> None:
+    """By the process itself; or, where that is not the owner of the file, by us, under the same number."""
+    wanted = fcntl.F_WRLCK if lock.write else fcntl.F_RDLCK
+    local = scope.file(file.index)
+    try:
         try:
-            scope.inject(lock.pid, NR.fcntl, numbers[lock.pid], fcntl.F_SETLK, _request(lock))
-        except OSError as error:
-            raise _refused(file, lock, error) from error
+            if not holders:  # it is on its way through a socket
+                fcntl.fcntl(local, fcntl.F_SETLEASE, wanted)
+                return
+            pid, number = holders[0]
+            scope.inject(pid, NR.fcntl, number, fcntl.F_SETLEASE, wanted)
+        except PermissionError:
+
+            def take() -> None:
+                unshare(CLONE.FILES)  # a descriptor table of this thread's own, which has room for any number
+                os.dup2(local, number, inheritable=False)
+                fcntl.fcntl(number, fcntl.F_SETLEASE, wanted)
+
+            in_thread(take)
+    except OSError as error:
+        raise _refused(file, lock, error) from error

@@ -81,7 +81,7 @@ class Memfd:
                 view.subject, "a memfd of huge pages (MFD_HUGETLB) is not carried", "use small pages"
             )
         yield from outside.blockers(view, outside.same_link(view, scope), "the memfd is held by")
-        yield from locks.check(view)
+        yield from locks.check(view, scope)
 
     def capture(self, view: FdView, scope: CaptureScope) -> MemfdState:
         """Which memory it is."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import IntEnum
 
@@ -25,6 +25,7 @@ from pipeline.image.schema import OpenFile, PathRef
 from pipeline.kernel import procfs
 from pipeline.kernel.arch.x86_64_numbers import NR
 from pipeline.kernel.inside import opened
+from pipeline.kernel.mountinfo import mountinfo
 from pipeline.kernel.syscalls import RESOLVE, openat2, syscall
 from pipeline.resources.kinds import CreateScope, FdView
 
@@ -98,6 +99,8 @@ def _start(pid: HostPid, link: bytes) -> tuple[bytes, bytes]:
     root = os.readlink(f"/proc/{pid}/root".encode())
     if root == b"/":
         below = link
+    elif link == root:
+        below = b"/"
     elif link.startswith(root + b"/"):
         below = link[len(root) :]
     else:
@@ -121,8 +124,8 @@ def _unconfined(pid: HostPid) -> HostPid:
     return at
 
 
-def look_up(pid: HostPid, link: bytes) -> os.stat_result:
-    """fstat of what `link` leads to in the mount namespace of `pid`, without following a last symlink.
+def open_place(pid: HostPid, link: bytes, flags: int = os.O_PATH) -> LocalFd:
+    """Open what `link` leads to in the mount namespace of `pid`, without following a last symlink; the caller owns it.
 
     Args:
         pid: the process whose mount namespace is meant.
@@ -134,11 +137,16 @@ def look_up(pid: HostPid, link: bytes) -> os.stat_result:
     base, below = _start(pid, link)
     root = os.open(base, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        found = opened(
-            pid, lambda: openat2(LocalFd(root), below, os.O_PATH | os.O_NOFOLLOW, resolve=RESOLVE.IN_ROOT)
+        return opened(
+            pid, lambda: openat2(LocalFd(root), below, flags | os.O_NOFOLLOW, resolve=RESOLVE.IN_ROOT)
         )
     finally:
         os.close(root)
+
+
+def look_up(pid: HostPid, link: bytes) -> os.stat_result:
+    """fstat of what `open_place` finds, which raises as it does."""
+    found = open_place(pid, link)
     try:
         return os.fstat(found)
     finally:
@@ -147,21 +155,38 @@ def look_up(pid: HostPid, link: bytes) -> os.stat_result:
 
 def misnamed(view: FdView) -> str | None:
     """What is wrong with the name of `view`; None if it leads to the open file."""
-    if not view.link.startswith(b"/"):
+    wrong = wrong_name(view.namer, view.link, view.stat)
+    mount = int(view.info.get("mnt_id", ["0"])[0])
+    if wrong not in (None, NAME_REMOVED) and mount and _is_gone(mount, view.namer):
+        return f"{wrong}; its mount was taken away (umount -l)"
+    return wrong
+
+
+def wrong_name(pid: HostPid, link: bytes, stat: os.stat_result) -> str | None:
+    """What is wrong with the name `link` of the file that `stat` describes; None if it leads to it for `pid`."""
+    if not link.startswith(b"/"):
         return "it has no path"
     try:
-        found = look_up(view.namer, view.link)
+        found = look_up(pid, link)
     except OSError as error:
-        if view.link.endswith(DELETED):
+        if link.endswith(DELETED):
             return NAME_REMOVED
         if isinstance(error, PermissionError):
             return f"uid {os.geteuid()} may not search a directory on its path"
         return f"its name does not lead to it any more: {error.strerror or error}"
-    if same_inode(found, view.stat):
+    if same_inode(found, stat):
         return None
-    if view.link.endswith(DELETED):
+    if link.endswith(DELETED):
         return NAME_REMOVED
     return "its name leads to another file now (covered by a mount, or opened in another mount namespace)"
+
+
+def _is_gone(mount: int, pid: HostPid) -> bool:
+    """Whether no mount of this number is to be seen where `pid` is, whose root directory is that of its namespace."""
+    try:
+        return os.readlink(f"/proc/{pid}/root") == "/" and all(one.id != mount for one in mountinfo(pid))
+    except (OSError, procfs.ProcessGone):
+        return False
 
 
 def taken_over(view: FdView) -> bool:
@@ -178,18 +203,25 @@ def describe(file: OpenFile, path: PathRef | None = None) -> str:
     return f"open file {file.index} ({file.kind})" + (f" {os.fsdecode(path.path)}" if path else "")
 
 
-def reopen(file: OpenFile, path: PathRef, flags: int, scope: CreateScope) -> LocalFd:
+def reopen(
+    file: OpenFile,
+    path: PathRef,
+    flags: int,
+    scope: CreateScope,
+    by: Callable[[PathRef, int], LocalFd] | None = None,
+) -> LocalFd:
     """Open `path` again for `file`; never blocks, so O_NONBLOCK may be set on the result.
 
     Args:
         flags: what F_GETFL said; flags that only F_SETFL gives are left to the engine.
+        by: opens it instead of `scope`.
 
     Raises:
         RebuildError: it cannot be opened here; names the path.
     """
     wanted = flags & REOPEN_FLAGS | os.O_NONBLOCK | os.O_NOCTTY
     try:
-        return scope.open(path, wanted)
+        return by(path, wanted) if by is not None else scope.open(path, wanted)
     except OSError as error:
         raise RebuildError(f"{describe(file, path)} cannot be opened: {error.strerror or error}") from error
 

@@ -67,7 +67,7 @@ class Pipe(CompleteOnceCreated):
         """Every end must be in the tree."""
         yield from pipe_buffer.outside_ends(view, scope, one_sided=True)
         yield from pipe_buffer.check(view)
-        yield from locks.check(view, carried=False)
+        yield from locks.check(view, scope, carried=False)
 
     def capture(self, view: FdView, scope: CaptureScope) -> PipeState:
         """Which pipe; for its first end also what is in it."""

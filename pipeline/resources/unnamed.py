@@ -6,10 +6,11 @@ At the destination the engine's content file stands for it: every open file of i
 opened again from there, with its own access mode, flags and position, so the bytes
 are shared as they were.
 
-Kept: bytes, holes, size, permissions, owner, modification time, locks. Not preserved:
+Kept: bytes, holes, size, permissions, owner, modification time, locks, attributes of users and access control
+list (`pipeline.resources.attributes`). Not preserved:
 inode number, ctime, the flags O_TMPFILE and O_NOFOLLOW in F_GETFL, and the filesystem
 it was on; so it cannot be given a name by
-linkat(2) in its old directory. Refused: user extended attributes and ACLs on it.
+linkat(2) in its old directory. Refused: leases.
 Also counted as unnamed: what NFS (``.nfs…``) and FUSE (``.fuse_hidden…``) keep under a
 made-up name until the last close. Source: open(2) O_TMPFILE, unlink(2).
 """
@@ -25,15 +26,14 @@ from msgspec import Meta
 
 from pipeline.errors import Blocker, RebuildError
 from pipeline.ids import LocalFd
-from pipeline.image.schema import I64, Id, Index, OpenFile, Path, Record
+from pipeline.image.schema import I64, FileAttributes, Id, Index, OpenFile, Path, Record
 from pipeline.kernel.inside import open_file
-from pipeline.resources import kernel_files, locks, memfd
+from pipeline.resources import attributes, kernel_files, locks, memfd
 from pipeline.resources.kinds import CaptureScope, CreateScope, FdView
 from pipeline.resources.locks import Lock
 from pipeline.resources.paths import DELETED, Magic, describe, filesystem, open_again, seek, taken_over
 
 _HIDDEN = {Magic.NFS: b".nfs", Magic.FUSE: b".fuse_hidden"}
-_ATTRIBUTES = ("user.", "system.posix_acl")
 
 
 class UnnamedState(Record, frozen=True, kw_only=True):
@@ -49,6 +49,7 @@ class UnnamedState(Record, frozen=True, kw_only=True):
     uid: Id
     gid: Id
     mtime_ns: I64
+    attributes: FileAttributes = FileAttributes()
     locks: list[Lock] = []
 
 
@@ -77,9 +78,10 @@ class UnnamedFile:
     record: type[UnnamedState] = UnnamedState
     carried: Sequence[str] = (
         "deleted and O_TMPFILE files with their bytes, shared by all that opened them",
+        "their owner, mode, user extended attributes and ACL",
         "locks",
     )
-    refused: Sequence[str] = ("a lease", "user extended attributes or an ACL on a deleted file")
+    refused: Sequence[str] = ("a lease",)
     shown_by: Sequence[str] = (
         "programs/files.py",
         "resources/test_places.py",
@@ -96,7 +98,10 @@ class UnnamedFile:
         return is_unnamed(view)
 
     def check(self, view: FdView, scope: CaptureScope) -> Iterator[Blocker]:
-        """It must be readable and plain."""
+        """It must be readable."""
+        if locks.leased(view):
+            yield Blocker(view.subject, "there is a lease on the deleted file", "release it first")
+            return
         try:
             os.close(_readable(view))
         except OSError as error:
@@ -104,12 +109,7 @@ class UnnamedFile:
                 view.subject, f"the deleted file cannot be read: {error.strerror}", "run as its owner or root"
             )
             return
-        names = [name for name in _attributes(view.local) if name.startswith(_ATTRIBUTES)]
-        if names:
-            yield Blocker(
-                view.subject, f"the deleted file has extended attributes ({', '.join(names)})", "close it"
-            )
-        yield from locks.check(view)
+        yield from locks.check(view, scope)
 
     def capture(self, view: FdView, scope: CaptureScope) -> UnnamedState:
         """Its attributes; its bytes go through the scope, once per inode."""
@@ -129,6 +129,7 @@ class UnnamedFile:
             uid=scope.user(view.stat.st_uid),
             gid=scope.group(view.stat.st_gid),
             mtime_ns=view.stat.st_mtime_ns,
+            attributes=attributes.captured(view.local, scope.user, scope.group),
             locks=locks.capture(view, scope),
         )
 
@@ -159,13 +160,6 @@ class UnnamedFile:
         locks.finish(file, record.locks, scope)
 
 
-def _attributes(fd: int) -> list[str]:
-    try:
-        return os.listxattr(fd)
-    except OSError:  # a filesystem without extended attributes has none to lose
-        return []
-
-
 def _own(content: LocalFd, record: UnnamedState, scope: CreateScope) -> None:
     """Give the content file its permissions and owner."""
     uid, gid = scope.user(record.uid), scope.group(record.gid)
@@ -173,6 +167,7 @@ def _own(content: LocalFd, record: UnnamedState, scope: CreateScope) -> None:
     if (found.st_uid, found.st_gid) != (uid, gid):
         os.fchown(content, uid, gid)
     os.fchmod(content, stat.S_IMODE(record.mode))
+    attributes.give(content, record.attributes, scope.user, scope.group)
 
 
 KIND = UnnamedFile()

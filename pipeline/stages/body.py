@@ -24,9 +24,10 @@ from pipeline.image.schema import AddressSpace, Id, MappedFile, PathRef, Process
 from pipeline.kernel.arch.x86_64 import NR
 from pipeline.kernel.syscalls import PRCTL
 from pipeline.ledger import LEDGER
+from pipeline.policy import RestorePolicy
 from pipeline.remote.calls import Call
 from pipeline.remote.puppet import Puppet
-from pipeline.resources import identity
+from pipeline.resources import identity, other_names
 from pipeline.resources.cgroups.making import CgroupMaking
 from pipeline.resources.memory import rebuild
 from pipeline.resources.memory.rebuild import Source
@@ -73,8 +74,13 @@ class MappedFiles:
     """The files that mappings and exe links need, opened once and checked to be the same as at the source."""
 
     def __init__(
-        self, image: Image, contents: Contents, open_path: Callable[[PathRef, int], LocalFd]
+        self,
+        image: Image,
+        contents: Contents,
+        open_path: Callable[[PathRef, int], LocalFd],
+        policy: RestorePolicy,
     ) -> None:
+        self._policy = policy
         self._image = image
         self._contents = contents
         self._open_path = open_path
@@ -100,13 +106,16 @@ class MappedFiles:
             return LocalFd(os.open(f"/proc/self/fd/{source}", flags | os.O_CLOEXEC))
         name = os.fsdecode(file.path.path)
         try:
-            fd = self._open_path(file.path, flags)
+            if file.last_name:
+                fd = other_names.open_as(file.last_name, self._open_path, file.path, flags)
+            else:
+                fd = self._open_path(file.path, flags)
         except OSError as error:
             raise RebuildError(
                 f"mapped file {name}: {error.strerror}; bring it to this host first"
             ) from error
         try:
-            reason = identity.difference(fd, file.identity)
+            reason = identity.refusal(fd, file.identity, self._policy.files)
             if reason:
                 raise RebuildError(f"mapped file {name} is not the same here: {reason}")
         except BaseException:

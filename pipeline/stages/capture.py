@@ -55,6 +55,7 @@ from pipeline.resources.pty_session import check_controlling_terminal
 from pipeline.resources.tasks import (
     attributes,
     credentials,
+    directories,
     interrupted,
     job_control,
     leaders,
@@ -171,6 +172,10 @@ class Capture:
         """See `MemoryScope`."""
         return self.files.content(local, size_bytes)
 
+    def take_along(self, pid: HostPid, name: bytes, fd: LocalFd) -> None:
+        """See `MemoryScope`."""
+        self.files.take_along(pid, name, fd)
+
     def segment(self, pid: HostPid, identifier: int) -> int:
         """See `MemoryScope`."""
         return self.namespaces.segment(pid, identifier)
@@ -190,6 +195,7 @@ class Capture:
         for pid in self.living:
             with suppress(procfs.ProcessGone):
                 yield from check_task(pid)
+                yield from directories.check(pid)
                 yield from check_address_space(pid, self._objects)
                 yield from check_controlling_terminal(pid, self.files)
         if self.living:
@@ -215,7 +221,11 @@ class Capture:
         self.files.collect(self.living, still=True)
         blockers = [*self.files.blockers(), *self.namespaces.blockers, *self._cgroups.blockers()]
         for pid in self.living:
-            blockers += [*check_task(pid), *check_controlling_terminal(pid, self.files)]
+            blockers += [
+                *check_task(pid),
+                *directories.check(pid),
+                *check_controlling_terminal(pid, self.files),
+            ]
         for process in frozen.living():
             blockers += [b for tid in process.tasks for b in check_stopped(process.pid, HostPid(tid))]
         if blockers:
@@ -261,6 +271,7 @@ class Capture:
             self.namespaces.namespaces,
             self._cgroups.records(),
             self._objects.mapped_files,
+            self.files.takings.records,
             [shared.record for shared in self._objects.shared_memory],
             self.files.contents,
             spaces,
@@ -392,6 +403,7 @@ class Capture:
         if pid != number:
             threads.insert(0, leaders.capture(number, threads[0]))
         is_root = number == self.tree.pids[0]
+        cwd, cwd_removed = directories.captured(pid, pid, self)
         record = Process(
             pids=list(status.ns_pid),
             parent=0 if is_root else self.tree.member(stat.ppid),
@@ -407,7 +419,8 @@ class Capture:
             together=shares,
             space=memory.space.space,
             fds=[] if shares.files else self.files.entries(pid),
-            cwd=self.path(pid, procfs.read_link(pid, "cwd")),
+            cwd=cwd,
+            cwd_removed=cwd_removed,
             root=self.path(pid, procfs.read_link(pid, "root")),
             umask=procfs.status(pid).umask or 0,
             actions=leader.actions(),
@@ -428,20 +441,10 @@ class Capture:
             cgroups=self._cgroups.of_process(pid),
         )
         blockers += self._apart(pid, threads)
-        for what, path in (
-            ("working directory", record.cwd),
-            ("root directory", record.root),
-            *(
-                ("thread's directory", path)
-                for t in threads
-                if t.place
-                for path in (t.place.cwd, t.place.root)
-            ),
-        ):
-            if path is not None and path.path.endswith(b" (deleted)"):
-                blockers.append(
-                    Blocker(subject, f"its {what} has been removed", "let it change its directory")
-                )
+        for thread in threads:
+            if thread.place and thread.place.root.path.endswith(b" (deleted)"):
+                why = f"the root directory of its thread {thread.pids[0]} has been removed"
+                blockers.append(Blocker(subject, why, "end it"))
         return record, blockers
 
     def _thread(self, pid: HostPid, inquiry: Inquiry, members: Memberships) -> Thread:
@@ -462,8 +465,9 @@ class Capture:
                     yield Blocker(f"pid {pid} thread {tid}", why, "end one of them")
 
     def _place(self, pid: HostPid, inquiry: Inquiry) -> Place:
-        links = {what: self.path(pid, procfs.read_link(inquiry.tid, what)) for what in ("cwd", "root")}
-        return Place(umask=inquiry.status.umask or 0, **links)
+        cwd, cwd_removed = directories.captured(inquiry.tid, pid, self)
+        root = self.path(pid, procfs.read_link(inquiry.tid, "root"))
+        return Place(umask=inquiry.status.umask or 0, cwd=cwd, cwd_removed=cwd_removed, root=root)
 
     def _ask(
         self, pid: HostPid, tids: Sequence[HostPid]

@@ -21,14 +21,14 @@ import msgspec
 from pipeline.errors import PipelineError, RebuildError
 from pipeline.ids import HostPid, LocalFd
 from pipeline.image.codec import Image
-from pipeline.image.schema import FdEntry, Id, OpenFile, PathRef, Record
+from pipeline.image.schema import FdEntry, FileOwner, Id, OpenFile, PathRef, Record
 from pipeline.kernel.arch.x86_64 import NR
 from pipeline.kernel.syscalls import CLONE, RESOLVE, openat2
 from pipeline.ledger import LEDGER
 from pipeline.policy import RestorePolicy
 from pipeline.remote.calls import Argument, Call
 from pipeline.remote.puppet import Puppet
-from pipeline.resources import external_end, signal_owner
+from pipeline.resources import external_end, removed, signal_owner
 from pipeline.resources.namespaces.clocks_here import ClocksHere
 from pipeline.resources.registry import WATCHERS, kind_named
 from pipeline.stages.contents import Contents
@@ -181,6 +181,12 @@ class Descriptors:
         return openat2(
             self._root_of(path.mntns), path.path, flags, mode if flags & create else 0, RESOLVE.IN_ROOT
         )
+
+    def directory(self, path: PathRef, was_removed: FileOwner | None) -> LocalFd:
+        """A descriptor of a directory, of one that was removed where its owner is given; the caller owns it."""
+        if was_removed is None:
+            return self.open(path, os.O_PATH | os.O_DIRECTORY)
+        return LocalFd(fcntl.fcntl(removed.shared(path, was_removed, self), fcntl.F_DUPFD_CLOEXEC, 0))
 
     def in_network(self, netns: int, make: Callable[[], T]) -> T:
         """See `CreateScope.in_network`: a visitor goes there; a socket stays where it was made."""

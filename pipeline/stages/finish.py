@@ -19,11 +19,12 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from pipeline.errors import RebuildError
 from pipeline.ids import LocalFd
 from pipeline.image.codec import Image
-from pipeline.image.schema import PathRef, Place, Process
+from pipeline.image.schema import FileOwner, PathRef, Place, Process
 from pipeline.kernel.arch.x86_64 import NR
 from pipeline.kernel.syscalls import CLONE, PRCTL
 from pipeline.remote.calls import Call
@@ -62,40 +63,44 @@ def complete_memory(image: Image, growth: Growth) -> None:
             grown.puppet.run_checked(rebuild.complete(image.spaces[process.space]))
 
 
-def set_directories(image: Image, growth: Growth, open_path: Callable[[PathRef, int], LocalFd]) -> None:
+#: a descriptor of a directory, of one that was removed where its owner is given
+OpenDirectory = Callable[[PathRef, FileOwner | None], LocalFd]
+
+
+def set_directories(image: Image, growth: Growth, open_directory: OpenDirectory) -> None:
     """Root, working directory and umask of every process, and of threads that have their own."""
     for process, grown in living(image, growth):
         if not process.together.fs and process.root is not None and process.cwd is not None:
-            place = Place(root=process.root, cwd=process.cwd, umask=process.umask)
-            _put(grown.puppet, open_path, place, process)
+            place = Place(
+                root=process.root, cwd=process.cwd, cwd_removed=process.cwd_removed, umask=process.umask
+            )
+            _put(grown.puppet, open_directory, place, process)
         for thread, puppet in zip(process.threads, grown.threads, strict=True):
             if thread.place is not None:
-                _put(puppet, open_path, thread.place, process)
+                _put(puppet, open_directory, thread.place, process)
 
 
-def _put(
-    puppet: Puppet, open_path: Callable[[PathRef, int], LocalFd], place: Place, process: Process
-) -> None:
+def _put(puppet: Puppet, open_directory: OpenDirectory, place: Place, process: Process) -> None:
     if place.root.path != b"/":
-        _enter(puppet, open_path, place.root, process, "root directory")
+        root = partial(open_directory, place.root, None)
+        _enter(puppet, root, place.root, process, "root directory")
         puppet.syscall(NR.chroot, b".\0")
-    _enter(puppet, open_path, place.cwd, process, "working directory")
+    cwd = partial(open_directory, place.cwd, place.cwd_removed)
+    _enter(puppet, cwd, place.cwd, process, "working directory")
     puppet.syscall(NR.umask, place.umask)
 
 
-def _enter(
-    puppet: Puppet, open_path: Callable[[PathRef, int], LocalFd], path: PathRef, process: Process, what: str
-) -> None:
+def _enter(puppet: Puppet, opened: Callable[[], LocalFd], path: PathRef, process: Process, what: str) -> None:
     try:
-        local = open_path(path, os.O_PATH | os.O_DIRECTORY)
+        directory = opened()
     except OSError as error:
         raise RebuildError(
             f"pid {process.pids[0]}: its {what} {os.fsdecode(path.path)}: {error.strerror}"
         ) from error
     try:
-        (number,) = puppet.send_fds([local])
+        (number,) = puppet.send_fds([directory])
     finally:
-        os.close(local)
+        os.close(directory)
     puppet.run_checked([Call(NR.fchdir, (number,), name=f"fchdir to its {what}"), Call(NR.close, (number,))])
 
 

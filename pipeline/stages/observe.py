@@ -28,6 +28,7 @@ from pipeline.resources.held import Held
 from pipeline.resources.kinds import FdView, FileKind
 from pipeline.resources.namespaces.members import NamespaceCapture
 from pipeline.resources.registry import kind_of
+from pipeline.resources.taken import Takings
 from pipeline.resources.unix_unread import Unread
 from pipeline.stages.open_files import OpenFiles
 
@@ -130,6 +131,8 @@ class FileObserver:
         self._peers: dict[Any, Any] = {}
         self.unseen = False
         self._content_of: dict[tuple[int, int], int] = {}
+        #: files with a name whose content goes along
+        self.takings = Takings(policy.with_files, self.path, self.content)
         self.contents: list[Content] = []
 
     def __enter__(self) -> Self:
@@ -219,6 +222,10 @@ class FileObserver:
         if key not in self._content_of:
             self._content_of[key] = self.bytes_of(local, size_bytes)
         return self._content_of[key]
+
+    def take_along(self, pid: HostPid, link: bytes, local: LocalFd) -> None:
+        """See `CaptureScope.take_along`."""
+        self.takings.take(pid, link, local)
 
     def bytes_of(self, local: LocalFd, size_bytes: int) -> int:
         """Carry the bytes behind a descriptor under a space of their own. Duplicates `local`."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 import resource
-from collections.abc import AsyncIterator, Iterator
+from collections import defaultdict
+from collections.abc import AsyncIterator, Collection, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 
 import trio
@@ -18,7 +19,7 @@ from pipeline.errors import ImageError, RebuildError, Refused
 from pipeline.ids import HostPid, LocalFd
 from pipeline.image.codec import Image
 from pipeline.image.plan import plan
-from pipeline.image.schema import PathRef, Process
+from pipeline.image.schema import PathRef, Process, TakenFile
 from pipeline.image.steps import Fill
 from pipeline.kernel import procfs, ptrace
 from pipeline.kernel.arch import x86_64 as arch
@@ -38,9 +39,10 @@ from pipeline.resources.namespaces import network_here
 from pipeline.resources.namespaces.clocks_here import ClocksHere
 from pipeline.resources.namespaces.keepers import Keepers
 from pipeline.resources.pty_session import ControllingTerminals
+from pipeline.resources.taken import Making
 from pipeline.resources.tasks import credentials, semaphore_undo, timers
 from pipeline.resources.tasks.reinstate import check_here, reinstate
-from pipeline.stages import finish, memory_layout
+from pipeline.stages import files_here, finish, memory_layout
 from pipeline.stages.body import Embodiment, MappedFiles
 from pipeline.stages.contents import Contents
 from pipeline.stages.descriptors import Descriptors
@@ -104,6 +106,8 @@ class Rebuilding:
             raise ImageError("the tree cannot grow: " + "; ".join(map(str, self._planner.blockers)))
         self.contents = Contents()
         self._ends = GivenEnds(image, self.policy, job_terminal, strict_ends)
+        #: files that came along and are not made yet, by mount namespace
+        self._untaken: dict[int, list[TakenFile]] = defaultdict(list)
         self._roots: dict[int, LocalFd] = {}
         self._late = Late()
         self._stack.callback(self._late.close)
@@ -163,7 +167,7 @@ class Rebuilding:
         self._cgroups.open()
         self._stack.callback(self.contents.close)
         self.contents.make(image, self._launcher, self._ids.uid_here, self._ids.gid_here)
-        files = MappedFiles(image, self.contents, self._open_path)
+        files = MappedFiles(image, self.contents, self._open_path, self.policy)
         self._stack.callback(files.close)
         self._stack.callback(self._close_roots)
         self._terminals = ControllingTerminals(image.files.values(), self._open_path)
@@ -184,6 +188,27 @@ class Rebuilding:
         self._stack.callback(self._end_tree)
         self._steps = self.growth.grow()
         body.notes += self._ends.notes
+        self._making = Making(
+            image, self._path_here, self.contents.fd, self._ids.uid_here, self._ids.gid_here, self.policy
+        )
+        self._stack.callback(self._making.close)
+        for file in image.taken_files.values():
+            self._untaken[file.path.mntns].append(file)
+        self._check_files({n.index for n in image.namespaces.values() if n.kind == "mnt" and n.external})
+
+    def _check_files(self, where: Collection[int]) -> None:
+        """Whether the files that the tree needs by name are here, in these mount namespaces.
+
+        Raises:
+            Refused: names all that are not, or that differ.
+        """
+        taken = [file for mntns in where for file in self._untaken.get(mntns, [])]
+        blockers = [
+            *files_here.check(self._image, where, self._path_here, self.policy),
+            *self._making.check(taken),
+        ]
+        if blockers:
+            raise Refused(blockers)
 
     def _make_cgroups(self) -> CgroupMaking:
         """The cgroups of the tree, not made yet.
@@ -244,6 +269,20 @@ class Rebuilding:
     def furnish(self) -> None:
         """What the namespaces of the tree hold, and its mounts; `contents` are filled."""
         self._keepers.furnish(self.contents.fd)
+        mounted = [
+            n.index
+            for n in self._image.namespaces.values()
+            if n.kind == "mnt" and not n.external and self._keepers.has_mounts(n.index)
+        ]
+        self._check_files(mounted)
+        for mntns in list(self._untaken):
+            self._make_files(mntns)
+
+    def _make_files(self, mntns: int) -> None:
+        """Make the files that came along for a mount namespace, if it has its mounts and they are not made yet."""
+        if mntns in self._untaken and self._keepers.has_mounts(mntns):
+            made = self._making.make(self._untaken.pop(mntns))
+            self._body.notes += [f"{name} was made: it came along" for name in made]
 
     def next_fill(self) -> Fill | None:
         """Grow until pages are wanted; None when the tree has grown."""
@@ -265,6 +304,8 @@ class Rebuilding:
             self._cgroups.place_threads(process, [puppet.tid for puppet in grown.threads])
         growth.end_wardens()
         self._keepers.check_mounted()
+        for mntns in list(self._untaken):
+            self._make_files(mntns)
         self.contents.seal_late()
         puppets = {pid: grown.puppet for pid, grown in growth.grown.items()}
         for process, grown in finish.living(image, growth):
@@ -292,7 +333,7 @@ class Rebuilding:
             descriptors.create()
             descriptors.install()
             finish.complete_memory(image, growth)
-            finish.set_directories(image, growth, self._open_path)
+            finish.set_directories(image, growth, descriptors.directory)
             for process, grown in finish.living(image, growth):
                 timers.make_timers(process, grown.puppet)
             descriptors.finish()
@@ -325,6 +366,7 @@ class Rebuilding:
         root = self.root_pid
         self._thawed = True
         self._cgroups.keep()
+        self._making.keep()
         try:
             self._keepers.connect_networks()
         except (OSError, RebuildError) as error:  # the source may be gone already: the tree runs all the same
@@ -399,6 +441,10 @@ class Rebuilding:
         return self._roots[mntns]
 
     def _open_path(self, path: PathRef, flags: int) -> LocalFd:
+        self._make_files(path.mntns)
+        return self._path_here(path, flags)
+
+    def _path_here(self, path: PathRef, flags: int) -> LocalFd:
         return openat2(self._root_of(path.mntns), path.path, flags, 0, RESOLVE.IN_ROOT)
 
     def _open_namespace(self, kind: str, index: int) -> LocalFd:

@@ -262,6 +262,11 @@ def _descriptors(pid: int) -> dict[str, Any]:
                 lines.append(f"flags:{flags & ~os.O_TMPFILE if unnamed else flags:o}")
             elif name == "pos" and link == "/dev/net/tun":
                 continue  # how much was read once; it means nothing, and cannot be set
+            elif (
+                name == "lock" and " LEASE " in value
+            ):  # who took it: a number for people, which only lslocks shows
+                words = value.split()
+                lines.append(" ".join(["lock", *words[:4], *words[5:]]))
             elif name not in FDINFO_MAY_DIFFER:
                 lines.append(f"{name}:{' '.join(value.split())}")
         found[f"fd {fd}"] = [_without_number(link), *sorted(lines)]

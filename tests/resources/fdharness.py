@@ -242,6 +242,9 @@ class Capture:
         self.contents[space] = os.pread(local, size_bytes, 0)
         return space
 
+    def take_along(self, pid: HostPid, link: bytes, local: LocalFd) -> None:
+        """Nothing is asked for here: see `tests/test_with_files.py`."""
+
     def memory(self, view: FdView) -> int:
         for space, known in self.memories.items():
             if known["inode"] == view.stat.st_ino:
@@ -384,7 +387,7 @@ class Rebuilt:
         for file, kind, _ in work:
             if not file.flags & os.O_PATH:
                 fcntl.fcntl(self._locals[file.index], fcntl.F_SETFL, file.flags)
-            lost = _LOST if kind is unnamed.KIND else 0
+            lost = _LOST if kind is unnamed.KIND else os.O_ASYNC  # which a lease sets, in the last phase
             assert fcntl.fcntl(self._locals[file.index], fcntl.F_GETFL) == file.flags & ~lost, file
         if self._finish:
             for (pid, number), index in self._numbers.items():

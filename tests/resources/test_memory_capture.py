@@ -175,14 +175,16 @@ ready(private=private, shared=shared, read_only=read_only, zero=zero)
 
 
 @pytest.mark.root
-def test_deleted_file_is_carried_and_replaced_file_refused(folder: str) -> None:
+def test_deleted_file_is_carried_and_another_name_is_found_or_refused(folder: str) -> None:
     body = """
 def file(name):
     fd = os.open(sys.argv[1] + name, os.O_RDWR | os.O_CREAT); os.write(fd, name.encode() * P)
     return mmap(1, flags=SHARED, fd=fd)
 gone = file("/gone"); os.unlink(sys.argv[1] + "/gone")
-moved = file("/moved"); os.link(sys.argv[1] + "/moved", sys.argv[1] + "/other"); os.unlink(sys.argv[1] + "/moved")
-ready(gone=gone, moved=moved)
+linked = file("/linked"); os.link(sys.argv[1] + "/linked", sys.argv[1] + "/other"); os.unlink(sys.argv[1] + "/linked")
+os.mkdir(sys.argv[1] + "/away")
+moved = file("/moved"); os.link(sys.argv[1] + "/moved", sys.argv[1] + "/away/x"); os.unlink(sys.argv[1] + "/moved")
+ready(gone=gone, linked=linked, moved=moved)
 """
     with program(body, folder) as target, Scope() as scope, MemoryObjects(scope) as objects:
         found = capture_address_space(target.pid, objects, brk=RemoteAddress(0))
@@ -193,6 +195,13 @@ ready(gone=gone, moved=moved)
         assert gone.path.path == os.fsencode(folder) + b"/gone"
         assert gone.content is not None
         assert os.pread(scope.contents[gone.content], 5, 0) == b"/gone"
+        backing = at(found, target["linked"]).backing
+        assert backing is not None
+        linked = objects.mapped_files[backing]
+        assert (linked.path.path, linked.last_name) == tuple(
+            os.fsencode(folder) + name for name in (b"/other", b"/linked")
+        )
+        assert not linked.deleted
         (refused,) = found.blockers
         assert refused.subject.startswith(f"pid {target.pid} mapping {target['moved']:x}-")
         assert "leads to another file" in refused.reason

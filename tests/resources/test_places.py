@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import os
+import signal
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
@@ -80,14 +82,43 @@ def test_a_directory_that_was_read_must_be_the_same_one(tmp_path: Path) -> None:
             pass
 
 
-def test_a_removed_directory_is_refused(tmp_path: Path) -> None:
-    place = tmp_path / "place"
-    place.mkdir()
-    with (
-        subject(lambda: (os.open(place, os.O_RDONLY), place.rmdir())[0]) as child,
-        Capture(child.pid) as capture,
-    ):
-        assert "its name was removed" in capture.reasons(child.result)
+def test_a_removed_directory_is_made_once_more_and_removed(tmp_path: Path) -> None:
+    place = tmp_path / "above" / "place"
+    place.mkdir(parents=True)
+    place.chmod(0o751)
+
+    def setup() -> tuple[int, int]:
+        fds = os.open(place, os.O_RDONLY | os.O_DIRECTORY), os.open(place, os.O_RDONLY)
+        place.rmdir()
+        place.parent.rmdir()
+        return fds
+
+    with subject(setup) as child, Capture(child.pid) as capture:
+        files = capture.records()
+    for name_is_free in (True, False):
+        if not name_is_free:
+            place.mkdir(parents=True)
+        with Rebuilt(capture, files) as new:
+            one, other = (os.fstat(new.fd(fd)) for fd in child.result)
+            assert os.path.samestat(one, other)
+            assert (one.st_nlink, stat.S_IMODE(one.st_mode)) == (0, 0o751)
+            above = os.readlink(f"/proc/self/fd/{new.fd(child.result[0])}")
+            assert above.startswith(str(place) if name_is_free else f"{place.parent}/.place.")
+            with pytest.raises(FileNotFoundError):
+                os.mkdir("new", dir_fd=new.fd(child.result[0]))
+        assert os.listdir(tmp_path) == ([] if name_is_free else ["above"])
+    assert os.listdir(place.parent) == ["place"]
+
+
+def test_dnotify_is_refused(tmp_path: Path) -> None:
+    def setup() -> int:
+        signal.signal(signal.SIGIO, signal.SIG_IGN)
+        fd = os.open(tmp_path, os.O_RDONLY)
+        fcntl.fcntl(fd, fcntl.F_NOTIFY, fcntl.DN_MULTISHOT | fcntl.DN_CREATE)
+        return fd
+
+    with subject(setup) as child, Capture(child.pid) as capture:
+        assert "it tells of changes by signals (F_NOTIFY)" in capture.reasons(child.result)
 
 
 def test_a_directory_lock_is_kept(tmp_path: Path) -> None:
@@ -98,7 +129,7 @@ def test_a_directory_lock_is_kept(tmp_path: Path) -> None:
 
     with subject(setup) as child, Capture(child.pid) as capture:
         files = capture.records()
-    with Rebuilt(capture, files, finish=False):
+    with Rebuilt(capture, files):
         other = os.open(tmp_path, os.O_RDONLY)
         with pytest.raises(BlockingIOError):
             fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -181,9 +212,17 @@ def test_a_device_whose_node_is_gone_is_opened_from_the_host(tmp_path: Path) -> 
 
 
 @pytest.mark.root
-def test_other_devices_are_refused(tmp_path: Path) -> None:
-    with subject(lambda: os.open("/dev/kmsg", os.O_WRONLY)) as child, Capture(child.pid) as capture:
+def test_other_devices_are_refused() -> None:
+    with subject(lambda: os.open("/dev/kmsg", os.O_RDONLY)) as child, Capture(child.pid) as capture:
         assert "character device 1:11 has a state of its own" in capture.reasons(child.result)
+
+
+@pytest.mark.root
+def test_kmsg_for_writing_has_no_state() -> None:
+    with subject(lambda: os.open("/dev/kmsg", os.O_WRONLY)) as child, Capture(child.pid) as capture:
+        assert capture.kind(child.result).name == "device"
+        with Rebuilt(capture, finish=False) as new:
+            assert os.fstat(new.fd(child.result)).st_rdev == os.makedev(1, 11)
 
 
 # -- /proc and /sys -------------------------------------------------------------------------
@@ -198,7 +237,7 @@ def test_files_about_the_system_are_opened_again(path: str) -> None:
         os.read(fd, 3)
         return fd
 
-    with subject(setup) as child, Capture(child.pid) as capture, Rebuilt(capture, finish=False) as new:
+    with subject(setup) as child, Capture(child.pid) as capture, Rebuilt(capture) as new:
         assert capture.kind(child.result).name == "kernel-file"
         assert os.read(new.fd(child.result), 4) == Path(path).read_bytes()[3:7]
 
@@ -206,12 +245,16 @@ def test_files_about_the_system_are_opened_again(path: str) -> None:
 @pytest.mark.parametrize(
     ("opening", "words"),
     [
-        (lambda: os.open("/proc/self/status", os.O_RDONLY), "about one process"),
-        (lambda: os.open("/proc/self/task", os.O_RDONLY), "directory of one process"),
-        (lambda: os.open("/proc/self", os.O_PATH), "O_PATH descriptor of a process"),
-        (lambda: os.open("/proc/mounts", os.O_RDONLY), "about one process"),
+        (lambda: os.open("/proc/1/status", os.O_RDONLY), "about process 1, which is not part of the tree"),
+        (lambda: os.open("/proc/1/task", os.O_RDONLY), "about process 1, which is not part of the tree"),
+        (lambda: os.open("/proc/1", os.O_PATH), "about process 1, which is not part of the tree"),
         pytest.param(
-            lambda: os.open("/proc/sys/kernel/hostname", os.O_WRONLY),
+            lambda: os.open("/proc/pressure/cpu", os.O_RDWR),
+            "is remembered for the open file",
+            marks=pytest.mark.root,
+        ),
+        pytest.param(
+            lambda: os.open("/proc/irq/default_smp_affinity", os.O_WRONLY),
             "open for writing",
             marks=pytest.mark.root,
         ),
@@ -223,6 +266,33 @@ def test_files_about_the_system_are_opened_again(path: str) -> None:
 def test_other_files_of_the_kernel_are_refused(opening: Callable[[], int], words: str) -> None:
     with subject(opening) as child, Capture(child.pid) as capture:
         assert words in capture.reasons(child.result)
+
+
+@pytest.mark.root
+def test_files_of_the_kernel_are_opened_for_writing_where_that_has_no_effect() -> None:
+    def setup() -> list[int]:
+        names = ("/proc/sys/kernel/hostname", "/proc/self/oom_score_adj", "/sys/kernel/mm/ksm/run")
+        return [os.open(name, os.O_WRONLY) for name in names]
+
+    with subject(setup) as child, Capture(child.pid) as capture:
+        assert not [reason for fd in child.result for reason in capture.blockers(fd)]
+        with Rebuilt(capture) as new:
+            for fd in child.result:
+                assert os.fsencode(os.readlink(f"/proc/self/fd/{new.fd(fd)}")) == capture.view(fd).link
+
+
+def test_a_file_about_a_process_that_has_ended_is_refused() -> None:
+    def setup() -> int:
+        pid = os.fork()
+        if pid == 0:
+            signal.pause()
+        fd = os.open(f"/proc/{pid}/status", os.O_RDONLY)
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        return fd
+
+    with subject(setup) as child, Capture(child.pid) as capture:
+        assert "cannot be opened again by name" in capture.reasons(child.result)
 
 
 def test_the_proc_directory_itself_is_carried() -> None:

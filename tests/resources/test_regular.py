@@ -9,11 +9,13 @@ import struct
 from functools import partial
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from pipeline.errors import RebuildError
-from pipeline.image.schema import FileIdentity
-from pipeline.resources import identity
+from pipeline.image.schema import FileAttributes, FileIdentity, Id
+from pipeline.policy import RestorePolicy
+from pipeline.resources import attributes, identity, unnamed
 from tests.resources.fdharness import Capture, Rebuilt, kind_of, subject
 
 F_OFD_GETLK, F_OFD_SETLK = 36, 37
@@ -118,16 +120,45 @@ def test_a_damaged_elf_header_is_no_build_id(tmp_path: Path) -> None:
             assert identity.build_id(file.fileno()) == b""
 
 
-def test_a_name_covered_by_another_file_is_refused(path: Path) -> None:
-    def setup() -> int:
-        fd = os.open(path, os.O_RDONLY)
+def test_another_hard_link_is_found_in_the_same_directory_or_beside_other_open_files(path: Path) -> None:
+    def setup() -> tuple[int, int]:
+        near, far = os.open(path, os.O_RDWR), os.open(path.with_name("far"), os.O_RDWR | os.O_CREAT)
         os.link(path, path.with_name("other"))
         path.unlink()
         path.write_bytes(b"new")
+        elsewhere = path.parent / "elsewhere"
+        elsewhere.mkdir()
+        os.link(path.with_name("far"), elsewhere / "far")
+        path.with_name("far").unlink()
+        os.open(elsewhere / "neighbour", os.O_RDWR | os.O_CREAT)
+        return near, far
+
+    with subject(setup) as child, Capture(child.pid) as capture, Rebuilt(capture) as new:
+        near, far = child.result
+        for fd in child.result:
+            assert capture.kind(fd).name == "regular"
+            assert os.path.samestat(os.fstat(new.fd(fd)), capture.view(fd).stat)
+        # the old name of one is another file's, that of the other one is free
+        assert os.readlink(f"/proc/self/fd/{new.fd(near)}") == str(path.with_name("other"))
+        assert os.readlink(f"/proc/self/fd/{new.fd(far)}") == str(path.with_name("far")) + " (deleted)"
+        assert path.read_bytes() == b"new"
+        assert not path.with_name("far").exists()
+
+
+def test_a_file_whose_other_hard_link_is_not_found_is_refused(path: Path, tmp_path: Path) -> None:
+    away = tmp_path / "away"
+    away.mkdir()
+
+    def setup() -> int:
+        fd = os.open(path, os.O_RDONLY)
+        os.link(path, away / "other")
+        path.unlink()
         return fd
 
     with subject(setup) as child, Capture(child.pid) as capture:
-        assert "its name was removed, other hard links keep it alive" in capture.reasons(child.result)
+        assert "its name was removed, and other hard links of it are not found" in capture.reasons(
+            child.result
+        )
 
 
 def test_a_file_whose_name_ends_in_deleted_is_not_taken_for_deleted(tmp_path: Path) -> None:
@@ -150,18 +181,96 @@ def test_a_removed_file_whose_name_with_deleted_behind_it_is_another_file(path: 
         path.with_name("file (deleted)").touch()
         return fd
 
+    with subject(setup) as child, Capture(child.pid) as capture, Rebuilt(capture) as new:
+        assert os.read(new.fd(child.result), 20) == b"0123456789"
+
+
+def test_leases_are_taken_again_by_the_process(path: Path) -> None:
+    def setup() -> tuple[int, int]:
+        fd = os.open(path, os.O_RDONLY)
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+        alone = os.open(path.with_name("alone"), os.O_RDWR | os.O_CREAT)
+        fcntl.fcntl(alone, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+        return fd, alone
+
     with subject(setup) as child, Capture(child.pid) as capture:
-        assert "its name was removed, other hard links keep it alive" in capture.reasons(child.result)
+        files = capture.records()
+    with (
+        path.open("r+b"),
+        pytest.raises(RebuildError, match=r"its lease cannot .*another process has the file"),
+    ):
+        Rebuilt(capture, files).__enter__()
+    with Rebuilt(capture, files) as new:
+        kinds = [fcntl.fcntl(new.fd(fd), fcntl.F_GETLEASE) for fd in child.result]
+        assert kinds == [fcntl.F_RDLCK, fcntl.F_WRLCK]
 
 
-def test_a_lease_is_refused(path: Path) -> None:
+def test_a_lease_that_is_being_broken_is_waited_for(path: Path) -> None:
     def setup() -> int:
+        signal.signal(signal.SIGIO, signal.SIG_IGN)
         fd = os.open(path, os.O_RDONLY)
         fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
         return fd
 
+    with subject(setup) as child:
+        with pytest.raises(BlockingIOError):
+            os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+        with Capture(child.pid) as capture:
+            (blocker,) = capture.blockers(child.result)
+            assert blocker.transient
+            assert "being broken" in str(blocker)
+
+
+def test_a_lease_on_a_deleted_file_is_refused_and_not_broken(path: Path) -> None:
+    def setup() -> int:
+        fd = os.open(path, os.O_RDWR)
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+        path.unlink()
+        return fd
+
     with subject(setup) as child, Capture(child.pid) as capture:
-        assert "lease" in capture.reasons(child.result)
+        assert "lease on the deleted file" in capture.reasons(child.result)
+        with Capture(child.pid) as again:
+            assert "BREAK" not in "".join(again.view(child.result).info["lock"])
+
+
+def test_a_leased_file_for_writing_only_is_not_opened_for_its_build_id(path: Path) -> None:
+    def setup() -> int:
+        fd = os.open(path, os.O_WRONLY)
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+        return fd
+
+    with subject(setup) as child, Capture(child.pid) as capture:
+        assert len(capture.records()) == 2
+        with Capture(child.pid) as again:
+            assert "BREAK" not in "".join(again.view(child.result).info["lock"])
+
+
+def test_what_is_written_only_may_have_grown_and_nothing_else(path: Path) -> None:
+    def setup() -> tuple[int, int]:
+        return os.open(path, os.O_WRONLY), os.open(path, os.O_RDONLY)
+
+    with subject(setup) as child, Capture(child.pid) as capture:
+        files = capture.records()
+        (log,) = [file for file in files if file.index == capture.file_at(child.pid, child.result[0])]
+        (read,) = [file for file in files if file.index == capture.file_at(child.pid, child.result[1])]
+        path.write_bytes(b"0123456789, and more")
+        with Rebuilt(capture, [log], finish=False):
+            pass
+        with pytest.raises(RebuildError, match="it has 20 bytes, and had 10"), Rebuilt(capture, [read]):
+            pass
+        with Rebuilt(capture, [read], finish=False, policy=RestorePolicy(files="any")):
+            pass
+        path.write_bytes(b"cut")
+        with pytest.raises(RebuildError, match="it has 3 bytes, and had 10"), Rebuilt(capture, [log]):
+            pass
+        path.unlink()
+        path.mkdir()
+        with (
+            pytest.raises(RebuildError, match="it is a directory"),
+            Rebuilt(capture, [read], policy=RestorePolicy(files="any")),
+        ):
+            pass
 
 
 # -- locks ----------------------------------------------------------------------------
@@ -180,7 +289,7 @@ def test_flock_and_ofd_locks_are_taken_again(path: Path) -> None:
             files = capture.records()
             with pytest.raises(RebuildError, match="another process holds a lock"), Rebuilt(capture, files):
                 pass
-    with Rebuilt(capture, files, finish=False), open(path, "r+b") as other:
+    with Rebuilt(capture, files), open(path, "r+b") as other:
         with pytest.raises(BlockingIOError):
             fcntl.flock(other, fcntl.LOCK_SH | fcntl.LOCK_NB)
         kind, _, start, length, _ = struct.unpack(
@@ -263,15 +372,37 @@ def test_modification_time_of_a_deleted_file_is_kept(path: Path) -> None:
         assert os.fstat(new.fd(child.result)).st_mtime_ns == 1_234_567_890_123_456_789
 
 
-def test_a_deleted_file_with_user_attributes_is_refused(path: Path) -> None:
+def test_attributes_and_access_control_list_of_a_deleted_file_are_kept(path: Path) -> None:
+    entries = ((1, 6, -1), (2, 4, 12), (4, 4, -1), (8, 2, 34), (16, 6, -1), (32, 0, -1))
+    acl = struct.pack("<I", 2) + b"".join(struct.pack("<HHi", *entry) for entry in entries)
+
     def setup() -> int:
         fd = os.open(path, os.O_RDWR)
         os.setxattr(fd, "user.note", b"x")
+        os.setxattr(fd, "system.posix_acl_access", acl)
         path.unlink()
         return fd
 
     with subject(setup) as child, Capture(child.pid) as capture:
-        assert "user.note" in capture.reasons(child.result)
+        files = capture.records()
+        (file,) = [one for one in files if one.kind == "unnamed"]
+        found = msgspec.convert(file.state, unnamed.UnnamedState).attributes
+        assert found.user == [(b"user.note", b"x")]
+        assert [(one.tag, one.uid, one.gid) for one in found.acl if one.uid or one.gid] == [
+            (2, Id(0, 12), None),
+            (8, None, Id(0, 34)),
+        ]
+        path.touch()
+        with path.open("r+b") as other:
+            attributes.give(other.fileno(), found, lambda one: one.id + 1, lambda one: one.id)
+        assert os.getxattr(path, "user.note") == b"x"
+        assert struct.pack("<I", 13) in os.getxattr(path, "system.posix_acl_access")
+
+
+def test_attributes_that_only_the_system_gives_are_not_taken_from_an_image(path: Path) -> None:
+    hostile = FileAttributes(user=[(b"security.capability", b"x" * 20)])
+    with open(path, "r+b") as file, pytest.raises(PermissionError, match="no attribute of users"):
+        attributes.give(file.fileno(), hostile, lambda one: one.id, lambda one: one.id)
 
 
 # -- memfd ------------------------------------------------------------------------------

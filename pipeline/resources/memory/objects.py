@@ -8,8 +8,8 @@ memory through the mappings of its users.
 
 A file is opened again by its name at the destination; the name must lead to the
 mapped inode in the mount namespace of the process, which is looked up, not believed.
-A file without any name is carried with its bytes. Refused: a name that leads
-elsewhere while the file still has another one.
+A file without any name is carried with its bytes; of one that has only another one than it was mapped by, that is
+looked for (`pipeline.resources.other_names`). Refused: a file whose other name is not found.
 
 Not preserved: times of a memfd. Sources: proc_pid_map_files(5), memfd_create(2).
 """
@@ -36,6 +36,7 @@ from pipeline.resources.identity import identity
 from pipeline.resources.kinds import FdView
 from pipeline.resources.memory.classify import Backing, kernel_shmem_device
 from pipeline.resources.memory.scope import CannotCarry, MemoryScope
+from pipeline.resources.other_names import other_name
 from pipeline.resources.paths import look_up, same_inode
 
 _F_GET_SEALS = 1034
@@ -233,14 +234,20 @@ class MemoryObjects:
             _refuse_kind(result, shared)
             deleted = not _leads_to(pid, name, result)
             content = None
-            if deleted:
-                if result.st_nlink:
+            last_name = b""
+            if deleted and result.st_nlink:
+                other = other_name(pid, name, result)
+                if other is None:
                     raise CannotCarry(
                         f"the name {os.fsdecode(name)} leads to another file, or to none, from inside",
                         "restart the program, or give the file its name back",
                     )
+                name, last_name, deleted = other, name.removesuffix(_DELETED), False
+            elif deleted:
                 name = name.removesuffix(_DELETED)
                 content = self._content(fd, result, name)
+            if not deleted:
+                self._take_along(pid, name, fd)
             index = len(self._records)
             self._records.append(
                 MappedFile(
@@ -248,6 +255,7 @@ class MemoryObjects:
                     path=self.scope.path(pid, name),
                     identity=identity(fd),
                     writable=writable,
+                    last_name=last_name,
                     deleted=deleted,
                     content=content,
                 )
@@ -255,6 +263,13 @@ class MemoryObjects:
             return index
         finally:
             os.close(fd)
+
+    def _take_along(self, pid: HostPid, name: bytes, fd: LocalFd) -> None:
+        try:
+            self.scope.take_along(pid, name, fd)
+        except OSError as error:
+            why = f"the content of {os.fsdecode(name)} is to go along, and cannot be read: {error.strerror}"
+            raise CannotCarry(why, "run as root, or bring the file to the destination") from None
 
     def _content(self, fd: LocalFd, result: os.stat_result, name: bytes) -> Index:
         try:

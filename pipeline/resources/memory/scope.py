@@ -30,6 +30,13 @@ class MemoryScope(Protocol):
         The same inode gives the same space, so that a deleted file that is both open and mapped stays one.
         """
 
+    def take_along(self, pid: HostPid, name: bytes, fd: LocalFd) -> None:
+        """Let the content of a file go along, if that is asked for; `fd` may be O_PATH.
+
+        Raises:
+            OSError: it may not be read.
+        """
+
     def segment(self, pid: HostPid, identifier: int) -> Index:
         """The space of a System V segment of the ipc namespace of `pid`; raises CannotCarry if it has none."""
 

@@ -298,6 +298,10 @@ class Keepers:
         mask = (1 << min(os.sched_getaffinity(0))).to_bytes(128, "little")
         keeper.syscall(NR.sched_setaffinity, 0, len(mask), mask)
 
+    def has_mounts(self, mntns: int) -> bool:
+        """See `Mounting.is_done`."""
+        return self._mounting.is_done(mntns)
+
     def check_mounted(self) -> None:
         """See `Mounting.check_done`."""
         self._mounting.check_done()

@@ -95,6 +95,10 @@ class Mounting:
         if left:
             raise RebuildError(f"mount namespace {left[0]} shows something that is not in the image")
 
+    def is_done(self, mntns: int) -> bool:
+        """Whether a mount namespace has all of its mounts."""
+        return mntns not in self._copies and not self._to_do.get(mntns)
+
     def _go_on(self) -> None:
         before = None
         while before != (now := (len(self._copies), sum(map(len, self._to_do.values())))):

@@ -1,0 +1,98 @@
+"""The files that an image needs by name, looked up here before anything of its tree is made.
+
+What is lacking or differs is named, all of it at once. Files in the surroundings of the tree are looked at first
+of all; those in mount namespaces of its own when these have their mounts. What is found here is opened, and looked
+at, once more when it is needed: this look only comes early.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable, Collection, Iterator
+from functools import partial
+from typing import Any
+
+import msgspec
+
+from pipeline.errors import Blocker, ImageError
+from pipeline.ids import LocalFd
+from pipeline.image.codec import Image
+from pipeline.image.schema import PathRef
+from pipeline.policy import RestorePolicy
+from pipeline.resources import directory, opath, regular
+from pipeline.resources.identity import refusal
+
+_NAMED: dict[str, Any] = {kind.name: kind for kind in (regular.KIND, directory.KIND, opath.KIND)}
+_REMEDY = (
+    "bring the file of the source here, accept the one that is here (--files any), or take it along with the "
+)
+_REMEDY += "image (dump --with-files)"
+
+#: opens a path of the image, in its root
+Open = Callable[[PathRef, int], LocalFd]
+
+
+def check(
+    image: Image, namespaces: Collection[int], open_path: Open, policy: RestorePolicy
+) -> Iterator[Blocker]:
+    """Whatever is lacking here, or is not what it was.
+
+    Args:
+        namespaces: the mount namespaces in which to look.
+        open_path: see `Open`.
+
+    Raises:
+        ImageError: the record of an open file is damaged.
+    """
+    taken = {(file.path.mntns, file.path.path) for file in image.taken_files.values()}
+    seen = set(taken)
+    for mapped in image.mapped_files.values():
+        if mapped.content is None and (mapped.path.mntns, mapped.path.path) not in seen:
+            seen.add((mapped.path.mntns, mapped.path.path))
+            if mapped.path.mntns in namespaces:
+                same = partial(refusal, wanted=mapped.identity, files=policy.files)
+                yield from _look("mapped file", mapped.path, open_path, same)
+    for file in image.files.values():
+        kind = _NAMED.get(file.kind)
+        if kind is None:
+            continue
+        try:
+            record = msgspec.convert(file.state, kind.record)
+        except msgspec.ValidationError as error:
+            raise ImageError(f"open file {file.index} ({file.kind}): {error}") from None
+        path = record.path
+        if path.mntns not in namespaces or (path.mntns, path.path) in taken or _comes_later(record):
+            continue
+        yield from _look(
+            f"open {'file' if file.kind == 'regular' else file.kind}",
+            path,
+            open_path,
+            partial(kind.refusal, file, record, policy),
+        )
+
+
+def _comes_later(record: Any) -> bool:
+    """Whether a place is there only when the tree is: of its processes, its sockets, and what it had removed."""
+    if isinstance(record, opath.PathState):
+        return record.kernels or stat.S_IFMT(record.identity.mode) not in (stat.S_IFREG, stat.S_IFDIR)
+    return isinstance(record, directory.DirectoryState) and (record.kernels or record.removed is not None)
+
+
+def _look(
+    what: str, path: PathRef, open_path: Open, wrong_with: Callable[[LocalFd], str | None]
+) -> Iterator[Blocker]:
+    name = f"{what} {os.fsdecode(path.path)}"
+    try:
+        fd = open_path(path, os.O_PATH)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        yield Blocker(name, f"is not here: {error.strerror}", _REMEDY)
+        return
+    except OSError:  # whoever is to open it may get there
+        return
+    try:
+        wrong = wrong_with(fd)
+    finally:
+        os.close(fd)
+    if wrong:
+        yield Blocker(name, f"is not what it was: {wrong}", _REMEDY)

@@ -1,0 +1,338 @@
+"""Content of files that goes along: made where it is lacking, compared where not, taken away when the restore fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import RebuildError
+from pipeline.ids import LocalFd
+from pipeline.image.codec import Image
+from pipeline.image.schema import Content, FileIdentity, FileOwner, Id, PathRef, TakenFile
+from pipeline.kernel.syscalls import RESOLVE, openat2
+from pipeline.ledger import LEDGER
+from pipeline.policy import RestorePolicy
+from pipeline.resources.taken import Making
+from tests.harness.hosts import Host, terminate
+from tests.harness.tree import engine, family_of, reap, said
+
+pytestmark = pytest.mark.root
+
+BYTES = b"what the destination lacks " * 1000
+HOLE_BYTES = 3 << 20
+#: opens the file and waits
+PROGRAM = "exec 7<$0; exec ${1:-sleep} 1000"
+
+
+@pytest.fixture
+def place() -> Iterator[Path]:
+    """A directory that every uid may search."""
+    path = Path(f"/tmp/with-files-{os.getpid()}-{time.monotonic_ns()}")
+    path.mkdir()
+    yield path
+    subprocess.run(["rm", "-rf", path], check=True)
+
+
+@pytest.fixture
+def data(place: Path) -> Path:
+    """The file: data, a hole, data; with an owner, a mode, an attribute; two directories down."""
+    folder = place / "deep" / "down"
+    folder.mkdir(parents=True)
+    folder.chmod(0o751)
+    path = folder / "data"
+    with path.open("wb") as file:
+        file.write(BYTES)
+        file.seek(HOLE_BYTES)
+        file.write(b"end")
+    os.chown(path, 12, 34)
+    path.chmod(0o2644)
+    os.setxattr(path, "user.note", b"a note")
+    os.utime(path, ns=(1, 1_234_567_890_123_456_789))
+    return path
+
+
+def start(data: Path, *options: str) -> int:
+    done = engine("run", *options, "--detach", "--", "sh", "-c", PROGRAM, data)
+    assert done.returncode == 0, said(done)
+    pid = int(done.stdout)
+    deadline = time.monotonic() + 10
+    while not os.path.exists(f"/proc/{pid}/fd/7"):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return pid
+
+
+def dump(pid: int, image: Path, *options: str) -> None:
+    family = family_of(pid)
+    done = engine("dump", "--pid", pid, "--to", image, *options)
+    assert done.returncode == 0, said(done)
+    if "--leave-running" not in options:
+        assert not reap(family)
+
+
+def end(pid: int) -> None:
+    family = family_of(pid)
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+    for member in family[1:]:
+        with suppress(ProcessLookupError):
+            os.kill(member, signal.SIGKILL)
+    assert not reap(family)
+
+
+def lose(data: Path) -> None:
+    data.unlink()
+    data.parent.rmdir()
+    data.parent.parent.rmdir()
+
+
+def test_a_lacking_file_is_made_with_all_it_had(data: Path, tmp_path: Path) -> None:
+    pid = start(data)
+    before = data.stat()
+    dump(pid, tmp_path / "image", "--with-files", "*/down/d?ta")
+    lose(data)
+    done = engine("restore", "--from", tmp_path / "image", "--detach")
+    assert done.returncode == 0, said(done)
+    assert f"{data} was made: it came along" in done.stderr
+    try:
+        after = data.stat()
+        for field in ("st_mode", "st_uid", "st_gid", "st_size", "st_mtime_ns"):
+            assert getattr(after, field) == getattr(before, field), field
+        assert after.st_blocks * 512 < HOLE_BYTES
+        assert data.read_bytes()[: len(BYTES)] == BYTES
+        assert os.getxattr(data, "user.note") == b"a note"
+        assert os.path.samestat(os.stat(f"/proc/{pid}/fd/7"), after)
+        assert stat.S_IMODE(data.parent.stat().st_mode) == 0o751
+        assert os.listdir(data.parent) == ["data"]
+    finally:
+        end(pid)
+
+
+def test_inspect_shows_what_came_along(data: Path, tmp_path: Path) -> None:
+    pid = start(data)
+    dump(pid, tmp_path / "image", "--with-files", str(data))
+    shown = engine("inspect", tmp_path / "image")
+    assert "Files that came along" in shown.stdout
+    assert "3.1 MB" in shown.stdout
+    (taken,) = json.loads(engine("inspect", tmp_path / "image", "--json").stdout)["taken-files"]
+    assert taken["path"]["path"] == str(data)
+
+
+def test_a_file_that_is_there_has_to_be_the_same(data: Path, tmp_path: Path) -> None:
+    pid = start(data)
+    dump(pid, tmp_path / "image", "--with-files", str(data))
+    data.write_bytes(b"another")
+    done = engine("restore", "--from", tmp_path / "image", "--detach")
+    assert done.returncode == 3, said(done)
+    assert f"file {data}: is there, and not the one that came along: it has 7 bytes" in done.stderr
+    assert data.read_bytes() == b"another"
+    done = engine("restore", "--from", tmp_path / "image", "--detach", "--files", "any")
+    assert done.returncode == 0, said(done)
+    end(pid)
+
+
+def test_without_it_what_is_lacking_is_named_before_anything_is_made(data: Path, tmp_path: Path) -> None:
+    pid = start(data)
+    dump(pid, tmp_path / "image")
+    data.unlink()
+    done = engine("restore", "--from", tmp_path / "image", "--detach")
+    assert done.returncode == 3, said(done)
+    assert f"open file {data}: is not here" in done.stderr
+    assert "--with-files" in done.stderr
+    assert "nothing was touched" in done.stderr
+
+
+def test_a_restore_that_fails_takes_it_away_again(data: Path, tmp_path: Path) -> None:
+    pid = start(data)
+    try:
+        dump(pid, tmp_path / "image", "--with-files", str(data), "--leave-running")
+        lose(data)
+        done = engine("restore", "--from", tmp_path / "image", "--detach")
+        assert done.returncode not in (0, 3), said(done)
+        assert "in use" in done.stderr
+        assert not data.parent.parent.exists()
+    finally:
+        end(pid)
+
+
+def test_a_file_of_nobody_in_the_tree_is_made_only_if_named(data: Path, tmp_path: Path) -> None:
+    """The tree runs as other ids than the file's owner: an image alone does not get to write there."""
+    pid = start(data, "--userns=0:300000:65536")
+    dump(pid, tmp_path / "image", "--with-files", str(data))
+    lose(data)
+    done = engine("restore", "--from", tmp_path / "image", "--detach")
+    assert done.returncode == 3, said(done)
+    assert (
+        f"file {data}: is lacking here, and belongs to 12:34, as whom no process of the tree runs"
+        in done.stderr
+    )
+    done = engine("restore", "--from", tmp_path / "image", "--detach", "--with-files", str(data))
+    assert done.returncode == 0, said(done)
+    try:
+        assert (data.stat().st_uid, data.stat().st_gid) == (12, 34)
+    finally:
+        end(pid)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_file_of_the_tree_is_made_with_its_own_rights(data: Path, tmp_path: Path, depth: int) -> None:
+    """Its owner may write where the tree could; where not, it is refused."""
+    for path in (data, data.parent, data.parent.parent):
+        os.chown(path, 300_000, 300_000)
+    os.chown(data.parent.parent.parent, 300_000, 300_000)
+    program = [] if depth == 1 else ["unshare", "-U", "-r"]
+    done = engine("run", "--userns=0:300000:65536", "--detach", "--", *program, "sh", "-c", PROGRAM, data)
+    assert done.returncode == 0, said(done)
+    pid = int(done.stdout)
+    deadline = time.monotonic() + 10
+    while not os.path.exists(f"/proc/{pid}/fd/7"):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    dump(pid, tmp_path / "image", "--with-files", str(data))
+    lose(data)
+    os.chown(data.parent.parent.parent, 0, 0)
+    done = engine("restore", "--from", tmp_path / "image", "--detach")
+    assert done.returncode not in (0, 3), said(done)
+    assert f"file {data} cannot be made here: Permission denied" in done.stderr
+    os.chown(data.parent.parent.parent, 300_000, 300_000)
+    done = engine("restore", "--from", tmp_path / "image", "--detach")
+    assert done.returncode == 0, said(done)
+    try:
+        assert data.stat().st_uid == data.parent.stat().st_uid == 300_000
+        assert os.path.samestat(os.stat(f"/proc/{pid}/fd/7"), data.stat())
+    finally:
+        end(pid)
+
+
+def test_a_tree_moves_to_a_host_that_lacks_its_program_and_its_files(data: Path, tmp_path: Path) -> None:
+    """The destination has another mount namespace, where the directory is empty."""
+    secret = tmp_path / "secret"
+    secret.write_text("s" * 40)
+    secret.chmod(0o600)
+    program = data.parent / "program"
+    program.write_bytes(Path("/bin/sleep").read_bytes())
+    program.chmod(0o755)
+    source, destination = Host(), Host()
+    try:
+        assert destination.run("mount", "-t", "tmpfs", "empty", data.parents[2]).returncode == 0
+        assert source.run("sh", "-c", "echo 4000 > /proc/sys/kernel/ns_last_pid").returncode == 0
+        done = source.engine("run", "--detach", "--", "sh", "-c", PROGRAM, data, program)
+        assert done.returncode == 0, said(done)
+        root = done.stdout.strip()
+        source.run("sh", "-c", f"while ! [ -e /proc/{root}/fd/7 ]; do sleep 0.01; done")
+        serve = ["serve", "--listen", "127.0.0.1:0", "--once", "--secret-file", secret]
+        server = subprocess.Popen(
+            destination.command(sys.executable, "-m", "pipeline", *serve),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            assert server.stdout is not None
+            to = server.stdout.readline().split()[-1]
+            move = ["migrate", "--pid", root, "--to", to, "--secret-file", secret]
+            refused = source.engine(*move)
+            assert refused.returncode != 0, said(refused)
+            assert f"mapped file {program}: is not here" in refused.stderr
+            assert source.run("test", "-e", f"/proc/{root}/fd/7").returncode == 0, "the tree is gone"
+            done = source.engine(*move, "--with-files", f"{data.parent}/*")
+            assert done.returncode == 0, said(done) + str(terminate(server))
+            _, err = server.communicate(timeout=20)
+            assert server.returncode == 0, err
+        finally:
+            terminate(server)
+        told = destination.run(
+            "sh", "-c", f"cd {data.parent} && readlink /proc/{root}/exe && ls && tail -c 3 data"
+        )
+        assert told.stdout == f"{program}\ndata\nprogram\nend", said(told)
+    finally:
+        source.close()
+        destination.close()
+
+
+# -- hostile images -----------------------------------------------------------------------
+
+
+def hostile(path: bytes, owner: int = 0) -> Image:
+    image = Image()
+    image.contents[1] = Content(space=1, size_bytes=4)
+    image.taken_files[0] = TakenFile(
+        index=0,
+        path=PathRef(0, path),
+        identity=FileIdentity(4, 5, 0o100644),
+        owner=FileOwner(0o644, Id(0, owner), Id(0, owner)),
+        content=1,
+    )
+    return image
+
+
+@contextmanager
+def making(image: Image, root: Path, named: str = "*") -> Iterator[Making]:
+    source = os.memfd_create("content")
+    os.write(source, b"evil")
+
+    def open_path(path: PathRef, flags: int) -> LocalFd:
+        fd = os.open(root, os.O_PATH | os.O_DIRECTORY)
+        try:
+            return openat2(LocalFd(fd), path.path, flags, 0, RESOLVE.IN_ROOT)
+        finally:
+            os.close(fd)
+
+    policy = RestorePolicy(with_files=(named,))
+    made = Making(image, open_path, lambda _: LocalFd(source), lambda one: one.id, lambda one: one.id, policy)
+    try:
+        yield made
+    finally:
+        made.close()
+        made.close()
+        os.close(source)
+
+
+@pytest.mark.parametrize(
+    "path", [b"/../../../out", b"/link/out", b"/a/../../out", b"/link/../out", b"/abs/out"]
+)
+def test_no_name_leads_out_of_the_root(tmp_path: Path, path: bytes) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "link").symlink_to("../..")
+    (root / "abs").symlink_to(tmp_path)
+    image = hostile(path)
+    with making(image, root) as made, suppress(RebuildError):
+        made.make(list(image.taken_files.values()))
+        made.keep()
+    assert not list(tmp_path.glob("out"))
+    assert not Path("/out").exists()
+
+
+@pytest.mark.parametrize("path", [b"", b"/", b"/..", b"/.", b"/file/below", b"/" + b"x" * 300, b"/a\0b"])
+def test_names_that_are_none_are_errors_and_leave_nothing(tmp_path: Path, path: bytes) -> None:
+    (tmp_path / "file").touch()
+    image = hostile(path)
+    with making(image, tmp_path) as made:
+        if not list(made.check(list(image.taken_files.values()))):
+            with pytest.raises(RebuildError):
+                made.make(list(image.taken_files.values()))
+    assert os.listdir(tmp_path) == ["file"]
+    assert not [held for held in LEDGER.held() if held[0] == "file that came along"]
+
+
+def test_who_may_not_write_there_does_not(tmp_path: Path) -> None:
+    image = hostile(b"/new", owner=0)
+    with making(image, tmp_path, named="/nothing") as made:
+        assert "as whom no process of the tree runs" in str(
+            next(made.check(list(image.taken_files.values())))
+        )
+        with pytest.raises(RebuildError, match="belongs to nobody of the tree"):
+            made.make(list(image.taken_files.values()))
+    assert not os.listdir(tmp_path)

@@ -4,39 +4,65 @@ The kernel holds a directory entry and, while anybody has it open, a buffer as o
 pipe (`pipeline.resources.pipe_buffer`). Kept: which ends are open with which flags,
 unread bytes, packets, capacity; also whether a reader that found no writer yet still
 waits for the first one (poll then says nothing) or saw the last one go (poll says hang-up).
-The FIFO itself must be at the destination, empty and unused.
+The FIFO itself must be at the destination, empty and unused. One whose name was removed is made anew in its
+directory (or where the restorer has room), opened, and removed again, with the owner and mode that it had.
 
 Nothing here waits for an other end: while ends are opened, the scope holds one that
-reads and writes. Refused: an end outside the tree, a name that is gone, locks.
+reads and writes. Refused: an end outside the tree, a name that leads elsewhere, locks.
 Source: fifo(7), fs/pipe.c `fifo_open`.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
+import tempfile
 from collections.abc import Iterator, Sequence
+from typing import Annotated
+
+from msgspec import Meta
 
 from pipeline.errors import Blocker, RebuildError
 from pipeline.ids import LocalFd
-from pipeline.image.schema import Index, OpenFile, PathRef, Record
+from pipeline.image.schema import Id, Index, OpenFile, PathRef, Record
 from pipeline.resources import locks, pipe_buffer
 from pipeline.resources.kinds import CaptureScope, CreateScope, FdView
-from pipeline.resources.paths import closed_on_error, describe, misnamed, reopen
+from pipeline.resources.paths import (
+    DELETED,
+    NAME_REMOVED,
+    closed_on_error,
+    describe,
+    misnamed,
+    open_again,
+    reopen,
+)
 from pipeline.resources.pipe_buffer import Buffer
 from pipeline.resources.steps import CompleteOnceCreated
+
+#: names that are tried for a moment, where that of a removed FIFO is taken
+_MOST_NAMES = 100
+
+
+class RemovedFifo(Record, frozen=True, kw_only=True):
+    """What is left of a FIFO without a name."""
+
+    uid: Id
+    gid: Id
+    mode: Annotated[int, Meta(ge=0, le=0o7777)]
 
 
 class FifoState(Record, frozen=True, kw_only=True):
     """`fifo`: index of the open file that stands for it; `buffer` only in that one's record.
 
-    `waiting`: its readers never saw a writer, there is none, and nothing is unread.
+    `waiting`: its readers never saw a writer, there is none, and nothing is unread. `removed`: it has no name any more.
     """
 
     path: PathRef
     fifo: Index
     waiting: bool = False
     buffer: Buffer | None = None
+    removed: RemovedFifo | None = None
 
 
 class Fifo(CompleteOnceCreated):
@@ -44,11 +70,11 @@ class Fifo(CompleteOnceCreated):
 
     name = "fifo"
     record: type[FifoState] = FifoState
-    carried: Sequence[str] = ("open ends, unread bytes, packet mode, capacity",)
-    refused: Sequence[str] = (
-        "a FIFO with an end outside the tree, unless the dump is told so",
-        "a removed FIFO",
+    carried: Sequence[str] = (
+        "open ends, unread bytes, packet mode, capacity",
+        "FIFOs whose name was removed",
     )
+    refused: Sequence[str] = ("a FIFO with an end outside the tree, unless the dump is told so",)
     shown_by: Sequence[str] = (
         "programs/pipes.py",
         "resources/test_pipes.py",
@@ -61,7 +87,7 @@ class Fifo(CompleteOnceCreated):
     def check(self, view: FdView, scope: CaptureScope) -> Iterator[Blocker]:
         """Its name must lead to it, and every end must be in the tree."""
         wrong = misnamed(view)
-        if wrong:
+        if wrong and wrong != NAME_REMOVED:
             yield Blocker(view.subject, f"the FIFO cannot be opened again by name: {wrong}", "close it")
         yield from outside_ends(view, scope)
         yield from pipe_buffer.check(view)
@@ -72,8 +98,16 @@ class Fifo(CompleteOnceCreated):
         group = pipe_buffer.ends(view, scope)
         first = group[0][0]
         alone = not any(pipe_buffer.writes(end) for _, end in group)
+        removed = None
+        if misnamed(view) == NAME_REMOVED:
+            removed = RemovedFifo(
+                uid=scope.user(view.stat.st_uid),
+                gid=scope.group(view.stat.st_gid),
+                mode=stat.S_IMODE(view.stat.st_mode),
+            )
         return FifoState(
-            path=scope.path(view.namer, view.link),
+            path=scope.path(view.namer, view.link.removesuffix(DELETED) if removed else view.link),
+            removed=removed,
             fifo=first,
             waiting=alone and pipe_buffer.has_writers(view) and not pipe_buffer.unread_bytes(view.local),
             buffer=pipe_buffer.capture(group) if scope.file_at(view.pid, view.fd) == first else None,
@@ -85,8 +119,12 @@ class Fifo(CompleteOnceCreated):
         Raises:
             RebuildError: the FIFO is missing, in use, or something else.
         """
+        if record.removed is not None:
+            removed = record.removed
+            end = scope.once(_key(record), lambda: _make_removed(file, record, removed, scope))
+            return open_again(end, file.flags)
         if not record.waiting:
-            scope.once(("fifo", record.fifo), lambda: _keep_open(file, record, scope))
+            scope.once(_key(record), lambda: _keep_open(file, record, scope))
         with closed_on_error(reopen(file, record.path, file.flags, scope)) as fd:
             if not stat.S_ISFIFO(os.fstat(fd).st_mode):
                 raise RebuildError(f"{describe(file, record.path)} is not a FIFO here")
@@ -99,8 +137,56 @@ class Fifo(CompleteOnceCreated):
         if record.waiting:  # nothing is unread: any end will do to set the capacity
             end = scope.file(file.index)
         else:
-            end = scope.once(("fifo", record.fifo), lambda: _keep_open(file, record, scope))
+            end = scope.once(_key(record), lambda: _keep_open(file, record, scope))
         pipe_buffer.refill(file, record.buffer, end)
+
+
+def _key(record: FifoState) -> tuple[str, int]:
+    return "fifo", record.fifo
+
+
+def _make_removed(file: OpenFile, record: FifoState, wanted: RemovedFifo, scope: CreateScope) -> LocalFd:
+    """An end of a FIFO without a name, held by the scope.
+
+    Raises:
+        RebuildError: it cannot be made.
+    """
+    directory, name = os.path.split(record.path.path)
+    try:
+        try:
+            place = scope.open(PathRef(record.path.mntns, directory or b"/"), os.O_PATH | os.O_DIRECTORY)
+        except OSError:
+            place = LocalFd(os.open(tempfile.gettempdir(), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
+        try:
+            return _make_and_remove(place, name, record.waiting, wanted, scope)
+        finally:
+            os.close(place)
+    except OSError as error:
+        raise RebuildError(
+            f"{describe(file, record.path)}, which has no name, cannot be made: {error.strerror}"
+        ) from error
+
+
+def _make_and_remove(
+    place: LocalFd, name: bytes, waiting: bool, wanted: RemovedFifo, scope: CreateScope
+) -> LocalFd:
+    used = name
+    for number in range(_MOST_NAMES):
+        try:
+            os.mkfifo(used, 0o600, dir_fd=place)
+            break
+        except FileExistsError:
+            used = b".pipeline-%d-%d" % (os.getpid(), number)
+    else:
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+    try:
+        access = os.O_RDONLY if waiting else os.O_RDWR
+        fd = scope.own(LocalFd(os.open(used, access | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=place)))
+    finally:
+        os.unlink(used, dir_fd=place)
+    os.fchown(fd, scope.user(wanted.uid), scope.group(wanted.gid))
+    os.fchmod(fd, wanted.mode)
+    return fd
 
 
 def outside_ends(view: FdView, scope: CaptureScope) -> Iterator[Blocker]:

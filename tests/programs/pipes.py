@@ -91,6 +91,23 @@ def body(program):
 
     program.check("FIFO: by its name", through_name, lambda: os.rename(path, path + "2"))
 
+    os.mkfifo(f"{DIRECTORY}/gone", 0o600)
+    gone = os.open(f"{DIRECTORY}/gone", os.O_RDWR | os.O_NONBLOCK)
+    os.write(gone, b"without a name")
+    os.unlink(f"{DIRECTORY}/gone")
+    program.check(
+        "removed FIFO",
+        lambda: f"{os.fstat(gone)}" if os.fstat(gone).st_nlink else put_back(gone, gone, b"without a name"),
+        lambda: os.read(gone, 3),
+    )
+    # the same pipe by /dev/stdin and the like: another open file of it
+    again = os.open(f"/proc/self/fd/{read}", os.O_RDWR | os.O_NONBLOCK)
+    program.same(
+        "opened again",
+        lambda: (os.fstat(again).st_ino == os.fstat(read).st_ino, fcntl.fcntl(again, fcntl.F_GETFL)),
+        lambda: os.dup2(gone, again),
+    )
+
     # A conversation with a child over two pipes, each with bytes under way; each side puts back what it took.
     down_read, down_write = os.pipe()
     up_read, up_write = os.pipe()

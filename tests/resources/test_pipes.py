@@ -231,7 +231,7 @@ def test_a_reader_whose_writer_went(fifo: Path) -> None:
         assert polled(reader) == select.POLLHUP
 
 
-def test_a_fifo_that_is_gone_or_used_outside_is_refused(fifo: Path) -> None:
+def test_a_fifo_that_is_used_outside_is_refused(fifo: Path) -> None:
     def setup() -> tuple[int, int]:
         reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
         pid = os.fork()
@@ -246,6 +246,62 @@ def test_a_fifo_that_is_gone_or_used_outside_is_refused(fifo: Path) -> None:
         reader, grandchild = child.result
         with Capture(child.pid) as capture:
             assert f"an end of the pipe is held by pid {grandchild}" in capture.reasons(reader)
-        fifo.unlink()
+        fifo.rename(fifo.with_name("other"))
+        fifo.write_text("another file")
         with Capture(child.pid, grandchild) as capture:
-            assert "its name was removed" in capture.reasons(reader)
+            assert not capture.reasons(reader)  # it goes by its new name
+
+
+@pytest.mark.parametrize("taken", ["", "file", "directory"])
+def test_a_fifo_whose_name_was_removed(fifo: Path, taken: str) -> None:
+    """It comes back without a name, and what has the name by now stays as it is."""
+
+    def setup() -> tuple[int, int]:
+        reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+        writer = os.open(fifo, os.O_WRONLY)
+        os.write(writer, b"without a name")
+        os.fchmod(reader, 0o640)
+        if not os.getuid():
+            os.fchown(reader, 7, 8)
+        fifo.unlink()
+        return reader, writer
+
+    with subject(setup) as child:
+        with Capture(child.pid) as capture:
+            files = capture.records()
+            before = capture.view(child.result[0])
+    if taken == "file":
+        fifo.write_text("another file")
+    if taken == "directory":
+        fifo.parent.rmdir()
+    with Rebuilt(capture, files, finish=False) as new:
+        reader, writer = (new.fd(fd) for fd in child.result)
+        found = os.fstat(reader)
+        assert (found.st_mode, found.st_uid, found.st_gid) == (
+            before.stat.st_mode,
+            before.stat.st_uid,
+            before.stat.st_gid,
+        )
+        assert found.st_ino == os.fstat(writer).st_ino
+        assert not found.st_nlink
+        if not taken:
+            assert os.readlink(f"/proc/self/fd/{reader}") == f"{fifo} (deleted)"
+        assert os.read(reader, 100) == b"without a name"
+        assert fcntl.fcntl(reader, fcntl.F_GETFL) == before.flags
+    assert fifo.parent.exists() == (taken != "directory")
+    if taken == "file":
+        assert [path.name for path in fifo.parent.iterdir()] == [fifo.name]
+        assert fifo.read_text() == "another file"
+
+
+def test_a_removed_fifo_that_waits_for_its_first_writer(fifo: Path) -> None:
+    def setup() -> int:
+        reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+        fifo.unlink()
+        return reader
+
+    with subject(setup) as child:
+        with Capture(child.pid) as capture:
+            files = capture.records()
+    with Rebuilt(capture, files, finish=False) as new:
+        assert polled(new.fd(child.result)) == 0

@@ -62,6 +62,7 @@ class RestorePolicy:
         files: whether files that are not what they were at the source (see `pipeline.resources.identity`) are
             refused (``same``) or used all the same (``any``).
         with_files: patterns of files that an image may make here where they are lacking, whoever they belong to.
+        parent_stays: this process stays as the parent of the tree until that ends.
     """
 
     cgroup: str = "keep"
@@ -72,3 +73,4 @@ class RestorePolicy:
     shell_job: bool = False
     files: Files = "same"
     with_files: tuple[str, ...] = ()
+    parent_stays: bool = False

@@ -224,7 +224,7 @@ async def restore(
     begin = time.monotonic()
     progress.phase("setup")
     new_pidns = new_pidns or not owns_pid_namespace()
-    policy = replace(policy or RestorePolicy(), stdio=not detach and source != "-")
+    policy = replace(policy or RestorePolicy(), stdio=not detach and source != "-", parent_stays=not detach)
     terminal: JobTerminal | None = None
     try:
         async with tracer_thread() as tracer, opened(source) as reader:

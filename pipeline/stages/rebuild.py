@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Collection, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 
 import trio
+from msgspec.structs import replace
 
 from pipeline.errors import ImageError, RebuildError, Refused
 from pipeline.ids import HostPid, LocalFd
@@ -346,7 +347,7 @@ class Rebuilding:
         for process, grown in finish.living(image, growth):
             space = image.spaces[process.space] if process.space is not None else None
             registers[process.pids[0]] = reinstate(
-                process, space, grown.threads, self._ids.uid, self._ids.gid
+                self._as_our_child(process), space, grown.threads, self._ids.uid, self._ids.gid
             )
         for process, grown in finish.living(image, growth):
             if process.together.sysvsem:
@@ -357,6 +358,17 @@ class Rebuilding:
         self._keepers.set_limits()
         self._cgroups.settle()
         finish.put_on(image, growth, lambda process, index: registers[process.pids[0]][index])
+
+    def _as_our_child(self, process: Process) -> Process:
+        """Without the signal at the end of its parent, if that is us and we end before it."""
+        is_root = process.pids[0] == self._image.head.root
+        stays = self.policy.parent_stays or self._init is not None
+        if not is_root or stays or not any(thread.pdeathsig for thread in process.threads):
+            return process
+        self._body.notes.append(
+            f"pid {process.pids[0]}: no signal will be sent to it at the end of its parent, which is this command"
+        )
+        return replace(process, threads=[replace(thread, pdeathsig=0) for thread in process.threads])
 
     def thaw(self) -> HostPid:
         """Let the tree run; returns the pid of its root here. There is no way back.

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.harness.tree import Tree, Workshop, engine, reap, said
+
 TOOL = [sys.executable, "-m", "pipeline"]
 
 
@@ -269,3 +271,23 @@ def test_plain_code_and_asyncio_do_the_same(program: Program, folder: Path) -> N
         return status
 
     assert os.waitstatus_to_exitcode(asyncio.run(back_and_forth())) == -signal.SIGTERM
+
+
+@pytest.mark.root
+def test_the_end_of_the_restorer_is_not_that_of_a_tree_that_ends_with_its_parent(
+    nothing_left_behind: None, workshop: Workshop, tmp_path: Path
+) -> None:
+    """As `unshare --kill-child` asks for SIGKILL at the end of its parent; a detached restore ends at once."""
+    around_it = ["sh", "-c", 'setpriv --pdeathsig KILL "$@" & wait', "-"]
+    tree = Tree.start(workshop, "quiet", within=around_it)
+    around = int(Path(f"/proc/{tree.pid}/stat").read_text().rpartition(")")[2].split()[1])
+    try:
+        done = engine("dump", "--pid", tree.pid, "--to", tmp_path / "image")
+        assert done.returncode == 0, said(done)
+        assert not reap([tree.pid, around])
+        done = engine("restore", "--from", tmp_path / "image", "--detach")
+        assert done.returncode == 0, said(done)
+        assert "no signal will be sent to it at the end of its parent" in done.stderr
+        tree.check()
+    finally:
+        tree.kill()

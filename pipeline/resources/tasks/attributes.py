@@ -4,7 +4,8 @@ Each is carried, refused by name, or not kept for a reason. prctl(2) on x86-64, 
 
 * carried here: MCE_KILL (what memory errors do to a thread), TSC, MDWE, MEMORY_MERGE; of other calls: the memory
   policy of a thread (set_mempolicy(2)), registrations of membarrier(2), the nice value of the session's autogroup.
-* carried elsewhere: NAME, PDEATHSIG, TIMERSLACK, CHILD_SUBREAPER, DUMPABLE, THP_DISABLE, NO_NEW_PRIVS
+* carried elsewhere: NAME, PDEATHSIG (of the root where the restorer stays as its parent), TIMERSLACK,
+  CHILD_SUBREAPER, DUMPABLE, THP_DISABLE, NO_NEW_PRIVS
   (`reinstate`); KEEPCAPS, SECUREBITS, CAPBSET, CAP_AMBIENT (`credentials`); SECCOMP (`seccomp`); SET_MM, SET_VMA,
   GET_AUXV (`pipeline.resources.memory`); TIMER_CREATE_RESTORE_IDS is only on while timers are made.
 * refused: ARCH_SET_CPUID (`inquiry`); SYSCALL_USER_DISPATCH (`refusals`: a call of ours would be

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -47,6 +48,11 @@ while true; do
 done
 """
 
+UNSHARE = "unshare --pid --fork --kill-child --mount --cgroup --ipc --uts --mount-proc"
+IN_A_USER_NAMESPACE = (
+    f"{sys.executable} -m pipeline run --userns=0:100000:65536 --pidns --mntns --cgroupns --ipcns --utsns --"
+)
+
 #: joins a cgroup in every hierarchy, and is systemd of a container in namespaces of its own
 OUTER = """
 for point in {points}; do
@@ -54,19 +60,26 @@ for point in {points}; do
     for file in cpuset.cpus cpuset.mems; do
         if [ -e $point/{name}/$file ]; then cat $point/$file > $point/{name}/$file; fi
     done
+    if [ -n "{owner}" ]; then
+        chown {owner} $point/{name} $point/{name}/cgroup.procs
+        for file in cgroup.subtree_control cgroup.threads; do
+            if [ -e $point/{name}/$file ]; then chown {owner} $point/{name}/$file; fi
+        done
+    fi
     echo $$ > $point/{name}/cgroup.procs
 done
-exec unshare {namespaces} --pid --fork --kill-child --mount --cgroup --ipc --uts --mount-proc sh -e {directory}/inner
+exec {within} sh -e {directory}/inner
 """
 INNER = """
 mount -t tmpfs none /run
+mount -t tmpfs -o mode=0755 none /sys/fs/cgroup
 for point in {points}; do
     kind="-t cgroup -o $(basename $point)"
     case $point in
         */systemd) kind="-t cgroup -o none,name=systemd" ;;
         */unified) kind="-t cgroup2" ;;
     esac
-    umount $point
+    mkdir $point
     mount $kind none $point
 done
 mkdir {directory}/dev
@@ -92,13 +105,14 @@ exec {systemd} --system --unit=basic.target --log-target=null </dev/null >/dev/n
 class Container:
     """A running systemd. `pid` is its pid here."""
 
-    def __init__(self, directory: Path, namespaces: str) -> None:
+    def __init__(self, directory: Path, owner: int) -> None:
         self.directory = directory
         self.name = f"pipeline-test-{uuid.uuid4().hex[:8]}"
         (directory / "units").mkdir()
         words = {
             "directory": directory, "name": self.name, "points": " ".join(POINTS.values()), "systemd": SYSTEMD,
-            "namespaces": namespaces,
+            "owner": f"{owner}:{owner}" if owner else "",
+            "within": IN_A_USER_NAMESPACE if owner else UNSHARE,
         }  # fmt: skip
         for name, text in UNITS.items():
             unit = "[Unit]\nDefaultDependencies=no\n" + text
@@ -183,12 +197,12 @@ class Container:
 
 
 @pytest.fixture
-def container(nothing_left_behind: None, workshop: Workshop) -> Iterator[Callable[[str], Container]]:
+def container(nothing_left_behind: None, workshop: Workshop) -> Iterator[Callable[[int], Container]]:
     made: list[Container] = []
 
-    def start(namespaces: str) -> Container:
+    def start(owner: int) -> Container:
         made.append(Container.__new__(Container))
-        made[-1].__init__(workshop.directory(), namespaces)  # type: ignore[misc]
+        made[-1].__init__(workshop.directory(), owner)  # type: ignore[misc]
         return made[-1]
 
     yield start
@@ -196,8 +210,11 @@ def container(nothing_left_behind: None, workshop: Workshop) -> Iterator[Callabl
         one.close()
 
 
-def test_systemd_goes_on_with_its_services(container: Callable[[str], Container], tmp_path: Path) -> None:
-    box = container("")
+@pytest.mark.parametrize("owner", [0, 100_000], ids=["of the host's root", "in a user namespace"])
+def test_systemd_goes_on_with_its_services(
+    container: Callable[[int], Container], tmp_path: Path, owner: int
+) -> None:
+    box = container(owner)
     box.goes_on()
     units, places = box.units(), box.places()
     assert any(b"/counter.service" in path for path in places["sh"].values())

@@ -70,6 +70,6 @@ test-packages: export DEBIAN_FRONTEND = noninteractive
 test-packages: packages
 	$(call install_missing,cc=gcc libc-headers=libc6-dev ip=iproute2 \
 	  Xvnc=tigervnc-standalone-server xclock=x11-apps xterm=xterm xwininfo=x11-utils tmux=tmux vim=vim top=procps \
-	  nft=nftables strace=strace bwrap=bubblewrap \
+	  nft=nftables strace=strace bwrap=bubblewrap fio=fio \
 	  runc=runc busybox=busybox-static make=make rsync=rsync perl=perl-base sqlite3=sqlite3 gzip=gzip less=less \
 	  node=nodejs javac=openjdk-17-jdk-headless go=golang-go postgres=postgresql)

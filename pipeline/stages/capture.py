@@ -132,7 +132,6 @@ class Capture:
                 )
             )
             self._stack = stack.pop_all()
-        self._rings = aio.Rings()
         #: system calls run inside the target
         self.injected_calls = 0
 
@@ -259,7 +258,7 @@ class Capture:
             processes.append(record)
         blockers += [
             *self._attachment_blockers(),
-            *self._rings.blockers(view for _, view in self.files.files()),
+            *self._settle_rings(captured),
         ]
         if blockers:
             return [], [], blockers
@@ -280,6 +279,15 @@ class Capture:
             records += [(record, None) for record in group]
         records += file_records
         return records, sources, blockers
+
+    def _settle_rings(self, captured: dict[int, tuple[HostPid, Captured]]) -> list[Blocker]:
+        """Put what arrives of asynchronous I/O into the records of `captured`; what does not come to rest stops it."""
+        rings = {n: (pid, found.space.rings) for n, (pid, found) in captured.items() if found.space.rings}
+        settled, blockers = aio.settle(rings, (view for _, view in self.files.files()))
+        for number, found in settled.items():
+            pid, memory = captured[number]
+            captured[number] = (pid, dataclasses.replace(memory, space=replace(memory.space, rings=found)))
+        return blockers
 
     def _arrange(
         self, processes: Sequence[Process], captured: dict[int, tuple[HostPid, Captured]]
@@ -395,7 +403,6 @@ class Capture:
             )
             memory = dataclasses.replace(memory, space=replace(memory.space, **leader.of_memory()))
             blockers += memory.blockers
-            self._rings.seen(pid, memory.space.rings)
             captured[memory.space.space] = (number, memory)
         stat, status = procfs.stat(number), procfs.status(number)
         members = self.namespaces.memberships[pid]

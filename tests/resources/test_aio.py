@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shutil
+import signal
 import struct
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,7 +16,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from pipeline.errors import ImageError
+from pipeline.errors import Blocker, ImageError
 from pipeline.ids import HostPid, LocalFd
 from pipeline.image.schema import AddressSpace, AioRing, Vma
 from pipeline.kernel import smaps
@@ -25,7 +28,7 @@ from pipeline.resources.memory.capture import capture_address_space
 from pipeline.resources.memory.objects import MemoryObjects
 from pipeline.resources.memory.scope import CannotCarry
 from tests.harness.settings import DEPTH_1
-from tests.harness.tree import Tree, dump, restore
+from tests.harness.tree import Tree, Workshop, dump, engine, family_of, reap, restore, said
 from tests.resources.memorytarget import Scope
 
 _REQUEST = struct.Struct("<Q2IHhI2QqQ2I")
@@ -69,16 +72,34 @@ def context() -> Iterator[Context]:
         syscall(NR.io_destroy, made.at)
 
 
-def test_an_event_that_arrives_while_the_program_stands_still_is_waited_for(empty: int) -> None:
+def settled(ring: AioRing, *views: FdView) -> tuple[AioRing, list[Blocker]]:
+    rings, blockers = aio.settle({7: (HostPid(os.getpid()), [ring])}, views)
+    return rings[7][0], blockers
+
+
+def test_an_event_that_arrives_while_the_program_stands_still_is_taken_along(empty: int) -> None:
     with context() as made:
         made.submit(_PREAD, empty)
-        rings = aio.Rings()
-        rings.seen(HostPid(os.getpid()), [made.captured()])
-        assert list(rings.blockers([])) == []
-        rings.seen(HostPid(os.getpid()), [made.captured()])
+        before = made.captured()
+        assert settled(before) == (before, [])
         made.submit(_PREAD, empty)
-        assert all("in flight" in blocker.reason and blocker.transient for blocker in rings.blockers([]))
-        assert len(list(rings.blockers([]))) == 2
+        assert settled(before) == (made.captured(), [])
+        assert made.captured().tail == before.tail + 1
+
+
+def test_events_that_never_cease_are_waited_for(monkeypatch: pytest.MonkeyPatch, empty: int) -> None:
+    monkeypatch.setattr(aio, "SETTLE_S", 0.2)
+    with context() as made:
+        quiet = time.sleep
+
+        def sleep(seconds: float) -> None:
+            made.submit(_PREAD, empty)
+            quiet(seconds)
+
+        monkeypatch.setattr(time, "sleep", sleep)
+        _, (blocker,) = settled(made.captured())
+        assert blocker.transient
+        assert "in flight" in blocker.reason
 
 
 def test_disks_of_files_that_are_read_directly_are_waited_for(
@@ -90,12 +111,10 @@ def test_disks_of_files_that_are_read_directly_are_waited_for(
     fd = LocalFd(os.open(tmp_path / "file", os.O_RDONLY))
     try:
         with context() as made:
-            rings = aio.Rings()
-            for ring in ([], [made.captured()]):
-                rings.seen(HostPid(os.getpid()), ring)
-                for flags in (os.O_DIRECT, 0):
-                    view = FdView(HostPid(os.getpid()), fd, fd, b"", os.fstat(fd), {}, flags, 0)
-                    assert list(rings.blockers([view])) == []
+            for flags in (os.O_DIRECT, 0):
+                view = FdView(HostPid(os.getpid()), fd, fd, b"", os.fstat(fd), {}, flags, 0)
+                assert settled(made.captured(), view) == (made.captured(), [])
+                assert aio.settle({}, [view]) == ({}, [])
     finally:
         os.close(fd)
     assert asked == [(tmp_path / "file").stat().st_dev]
@@ -163,3 +182,47 @@ def test_a_child_keeps_what_it_sees_of_a_ring(start: Callable[..., Tree], tmp_pa
     restore(tree, tmp_path / "image")
     tree.check()
     assert tree.end() == 0
+
+
+@pytest.mark.root
+def test_fio_goes_on_with_sixteen_requests_in_flight(workshop: Workshop, tmp_path: Path) -> None:
+    """Two jobs write and read past the page cache, and verify what they read."""
+    if shutil.which("fio") is None:
+        pytest.skip("needs fio (Debian: apt-get install fio)")
+    place = workshop.directory()
+    command = ["unshare", "--ipc", "fio", "--name=job", f"--directory={place}", "--size=2m", "--numjobs=2"]
+    command += ["--ioengine=libaio", "--direct=1", "--iodepth=16", "--rw=randrw", "--verify=crc32c"]
+    command += [
+        "--verify_backlog=32",
+        "--time_based",
+        "--runtime=60",
+        "--rate_iops=900",
+        f"--output={place}/out",
+    ]
+    with open(os.devnull, "r+b") as null:
+        first = subprocess.Popen(
+            command, cwd=place, stdin=null, stdout=null, stderr=null, start_new_session=True
+        )
+    try:
+        deadline = time.monotonic() + 20
+        while sum("[aio]" in Path(f"/proc/{pid}/maps").read_text() for pid in family_of(first.pid)) < 2:
+            assert time.monotonic() < deadline, "no rings were made"
+            time.sleep(0.05)
+        family = family_of(first.pid)
+        done = engine("dump", "--pid", first.pid, "--to", tmp_path / "image")
+        assert done.returncode == 0, said(done)
+        first.poll()
+        assert not reap(family)
+        done = engine("restore", "--from", tmp_path / "image", "--detach")
+        assert done.returncode == 0, said(done)
+        time.sleep(0.5)
+        os.kill(first.pid, signal.SIGINT)
+    except BaseException:
+        for pid in family_of(first.pid):
+            os.kill(pid, signal.SIGKILL)
+        raise
+    finally:
+        first.poll()
+        assert not reap(family_of(first.pid), 30)
+    output = (place / "out").read_text()
+    assert output.count("err= 0") == 2, output

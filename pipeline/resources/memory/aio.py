@@ -11,9 +11,9 @@ file); those before the head are collected, so that as many slots are taken as w
 into their slots.
 
 In flight: requests of a frozen program come to their end by themselves, and their events arrive in its ring. So
-rings are looked at twice while the program stands still, at least `QUIET_S` apart, and what moved is waited for. Each
-disk of files that the tree has open with O_DIRECT, of which requests are really in flight, has to be seen idle
-between, as no request of before can be left then; a disk that never is, is waited for as long as `BUSY_S`.
+rings are looked at again while the program stands still, until none has changed for `QUIET_S`. Each disk of files that
+the tree has open with O_DIRECT, of which requests are really in flight, has to be seen idle before that, as no earlier
+request can be left then; one that never is, is waited for as long as `BUSY_S`.
 A request that waits for a file to become ready (IOCB_CMD_POLL) may wait for ever. Events that a ring still holds,
 read ones too, lead to the requests they were of: if one was such a poll, the program is refused.
 
@@ -31,16 +31,15 @@ from __future__ import annotations
 import os
 import struct
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from pipeline.errors import Blocker, ImageError, RebuildError
 from pipeline.ids import HostPid, LocalFd
 from pipeline.image.schema import AddressSpace, AioRing, Vma
+from pipeline.kernel import smaps
 from pipeline.kernel.arch.x86_64 import NR
 from pipeline.kernel.inside import open_file
 from pipeline.kernel.pagemap import PAGE_BYTES
-from pipeline.kernel.smaps import Mapping
 from pipeline.ledger import LEDGER
 from pipeline.remote.calls import Call, In, Out
 from pipeline.remote.puppet import Puppet
@@ -54,8 +53,11 @@ NAME = b"/[aio] (deleted)"
 QUIET_S = 0.05
 #: how long a disk may be busy
 BUSY_S = 1.0
+#: how long events may go on to arrive
+SETTLE_S = 4.0
 _LOOK_S = 0.001
 
+_PART, _WHOLE = "is a part of a ring of asynchronous I/O", "leave the ring whole"
 _MAGIC = 0xA10A10A1
 #: id, room, head, tail, magic, compatible and incompatible features, bytes of the header
 _HEADER = struct.Struct("<8I")
@@ -92,26 +94,30 @@ def slots(ring: AioRing) -> list[int]:
 # -- capturing ---------------------------------------------------------------------------------
 
 
-def question(mapping: Mapping) -> Call:
+def question(mapping: smaps.Mapping) -> Call:
     """Asks a task whether a mapping is a context of its process (0), or only left of one: reads no event."""
     return Call(NR.io_getevents, (mapping.start, 0, 0, 0, 0), may_fail=True)
 
 
-def capture(pid: HostPid, mapping: Mapping) -> AioRing:
+def capture(pid: HostPid, mapping: smaps.Mapping) -> AioRing:
     """The ring that `mapping` shows.
 
     Raises:
         CannotCarry: it is not whole, or a request may wait for ever.
         OSError: it may not be read.
     """
-    size = mapping.end - mapping.start
+    if mapping.offset:
+        raise CannotCarry(_PART, _WHOLE)
+    return _look(pid, mapping.start, (mapping.end - mapping.start) // PAGE_BYTES)
+
+
+def _look(pid: HostPid, start: int, pages: int) -> AioRing:
     memory = open_file(pid, "mem", os.O_RDONLY)
     try:
-        content = os.pread(memory, size, mapping.start)
+        content = os.pread(memory, pages * PAGE_BYTES, start)
         _, count, head, tail, magic, *_ = _HEADER.unpack_from(content)
-        pages = size // PAGE_BYTES
-        if mapping.offset or len(content) != size or count != room(pages) or magic != _MAGIC:
-            raise CannotCarry("is a part of a ring of asynchronous I/O", "leave the ring whole")
+        if len(content) != pages * PAGE_BYTES or count != room(pages) or magic != _MAGIC:
+            raise CannotCarry(_PART, _WHOLE)
         head, tail = head % count, tail % count
         if any(_polled(memory, content)):
             raise CannotCarry(
@@ -120,9 +126,9 @@ def capture(pid: HostPid, mapping: Mapping) -> AioRing:
             )
     finally:
         os.close(memory)
-    ring = AioRing(mapping.start, pages, head, tail)
+    ring = AioRing(start, pages, head, tail)
     events = (content[at : at + _EVENT.size] for at in map(_place, slots(ring)))
-    return AioRing(mapping.start, pages, head, tail, b"".join(events))
+    return AioRing(start, pages, head, tail, b"".join(events))
 
 
 def _place(slot: int) -> int:
@@ -143,48 +149,39 @@ def _polled(memory: int, content: bytes) -> Iterator[bool]:
             yield opcode == _IOCB_CMD_POLL and not rest
 
 
-@dataclass(frozen=True)
-class _Look:
-    pid: HostPid
-    ring: AioRing
-    at_s: float
+def settle(
+    rings: Mapping[int, tuple[HostPid, Sequence[AioRing]]], views: Iterable[FdView]
+) -> tuple[dict[int, list[AioRing]], list[Blocker]]:
+    """Wait until no event arrives any more in the rings of a frozen tree.
 
+    Args:
+        rings: of each space, with its process, as they were.
+        views: the open files of the tree.
 
-class Rings:
-    """The rings of a frozen tree, to be looked at once more before the capture ends."""
-
-    def __init__(self) -> None:
-        self._looks: list[_Look] = []
-
-    def seen(self, pid: HostPid, rings: Iterable[AioRing]) -> None:
-        """They were like this a moment ago."""
-        now = time.monotonic()
-        self._looks += [_Look(pid, ring, now) for ring in rings]
-
-    def blockers(self, views: Iterable[FdView]) -> Iterator[Blocker]:
-        """Those in which an event has arrived since; waits until each was quiet for `QUIET_S`, and disks are idle.
-
-        Args:
-            views: the open files of the tree.
-        """
-        if self._looks:
-            for device in {view.stat.st_dev for view in views if view.flags & os.O_DIRECT}:
-                _await_idle(device)
-            # an event comes a moment after its disk is idle
-            time.sleep(max(5 * _LOOK_S, self._looks[-1].at_s + QUIET_S - time.monotonic()))
-        for look in self._looks:
-            memory = open_file(look.pid, "mem", os.O_RDONLY)
-            try:
-                _, _, _, tail, *_ = _HEADER.unpack(os.pread(memory, _HEADER.size, look.ring.start))
-            finally:
-                os.close(memory)
-            if tail % room(look.ring.pages) != look.ring.tail:
-                yield Blocker(
-                    f"pid {look.pid} mapping {look.ring.start:x}",
-                    "asynchronous I/O was in flight: an event arrived while the program stood still",
-                    "try again",
-                    transient=True,
-                )
+    Returns:
+        The rings of each space as they are now; and those in which events never ceased to arrive.
+    """
+    disks = {view.stat.st_dev for view in views if view.flags & os.O_DIRECT} if rings else set()
+    now = {space: list(found) for space, (_, found) in rings.items()}
+    deadline = time.monotonic() + SETTLE_S
+    while rings:
+        for device in disks:
+            _await_idle(device)
+        time.sleep(QUIET_S)
+        before = now
+        now = {
+            space: [_look(pid, one.start, one.pages) for one in found]
+            for space, (pid, found) in rings.items()
+        }
+        if now == before:
+            break
+        if time.monotonic() > deadline:
+            why = "asynchronous I/O is in flight: its events arrive although the program stands still"
+            moving = (space for space in now if now[space] != before[space])
+            return now, [
+                Blocker(f"pid {rings[space][0]}", why, "try again", transient=True) for space in moving
+            ]
+    return now, []
 
 
 def _await_idle(device: int) -> None:

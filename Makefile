@@ -72,4 +72,5 @@ test-packages: packages
 	  Xvnc=tigervnc-standalone-server xclock=x11-apps xterm=xterm xwininfo=x11-utils tmux=tmux vim=vim top=procps \
 	  nft=nftables strace=strace bwrap=bubblewrap fio=fio \
 	  runc=runc busybox=busybox-static make=make rsync=rsync perl=perl-base sqlite3=sqlite3 gzip=gzip less=less \
-	  node=nodejs javac=openjdk-17-jdk-headless go=golang-go postgres=postgresql)
+	  node=nodejs javac=openjdk-17-jdk-headless go=golang-go postgres=postgresql \
+	  redis-server=redis-server nginx=nginx-light wrk=wrk)

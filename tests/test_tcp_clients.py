@@ -16,10 +16,20 @@ import pytest
 import pipeline
 from pipeline.ledger import LEDGER
 from tests.harness.hosts import Host, terminate
-from tests.harness.networks import THEIRS, THEIRS_6, bridged_network, engine_in, plug, shell, start_in, within
+from tests.harness.networks import (
+    THEIRS,
+    THEIRS_6,
+    bridged_network,
+    engine_in,
+    network,
+    plug,
+    shell,
+    start_in,
+    within,
+)
 from tests.harness.settings import DEPTH_0, DEPTH_1, DEPTH_2, Setting
 from tests.harness.talkers import talkers
-from tests.harness.tree import ROOT, Tree, Workshop, reap, said
+from tests.harness.tree import ROOT, Tree, Workshop, family_of, reap, said
 from tests.test_faults import moments, run_cancelled
 
 pytestmark = pytest.mark.root
@@ -38,7 +48,7 @@ def no_locks(tree: Tree) -> None:
     assert shell(inside, "nft list tables") == ""
 
 
-@pytest.mark.parametrize("setting", [DEPTH_0, DEPTH_1, DEPTH_2], ids=lambda s: s.name)
+@pytest.mark.parametrize("setting", [DEPTH_0, DEPTH_2], ids=lambda s: s.name)
 def test_clients_outside_stay_connected(
     start: Callable[..., Tree], around: str, tmp_path: Path, setting: Setting
 ) -> None:
@@ -163,3 +173,108 @@ def test_a_dump_killed_at_random_lets_clients_go_on(
             clients.go_on()
             no_locks(tree)
     tree.check()
+
+
+#: one connection to the address and port that are given: each number has to come back
+ASK = """
+import socket, sys, time
+sock = socket.create_connection((sys.argv[1], int(sys.argv[2])))
+number = 0
+while True:
+    number += 1
+    sock.sendall(b"%08d" % number)
+    found = b""
+    while len(found) < 8:
+        piece = sock.recv(8 - len(found))
+        assert piece, "it has ended"
+        found += piece
+    assert found == b"%08d" % number, found
+    print(number, flush=True)
+    time.sleep(0.005)
+"""
+#: who answers, and tells its port
+ANSWER = """
+import socket
+listener = socket.create_server(("127.0.0.1", 0))
+print(listener.getsockname()[1], flush=True)
+sock, _ = listener.accept()
+while text := sock.recv(8):
+    sock.sendall(text)
+"""
+
+
+@pytest.mark.parametrize("policy", ["established", "close", "refuse"])
+def test_a_connection_in_the_network_around(tmp_path: Path, policy: str, nothing_left_behind: None) -> None:
+    """It waits, locked, for its tree, which is restored on the same host; or it is treated as was decided."""
+    with network() as path, ExitStack() as stack:
+        there = ["nsenter", f"--net={path}", sys.executable, "-u", "-c"]
+        answering = subprocess.Popen(
+            [*there, ANSWER], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True
+        )
+        stack.callback(answering.wait)
+        stack.callback(answering.kill)
+        assert answering.stdout is not None
+        stack.callback(answering.stdout.close)
+        port = answering.stdout.readline().strip()
+        output = tmp_path / "output"
+        with output.open("wb") as file:
+            asking = subprocess.Popen(
+                [*there, ASK, "127.0.0.1", port],
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=file,
+                start_new_session=True,
+            )
+
+        def end() -> None:
+            for pid in family_of(asking.pid):
+                os.kill(pid, signal.SIGKILL)
+            asking.wait()
+            reap([asking.pid])
+
+        stack.callback(end)
+
+        def grows() -> None:
+            size, deadline = output.stat().st_size, time.monotonic() + 10
+            while output.stat().st_size <= size:
+                assert time.monotonic() < deadline, f"it stands still: {output.read_text()[-500:]}"
+                time.sleep(0.01)
+
+        grows()
+        image = tmp_path / "image"
+        done = engine_in(path, "dump", "--pid", str(asking.pid), "--to", image, "--tcp", policy)
+        if policy == "refuse":
+            assert done.returncode == 3, said(done)
+            assert "--tcp refuse was given" in done.stderr
+            grows()
+            return
+        assert done.returncode == 0, said(done)
+        asking.wait()
+        tables = shell(path, "nft list tables")
+        if policy == "established":
+            assert "pipeline-kept-" in tables
+            done = engine_in(path, "clean")
+            assert f"its connections wait for the restore of {image}" in done.stdout
+            assert shell(path, "nft list tables") == tables
+        else:
+            assert tables == ""
+            answering.wait(10)  # it was told, in whatever way
+        done = engine_in(path, "restore", "--from", image, "--detach")
+        assert done.returncode == 0, said(done)
+        assert shell(path, "nft list tables") == ""
+        if policy == "close":
+            deadline = time.monotonic() + 10
+            while "ConnectionResetError" not in output.read_text():
+                assert time.monotonic() < deadline, output.read_text()[-500:]
+                time.sleep(0.01)
+        else:
+            grows()
+            assert "nftables" not in engine_in(path, "clean").stdout
+
+
+def test_a_lock_that_no_image_waits_for_is_cleaned_away() -> None:
+    with network() as path:
+        shell(path, "nft add table inet pipeline-kept-0123456789abcdef && nft add table inet other")
+        done = engine_in(path, "clean")
+        assert "removed nftables table pipeline-kept-0123456789abcdef" in done.stdout, said(done)
+        assert shell(path, "nft list tables") == "table inet other\n"

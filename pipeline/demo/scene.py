@@ -209,7 +209,8 @@ class Scene:
     def migrate(self) -> tuple[int, dict[str, Any], str]:
         """`serve` on the destination, `migrate` on the source; returns migrate's exit code, document and stderr.
 
-        A connection of the client that is open at the freeze is a transient blocker: it is tried again.
+        The address of the service follows behind the tree, so a connection of the client would not find it: none is
+        carried (`--tcp refuse`). They are short; one that is open at the freeze is waited for.
 
         Raises:
             PipelineError: `serve` does not listen; or `migrate` says it is done and `serve` failed.
@@ -231,7 +232,7 @@ class Scene:
         if not first.startswith("listening on "):
             raise PipelineError(f"`serve` failed:\n{self.text('serve.err')}")
         to = first.removeprefix("listening on ")
-        move = ["migrate", "--pid", str(self.root), "--to", to, *secret, "--json"]
+        move = ["migrate", "--pid", str(self.root), "--to", to, *secret, "--tcp", "refuse", "--json"]
         deadline = time.monotonic() + _PATIENCE_S
         for attempt in count_up():
             name = f"migrate-{attempt}"

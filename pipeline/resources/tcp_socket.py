@@ -6,8 +6,9 @@ acknowledged, what was not sent yet, and which directions are over. A connection
 Of clients that wait to be accepted those of the tree that have sent nothing yet; see `pipeline.resources.tcp_tree`,
 also for what becomes of peers outside of the tree. TIME_WAIT belongs to nobody's descriptor, and is forgotten.
 
-With `--tcp close` connections end at the source as if their program had ended; where the tree is restored they are
-found reset: reading gives ECONNRESET once, then the end; writing EPIPE.
+With `--tcp refuse` connections are waited for, a little, and then refused by name. With `--tcp close` they end at the
+source as if their program had ended; where the tree is restored they are found reset: reading gives ECONNRESET once,
+then the end; writing EPIPE.
 
 Refused: clients from elsewhere that wait to be accepted (the kernel shows their bytes to accept(2) only), a pending
 error (asking for it takes it away), urgent data that was not read, more than 24 MiB in one queue. Handshakes half
@@ -90,8 +91,8 @@ class Tcp(CompleteOnceCreated):
                 if sockets.events(view.local, 0) & select.POLLERR:
                     yield _transient(view, "an error of its TCP connection waits to be read")
             elif scope.policy.tcp == "refuse":
-                yield Blocker(
-                    view.subject,
+                yield _transient(
+                    view,
                     f"TCP connection ({_called(state)}, {_ends(sock)}), and --tcp refuse was given",
                     "close it, or give --tcp established or --tcp close",
                 )
@@ -193,8 +194,8 @@ def _check_listener(one: Seen, tree: TcpTree, scope: CaptureScope) -> Iterator[B
     if waiting.reason:
         yield _transient(one.view, waiting.reason, "wait until they are accepted")
     elif scope.policy.tcp == "refuse" and waiting.clients:
-        yield Blocker(
-            one.view.subject,
+        yield _transient(
+            one.view,
             f"{len(waiting.clients)} connection(s) wait to be accepted, and --tcp refuse was given",
             "accept them, or give --tcp established or --tcp close",
         )

@@ -48,7 +48,8 @@ def bridged_network() -> Iterator[str]:
     with network() as path:
         shell(
             path,
-            f"ip link add br0 type bridge && ip addr add {OURS}/24 dev br0 && "
+            # without an address of its own a bridge has that of a port, and another one when that port goes
+            f"ip link add br0 address 02:00:00:00:00:01 type bridge && ip addr add {OURS}/24 dev br0 && "
             f"ip addr add {OURS_6}/64 dev br0 nodad && ip link set br0 up",
         )
         yield path

@@ -21,6 +21,26 @@ pytestmark = pytest.mark.root  # root becomes the user
 ALICE = User("alice", 61_301, 62_301)
 CONTAINER = ["unshare", "-U", "-r", "-p", "-f", "-m", "--mount-proc"]
 ROOT_INSIDE = ["unshare", "-U", "-r"]
+#: two threads talk by TCP, and count
+TALK = """
+import socket, threading, time
+listener = socket.create_server(("127.0.0.1", 0))
+client = socket.create_connection(listener.getsockname())
+server, _ = listener.accept()
+def answer():
+    while True:
+        server.sendall(server.recv(100))
+threading.Thread(target=answer, daemon=True).start()
+number = 0
+while True:
+    number += 1
+    client.sendall(b"%d" % number)
+    found = client.recv(100)
+    if found != b"%d" % number:
+        raise SystemExit(f"{found} is no answer to {number}")
+    print(number, flush=True)
+    time.sleep(0.01)
+"""
 COUNT = "i=0; while sleep 0.02; do i=$((i+1)); echo $i; done"
 
 #: command lines whose output grows as long as they run
@@ -37,6 +57,11 @@ COUNTING: dict[str, Sequence[str]] = {
     "bash with jobs": [*CONTAINER, "bash", "-c", f"set -m; sleep 1000 & ( {COUNT} ) & fg 2"],
     "a container": [*CONTAINER, "sh", "-c", COUNT],
     "three levels": [*ROOT_INSIDE, *ROOT_INSIDE, "unshare", "-U", "-c", "-m", "sh", "-c", COUNT],
+    "a connection in a network of its own": [
+        *(*ROOT_INSIDE, "unshare", "-n", "sh", "-c"),
+        'PATH=$PATH:/usr/sbin:/sbin; ip link set lo up; exec python3 -u -c "$0"',
+        TALK,
+    ],
     "setpriv": [*ROOT_INSIDE, "setpriv", "--no-new-privs", "--bounding-set=-all", "sh", "-c", COUNT],
     # a watch of inotify on a file that is deleted, but open
     "tail -f": ["sh", "-c", f"f=$(mktemp); ({COUNT}) >$f & tail -f $f & sleep 0.2; rm $f; wait"],
@@ -151,3 +176,17 @@ def test_an_http_server_answers(carried: Callable[[Sequence[str]], Carried]) -> 
     for _ in range(2):
         program.carry()
         assert ask() == 200
+
+
+def test_a_connection_in_the_network_of_the_host_is_refused(
+    carried: Callable[[Sequence[str]], Carried],
+) -> None:
+    program = carried(["python3", "-u", "-c", TALK])
+    program.goes_on()
+    done = program.users.engine(ALICE, "check", "--pid", str(program.pid))
+    assert done.returncode == 3, said(done)
+    assert "it takes CAP_NET_ADMIN in its network to look at it" in done.stdout
+    done = program.users.engine(ALICE, "dump", "--pid", str(program.pid), "--to", program.place / "image")
+    assert done.returncode == 3, said(done)
+    assert "give the tree a network of its own, or give --tcp close" in done.stderr
+    program.goes_on()

@@ -1,0 +1,283 @@
+"""Servers with their clients connected: Redis and nginx. No error, no lost write, no connection ends."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from tests.harness.networks import THEIRS, bridged_network, plug, within
+from tests.harness.settings import CLONE_NEWNET
+from tests.harness.tree import Workshop, reap
+from tests.programs.real.tree import DEPTHS, RealTree, count_in, needs
+
+pytestmark = pytest.mark.root
+
+#: each with a network of its own
+SETTINGS = tuple(setting.with_kinds(setting.name, CLONE_NEWNET) for setting in DEPTHS)
+
+#: ADDRESS COUNT: clients of Redis that check every answer, until SIGTERM; each keeps its one connection
+CLIENTS = r"""
+import os, signal, socket, subprocess, sys, threading, time
+
+address, count = sys.argv[1], int(sys.argv[2])
+server = None
+if len(sys.argv) > 3:  # the server is in the tree, too
+    subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+    server = subprocess.Popen(sys.argv[3:])
+end = threading.Event()
+signal.signal(signal.SIGTERM, lambda *_: end.set())
+done = [0] * count
+
+
+def connect():
+    for _ in range(500):
+        try:
+            return socket.create_connection((address, 6379))
+        except OSError:
+            time.sleep(0.02)
+    raise OSError("there is no server")
+
+
+def ask(sock, *words):
+    sock.sendall(b"*%d\r\n" % len(words) + b"".join(b"$%d\r\n%s\r\n" % (len(w), w) for w in words))
+    answer = b""
+    while answer.count(b"\r\n") < (2 if answer[:1] == b"$" else 1):
+        piece = sock.recv(65536)
+        if not piece:
+            raise OSError("the connection has ended")
+        answer += piece
+    return answer
+
+
+def work(n):
+    try:
+        sock = connect()
+        key, pad = b"key:%d" % n, b"x" * (n * 40)
+        while not end.is_set():
+            number = done[n] + 1
+            text = b"%d%s" % (number, pad)
+            wanted = [b"+OK\r\n", b"$%d\r\n%s\r\n" % (len(text), text), b":%d\r\n" % number]
+            asked = [(b"SET", key, text), (b"GET", key), (b"INCR", b"count:%d" % n)]
+            for words, answer in zip(asked, wanted):
+                if (found := ask(sock, *words)) != answer:
+                    raise OSError(f"{found!r} to {words!r}")
+            done[n] = number
+            time.sleep(0.002)
+        found = ask(sock, b"GET", b"count:%d" % n).split(b"\r\n")[1]
+        if int(found) != done[n]:
+            raise OSError(f"{found} of {done[n]} writes are there")
+    except Exception as error:
+        with open("wrong", "a") as file:
+            print(f"client {n} after {done[n]} rounds: {error!r}", file=file)
+
+
+threads = [threading.Thread(target=work, args=(n,)) for n in range(count)]
+for thread in threads:
+    thread.start()
+while not end.wait(0.02):
+    with open(".rounds", "w") as file:
+        file.write(str(min(done)))
+    os.replace(".rounds", "rounds")
+for thread in threads:
+    thread.join()
+if server is not None:
+    server.terminate()
+    server.wait()
+open("ended", "w").close()
+"""
+REDIS = [
+    "redis-server",
+    "--port",
+    "6379",
+    "--bind",
+    "*",
+    "--protected-mode",
+    "no",
+    "--save",
+    "",
+    "--io-threads",
+    "2",
+]
+COUNT = 50
+
+
+@pytest.fixture
+def around() -> Iterator[str]:
+    with bridged_network() as path:
+        yield path
+
+
+def written(directory: Path, name: str, text: str) -> Path:
+    path = directory / name
+    path.write_text(text)
+    path.chmod(0o644)
+    return path
+
+
+def all_is_well(directory: Path) -> None:
+    wrong = directory / "wrong"
+    assert not wrong.exists(), wrong.read_text()
+    assert (directory / "ended").exists()
+
+
+@needs("redis-server=redis-server", "ip=iproute2")
+@pytest.mark.parametrize("setting", SETTINGS, ids=lambda s: s.name)
+def test_redis_with_clients_in_its_network(
+    launch: Callable[..., RealTree], workshop: Workshop, setting: object, tmp_path: Path
+) -> None:
+    directory = workshop.directory()
+    script = written(directory, "clients.py", CLIENTS)
+    command = [workshop.python, "-S", "-s", "-E", "-B", script, "127.0.0.1", str(COUNT), *REDIS]
+    tree = launch(setting, command, count_in("rounds"), directory=directory)
+    tree.wait("every client is served", lambda: count_in("rounds")(directory) > 2)
+    tree.all_ways(tmp_path)
+    tree.finish()
+    all_is_well(directory)
+
+
+def outside(around: str, directory: Path, *command: str | Path) -> subprocess.Popen[bytes]:
+    """A command in the network around, that is no part of the tree."""
+    with open(directory / "outside.log", "ab") as log:
+        return subprocess.Popen(
+            ["nsenter", f"--net={around}", *map(str, command)],
+            cwd=directory,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+        )
+
+
+def all_ways_connected(tree: RealTree, folder: Path) -> None:
+    """`RealTree.all_ways`, where the other end of eth0 is put under the bridge again each time."""
+    tree.restoring = ["--external", "veth:eth0=out2@br0"]
+    tree.goes_on()
+    tree.carry_running(folder / "running")
+    tree.carry(folder / "image")
+    tree.restoring = ["--external", "veth:eth0=out3@br0"]
+    tree.migrate()
+
+
+@needs("redis-server=redis-server", "ip=iproute2")
+@pytest.mark.parametrize("setting", SETTINGS[:1], ids=lambda s: s.name)
+def test_redis_with_clients_outside(
+    launch: Callable[..., RealTree], workshop: Workshop, around: str, setting: object, tmp_path: Path
+) -> None:
+    directory = workshop.directory()
+    script = written(directory, "clients.py", CLIENTS)
+    with ExitStack() as stack:
+        tree = within(around, lambda: launch(setting, REDIS, count_in("rounds"), directory=directory))
+        time.sleep(0.2)
+        plug(around, tree)
+        clients = outside(around, directory, sys.executable, script, THEIRS, str(COUNT))
+        stack.callback(clients.wait)
+        stack.callback(clients.kill)
+        tree.wait("every client is served", lambda: count_in("rounds")(directory) > 2)
+        within(around, lambda: all_ways_connected(tree, tmp_path))
+        clients.terminate()
+        assert clients.wait(20) == 0
+    all_is_well(directory)
+    tree.finish()
+
+
+NGINX = """
+daemon off;
+user root;
+worker_processes 2;
+pid nginx.pid;
+error_log error.log;
+events { worker_connections 200; }
+http {
+  access_log off;
+  keepalive_requests 1000000;
+  client_body_temp_path body; proxy_temp_path proxy; fastcgi_temp_path fastcgi; uwsgi_temp_path uwsgi;
+  scgi_temp_path scgi;
+  server { listen 80; root .; }
+}
+"""
+#: ADDRESS COUNT: clients that keep their connections and compare what they get, until SIGTERM
+GETTERS = r"""
+import http.client, os, signal, sys, threading
+
+address, count = sys.argv[1], int(sys.argv[2])
+wanted = open("page", "rb").read()
+end = threading.Event()
+signal.signal(signal.SIGTERM, lambda *_: end.set())
+done = [0] * count
+
+
+def work(n):
+    try:
+        connection = http.client.HTTPConnection(address, 80)
+        connection.auto_open = 1
+        connection.connect()
+        connection.auto_open = 0
+        while not end.is_set():
+            connection.request("GET", "/page")
+            answer = connection.getresponse()
+            if answer.status != 200 or answer.read() != wanted or answer.will_close:
+                raise OSError(f"{answer.status}, or another page, or the server closes")
+            done[n] += 1
+    except Exception as error:
+        with open("wrong", "a") as file:
+            print(f"client {n} after {done[n]} pages: {error!r}", file=file)
+
+
+threads = [threading.Thread(target=work, args=(n,)) for n in range(count)]
+for thread in threads:
+    thread.start()
+while not end.wait(0.02):
+    with open(".pages", "w") as file:
+        file.write(str(min(done)))
+    os.replace(".pages", "pages")
+for thread in threads:
+    thread.join()
+open("ended", "w").close()
+"""
+
+
+@needs("nginx=nginx-light", "wrk=wrk", "ip=iproute2")
+@pytest.mark.parametrize("setting", SETTINGS, ids=lambda s: s.name)
+def test_nginx_with_clients_outside(
+    launch: Callable[..., RealTree], workshop: Workshop, around: str, setting: object, tmp_path: Path
+) -> None:
+    directory = workshop.directory()
+    configuration = written(directory, "nginx.conf", NGINX)
+    written(directory, "page", "".join(f"line {n} of a page\n" for n in range(10_000)))
+    script = written(directory, "getters.py", GETTERS)
+    with ExitStack() as stack:
+        command = ["nginx", "-p", directory, "-c", configuration, "-e", "error.log"]
+        tree = within(around, lambda: launch(setting, command, count_in("pages"), directory=directory))
+        tree.wait("nginx has workers", lambda: len(tree.pids()) == 3)
+        plug(around, tree)
+        getters = outside(around, directory, sys.executable, script, THEIRS, "10")
+        load = outside(
+            around, directory, "wrk", "-t1", "-c10", "-d600s", "--timeout", "60s", f"http://{THEIRS}/page"
+        )
+        for process in (getters, load):
+            stack.callback(process.wait)
+            stack.callback(process.kill)
+        tree.wait("every client is served", lambda: count_in("pages")(directory) > 2)
+        within(around, lambda: all_ways_connected(tree, tmp_path))
+        getters.terminate()
+        assert getters.wait(20) == 0
+        load.send_signal(signal.SIGINT)
+        assert load.wait(20) == 0
+    all_is_well(directory)
+    said = (directory / "outside.log").read_text()
+    assert re.search(r"\d+ requests in", said), said
+    assert "Socket errors" not in said, said
+    assert "Non-2xx" not in said, said
+    workers = tree.pids()[1:]
+    os.kill(tree.pid, signal.SIGTERM)
+    assert not reap([tree.pid, *workers])
+    errors = directory / "error.log"
+    assert not [line for line in errors.read_text().splitlines() if re.search("emerg|alert|crit|error", line)]

@@ -141,6 +141,20 @@ def test_a_file_that_is_there_has_to_be_the_same(data: Path, tmp_path: Path) -> 
     end(pid)
 
 
+def test_whoever_restores_may_accept_another_file_and_is_told(data: Path, tmp_path: Path) -> None:
+    pid = start(data)
+    dump(pid, tmp_path / "image")
+    data.write_bytes(b"another")
+    done = engine("restore", "--from", tmp_path / "image", "--detach")
+    assert done.returncode == 3, said(done)
+    assert f"open file {data}: is not what it was: it has 7 bytes, and had {HOLE_BYTES + 3}" in done.stderr
+    assert "nothing was touched" in done.stderr
+    done = engine("restore", "--from", tmp_path / "image", "--detach", "--files", "any")
+    assert done.returncode == 0, said(done)
+    assert "it has 7 bytes, and had 3145731; it is used all the same" in done.stderr
+    end(pid)
+
+
 def test_without_it_what_is_lacking_is_named_before_anything_is_made(data: Path, tmp_path: Path) -> None:
     pid = start(data)
     dump(pid, tmp_path / "image")

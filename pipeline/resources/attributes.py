@@ -53,7 +53,7 @@ def give(fd: int, wanted: FileAttributes, user: Number, group: Number) -> None:
         OSError: the filesystem, or the kernel, does not take them.
     """
     for name, value in wanted.user:
-        if not name.startswith(os.fsencode(_USER)):
+        if not name.startswith(os.fsencode(_USER)) or b"\0" in name:
             raise PermissionError(errno.EPERM, f"{os.fsdecode(name)} is no attribute of users")
         os.setxattr(fd, name, value)
     if wanted.acl:

@@ -191,15 +191,15 @@ def _is_harmless(view: FdView, about: Subject | None) -> bool:
 
 def _open_inside(opener: int, scope: CreateScope, path: PathRef, flags: int) -> LocalFd:
     """Let a process of the tree open a path, and take it over."""
-    number = scope.inject(opener, NR.openat, -100, path.path + b"\0", flags, 0)
+    process = pidfd_open(scope.host_pid(opener))
     try:
-        process = pidfd_open(scope.host_pid(opener))
+        number = scope.inject(opener, NR.openat, -100, path.path + b"\0", flags, 0)
         try:
             return pidfd_getfd(process, number)
         finally:
-            os.close(process)
+            scope.inject(opener, NR.close, number)
     finally:
-        scope.inject(opener, NR.close, number)
+        os.close(process)
 
 
 KIND = KernelFile()

@@ -92,7 +92,7 @@ class RegularFile:
 
     def check(self, view: FdView, scope: CaptureScope) -> Iterator[Blocker]:
         """Its name must lead to it."""
-        wrong = misnamed(view)
+        wrong = _misnamed(view, scope)
         if wrong == NAME_REMOVED:
             wrong = None if _other_name(view, scope) else f"{wrong}, and other hard links of it are not found"
         if wrong:
@@ -107,7 +107,7 @@ class RegularFile:
     def capture(self, view: FdView, scope: CaptureScope) -> RegularState:
         """Name, identity and locks."""
         name, last_name = view.link, b""
-        if misnamed(view):
+        if _misnamed(view, scope):
             name, last_name = _other_name(view, scope) or name, view.link.removesuffix(DELETED)
         scope.take_along(view.namer, name, view.local)
         hint = 0
@@ -153,6 +153,15 @@ class RegularFile:
 
 def _written_only(flags: int) -> bool:
     return flags & os.O_ACCMODE == os.O_WRONLY
+
+
+def _misnamed(view: FdView, scope: CaptureScope) -> str | None:
+    """`misnamed`, asked once in a capture."""
+    known: dict[tuple[object, ...], str | None] = scope.peers().setdefault("misnamed", {})
+    key = view.namer, view.link, view.stat.st_dev, view.stat.st_ino
+    if key not in known:
+        known[key] = misnamed(view)
+    return known[key]
 
 
 def _other_name(view: FdView, scope: CaptureScope) -> bytes | None:

@@ -46,13 +46,20 @@ def check(
         ImageError: the record of an open file is damaged.
     """
     taken = {(file.path.mntns, file.path.path) for file in image.taken_files.values()}
-    seen = set(taken)
+    seen: set[object] = set()
+
+    def is_new(path: PathRef, what: object) -> bool:
+        """Whether it is to be looked at, and was not yet: a thousand descriptors of one file need one look."""
+        key = path, what
+        if path.mntns not in namespaces or (path.mntns, path.path) in taken or key in seen:
+            return False
+        seen.add(key)
+        return True
+
     for mapped in image.mapped_files.values():
-        if mapped.content is None and (mapped.path.mntns, mapped.path.path) not in seen:
-            seen.add((mapped.path.mntns, mapped.path.path))
-            if mapped.path.mntns in namespaces:
-                same = partial(refusal, wanted=mapped.identity, files=policy.files)
-                yield from _look("mapped file", mapped.path, open_path, same)
+        if mapped.content is None and is_new(mapped.path, mapped.identity):
+            same = partial(refusal, wanted=mapped.identity, files=policy.files)
+            yield from _look("mapped file", mapped.path, open_path, same)
     for file in image.files.values():
         kind = _NAMED.get(file.kind)
         if kind is None:
@@ -61,15 +68,21 @@ def check(
             record = msgspec.convert(file.state, kind.record)
         except msgspec.ValidationError as error:
             raise ImageError(f"open file {file.index} ({file.kind}): {error}") from None
-        path = record.path
-        if path.mntns not in namespaces or (path.mntns, path.path) in taken or _comes_later(record):
+        which = getattr(record, "identity", None), getattr(record, "inode", 0), file.flags & os.O_ACCMODE
+        if not _comes_later(record) and is_new(record.path, which):
+            what = f"open {'file' if file.kind == 'regular' else file.kind}"
+            yield from _look(what, record.path, open_path, partial(kind.refusal, file, record, policy))
+    above = {(n, path[:at]) for n, path in taken for at in range(len(path)) if path[at : at + 1] == b"/"}
+    for process in image.processes.values():
+        cwd = process.cwd
+        if cwd is None or process.cwd_removed is not None or cwd.path.startswith(b"/proc/"):
             continue
-        yield from _look(
-            f"open {'file' if file.kind == 'regular' else file.kind}",
-            path,
-            open_path,
-            partial(kind.refusal, file, record, policy),
-        )
+        if (cwd.mntns, cwd.path) not in above and is_new(cwd, "cwd"):
+            yield from _look(f"working directory of pid {process.pids[0]}", cwd, open_path, _no_directory)
+
+
+def _no_directory(fd: LocalFd) -> str | None:
+    return None if stat.S_ISDIR(os.fstat(fd).st_mode) else "it is no directory"
 
 
 def _comes_later(record: Any) -> bool:

@@ -7,6 +7,7 @@ tree is ours any more.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import resource
 from collections import defaultdict
@@ -210,6 +211,11 @@ class Rebuilding:
         ]
         if blockers:
             raise Refused(blockers)
+        if self.policy.files == "any":
+            accepted = files_here.check(
+                self._image, where, self._path_here, dataclasses.replace(self.policy, files="same")
+            )
+            self._body.notes += [f"{one.subject}: {one.reason}; it is used all the same" for one in accepted]
 
     def _make_cgroups(self) -> CgroupMaking:
         """The cgroups of the tree, not made yet.

@@ -15,7 +15,10 @@ import pytest
 from pipeline.errors import RebuildError
 from pipeline.kernel.arch.x86_64 import NR
 from pipeline.kernel.syscalls import syscall
+from pipeline.resources.tasks import directories
 from tests.resources.fdharness import Capture, Rebuilt, subject
+
+libc = ctypes.CDLL(None)
 
 
 def entries(fd: int) -> bytes:
@@ -134,6 +137,51 @@ def test_a_directory_lock_is_kept(tmp_path: Path) -> None:
         with pytest.raises(BlockingIOError):
             fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.close(other)
+
+
+def _own_mounts() -> None:
+    assert libc.unshare(0x20000) == 0
+    assert libc.mount(None, b"/", None, 0x44000, None) == 0
+
+
+def _mount_tmpfs(place: Path) -> None:
+    assert libc.mount(b"none", os.fsencode(place), b"tmpfs", 0, None) == 0
+
+
+@pytest.mark.root
+def test_what_is_on_a_mount_that_is_gone_is_refused(tmp_path: Path) -> None:
+    def setup() -> tuple[int, int]:
+        _own_mounts()
+        _mount_tmpfs(tmp_path)
+        (tmp_path / "below").mkdir()
+        fds = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT), os.open(tmp_path / "below", os.O_RDONLY)
+        os.chdir(tmp_path / "below")
+        assert libc.umount2(os.fsencode(tmp_path), 2) == 0
+        return fds
+
+    with subject(setup) as child, Capture(child.pid) as capture:
+        for fd in child.result:
+            assert "its mount was taken away (umount -l)" in capture.reasons(fd)
+        (blocker,) = directories.check(child.pid)
+        assert "its working directory /below cannot be found again" in str(blocker)
+
+
+@pytest.mark.root
+def test_what_a_mount_hides_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+
+    def setup() -> tuple[int, int]:
+        _own_mounts()
+        fds = os.open(tmp_path / "file", os.O_RDWR), os.open(tmp_path, os.O_RDONLY)
+        os.chdir(tmp_path)
+        _mount_tmpfs(tmp_path)
+        return fds
+
+    with subject(setup) as child, Capture(child.pid) as capture:
+        assert "its name does not lead to it any more" in capture.reasons(child.result[0])
+        assert "leads to another file now (covered by a mount" in capture.reasons(child.result[1])
+        (blocker,) = directories.check(child.pid)
+        assert "leads to another file now" in str(blocker)
 
 
 # -- O_PATH ---------------------------------------------------------------------------------

@@ -304,6 +304,25 @@ def test_flock_and_ofd_locks_are_taken_again(path: Path) -> None:
         fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
+def test_a_lock_that_is_shared_with_somebody_outside_is_refused(path: Path) -> None:
+    def setup() -> tuple[int, int, int]:
+        fd, own = os.open(path, os.O_RDWR), os.open(path, os.O_RDWR)
+        fcntl.fcntl(fd, F_OFD_SETLK, flock_bytes(fcntl.F_WRLCK, 2, 5))
+        fcntl.lockf(own, fcntl.LOCK_EX, 100, 100)
+        pid = os.fork()
+        if pid == 0:
+            signal.pause()
+        return fd, own, pid
+
+    with subject(setup) as child:
+        fd, own, grandchild = child.result
+        with Capture(child.pid) as capture:
+            assert f"its lock is shared with pid {grandchild}" in capture.reasons(fd)
+            assert not capture.blockers(own), "a POSIX lock is not inherited"
+        with Capture(child.pid, grandchild) as capture:
+            assert not capture.blockers(fd)
+
+
 def test_posix_locks_belong_to_each_process_again(path: Path) -> None:
     def setup() -> tuple[int, int]:
         fd = os.open(path, os.O_RDWR)
@@ -400,9 +419,10 @@ def test_attributes_and_access_control_list_of_a_deleted_file_are_kept(path: Pat
 
 
 def test_attributes_that_only_the_system_gives_are_not_taken_from_an_image(path: Path) -> None:
-    hostile = FileAttributes(user=[(b"security.capability", b"x" * 20)])
-    with open(path, "r+b") as file, pytest.raises(PermissionError, match="no attribute of users"):
-        attributes.give(file.fileno(), hostile, lambda one: one.id, lambda one: one.id)
+    for name in (b"security.capability", b"user.\0x", b"trusted.x"):
+        hostile = FileAttributes(user=[(name, b"x" * 20)])
+        with open(path, "r+b") as file, pytest.raises(PermissionError, match="no attribute of users"):
+            attributes.give(file.fileno(), hostile, lambda one: one.id, lambda one: one.id)
 
 
 # -- memfd ------------------------------------------------------------------------------

@@ -28,11 +28,14 @@ from pipeline.kernel.arch.x86_64_numbers import NR
 from pipeline.kernel.mountinfo import mountinfo
 from pipeline.kernel.syscalls import syscall
 from pipeline.resources.kinds import CaptureScope, CreateScope, FdView
-from pipeline.resources.paths import DELETED, look_up
+from pipeline.resources.paths import DELETED, filesystem, open_place
 
 #: how long may be searched for the names of a process
 SEARCH_S = 1.0
 _MINOR_BITS = 20
+_IN_ATTRIB = 4
+#: f_type of overlay
+_OVERLAY = 0x794C7630
 #: names found before, by inode: a tree is looked at twice
 _known: dict[Watched, bytes] = {}
 
@@ -65,9 +68,13 @@ def parse(words: dict[str, str]) -> Watched:
     return Watched(device(words["sdev"]), int(words["ino"], 16), handle)
 
 
-def is_it(found: os.stat_result, wanted: Watched) -> bool:
-    """Whether a file is the watched one."""
-    return (found.st_dev, found.st_ino) == (wanted.device, wanted.inode)
+def is_it(place: LocalFd, wanted: Watched) -> bool:
+    """Whether an open file is the watched one. On overlay, several files may have the numbers that the kernel tells."""
+    found = os.fstat(place)
+    if found.st_ino != wanted.inode:
+        return False
+    told = found.st_dev == wanted.device and filesystem(place) != _OVERLAY
+    return told or _as_watched(place) == wanted
 
 
 def open_file_of(wanted: Watched, scope: CaptureScope) -> tuple[Index, FdView] | None:
@@ -76,7 +83,8 @@ def open_file_of(wanted: Watched, scope: CaptureScope) -> tuple[Index, FdView] |
     if table is None:
         table = {(view.stat.st_dev, view.stat.st_ino): (index, view) for index, view in scope.files()}
         scope.peers()["watched"] = table
-    return table.get((wanted.device, wanted.inode))
+    found = table.get((wanted.device, wanted.inode))
+    return found if found is not None and is_it(found[1].local, wanted) else None
 
 
 def name_of(pid: HostPid, wanted: Watched, scope: CaptureScope) -> bytes | None:
@@ -126,8 +134,24 @@ def opened(
 
 def _leads(pid: HostPid, path: bytes, wanted: Watched) -> bool:
     with suppress(OSError):
-        return is_it(look_up(pid, path), wanted)
+        place = open_place(pid, path)
+        try:
+            return is_it(place, wanted)
+        finally:
+            os.close(place)
     return False
+
+
+def _as_watched(place: LocalFd) -> Watched | None:
+    """What the kernel says of a watch of a file: some filesystems (overlay, btrfs) tell stat(2) of another device."""
+    instance = LocalFd(syscall(NR.inotify_init1, os.O_CLOEXEC))
+    try:
+        syscall(NR.inotify_add_watch, instance, b"/proc/self/fd/%d\0" % place, _IN_ATTRIB)
+        for line in procfs.fdinfo(HostPid(os.getpid()), instance).get("inotify", []):
+            return parse(dict(word.partition(":")[::2] for word in line.split()))
+    finally:
+        os.close(instance)
+    return None
 
 
 class _Names:
@@ -138,6 +162,8 @@ class _Names:
         own = os.readlink(f"/proc/{pid}/ns/mnt") == os.readlink("/proc/self/ns/mnt")
         self._base = b"/proc/self/root" if own and not self._root else f"/proc/{pid}/root".encode()
         self._mounts = mountinfo(pid)
+        #: whether directories may list other inode numbers than stat(2) tells
+        self._layered = any(mount.kind == b"overlay" for mount in self._mounts)
         self._left_s = SEARCH_S
         self._found: dict[int, list[bytes]] = {}
         self._queue: deque[bytes] = deque()
@@ -181,7 +207,12 @@ class _Names:
         with suppress(OSError), os.scandir(self._base + directory) as entries:
             for entry in entries:
                 path = os.path.join(directory, entry.name)
-                self._found.setdefault(entry.inode(), []).append(path)
+                numbers = {entry.inode()}
+                if self._layered:
+                    with suppress(OSError):
+                        numbers.add(entry.stat(follow_symlinks=False).st_ino)
+                for number in numbers:
+                    self._found.setdefault(number, []).append(path)
                 if path not in self._seen and entry.is_dir(follow_symlinks=False):
                     self._seen.add(path)
                     self._queue.append(path)

@@ -15,11 +15,13 @@ import pytest
 
 from pipeline.errors import RebuildError
 from pipeline.ids import HostPid
+from pipeline.kernel.syscalls import CLONE, mount, unshare
 from pipeline.resources import watched
 from pipeline.resources.watched import Watched
 from tests.resources.fdharness import Capture, Rebuilt, subject
 
 IN_MODIFY, IN_CREATE, IN_OPEN = 0x2, 0x100, 0x20
+_PRIVATE_RECURSIVE = 0x40000 | 0x4000
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -120,6 +122,36 @@ def test_the_name_of_a_file_in_the_way_is_not_taken(lost: Watched) -> None:
     elsewhere = Watched(lost.device + 1, lost.inode, b"")
     with Capture() as capture:
         assert watched.name_of(HostPid(os.getpid()), elsewhere, capture) is None
+
+
+@pytest.mark.root
+def test_names_on_overlay_of_two_filesystems(tmp_path: Path) -> None:
+    """There, a directory and a file have one number, and stat(2) tells of devices that no mount has."""
+    merged = f"{tmp_path}/merged"
+    names = [f"{merged}/{name}" for name in ("one", "one/file", "two", "two/file", "")]
+
+    def setup() -> int:
+        unshare(CLONE.NEWNS)
+        mount(None, b"/", None, _PRIVATE_RECURSIVE)
+        for name in ("lower1", "lower2", "upper", "merged"):
+            os.mkdir(tmp_path / name)
+            if name != "merged":
+                mount(b"tmpfs", os.fsencode(tmp_path / name), b"tmpfs", 0)
+        for name in ("upper/up", "upper/work", "lower1/one", "lower2/two"):
+            os.mkdir(tmp_path / name)
+        (tmp_path / "lower1/one/file").touch()
+        (tmp_path / "lower2/two/file").touch()
+        layers = f"lowerdir={tmp_path}/lower1:{tmp_path}/lower2"
+        layers += f",upperdir={tmp_path}/upper/up,workdir={tmp_path}/upper/work"
+        mount(b"overlay", os.fsencode(merged), b"overlay", 0, layers.encode())
+        return watching(*names)
+
+    with subject(setup) as child, Capture(child.pid) as capture:
+        assert capture.blockers(child.result) == []
+        (state,) = (file.state for file in capture.records() if file.kind == "inotify")
+        assert [os.fsdecode(watch[4][1]) for watch in state["watches"]] == [
+            name.rstrip("/") for name in names
+        ]
 
 
 def _changed(change: Callable[[dict[str, Any]], None], capture: Capture) -> list[Any]:

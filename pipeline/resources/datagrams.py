@@ -23,6 +23,7 @@ from __future__ import annotations
 import select
 import socket
 import struct
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Annotated
@@ -53,6 +54,8 @@ _DEFAULT_HOPS = 64
 #: room that a queued datagram takes beside its bytes
 _OVERHEAD_BYTES = 2048
 _LARGEST_BUFFER_BYTES = 0x3FFF_FFFF
+#: how long a packet may take through lo
+_ARRIVAL_S = 1.0
 _IP, _IPV6, _SOL = socket.IPPROTO_IP, socket.IPPROTO_IPV6, socket.SOL_SOCKET
 
 Packed = Annotated[bytes, Meta(max_length=16)]
@@ -248,7 +251,7 @@ def queue_again(
             injector.setsockopt(_SOL, _SO_PRIORITY, datagram.priority)
             before = _held_bytes(sock)
             injector.sendto(packet, (to, 0))
-            if _held_bytes(sock) <= before:
+            if not _has_grown(sock, before):
                 raise RebuildError(
                     f"{subject}: a datagram from {datagram.sender} does not get through the network here "
                     "(its firewall?); restore with --udp-queue drop"
@@ -258,6 +261,8 @@ def queue_again(
             f"{subject}: unread datagrams cannot be queued again: {error.strerror}; restore as root, or with "
             "--udp-queue drop"
         ) from error
+    except struct.error as error:
+        raise RebuildError(f"{subject}: an unread datagram is larger than any: {error}") from error
     finally:
         for injector in injectors.values():
             injector.close()
@@ -280,6 +285,16 @@ def _make_room(sock: socket.socket, room: int) -> None:
 def _held_bytes(sock: socket.socket) -> int:
     """The memory that queued datagrams take (SK_MEMINFO_RMEM_ALLOC)."""
     return int(struct.unpack_from("<I", sock.getsockopt(_SOL, _SO_MEMINFO, 4))[0])
+
+
+def _has_grown(sock: socket.socket, before: int) -> bool:
+    """Whether the queue takes more memory than before, or does so in a moment: packets come in by a softirq."""
+    deadline = time.monotonic() + _ARRIVAL_S
+    while _held_bytes(sock) <= before:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.0005)
+    return True
 
 
 def _packet(family: int, protocol: int, datagram: Datagram, port: int) -> tuple[bytes, str]:

@@ -159,6 +159,8 @@ class Netlink(CompleteOnceCreated):
             RebuildError: the port id is taken in this network namespace, or a group is not allowed here.
         """
         subject, common = f"open file {file.index} (netlink)", record.socket
+        if common.family != socket.AF_NETLINK:
+            raise RebuildError(f"{subject}: is no socket of this kind")
         groups = [*record.groups, *_numbers(record, subject, scope)]
         with sockets.make_socket(common, scope) as sock:
             sockets.give_owner(sock, common, scope, subject)

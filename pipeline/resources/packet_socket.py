@@ -161,6 +161,8 @@ class Packet(CompleteOnceCreated):
             RebuildError: the socket, an option or a device is not to be had here.
         """
         subject, common = f"open file {file.index} (packet)", record.socket
+        if common.family != socket.AF_PACKET:
+            raise RebuildError(f"{subject}: is no socket of this kind")
         with sockets.make_socket(common, scope) as sock:
             sockets.give_owner(sock, common, scope, subject)
             socket_options.apply(sock, common.identity, common.options, subject)

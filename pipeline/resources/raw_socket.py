@@ -53,6 +53,10 @@ def is_ping(who: Identity) -> bool:
     return who.type == socket.SOCK_DGRAM and who.protocol in _PING
 
 
+def _is_raw_or_ping(who: Identity) -> bool:
+    return who.family in (socket.AF_INET, socket.AF_INET6) and (who.type == socket.SOCK_RAW or is_ping(who))
+
+
 class Raw(CompleteOnceCreated):
     """See the module."""
 
@@ -76,11 +80,7 @@ class Raw(CompleteOnceCreated):
     def matches(self, view: FdView) -> bool:
         """A raw or ping socket of either family."""
         who = sockets.identity_of(view)
-        return (
-            who is not None
-            and who.family in (socket.AF_INET, socket.AF_INET6)
-            and (who.type == socket.SOCK_RAW or is_ping(who))
-        )
+        return who is not None and _is_raw_or_ping(who)
 
     def check(self, view: FdView, scope: CaptureScope) -> Iterator[Blocker]:
         """Nothing unread, no error, no router, and somebody like ourselves may make it."""
@@ -121,6 +121,8 @@ class Raw(CompleteOnceCreated):
             RebuildError: the socket, an option, an address or a group is not to be had here.
         """
         subject, common = f"open file {file.index} (raw)", record.socket
+        if not _is_raw_or_ping(common.identity):
+            raise RebuildError(f"{subject}: is no socket of this kind")
         with _make(common, scope, subject) as sock:
             sockets.give_owner(sock, common, scope, subject)
             socket_options.apply(sock, common.identity, common.options, subject)

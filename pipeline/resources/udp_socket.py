@@ -19,13 +19,14 @@ import struct
 import termios
 from collections.abc import Iterator, Sequence
 
-from pipeline.errors import Blocker
+from pipeline.errors import Blocker, RebuildError
 from pipeline.ids import LocalFd
 from pipeline.image.schema import U8, Index, OpenFile, Record
 from pipeline.kernel import inetdiag
 from pipeline.resources import datagrams, halves, inet_address, inet_peer, multicast, socket_options, sockets
 from pipeline.resources.inet_address import Address
 from pipeline.resources.kinds import CaptureScope, CreateScope, FdView
+from pipeline.resources.socket_options import Identity
 from pipeline.resources.sockets import SocketState
 from pipeline.resources.steps import CompleteOnceCreated
 
@@ -45,6 +46,14 @@ class UdpState(Record, frozen=True, kw_only=True):
     queue: datagrams.Queue = []
     groups: multicast.Memberships = []
     shut: U8 = 0
+
+
+def _is_udp(who: Identity) -> bool:
+    return (
+        who.family in (socket.AF_INET, socket.AF_INET6)
+        and who.type == socket.SOCK_DGRAM
+        and who.protocol in (socket.IPPROTO_UDP, _UDPLITE)
+    )
 
 
 class Udp(CompleteOnceCreated):
@@ -73,12 +82,7 @@ class Udp(CompleteOnceCreated):
     def matches(self, view: FdView) -> bool:
         """A UDP socket of either family."""
         who = sockets.identity_of(view)
-        return (
-            who is not None
-            and who.family in (socket.AF_INET, socket.AF_INET6)
-            and who.type == socket.SOCK_DGRAM
-            and who.protocol in (socket.IPPROTO_UDP, _UDPLITE)
-        )
+        return who is not None and _is_udp(who)
 
     def check(self, view: FdView, scope: CaptureScope) -> Iterator[Blocker]:
         """No error, nothing held back, nothing unread that cannot be queued again."""
@@ -146,6 +150,8 @@ class Udp(CompleteOnceCreated):
             RebuildError: an option, address or group is not to be had here, or a datagram does not come in.
         """
         subject, common = f"open file {file.index} (udp)", record.socket
+        if not _is_udp(common.identity):
+            raise RebuildError(f"{subject}: is no socket of this kind")
         with sockets.make_socket(common, scope) as sock:
             sockets.give_owner(sock, common, scope, subject)
             if record.queue and scope.policy.udp_queue != "drop":

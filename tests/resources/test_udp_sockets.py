@@ -375,3 +375,40 @@ def test_datagrams_of_bad_records_are_named() -> None:
         others = [msgspec.structs.replace(f, state=changed) if f.kind == "udp" else f for f in records]
         with pytest.raises(RebuildError, match="a datagram of another family"):
             Rebuilt(capture, others).__enter__()
+
+
+@pytest.mark.root
+def test_records_of_another_kind_of_socket_are_named() -> None:
+    from tests.resources.fdharness import KINDS
+
+    def setup() -> tuple[int, ...]:
+        return kept(
+            udp(),
+            socket.socket(socket.AF_INET, socket.SOCK_RAW, 200),
+            socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0),
+            socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0),
+        )
+
+    with subject(setup) as child, Capture(child.pid) as capture:
+        records = [f for f in capture.records() if f.kind in ("udp", "raw", "packet", "netlink")]
+        for one in records:
+            for other in records:
+                kind = next(k for k in KINDS if k.name == one.kind)
+                state = one.state | {"socket": other.state["socket"]}
+                if one is not other:
+                    changed = [msgspec.structs.replace(one, state=state)]
+                    with pytest.raises(RebuildError, match="is no socket of this kind"):
+                        Rebuilt(capture, changed, finish=False).__enter__()
+                    assert msgspec.convert(state, kind.record)
+
+
+@pytest.mark.root
+def test_a_datagram_larger_than_any_is_named() -> None:
+    with subject(lambda: kept(udp())) as child, Capture(child.pid) as capture:
+        records = capture.records()
+        (found,) = (f for f in records if f.kind == "udp")
+        record = msgspec.convert(found.state, udp_socket.UdpState)
+        large = datagrams.Datagram(bytes(65_536), Address(bytes(4), 1))
+        changed = msgspec.to_builtins(msgspec.structs.replace(record, queue=[large]), builtin_types=(bytes,))
+        with pytest.raises(RebuildError, match="larger than any"):
+            Rebuilt(capture, [msgspec.structs.replace(found, state=changed)], finish=False).__enter__()

@@ -73,4 +73,4 @@ test-packages: packages
 	  nft=nftables strace=strace bwrap=bubblewrap fio=fio \
 	  runc=runc busybox=busybox-static make=make rsync=rsync perl=perl-base sqlite3=sqlite3 gzip=gzip less=less \
 	  node=nodejs javac=openjdk-17-jdk-headless go=golang-go postgres=postgresql \
-	  redis-server=redis-server nginx=nginx-light wrk=wrk)
+	  redis-server=redis-server nginx=nginx-light wrk=wrk sshd=openssh-server)

@@ -113,25 +113,29 @@ def open_master(ptmx: PathRef, number: int, open_path: Callable[[PathRef, int], 
 
 
 class ControllingTerminals:
-    """The pairs of an image that control a session, made before the processes are born.
+    """The pairs of an image that control a session, made before the processes are born, when the mounts are there.
 
     Ownership: holds one descriptor a pair until `close`; `made` lends them to `CreateScope.once`.
     """
 
     def __init__(self, files: Iterable[OpenFile], open_path: Callable[[PathRef, int], LocalFd]) -> None:
+        self._files = list(files)
+        self._open_path = open_path
+        self._pairs: dict[Index, LocalFd] = {}
+        self._of_leader: dict[Pid, LocalFd] = {}
+
+    def open(self) -> None:
         """Open the pairs.
 
         Raises:
             RebuildError: a number is taken here.
         """
-        self._pairs: dict[Index, LocalFd] = {}
-        self._of_leader: dict[Pid, LocalFd] = {}
         try:
-            for file in files:
+            for file in self._files:
                 if file.kind == KIND_NAME:
                     record = msgspec.convert(file.state, PtyState)
                     if record.terminal is not None and record.terminal.session:
-                        master = open_master(record.ptmx, record.number, open_path)
+                        master = open_master(record.ptmx, record.number, self._open_path)
                         LEDGER.take("pseudo-terminal", master)
                         # before anybody is there to be told of another size (SIGWINCH)
                         terminal.set_window(master, record.terminal.window)

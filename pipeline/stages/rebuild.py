@@ -276,6 +276,7 @@ class Rebuilding:
     def furnish(self) -> None:
         """What the namespaces of the tree hold, and its mounts; `contents` are filled."""
         self._keepers.furnish(self.contents.fd)
+        self._terminals.open()
         mounted = [
             n.index
             for n in self._image.namespaces.values()

@@ -249,6 +249,7 @@ class _InSession(Rebuilt):
     def __enter__(self) -> Rebuilt:
         self._terminals = ControllingTerminals(self.files, self.open)
         self._stack.callback(self._terminals.close)
+        self._terminals.open()
         self._once.update(self._terminals.made)
         return super().__enter__()
 

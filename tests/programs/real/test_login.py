@@ -65,9 +65,11 @@ def test_a_session_of_sshd(launch: Callable[..., RealTree], setting: Setting, tm
     tree.goes_on(5)
     tree.all_ways(tmp_path)
     typed.write_text("\x03")
+    output = tree.directory / "session"
+    tree.wait("the shell prompts", lambda: "# " in output.read_text().partition("^C")[2])
     typed.write_text("echo done $((6 * 7)) on $(tty); exit 9\n")
     tree.finish(None)
-    session = (tree.directory / "session").read_text()
+    session = output.read_text()
     ticks = [int(number) for number in re.findall(r"^tick (\d+)$", session, re.MULTILINE)]
     assert ticks == list(range(1, len(ticks) + 1)), "a line is lost or doubled"
     assert re.search(r"^done 42 on /dev/pts/\d+$", session, re.MULTILINE), session[-500:]

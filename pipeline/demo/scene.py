@@ -209,8 +209,9 @@ class Scene:
     def migrate(self) -> tuple[int, dict[str, Any], str]:
         """`serve` on the destination, `migrate` on the source; returns migrate's exit code, document and stderr.
 
-        The address of the service follows behind the tree, so a connection of the client would not find it: none is
-        carried (`--tcp refuse`). They are short; one that is open at the freeze is waited for.
+        The address of the service follows when the tree has arrived, so a connection that the client has open at that
+        moment cannot go along: it is closed, and the client asks again. What is only in the way for a moment is
+        waited for: it is tried again.
 
         Raises:
             PipelineError: `serve` does not listen; or `migrate` says it is done and `serve` failed.
@@ -232,7 +233,7 @@ class Scene:
         if not first.startswith("listening on "):
             raise PipelineError(f"`serve` failed:\n{self.text('serve.err')}")
         to = first.removeprefix("listening on ")
-        move = ["migrate", "--pid", str(self.root), "--to", to, *secret, "--tcp", "refuse", "--json"]
+        move = ["migrate", "--pid", str(self.root), "--to", to, *secret, "--tcp", "close", "--json"]
         deadline = time.monotonic() + _PATIENCE_S
         for attempt in count_up():
             name = f"migrate-{attempt}"
@@ -245,7 +246,6 @@ class Scene:
             transient = code == 3 and all(blocker["transient"] for blocker in blockers)
             if not transient or time.monotonic() > deadline:
                 break
-            # a request of the client was on the way at that very moment
             time.sleep(0.1)
         if code == 0:
             self.move_service_address()

@@ -17,13 +17,15 @@ import errno
 import os
 import re
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from pipeline.ids import HostPid
 
 _CHUNK_BYTES = 1 << 16
+_PF_EXITING = 0x0000_0004
 _PF_EXITING = 0x0000_0004
 _PF_KTHREAD = 0x0020_0000
 RLIM_INFINITY = 0xFFFF_FFFF_FFFF_FFFF
@@ -49,7 +51,7 @@ def read_file(pid: HostPid, name: str) -> bytes:
     try:
         fd = open_file(pid, name, os.O_RDONLY)
     except (FileNotFoundError, ProcessLookupError) as error:
-        raise _gone_or(error, pid) from None
+        raise _gone_or(error, pid, name) from None
     try:
         chunks = []
         while chunk := os.read(fd, _CHUNK_BYTES):
@@ -71,7 +73,7 @@ def read_link(pid: HostPid, name: str) -> bytes:
     try:
         return os.readlink(f"/proc/{pid}/{name}".encode())
     except (FileNotFoundError, ProcessLookupError) as error:
-        raise _gone_or(error, pid) from None
+        raise _gone_or(error, pid, name) from None
 
 
 def list_dir(pid: HostPid, name: str) -> list[str]:
@@ -79,13 +81,34 @@ def list_dir(pid: HostPid, name: str) -> list[str]:
     try:
         return os.listdir(f"/proc/{pid}/{name}")
     except (FileNotFoundError, ProcessLookupError) as error:
-        raise _gone_or(error, pid) from None
+        raise _gone_or(error, pid, name) from None
 
 
-def _gone_or(error: OSError, pid: int) -> OSError:
-    """`ProcessGone` if the process is, else the error itself (one of its files is missing)."""
-    if error.errno == errno.ESRCH or not os.path.exists(f"/proc/{pid}/stat"):
-        return ProcessGone(pid)
+@contextmanager
+def unless_gone(pid: HostPid) -> Iterator[None]:
+    """Looking at a process that goes on running: what fails because it has ended meanwhile fails in silence.
+
+    One that is ending, or has ended and was not waited for, still has its entry, in which `exe`, `cwd`, `fd` and others
+    are missing.
+    """
+    try:
+        yield
+    except (FileNotFoundError, ProcessLookupError):
+        try:
+            ending = bool(stat(pid).flags & _PF_EXITING)
+        except ProcessGone:
+            ending = True
+        if not ending:
+            raise
+
+
+def _gone_or(error: OSError, pid: int, name: str) -> OSError:
+    """`ProcessGone` if the process (or the thread of it that `name` is of) is, else the error: a file is missing."""
+    directory, number, *_ = [*name.split("/"), "", ""]
+    task = int(number) if directory == "task" and number else pid
+    here = f"/proc/{pid}/stat" if task == pid else f"/proc/{pid}/task/{task}/stat"
+    if error.errno == errno.ESRCH or not os.path.exists(here):
+        return ProcessGone(task)
     return error
 
 

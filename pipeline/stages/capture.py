@@ -13,7 +13,7 @@ import dataclasses
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from typing import Self
 
 from msgspec.structs import replace
@@ -192,7 +192,7 @@ class Capture:
         yield from self._cgroups.blockers()
         yield from self.namespaces.blockers  # behind the files, which may hold further namespaces
         for pid in self.living:
-            with suppress(procfs.ProcessGone):
+            with procfs.unless_gone(pid):
                 yield from check_task(pid)
                 yield from directories.check(pid)
                 yield from check_address_space(pid, self._objects)

@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import select
+import shutil
 import signal
 import sys
 import termios
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.harness import users
 from tests.harness.tree import ROOT, children_of, engine, family_of, find_python, reap, said
 
 pytestmark = pytest.mark.root
@@ -44,12 +46,18 @@ os.write(1, b"[end %d]" % same)
 
 
 class Shell:
-    """An interactive bash on a terminal of its own."""
+    """An interactive bash on a terminal of its own, of root or of a plain user."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, uid: int = 0) -> None:
         self.directory = directory
+        self.python = users.python_for_all() if uid else sys.executable
         self.pid, self.master = pty.fork()
         if self.pid == 0:
+            if uid:
+                os.fchown(0, uid, -1)
+                os.setgroups([])
+                os.setresgid(uid, uid, uid)
+                os.setresuid(uid, uid, uid)
             os.chdir(directory)
             environment = {
                 "PATH": os.environ["PATH"],
@@ -91,12 +99,13 @@ class Shell:
         return termios.tcgetattr(self.master)[6][termios.VQUIT]
 
     def status(self) -> int:
-        found = re.search(rb"status=(\d+)", self.run("echo status=$?"))
-        assert found
-        return int(found[1])
+        self.type(b"echo status=$?\n")
+        self.expect(b"status=")
+        return int(self.expect(_PROMPT).split()[0])
 
     def pipeline(self, *words: str | Path) -> str:
-        return f"PYTHONPATH={ROOT} {sys.executable} -m pipeline {' '.join(map(str, words))}"
+        path = ":".join([str(ROOT), *(entry for entry in sys.path if "site-packages" in entry)])
+        return f"PYTHONPATH={path} {self.python} -m pipeline {' '.join(map(str, words))}"
 
     def close(self) -> None:
         family = family_of(self.pid)
@@ -239,6 +248,42 @@ def test_a_restorer_that_is_killed_leaves_a_terminal_as_it_was(shells: list[Shel
     (tmp_path / "go").touch()
     second.type(b"mine\n")
     second.expect(b"it is mine")
+
+
+def test_a_plain_user_has_jobs_too(temporary_directory: Path) -> None:
+    """Around the tree there is a pid namespace; its first process is in the session, so that ^Z still works."""
+    uid, directory = 7400, temporary_directory / "jobs"
+    directory.mkdir()
+    os.chown(directory, uid, uid)
+    shell = Shell(directory, uid)
+    try:
+        pid = begin(shell, _KEYS, directory)
+        shell.type(b"\x1a")
+        shell.expect(b"Stopped")
+        shell.expect(_PROMPT)
+        said_by_dump = shell.run(shell.pipeline("dump", "--pid", pid, "--to", "image", "--shell-job"))
+        assert shell.status() == 0, said_by_dump
+        shell.type(shell.pipeline("restore", "--from", "image", "--shell-job").encode() + b"\n")
+        shell.expect(b"Stopped")
+        shell.expect(_PROMPT)
+        shell.type(b"fg\n")
+        shell.expect(b"--shell-job")
+        shell.type(b"d\n")
+        shell.expect(b"<d>")
+        shell.type(b"\x03")
+        shell.expect(b"[interrupted]")
+        shell.type(b"\x1a")
+        shell.expect(b"Stopped")
+        shell.expect(_PROMPT)
+        shell.type(b"fg\n")
+        shell.expect(b"--shell-job")
+        shell.type(b"q\n")
+        shell.expect(b"[end 1]")
+        shell.expect(_PROMPT)
+        assert shell.status() == 0
+    finally:
+        shell.close()
+        shutil.rmtree(directory)
 
 
 _PARTS = """

@@ -38,7 +38,7 @@ class Users:
     """
 
     def __init__(self, directory: Path, *users: User) -> None:
-        self.python = _python()
+        self.python = python_for_all()
         entries = [f"{u.name}:x:{u.uid}:{u.gid}::/:/bin/sh" for u in users]
         files = {
             "passwd": [*Path("/etc/passwd").read_text().splitlines(), *entries],
@@ -96,7 +96,7 @@ class Users:
         )
 
 
-def _python() -> str:
+def python_for_all() -> str:
     """A Python of our version that every uid may execute, with what is installed here."""
     python = shutil.which("python3", path="/usr/bin:/usr/local/bin") or "/bin/false"
     probe = [python, "-c", "import sys; print(sys.version_info[:2])"]

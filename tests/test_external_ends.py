@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness.tree import ROOT, engine, find_python, reap, said
+from tests.harness.tree import ROOT, engine, family_of, find_python, reap, said
 
 pytestmark = pytest.mark.root
 
@@ -29,13 +29,16 @@ os.write(1, b"end\\n")
 """
 #: waits until it is told to look at its input
 _LATE = """
-import os, select, signal
+import os, signal
 signal.signal(signal.SIGUSR1, lambda *_: None)
 os.write(1, b"ready\\n")
 signal.pause()
-os.write(1, os.read(0, 100))
-os.write(1, os.read(0, 100))
-os.write(1, b"%d" % os.get_blocking(1))
+said = b""
+while not said.endswith(b"."):
+    said += os.read(0, 100)
+os.write(1, said + b"%d" % os.get_blocking(1) + os.read(0, 100))
+os.write(1, b"end")
+signal.pause()
 """
 
 
@@ -115,7 +118,8 @@ def restorer(
         yield process
     finally:
         if process.poll() is None:
-            process.terminate()
+            for pid in reversed(family_of(process.pid)):
+                os.kill(pid, signal.SIGKILL)
         process.communicate()
 
 
@@ -169,7 +173,6 @@ def test_an_end_is_given_by_number_or_path_and_unread_bytes_come_first(
 ) -> None:
     late = program(_LATE)
     os.write(late.stdin, b"unread")
-    os.set_blocking(late.process.stdout.fileno(), True)  # type: ignore[union-attr]
     image, log = tmp_path / "image", tmp_path / "log"
     done = engine(
         "dump",
@@ -188,27 +191,61 @@ def test_an_end_is_given_by_number_or_path_and_unread_bytes_come_first(
 
     reader, writer = os.pipe()
     given = ["--inherit-fd", f"{late.names[0]}={reader}", "--inherit-fd", f"{late.names[1]}={log}"]
-    os.write(writer, b"too early")
-    with restorer(image, *given, "--detach", pass_fds=(reader,)) as process:
-        assert process.wait(20) == 3
-        assert process.stderr
-        assert b"6 bytes that the tree had not read yet" in process.stderr.read()
-    assert os.read(reader, 100) == b"too early"
+    os.write(writer, b", early")
     with restorer(image, *given, "--detach", pass_fds=(reader,)) as process:
         assert process.wait(20) == 0
+        assert process.stderr
+        assert b"6 bytes that were not read yet come first" in process.stderr.read()
+    pump = pump_of(reader)
     os.close(reader)
+    os.write(writer, b", late.")
     os.kill(late.pid, signal.SIGUSR1)
-    deadline = time.monotonic() + 10
-    while b"unread" not in log.read_bytes():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    os.write(writer, b", later")
-    while not log.read_bytes().endswith(b"1"):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    assert log.read_bytes() == b"before\nunread, later1"
     os.close(writer)
+    deadline = time.monotonic() + 10
+    while not log.read_bytes().endswith(b"end"):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert log.read_bytes() == b"before\nunread, early, late.1end"
+    assert not reap([pump])
+    os.kill(late.pid, signal.SIGKILL)
     assert not reap([late.pid])
+
+
+def pump_of(fd: int) -> int:
+    """The process that passes on what comes out of a pipe."""
+    name = os.readlink(f"/proc/self/fd/{fd}")
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        for pid in filter(str.isdecimal, os.listdir("/proc")):
+            with contextlib.suppress(OSError):  # it has ended
+                if Path(f"/proc/{pid}/comm").read_text() == "pipeline-pump\n" and any(
+                    os.readlink(entry) == name for entry in Path(f"/proc/{pid}/fd").iterdir()
+                ):
+                    return int(pid)
+        time.sleep(0.01)
+    raise AssertionError("nobody passes on what is given")
+
+
+def test_who_writes_learns_that_a_tree_with_unread_bytes_has_ended(
+    program: Callable[[str], Program], tmp_path: Path
+) -> None:
+    late = program(_LATE)
+    os.write(late.stdin, b"unread")
+    done = engine("dump", "--pid", late.pid, "--to", tmp_path / "image", "--external-fd", "any")
+    assert done.returncode == 0, said(done)
+    reap([late.pid])
+    with restorer(tmp_path / "image") as process:
+        assert process.stdin
+        assert process.stdout
+        deadline = time.monotonic() + 20
+        while late.pid not in family_of(process.pid):
+            assert time.monotonic() < deadline
+        pump = pump_of(process.stdin.fileno())
+        os.kill(late.pid, signal.SIGKILL)
+        assert process.wait(20) == 128 + signal.SIGKILL
+        assert not reap([pump])
+        with pytest.raises(BrokenPipeError):
+            os.write(process.stdin.fileno(), b"x")
 
 
 def test_a_name_that_is_said_must_fit(program: Callable[[str], Program], tmp_path: Path) -> None:

@@ -286,6 +286,37 @@ def test_a_plain_user_has_jobs_too(temporary_directory: Path) -> None:
         shutil.rmtree(directory)
 
 
+def test_a_shell_in_a_shell_keeps_what_it_has_in_the_foreground(shells: list[Shell], tmp_path: Path) -> None:
+    first, second = shells
+    first.type(b"PS1='inner> ' bash --norc\n")
+    first.expect(b"inner> ")
+    first.type(b"sleep 1000\n")
+    deadline = time.monotonic() + 10
+    while len(family := family_of(first.pid)[1:]) < 2 or os.tcgetpgrp(first.master) != family[1]:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    done = engine("dump", "--pid", family[0], "--to", tmp_path / "image", "--shell-job")
+    assert done.returncode == 0, said(done)
+    assert not reap(family)
+    second.type(second.pipeline("restore", "--from", tmp_path / "image", "--shell-job").encode() + b"\n")
+    second.expect(b"total-time")
+    while os.tcgetpgrp(second.master) != family[1]:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert [os.getpgid(pid) for pid in family] == family
+    assert {os.getsid(pid) for pid in family} == {second.pid}
+    second.type(b"\x1a")
+    second.expect(b"Stopped")
+    second.expect(b"inner> ")
+    second.type(b"fg\n")
+    second.expect(b"sleep")
+    second.type(b"\x03")
+    second.expect(b"inner> ")
+    second.type(b"exit 7\n")
+    second.expect(_PROMPT)
+    assert second.status() == 7
+
+
 _PARTS = """
 import os, signal, subprocess, sys
 os.write(1, b"[begun %d %d]" % (os.getpid(), os.getpgrp()))

@@ -5,8 +5,8 @@ What the kernel holds behind them belongs to the other side: a dump records thei
 place (`pipeline.resources.given_ends`). They are refused unless the person who dumps has said so: by name, by
 ``any``, or for the terminal of a shell's job.
 
-Bytes that are unread in a pipe or FIFO belong to whoever reads them. The tree reads: they go along, and come first
-out of what is given; that has to be a pipe in which nothing else waits. Somebody outside reads: they stay. Input
+Bytes that are unread in a pipe or FIFO belong to whoever reads them. The tree reads: they go along, and come before
+what is given (`pipeline.resources.pump`). Somebody outside reads: they stay. Input
 and output of a terminal stay with it, and so do its settings, but for a job (`pipeline.resources.shell_job`).
 
 Not preserved: capacity and owner of the pipe, and whatever state the socket has. A descriptor of /dev/tty
@@ -195,7 +195,7 @@ class ExternalEnd(CompleteOnceCreated):
         """Unread bytes first.
 
         Raises:
-            RebuildError: what was given is no pipe, or something waits in it.
+            RebuildError: something else waits in a FIFO that is here.
         """
         if record.buffer is not None:
             _deliver(os.fsdecode(record.name), file, record.buffer, scope.file(file.index))
@@ -227,16 +227,12 @@ def _deliver(name: str, file: OpenFile, buffer: Buffer, reader: LocalFd) -> None
     wanted = b"".join(buffer.unread)
     what = f"{len(wanted)} bytes that the tree had not read yet come before everything else in {name}"
     if not stat.S_ISFIFO(os.fstat(reader).st_mode):
-        raise RebuildError(
-            f"{what}, and what is given is no pipe (give a pipe, such as `cat FILE | restore`)"
-        )
+        raise RebuildError(f"{what}, which is no pipe or FIFO")
     waiting = _peek(reader)
     if waiting == wanted:
         return  # a FIFO that somebody has held open meanwhile has kept them
     if waiting:
-        raise RebuildError(
-            f"{what}, but {len(waiting)} other bytes wait there (give a pipe that is empty yet)"
-        )
+        raise RebuildError(f"{what}, but {len(waiting)} other bytes wait there")
     writer = open_again(reader, os.O_WRONLY)
     try:
         if fcntl.fcntl(writer, fcntl.F_GETPIPE_SZ) >= buffer.capacity_bytes:

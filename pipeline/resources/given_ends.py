@@ -27,11 +27,12 @@ from pipeline.image.codec import Image
 from pipeline.image.schema import Index, OpenFile
 from pipeline.ledger import LEDGER
 from pipeline.policy import RestorePolicy
-from pipeline.resources import pipe_buffer
 from pipeline.resources.external_end import KIND_NAME, ExternalState, given_key
+from pipeline.resources.pump import COMM, Pump
 
 _STDIO = {0: "stdin", 1: "stdout", 2: "stderr"}
 _NEW_FILE_MODE = 0o666
+PUMP = COMM.decode()
 _JOB = "restore --shell-job, from an interactive shell"
 
 
@@ -101,6 +102,7 @@ class GivenEnds:
         self._is_job = image.head.job is not None
         self._strict = strict
         self._held: dict[Index, LocalFd] = {}
+        self._pumps: dict[str, Pump] = {}
         self.notes: list[str] = []
         #: descriptors of this process that were given
         self.given: list[int] = []
@@ -116,20 +118,11 @@ class GivenEnds:
         if self._is_job and self._job_terminal is None:
             yield Blocker("the tree", "was a job of a shell, on its terminal", _JOB)
         for end in self._ends:
-            source = self._source(end)
-            if source is None and end.record.path is None:
+            if self._source(end) is None and end.record.path is None:
                 yield Blocker(
                     end.subject,
                     "has an end outside of the tree, for which nothing is given",
                     self._remedy(end),
-                )
-            elif end.record.buffer is not None and source is not None and not _is_empty_pipe(source):
-                size = sum(map(len, end.record.buffer.unread))
-                yield Blocker(
-                    end.subject,
-                    f"{size} bytes that the tree had not read yet come before everything else, and what is given "
-                    "is not an empty pipe",
-                    "give a pipe or FIFO into which nobody has written yet",
                 )
 
     def _remedy(self, end: _End) -> str:
@@ -163,17 +156,42 @@ class GivenEnds:
         Raises:
             RebuildError: it cannot be had, or is not open for what the tree does with it.
         """
+        unread = {end.name for end in self._ends if end.record.buffer is not None}
         for end in self._ends:
             source = self._source(end)
             if source is None:
                 continue
-            fd = _open(end, source)
+            fd = self._pumped(end, source) if end.name in unread else _open(end, source)
             LEDGER.take("given end", fd)
             self._held[end.file.index] = fd
             if isinstance(source, int) and source not in self.given:
                 self.given.append(source)
             if end.name not in self._policy.inherited and isinstance(source, int):
                 self.notes.append(f"{end.subject} is the {_STDIO[source]} of this command")
+
+    def _pumped(self, end: _End, source: str | int) -> LocalFd:
+        """An end of the pipe in which unread bytes come before what was given."""
+        if end.name not in self._pumps:
+            reader = next(other for other in self._ends if other.name == end.name and other.record.buffer)
+            self._pumps[end.name] = Pump(_open(reader, source))
+            assert reader.record.buffer is not None
+            size = sum(map(len, reader.record.buffer.unread))
+            self.notes.append(
+                f"{reader.subject}: {size} bytes that were not read yet come first; a process called {PUMP} passes on "
+                "what is given"
+            )
+        access = end.file.flags & os.O_ACCMODE
+        pipe = f"/proc/self/fd/{self._pumps[end.name].reader}"
+        return LocalFd(os.open(pipe, access | os.O_NONBLOCK | os.O_CLOEXEC))
+
+    def start(self) -> None:
+        """The tree runs: what was given for pipes with unread bytes is passed on from now on.
+
+        Raises:
+            RebuildError: no process can be made.
+        """
+        for pump in self._pumps.values():
+            pump.start()
 
     @property
     def made(self) -> Mapping[tuple[str, int], LocalFd]:
@@ -182,19 +200,12 @@ class GivenEnds:
 
     def close(self) -> None:
         """Close what is held here; idempotent."""
+        while self._pumps:
+            self._pumps.popitem()[1].close()
         while self._held:
             _, fd = self._held.popitem()
             os.close(fd)
             LEDGER.give_back("given end", fd)
-
-
-def _is_empty_pipe(source: str | int) -> bool:
-    try:
-        if not stat.S_ISFIFO(os.stat(source).st_mode):
-            return False
-        return isinstance(source, str) or not pipe_buffer.unread_bytes(source)
-    except OSError:
-        return True  # opening it says why
 
 
 def _open(end: _End, source: str | int) -> LocalFd:

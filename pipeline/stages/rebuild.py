@@ -394,6 +394,10 @@ class Rebuilding:
         if self._init is not None:
             self._init.set_free(procfs.status(root).ns_pid[1], leaves_session=self._image.head.job is None)
         finish.thaw(self._image, self.growth)
+        try:
+            self._ends.start()
+        except RebuildError as error:
+            self._body.notes.append(str(error))
         return root
 
     @property

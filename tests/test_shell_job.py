@@ -98,6 +98,12 @@ class Shell:
         """What no shell would change: the settings of the program are on if it is the program's."""
         return termios.tcgetattr(self.master)[6][termios.VQUIT]
 
+    def wait_for_foreground(self, group: int) -> None:
+        deadline = time.monotonic() + 10
+        while os.tcgetpgrp(self.master) != group:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
     def status(self) -> int:
         self.type(b"echo status=$?\n")
         self.expect(b"status=")
@@ -300,9 +306,7 @@ def test_a_shell_in_a_shell_keeps_what_it_has_in_the_foreground(shells: list[She
     assert not reap(family)
     second.type(second.pipeline("restore", "--from", tmp_path / "image", "--shell-job").encode() + b"\n")
     second.expect(b"total-time")
-    while os.tcgetpgrp(second.master) != family[1]:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    second.wait_for_foreground(family[1])
     assert [os.getpgid(pid) for pid in family] == family
     assert {os.getsid(pid) for pid in family} == {second.pid}
     second.type(b"\x1a")
@@ -310,6 +314,7 @@ def test_a_shell_in_a_shell_keeps_what_it_has_in_the_foreground(shells: list[She
     second.expect(b"inner> ")
     second.type(b"fg\n")
     second.expect(b"sleep")
+    second.wait_for_foreground(family[1])
     second.type(b"\x03")
     second.expect(b"inner> ")
     second.type(b"exit 7\n")

@@ -35,6 +35,13 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
+class Inject(Protocol):
+    """Runs one system call somewhere else; raises OSError with its errno."""
+
+    def __call__(self, number: int, /, *args: Argument) -> int:
+        """Number and arguments as `pipeline.remote.calls` says."""
+
+
 @dataclass(frozen=True, slots=True)
 class FdView:
     """One descriptor of the target, looked at from outside; nothing in the target is changed.
@@ -209,7 +216,9 @@ class CreateScope(Protocol):
         """The pid here of the process or thread whose level-0 pid is `pid` (all phases: they stand before files)."""
 
     def inject(self, pid: Pid, number: int, *args: Argument) -> int:
-        """Run one system call inside puppet `pid` (phase 3); arguments as `pipeline.remote.calls` says.
+        """Run one system call inside puppet `pid`, which before phase 3 has to be left as it was.
+
+        Arguments are what `pipeline.remote.calls` says.
 
         Raises OSError with the call's errno.
         """
@@ -218,6 +227,12 @@ class CreateScope(Protocol):
         """Do something when the tree is let run, behind the decision, with a duplicate of `local`.
 
         An OSError or RebuildError of it is told as a note about `subject`. Without that moment `act` is never called.
+        """
+
+    def in_thread(self, pid: Pid, act: Callable[[Inject], T]) -> T:
+        """Run `act` with the system calls of a thread of puppet `pid` that is there only meanwhile.
+
+        It may take on other ids: those of the process stay as they are.
         """
 
     def send(self, pid: Pid, local: LocalFd, at: int | None = None, cloexec: bool = True) -> int:

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import socket
 from contextlib import ExitStack
-from functools import partial
 
 from pipeline.errors import RebuildError
 from pipeline.ids import LocalFd
 from pipeline.image.schema import Index
-from pipeline.resources import sockets
+from pipeline.resources import sockets, unix_peercred
 from pipeline.resources.kinds import CreateScope
-from pipeline.resources.unix_names import Place, as_peer
+from pipeline.resources.unix_names import Place
 from pipeline.resources.unix_state import Peer, UnixState, is_path, shown
 
 
@@ -30,7 +29,7 @@ def pair_key(index: Index, record: UnixState) -> tuple[str, Index, Index]:
 def make_pair(index: Index, record: UnixState, scope: CreateScope) -> dict[Index | None, LocalFd]:
     """Both ends, owned by the scope, under their indexes; a peer that was closed is under None."""
     if record.is_datagram or not (record.name or record.peer_name):
-        own, peer = sockets.make_pair(record.socket, scope, partial(as_peer, record.credentials, scope))
+        own, peer = unix_peercred.make_pair(record.socket, record.credentials, scope)
     elif record.accepted or not record.peer_name:
         peer, own = _connect_pair(
             record, record.name, record.peer_name, record.own_credentials, record.credentials, scope
@@ -59,12 +58,12 @@ def _connect_pair(
     with ExitStack() as stack:
         listener = stack.enter_context(sockets.make_socket(record.socket, scope))
         address = bind_for_now(listener, server_name, scope, stack)
-        as_peer(server_credentials, scope, lambda: listener.listen(1))
+        unix_peercred.listen(listener, 1, server_credentials, scope)
         client = sockets.make_socket(record.socket, scope)
         try:
             if client_name:
                 bind_for_now(client, client_name, scope, stack)
-            as_peer(client_credentials, scope, lambda: client.connect(address))
+            unix_peercred.connect(client, address, client_credentials, scope)
             server, _ = listener.accept()
         except OSError as error:
             client.close()

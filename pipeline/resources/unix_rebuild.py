@@ -17,17 +17,15 @@ from __future__ import annotations
 import fcntl
 import os
 import socket
-import struct
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 from pipeline.errors import RebuildError
 from pipeline.ids import LocalFd
 from pipeline.image.schema import Index, OpenFile
-from pipeline.kernel.arch.x86_64_numbers import NR
-from pipeline.resources import socket_options, sockets, unix_outside, unix_queue
+from pipeline.resources import socket_options, sockets, unix_outside, unix_peercred, unix_queue
 from pipeline.resources.kinds import CreateScope
-from pipeline.resources.unix_names import Place, as_peer, check_target
+from pipeline.resources.unix_names import Place, check_target
 from pipeline.resources.unix_pairs import bind_abstract, bind_for_now, make_pair, pair_key
 from pipeline.resources.unix_state import (
     SHUT_RECEIVE,
@@ -266,7 +264,7 @@ def _call(index: Index, record: UnixState, address: bytes | str, scope: CreateSc
     """Connect a socket that is no pair: a one-sided datagram peer, or a client that waits."""
     with sockets.borrowed(scope.file(index)) as sock:
         try:
-            as_peer(record.own_credentials, scope, lambda: sock.connect(address))
+            unix_peercred.connect(sock, address, record.own_credentials, scope)
         except OSError as error:
             raise RebuildError(
                 f"{_subject(index, record)}: cannot connect to {shown(record.peer_name)}: {error.strerror}"
@@ -274,7 +272,7 @@ def _call(index: Index, record: UnixState, address: bytes | str, scope: CreateSc
 
 
 def _listen(index: Index, record: UnixState, backlog: int, scope: CreateScope) -> None:
-    """Let the process that listened listen again, if it still holds the socket: clients see its pid and ids."""
+    """Let the process that listened listen again: clients see its pid and ids."""
     with open("/proc/sys/net/core/somaxconn", encoding="ascii") as limit:
         most = int(limit.read())
     if backlog > most:
@@ -283,11 +281,4 @@ def _listen(index: Index, record: UnixState, backlog: int, scope: CreateScope) -
             "(raise net.core.somaxconn)"
         )
     with sockets.borrowed(scope.file(index)) as sock:
-        who = record.credentials
-        holders = dict(scope.holders(index))
-        if who is not None and who.pid in holders:
-            scope.inject(who.pid, NR.listen, holders[who.pid], backlog)
-            _, uid, gid = struct.unpack("<iII", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-            if (uid, gid) == (scope.user(who.uid), scope.group(who.gid)):
-                return
-        as_peer(who, scope, lambda: sock.listen(backlog))
+        unix_peercred.listen(sock, backlog, record.credentials, scope)

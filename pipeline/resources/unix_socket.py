@@ -6,15 +6,15 @@ inode, so ends find each other inside the tree; queues are looked at, not consum
 
 Kept: all of that, open files in flight (SCM_RIGHTS), out-of-band bytes and marks, a peer that is
 closed (end of file, or ECONNRESET where it left bytes unread), senders' credentials of unread messages
-where SO_PASSCRED or SO_PASSPIDFD show them, and uid and gid of SO_PEERCRED (the pid too for listeners:
-a process of the rebuilt tree calls listen). What a socket has with somebody outside the tree: `unix_outside`.
+where SO_PASSCRED or SO_PASSPIDFD show them, and pid, uid and gid of SO_PEERCRED (`unix_peercred`).
+What a socket has with somebody outside the tree: `unix_outside`.
 
 Refused by name: a second holder outside the tree; data written to a connection that was not
 accepted yet, which nobody can see; one-sided datagram peers without a name.
 
-Not preserved: inode numbers, the pid and supplementary groups of SO_PEERCRED and
-SO_PEERGROUPS of connected pairs (a client that waits has the ids of a holder), bounds
-between writes to a stream, timestamps of unread messages.
+Not preserved: inode numbers, SO_PEERGROUPS of connected pairs, which holder of it a client that waits was
+connected by, credentials sent to a socket that does not ask for them (yet), bounds between writes to a
+stream, timestamps of unread messages.
 
 Source: unix(7), sock_diag(7); net/unix/af_unix.c.
 """

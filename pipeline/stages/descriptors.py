@@ -29,6 +29,7 @@ from pipeline.policy import RestorePolicy
 from pipeline.remote.calls import Argument, Call
 from pipeline.remote.puppet import Puppet
 from pipeline.resources import external_end, removed, signal_owner
+from pipeline.resources.kinds import Inject
 from pipeline.resources.namespaces.clocks_here import ClocksHere
 from pipeline.resources.registry import WATCHERS, kind_named
 from pipeline.stages.contents import Contents
@@ -40,6 +41,7 @@ T = TypeVar("T")
 #: status flags that fcntl(F_SETFL) can change (fcntl(2))
 _SETTABLE = os.O_APPEND | os.O_NONBLOCK | os.O_ASYNC | os.O_DIRECT | os.O_NOATIME
 _O_PATH = os.O_PATH
+_THREAD = CLONE.VM | CLONE.FS | CLONE.FILES | CLONE.SIGHAND | CLONE.THREAD | CLONE.SYSVSEM
 
 
 class Descriptors:
@@ -270,6 +272,14 @@ class Descriptors:
     def when_it_runs(self, local: LocalFd, act: Callable[[LocalFd], None], subject: str) -> None:
         """See `CreateScope.when_it_runs`."""
         self._late.add(local, act, subject)
+
+    def in_thread(self, pid: int, act: Callable[[Inject], T]) -> T:
+        """See `CreateScope.in_thread`."""
+        thread = self._puppets[pid].clone_task(_THREAD)
+        try:
+            return act(thread.syscall)
+        finally:
+            thread.run_to_exit(NR.exit, 0)
 
     def send(self, pid: int, local: LocalFd, at: int | None = None, cloexec: bool = True) -> int:
         """See `CreateScope.send`."""

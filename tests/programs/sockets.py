@@ -270,6 +270,33 @@ def in_flight(program):
     program.keep += a, b, d, urgent_a, urgent_b, name
 
 
+def acquainted(program):
+    """Both ends of a connection know who the other is."""
+
+    def peer(sock):
+        return struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+
+    names = f"{DIRECTORY}/acquainted", f"\0{DIRECTORY}/acquainted"
+    listening = []
+    for name in names:
+        listening.append(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+        listening[-1].bind(name)
+        listening[-1].listen(1)
+
+    def caller(child):
+        calls = [socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) for _ in names]
+        for call, name in zip(calls, names, strict=True):
+            call.connect(name)
+        calls += socket.socketpair()
+        child.same("acquainted", lambda: [peer(call) for call in calls], calls[0].close)
+
+    program.child("caller", caller)
+    accepted = [listener.accept()[0] for listener in listening]
+    for listener in listening:
+        listener.close()
+    program.same("acquainted", lambda: [peer(sock) for sock in accepted], accepted[0].close)
+
+
 def senders(program):
     """Messages that know who sent them."""
     receiver = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -301,6 +328,7 @@ def body(program):
     pairs(program)
     in_flight(program)
     senders(program)
+    acquainted(program)
     between_processes(program)
     listeners(program)
     bound(program)

@@ -19,16 +19,16 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import msgspec
 
-from pipeline.errors import Blocker
+from pipeline.errors import Blocker, RebuildError
 from pipeline.ids import HostPid, LocalFd, RemoteAddress
 from pipeline.image.schema import Id, OpenFile, PathRef
 from pipeline.kernel.arch.x86_64 import NR
 from pipeline.kernel.procfs import parse_fdinfo
-from pipeline.kernel.syscalls import KCMP, RESOLVE, kcmp, openat2, pidfd_getfd, pidfd_open
+from pipeline.kernel.syscalls import CLONE, KCMP, RESOLVE, kcmp, openat2, pidfd_getfd, pidfd_open
 from pipeline.policy import DumpPolicy, RestorePolicy
 from pipeline.remote.calls import Argument
 from pipeline.remote.puppet import Puppet, spawn_launcher
@@ -54,7 +54,7 @@ from pipeline.resources import (
     unsupported,
 )
 from pipeline.resources.held import Held
-from pipeline.resources.kinds import FdView
+from pipeline.resources.kinds import FdView, Inject
 from pipeline.resources.sockets import EXTERNAL_NETWORK
 from pipeline.resources.unix_unread import Unread
 from pipeline.stages.late import Late
@@ -69,6 +69,8 @@ _CONTROL = 900
 _LOST = os.O_TMPFILE | os.O_NOFOLLOW
 _SCRATCH = RemoteAddress(0x10_0000_0000)
 _CHANNEL = 1000
+_THREAD = CLONE.VM | CLONE.FS | CLONE.FILES | CLONE.SIGHAND | CLONE.THREAD | CLONE.SYSVSEM
+T = TypeVar("T")
 
 
 class Subject:
@@ -457,6 +459,8 @@ class Rebuilt:
         return self.clock_now(clock)
 
     def host_pid(self, pid: int) -> HostPid:
+        if pid not in self._puppets:
+            raise RebuildError(f"no puppet {pid}")
         return self._puppets[pid].pid
 
     def inject(self, pid: int, number: int, *args: Argument) -> int:
@@ -464,6 +468,13 @@ class Rebuilt:
 
     def when_it_runs(self, local: LocalFd, act: Callable[[LocalFd], None], subject: str) -> None:
         self.late.add(local, act, subject)
+
+    def in_thread(self, pid: int, act: Callable[[Inject], T]) -> T:
+        thread = self._puppets[pid].clone_task(_THREAD)
+        try:
+            return act(thread.syscall)
+        finally:
+            thread.run_to_exit(NR.exit, 0)
 
     def send(self, pid: int, local: LocalFd, at: int | None = None, cloexec: bool = True) -> int:
         puppet = self._puppets[pid]

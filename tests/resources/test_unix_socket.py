@@ -307,7 +307,7 @@ def test_peer_ids_are_kept_and_a_listener_is_owned_by_the_rebuilt_process() -> N
         with Rebuilt(capture, records) as new:
             for fd in (a, b):
                 with of(new.fd(fd)) as sock:
-                    assert peer(sock)[1:] == (7, 8)
+                    assert peer(sock) == (new.host_pid(child.pid), 7, 8)
             with unix() as client:
                 client.connect(b"\0pipeline-test-ids")
                 assert peer(client) == (new.host_pid(child.pid), 0, 0)

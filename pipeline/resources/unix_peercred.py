@@ -1,0 +1,166 @@
+"""Who sockets remember as their peer: pid, uid and gid (SO_PEERCRED, SO_PEERPIDFD).
+
+The kernel remembers who called socketpair, listen or connect, so the rebuilt process calls them: it is
+lent the socket, and a thread of it takes the effective ids on for the call. Where it cannot (it ended before the
+dump, has no /proc to reach a path name by, may not take the ids on), the pipeline acts with these ids, and the
+pid is its own.
+
+Not preserved: supplementary groups (SO_PEERGROUPS).
+
+Source: unix(7); net/unix/af_unix.c (init_peercred, copy_peercred).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+from pipeline.errors import RebuildError
+from pipeline.ids import HostPid, LocalFd
+from pipeline.kernel import procfs
+from pipeline.kernel.arch.x86_64_numbers import NR
+from pipeline.kernel.syscalls import PRCTL, pidfd_getfd, pidfd_open
+from pipeline.remote.calls import Out
+from pipeline.resources import sockets
+from pipeline.resources.acting import UNCHANGED
+from pipeline.resources.kinds import CreateScope, Inject
+from pipeline.resources.sockets import Pair, SocketState
+from pipeline.resources.unix_names import as_peer
+from pipeline.resources.unix_state import Peer
+
+T = TypeVar("T")
+_SO_NETNS_COOKIE = 71
+_BY_DESCRIPTOR = "/proc/self/fd/"
+
+
+def make_pair(state: SocketState, who: Peer | None, scope: CreateScope) -> Pair:
+    """socketpair(2) by `who`; the caller owns both."""
+
+    def inside(peer: Peer, call: Inject) -> Pair:
+        with sockets.make_socket(state, scope) as probe:
+            there = probe.getsockopt(socket.SOL_SOCKET, _SO_NETNS_COOKIE, 8)
+        numbers = Out(8)
+        call(NR.socketpair, state.family, state.type | socket.SOCK_CLOEXEC, state.protocol, numbers)
+        pair = _taken(peer, struct.unpack("<2i", numbers.data), scope)
+        if pair[0].getsockopt(socket.SOL_SOCKET, _SO_NETNS_COOKIE, 8) == there:
+            return pair
+        for sock in pair:
+            sock.close()
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+    pair = _try(inside, who, scope)
+    return pair or sockets.make_pair(state, scope, lambda act: as_peer(who, scope, act))
+
+
+def _taken(who: Peer, numbers: tuple[int, int], scope: CreateScope) -> Pair:
+    """Sockets that a process has made; it has them no more."""
+    fds: list[LocalFd] = []
+    holder = pidfd_open(scope.host_pid(who.pid))
+    try:
+        fds.extend(pidfd_getfd(holder, number) for number in numbers)
+        return socket.socket(fileno=fds[0]), socket.socket(fileno=fds[1])
+    except BaseException:
+        for fd in fds:
+            os.close(fd)
+        raise
+    finally:
+        os.close(holder)
+        for number in numbers:
+            scope.inject(who.pid, NR.close, number)
+
+
+def listen(sock: socket.socket, backlog: int, who: Peer | None, scope: CreateScope) -> None:
+    """listen(2) by `who`."""
+
+    def inside(peer: Peer, call: Inject) -> bool:
+        with _lent(sock.fileno(), peer, scope) as number:
+            call(NR.listen, number, backlog)
+        return True
+
+    if not _try(inside, who, scope):
+        as_peer(who, scope, lambda: sock.listen(backlog))
+
+
+def connect(sock: socket.socket, address: bytes | str, who: Peer | None, scope: CreateScope) -> None:
+    """connect(2) by `who`.
+
+    Args:
+        sock: what is connected.
+        address: an abstract name, or ``/proc/self/fd/N`` of this process.
+        who: see the module.
+        scope: of the rebuild.
+
+    Raises:
+        OSError: nobody listens there.
+    """
+
+    def inside(peer: Peer, call: Inject) -> bool:
+        with _lent(sock.fileno(), peer, scope) as number:
+            if isinstance(address, bytes):
+                _connect_by(call, number, address)
+            else:
+                with _lent(int(address.removeprefix(_BY_DESCRIPTOR)), peer, scope) as file:
+                    _connect_by(call, number, f"{_BY_DESCRIPTOR}{file}\0".encode())
+        return True
+
+    if not _try(inside, who, scope):
+        as_peer(who, scope, lambda: sock.connect(address))
+
+
+def _connect_by(call: Inject, number: int, name: bytes) -> None:
+    address = struct.pack("<H", socket.AF_UNIX) + name
+    call(NR.connect, number, address, len(address))
+
+
+@contextmanager
+def _lent(fd: int, who: Peer, scope: CreateScope) -> Iterator[int]:
+    number = scope.send(who.pid, LocalFd(fd))
+    try:
+        yield number
+    finally:
+        scope.inject(who.pid, NR.close, number)
+
+
+def _try(act: Callable[[Peer, Inject], T], who: Peer | None, scope: CreateScope) -> T | None:
+    """What `act` returns, by calls of the process of `who` with its ids; None where that is not possible."""
+    if who is None or not who.pid:
+        return None
+    try:
+        host = scope.host_pid(who.pid)
+        status = procfs.status(host)
+        uid, gid = scope.user(who.uid), scope.group(who.gid)
+        if (status.uids[1], status.gids[1]) == (uid, gid):
+            return act(who, lambda number, *args: scope.inject(who.pid, number, *args))
+        ids = _inside(host, "uid", uid), _inside(host, "gid", gid)
+        return scope.in_thread(who.pid, lambda call: _with_ids(*ids, call, lambda: act(who, call)))
+    except (OSError, RebuildError):
+        return None
+
+
+def _with_ids(uid: int, gid: int, call: Inject, act: Callable[[], T]) -> T:
+    """`act`, while the thread that `call` runs in has other effective ids; that makes a process undumpable."""
+    try:
+        call(NR.setresgid, UNCHANGED, gid, UNCHANGED)
+        call(NR.setresuid, UNCHANGED, uid, UNCHANGED)
+        return act()
+    finally:
+        call(NR.prctl, PRCTL.SET_DUMPABLE, 1, 0, 0, 0)
+
+
+def _inside(pid: HostPid, kind: str, number: int) -> int:
+    """What a process calls an id that is `number` here.
+
+    Raises:
+        OSError: EINVAL: its user namespace does not map it.
+    """
+    with open(f"/proc/{pid}/{kind}_map", encoding="ascii") as extents:
+        for extent in extents:
+            inner, outer, count = map(int, extent.split())
+            if outer <= number < outer + count:
+                return inner + number - outer
+    raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))

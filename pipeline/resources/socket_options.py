@@ -34,6 +34,7 @@ from pipeline.resources.socket_table import (
     Identity,
     Option,
     is_tcp,
+    options_of,
 )
 
 __all__ = ["LATE", "SOL_NETLINK", "Identity", "Values", "apply", "capture", "check"]
@@ -77,8 +78,8 @@ def _read(sock: socket.socket, option: Option) -> bytes | None:
 
 def check(sock: socket.socket, who: Identity, subject: str) -> Iterator[Blocker]:
     """What stops the options of `sock` from being carried: see the module's text."""
-    for option in OPTIONS:
-        if option.applies(who) and (option.refused or option.device or option.varies):
+    for option in options_of(who):
+        if option.refused or option.device or option.varies:
             if option.name == _FILTER:
                 continue
             try:
@@ -107,8 +108,8 @@ def check(sock: socket.socket, who: Identity, subject: str) -> Iterator[Blocker]
 def capture(sock: socket.socket, who: Identity) -> Values:
     """Every option that `sock` has, whatever its value."""
     found: Values = {}
-    for option in OPTIONS:
-        if not option.refused and option.applies(who):
+    for option in options_of(who):
+        if not option.refused:
             value = _read(sock, option)
             if value is not None:
                 found[option.name] = value
@@ -137,7 +138,7 @@ def apply(
     for name in values:
         if name not in _BY_NAME or not _BY_NAME[name].applies(who) or _BY_NAME[name].refused:
             raise RebuildError(f"{subject}: socket option {name} does not exist for this socket")
-    for option in OPTIONS:
+    for option in options_of(who):
         wanted = values.get(option.name)
         if wanted is None or option.name in without:
             continue

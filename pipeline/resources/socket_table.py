@@ -11,6 +11,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 SOL_NETLINK = 270
@@ -139,7 +140,7 @@ OPTIONS: tuple[Option, ...] = (
     Option("SO_BINDTODEVICE", _SOL, 25, 16, _inet, text=True),
     *_ints(_SOL, _unix, "SO_", PASSPIDFD=76, PASSRIGHTS=83, PASSSEC=34),
     *_ints(_SOL, lambda who: _unix(who) or _netlink(who), "SO_", PASSCRED=16),
-    *_ints(_SOL, _unix_or_udp, "SO_", PEEK_OFF=42),
+    *_ints(_SOL, lambda who: _unix_or_udp(who) or is_tcp(who), "SO_", PEEK_OFF=42),
     *_ints(
         _IP, _inet, "IP_",
         TOS=1, TTL=2, RECVOPTS=6, RETOPTS=7, PKTINFO=8, MTU_DISCOVER=10, RECVERR=11, RECVTTL=12, RECVTOS=13,
@@ -202,6 +203,13 @@ OPTIONS: tuple[Option, ...] = (
     Option("SO_ATTACH_FILTER", _SOL, 26, 8 * 4096, _any, varies=True),
     *_ints(_SOL, _any, "SO_", LOCK_FILTER=44, BUF_LOCK=72),
 )  # fmt: skip
+
+
+@cache
+def options_of(who: Identity) -> tuple[Option, ...]:
+    """Those that a socket has."""
+    return tuple(option for option in OPTIONS if option.applies(who))
+
 
 _FIXED = "is fixed when the socket is made"
 _SAYS = "only tells something"

@@ -29,7 +29,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 
-from pipeline.errors import Blocker, RebuildError
+from pipeline.errors import Blocker, ImageError, RebuildError
 from pipeline.ids import LocalFd
 from pipeline.image.schema import OpenFile
 from pipeline.resources import inet_address, socket_options, sockets, tcp_read, tcp_rebuild
@@ -161,7 +161,11 @@ class Tcp(CompleteOnceCreated):
             if record.phase == "listening":
                 _listen(sock, record, subject)
                 for client in record.clients:
-                    _connect_waiting(scope.file(client.file), client.peer, sock, subject)
+                    try:
+                        waits = scope.file(client.file)
+                    except KeyError:
+                        raise ImageError(f"{subject}: who waits for it is no file of the image") from None
+                    _connect_waiting(waits, client.peer, sock, subject)
             elif record.phase == "connected":
                 tcp_rebuild.establish(sock, record, subject)
             elif record.phase == "ended":
@@ -284,11 +288,15 @@ def _connect_waiting(client: LocalFd, peer: Address, listener: socket.socket, su
 
 def _wake(record: TcpState, scope: CreateScope, local: LocalFd) -> None:
     """The tree runs; see `CreateScope.when_it_runs`."""
-    if record.lock and record.socket.netns == EXTERNAL_NETWORK:
-        scope.once(
-            ("tcp unlocked", record.lock),
-            lambda: scope.in_network(EXTERNAL_NETWORK, lambda: unlock(record.lock)),
-        )
+    try:
+        if record.lock and record.socket.netns == EXTERNAL_NETWORK:
+            unlocking = partial(scope.in_network, EXTERNAL_NETWORK, partial(unlock, record.lock))
+            scope.once(("tcp unlocked", record.lock), unlocking)
+    finally:
+        _go_on(record, local)
+
+
+def _go_on(record: TcpState, local: LocalFd) -> None:
     with sockets.borrowed(local) as sock:
         if record.phase == "connected":
             tcp_rebuild.wake(sock, record)

@@ -182,6 +182,26 @@ def waiting(program):
     return listener, clients
 
 
+def in_flight(program):
+    """A connection whose one end is in the queue of a unix socket, nowhere else."""
+    client, server = connected(listening())
+    near, far = socket.socketpair()
+    socket.send_fds(near, [b"take it"], [server.fileno()])
+    server.close()
+    client.sendall(b"hello?")
+
+    def found():
+        text, fds, _, _ = socket.recv_fds(far, 100, 1)
+        with socket.socket(fileno=fds[0]) as taken:
+            words = take(taken, 6)
+            client.sendall(words)
+            socket.send_fds(near, [text], [taken.fileno()])
+        return None if (text, words) == (b"take it", b"hello?") else f"{text} {words}"
+
+    program.check("in flight", found, lambda: far.recv(1))
+    return client, near, far
+
+
 def counting(program):
     """Two processes that talk all the time: nothing is lost, repeated or out of order."""
     listener = listening()
@@ -220,6 +240,7 @@ def everything(program):
         full(program),
         halves(program),
         waiting(program),
+        in_flight(program),
         counting(program),
     ]
 

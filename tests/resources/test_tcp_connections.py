@@ -132,6 +132,20 @@ def test_a_connection_goes_on_with_both_queues_and_its_options(family: int, host
                 assert s.recv(1) == b""
 
 
+def test_where_peeking_goes_on_stays() -> None:
+    def setup() -> tuple[int, ...]:
+        client, server, _ = pair()
+        client.sendall(b"0123456789")
+        server.setsockopt(SOL, 42, 0)
+        assert server.recv(4, socket.MSG_PEEK) == b"0123"
+        return kept(client, server)
+
+    with subject(setup) as child, moved(child) as (new, _), of(new.fd(child.result[1])) as s:
+        assert s.getsockopt(SOL, 42) == 4
+        assert s.recv(3, socket.MSG_PEEK) == b"456"
+        assert s.recv(100) == b"0123456789"
+
+
 def test_what_was_agreed_and_the_sequence_numbers_stay() -> None:
     def setup() -> tuple[int, ...]:
         client, server, _ = pair()

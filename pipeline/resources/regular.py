@@ -79,6 +79,7 @@ class RegularFile:
     shown_by: Sequence[str] = (
         "programs/files.py",
         "programs/file_states.py",
+        "test_with_files.py",
         "resources/test_regular.py",
     )
 

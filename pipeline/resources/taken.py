@@ -249,7 +249,10 @@ class Making:
 
     def _make(self, file: TakenFile) -> None:
         if not self._may_make(file):
-            raise PermissionError(errno.EPERM, "it belongs to nobody of the tree")
+            how = f"--with-files '{os.fsdecode(file.path.path)}'"
+            raise PermissionError(
+                errno.EPERM, f"it belongs to nobody of the tree; let the image make it: {how}"
+            )
         as_they_are = 0 in self._uids or self._is_named(file)
         act = _as_we_are if as_they_are else _as_owner(self._uid(file.owner.uid), self._gid(file.owner.gid))
         steps = file.path.path.strip(b"/").split(b"/")

@@ -17,6 +17,7 @@ struct view {
 static struct view *seen; /* shared by everybody */
 static volatile long plain; /* each address space has its own */
 static volatile int probe_fd = -1;
+static int locked_fd;
 static volatile int *fd_to_look_at;
 
 static void on_one(int number) {
@@ -110,6 +111,24 @@ static const char *check_descriptors(void) {
     return NULL;
 }
 
+/* A POSIX lock belongs to the table that several processes share: they all hold it, nobody else does. */
+static const char *check_lock(void) {
+    struct flock asked = {.l_type = F_WRLCK, .l_whence = SEEK_SET, .l_start = 3, .l_len = 2};
+    int status = -1;
+    pid_t pid = fork();
+    if (!pid)
+        _exit(fcntl(locked_fd, F_GETLK, &asked) ? 2 : asked.l_type == F_WRLCK && asked.l_start == 3);
+    waitpid(pid, &status, 0);
+    if (fcntl(locked_fd, F_GETLK, &asked) || asked.l_type != F_UNLCK)
+        return "somebody else holds it";
+    return WIFEXITED(status) && WEXITSTATUS(status) == 1 ? NULL : "nobody holds it";
+}
+
+static void spoil_lock(void) {
+    struct flock none = {.l_type = F_UNLCK, .l_whence = SEEK_SET, .l_start = 3, .l_len = 2};
+    fcntl(locked_fd, F_SETLK, &none);
+}
+
 static const char *check_place(void) {
     char here[256];
     int mask = umask(0);
@@ -163,6 +182,10 @@ int main(int argc, char **argv) {
     seen = mmap(NULL, sizeof *seen * COUNT, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     fd_to_look_at = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     *fd_to_look_at = 150;
+    struct flock lock = {.l_type = F_WRLCK, .l_whence = SEEK_SET, .l_start = 3, .l_len = 2};
+    locked_fd = openat(directory_fd, "locked", O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+    if (fcntl(locked_fd, F_SETLK, &lock))
+        die("lock");
     pid_t pid = fork();
     if (!pid)
         first();
@@ -177,6 +200,7 @@ int main(int argc, char **argv) {
         {"memory", check_memory, spoil_memory},
         {"handlers", check_handlers, spoil_memory},
         {"descriptors", check_descriptors, spoil_descriptors},
+        {"lock of a table", check_lock, spoil_lock},
         {"directory and umask", check_place, spoil_place},
         {"siblings", check_siblings, spoil_siblings},
     };

@@ -102,6 +102,20 @@ def test_events_that_never_cease_are_waited_for(monkeypatch: pytest.MonkeyPatch,
         assert "in flight" in blocker.reason
 
 
+def test_a_poll_that_ends_while_the_program_stands_still_is_refused() -> None:
+    event = os.eventfd(0)
+    try:
+        with context() as made:
+            made.submit(_POLL, event, _POLLIN)
+            before = made.captured()
+            os.eventfd_write(event, 1)
+            _, (blocker,) = settled(before)
+            assert "IOCB_CMD_POLL" in blocker.reason
+            assert not blocker.transient
+    finally:
+        os.close(event)
+
+
 def test_disks_of_files_that_are_read_directly_are_waited_for(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -24,7 +24,7 @@ from pipeline.resources.namespaces.posix_queues import Room
 from pipeline.userns.visit import visit
 from tests.harness.carry import unharmed
 from tests.harness.settings import DEPTH_0, DEPTH_1
-from tests.harness.tree import Tree, dump, engine, restore, said
+from tests.harness.tree import Tree, children_of, dump, engine, reap, restore, said
 from tests.resources.fdharness import Capture, Rebuilt, subject
 
 NAME = b"pipeline-test-%d" % os.getpid()
@@ -124,9 +124,8 @@ def test_no_message_is_lost_whoever_is_killed_meanwhile() -> None:
             time.sleep(chance.uniform(0.002, 0.015))
             os.kill(looker, signal.SIGKILL)
             os.waitpid(looker, 0)
-            with suppress(ChildProcessError):  # its visitor, which we inherit
-                while True:
-                    os.waitpid(-1, 0)
+            left = reap(children_of(os.getpid()))  # its visitor, which we inherit
+            assert not left
             assert messages(queue) == many
     finally:
         os.close(queue)

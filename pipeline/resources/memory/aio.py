@@ -168,11 +168,12 @@ def settle(
         for device in disks:
             _await_idle(device)
         time.sleep(QUIET_S)
-        before = now
-        now = {
-            space: [_look(pid, one.start, one.pages) for one in found]
-            for space, (pid, found) in rings.items()
-        }
+        before, now = now, {}
+        for space, (pid, found) in rings.items():
+            try:
+                now[space] = [_look(pid, one.start, one.pages) for one in found]
+            except CannotCarry as refusal:  # a poll has ended meanwhile
+                return before, [refusal.blocker(f"pid {pid} mapping {found[0].start:x}")]
         if now == before:
             break
         if time.monotonic() > deadline:

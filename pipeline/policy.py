@@ -34,6 +34,8 @@ class DumpPolicy:
             destination shall give; ``any``: all pipes, FIFOs and terminals that have one.
         shell_job: the tree may be a job of a shell outside: its terminal is the destination's to give.
         with_files: patterns of names of files whose content goes along, see `pipeline.resources.taken`.
+        file_events: what becomes of events of inotify and fanotify that the tree has not read: waited for and then
+            refused by name, or dropped.
     """
 
     tcp: Tcp = "established"
@@ -43,6 +45,7 @@ class DumpPolicy:
     external_fds: frozenset[str] = frozenset()
     shell_job: bool = False
     with_files: tuple[str, ...] = ()
+    file_events: Literal["refuse", "drop"] = "refuse"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -65,6 +65,13 @@ def add_dump(parser: argparse.ArgumentParser) -> None:
         help="take the content of open and mapped files along whose names match, for a destination that lacks them; "
         "without a / in front, names below the working directory are meant (may be given several times)",
     )
+    parser.add_argument(
+        "--file-events",
+        choices=("refuse", "drop"),
+        default="refuse",
+        help="events of inotify and fanotify that the program has not read, and that cannot be carried: wait a little, "
+        "then refuse and name them (default), or drop them",
+    )
 
 
 def of_dump(arguments: argparse.Namespace) -> DumpPolicy:
@@ -87,6 +94,7 @@ def of_dump(arguments: argparse.Namespace) -> DumpPolicy:
         external_fds=names,
         shell_job=arguments.shell_job,
         with_files=tuple(arguments.with_files),
+        file_events=arguments.file_events,
     )
 
 

@@ -11,8 +11,9 @@ initial user namespace is made without that, too: it may watch less, and is told
 Not preserved: against whose limits (/proc/sys/fs/fanotify) groups and marks count. What happens while the tree does
 not run is not reported.
 Refused: a group that is asked for permission (FAN_CLASS_CONTENT, FAN_CLASS_PRE_CONTENT), because files would be
-accessed unasked while it does not run; unread events, while there are some; marks of mount namespaces; a group shared
-with a process outside.
+accessed unasked while it does not run; unread events, while there are some and `--file-events drop` is not said; marks
+of mount namespaces, and those of mounts and filesystems that were set in a user namespace; a group shared with a
+process outside.
 Source: fanotify_init(2), fanotify_mark(2); fs/notify/fdinfo.c, fs/notify/fanotify/fanotify_user.c.
 """
 
@@ -34,7 +35,7 @@ from pipeline.kernel.mountinfo import mountinfo
 from pipeline.kernel.syscalls import syscall
 from pipeline.resources import outside, watched
 from pipeline.resources.acting import acting_as
-from pipeline.resources.inotify import unread_bytes
+from pipeline.resources.inotify import unread
 from pipeline.resources.kinds import CaptureScope, CreateScope, FdView
 from pipeline.resources.paths import describe, look_up
 from pipeline.resources.steps import CompleteOnceCreated
@@ -128,7 +129,7 @@ class Fanotify(CompleteOnceCreated):
     carried: Sequence[str] = ("groups with their flags, and marks of inodes, mounts and filesystems",)
     refused: Sequence[str] = (
         "groups that are asked for permission",
-        "unread events, after a while",
+        "unread events, after a while, unless `--file-events drop`",
         "a mark of what has no name and is not open in the tree, or of a mount namespace",
         "a mark of a mount or a filesystem that was set in a user namespace",
         "a group shared with outside",
@@ -146,9 +147,7 @@ class Fanotify(CompleteOnceCreated):
             why = "a fanotify group is asked for permission to access files, which nobody gives while it does not run"
             yield Blocker(view.subject, why, "stop the program (a virus scanner?)")
             return
-        if unread_bytes(view):
-            why = "there are events of fanotify that the program has not read, and that nobody can put back"
-            yield Blocker(view.subject, why, "wait until it reads them", transient=True)
+        yield from unread(view, scope, "fanotify")
         privileged = _is_privileged(view, scope)
         for words in marks:
             wrong = _unfound(view, scope, words)

@@ -10,8 +10,9 @@ made when all other open files stand, so that a restore causes no events.
 Not preserved: that numbers of watches removed behind the last one left are not given again; against whose limits
 (/proc/sys/fs/inotify) they count: the restorer's. What happens to watched files while the tree does not run is not
 reported.
-Refused: events that nobody has read, while there are some (a queue is read by taking, and nobody can put back);
-a watch of a file that has no name and is not open in the tree; an instance shared with a process outside.
+Refused: events that nobody has read, while there are some (a queue is read by taking, and nobody can put back; with
+`--file-events drop` they stay behind); a watch of a file that has no name and is not open in the tree; an instance
+shared with a process outside.
 Source: inotify(7), fs/notify/inotify/inotify_user.c (INOTIFY_IOC_SETNEXTWD needs CONFIG_CHECKPOINT_RESTORE).
 """
 
@@ -69,9 +70,12 @@ def _lines(view: FdView) -> Iterator[tuple[int, int, Watched]]:
     return iter(sorted(found))
 
 
-def unread_bytes(view: FdView) -> int:
-    """How much of its queue nobody has read."""
-    return int.from_bytes(fcntl.ioctl(view.local, termios.FIONREAD, bytes(4)), "little")
+def unread(view: FdView, scope: CaptureScope, what: str) -> Iterator[Blocker]:
+    """Refuse a queue in which there are events, unless they may be dropped."""
+    size = int.from_bytes(fcntl.ioctl(view.local, termios.FIONREAD, bytes(4)), "little")
+    if size and scope.policy.file_events == "refuse":
+        why = f"there are events of {what} that the program has not read, and that nobody can put back"
+        yield Blocker(view.subject, why, "let it read them, or --file-events drop", transient=True)
 
 
 class Inotify(CompleteOnceCreated):
@@ -83,7 +87,7 @@ class Inotify(CompleteOnceCreated):
         "watches with number and mask, of files by name and of open files, deleted ones too",
     )
     refused: Sequence[str] = (
-        "unread events, after a while",
+        "unread events, after a while, unless `--file-events drop`",
         "a watch of a file without a name that the tree has not open",
         "an instance shared with outside",
     )
@@ -98,9 +102,7 @@ class Inotify(CompleteOnceCreated):
 
     def check(self, view: FdView, scope: CaptureScope) -> Iterator[Blocker]:
         """Nothing may be unread, and everything that is watched must be found again."""
-        if unread_bytes(view):
-            why = "there are events of inotify that the program has not read, and that nobody can put back"
-            yield Blocker(view.subject, why, "wait until it reads them", transient=True)
+        yield from unread(view, scope, "inotify")
         for wd, _, wanted in _lines(view):
             if (
                 watched.open_file_of(wanted, scope) is None

@@ -16,8 +16,11 @@ import pytest
 from pipeline.errors import RebuildError
 from pipeline.ids import HostPid
 from pipeline.kernel.syscalls import CLONE, mount, unshare
+from pipeline.policy import DumpPolicy
 from pipeline.resources import watched
 from pipeline.resources.watched import Watched
+from tests.harness.settings import DEPTH_1
+from tests.harness.tree import Tree, engine, reap, restore, said
 from tests.resources.fdharness import Capture, Rebuilt, subject
 
 IN_MODIFY, IN_CREATE, IN_OPEN = 0x2, 0x100, 0x20
@@ -41,6 +44,11 @@ def test_unread_events_are_waited_for(tmp_path: Path) -> None:
             (blocker,) = capture.blockers(child.result)
             assert blocker.transient
             assert "not read" in blocker.reason
+            assert "--file-events drop" in blocker.remedy
+        with Capture(child.pid, policy=DumpPolicy(file_events="drop")) as capture, Rebuilt(capture) as new:
+            with pytest.raises(BlockingIOError):
+                os.read(new.fd(child.result), 4096)
+            assert len(new.info(child.result)["inotify"]) == 1
         assert os.path.exists(tmp_path / "new")
         assert child.call(partial(os.read, child.result, 4096))[16:19] == b"new"
         with Capture(child.pid) as capture:
@@ -209,3 +217,18 @@ def test_many_watches_far_apart(tmp_path: Path) -> None:
         lines = new.info(child.result)["inotify"]
         assert sorted(int(line.split()[0][3:], 16) for line in lines) == [1, 41, 81, 121, 161]
         assert msgspec.to_builtins(new.files)
+
+
+@pytest.mark.root
+def test_events_are_dropped_on_demand(start: Callable[..., Tree], tmp_path: Path) -> None:
+    tree = start("watching", DEPTH_1)
+    (tree.directory / "watched" / "quiet" / "another").touch()
+    done = engine("dump", "--pid", tree.pid, "--to", tmp_path / "image")
+    assert done.returncode == 3
+    assert "events of inotify that the program has not read" in done.stderr, said(done)
+    done = engine("dump", "--pid", tree.pid, "--to", tmp_path / "image", "--file-events", "drop")
+    assert done.returncode == 0, said(done)
+    assert not reap([tree.pid])
+    restore(tree, tmp_path / "image")
+    tree.check()
+    assert tree.end() == 0

@@ -179,9 +179,15 @@ def _is_shared(host: bytes) -> bool:
 
 
 def are_unread(fd: LocalFd, sock: socket.socket) -> bool:
-    """Whether something waits to be read; a socket that was shut down for reading is readable, too."""
-    if not sockets.events(fd, select.POLLIN) & select.POLLIN:
+    """Whether something waits to be read. A socket that was shut down for reading is always readable.
+
+    Peeking is avoided: an empty datagram that was peeked at is not seen by a walk that comes later.
+    """
+    found = sockets.events(fd, select.POLLIN | select.POLLRDHUP)
+    if not found & select.POLLIN:
         return False
+    if not found & select.POLLRDHUP:
+        return True
     try:
         sock.recv(0, socket.MSG_PEEK | socket.MSG_DONTWAIT | socket.MSG_TRUNC)
     except BlockingIOError:

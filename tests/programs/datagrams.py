@@ -11,7 +11,7 @@ from support import libc, main, wait_for
 
 CLONE_NEWNET = 0x40000000
 IP, IPV6, SOL = socket.IPPROTO_IP, socket.IPPROTO_IPV6, socket.SOL_SOCKET
-MESSAGES = [b"first", b"", b"x" * 30_000, b"last"]
+MESSAGES = [b"", b"first", b"", b"x" * 30_000, b"last"]
 
 
 def udp(family, protocol=0, host=None):

@@ -23,7 +23,16 @@ from pipeline.errors import Blocker, RebuildError
 from pipeline.ids import LocalFd
 from pipeline.image.schema import U8, Index, OpenFile, Record
 from pipeline.kernel import inetdiag
-from pipeline.resources import datagrams, halves, inet_address, inet_peer, multicast, socket_options, sockets
+from pipeline.resources import (
+    datagrams,
+    datagrams_again,
+    halves,
+    inet_address,
+    inet_peer,
+    multicast,
+    socket_options,
+    sockets,
+)
 from pipeline.resources.inet_address import Address
 from pipeline.resources.kinds import CaptureScope, CreateScope, FdView
 from pipeline.resources.socket_options import Identity
@@ -71,6 +80,7 @@ class Udp(CompleteOnceCreated):
         "data held back by UDP_CORK",
         "pending errors",
         "unread datagrams with time or device of arrival, or put together by UDP_GRO",
+        "for a plain user, unread datagrams of others in the host's network",
         "IPv6 anycast addresses and flow labels",
     )
     shown_by: Sequence[str] = (
@@ -107,7 +117,7 @@ class Udp(CompleteOnceCreated):
             if scope.policy.udp_queue == "refuse":
                 yield from datagrams.refuse_unread(view, sock, scope)
             elif scope.policy.udp_queue == "carry" and datagrams.are_unread(view.local, sock):
-                yield from datagrams.check(sock, netns, view.subject, scope)
+                yield from datagrams.check(sock, view.subject)
 
     def capture(self, view: FdView, scope: CaptureScope) -> UdpState:
         """Options, both addresses, queue, groups.
@@ -118,11 +128,12 @@ class Udp(CompleteOnceCreated):
         with sockets.borrowed(view.local) as sock:
             common = sockets.capture(view, sock, scope)
             address = inet_address.local(sock, common.family)
+            queue = [] if scope.policy.udp_queue == "drop" else datagrams.peek(sock, view.subject)
             return UdpState(
                 socket=common,
                 local=address if address.is_set else None,
                 peer=inet_peer.remote(view, sock, common.identity, common.netns, scope),
-                queue=[] if scope.policy.udp_queue == "drop" else datagrams.peek(sock, view.subject),
+                queue=datagrams.with_senders(queue, common, view.subject, scope),
                 groups=multicast.capture(sock, common.netns, scope),
                 shut=self._shut(view, common, scope),
             )
@@ -156,7 +167,8 @@ class Udp(CompleteOnceCreated):
             sockets.give_owner(sock, common, scope, subject)
             if record.queue and scope.policy.udp_queue != "drop":
                 socket_options.apply(sock, common.identity, common.options, subject, _HELD_BACK)
-                datagrams.queue_again(sock, common, record.queue, subject, scope)
+                if not datagrams_again.queue_again(sock, common, record.queue, subject, scope):
+                    self._awaiting(scope).append(file.index)
             socket_options.apply(sock, common.identity, common.options, subject)
             if record.local is not None:
                 inet_address.bind(sock, common.family, record.local, subject)
@@ -165,6 +177,23 @@ class Udp(CompleteOnceCreated):
             multicast.join(sock, record.groups, subject)
             halves.shut(sock, record.shut)
             return sockets.take(sock)
+
+    @staticmethod
+    def _awaiting(scope: CreateScope) -> list[Index]:
+        """The sockets whose datagrams the tree's own sockets have to send again."""
+        return scope.once(("datagrams to be sent again",), list)
+
+    def connect(self, file: OpenFile, record: UdpState, scope: CreateScope) -> None:
+        """Have datagrams sent again by the sockets that have sent them, where nobody could queue them.
+
+        Raises:
+            RebuildError: one was sent by nobody of the tree, or does not arrive.
+        """
+        if file.index in self._awaiting(scope):
+            with sockets.borrowed(scope.file(file.index)) as sock:
+                datagrams_again.send_again(
+                    sock, record.local, record.queue, f"open file {file.index} (udp)", scope
+                )
 
 
 def _table(common: SocketState) -> tuple[Index, int, int]:

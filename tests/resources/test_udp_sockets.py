@@ -187,6 +187,71 @@ def test_unread_datagrams_are_dropped_or_refused_when_a_person_says_so() -> None
                 sock.recv(100, socket.MSG_DONTWAIT)
 
 
+def _without_raw_sockets(_: int, make: Callable[[], socket.socket]) -> socket.socket:
+    """What a plain user gets in the network of the host."""
+    made = make()
+    if made.type == socket.SOCK_RAW and made.family != socket.AF_NETLINK:
+        made.close()
+        raise PermissionError(1, "Operation not permitted")
+    return made
+
+
+def _both_ends() -> tuple[int, ...]:
+    receiver, sender, everywhere = udp(), udp(), udp(socket.AF_INET6, address="::")
+    for message in _MESSAGES:
+        sender.sendto(message, receiver.getsockname())
+    sender.sendto(b"mapped", ("127.0.0.1", everywhere.getsockname()[1]))
+    return kept(receiver, sender, everywhere)
+
+
+def test_datagrams_within_the_tree_are_sent_again_where_nobody_may_queue_them() -> None:
+    with subject(_both_ends) as child:
+        receiver, sender, everywhere = child.result
+        with Capture(child.pid) as capture:
+            capture.in_network = _without_raw_sockets  # type: ignore[method-assign]
+            records = capture.records()
+        child.call(partial(close, *child.result))
+        new = Rebuilt(capture, records)
+        new.in_network = _without_raw_sockets  # type: ignore[method-assign]
+        with new, of(new.fd(receiver)) as a, of(new.fd(sender)) as b, of(new.fd(everywhere)) as c:
+            assert [a.recvfrom(70_000, socket.MSG_DONTWAIT) for _ in _MESSAGES] == [
+                (message, b.getsockname()) for message in _MESSAGES
+            ]
+            assert c.recvfrom(100, socket.MSG_DONTWAIT)[:1] == (b"mapped",)
+        for change, words in (
+            ({"by": None}, "only by who has CAP_NET_RAW"),
+            ({"by": 999}, "cannot be sent again"),
+        ):
+            others = []
+            for file in records:
+                state = dict(file.state)
+                if file.kind == "udp" and state["queue"]:
+                    queue = msgspec.convert(state["queue"], list[datagrams.Datagram])
+                    state["queue"] = msgspec.to_builtins(
+                        [msgspec.structs.replace(one, **change) for one in queue], builtin_types=(bytes,)
+                    )
+                others.append(msgspec.structs.replace(file, state=state))
+            bad = Rebuilt(capture, others)
+            bad.in_network = _without_raw_sockets  # type: ignore[method-assign]
+            with pytest.raises(RebuildError, match=words):
+                bad.__enter__()
+
+
+def test_datagrams_of_strangers_are_refused_where_nobody_may_queue_them() -> None:
+    def setup() -> tuple[int, ...]:
+        receiver = udp()
+        with udp() as stranger:
+            stranger.sendto(b"from outside", receiver.getsockname())
+        return kept(receiver)
+
+    with subject(setup) as child, Capture(child.pid) as capture:
+        capture.in_network = _without_raw_sockets  # type: ignore[method-assign]
+        assert not capture.blockers(child.result[0])
+        with pytest.raises(Refused, match="who is not of the tree") as refusal:
+            capture.records()
+        assert all(blocker.transient for blocker in refusal.value.blockers)
+
+
 _SEEN: dict[str, tuple[Callable[[socket.socket], None], str]] = {
     "time": (lambda sock: sock.setsockopt(SOL, 35, 1), "came with its time of arrival"),
     "port": (lambda sock: sock.setsockopt(IP, 20, 1), "came with its original port"),
@@ -219,7 +284,7 @@ def test_datagrams_wait_in_a_network_without_lo() -> None:
 
     with subject(setup) as child, Capture(child.pid) as capture:
         with of(capture.view(child.result[0]).local) as sock:
-            (blocker,) = datagrams.check(sock, 4, "it", capture)
+            (blocker,) = datagrams.check(sock, "it")
             assert "lo is down" in blocker.reason
             assert blocker.transient
 

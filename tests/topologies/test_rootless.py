@@ -81,8 +81,8 @@ ROOTLESS: dict[str, Steps] = {
 #: programs whose state a plain user can carry; `mappings`, `files` and `sharing` are refused (memfds without a
 #: descriptor, deleted mapped files), and the others want more ids than one, or see the host's namespaces
 STATES = (
-    "anonymous", "attributes", "clocks", "deadlines", "firewalled", "held_namespaces", "identity", "mounted",
-    "networks", "pipes", "processes", "showing", "signals", "sockets", "sysv", "terminal", "threads",
+    "anonymous", "attributes", "clocks", "datagrams", "deadlines", "firewalled", "held_namespaces", "identity",
+    "mounted", "networks", "pipes", "processes", "showing", "signals", "sockets", "sysv", "terminal", "threads",
 )  # fmt: skip
 
 

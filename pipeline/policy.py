@@ -66,6 +66,7 @@ class RestorePolicy:
             refused (``same``) or used all the same (``any``).
         with_files: patterns of files that an image may make here where they are lacking, whoever they belong to.
         parent_stays: this process stays as the parent of the tree until that ends.
+        moves: the source still stands, stopped, and holds what it held until the tree is let run here.
     """
 
     cgroup: str = "keep"
@@ -77,3 +78,4 @@ class RestorePolicy:
     files: Files = "same"
     with_files: tuple[str, ...] = ()
     parent_stays: bool = False
+    moves: bool = False

@@ -16,7 +16,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import trio
 
@@ -259,7 +259,7 @@ async def serve(
             server = _Server(
                 tracer,
                 new_pidns,
-                (map, unmapped, externals or {}, policy or RestorePolicy()),
+                (map, unmapped, externals or {}, replace(policy or RestorePolicy(), moves=True)),
                 progress or NullProgress(),
                 on_restored or quiet,
                 on_message or quiet,

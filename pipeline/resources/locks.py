@@ -6,7 +6,9 @@ description that it was taken through, so every holder's fdinfo is asked.
 
 Kept: kind, read or write, range, and the process that took it (that of a flock is only for people: lslocks(8)). OFD
 locks are taken again in `connect`, all others from inside the process in `finish`;
-a lock that somebody else holds by then is an error, never waited for.
+a lock that somebody else holds by then is an error, never waited for. Only while a tree moves, the source may stand in
+the way: on the same kernel or the same network file system it holds what it held until it is ended. Then the
+lock is taken when the tree is let run, and whether that failed is said.
 A POSIX lock goes when *any* descriptor of that file is closed in the process: nothing
 may be closed there after `finish`. A thread that waits for a lock is in a system call, which is
 issued again when all locks are held.
@@ -27,17 +29,21 @@ import fcntl
 import os
 import re
 import struct
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Literal
 
 from msgspec import Struct
 from msgspec.structs import replace
 
 from pipeline.errors import Blocker, RebuildError
-from pipeline.ids import HostPid
+from pipeline.ids import HostPid, LocalFd
 from pipeline.image.schema import U64, OpenFile, Pid
 from pipeline.kernel.arch.x86_64_numbers import NR
 from pipeline.kernel.syscalls import CLONE, unshare
+from pipeline.remote import ready
+from pipeline.remote.calls import Argument
 from pipeline.resources import outside
 from pipeline.resources.acting import in_thread
 from pipeline.resources.kinds import CaptureScope, CreateScope, FdView
@@ -48,6 +54,10 @@ Kind = Literal["flock", "ofd", "posix", "lease"]
 _KINDS: dict[str, Kind] = {"FLOCK": "flock", "OFDLCK": "ofd", "POSIX": "posix", "LEASE": "lease"}
 _BREAKING = re.compile(r"\s*\d+:\s+LEASE\s+BREAK")
 F_OFD_SETLK = 37
+#: what the kernel says of a lock that somebody holds
+_TAKEN = (errno.EAGAIN, errno.EACCES)
+#: how long a source that was ended may still hold its locks, and between two looks
+_SOURCE_ENDS_S, _PAUSE_S = 2.0, 0.005
 #: struct flock: l_type, l_whence, l_start, l_len, l_pid
 _FLOCK = struct.Struct("<hh4xqqi4x")
 
@@ -129,12 +139,48 @@ def _request(lock: Lock) -> bytes:
 
 
 def _refused(file: OpenFile, lock: Lock, error: OSError) -> RebuildError:
-    taken = error.errno in (errno.EAGAIN, errno.EACCES)
+    taken = error.errno in _TAKEN
     why = "another process holds a lock that conflicts" if taken else error.strerror or str(error)
     if taken and lock.kind == "lease":
         why = "another process has the file open"
     what = "lease" if lock.kind == "lease" else f"{lock.kind} lock"
     return RebuildError(f"{describe(file)}: its {what} cannot be taken again: {why}")
+
+
+def _take(
+    file: OpenFile,
+    lock: Lock,
+    scope: CreateScope,
+    act: Callable[[], object],
+    later: Callable[[LocalFd], object],
+) -> None:
+    """Do `act`; where the source of a tree that moves is in the way, do `later` when it is gone.
+
+    Raises:
+        RebuildError: somebody else holds the lock.
+    """
+    try:
+        act()
+    except OSError as error:
+        refused = _refused(file, lock, error)
+        if not (scope.policy.moves and error.errno in _TAKEN):
+            raise refused from error
+
+    else:
+        return
+
+    def again(local: LocalFd) -> None:
+        deadline = time.monotonic() + _SOURCE_ENDS_S
+        while True:
+            try:
+                later(local)
+                return
+            except OSError as error:
+                if error.errno not in _TAKEN or time.monotonic() > deadline:
+                    raise _refused(file, lock, error) from error
+            time.sleep(_PAUSE_S)
+
+    scope.when_it_runs(scope.file(file.index), again, describe(file))
 
 
 def connect(file: OpenFile, locks: Sequence[Lock], scope: CreateScope) -> None:
@@ -144,12 +190,15 @@ def connect(file: OpenFile, locks: Sequence[Lock], scope: CreateScope) -> None:
         RebuildError: somebody else holds the lock.
     """
     for lock in locks:
-        if lock.kind != "ofd":
-            continue
-        try:
-            fcntl.fcntl(scope.file(file.index), F_OFD_SETLK, _request(lock))
-        except OSError as error:
-            raise _refused(file, lock, error) from error
+        if lock.kind == "ofd":
+            local, request = scope.file(file.index), _request(lock)
+            _take(
+                file,
+                lock,
+                scope,
+                partial(fcntl.fcntl, local, F_OFD_SETLK, request),
+                lambda local, request=request: fcntl.fcntl(local, F_OFD_SETLK, request),  # type: ignore[misc]
+            )
 
 
 def finish(file: OpenFile, locks: Sequence[Lock], scope: CreateScope) -> None:
@@ -170,22 +219,33 @@ def finish(file: OpenFile, locks: Sequence[Lock], scope: CreateScope) -> None:
                 if any(other.pid in numbers and replace(other, pid=lock.pid) == lock for other in locks):
                     continue  # it shares its descriptor table with that one
                 raise RebuildError(f"{describe(file)}: pid {lock.pid} holds a lock on it but no descriptor")
-            try:
-                scope.inject(lock.pid, NR.fcntl, numbers[lock.pid], fcntl.F_SETLK, _request(lock))
-            except OSError as error:
-                raise _refused(file, lock, error) from error
+            _take_inside(
+                file, lock, scope, lock.pid, NR.fcntl, numbers[lock.pid], fcntl.F_SETLK, _request(lock)
+            )
+
+
+def _take_inside(
+    file: OpenFile, lock: Lock, scope: CreateScope, pid: Pid, number: int, *args: Argument
+) -> None:
+    """By a process of the tree."""
+    tid = scope.host_pid(pid)
+    _take(
+        file,
+        lock,
+        scope,
+        partial(scope.inject, pid, number, *args),
+        lambda _: ready.syscall(tid, number, *args),
+    )
 
 
 def _take_flock(file: OpenFile, lock: Lock, numbers: Mapping[Pid, int], scope: CreateScope) -> None:
     """By whoever took it, or, who has no descriptor of it any more, by us."""
     how = (fcntl.LOCK_EX if lock.write else fcntl.LOCK_SH) | fcntl.LOCK_NB
-    try:
-        if lock.pid in numbers:
-            scope.inject(lock.pid, NR.flock, numbers[lock.pid], how)
-        else:
-            fcntl.flock(scope.file(file.index), how)
-    except OSError as error:
-        raise _refused(file, lock, error) from error
+    if lock.pid in numbers:
+        _take_inside(file, lock, scope, lock.pid, NR.flock, numbers[lock.pid], how)
+    else:
+        by_us = partial(fcntl.flock, scope.file(file.index), how)
+        _take(file, lock, scope, by_us, lambda local: fcntl.flock(local, how))
 
 
 def _take_lease(file: OpenFile, lock: Lock, holders: Sequence[tuple[Pid, int]], scope: CreateScope) -> None:
@@ -208,4 +268,7 @@ def _take_lease(file: OpenFile, lock: Lock, holders: Sequence[tuple[Pid, int]], 
 
             in_thread(take)
     except OSError as error:
-        raise _refused(file, lock, error) from error
+        if not (scope.policy.moves and error.errno in _TAKEN and holders):
+            raise _refused(file, lock, error) from error
+        pid, number = holders[0]
+        _take_inside(file, lock, scope, pid, NR.fcntl, number, fcntl.F_SETLEASE, wanted)

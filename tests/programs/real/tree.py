@@ -113,8 +113,11 @@ class RealTree(Tree):
         assert self.progress(self.directory) >= stands
         self.goes_on()
 
-    def migrate(self) -> None:
-        """Move it to the other host: gone here, there with the pids it had, and the load works."""
+    def migrate(self) -> str:
+        """Move it to the other host: gone here, there with the pids it had, and the load works.
+
+        Returns what the other side said on its standard error.
+        """
         root, family = self.root, self.pids()
         serve = [
             "serve",
@@ -139,7 +142,7 @@ class RealTree(Tree):
             to = ["--to", line.split()[-1], "--secret-file", str(self.secret)]
             done = self.host.engine("migrate", "--pid", str(root), *to, *self.dumping)
             assert done.returncode == 0, said(done) + str(terminate(server))
-            _, err = server.communicate(timeout=20)
+            err: str = server.communicate(timeout=20)[1]
             assert server.returncode == 0, err
             assert not reap(family), "the source still runs"
         finally:
@@ -147,6 +150,7 @@ class RealTree(Tree):
         self.host, self.other = self.other, self.host
         self.pid = self.host.outer_pid(root)
         self.goes_on()
+        return err
 
     def all_ways(self, folder: Path) -> None:
         """Dumped and left running, dumped and restored, moved; the load works all the time."""

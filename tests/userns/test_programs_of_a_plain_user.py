@@ -190,3 +190,22 @@ def test_a_connection_in_the_network_of_the_host_is_refused(
     assert done.returncode == 3, said(done)
     assert "give the tree a network of its own, or give --tcp close" in done.stderr
     program.goes_on()
+
+
+def test_rare_states_of_files_are_the_same_inside(
+    carried: Callable[[Sequence[str]], Carried], workshop: Workshop
+) -> None:
+    """What programs/file_states.py checks, with an engine that has no privileges outside."""
+    place = workshop.directory()
+    tree = carried([*ROOT_INSIDE, *workshop.command("file_states"), str(place)])
+    deadline = time.monotonic() + 10
+    while not (place / "ready.main").exists():
+        assert time.monotonic() < deadline, tree.output.read_text()
+        time.sleep(0.01)
+    tree.carry("--new-pidns")
+    (place / ".request").write_text("check")
+    (place / ".request").rename(place / "request.1")
+    while not all((place / f"answer.1.{role}").exists() for role in ("main", "ranges")):
+        assert time.monotonic() < deadline + 20, tree.output.read_text()
+        time.sleep(0.01)
+    assert [(place / f"answer.1.{role}").read_text() for role in ("main", "ranges")] == ["", ""]

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.root
 
 
 @pytest.mark.parametrize(
-    ("setting", "method"), zip(DEPTHS, ("forkserver", "fork"), strict=True), ids=("depth1", "depth2")
+    ("setting", "method"), [*zip(DEPTHS, ("forkserver", "fork"), strict=True)], ids=("depth1", "depth2")
 )
 def test_python(launch: Callable[..., RealTree], setting: Setting, method: str, tmp_path: Path) -> None:
     tree = launch(setting, [find_python(), "busy.py", method], lines_of("counts"), sources=["busy.py"])

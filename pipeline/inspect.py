@@ -10,7 +10,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from pipeline.image.codec import Image
-from pipeline.restore import opened, page_runs, read_records
+from pipeline.restore import PageRuns, opened, read_records
 from pipeline.transport.buffers import LeasedRun
 from pipeline.userns.portrait import Portrait, Sitter, paint
 
@@ -60,7 +60,7 @@ async def inspect(source: str) -> Inspection:
         image, first = await read_records(reader)
         if first is not None:
             _count(first, page_bytes)
-        async for leased in page_runs(reader, image, first):
+        async for leased in PageRuns(reader, image, first):
             _count(leased, page_bytes)
         return Inspection(image, dict(page_bytes), reader.bytes_read)
 

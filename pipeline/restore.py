@@ -16,6 +16,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from typing import Self
 
 import msgspec
 import trio
@@ -132,31 +133,41 @@ async def read_records(reader: FrameReader) -> tuple[Image, LeasedRun | None]:
 
 def page_feed(reader: FrameReader, image: Image, first: LeasedRun | None, progress: Progress) -> PageFeed:
     """The pages behind the records, for whoever fills a space; it owns `first`, the run already read."""
-    return PageFeed(first, page_runs(reader, image, first), progress)
+    return PageFeed(first, PageRuns(reader, image, first), progress)
 
 
-async def page_runs(reader: FrameReader, image: Image, first: LeasedRun | None) -> AsyncIterator[LeasedRun]:
-    """The page runs behind `first`, to the end record, which is checked.
+class PageRuns:
+    """The page runs behind `first`, to the end record, which is checked; may be left at any point.
 
-    Raises:
-        ImageError: the stream is cut, or more or fewer pages came than were sent.
+    Iterating raises ImageError: the stream is cut, or more or fewer pages came than were sent.
     """
-    total = len(first.run.payload) if first is not None else 0
-    more = first is not None
-    while more:
-        item = await reader.next()
-        if item is None:
-            raise ImageError("the image ends before its end record: it is truncated")
-        if isinstance(item, End):
-            image.add(item)
-            more = False
-        elif isinstance(item, LeasedRun):
-            total += len(item.run.payload)
-            yield item
-        else:
-            raise ImageError("a record stands among the pages")
-    if image.end is None or image.end.page_bytes != total:
-        raise ImageError(f"{total} bytes of pages came, but the image says otherwise: pages are missing")
+
+    def __init__(self, reader: FrameReader, image: Image, first: LeasedRun | None) -> None:
+        self._reader, self._image = reader, image
+        self._total = len(first.run.payload) if first is not None else 0
+        self._more = first is not None
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> LeasedRun:
+        if self._more:
+            item = await self._reader.next()
+            if item is None:
+                raise ImageError("the image ends before its end record: it is truncated")
+            if isinstance(item, LeasedRun):
+                self._total += len(item.run.payload)
+                return item
+            if not isinstance(item, End):
+                raise ImageError("a record stands among the pages")
+            self._image.add(item)
+            self._more = False
+        end = self._image.end
+        if end is None or end.page_bytes != self._total:
+            raise ImageError(
+                f"{self._total} bytes of pages came, but the image says otherwise: pages are missing"
+            )
+        raise StopAsyncIteration
 
 
 @asynccontextmanager

@@ -1,7 +1,7 @@
 """Pseudo-terminals whose two sides are in the tree, and the controlling terminals of its sessions.
 
 The kernel holds a pair: a master (one open file) and a slave that is opened by number.
-Kept: the number (programs know it as /dev/pts/N), settings, window size, packet mode,
+Kept: the number (programs know it as /dev/pts/N), settings, window size, packet mode with unread events,
 lock, exclusive mode, whether output is stopped, owner and mode of the node, bytes under way on both sides and lines
 half typed (`pipeline.resources.terminal_bytes`), whether the slave was ever closed, the session
 that it controls with its foreground group, slaves that are hung up, descriptors of /dev/tty.
@@ -9,8 +9,8 @@ that it controls with its foreground group, slaves that are hung up, descriptors
 A side outside the tree (a shell's own terminal) and other kinds of terminals are refused by name, unless the person
 who dumps says that they are external (`pipeline.resources.external_end`, `pipeline.resources.shell_job`).
 
-Refused by name: other line disciplines, events of packet mode not read yet, a terminal whose input is stopped or full
-of unread lines.
+Refused by name: other line disciplines, a terminal whose input is stopped or full of unread lines, much that waits
+behind an unread event of packet mode.
 
 Not preserved: a foreground group without a process
 becomes the session leader's; a hung-up slave may have another number; input typed before
@@ -46,12 +46,12 @@ class Pty:
     record: type[PtyState] = PtyState
     carried: Sequence[str] = (
         "pseudo-terminals with both sides in the tree: settings, number, unread bytes, session, foreground group",
-        "terminals that are stopped (^S or tcflow), and full ones",
+        "terminals that are stopped (^S or tcflow), and full ones; packet mode with unread events",
         "hung-up terminals, /dev/tty",
     )
     refused: Sequence[str] = (
         "a terminal with a side outside the tree, a console or serial line, unless the dump is told so",
-        "a terminal whose input is stopped, or full of unread lines; unread events of packet mode",
+        "a terminal whose input is stopped, or full of unread lines",
     )
     shown_by: Sequence[str] = (
         "programs/terminal.py",
@@ -140,6 +140,8 @@ class Pty:
         terminal.set_window(master, state.window)
         if state.node is not None:
             _own_node(state.node, record.number, scope)
+        if state.under_way.events and not state.packet_mode:
+            raise RebuildError(f"terminal {record.number}: events of packet mode without that")
         if state.left or state.under_way != UnderWay():
             terminal_bytes.put(master, state.under_way)
 
@@ -192,13 +194,6 @@ def _check_master(view: FdView, scope: CaptureScope) -> Iterator[Blocker]:
         yield Blocker(
             view.subject, f"the terminal controls the session of pid {leader} outside the tree", REMEDY
         )
-    if sockets.events(view.local, select.POLLPRI) & select.POLLPRI:
-        yield Blocker(
-            view.subject,
-            f"an event of {name} (packet mode) waits to be read",
-            "wait until it is read",
-            transient=True,
-        )
 
 
 def _terminal(view: FdView, scope: CaptureScope) -> Terminal:
@@ -231,7 +226,7 @@ def _bytes(view: FdView) -> UnderWay:
             [
                 Blocker(
                     view.subject,
-                    "its input is stopped (tcflow), or full of lines that are not read",
+                    "its input is stopped (tcflow) or full of lines, or much waits behind an event of packet mode",
                     "wait until they are read",
                     transient=True,
                 )

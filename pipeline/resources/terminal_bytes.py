@@ -34,7 +34,7 @@ import msgspec
 from msgspec import Meta
 
 from pipeline.ids import LocalFd
-from pipeline.image.schema import Record
+from pipeline.image.schema import U8, Record
 from pipeline.resources import terminal
 from pipeline.resources.shielded import shielded
 from pipeline.resources.terminal import Settings
@@ -54,6 +54,8 @@ _MOST_INPUT_BYTES = 2048
 _SEEN_INPUT_BYTES = 4000
 #: what the smallest buffer of the kernel holds (TTYB_ALIGN_MASK)
 _SMALL_BYTES = 256
+#: TIOCPKT_*, what packet mode reports (ioctl_tty(2))
+_FLUSHREAD, _FLUSHWRITE, _STOP, _START, _NOSTOP, _DOSTOP, _IOCTL = (1 << bit for bit in range(7))
 _PATIENCE_S = 5.0
 _PAUSE_S = 0.000_2
 
@@ -63,11 +65,12 @@ Bytes = Annotated[bytes, Meta(max_length=_MOST_BYTES)]
 class UnderWay(Record, frozen=True, kw_only=True):
     """Bytes that wait in a pseudo-terminal.
 
-    `stopped`: output waits for a start character or for TCOON. `output`: for the master. `lines`: finished lines for
-    the slave; one that does not end in a newline was ended by an end-of-file character. `rest`: what is typed behind
-    them; without canonical mode all of the input.
+    `events`: what packet mode has to report, TIOCPKT_* bits. `stopped`: output waits for a start character or for
+    TCOON. `output`: for the master. `lines`: finished lines for the slave; one that does not end in a newline was ended
+    by an end-of-file character. `rest`: what is typed behind them; without canonical mode all of the input.
     """
 
+    events: U8 = 0
     stopped: Literal["", "key", "call"] = ""
     output: Bytes = b""
     lines: Annotated[list[Bytes], Meta(max_length=1 << 16)] = []
@@ -88,44 +91,107 @@ def put(master: LocalFd, found: UnderWay) -> None:
     """Let `found` wait in an empty pair whose settings are final. The slave is opened for it and closed."""
     slave = terminal.open_slave(master, os.O_RDWR | os.O_NONBLOCK)
     try:
-        _put_output(master, slave, found.output)
-        _put_input(master, slave, found)
-        _stop(master, slave, found.stopped)
+        _put(master, slave, found)
     finally:
         os.close(slave)
 
 
 def _capture(master: LocalFd) -> UnderWay:
     packets, locked = terminal.packet_mode(master), terminal.locked(master)
-    if packets:
-        terminal.set_packet_mode(master, False)
     if locked:
         terminal.set_locked(master, False)
     try:
         slave = terminal.open_slave(master, os.O_RDWR | os.O_NONBLOCK)
         try:
-            usual = terminal.settings(slave)
-            waiting = _settled(slave)
-            if waiting > _MOST_INPUT_BYTES and usual.lflag & _ICANON:
-                raise BlockingIOError(errno.EAGAIN, "the terminal is full of lines")
-            if usual.lflag & _EXTPROC and not _writable(slave):
-                raise BlockingIOError(errno.EAGAIN, "no character could stop it again")
-            if waiting <= _MOST_INPUT_BYTES and not _writable(master):
-                raise BlockingIOError(errno.EAGAIN, "the input of the terminal is stopped")
+            pending = packets and bool(_events(master, select.POLLPRI) & select.POLLPRI)
+            _refuse_early(master, slave, pending)
+            events = os.read(master, 1)[0] if pending else 0
+            if packets:
+                terminal.set_packet_mode(master, False)
             output = _drain(master)
             stopped = _start(slave)
-            _put_output(master, slave, output)
-            found = _take_input(slave)
-            _put_input(master, slave, found)
-            _stop(master, slave, stopped)
-            return msgspec.structs.replace(found, output=output, stopped=stopped)
+            found = msgspec.structs.replace(_take_input(slave), output=output, stopped=stopped, events=events)
+            _put(master, slave, found)
+            return found
         finally:
             os.close(slave)
     finally:
+        if packets:  # it is on already where events were told: then this forgets none
+            terminal.set_packet_mode(master, True)
         if locked:
             terminal.set_locked(master, True)
-        if packets:
-            terminal.set_packet_mode(master, True)
+
+
+def _refuse_early(master: LocalFd, slave: LocalFd, pending: bool) -> None:
+    """What could not be put back is not taken.
+
+    Args:
+        pending: packet mode has something to report.
+
+    Raises:
+        OSError: EAGAIN.
+    """
+    usual = terminal.settings(slave)
+    waiting = _settled(slave)
+    if waiting > _MOST_INPUT_BYTES and usual.lflag & _ICANON:
+        raise BlockingIOError(errno.EAGAIN, "the terminal is full of lines")
+    mute = usual.lflag & _EXTPROC or (usual.iflag & _IXON and not usual.characters[_VSTOP])
+    if mute and not _writable(slave):
+        raise BlockingIOError(errno.EAGAIN, "no character could stop it again")
+    if waiting <= _MOST_INPUT_BYTES and not _writable(master):
+        raise BlockingIOError(errno.EAGAIN, "the input of the terminal is stopped")
+    if pending and max(waiting, terminal.unread(master)) > _MOST_INPUT_BYTES:
+        raise BlockingIOError(errno.EAGAIN, "much waits behind an event of packet mode")
+
+
+def _put(master: LocalFd, slave: LocalFd, found: UnderWay) -> None:
+    """Let `found` wait in a pair that is empty and not in packet mode; with events it is in packet mode then.
+
+    Some events come about only where no input waits: then they come first, and it is reported once more that output
+    runs, and what ^S and ^Q mean.
+    """
+    first = bool(found.events & (_FLUSHREAD | _IOCTL) and (found.lines or found.rest))
+    if first:
+        terminal.set_packet_mode(master, True)
+        _tell(slave, found.events)
+    _put_output(master, slave, found.output)
+    _put_input(master, slave, found)
+    if not found.events & _STOP:
+        _stop(master, slave, found.stopped)
+    if found.events and not first:
+        _wait_until(lambda: terminal.unread(master) == len(found.output))
+        terminal.set_packet_mode(master, True)
+        _tell(slave, found.events)
+    if found.events & _STOP:
+        _stop(master, slave, found.stopped)
+
+
+def _tell(slave: LocalFd, events: int) -> None:
+    """Let packet mode report `events`, by doing what they are about to a terminal in which nothing waits."""
+    if events & _FLUSHREAD:
+        termios.tcflush(slave, termios.TCIFLUSH)
+    if events & _FLUSHWRITE:
+        termios.tcflush(slave, termios.TCOFLUSH)
+    if events & _START:  # _STOP comes when it is stopped
+        termios.tcflow(slave, termios.TCOOFF)
+        termios.tcflow(slave, termios.TCOON)
+    usual = terminal.settings(slave)
+    others = []
+    if events & _IOCTL:
+        others.append(replace(usual, lflag=usual.lflag ^ _EXTPROC))
+    if events & _DOSTOP:  # ^S and ^Q have their usual meaning now
+        others.append(replace(usual, characters=_with(usual.characters, 1, 2)))
+    if events & _NOSTOP:
+        others.append(replace(usual, iflag=_IXON, characters=_with(usual.characters, 0x13, 0x11)))
+    for other in others:
+        terminal.set_settings(slave, other)
+        terminal.set_settings(slave, usual)
+
+
+def _with(characters: bytes, stop: int, start: int) -> bytes:
+    changed = bytearray(characters)
+    changed[_VSTOP], changed[_VSTART] = stop, start
+    return bytes(changed)
 
 
 def _events(fd: LocalFd, wanted: int) -> int:
@@ -155,16 +221,9 @@ def _stop(master: LocalFd, slave: LocalFd, how: str) -> None:
     if how == "call":
         termios.tcflow(slave, termios.TCOOFF)
     elif how == "key":
-        usual = terminal.settings(slave)
-        characters = bytearray(len(usual.characters))
-        characters[_VSTOP] = 1
-        kept = usual.lflag & (_ICANON | _EXTPROC)
-        terminal.set_settings(slave, replace(usual, iflag=_IXON, lflag=kept, characters=bytes(characters)))
-        try:
-            _write(master, b"\x01", slave)
-            _wait_until(lambda: not _writable(slave))
-        finally:
-            terminal.set_settings(slave, usual)
+        # it has a meaning, or it could not have stopped anything
+        os.write(master, terminal.settings(slave).characters[_VSTOP : _VSTOP + 1])
+        _wait_until(lambda: not _writable(slave))
 
 
 def _settled(slave: LocalFd) -> int:

@@ -9,7 +9,7 @@ import signal
 import struct
 import termios
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -312,6 +312,34 @@ def test_a_terminal_that_is_hung_up() -> None:
             os.write(fd, b"x")
 
 
+def test_a_terminal_whose_session_leader_has_ended() -> None:
+    """Nobody's terminal any more: it is not hung up, and somebody else may take it."""
+
+    def setup() -> tuple[int, int]:
+        master, slave = os.openpty()
+        leader = os.fork()
+        if not leader:
+            os.setsid()
+            fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
+            os._exit(0)
+        os.waitpid(leader, 0)
+        return master, slave
+
+    def state(master: int, slave: int) -> tuple[object, ...]:
+        os.write(slave, b"works")
+        assert output(master, b"works") == b"works"
+        return polled(master), polled(slave), terminal.session(master), terminal.foreground(master)  # type: ignore[arg-type]
+
+    with subject(setup) as child:
+        with Capture(child.pid) as capture:
+            records = capture.records()
+            before = state(*(capture.view(fd).local for fd in child.result))
+            assert before[2:] == (0, 0)
+        child.call(partial(os.closerange, 3, 200))
+        with Rebuilt(capture, records) as new:
+            assert state(*(new.fd(fd) for fd in child.result)) == before
+
+
 def test_a_number_that_is_taken_is_named() -> None:
     with subject(os.openpty) as child, Capture(child.pid) as capture:
         with pytest.raises(RebuildError, match=r"terminal number \d+ \(/dev/pts/\d+\) is in use"):
@@ -406,24 +434,18 @@ def test_last_words_before_the_slave_was_closed() -> None:
             last(new.fd(child.result))
 
 
-def test_full_lines_stopped_input_and_packet_events_are_refused() -> None:
+def test_full_lines_and_stopped_input_are_refused() -> None:
     def setup() -> tuple[int, ...]:
-        packet, packet_slave = os.openpty()
-        fcntl.ioctl(packet, termios.TIOCPKT, struct.pack("<i", 1))
-        termios.tcflow(packet_slave, termios.TCOOFF)
         lines, lines_slave = os.openpty()
         _mode(lines_slave, termios.ECHO)
         os.write(lines, b"a line that is finished\n" * 150)
         stopped, stopped_slave = os.openpty()
         os.write(stopped, b"typed\n")
         termios.tcflow(stopped, termios.TCOOFF)
-        return packet, packet_slave, lines, lines_slave, stopped, stopped_slave
+        return lines, lines_slave, stopped, stopped_slave
 
     with subject(setup) as child, Capture(child.pid) as capture:
-        packet, packet_slave, lines, lines_slave, stopped, stopped_slave = child.result
-        assert "(packet mode) waits" in capture.reasons(packet)
-        assert all(blocker.transient for blocker in capture.blockers(packet))
-        assert not capture.blockers(packet_slave)
+        lines, lines_slave, stopped, stopped_slave = child.result
         for fd in (lines, stopped):
             assert not capture.blockers(fd)
             with pytest.raises(Refused, match="its input is stopped") as refused:
@@ -431,6 +453,85 @@ def test_full_lines_stopped_input_and_packet_events_are_refused() -> None:
             assert all(blocker.transient for blocker in refused.value.blockers)
         assert os.read(capture.view(lines_slave).local, 100) == b"a line that is finished\n"
         assert os.read(capture.view(stopped_slave).local, 100) == b"typed\n"
+
+
+def _flow(slave: int, on: bool) -> None:
+    settings = termios.tcgetattr(slave)
+    settings[0] = settings[0] | termios.IXON if on else settings[0] & ~termios.IXON
+    termios.tcsetattr(slave, termios.TCSANOW, settings)
+
+
+def _process_outside(slave: int) -> None:
+    settings = termios.tcgetattr(slave)
+    settings[3] ^= 0o200000  # EXTPROC
+    termios.tcsetattr(slave, termios.TCSANOW, settings)
+
+
+@pytest.mark.parametrize(
+    "acts",
+    [
+        {"flush output": lambda slave: termios.tcflush(slave, termios.TCOFLUSH)},
+        {"stop": lambda slave: termios.tcflow(slave, termios.TCOOFF)},
+        {
+            "stop": lambda slave: termios.tcflow(slave, termios.TCOOFF),
+            "start": lambda slave: termios.tcflow(slave, termios.TCOON),
+        },
+        {"no flow control": lambda slave: _flow(slave, False)},
+        {"flow off": lambda slave: _flow(slave, False), "flow on": lambda slave: _flow(slave, True)},
+        {
+            "twice": _process_outside,
+            "and back": _process_outside,
+            "flush": lambda slave: termios.tcflush(slave, termios.TCIOFLUSH),
+        },
+    ],
+    ids=", ".join,
+)
+def test_what_packet_mode_has_to_report_is_not_lost(acts: dict[str, Callable[[int], None]]) -> None:
+    def setup() -> tuple[int, int, int]:
+        master, slave = os.openpty()
+        _mode(slave, termios.ECHO)
+        fcntl.ioctl(master, termios.TIOCPKT, struct.pack("<i", 1))
+        for act in acts.values():
+            act(slave)
+        poll = select.poll()
+        poll.register(master, select.POLLPRI)
+        assert poll.poll(0)
+        if "stop" not in acts or "start" in acts:
+            os.write(slave, b"said")
+        os.write(master, b"typed\n")
+        os.set_blocking(master, False)
+        time.sleep(0.02)
+        return master, slave, acts.keys() == {"stop"}
+
+    def reported(master: int, slave: int, silent: bool) -> list[bytes]:
+        time.sleep(0.02)
+        found = [os.read(master, 100)]
+        found += [] if silent else [os.read(master, 100)]
+        with pytest.raises(BlockingIOError):
+            os.read(master, 100)
+        assert os.read(slave, 100) == b"typed\n"
+        return found
+
+    with subject(setup) as child:
+        *fds, silent = child.result
+        with Capture(child.pid) as capture:
+            records = capture.records()
+            before = reported(*(capture.view(fd).local for fd in fds), silent)
+        child.call(partial(os.closerange, 3, 200))
+        with Rebuilt(capture, records) as new:
+            after = reported(*(new.fd(fd) for fd in fds), silent)
+    expected = {
+        ("flush output",): 2, ("stop",): 4, ("stop", "start"): 8, ("no flow control",): 16,
+        ("flow off", "flow on"): 32,
+    }  # fmt: skip
+    wanted = expected.get(tuple(acts), 1 | 2 | 64)
+    # where input had to be typed behind a flush, it is said once more that output runs, and what ^S means
+    again = 8 | 32 if wanted & 1 else 0
+    for found in (before, after):
+        told = found[0][0]
+        assert told & wanted == wanted
+        assert not told & ~wanted & ~again
+        assert found[1:] == ([] if silent else [b"\0said"])
 
 
 def _start_by_key(master: int, slave: int) -> None:

@@ -82,6 +82,6 @@ daemon-packages: packages
 	@if [ "$$(id -u)" = 0 ] && [ ! -e $(DENY) ]; then \
 	  printf '#!/bin/sh\nexit 101 # made by make daemon-packages\n' >$(DENY) && chmod 755 $(DENY); \
 	fi
-	$(call install_missing,postgres=postgresql redis-server=redis-server nginx=nginx-light sshd=openssh-server \
+	$(call install_missing,postgres=postgresql redis-server=redis-server nginx=nginx-light sshd=openssh-server ping=iputils-ping dnsmasq=dnsmasq-base \
 	  systemctl=systemd)
 	@if grep -qs 'made by make daemon-packages' $(DENY); then rm -f $(DENY); fi

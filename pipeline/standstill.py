@@ -2,7 +2,8 @@
 
 What is refused is refused before anything is touched. Some things stand in the way for a moment
 only, such as a connection that is just being made: they are waited for, a little, before the
-freeze; and where one shows only behind it, the tree is let go and stopped once more.
+freeze; and where one shows only behind it, the tree is let go and stopped once more: behind closed doors, so that
+it can accept the clients that wait (`pipeline.resources.tcp_doors`).
 """
 
 from __future__ import annotations
@@ -10,18 +11,21 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 
 import trio
 
-from pipeline.errors import Blocker, Refused
+from pipeline.errors import Blocker, PipelineError, Refused
 from pipeline.ids import HostPid
 from pipeline.image.schema import Record
+from pipeline.kernel import procfs
 from pipeline.policy import DumpPolicy
 from pipeline.remote.tracer import Tracer
 from pipeline.resources.external_end import ExternalState
 from pipeline.resources.held import Held
+from pipeline.resources.tasks import leaders
 from pipeline.resources.tasks.interrupted import Sleepers
+from pipeline.resources.tcp_doors import Doors
 from pipeline.stages import freeze
 from pipeline.stages.capture import Capture
 from pipeline.stages.examine import tree_blockers
@@ -109,11 +113,13 @@ async def standstill(
         Refused: something that only showed when it stood still stops it; it runs on.
     """
     for attempt in range(_TRANSIENT_TRIES):
-        # how long tasks have slept is asked before the freeze wakes them
-        sleepers = Sleepers()
-        await tracer.run(lambda now=sleepers: now.look(freeze.walk(HostPid(pid))))
-        begun_s = time.monotonic()
         async with AsyncExitStack() as stopped:
+            if attempt:
+                await stopped.enter_async_context(_doors_closed(tracer, pid, externals, policy))
+            # how long tasks have slept is asked before the freeze wakes them
+            sleepers = Sleepers()
+            await tracer.run(lambda now=sleepers: now.look(freeze.walk(HostPid(pid))))
+            begun_s = time.monotonic()
             try:
                 tree = await stopped.enter_async_context(_frozen(tracer, pid))
                 holdings = await stopped.enter_async_context(_holding(tracer, image))
@@ -139,6 +145,29 @@ async def _frozen(tracer: Tracer, pid: int) -> AsyncIterator[FrozenTree]:
     finally:
         with trio.CancelScope(shield=True):
             await tracer.run(freeze.release, tree)
+
+
+@asynccontextmanager
+async def _doors_closed(
+    tracer: Tracer, pid: int, externals: Externals | None, policy: DumpPolicy | None
+) -> AsyncIterator[None]:
+    """Nobody new connects to the tree, which goes on to run: another try would meet the next one who waits."""
+    doors = Doors()
+
+    def close() -> None:
+        pids = freeze.walk(HostPid(pid))
+        ended = [one for one in pids if leaders.has_ended(one)]
+        with Capture(pids, ended, externals=externals, policy=policy) as capture:
+            capture.files.collect(capture.living, still=False)
+            doors.close(capture.files)
+
+    try:
+        with suppress(PipelineError, procfs.ProcessGone, OSError):  # then it is tried without
+            await tracer.run(close)
+        yield
+    finally:
+        with trio.CancelScope(shield=True):
+            await tracer.run(doors.open)
 
 
 @asynccontextmanager

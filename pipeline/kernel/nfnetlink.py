@@ -22,6 +22,8 @@ from collections.abc import Iterator, Sequence
 
 from pipeline.kernel.rtnetlink import attributes
 
+#: how the names of tables begin that are there while a tree is looked at
+LOOKING = "pipeline-looking-"
 #: SO_MARK of segments that a lock lets through
 PASSING_MARK = 0x7069_7065
 _NETLINK_NETFILTER = 12

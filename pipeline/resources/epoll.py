@@ -131,7 +131,9 @@ class Epoll(CompleteOnceCreated):
                 why = (
                     f"epoll watches a file, registered as fd {line.fd}, that no process of the tree has open"
                 )
-                yield Blocker(view.subject, why, "close it everywhere, or remove it from epoll first")
+                # a tree that runs has opened and closed files since its descriptors were listed
+                remedy = "close it everywhere, or remove it from epoll first"
+                yield Blocker(view.subject, why, remedy, transient=not scope.still)
         yield from outside.blockers(view, outside.same_file(view, scope), "the epoll instance is held by")
 
     def capture(self, view: FdView, scope: CaptureScope) -> EpollState:

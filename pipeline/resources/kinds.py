@@ -97,11 +97,13 @@ class CaptureScope(Protocol):
         policy: what the person who captures has decided.
         unseen: files of the tree are in flight, and were not looked at because it runs: what seems to be
             missing may be among them.
+        still: the tree stands still; else what is of a moment is no reason to refuse it.
         held: takes what is held until the tree runs on or has ended.
     """
 
     policy: DumpPolicy
     unseen: bool
+    still: bool
     held: Held
 
     def path(self, pid: HostPid, link: bytes) -> PathRef:

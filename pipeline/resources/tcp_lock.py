@@ -29,14 +29,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pipeline.kernel import nfnetlink, rtnetlink
-from pipeline.kernel.nfnetlink import Ends, Listener
+from pipeline.kernel.nfnetlink import LOOKING, Ends, Listener
 from pipeline.kernel.rtnetlink import RTM, Netlink
 from pipeline.ledger import LEDGER
 from pipeline.leftovers import notes_directory
 from pipeline.resources.namespaces import links
 
 _ENTRY = "lock of connections"
-_LOOKING, _KEPT = "pipeline-looking-", "pipeline-kept-"
+_KEPT = "pipeline-kept-"
 _UP, _LOOPBACK = 0x1, 0x8
 #: what an image may call a lock
 NAME = re.compile(r"[0-9a-f]{16}")
@@ -73,7 +73,7 @@ class Lock:
         try:
             if not around:
                 self._route = made(rtnetlink.socket_of)
-            nfnetlink.make_lock(self._sock, _LOOKING + name, ends, listeners, owned=True)
+            nfnetlink.make_lock(self._sock, LOOKING + name, ends, listeners, owned=True)
         except BaseException:
             self.close()
             raise

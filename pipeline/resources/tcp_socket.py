@@ -196,7 +196,8 @@ def _check_listener(one: Seen, tree: TcpTree, scope: CaptureScope) -> Iterator[B
     if waiting is None or scope.policy.tcp == "close":
         return
     if waiting.reason:
-        yield _transient(one.view, waiting.reason, "wait until they are accepted")
+        if scope.still:  # a tree that runs accepts them
+            yield _transient(one.view, waiting.reason, "wait until they are accepted")
     elif scope.policy.tcp == "refuse" and waiting.clients:
         yield _transient(
             one.view,

@@ -321,6 +321,19 @@ class TcpTree:
                     read[one.index], read[other.index] = fitting
         raise OSError(errno.ENODATA, "what is on its way does not arrive")
 
+    def _forget(self) -> None:
+        for name in ("_entries", "waiting", "waiting_clients"):
+            self.__dict__.pop(name, None)
+
+    def anybody_waits(self) -> bool:
+        """Whether anybody waits at a listener now, of whom not all is known."""
+        self._forget()
+        for one in self.seen.values():
+            if one.info.state == State.LISTEN:
+                with sockets.borrowed(one.view.local) as sock:
+                    one.info = info_of(sock)
+        return any(waiting.reason for waiting in self.waiting.values())
+
     def _look_again(self) -> None:
         """Everybody is locked now: what came in between?"""
         changed = []
@@ -331,8 +344,7 @@ class TcpTree:
             if now.state != one.info.state and not (now.state in CONNECTED and one.info.state in CONNECTED):
                 changed.append(one)
             one.info = now
-        for name in ("_entries", "waiting", "waiting_clients"):
-            self.__dict__.pop(name, None)
+        self._forget()
         by_index = {one.index: one for one in self.seen.values()}
         changed += [by_index[index] for index, waiting in self.waiting.items() if waiting.reason]
         if before != self.waiting_clients:

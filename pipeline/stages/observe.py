@@ -129,7 +129,7 @@ class FileObserver:
         self._namespaces = namespaces
         self._open = OpenFiles()
         self._peers: dict[Any, Any] = {}
-        self.unseen = False
+        self.unseen = self.still = False
         self._content_of: dict[tuple[int, int], int] = {}
         #: files with a name whose content goes along
         self.takings = Takings(policy.with_files, self.path, self.content)
@@ -145,6 +145,7 @@ class FileObserver:
 
     def collect(self, pids: Sequence[HostPid], still: bool) -> None:
         """Look at every descriptor of these processes; where they stand `still`, at what is in flight, too."""
+        self.still = still
         self._open.collect(pids, still)
         self.unseen = not still and any(in_flight.count(view) for view in self._open.views)
 

@@ -150,6 +150,7 @@ class Capture:
     def __init__(self, *pids: int, policy: DumpPolicy | None = None) -> None:
         self.policy = policy or DumpPolicy()
         self.unseen = False
+        self.still = True
         self.held = Held()
         self.pids = [HostPid(pid) for pid in pids]
         self._stack = ExitStack()

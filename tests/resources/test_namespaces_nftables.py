@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.kernel import nfnetlink
 from pipeline.kernel.rtnetlink import attribute
 from pipeline.kernel.syscalls import CLONE, PRCTL, prctl, unshare
 from pipeline.resources.namespaces import nftables
@@ -47,6 +48,19 @@ def test_rules_are_loaded_again(id_map: str | None) -> None:
     with held(in_own_network(rules), id_map) as pid, made_again(pid, "net") as (record, again):
         assert record.state["ruleset"].decode() == rules
         assert own_namespace(captured(again)[0], "net").state == record.state
+
+
+@pytest.mark.parametrize("rules", ["", "table inet one {\n\tchain two {\n\t}\n}\n"])
+def test_a_lock_of_our_own_is_no_rule_of_the_tree(rules: str) -> None:
+    def locked() -> None:
+        unshare(CLONE.NEWNET)
+        nft("-f", "-", text=rules)
+        sock = nfnetlink.open_socket()
+        nfnetlink.make_lock(sock, nfnetlink.LOOKING + "0123456789abcdef", (), [(b"", 80)], owned=True)
+        sock.detach()
+
+    with held(locked) as pid, made_again(pid, "net") as (record, _):
+        assert record.state["ruleset"].decode() == rules
 
 
 def test_no_rules_ask_for_no_nft(monkeypatch: pytest.MonkeyPatch) -> None:

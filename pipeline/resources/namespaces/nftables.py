@@ -33,6 +33,7 @@ import msgpack
 from pipeline.errors import Blocker
 from pipeline.kernel import rtnetlink
 from pipeline.kernel.arch.x86_64 import NR
+from pipeline.kernel.nfnetlink import LOOKING
 from pipeline.kernel.rtnetlink import IFLA, IFLA_INFO, RTM, Netlink, attribute, attributes
 from pipeline.kernel.syscalls import CLONE, PRCTL, prctl, syscall, unshare
 from pipeline.userns.visit import Way, read_file, visit
@@ -50,6 +51,8 @@ _STAND_IN_PEERS = 0x3000_0000
 _STRING = re.compile(rb'"[^"]*"')
 #: what grows or shrinks between two looks
 _TICKING = re.compile(rb"\b(expires|last used) \S+")
+#: what we have put there ourselves for the time of the look
+_LOCK = re.compile(rb"^table inet " + LOOKING.encode() + rb".*?^\}\n", re.MULTILINE | re.DOTALL)
 _OF_SOCKETS = re.compile(rb"\bsk[ug]id\b")
 
 #: index and name of a device
@@ -86,6 +89,7 @@ def capture(filters: Netlink, way: Way, devices: Sequence[Device]) -> bytes:
         tables = [attributes(content[4:]) for content in filters.dump(_GETTABLE, bytes(4))]
     except OSError:  # EOPNOTSUPP or EINVAL: there is no nftables in this kernel
         return b""
+    tables = [table for table in tables if not table[_TABLE_NAME].startswith(LOOKING.encode())]
     for table in tables:
         if int.from_bytes(table.get(_TABLE_FLAGS, b""), "big") & _TABLE_OWNED:
             name = table[_TABLE_NAME].rstrip(b"\0").decode()
@@ -151,6 +155,7 @@ def _read_and_try(nft: str, devices: Iterable[Device]) -> tuple[bytes, str]:
     status, text, complaint = _run(nft, ["-n", "list", "ruleset"])
     if status:
         return b"", _first_line(complaint) or "it cannot read them"
+    text = _LOCK.sub(b"", text)
     unshare(CLONE.NEWNET)
     names = set(_STRING.findall(text))
     _stand_in([device for device in devices if b'"' + device[1] + b'"' in names])

@@ -203,11 +203,12 @@ http {
   server { listen 80; root .; }
 }
 """
-#: ADDRESS COUNT: clients that keep their connections and compare what they get, until SIGTERM
+#: ADDRESS COUNT NEWCOMERS: clients that compare what they get, until SIGTERM; newcomers connect for each page
 GETTERS = r"""
-import http.client, os, signal, sys, threading
+import http.client, os, signal, sys, threading, time
 
-address, count = sys.argv[1], int(sys.argv[2])
+address, lasting, newcomers = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+count = lasting + newcomers
 wanted = open("page", "rb").read()
 end = threading.Event()
 signal.signal(signal.SIGTERM, lambda *_: end.set())
@@ -217,10 +218,13 @@ done = [0] * count
 def work(n):
     try:
         connection = http.client.HTTPConnection(address, 80)
-        connection.auto_open = 1
         connection.connect()
         connection.auto_open = 0
         while not end.is_set():
+            if n >= lasting:
+                connection.close()
+                connection.connect()
+                time.sleep(0.005)
             connection.request("GET", "/page")
             answer = connection.getresponse()
             if answer.status != 200 or answer.read() != wanted or answer.will_close:
@@ -258,14 +262,18 @@ def test_nginx_with_clients_outside(
         tree = within(around, lambda: launch(setting, command, count_in("pages"), directory=directory))
         tree.wait("nginx has workers", lambda: len(tree.pids()) == 3)
         plug(around, tree)
-        getters = outside(around, directory, sys.executable, script, THEIRS, "10")
+        getters = outside(around, directory, sys.executable, script, THEIRS, "10", "2")
         load = outside(
             around, directory, "wrk", "-t1", "-c10", "-d600s", "--timeout", "60s", f"http://{THEIRS}/page"
         )
         for process in (getters, load):
             stack.callback(process.wait)
             stack.callback(process.kill)
-        tree.wait("every client is served", lambda: count_in("pages")(directory) > 2)
+        tree.wait(
+            "every client is served",
+            lambda: count_in("pages")(directory) > 2 or (directory / "wrong").exists(),
+        )
+        assert not (directory / "wrong").exists(), (directory / "wrong").read_text()
         within(around, lambda: all_ways_connected(tree, tmp_path))
         getters.terminate()
         assert getters.wait(20) == 0

@@ -72,7 +72,8 @@ test-packages: packages
 	  Xvnc=tigervnc-standalone-server xclock=x11-apps xterm=xterm xwininfo=x11-utils tmux=tmux vim=vim top=procps \
 	  nft=nftables strace=strace bwrap=bubblewrap fio=fio \
 	  runc=runc busybox=busybox-static make=make rsync=rsync perl=perl-base sqlite3=sqlite3 gzip=gzip less=less \
-	  node=nodejs javac=openjdk-17-jdk-headless go=golang-go wrk=wrk)
+	  node=nodejs javac=openjdk-17-jdk-headless go=golang-go wrk=wrk \
+	  ping=iputils-ping dnsmasq=dnsmasq-base)
 
 # Daemons that tests move, each started by its test and in namespaces of its own. Debian's packages also set the machine's
 # own up, which is kept from starting now, but not at the next boot: so only who asks for them gets them.
@@ -82,6 +83,6 @@ daemon-packages: packages
 	@if [ "$$(id -u)" = 0 ] && [ ! -e $(DENY) ]; then \
 	  printf '#!/bin/sh\nexit 101 # made by make daemon-packages\n' >$(DENY) && chmod 755 $(DENY); \
 	fi
-	$(call install_missing,postgres=postgresql redis-server=redis-server nginx=nginx-light sshd=openssh-server ping=iputils-ping dnsmasq=dnsmasq-base \
+	$(call install_missing,postgres=postgresql redis-server=redis-server nginx=nginx-light sshd=openssh-server \
 	  systemctl=systemd)
 	@if grep -qs 'made by make daemon-packages' $(DENY); then rm -f $(DENY); fi

@@ -54,24 +54,27 @@ def notices(parent: Remote, children: Iterable[int]) -> dict[int, Notice]:
         parent: stopped; runs the calls.
         children: pids as the parent sees them.
     """
-    if not _ask(parent, _P_ALL, 0):
+    if not any(_ask(parent, _P_ALL, [0])):
         return {}
-    found = {pid: _ask(parent, _P_PID, pid) for pid in children}
-    return {pid: notice for pid, notice in found.items() if notice}
+    pids = list(children)
+    found = zip(pids, _ask(parent, _P_PID, pids), strict=True)
+    return {pid: notice for pid, notice in found if notice}
 
 
-def _ask(parent: Remote, kind: int, pid: int) -> Notice:
-    info = Out(_INFO_BYTES)
+def _ask(parent: Remote, kind: int, pids: Sequence[int]) -> list[Notice]:
     options = _WSTOPPED | _WCONTINUED | _WNOHANG | _WNOWAIT | WALL
-    call = Call(NR.waitid, (kind, pid, info, options, 0), may_fail=True)
-    parent.run([call])
-    if call.result < 0:
-        if call.result == -errno.ECHILD:
-            return ""
-        raise OSError(-call.result, f"waitid: {os.strerror(-call.result)}")
-    code: int = struct.unpack_from("<i", info.data, 8)[0]
+    answers = [Out(_INFO_BYTES) for _ in pids]
+    calls = [
+        Call(NR.waitid, (kind, pid, info, options, 0), may_fail=True)
+        for pid, info in zip(pids, answers, strict=True)
+    ]
+    parent.run(calls)
+    for call in calls:
+        if call.result < 0 and call.result != -errno.ECHILD:
+            raise OSError(-call.result, f"waitid: {os.strerror(-call.result)}")
     notice: dict[int, Notice] = {_CLD_STOPPED: "stopped", _CLD_CONTINUED: "continued"}
-    return notice.get(code, "")
+    # of a call that fails nothing is written: it stays 0
+    return [notice.get(struct.unpack_from("<i", info.data, 8)[0], "") for info in answers]
 
 
 def stop(process: Process, puppets: Sequence[Puppet], parent: tuple[Process, Puppet] | None) -> None:

@@ -88,8 +88,8 @@ def _groups(pids: Sequence[HostPid], kind: KCMP) -> Iterator[list[HostPid]]:
     def order(one: HostPid, other: HostPid) -> int:
         try:
             return {0: 0, _LESS: -1, _GREATER: 1}[kcmp(one, other, kind)]
-        except ProcessLookupError:
-            return one - other  # it has ended: the tree runs, this is a check
+        except OSError:
+            return one - other  # it has ended, or may not be compared with: the tree runs, this is a check
 
     run: list[HostPid] = []
     for pid in sorted(pids, key=cmp_to_key(order)):

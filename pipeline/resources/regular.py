@@ -116,7 +116,7 @@ class RegularFile:
             hint = _hint(view.local)
         return RegularState(
             path=scope.path(view.namer, name),
-            identity=identity(view.local, look_inside=not (_written_only(view.flags) or locks.leased(view))),
+            identity=identity(view.local, look_inside=not _written_only(view.flags)),
             last_name=last_name,
             hint=hint,
             locks=locks.capture(view, scope),

@@ -22,7 +22,6 @@ import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from fnmatch import fnmatchcase
-from typing import TypeVar
 
 from pipeline.errors import Blocker, RebuildError
 from pipeline.ids import HostPid, LocalFd
@@ -34,11 +33,10 @@ from pipeline.ledger import LEDGER
 from pipeline.policy import RestorePolicy
 from pipeline.resources import attributes
 from pipeline.resources.acting import UNCHANGED, in_changed_thread
-from pipeline.resources.identity import identity, refusal
+from pipeline.resources.identity import identity, is_leased, refusal
 from pipeline.resources.kinds import CaptureScope, FdView
 from pipeline.resources.paths import look_up
 
-T = TypeVar("T")
 _PLACE = os.O_PATH | os.O_DIRECTORY
 _RENAME_NOREPLACE = 1
 _CHUNK_BYTES = 8 << 20
@@ -58,6 +56,10 @@ def matches(patterns: Sequence[str], pid: HostPid, name: bytes) -> bool:
 def check(view: FdView, scope: CaptureScope) -> Iterator[Blocker]:
     """Whether a file that is to go along may be read."""
     if matches(scope.policy.with_files, view.namer, view.link):
+        if is_leased(view.local):
+            why = "its content is to go along, and there is a lease on it, which reading it could break"
+            yield Blocker(view.subject, why, "release the lease, or bring the file to the destination")
+            return
         try:
             os.close(_reader(view.local))
         except OSError as error:
@@ -106,6 +108,8 @@ class Takings:
         found = os.fstat(fd)
         if (path.mntns, path.path) in self._files or not stat.S_ISREG(found.st_mode):
             return
+        if is_leased(fd):
+            raise OSError(errno.EBUSY, "there is a lease on it")
         reader = _reader(fd)
         try:
             content = self._content(reader, found.st_size)

@@ -246,6 +246,21 @@ def test_a_leased_file_for_writing_only_is_not_opened_for_its_build_id(path: Pat
             assert "BREAK" not in "".join(again.view(child.result).info["lock"])
 
 
+def test_a_leased_file_is_not_opened_for_its_build_id_from_elsewhere(path: Path) -> None:
+    """Such as one that is mapped, too; or at the destination, by whomever."""
+    before = signal.signal(signal.SIGIO, signal.SIG_IGN)
+    place = os.open(path, os.O_PATH)
+    try:
+        with path.open("r+b") as file:
+            fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+            assert identity.identity(place).size_bytes == 10
+            assert fcntl.fcntl(file, fcntl.F_GETLEASE) == fcntl.F_WRLCK
+            assert "BREAK" not in Path(f"/proc/self/fdinfo/{file.fileno()}").read_text()
+    finally:
+        os.close(place)
+        signal.signal(signal.SIGIO, before)
+
+
 def test_what_is_written_only_may_have_grown_and_nothing_else(path: Path) -> None:
     def setup() -> tuple[int, int]:
         return os.open(path, os.O_WRONLY), os.open(path, os.O_RDONLY)

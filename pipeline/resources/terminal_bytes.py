@@ -35,7 +35,7 @@ from msgspec import Meta
 
 from pipeline.ids import LocalFd
 from pipeline.image.schema import U8, Record
-from pipeline.resources import terminal
+from pipeline.resources import packet_mode, terminal
 from pipeline.resources.shielded import shielded
 from pipeline.resources.terminal import Settings
 
@@ -54,8 +54,6 @@ _MOST_INPUT_BYTES = 2048
 _SEEN_INPUT_BYTES = 4000
 #: what the smallest buffer of the kernel holds (TTYB_ALIGN_MASK)
 _SMALL_BYTES = 256
-#: TIOCPKT_*, what packet mode reports (ioctl_tty(2))
-_FLUSHREAD, _FLUSHWRITE, _STOP, _START, _NOSTOP, _DOSTOP, _IOCTL = (1 << bit for bit in range(7))
 _PATIENCE_S = 5.0
 _PAUSE_S = 0.000_2
 
@@ -150,48 +148,20 @@ def _put(master: LocalFd, slave: LocalFd, found: UnderWay) -> None:
     Some events come about only where no input waits: then they come first, and it is reported once more that output
     runs, and what ^S and ^Q mean.
     """
-    first = bool(found.events & (_FLUSHREAD | _IOCTL) and (found.lines or found.rest))
+    first = bool(found.events & packet_mode.BEFORE_INPUT and (found.lines or found.rest))
     if first:
         terminal.set_packet_mode(master, True)
-        _tell(slave, found.events)
+        packet_mode.tell(slave, found.events)
     _put_output(master, slave, found.output)
     _put_input(master, slave, found)
-    if not found.events & _STOP:
+    if not found.events & packet_mode.STOP:
         _stop(master, slave, found.stopped)
     if found.events and not first:
         _wait_until(lambda: terminal.unread(master) == len(found.output))
         terminal.set_packet_mode(master, True)
-        _tell(slave, found.events)
-    if found.events & _STOP:
+        packet_mode.tell(slave, found.events)
+    if found.events & packet_mode.STOP:
         _stop(master, slave, found.stopped)
-
-
-def _tell(slave: LocalFd, events: int) -> None:
-    """Let packet mode report `events`, by doing what they are about to a terminal in which nothing waits."""
-    if events & _FLUSHREAD:
-        termios.tcflush(slave, termios.TCIFLUSH)
-    if events & _FLUSHWRITE:
-        termios.tcflush(slave, termios.TCOFLUSH)
-    if events & _START:  # _STOP comes when it is stopped
-        termios.tcflow(slave, termios.TCOOFF)
-        termios.tcflow(slave, termios.TCOON)
-    usual = terminal.settings(slave)
-    others = []
-    if events & _IOCTL:
-        others.append(replace(usual, lflag=usual.lflag ^ _EXTPROC))
-    if events & _DOSTOP:  # ^S and ^Q have their usual meaning now
-        others.append(replace(usual, characters=_with(usual.characters, 1, 2)))
-    if events & _NOSTOP:
-        others.append(replace(usual, iflag=_IXON, characters=_with(usual.characters, 0x13, 0x11)))
-    for other in others:
-        terminal.set_settings(slave, other)
-        terminal.set_settings(slave, usual)
-
-
-def _with(characters: bytes, stop: int, start: int) -> bytes:
-    changed = bytearray(characters)
-    changed[_VSTOP], changed[_VSTART] = stop, start
-    return bytes(changed)
 
 
 def _events(fd: LocalFd, wanted: int) -> int:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness.tree import ROOT, engine, family_of, find_python, reap, said
+from tests.harness.tree import ROOT, children_of, engine, family_of, find_python, reap, said
 
 pytestmark = pytest.mark.root
 
@@ -248,6 +248,36 @@ def test_who_writes_learns_that_a_tree_with_unread_bytes_has_ended(
             os.write(process.stdin.fileno(), b"x")
 
 
+@pytest.mark.parametrize(
+    "namespaces",
+    [
+        ["--userns=0:100000:65536", "--userns=0:1000:100"],
+        ["--userns=0:100000:65536", "--pidns", "--mntns", "--ipcns", "--utsns"],
+    ],
+    ids=["depth2", "container"],
+)
+def test_ends_of_a_tree_in_namespaces(tmp_path: Path, namespaces: list[str]) -> None:
+    run = [sys.executable, "-m", "pipeline", "run", *namespaces, "--", find_python(), "-S", "-s", "-E", "-c"]
+    with subprocess.Popen(
+        [*run, _ECHO], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+    ) as around:
+        assert around.stdout
+        receive(around.stdout.fileno(), b"ready\n")
+        (pid,) = children_of(around.pid)
+        done = engine("dump", "--pid", pid, "--to", tmp_path / "image", "--external-fd", "any")
+        assert done.returncode == 0, said(done)
+        around.wait()
+    with restorer(tmp_path / "image") as process:
+        assert process.stdin
+        assert process.stdout
+        os.write(process.stdin.fileno(), b"two\n")
+        assert receive(process.stdout.fileno(), b"got two\n") == b"got two\n"
+        process.stdin.close()
+        process.stdin = None
+        assert receive(process.stdout.fileno(), b"end\n") == b"end\n"
+        assert process.wait(20) == 0
+
+
 def test_a_name_that_is_said_must_fit(program: Callable[[str], Program], tmp_path: Path) -> None:
     echo = program(_ECHO)
     done = engine(
@@ -353,3 +383,61 @@ def test_a_terminal_outside_that_controls_nothing(tmp_path: Path) -> None:
         reap([process.pid])
         for fd in (master, slave, other_master, other_slave):
             os.close(fd)
+
+
+def test_serve_is_given_the_ends_of_a_tree_that_comes_over_the_wire(
+    program: Callable[[str], Program], tmp_path: Path
+) -> None:
+    """Without what it needs it is refused, and runs on where it was."""
+    late, secret, log = program(_LATE), tmp_path / "secret", tmp_path / "log"
+    secret.touch(mode=0o600)
+    secret.write_text("0123456789abcdef" * 4)
+    os.write(late.stdin, b"unread")
+    tool = [
+        sys.executable,
+        "-m",
+        "pipeline",
+        "serve",
+        "--listen",
+        "127.0.0.1:0",
+        "--new-pidns",
+        "--plaintext",
+    ]
+    tool += ["--secret-file", str(secret), "--once", "--inherit-fd", f"{late.names[1]}={log}"]
+    reader, writer = os.pipe()
+    os.write(writer, b", and more.")
+    os.close(writer)
+
+    def migrate(*more: str) -> subprocess.CompletedProcess[str]:
+        with subprocess.Popen(
+            [*tool, *more], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, pass_fds=(reader,)
+        ) as server:
+            assert server.stdout
+            to = server.stdout.readline().decode().split()[-1]
+            done = engine(
+                *("migrate", "--pid", late.pid, "--to", to, "--secret-file", secret, "--plaintext"),
+                *("--external-fd", "any"),
+            )
+            if done.returncode:
+                server.send_signal(signal.SIGTERM)
+                server.communicate()
+                return done
+            root = int(server.stdout.readline().split()[-1])
+            deadline = time.monotonic() + 10
+            os.kill(root, signal.SIGUSR1)
+            while not log.exists() or not log.read_bytes().endswith(b"end"):
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            os.kill(root, signal.SIGKILL)
+            server.communicate(timeout=20)
+            assert not reap([root])
+        return done
+
+    refused = migrate()
+    assert refused.returncode == 1, said(refused)
+    assert f"--inherit-fd '{late.names[0]}=FD'" in refused.stderr
+    assert late.process.poll() is None
+    done = migrate("--inherit-fd", f"{late.names[0]}={reader}")
+    assert done.returncode == 0, said(done)
+    os.close(reader)
+    assert log.read_bytes() == b"unread, and more.1end"

@@ -256,6 +256,44 @@ def test_a_restorer_that_is_killed_leaves_a_terminal_as_it_was(shells: list[Shel
     second.expect(b"it is mine")
 
 
+def test_a_job_in_a_user_namespace_that_is_in_the_group_of_whoever_has_made_that(
+    shells: list[Shell], tmp_path: Path
+) -> None:
+    """Its group is led from outside of the tree: it becomes a member of the restorer's."""
+    first, second = shells
+    script = tmp_path / "job.py"
+    script.write_text(_KEYS)
+    run = first.pipeline("run", "--userns=0:100000:65536", "--", find_python(), "-S", "-s", "-E", "-c")
+    first.type(f'{run} "$(cat {script})"\n'.encode())
+    found = re.search(rb"\[begun (\d+) (\d+)\]", first.expect(b"]"))
+    assert found
+    assert found[1] != found[2]
+    pid = int(found[1])
+    done = engine("dump", "--pid", pid, "--to", tmp_path / "image", "--shell-job")
+    assert done.returncode == 0, said(done)
+    first.expect(_PROMPT)
+    second.type(second.pipeline("restore", "--from", tmp_path / "image", "--shell-job").encode() + b"\n")
+    second.expect(b"[drawn]")
+    assert os.getpgid(pid) != pid
+    for _ in range(2):
+        second.type(b"\x03")
+        second.expect(b"[interrupted]")
+        second.type(b"\x1a")
+        second.expect(b"Stopped")
+        assert b"[interrupted]" not in second.expect(_PROMPT)
+        assert second.quit_key() != b"\x05"
+        second.type(b"fg\n")
+        second.expect(b"--shell-job")
+        deadline = time.monotonic() + 10
+        while second.quit_key() != b"\x05":
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    second.type(b"q")
+    second.expect(b"[end 1]")
+    second.expect(_PROMPT)
+    assert second.status() == 0
+
+
 def test_a_plain_user_has_jobs_too(temporary_directory: Path) -> None:
     """Around the tree there is a pid namespace; its first process is in the session, so that ^Z still works."""
     uid, directory = 7400, temporary_directory / "jobs"

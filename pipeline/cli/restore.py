@@ -46,6 +46,9 @@ FORWARDED = (
     signal.SIGWINCH,
 )
 
+#: what a terminal sends to all of the group in the foreground
+_FROM_TERMINAL = (signal.SIGINT, signal.SIGQUIT, signal.SIGWINCH)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
@@ -139,6 +142,8 @@ def _let_go_of_ends(tree: RestoredTree) -> None:
 
 async def _forward(signals: AsyncIterator[int], tree: RestoredTree) -> None:
     async for number in signals:
+        if number in _FROM_TERMINAL and tree.terminal is not None and tree.terminal.reaches(tree.root_pid):
+            continue
         with suppress(ProcessLookupError):  # its status is on the way
             tree.send_signal(number)
 

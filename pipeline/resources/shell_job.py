@@ -40,6 +40,7 @@ from pipeline.resources.terminal import Settings
 
 _NO_WINDOW = bytes(8)
 _DONE = b"d"
+_STOPPING = (signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)
 _GROUPS = struct.Struct("<2i")
 
 
@@ -98,6 +99,8 @@ class JobTerminal:
         self._lent: tuple[Settings, bytes] | None = None
         self._guard: _Guard | None = None
         self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTTOU})
+        # a tree in our own group shares what the terminal sends; we stop when it has stopped
+        self._usual = {number: signal.signal(number, _wait_for_the_tree) for number in _STOPPING}
 
     @property
     def path(self) -> str:
@@ -116,6 +119,10 @@ class JobTerminal:
         self._guard = _Guard(self._tty)
         if self._wanted and self._is_ours():
             self._give()
+
+    def reaches(self, pid: int) -> bool:
+        """Whether what the terminal sends to our group is sent to `pid` as well."""
+        return _group_of(pid) == os.getpgrp()
 
     def greet(self) -> None:
         """The tree runs: what it had drawn is not on this terminal."""
@@ -144,6 +151,8 @@ class JobTerminal:
         os.close(self._tty)
         LEDGER.give_back("terminal of the shell", self._tty)
         self._tty = LocalFd(-1)
+        for number, usual in self._usual.items():
+            signal.signal(number, usual)
         signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
 
     def _is_ours(self) -> bool:
@@ -187,19 +196,22 @@ class JobTerminal:
     def _suspend(self) -> None:
         """Stop as the tree has stopped; returns when the shell lets both go on."""
         self._take_back()
-        usual = signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+        signal.signal(signal.SIGTSTP, signal.SIG_DFL)
         try:
-            os.killpg(
-                os.getpgrp(), signal.SIGTSTP
-            )  # where no shell would continue it, the kernel ignores this
+            # where no shell would continue us, the kernel ignores this
+            os.killpg(os.getpgrp(), signal.SIGTSTP)
         finally:
-            signal.signal(signal.SIGTSTP, usual)
+            signal.signal(signal.SIGTSTP, _wait_for_the_tree)
         self._wanted = True
         if self._is_ours():
             self._give()
         for group in {_group_of(self._root), self._group if self._lent is not None else 0} - {0}:
             with suppress(ProcessLookupError):
                 os.killpg(group, signal.SIGCONT)
+
+
+def _wait_for_the_tree(number: int, frame: object) -> None:
+    """Nothing: `JobTerminal.look` sees whether the tree has stopped."""
 
 
 def _group_of(pid: int) -> int:

@@ -305,3 +305,20 @@ def test_a_removed_fifo_that_waits_for_its_first_writer(fifo: Path) -> None:
             files = capture.records()
     with Rebuilt(capture, files, finish=False) as new:
         assert polled(new.fd(child.result)) == 0
+
+
+def test_pages_of_a_file_that_were_spliced_into_a_pipe(tmp_path: Path) -> None:
+    """The pipe holds pages of the page cache: what they said when it was looked at travels."""
+    path = tmp_path / "file"
+    path.write_bytes(bytes(range(256)) * 40)
+
+    def setup() -> tuple[int, int]:
+        reader, writer = os.pipe()
+        file = os.open(path, os.O_RDONLY)
+        assert os.splice(file, writer, 5000, offset_src=100) == 5000
+        os.close(file)
+        return reader, writer
+
+    with subject(setup) as child, Capture(child.pid) as capture, Rebuilt(capture, finish=False) as new:
+        assert os.read(new.fd(child.result[0]), 10000) == path.read_bytes()[100:5100]
+        assert child.call(partial(os.read, child.result[0], 10000)) == path.read_bytes()[100:5100]

@@ -34,6 +34,7 @@ from pipeline.resources.paths import (
     closed_on_error,
     describe,
     filesystem,
+    look_up,
     misnamed,
     open_place,
     reopen,
@@ -179,14 +180,12 @@ def _is_harmless(view: FdView, about: Subject | None) -> bool:
     """Whether opening this file of /proc for writing does nothing by itself, and holds nothing."""
     if about is not None:
         return not about.below.startswith(b"net/")
-    root = open_place(view.namer, view.link[: view.link.index(b"/sys/")]) if b"/sys/" in view.link else -1
-    if root < 0:
-        return False
-    try:
-        found = os.fstat(root)
-        return found.st_dev == view.stat.st_dev and found.st_ino == proc_process.PROC_ROOT_INODE
-    finally:
-        os.close(root)
+    above, below, _ = view.link.partition(b"/sys/")
+    with suppress(OSError):
+        found = look_up(view.namer, above or b"/")
+        is_root = found.st_dev == view.stat.st_dev and found.st_ino == proc_process.PROC_ROOT_INODE
+        return bool(below) and is_root
+    return False
 
 
 def _open_inside(opener: int, scope: CreateScope, path: PathRef, flags: int) -> LocalFd:

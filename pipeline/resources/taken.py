@@ -31,7 +31,7 @@ from pipeline.kernel.arch.x86_64_numbers import NR
 from pipeline.kernel.syscalls import RESOLVE, openat2, syscall
 from pipeline.ledger import LEDGER
 from pipeline.policy import RestorePolicy
-from pipeline.resources import attributes
+from pipeline.resources import attributes, sparse
 from pipeline.resources.acting import UNCHANGED, in_changed_thread
 from pipeline.resources.identity import identity, is_leased, refusal
 from pipeline.resources.kinds import CaptureScope, FdView
@@ -39,7 +39,6 @@ from pipeline.resources.paths import look_up
 
 _PLACE = os.O_PATH | os.O_DIRECTORY
 _RENAME_NOREPLACE = 1
-_CHUNK_BYTES = 8 << 20
 
 
 def matches(patterns: Sequence[str], pid: HostPid, name: bytes) -> bool:
@@ -304,7 +303,7 @@ class Making:
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         fd = os.open(temporary, flags, 0o600, dir_fd=above)
         try:
-            _copy(self._content(file.content), fd, file.identity.size_bytes)
+            sparse.copy(self._content(file.content), fd, file.identity.size_bytes)
             _own(fd, self._uid(file.owner.uid), self._gid(file.owner.gid))
             os.fchmod(fd, file.owner.mode)
             attributes.give(fd, file.attributes, self._uid, self._gid)
@@ -346,22 +345,3 @@ def _own(fd: int, uid: int, gid: int) -> None:
     found = os.fstat(fd)
     if (found.st_uid, found.st_gid) != (uid, gid):
         os.fchown(fd, uid, gid)
-
-
-def _copy(source: LocalFd, target: int, size_bytes: int) -> None:
-    """Copy the data of a file; its holes stay holes."""
-    os.ftruncate(target, size_bytes)
-    at = 0
-    while at < size_bytes:
-        try:
-            at = os.lseek(source, at, os.SEEK_DATA)
-        except OSError as error:
-            if error.errno == errno.ENXIO:
-                return
-            raise
-        end = min(os.lseek(source, at, os.SEEK_HOLE), size_bytes)
-        while at < end:
-            piece = os.pread(source, min(_CHUNK_BYTES, end - at), at)
-            if not piece:
-                return
-            at += os.pwrite(target, piece, at)

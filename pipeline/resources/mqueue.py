@@ -98,13 +98,15 @@ class Mqueue(CompleteOnceCreated):
                 view.subject, "the message queue is of an ipc namespace that is not the tree's", "close it"
             )
             return
-        with suppress(
-            PermissionError
-        ):  # of a queue that may not be read: nobody of the tree could be told either
-            if posix_queues.told(view.local):
-                yield Blocker(
-                    view.subject, f"it is a message queue {posix_queues.TELLS}", posix_queues.TELLS_REMEDY
-                )
+        try:
+            told = posix_queues.told(view.local)
+        except PermissionError:
+            why = "whether the message queue tells a process of messages may not be read"
+            yield Blocker(view.subject, why, "run as root, or permit reading it")
+        else:
+            if told and (scope.member(told) or not scope.is_external(ipc)):
+                why = f"it is a message queue {posix_queues.TELLS}"
+                yield Blocker(view.subject, why, posix_queues.TELLS_REMEDY)
         wrong = misnamed(view) if _through_mount(view) and view.stat.st_nlink else None
         if wrong:
             yield Blocker(

@@ -88,6 +88,13 @@ def test_a_queue_that_tells_somebody_is_refused(queue: int, how: int) -> None:
         assert "mq_notify" in capture.reasons(child.result)
 
 
+def test_whom_a_queue_of_the_surroundings_tells_is_none_of_our_business(queue: int) -> None:
+    syscall(NR.mq_notify, queue, struct.pack("<Qii48x", 0, 0, SIGEV_NONE))
+    with subject(opened) as child, Capture(child.pid) as capture:
+        assert capture.reasons(child.result) == ""
+    syscall(NR.mq_notify, queue, None)
+
+
 def test_one_without_a_name_that_others_have_open_is_refused(queue: int) -> None:
     with subject(opened) as child:
         with Capture(child.pid) as capture:

@@ -43,6 +43,17 @@ while True:
 """
 COUNT = "i=0; while sleep 0.02; do i=$((i+1)); echo $i; done"
 
+WATCH = """import ctypes, os
+libc = ctypes.CDLL(None)
+fd = libc.inotify_init()
+assert libc.inotify_add_watch(fd, b"watched", 0x100) == 1
+while True:
+    os.read(fd, 4096)
+    print("seen", flush=True)
+"""
+MAKE_FILES = """cd $(mktemp -d); mkdir watched
+while sleep 0.05; do : >watched/file; rm watched/file; done & exec python3 -c "$0\""""
+
 #: command lines whose output grows as long as they run
 COUNTING: dict[str, Sequence[str]] = {
     "in the host's pid namespace": ["sh", "-c", COUNT],
@@ -65,6 +76,8 @@ COUNTING: dict[str, Sequence[str]] = {
     "setpriv": [*ROOT_INSIDE, "setpriv", "--no-new-privs", "--bounding-set=-all", "sh", "-c", COUNT],
     # a watch of inotify on a file that is deleted, but open
     "tail -f": ["sh", "-c", f"f=$(mktemp); ({COUNT}) >$f & tail -f $f & sleep 0.2; rm $f; wait"],
+    # and on a directory, whose name a plain user has to search for
+    "a watched directory": [*ROOT_INSIDE, "sh", "-c", MAKE_FILES, WATCH],
     "bwrap": ["bwrap", "--unshare-user", "--bind", "/", "/", "sh", "-c", COUNT],
     # its root is a directory of a tmpfs that nobody sees any more
     "a sandbox of bwrap": [

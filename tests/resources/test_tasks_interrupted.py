@@ -152,7 +152,7 @@ def test_a_stop_is_no_reason_for_a_socket_with_a_timeout_to_fail() -> None:
         await_sleep(pid, NR.sendto)
         release(freeze(HostPid(pid), suspend_seccomp=False))
         await_sleep(pid, NR.sendto)
-        while filled:
+        while filled > 0:  # what the child sends may be among it
             filled -= len(other.recv(1 << 20))
         assert os.read(answer, 100) == b"(1000, 0)"
 

@@ -168,6 +168,29 @@ sleep_on()
         assert sleeps(pid)
 
 
+@pytest.mark.parametrize("listener", ["held", "closed"])
+def test_a_seccomp_filter_with_a_supervisor(tmp_path: Path, listener: str) -> None:
+    """By the descriptor of the supervisor, and by the filter itself where nobody holds that any more."""
+    body = """
+import struct
+lines = [(0x20, 0, 0, 0), (0x15, 0, 1, 499), (6, 0, 0, 0x7FC00000), (6, 0, 0, 0x7FFF0000)]
+code = ctypes.create_string_buffer(b"".join(struct.pack("<HBBI", *line) for line in lines))
+program = struct.pack("<H6xQ", len(lines), ctypes.addressof(code))
+assert libc.prctl(38, 1, 0, 0, 0) == 0
+fd = libc.syscall(317, 1, 8, program)
+assert fd >= 0
+if sys.argv[1] == "closed": os.close(fd)
+say()
+sleep_on()
+"""
+    with running(body, listener) as (pid, _):
+        done = engine("dump", "--pid", pid, "--to", tmp_path / "image")
+        assert done.returncode == 3, said(done)
+        assert f"pid {pid}" in done.stderr
+        assert ("SECCOMP_RET_USER_NOTIF" if listener == "closed" else "seccomp notify") in done.stderr
+        assert sleeps(pid)
+
+
 # -- vfork -----------------------------------------------------------------------------
 
 #: posix_spawn borrows the memory until its child has opened the FIFO, which it does when somebody else does

@@ -19,6 +19,7 @@ import os
 import socket
 import struct
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 
 from pipeline.kernel.rtnetlink import attributes
 
@@ -48,6 +49,8 @@ _SYN, _ACKNOWLEDGES = 0x02, 0x10
 _IPV4, _IPV6, _SERVICE = 7, 8, 13
 _PER_MESSAGE = 500
 _RECEIVE_BYTES = 1 << 18
+_BATCH_BYTES = 1 << 24
+_SO_SNDBUFFORCE = 32
 
 #: far address (packed), far port, near address, near port
 Ends = tuple[bytes, int, bytes, int]
@@ -56,9 +59,20 @@ Listener = tuple[bytes, int]
 
 
 def open_socket() -> socket.socket:
-    """A netlink socket for the packet filter of the caller's network; the caller owns it."""
+    """A netlink socket for the packet filter of the caller's network; the caller owns it.
+
+    A batch has to fit into its send buffer: some thousand connections do for everybody, more for who may force it.
+    """
     kind = socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
-    return socket.socket(socket.AF_NETLINK, kind, _NETLINK_NETFILTER)
+    sock = socket.socket(socket.AF_NETLINK, kind, _NETLINK_NETFILTER)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BATCH_BYTES)
+        with suppress(PermissionError):
+            sock.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, _BATCH_BYTES)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
 
 
 def make_lock(

@@ -90,6 +90,10 @@ class Tcp(CompleteOnceCreated):
             elif state == State.CLOSE:
                 if sockets.events(view.local, 0) & select.POLLERR:
                     yield _transient(view, "an error of its TCP connection waits to be read")
+                if tcp_read.queued(sock)[0] > MAX_QUEUE_BYTES:
+                    yield _transient(
+                        view, "its TCP connection has ended with too many bytes that were not read"
+                    )
             elif scope.policy.tcp == "refuse":
                 yield _transient(
                     view,
@@ -219,8 +223,6 @@ def _check_connection(one: Seen, sock: socket.socket, tree: TcpTree) -> Iterator
     received, outstanding = tcp_read.queued(sock)
     if max(received, outstanding) > MAX_QUEUE_BYTES:
         yield _transient(view, f"its TCP connection holds {max(received, outstanding)} bytes in one queue")
-    if state == State.SYN_SENT and outstanding:
-        yield _transient(view, "bytes wait for a TCP connection that is just being made")
     if not tcp_read.may_repair(sock):
         yield Blocker(
             view.subject,

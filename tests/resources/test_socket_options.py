@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import socket
@@ -104,6 +105,31 @@ def test_filters_that_cannot_come_back_are_refused() -> None:
             socket_filter.attach(sock, b"\xff" * 8)
         with pytest.raises(OSError, match="no instructions"):
             socket_filter.attach(sock, b"\xff" * 7)
+
+
+@pytest.mark.root
+def test_an_extended_filter_is_refused() -> None:
+    def setup() -> tuple[int, ...]:
+        sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        code = ctypes.create_string_buffer(
+            struct.pack("<BBhi", 0xB7, 0, 0, 0) + struct.pack("<BBhi", 0x95, 0, 0, 0)
+        )
+        licence = ctypes.create_string_buffer(b"GPL")
+        attributes = struct.pack("<IIQQ", 1, 2, ctypes.addressof(code), ctypes.addressof(licence)).ljust(
+            72, b"\0"
+        )
+        program = ctypes.CDLL(None, use_errno=True).syscall(321, 5, attributes, len(attributes))
+        if program < 0:
+            return (sock.detach(), 0)
+        sock.setsockopt(SOL, 50, struct.pack("<i", program))
+        os.close(program)
+        return (sock.detach(), 1)
+
+    with subject(setup) as child, Capture(child.pid) as capture:
+        fd, loaded = child.result
+        if not loaded:
+            pytest.skip("no extended packet filters can be loaded here")
+        assert "an extended packet filter" in capture.reasons(fd)
 
 
 def test_interfaces_among_the_options_travel_by_name() -> None:

@@ -276,6 +276,26 @@ def test_datagrams_that_came_with_more_are_refused_by_name(what: str) -> None:
             assert sock.recv(100, socket.MSG_DONTWAIT) == b"one"
 
 
+def test_datagrams_by_multicast_or_in_one_piece_are_refused_by_name() -> None:
+    def setup() -> tuple[int, ...]:
+        lo = socket.inet_aton("127.0.0.1")
+        grouped, whole = udp(address="0.0.0.0"), udp()
+        grouped.setsockopt(IP, socket.IP_ADD_MEMBERSHIP, socket.inet_aton("239.4.5.6") + lo)
+        grouped.setsockopt(IP, 8, 1)
+        whole.setsockopt(socket.IPPROTO_UDP, 104, 1)
+        with udp() as sender:
+            sender.setsockopt(IP, socket.IP_MULTICAST_IF, lo)
+            sender.sendto(b"to all", ("239.4.5.6", grouped.getsockname()[1]))
+            sender.setsockopt(socket.IPPROTO_UDP, 103, 100)
+            sender.sendto(b"x" * 300, whole.getsockname())
+        return kept(grouped, whole)
+
+    with subject(setup) as child, Capture(child.pid) as capture:
+        for fd, words in zip(child.result, ("by multicast", r"others in one piece \(UDP_GRO\)"), strict=True):
+            with of(capture.view(fd).local) as sock, pytest.raises(Refused, match=words):
+                datagrams.peek(sock, "it")
+
+
 @pytest.mark.root
 def test_datagrams_wait_in_a_network_without_lo() -> None:
     def setup() -> tuple[int, ...]:

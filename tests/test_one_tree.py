@@ -164,6 +164,7 @@ def play(
         yield SimpleNamespace(
             records=(), sources=(), forest=None, processes=1, injected_calls=0, begun_s=0.0, captured_s=0.0,
             tree=None, let_go_of_files=let_go_of_files,
+            holdings=SimpleNamespace(ended=lambda: None, settled=lambda: None, complaints=[]),
         )  # fmt: skip
 
     async def write_image(writer: Any, *_: Any) -> int:

@@ -42,12 +42,11 @@ def make_pair(state: SocketState, who: Peer | None, scope: CreateScope) -> Pair:
     """socketpair(2) by `who`; the caller owns both."""
 
     def inside(peer: Peer, call: Inject) -> Pair:
-        with sockets.make_socket(state, scope) as probe:
-            there = probe.getsockopt(socket.SOL_SOCKET, _SO_NETNS_COOKIE, 8)
+        there = scope.once(("network of unix pairs", state.netns), lambda: _network(state, scope))
         numbers = Out(8)
         call(NR.socketpair, state.family, state.type | socket.SOCK_CLOEXEC, state.protocol, numbers)
         pair = _taken(peer, struct.unpack("<2i", numbers.data), scope)
-        if pair[0].getsockopt(socket.SOL_SOCKET, _SO_NETNS_COOKIE, 8) == there:
+        if _cookie(pair[0]) == there:
             return pair
         for sock in pair:
             sock.close()
@@ -55,6 +54,15 @@ def make_pair(state: SocketState, who: Peer | None, scope: CreateScope) -> Pair:
 
     pair = _try(inside, who, scope)
     return pair or sockets.make_pair(state, scope, lambda act: as_peer(who, scope, act))
+
+
+def _cookie(sock: socket.socket) -> bytes:
+    return sock.getsockopt(socket.SOL_SOCKET, _SO_NETNS_COOKIE, 8)
+
+
+def _network(state: SocketState, scope: CreateScope) -> bytes:
+    with sockets.make_socket(state, scope) as probe:
+        return _cookie(probe)
 
 
 def _taken(who: Peer, numbers: tuple[int, int], scope: CreateScope) -> Pair:
@@ -70,8 +78,11 @@ def _taken(who: Peer, numbers: tuple[int, int], scope: CreateScope) -> Pair:
         raise
     finally:
         os.close(holder)
-        for number in numbers:
-            scope.inject(who.pid, NR.close, number)
+        if numbers[1] == numbers[0] + 1:
+            scope.inject(who.pid, NR.close_range, *numbers, 0)
+        else:
+            for number in numbers:
+                scope.inject(who.pid, NR.close, number)
 
 
 def listen(sock: socket.socket, backlog: int, who: Peer | None, scope: CreateScope) -> None:

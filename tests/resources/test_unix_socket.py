@@ -315,6 +315,29 @@ def test_peer_ids_are_kept_and_a_listener_is_owned_by_the_rebuilt_process() -> N
         assert prctl(PRCTL.GET_DUMPABLE) == 1
 
 
+@pytest.mark.root
+def test_the_ids_of_a_peer_that_has_ended_are_kept() -> None:
+    def setup() -> tuple[int, ...]:
+        ours, theirs = socket.socketpair()
+        if (forked := os.fork()) == 0:
+            os.setegid(8)
+            os.seteuid(7)
+            pair = socket.socketpair()
+            socket.send_fds(theirs, [b"x"], [sock.fileno() for sock in pair])
+            os._exit(0)
+        _, fds, _, _ = socket.recv_fds(ours, 1, 2)
+        os.waitpid(forked, 0)
+        ours.close()
+        theirs.close()
+        return tuple(fds)
+
+    with subject(setup) as child, Capture(child.pid) as capture, Rebuilt(capture) as new:
+        for fd in child.result:
+            with of(new.fd(fd)) as sock:
+                found = UCRED.unpack(sock.getsockopt(SOL, socket.SO_PEERCRED, 12))
+                assert found == (os.getpid(), 7, 8)
+
+
 # -- names --------------------------------------------------------------------------
 
 

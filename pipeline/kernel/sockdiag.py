@@ -1,9 +1,8 @@
 """What sock_diag(7) says about a unix socket: its peer, its waiting clients, its socket file.
 
-The message tables are pyroute2's. The netlink socket under them is a plain one: a query
-for one inode is answered within send(2), so nothing waits and no event loop is needed.
+A query for one inode is answered within send(2), so nothing waits and no event loop is needed. It is asked for
+every socket while a tree stands still, so messages are taken apart by hand.
 A netlink socket answers for the network namespace it was made in; ask from there.
-pyroute2 is imported on first use (about 0.1 s): ask once before a tree is frozen.
 
 Source: sock_diag(7), include/uapi/linux/unix_diag.h.
 """
@@ -18,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 _NETLINK_SOCK_DIAG = 4
 _SOCK_DIAG_BY_FAMILY = 20
@@ -26,6 +25,14 @@ _NLM_F_REQUEST = 1
 _NLMSG_ERROR = 2
 _NO_COOKIE = 0xFFFF_FFFF_FFFF_FFFF
 _ALL_STATES = 0xFFFF_FFFF
+_HEADER_BYTES = 16
+#: struct nlmsghdr and struct unix_diag_req
+_REQUEST = struct.Struct("<IHHII B3xIIIQ")
+#: struct unix_diag_msg: family, type, state, inode, cookie
+_MESSAGE = struct.Struct("<xBBxI8x")
+#: attributes, and what is asked for: UDIAG_SHOW_* has a bit for each of them
+_VFS, _PEER, _ICONS, _RQLEN, _SHUTDOWN = 1, 2, 3, 4, 6
+_SHOW = 1 << _VFS | 1 << _PEER | 1 << _ICONS | 1 << _RQLEN
 #: a listener lists 4 bytes a waiting client; backlogs are at most 4096 unless somaxconn was raised
 _ANSWER_BYTES = 1 << 18
 
@@ -95,25 +102,19 @@ class UnixDiag:
         Raises:
             OSError: what the kernel answered, other than ENOENT.
         """
-        from pyroute2.netlink.diag import (
-            UDIAG_SHOW_ICONS,
-            UDIAG_SHOW_PEER,
-            UDIAG_SHOW_RQLEN,
-            UDIAG_SHOW_VFS,
-            unix_diag_msg,
-            unix_diag_req,
+        request = _REQUEST.pack(
+            _REQUEST.size,
+            _SOCK_DIAG_BY_FAMILY,
+            _NLM_F_REQUEST,
+            0,
+            0,
+            socket.AF_UNIX,
+            _ALL_STATES,
+            inode,
+            _SHOW,
+            _NO_COOKIE,
         )
-
-        request = unix_diag_req()
-        request["header"]["type"] = _SOCK_DIAG_BY_FAMILY
-        request["header"]["flags"] = _NLM_F_REQUEST
-        request["sdiag_family"] = socket.AF_UNIX
-        request["udiag_states"] = _ALL_STATES
-        request["udiag_ino"] = inode
-        request["udiag_show"] = UDIAG_SHOW_PEER | UDIAG_SHOW_ICONS | UDIAG_SHOW_RQLEN | UDIAG_SHOW_VFS
-        request["udiag_cookie"] = _NO_COOKIE
-        request.encode()
-        self._socket.send(request.data)
+        self._socket.send(request)
         answer = self._socket.recv(_ANSWER_BYTES)
         (kind,) = struct.unpack_from("<H", answer, 4)
         if kind == _NLMSG_ERROR:
@@ -121,23 +122,32 @@ class UnixDiag:
             if code == -errno.ENOENT:
                 return None
             raise OSError(-code, f"sock_diag of unix socket {inode}: {os.strerror(-code)}")
-        message = unix_diag_msg(answer)
-        message.decode()
-        return _typed(message)
+        return _typed(answer)
 
 
-def _typed(message: Any) -> UnixSocket:
-    file = message.get_attr("UNIX_DIAG_VFS")
-    lengths = message.get_attr("UNIX_DIAG_RQLEN")
-    waiting = bytes.fromhex((message.get_attr("UNIX_DIAG_ICONS") or "").replace(":", ""))
+def _typed(answer: bytes) -> UnixSocket:
+    (length,) = struct.unpack_from("<I", answer)
+    kind, state, inode = _MESSAGE.unpack_from(answer, _HEADER_BYTES)
+    found: dict[int, bytes] = {}
+    at = _HEADER_BYTES + _MESSAGE.size
+    while at + 4 <= min(length, len(answer)):
+        size, number = struct.unpack_from("<HH", answer, at)
+        found[number] = answer[at + 4 : at + size]
+        at += max(size + 3 & ~3, 4)
+
+    def numbers(attribute: int) -> tuple[int, ...]:
+        value = found.get(attribute, b"")
+        return struct.unpack(f"<{len(value) // 4}I", value)
+
+    file, peer, lengths = numbers(_VFS), numbers(_PEER), numbers(_RQLEN)
     return UnixSocket(
-        inode=message["udiag_ino"],
-        kind=message["udiag_type"],
-        state=message["udiag_state"],
-        peer=message.get_attr("UNIX_DIAG_PEER"),
-        file=(file["udiag_vfs_dev"], file["udiag_vfs_ino"]) if file else None,
-        waiting=struct.unpack(f"<{len(waiting) // 4}I", waiting),
-        queued=lengths["udiag_rqueue"] if lengths else 0,
-        backlog=lengths["udiag_wqueue"] if lengths else 0,
-        shutdown=message.get_attr("UNIX_DIAG_SHUTDOWN") or 0,
+        inode=inode,
+        kind=kind,
+        state=state,
+        peer=peer[0] if peer else None,
+        file=(file[1], file[0]) if file else None,
+        waiting=numbers(_ICONS),
+        queued=lengths[0] if lengths else 0,
+        backlog=lengths[1] if lengths else 0,
+        shutdown=found.get(_SHUTDOWN, b"\0")[0],
     )

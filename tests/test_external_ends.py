@@ -7,6 +7,7 @@ import json
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -288,6 +289,48 @@ def test_a_name_that_is_said_must_fit(program: Callable[[str], Program], tmp_pat
     assert engine("dump", "--pid", echo.pid, "--to", tmp_path / "i", "--external-fd", "x").returncode == 2
     for wrong in ("pipe:[1]", "=5", "pipe:[1]=999"):
         assert engine("restore", "--from", tmp_path / "i", "--inherit-fd", wrong).returncode == 2
+
+
+def test_a_socket_that_somebody_outside_has_made(tmp_path: Path) -> None:
+    """As of a service that is started for a connection: named, and given at the restore."""
+    theirs, ours = socket.socketpair()
+    process = subprocess.Popen(
+        [find_python(), "-S", "-s", "-E", "-c", _ECHO],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=subprocess.DEVNULL,
+        cwd="/",
+        start_new_session=True,
+    )
+    name = os.readlink(f"/proc/self/fd/{theirs.fileno()}")
+    theirs.close()
+    try:
+        receive(ours.fileno(), b"ready")
+        assert engine("dump", "--pid", process.pid, "--to", tmp_path / "image").returncode == 3
+        done = engine("dump", "--pid", process.pid, "--to", tmp_path / "image", "--external-fd", name)
+        assert done.returncode == 0, said(done)
+        process.wait()
+        with ours, restorer(tmp_path / "image", "--inherit-fd", f"{name}=77", pass_fds=()) as wrong:
+            assert wrong.wait(20) == 2
+        new, ours = socket.socketpair()
+        with (
+            new,
+            restorer(
+                tmp_path / "image", "--inherit-fd", f"{name}={new.fileno()}", pass_fds=(new.fileno(),)
+            ) as again,
+        ):
+            new.close()
+            ours.sendall(b"hello\n")
+            receive(ours.fileno(), b"got hello\n")
+            ours.shutdown(socket.SHUT_WR)
+            receive(ours.fileno(), b"end\n")
+            assert again.wait(20) == 0
+            assert ours.recv(1) == b""
+    finally:
+        ours.close()
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGKILL)
+        reap([process.pid])
 
 
 _ALONE = """

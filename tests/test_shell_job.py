@@ -149,6 +149,7 @@ def test_a_job_moves_to_another_shell_with_keys_interrupts_and_stops(
     shells: list[Shell], tmp_path: Path
 ) -> None:
     first, second = shells
+    termios.tcsetwinsize(first.master, (33, 99))
     pid = begin(first, _KEYS, tmp_path)
     first.type(b"a")
     first.expect(b"<a>")
@@ -173,6 +174,7 @@ def test_a_job_moves_to_another_shell_with_keys_interrupts_and_stops(
     second.type(second.pipeline("restore", "--from", image, "--shell-job").encode() + b"\n")
     second.expect(b"[drawn]")
     assert second.quit_key() == b"\x05"
+    assert termios.tcgetwinsize(second.master) == (33, 99)  # it had none
     second.type(b"b")
     second.expect(b"<b>")
     second.type(b"\x03")
@@ -190,10 +192,22 @@ def test_a_job_moves_to_another_shell_with_keys_interrupts_and_stops(
         time.sleep(0.01)
     second.type(b"c")
     second.expect(b"<c>")
+    (restorer,) = (one for one in family_of(second.pid) if pid in children_of(one))
+    os.kill(restorer, signal.SIGSTOP)  # the shell takes the terminal away, and the tree runs on
+    second.expect(b"Stopped")
+    second.expect(_PROMPT)
+    second.type(b"x")  # it was reading already; when it reads again, the kernel stops it
+    second.expect(b"<x>")
+    second.type(b"fg\n")
+    second.expect(b"--shell-job")
+    second.wait_for_foreground(pid)
+    second.type(b"e")
+    second.expect(b"<e>")
     second.type(b"q")
     second.expect(b"[end 1]")
     second.expect(_PROMPT)
     assert second.settings() == usual
+    assert termios.tcgetwinsize(second.master) == (0, 0)
     assert second.status() == 0
     assert not reap([pid])
 

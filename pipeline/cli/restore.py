@@ -24,6 +24,7 @@ from pipeline.errors import UsageError
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
+    from pipeline.policy import RestorePolicy
     from pipeline.restore import RestoredTree
 
 EXAMPLE = (
@@ -78,16 +79,18 @@ def execute(arguments: argparse.Namespace) -> int:
         raise UsageError("--shell-job and --detach: a job stays with its shell; leave one of them out")
     if arguments.source == "-" and os.isatty(sys.stdin.fileno()):
         raise UsageError("--from - reads the image from stdin, which is a terminal")
+    # before anything here opens files, whose numbers somebody could mean
+    policy = policies.of_restore(arguments)
     import trio
 
     from pipeline.userns import cradle
 
     # a plain user rebuilds in a user namespace of their own, entered before there are threads
     cradle.enter()
-    return trio.run(_main, arguments)
+    return trio.run(_main, arguments, policy)
 
 
-async def _main(arguments: argparse.Namespace) -> int:
+async def _main(arguments: argparse.Namespace, policy: RestorePolicy) -> int:
     import trio
 
     import pipeline
@@ -103,7 +106,7 @@ async def _main(arguments: argparse.Namespace) -> int:
             map=arguments.map,
             unmapped=arguments.unmapped,
             externals=externals.parse(arguments.external),
-            policy=policies.of_restore(arguments),
+            policy=policy,
             progress=progress,
         )
         if arguments.detach:

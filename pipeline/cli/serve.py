@@ -41,6 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(arguments: argparse.Namespace) -> int:
+    # before anything here opens files, whose numbers somebody could mean
+    policy = policies.of_restore(arguments)
     import pipeline
     from pipeline.cli import recipe
     from pipeline.userns import cradle, externals
@@ -58,7 +60,7 @@ def execute(arguments: argparse.Namespace) -> int:
                 map=arguments.map,
                 unmapped=arguments.unmapped,
                 externals=outside,
-                policy=policies.of_restore(arguments),
+                policy=policy,
                 on_listening=_listening,
                 on_restored=_restored,
                 on_message=lambda text: render.say(f"serve: {text}"),

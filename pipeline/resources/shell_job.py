@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import replace
 
-from pipeline.errors import Blocker, Refused
+from pipeline.errors import Blocker, ImageError, Refused
 from pipeline.ids import HostPid, LocalFd
 from pipeline.image.schema import ShellJob
 from pipeline.kernel import procfs
@@ -80,11 +80,14 @@ class JobTerminal:
 
     Raises:
         Refused: there is none.
+        ImageError: what the image says of it is damaged.
 
     Ownership: holds the terminal open until `close`, which puts back what was lent; idempotent.
     """
 
     def __init__(self, job: ShellJob) -> None:
+        if len(job.settings) not in (0, Settings.BYTES) or len(job.window) not in (0, len(_NO_WINDOW)):
+            raise ImageError("the terminal of a shell's job is damaged")
         try:
             self._tty = LocalFd(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC))
         except OSError as error:
@@ -127,7 +130,7 @@ class JobTerminal:
     def greet(self) -> None:
         """The tree runs: what it had drawn is not on this terminal."""
         if self._lent is not None:
-            with suppress(ProcessLookupError):
+            with suppress(OSError):
                 os.killpg(terminal.foreground(self._tty), signal.SIGWINCH)
 
     def look(self) -> None:
@@ -136,10 +139,13 @@ class JobTerminal:
             stopped = procfs.stat(HostPid(self._root)).state == "T"
         except procfs.ProcessGone:
             return
-        if stopped:
-            self._suspend()
-        elif self._wanted and self._lent is None and self._group != os.getpgrp() and self._is_ours():
-            self._give()
+        with suppress(OSError):  # the terminal is hung up
+            put_there = self._wanted and self._group != os.getpgrp() and self._is_ours()
+            if stopped and not (put_there and self._lent is not None):
+                self._suspend()
+            elif put_there:  # by the shell, which may have taken the terminal away from a tree that had it
+                self._give()
+                self._continue()
 
     def close(self) -> None:
         """Put everything back, once; idempotent."""
@@ -161,7 +167,8 @@ class JobTerminal:
         return False  # it is hung up
 
     def _give(self) -> None:
-        usual, window = terminal.settings(self._tty), terminal.window(self._tty)
+        usual = terminal.settings(self._tty)
+        window = terminal.window(self._tty) if self._lent is None else self._lent[1]
         self._lent = usual, window
         assert self._guard is not None
         self._guard.watch(usual, os.getpgrp(), self._group)
@@ -186,7 +193,8 @@ class JobTerminal:
         self._lent = None
         with suppress(OSError):  # it is hung up
             self._settings = terminal.settings(self._tty).pack()
-            self._group = terminal.foreground(self._tty) or self._group
+            now = terminal.foreground(self._tty)
+            self._group = self._group if now in (0, os.getpgrp()) else now
             if window[:4] == _NO_WINDOW[:4]:
                 self._window = terminal.window(self._tty)
                 terminal.set_window(self._tty, window)
@@ -205,6 +213,9 @@ class JobTerminal:
         self._wanted = True
         if self._is_ours():
             self._give()
+        self._continue()
+
+    def _continue(self) -> None:
         for group in {_group_of(self._root), self._group if self._lent is not None else 0} - {0}:
             with suppress(ProcessLookupError):
                 os.killpg(group, signal.SIGCONT)

@@ -228,5 +228,11 @@ def test_clocks_go_on_by_themselves_on_the_same_boot() -> None:
     assert told is not None
     assert 0 <= time.monotonic_ns() - told < 10**9
     assert here.tree_ns(time.CLOCK_REALTIME) is None
+    hidden = msgspec.structs.replace(head, boot_id="")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(clocks, "boot_id", lambda: "")
+        assert ClocksHere(hidden, "auto", 6, [OUTSIDE]).tree_ns(1) is None, (
+            "nobody knows whether it is the same"
+        )
     other = msgspec.structs.replace(head, clock_offsets_ns=(offsets[0] + 1, offsets[1]))
     assert ClocksHere(other, "auto", 6, [OUTSIDE]).tree_ns(1) is None

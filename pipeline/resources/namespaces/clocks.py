@@ -106,9 +106,10 @@ def begin(state: TimeState, puppet: Puppet) -> dict[str, int]:
 
 
 def boot_id() -> str:
-    """Which boot of which host this is."""
-    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+    """Which boot of which host this is; empty where it is hidden, as from some containers."""
+    with suppress(OSError), open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
         return file.read().strip()
+    return ""
 
 
 def own_offsets_ns() -> dict[str, int]:

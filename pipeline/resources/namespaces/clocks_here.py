@@ -55,7 +55,8 @@ class ClocksHere:
     def _go_on_by_themselves(self) -> bool:
         ours = clocks.own_offsets_ns()
         offsets = (ours["monotonic"], ours["boottime"])
-        return (self._head.boot_id, self._head.clock_offsets_ns) == (clocks.boot_id(), offsets)
+        same = (self._head.boot_id, self._head.clock_offsets_ns) == (clocks.boot_id(), offsets)
+        return same and bool(self._head.boot_id)
 
     def go_on(self, launcher: Puppet) -> None:
         """Move `launcher`, and with it the whole tree, into a time namespace, where that is wanted.

@@ -9,16 +9,12 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections import defaultdict
 from contextlib import suppress
 from functools import partial
 
-from pipeline.image.schema import Index
-from pipeline.kernel.nfnetlink import Listener
 from pipeline.resources.kinds import CaptureScope
 from pipeline.resources.sockets import EXTERNAL_NETWORK
 from pipeline.resources.tcp_lock import Lock
-from pipeline.resources.tcp_state import State
 from pipeline.resources.tcp_tree import TcpTree
 
 #: how long a tree may take to accept those that wait already
@@ -38,17 +34,10 @@ class Doors:
             scope: of a look at the tree, which runs.
         """
         tree = TcpTree.of(scope)
-        listeners: dict[Index, list[Listener]] = defaultdict(list)
-        for one in tree.seen.values():
-            if one.info.state == State.LISTEN:
-                host, port = one.local
-                listeners[one.netns].append((host if any(host) else b"", port))
-        for netns, there in listeners.items():
-            if tree.lockable(netns) is None:
-                with suppress(OSError):
-                    made = partial(scope.in_network, netns)
-                    around = netns == EXTERNAL_NETWORK
-                    self._locks.append(Lock(secrets.token_hex(8), made, (), there, around))
+        for netns, there in tree.lockable_listeners().items():
+            with suppress(OSError):
+                made = partial(scope.in_network, netns)
+                self._locks.append(Lock(secrets.token_hex(8), made, (), there, netns == EXTERNAL_NETWORK))
         deadline = time.monotonic() + _ACCEPTS_S
         while self._locks and tree.anybody_waits() and time.monotonic() < deadline:
             time.sleep(_PAUSE_S)

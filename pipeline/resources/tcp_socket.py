@@ -39,8 +39,9 @@ from pipeline.resources.sockets import EXTERNAL_NETWORK
 from pipeline.resources.steps import CompleteOnceCreated
 from pipeline.resources.tcp_ended import make_ended, make_reset
 from pipeline.resources.tcp_lock import unlock
+from pipeline.resources.tcp_seen import Seen, is_tcp
 from pipeline.resources.tcp_state import CONNECTED, MAX_QUEUE_BYTES, Phase, State, TcpState, info_of
-from pipeline.resources.tcp_tree import Seen, TcpTree, is_tcp
+from pipeline.resources.tcp_tree import TcpTree
 
 #: how long a listener of the tree may take to answer a client of the tree
 _ANSWER_MS = 2000

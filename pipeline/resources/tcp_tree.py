@@ -8,20 +8,14 @@ be told that it is connected, by somebody who is about to end.
 A client that waits to be accepted has no descriptor at the listener's side. Where it is in the tree and has sent
 nothing that was received, its connection is made anew, in the order in which the clients were last heard. Any other
 is waited for.
-
-When the tree has ended, our duplicates are the last that hold its connections: they are closed in repair mode, which
-says nothing to the peer.
 """
 
 from __future__ import annotations
 
 import errno
-import os
-import secrets
-import socket
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 
@@ -32,21 +26,18 @@ from pipeline.kernel import tcpdiag
 from pipeline.kernel.nfnetlink import Ends, Listener, open_socket, tables
 from pipeline.kernel.rtnetlink import Netlink, socket_of
 from pipeline.kernel.tcpdiag import NETLINK_SOCK_DIAG, TcpEntry
-from pipeline.ledger import LEDGER
 from pipeline.resources import inet_address, sockets, tcp_read
-from pipeline.resources.held import Held
 from pipeline.resources.inet_address import Address
-from pipeline.resources.kinds import CaptureScope, FdView
+from pipeline.resources.kinds import CaptureScope
 from pipeline.resources.sockets import EXTERNAL_NETWORK
-from pipeline.resources.tcp_lock import Lock
+from pipeline.resources.tcp_holding import TcpHolding
 from pipeline.resources.tcp_pairs import agree
+from pipeline.resources.tcp_seen import Seen, is_tcp, see
 from pipeline.resources.tcp_state import (
     CONNECTED,
     FIN_UNACKNOWLEDGED,
     Client,
     Connection,
-    End,
-    Info,
     State,
     info_of,
     plain,
@@ -55,33 +46,6 @@ from pipeline.resources.tcp_state import (
 _TIMES = 20
 #: how long what was written to closed connections may take to be sent while the tree stands still
 _DRAIN_S, _DRAIN_PAUSE_S = 0.3, 0.005
-
-
-def is_tcp(view: FdView) -> bool:
-    """Whether `view` is a TCP socket of either family."""
-    who = sockets.identity_of(view)
-    return (
-        who is not None
-        and who.family in (socket.AF_INET, socket.AF_INET6)
-        and (who.type, who.protocol) == (socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    )
-
-
-@dataclass(slots=True)
-class Seen:
-    """One TCP socket, as it was seen. `remote`: None unless the kernel names a peer."""
-
-    index: Index
-    view: FdView
-    netns: Index
-    info: Info
-    local: End
-    remote: End | None
-
-    def ends(self, remote: End | None) -> Ends:
-        """As a lock names them."""
-        assert remote is not None
-        return (*remote, *self.local)
 
 
 @dataclass(slots=True)
@@ -107,7 +71,7 @@ class TcpTree:
                 with sockets.borrowed(view.local) as sock:
                     netns = sockets.network(sock, scope)
                     if netns is not None:
-                        self.seen[view.local] = _seen(index, view, netns, sock)
+                        self.seen[view.local] = see(index, view, netns, sock)
         self._by_ends = {
             (one.netns, one.local, one.remote): one for one in self.seen.values() if one.remote is not None
         }
@@ -242,7 +206,7 @@ class TcpTree:
             found: dict[Index, Connection] = {}
             if self._scope.policy.tcp != "close":
                 self._let_drain()
-                found = self._read(_Holding(self, self._scope))
+                found = self._read(self._hold())
             self._connections = found
         return self._connections
 
@@ -271,7 +235,28 @@ class TcpTree:
             time.sleep(_DRAIN_PAUSE_S)
             self.__dict__.pop("_entries", None)
 
-    def _read(self, holding: _Holding) -> dict[Index, Connection]:
+    def _hold(self) -> TcpHolding:
+        """Lock what has its other end outside, and the listeners as far as that is permitted."""
+        outside: dict[Index, list[tuple[Seen, Ends]]] = defaultdict(list)
+        for one in self.seen.values():
+            wanted = self.peer_of_connecting(one) if one.info.state == State.SYN_SENT else None
+            if wanted is not None:
+                outside[one.netns].append((one, one.ends(plain(wanted.host, wanted.port))))
+            elif self.is_outside(one):
+                outside[one.netns].append((one, one.ends(one.remote)))
+        # where it is not permitted, clients that come now are told that nobody is there any more
+        return TcpHolding(self._scope, outside, self.lockable_listeners(set(outside)))
+
+    def lockable_listeners(self, also: Collection[Index] = ()) -> dict[Index, list[Listener]]:
+        """What is listened on, by network: of those that can be locked, and of `also`."""
+        found: dict[Index, list[Listener]] = defaultdict(list)
+        for one in self.seen.values():
+            if one.info.state == State.LISTEN and (one.netns in also or self.lockable(one.netns) is None):
+                host, port = one.local
+                found[one.netns].append((host if any(host) else b"", port))
+        return found
+
+    def _read(self, holding: TcpHolding) -> dict[Index, Connection]:
         self._look_again()
         wanted = [
             one
@@ -361,115 +346,3 @@ class TcpTree:
 def _is_closed_and_sends(entry: TcpEntry) -> bool:
     """A FIN alone, which counts as one, may be lost."""
     return entry.inode == 0 and entry.state in FIN_UNACKNOWLEDGED and entry.queued > 1
-
-
-def _seen(index: Index, view: FdView, netns: Index, sock: socket.socket) -> Seen:
-    info = info_of(sock)
-    local = inet_address.local(sock, sock.family)
-    remote = inet_address.remote(sock, sock.family)
-    return Seen(
-        index,
-        view,
-        netns,
-        info,
-        plain(local.host, local.port),
-        plain(remote.host, remote.port) if remote is not None else None,
-    )
-
-
-class _Holding:
-    """The locks, and duplicates of the connections; see `pipeline.resources.held`."""
-
-    def __init__(self, tree: TcpTree, scope: CaptureScope) -> None:
-        self._held: Held = scope.held
-        self._locks: list[Lock] = []
-        self._duplicates: list[LocalFd] = []
-        #: lock of each connection that is locked
-        self.names: dict[Index, str] = {}
-        self._held.add(self)
-        outside: dict[Index, list[tuple[Seen, Ends]]] = defaultdict(list)
-        listeners: dict[Index, list[Listener]] = defaultdict(list)
-        for one in tree.seen.values():
-            wanted = tree.peer_of_connecting(one) if one.info.state == State.SYN_SENT else None
-            if wanted is not None:
-                outside[one.netns].append((one, one.ends(plain(wanted.host, wanted.port))))
-            elif tree.is_outside(one):
-                outside[one.netns].append((one, one.ends(one.remote)))
-            elif one.info.state == State.LISTEN:
-                host, port = one.local
-                listeners[one.netns].append((host if any(host) else b"", port))
-        for netns in {*outside, *listeners}:
-            if not outside[netns] and tree.lockable(netns) is not None:
-                continue  # clients that come now are told that nobody is there any more
-            name = secrets.token_hex(8)
-            made = partial(scope.in_network, netns)
-            try:
-                lock = Lock(
-                    name,
-                    made,
-                    [ends for _, ends in outside[netns]],
-                    listeners[netns],
-                    netns == EXTERNAL_NETWORK,
-                )
-            except OSError as error:
-                raise Refused(
-                    [
-                        Blocker(one.view.subject, f"its peer cannot be held off: {error.strerror}")
-                        for one, _ in outside[netns]
-                    ]
-                ) from error
-            self._locks.append(lock)
-            self.names |= {one.index: name for one, _ in outside[netns]}
-
-    def hold(self, seen: Iterator[Seen]) -> None:
-        """Keep a duplicate of each."""
-        for one in seen:
-            duplicate = LocalFd(os.dup(one.view.local))
-            LEDGER.take("connection", duplicate)
-            self._duplicates.append(duplicate)
-
-    def let_go(self) -> None:
-        """The connections go on."""
-        self._close_duplicates()
-        self._close_locks()
-
-    def ended(self) -> list[str]:
-        """Our duplicates are the last: nobody is told, and the locks stay."""
-        said = []
-        for lock in self._locks:
-            try:
-                lock.keep(self._held.image)
-            except OSError as error:
-                said.append(f"peers may be told that their connections have ended: {error.strerror}")
-        for duplicate in self._duplicates:
-            with sockets.borrowed(duplicate) as sock:
-                try:
-                    sock.setsockopt(socket.IPPROTO_TCP, tcp_read.REPAIR, tcp_read.ON)
-                except OSError as error:
-                    said.append(f"a peer is told that its connection has ended: {error.strerror}")
-        self._close_duplicates()
-        return said
-
-    def settled(self) -> list[str]:
-        """The connections are elsewhere: what would be dropped here comes there."""
-        said = []
-        for lock in self._locks:
-            try:
-                lock.forget()
-            except OSError as error:
-                said.append(f"run `python -m pipeline clean`: connections stay locked: {error.strerror}")
-        return said
-
-    def close(self) -> None:
-        """What is left of the locks ends; see `Lock`."""
-        self._close_locks()
-
-    def _close_duplicates(self) -> None:
-        while self._duplicates:
-            duplicate = self._duplicates.pop()
-            os.close(duplicate)
-            LEDGER.give_back("connection", duplicate)
-
-    def _close_locks(self) -> None:
-        while self._locks:
-            self._locks.pop().close()

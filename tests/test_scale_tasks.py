@@ -37,7 +37,7 @@ def _processor_s() -> float:
 
 @pytest.mark.parametrize(("kind", "few", "many"), [("threads", 150, 1000), ("processes", 80, 500)])
 def test_cost_stays_linear(start: Start, tmp_path: Path, kind: str, few: int, many: int) -> None:
-    """Twice the cost for each is allowed: other work on the machine makes everything dearer."""
+    """Three times the cost for each is allowed, for other work on the machine; what is quadratic costs six times."""
 
     def cost(number: int) -> tuple[float, float]:
         numbers = (number, 1) if kind == "threads" else (1, number)
@@ -47,6 +47,6 @@ def test_cost_stays_linear(start: Start, tmp_path: Path, kind: str, few: int, ma
     for what, least, less, more in zip(("dump", "restore"), nothing, some, all_of_them, strict=True):
         each, of_many = (less - least) / few, (more - least) / many
         print(f"{what}: {1e3 * each:.2f} ms for each of {few} {kind}, {1e3 * of_many:.2f} ms of {many}")
-        assert of_many < 2 * each, (
+        assert of_many < 3 * each, (
             f"{what}: {1e3 * of_many:.2f} ms for each of {many}, {1e3 * each:.2f} of {few}"
         )

@@ -192,17 +192,6 @@ def test_a_job_moves_to_another_shell_with_keys_interrupts_and_stops(
         time.sleep(0.01)
     second.type(b"c")
     second.expect(b"<c>")
-    (restorer,) = (one for one in family_of(second.pid) if pid in children_of(one))
-    os.kill(restorer, signal.SIGSTOP)  # the shell takes the terminal away, and the tree runs on
-    second.expect(b"Stopped")
-    second.expect(_PROMPT)
-    second.type(b"x")  # it was reading already; when it reads again, the kernel stops it
-    second.expect(b"<x>")
-    second.type(b"fg\n")
-    second.expect(b"--shell-job")
-    second.wait_for_foreground(pid)
-    second.type(b"e")
-    second.expect(b"<e>")
     second.type(b"q")
     second.expect(b"[end 1]")
     second.expect(_PROMPT)

@@ -1,4 +1,4 @@
-"""The figures of the README: `make bench`, or `python -m bench [--rounds 5] [--mib 1024]`.
+"""The figures of the README: `make bench`, or `python -m bench [--rounds 5] [--mib 1024]`; `--scale`: how they grow.
 
 Each figure is the median over the rounds, of whole commands as a user types them, the
 start of the interpreter included; times inside of a command are its own ``--json``.
@@ -171,10 +171,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--mib", type=int, default=1024, help="random memory of the large program")
     parser.add_argument("--no-migrate", action="store_true")
+    parser.add_argument(
+        "--scale", action="store_true", help="only: growing numbers of descriptors, mappings, pages"
+    )
     arguments = parser.parse_args()
     shm = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     with tempfile.TemporaryDirectory(dir=shm, prefix="pipeline-bench-") as name:
         folder = Path(name)
+        if arguments.scale:
+            from bench import scale
+
+            scale.main(folder)
+            return
         print(f"medians of {arguments.rounds}; command line as typed, image on tmpfs")
         report("small Python program", *there_and_back(folder, arguments.rounds, SMALL))
         dumps, restores = there_and_back(folder, arguments.rounds, LARGE, str(arguments.mib))

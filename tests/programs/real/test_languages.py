@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness.settings import Setting
+from tests.harness.settings import CLONE_NEWNET, Setting
 from tests.harness.tree import Workshop
 from tests.programs.real.tree import DEPTHS, SOURCES, RealTree, find, lines_of, needs
 
@@ -27,9 +27,16 @@ def goes_all_ways(tree: RealTree, folder: Path) -> None:
     assert counts == [str(n) for n in range(1, len(counts) + 1)], "a line is lost or doubled"
 
 
-@needs("node=nodejs")
+@needs("node=nodejs", "ip=iproute2")
 def test_node(launch: Callable[..., RealTree], setting: Setting, tmp_path: Path) -> None:
-    tree = launch(setting, ["node", "service.js", "socket"], lines_of("counts"), sources=["service.js"])
+    # at depth 1 over TCP, on a loopback of the tree's own
+    address = "8000" if setting.depth == 1 else "socket"
+    tree = launch(
+        setting.with_kinds(setting.name, CLONE_NEWNET),
+        ["sh", "-c", 'ip link set lo up && exec node service.js "$1"', "sh", address],
+        lines_of("counts"),
+        sources=["service.js"],
+    )
     goes_all_ways(tree, tmp_path)
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
@@ -23,12 +26,16 @@ def stage(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Itera
     secret = tmp_path_factory.mktemp("secret") / "secret"
     secret.write_text("a secret that is long enough for both sides\n")
     secret.chmod(0o600)
+    # what a program has in /dev/shm is on both hosts, and goes with them
+    shared = tempfile.mkdtemp(prefix="pipeline-tests-", dir="/dev/shm")
+    os.chmod(shared, 0o1777)
     with ExitStack() as stack:
-        hosts = []
+        stack.callback(shutil.rmtree, shared)
+        hosts: list[Host] = []
         for _ in range(2):
             hosts.append(Host())
             stack.callback(hosts[-1].close)
-            done = hosts[-1].run("sh", "-c", _TERMINALS)
+            done = hosts[-1].run("sh", "-ec", f"{_TERMINALS}; mount --bind {shared} /dev/shm")
             assert done.returncode == 0, done.stderr
         yield Stage(workshop, hosts[0], hosts[1], secret)
 

@@ -113,7 +113,7 @@ def body(program):
         program.same(
             "mappings",
             lambda: (pieces(start, len(cells)), hashlib.sha256(cells).digest()),
-            lambda: call(libc.mprotect, start, PAGE, mmap.PROT_NONE | mmap.PROT_READ | mmap.PROT_WRITE),
+            lambda: call(libc.mprotect, start, PAGE, 0 | mmap.PROT_READ | mmap.PROT_WRITE),
         )
     if sparse_mib:
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE

@@ -1,6 +1,6 @@
 """Unread datagrams of UDP sockets: looked at without taking them, and queued again as if they had just come.
 
-Looking: SO_PEEK_OFF makes MSG_PEEK walk through the queue; it is set for the walk and put back. The
+Looking: SO_PEEK_OFF makes MSG_PEEK walk through the queue; a child sets it for the walk and puts it back. The
 sender's address comes with each datagram, and what the socket's options ask for (the address it was
 sent to, hops, type of service, mark).
 
@@ -19,7 +19,6 @@ import select
 import socket
 import struct
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Annotated
 
 import msgspec
@@ -32,6 +31,7 @@ from pipeline.kernel import interfaces
 from pipeline.resources import inet_address, sockets
 from pipeline.resources.inet_address import Address
 from pipeline.resources.kinds import CaptureScope, FdView
+from pipeline.resources.shielded import shielded
 from pipeline.resources.sockets import SocketState
 
 _SO_PEEK_OFF = 42
@@ -66,24 +66,39 @@ class Datagram(Struct, frozen=True, array_like=True, forbid_unknown_fields=True)
 Queue = Annotated[list[Datagram], Meta(max_length=1 << 16)]
 
 
-@contextmanager
-def _from_the_start(sock: socket.socket) -> Iterator[None]:
-    before = sock.getsockopt(_SOL, _SO_PEEK_OFF)
-    sock.setsockopt(_SOL, _SO_PEEK_OFF, 0)
-    try:
-        yield
-    finally:
-        sock.setsockopt(_SOL, _SO_PEEK_OFF, before)
+class _Told(Struct):
+    """What the child answers that looks."""
+
+    found: list[Datagram] = []
+    refused: Blocker | None = None
+
+
+_DECODER = msgspec.msgpack.Decoder(_Told)
 
 
 def peek(sock: socket.socket, subject: str) -> list[Datagram]:
     """Every unread datagram of a socket, which is frozen and has no error pending.
 
+    A child looks, so that the peek offset is given back whatever becomes of us.
+
     Raises:
         Refused: one came with something that cannot come back; names it.
     """
-    with _from_the_start(sock):
-        return list(_walk(sock, subject))
+    told = _DECODER.decode(shielded(lambda: msgspec.msgpack.encode(_look(sock, subject))))
+    if told.refused is not None:
+        raise Refused([told.refused])
+    return told.found
+
+
+def _look(sock: socket.socket, subject: str) -> _Told:
+    before = sock.getsockopt(_SOL, _SO_PEEK_OFF)
+    sock.setsockopt(_SOL, _SO_PEEK_OFF, 0)
+    try:
+        return _Told(list(_walk(sock, subject)))
+    except Refused as refused:
+        return _Told(refused=refused.blockers[0])
+    finally:
+        sock.setsockopt(_SOL, _SO_PEEK_OFF, before)
 
 
 def _walk(sock: socket.socket, subject: str) -> Iterator[Datagram]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import select
+import signal
 import socket
 import struct
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import msgspec
@@ -274,6 +276,33 @@ def test_datagrams_that_came_with_more_are_refused_by_name(what: str) -> None:
         with of(capture.view(fd).local) as sock:
             assert sock.getsockopt(SOL, 42) == -1, "the peek offset of the target was moved"
             assert sock.recv(100, socket.MSG_DONTWAIT) == b"one"
+
+
+def test_a_pipeline_that_is_killed_while_it_looks_gives_the_peek_offset_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    walk = datagrams._walk
+
+    def slowly(sock: socket.socket, subject: str) -> Iterator[datagrams.Datagram]:
+        yield from walk(sock, subject)
+        time.sleep(0.3)
+
+    monkeypatch.setattr(datagrams, "_walk", slowly)
+    with udp() as receiver, udp() as sender:
+        sender.sendto(b"unread", receiver.getsockname())
+        pipeline = os.fork()
+        if not pipeline:
+            datagrams.peek(receiver, "")
+            os._exit(0)
+        deadline = time.monotonic() + 10
+        while receiver.getsockopt(SOL, 42) < 0:
+            assert time.monotonic() < deadline
+        os.kill(pipeline, signal.SIGKILL)
+        os.waitpid(pipeline, 0)
+        assert receiver.getsockopt(SOL, 42) >= 0
+        while receiver.getsockopt(SOL, 42) >= 0:
+            assert time.monotonic() < deadline
+        assert receiver.recv(10) == b"unread"
 
 
 def test_datagrams_by_multicast_or_in_one_piece_are_refused_by_name() -> None:

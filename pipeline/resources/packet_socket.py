@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import errno
 import os
-import select
 import socket
 import struct
 from collections.abc import Iterator, Sequence
@@ -91,10 +90,7 @@ class Packet(CompleteOnceCreated):
         """No rings, nothing unread, and somebody like ourselves may make it."""
         with sockets.borrowed(view.local) as sock:
             yield from sockets.check(view, sock, scope)
-            if sockets.events(view.local, 0) & select.POLLERR:
-                yield Blocker(
-                    view.subject, "an error waits to be read", "wait until it is read", transient=True
-                )
+            yield from sockets.check_error(view)
             netns = sockets.network(sock, scope)
             if netns is None:
                 return

@@ -14,7 +14,6 @@ Source: raw(7), icmp(7); net/ipv4/ping.c (ping_init_sock), net/ipv4/ipmr.c.
 
 from __future__ import annotations
 
-import select
 import socket
 from collections.abc import Iterator, Sequence
 
@@ -86,10 +85,7 @@ class Raw(CompleteOnceCreated):
         """Nothing unread, no error, no router, and somebody like ourselves may make it."""
         with sockets.borrowed(view.local) as sock:
             yield from sockets.check(view, sock, scope)
-            if sockets.events(view.local, 0) & select.POLLERR:
-                yield Blocker(
-                    view.subject, "an error waits to be read", "wait until it is read", transient=True
-                )
+            yield from sockets.check_error(view)
             netns = sockets.network(sock, scope)
             if netns is None:
                 return

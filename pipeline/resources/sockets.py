@@ -88,6 +88,12 @@ def events(fd: LocalFd, wanted: int) -> int:
     return sum(found for _, found in poll.poll(0))
 
 
+def check_error(view: FdView) -> Iterator[Blocker]:
+    """Refuse an error that waits to be read: to read it is to take it away from the program."""
+    if events(view.local, 0) & select.POLLERR:
+        yield Blocker(view.subject, "an error waits to be read", "wait until it is read", transient=True)
+
+
 @contextmanager
 def without_waiting(sock: socket.socket) -> Iterator[None]:
     """O_NONBLOCK for a moment; it belongs to the open file, and so to the program."""

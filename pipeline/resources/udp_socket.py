@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import select
 import socket
 import struct
 import termios
@@ -98,11 +97,7 @@ class Udp(CompleteOnceCreated):
         """No error, nothing held back, nothing unread that cannot be queued again."""
         with sockets.borrowed(view.local) as sock:
             yield from sockets.check(view, sock, scope)
-            found = sockets.events(view.local, select.POLLIN | select.POLLRDHUP)
-            if found & select.POLLERR:
-                yield Blocker(
-                    view.subject, "an error waits to be read", "wait until it is read", transient=True
-                )
+            yield from sockets.check_error(view)
             (unsent,) = struct.unpack("<i", fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)))
             if unsent:
                 yield Blocker(

@@ -33,6 +33,7 @@ from pipeline.kernel.arch.x86_64_numbers import NR
 from pipeline.kernel.syscalls import CLONE, syscall, unshare
 from pipeline.resources.acting import acting_as, in_changed_thread, in_thread
 from pipeline.resources.kinds import CreateScope
+from pipeline.resources.shielded import shielded
 from pipeline.resources.unix_state import Peer, SocketFile, is_path, shown
 
 T = TypeVar("T")
@@ -236,23 +237,9 @@ def _in_child(act: Callable[[], bytes]) -> bytes:
     Raises:
         OSError: with the errno that `act` raised there.
     """
-    reader, writer = os.pipe2(os.O_CLOEXEC)
-    pid = os.fork()
-    if pid == 0:
-        code = 255
-        try:
-            unshare(CLONE.NEWUSER)
-            os.write(writer, act())
-            code = 0
-        except OSError as error:
-            code = error.errno or 255
-        finally:
-            os._exit(code)
-    os.close(writer)
-    with os.fdopen(reader, "rb") as pipe:
-        found = pipe.read()
-    _, status = os.waitpid(pid, 0)
-    code = os.waitstatus_to_exitcode(status)
-    if code:
-        raise OSError(abs(code), os.strerror(abs(code)))
-    return found
+
+    def alone() -> bytes:
+        unshare(CLONE.NEWUSER)
+        return act()
+
+    return shielded(alone)

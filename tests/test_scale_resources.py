@@ -47,7 +47,7 @@ def test_cost_stays_linear(start: Start, tmp_path: Path, kind: str, few: int, ma
         # the start of the interpreter varies by more than a thousand mappings cost
         each, of_many = (less - least + 0.05) / few, (more - least) / many
         print(f"{what}: {1e3 * each:.3f} ms for each of {few} {kind}, {1e3 * of_many:.3f} ms of {many}")
-        assert of_many < 2 * each, (
+        assert of_many < 5 * each, (  # ten times, if it grew with the square
             f"{what}: {1e3 * of_many:.3f} ms for each of {many}, {1e3 * each:.3f} of {few}"
         )
 

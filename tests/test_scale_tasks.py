@@ -47,6 +47,6 @@ def test_cost_stays_linear(start: Start, tmp_path: Path, kind: str, few: int, ma
     for what, least, less, more in zip(("dump", "restore"), nothing, some, all_of_them, strict=True):
         each, of_many = (less - least) / few, (more - least) / many
         print(f"{what}: {1e3 * each:.2f} ms for each of {few} {kind}, {1e3 * of_many:.2f} ms of {many}")
-        assert of_many < 3 * each, (
+        assert of_many < 5 * each, (  # six times and more, if it grew with the square
             f"{what}: {1e3 * of_many:.2f} ms for each of {many}, {1e3 * each:.2f} of {few}"
         )

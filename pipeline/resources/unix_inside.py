@@ -19,9 +19,10 @@ from pipeline.ids import LocalFd
 from pipeline.kernel import procfs
 from pipeline.kernel.arch.x86_64_numbers import NR
 from pipeline.kernel.syscalls import syscall
-from pipeline.remote.calls import In, Out
+from pipeline.remote.calls import In
 from pipeline.resources.kinds import CreateScope
 from pipeline.resources.unix_state import Peer
+from pipeline.userns.idmap import IdMap, parse
 
 _SCM_RIGHTS = 1
 _SCM_CREDENTIALS = 2
@@ -44,15 +45,15 @@ def send(
     Args:
         sender: connected, or a datagram socket that is connected to `to` meanwhile.
         data: what to send; of a stream perhaps only the beginning is.
-        who: a process of the tree, with one of its real, effective or saved ids.
+        who: a process of the tree, and ids that its user namespace maps.
         files: local descriptors to send along.
         scope: of the rebuild, in its last phase.
         to: where to, if it is not connected.
 
     Raises:
-        OSError: EPERM: it does not have those ids; or what the kernel answered.
+        OSError: EPERM: its user namespace does not map those ids; or what the kernel answered.
     """
-    ucred = _UCRED.pack(procfs.status(scope.host_pid(who.pid)).ns_tgid[-1], *_own_ids(who, scope))
+    ucred = _UCRED.pack(procfs.status(scope.host_pid(who.pid)).ns_tgid[-1], *_ids_inside(who, scope))
     stream = sender.type == socket.SOCK_STREAM
     piece = bytes(data[:_PIECE_BYTES] if stream else data)
     if to:
@@ -71,19 +72,21 @@ def send(
             syscall(NR.connect, sender.fileno(), _DISCONNECT, len(_DISCONNECT))
 
 
-def _own_ids(who: Peer, scope: CreateScope) -> tuple[int, int]:
-    """The numbers that a process has for the ids of a message; whoever it is may only use its own."""
-    status = procfs.status(scope.host_pid(who.pid))
+def _ids_inside(who: Peer, scope: CreateScope) -> tuple[int, int]:
+    """The numbers that the ids of a message have where a process is.
+
+    A puppet has all capabilities in its user namespace, so it may name any id that this maps.
+
+    Raises:
+        OSError: EPERM: one has no number there.
+    """
+    pid = scope.host_pid(who.pid)
     found = []
-    for call, wanted, there in (
-        (NR.getresuid, scope.user(who.uid), status.uids),
-        (NR.getresgid, scope.group(who.gid), status.gids),
-    ):
-        if wanted not in there[:3]:
+    for name, wanted in (("uid_map", scope.user(who.uid)), ("gid_map", scope.group(who.gid))):
+        inside = IdMap(parse(procfs.read_file(pid, name))).down(wanted)
+        if inside is None:
             raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
-        answers = [Out(4), Out(4), Out(4)]
-        scope.inject(who.pid, call, *answers)
-        found.append(int.from_bytes(answers[there.index(wanted)].data, "little"))
+        found.append(inside)
     return found[0], found[1]
 
 

@@ -17,6 +17,7 @@ from pipeline.remote.calls import Call
 from pipeline.remote.puppet import Puppet
 from pipeline.userns import visit
 from pipeline.userns.forest import Forest
+from tests.harness.tree import children_of
 from tests.userns.making import captured, held, making
 
 pytestmark = pytest.mark.root
@@ -86,7 +87,7 @@ class Failing:
 
 
 def test_every_step_may_fail() -> None:
-    namespaces = namespaces_of_a_container()
+    namespaces, before = namespaces_of_a_container(), children_of(os.getpid())
     with pytest.MonkeyPatch.context() as patch:
         steps = Failing(patch, None)
         with making(FOREST, namespaces):
@@ -102,7 +103,7 @@ def test_every_step_may_fail() -> None:
                 pass
             assert failing.count >= at
         assert not LEDGER.held()
-        assert Path(f"/proc/self/task/{os.getpid()}/children").read_text() == ""
+        assert children_of(os.getpid()) == before
 
 
 def test_keepers_end_when_the_tree_has_moved_in() -> None:

@@ -24,6 +24,7 @@ from pipeline.kernel.syscalls import CLONE, mount, setns, unshare
 from pipeline.remote.puppet import Puppet
 from pipeline.resources import terminal, terminal_bytes
 from pipeline.resources.pty_session import ControllingTerminals, check_controlling_terminal
+from tests.harness.tree import children_of
 from tests.resources.fdharness import Capture, Rebuilt, Subject, subject
 from tests.resources.sockharness import polled
 
@@ -634,6 +635,7 @@ def test_a_pipeline_that_is_killed_while_it_looks_leaves_the_bytes(monkeypatch: 
 
     write = terminal_bytes._write
     monkeypatch.setattr(terminal_bytes, "_write", slowly)
+    before = children_of(os.getpid())
     with subject(setup) as child, Capture(child.pid) as capture:
         master, slave = (capture.view(fd).local for fd in child.result)
         pipeline = os.fork()
@@ -644,19 +646,13 @@ def test_a_pipeline_that_is_killed_while_it_looks_leaves_the_bytes(monkeypatch: 
         os.kill(pipeline, signal.SIGKILL)
         os.waitpid(pipeline, 0)
         deadline = time.monotonic() + 5
-        while Path(f"/proc/self/task/{os.getpid()}/children").read_text().split() != [str(child.pid)]:
+        while left := set(children_of(os.getpid())) - {child.pid, *before}:
             assert time.monotonic() < deadline
             time.sleep(0.01)
-            reap(child.pid)
+            for pid in left:  # orphans that became ours
+                os.waitpid(pid, os.WNOHANG)
         os.write(master, b"\n")
         assert os.read(slave, 100) == b"half\n"
-
-
-def reap(but: int) -> None:
-    """Collect orphans that became ours; the subject is not one of them."""
-    for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
-        if int(pid) != but:
-            os.waitpid(int(pid), os.WNOHANG)
 
 
 def test_a_terminal_from_outside_is_refused_and_its_owner_named() -> None:

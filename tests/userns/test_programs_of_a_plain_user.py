@@ -9,6 +9,7 @@ import subprocess
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -140,7 +141,8 @@ class Carried:
     def end(self) -> None:
         family = family_of(self.pid)
         for pid in family:
-            os.kill(pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # with one of them others end
+                os.kill(pid, signal.SIGKILL)
         self._first.poll()
         reap(family)
 

@@ -58,6 +58,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str | None]:
         for name, port, grpc in zip(names, ports[::2], ports[1::2], strict=True)
         for option in (f"-{name}.port={port}", f"-{name}.port.grpc={grpc}")
     ]
+    options += [f"-{name}.localSocket={name}.sock" for name in ("filer", "s3")]  # else in /tmp, for good
     sizes = ["-volume.max=20", "-master.volumeSizeLimitMB=64", "-s3.port.iceberg=0"]
     endpoint = f"http://127.0.0.1:{ports[6]}"
     with (place / "log").open("wb") as log:
@@ -92,6 +93,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str | None]:
     finally:
         process.kill()
         process.wait()
+        for name, port in zip(names, ports[1::2], strict=True):  # which it makes there whatever it is told
+            Path(f"/tmp/seaweedfs-{name}-grpc-{port}.sock").unlink(missing_ok=True)
 
 
 @pytest.fixture

@@ -139,15 +139,17 @@ def test_a_first_process_of_another_name_is_not_entered(tmp_path: Path) -> None:
 
 def test_a_root_that_ends_at_once_has_its_status(tmp_path: Path) -> None:
     """Who is around the tree takes its end before anybody here has looked at it."""
-    sleep = "import time, os; time.sleep(1.0); os._exit(5)"  # until a time that is over at the restore
-    begun = engine("run", "--userns", "--detach", "--", "/usr/bin/python3", "-S", "-E", "-c", sleep)
+    wait = "import time, os, sys\nwhile not os.path.exists(sys.argv[1]): time.sleep(0.001)\nos._exit(5)"
+    tmp_path.chmod(0o755)
+    words = ("/usr/bin/python3", "-S", "-E", "-c", wait, tmp_path / "over")
+    begun = engine("run", "--userns", "--detach", "--", *words)
     assert begun.returncode == 0, said(begun)
     root = int(begun.stdout)
     time.sleep(0.3)
     done = engine("dump", "--pid", str(root), "--to", tmp_path / "image")
     assert done.returncode == 0, said(done)
     assert not reap([root])
-    time.sleep(1.0)
+    (tmp_path / "over").touch()
     for _ in range(5):
         done = engine("restore", "--from", tmp_path / "image", "--new-pidns")
         assert done.returncode == 5, said(done)

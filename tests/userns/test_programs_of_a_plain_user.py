@@ -143,8 +143,8 @@ class Carried:
         for pid in family:
             with suppress(ProcessLookupError):  # with one of them others end
                 os.kill(pid, signal.SIGKILL)
-        self._first.poll()
         reap(family)
+        self._first.poll()
 
 
 @pytest.fixture

@@ -143,6 +143,7 @@ def test_expirations_not_read_yet_are_kept() -> None:
         assert 0 < value <= interval
 
 
+@pytest.mark.root  # alarms that wake the machine
 def test_alarm_clocks_and_a_timer_that_only_waits_for_the_clock_to_be_set() -> None:
     """As systemd has one: it never expires, but tells when somebody sets the clock."""
     cancel_on_set, for_ever = 2, 0x7FFF_FFFF_FFFF_FFFF // SECOND * SECOND

@@ -37,6 +37,7 @@ def netlink(protocol: int) -> socket.socket:
     return socket.socket(NETLINK, socket.SOCK_RAW, protocol)
 
 
+@pytest.mark.root  # who connects to another than the kernel needs CAP_NET_ADMIN
 def test_idle_sockets_keep_port_groups_and_options() -> None:
     def setup() -> tuple[int, ...]:
         route = netlink(0)

@@ -9,6 +9,7 @@ Sources: cgroups(7), cgroup_namespaces(7), proc_pid_mountinfo(5).
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -72,10 +73,10 @@ def hierarchies(names: Mapping[str, bytes]) -> dict[str, Hierarchy]:
     found: dict[str, Hierarchy] = {}
     mounts = [mount for mount in mountinfo(HostPid(os.getpid())) if mount.kind in {b"cgroup", b"cgroup2"}]
     for name in names:
-        controllers = {part.encode() for part in name.split(",")}
+        kind = b"cgroup2" if name == UNIFIED else b"cgroup"
+        controllers = {part.encode() for part in name.split(",") if part}
         for mount in mounts:
-            fits = mount.kind == b"cgroup2" if name == UNIFIED else controllers <= set(mount.super_options)
-            if not fits or (mount.kind == b"cgroup2") != (name == UNIFIED) or is_outside(mount.root):
+            if mount.kind != kind or not controllers <= set(mount.super_options) or is_outside(mount.root):
                 continue
             here = Hierarchy(name, mount.point, mount.root)
             if name not in found or len(here.root) < len(found[name].root):
@@ -85,14 +86,17 @@ def hierarchies(names: Mapping[str, bytes]) -> dict[str, Hierarchy]:
 
 def members(directory: bytes) -> list[int]:
     """Who is in the cgroup itself, not below: processes, or threads where it is a threaded one; 0 for a stranger."""
-    for name in (b"cgroup.procs", b"cgroup.threads"):
-        try:
-            with open(directory + b"/" + name, "rb") as file:
-                return [int(word) for word in file.read().split()]
-        except OSError as error:
-            if name == b"cgroup.threads" or error.errno != 95:  # EOPNOTSUPP: look at its threads
-                raise
-    return []
+    try:
+        return _numbers(directory + b"/cgroup.procs")
+    except OSError as error:
+        if error.errno != errno.EOPNOTSUPP:
+            raise
+    return _numbers(directory + b"/cgroup.threads")
+
+
+def _numbers(path: bytes) -> list[int]:
+    with open(path, "rb") as file:
+        return [int(word) for word in file.read().split()]
 
 
 def children(directory: bytes) -> list[bytes]:

@@ -115,7 +115,9 @@ class Capture:
         with ExitStack() as stack:
             stack.callback(self._spaces.close)
             lodgers = stack.enter_context(Lodgers())
-            self._cgroups = CgroupCapture(pids if self.policy.cgroup == "keep" else [], self.tree.member)
+            self._cgroups = CgroupCapture(
+                map(self._face, pids) if self.policy.cgroup == "keep" else (), self.tree.member
+            )
             self.namespaces = NamespaceCapture(
                 self.living, self._forest, is_privileged(), lodgers, externals, self._cgroups
             )

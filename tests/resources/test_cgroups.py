@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.errors import RebuildError
 from pipeline.ids import HostPid
 from pipeline.image.schema import Cgroup
-from pipeline.kernel import cgroupfs
+from pipeline.kernel import cgroupfs, procfs
 from pipeline.resources.cgroups import settings
 from pipeline.resources.cgroups.making import CgroupMaking
 from tests.harness.carry import carry
@@ -153,6 +154,9 @@ def hand_out(groups: Groups, uid: int) -> None:
     for path in (directory, directory / "cgroup.procs", directory / "cgroup.subtree_control"):
         os.chown(path, uid, uid + 1)
     directory.chmod(0o775)
+    other = groups.directory("", "services/one")  # by permissions alone
+    other.chmod(0o700)
+    (other / "cgroup.procs").chmod(0o646)
     os.setxattr(directory, "user.delegate", b"1")
     os.setxattr(directory, "trusted.invocation_id", b"0123")
 
@@ -203,6 +207,20 @@ def test_threads_elsewhere(groups: Groups, start: Callable[..., Tree], tmp_path:
     dump(tree, tmp_path / "image")
     restore(tree, tmp_path / "image")
     assert places(tree) == members
+    tree.check()
+
+
+def test_a_process_whose_first_thread_has_ended(
+    groups: Groups, start: Callable[..., Tree], tmp_path: Path
+) -> None:
+    tree = start("leaderless", DEPTH_1)
+    groups.make("", "inner")
+    for pid in tree.pids():
+        groups.put(pid, "", "inner")
+    dump(tree, tmp_path / "image")
+    groups.remove()
+    restore(tree, tmp_path / "image")
+    assert {cgroupfs.places(HostPid(pid))[""] for pid in tree.pids()} == {f"/{NAME}/inner".encode()}
     tree.check()
 
 
@@ -382,16 +400,33 @@ def test_a_cgroup_namespace_with_members_below_its_root(
         members, views = places(tree), inside.views()
         assert {line.rpartition(b":")[2] for line in views[tree.pids()[1]]} == {b"/", b"/child"}
         family = tree.pids()
+        done = engine(
+            "dump", "--pid", tree.pid, "--to", tmp_path / "left", "--cgroup", "ignore", "--leave-running"
+        )
+        assert done.returncode == 0, said(done)
         done = engine("dump", "--pid", tree.pid, "--to", tmp_path / "image")
         assert done.returncode == 0, said(done)
         assert not reap([inside.wrapper, *family])
         groups.remove()
+        left_behind(tree, tmp_path / "left")
         restore(tree, tmp_path / "image")
         assert places(tree) == members
         assert inside.views() == views
         tree.check()
     finally:
         inside.close()
+
+
+def left_behind(tree: Tree, image: Path) -> None:
+    """From an image without its cgroups the tree is, and its cgroup namespace begins, where its restorer is."""
+    restore(tree, image)
+    family = tree.pids()
+    living = [HostPid(pid) for pid in family if procfs.stat(HostPid(pid)).state != "Z"]
+    assert {pid: found for pid in living if (found := cgroupfs.places(pid)) != HERE} == {}
+    tree.check()
+    for pid in family:
+        os.kill(pid, signal.SIGKILL)
+    assert not reap(family)
 
 
 def test_every_file_that_can_be_written_is_in_the_table_or_left_out_by_name(groups: Groups) -> None:
@@ -406,10 +441,40 @@ def test_every_file_that_can_be_written_is_in_the_table_or_left_out_by_name(grou
 
 
 def test_paths_of_a_bad_image_stay_in_the_hierarchy() -> None:
-    for path in (b"/../../etc", b"relative", b"/a/./b", b"/a\nb"):
+    for path in (b"/../../etc", b"relative", b"/a/./b", b"/a\nb", b"/", b"", b"//", b"/a/"):
         one = Cgroup(index=0, hierarchy="", path=path, own=True)
-        making = CgroupMaking({0: one}, {0}, "keep", lambda one: one.id, lambda one: one.id)
-        assert [blocker.reason for blocker in making.check()] == ["this is no path of a cgroup"]
+        for where in ("keep", "/elsewhere"):
+            making = CgroupMaking({0: one}, {0}, where, lambda one: one.id, lambda one: one.id)
+            assert [blocker.reason for blocker in making.check()] == ["this is no path of a cgroup"], path
+
+
+def test_who_visits_a_cgroup_is_back_behind_it(groups: Groups, start: Callable[..., Tree]) -> None:
+    """One of version 2 in which somebody is would not be opened for those below."""
+    tree = start("quiet")
+    one = Cgroup(index=0, hierarchy="", path=f"/{NAME}/root".encode(), own=True)
+    making = CgroupMaking({0: one}, set(), "keep", lambda one: one.id, lambda one: one.id)
+    making.make()
+    try:
+        with making.visiting([0], HostPid(tree.pid)):
+            assert cgroupfs.places(HostPid(tree.pid))[""] == one.path
+        assert cgroupfs.places(HostPid(tree.pid)) == HERE
+    finally:
+        making.close()
+
+
+def test_attributes_of_a_bad_image_are_those_that_a_cgroup_keeps(groups: Groups) -> None:
+    one = Cgroup(
+        index=0, hierarchy="", path=f"/{NAME}/bad".encode(), own=True, xattrs={"security.capability": b"x"}
+    )
+    making = CgroupMaking({0: one}, {0}, "keep", lambda one: one.id, lambda one: one.id)
+    assert not list(making.check())
+    try:
+        making.make()
+        with pytest.raises(RebuildError, match=r"security\.capability is of none of the classes"):
+            making.settle()
+    finally:
+        making.close()
+    assert not groups.directory("", "bad").exists()
 
 
 def test_devices_go_by_name() -> None:

@@ -17,7 +17,7 @@ import ctypes
 import errno
 import os
 import stat
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import cached_property
 
@@ -48,7 +48,9 @@ IGNORE = "leave its cgroups behind: --cgroup ignore"
 _BPF_PROG_QUERY = 16
 #: enum bpf_attach_type has some sixty members by now; those that are not of cgroups are EINVAL
 _ATTACH_TYPES = range(64)
-_KEPT_XATTRS = ("user.", "trusted.")
+#: of files that the kernel makes in a cgroup, where not said by name
+_MODES = frozenset({0o444, 0o644, 0o200})
+_MODE_OF = {b"": 0o755, b"cgroup.event_control": 0o222, b"memory.pressure_level": 0}
 
 #: hierarchy and path
 Place = tuple[str, bytes]
@@ -58,11 +60,12 @@ class CgroupCapture:
     """The cgroups of a tree.
 
     Args:
-        pids: its processes, zombies too.
+        pids: its processes, zombies too; one whose first thread has ended by another; empty: their cgroups are
+            left behind.
         is_member: whether a pid, of a process or thread, is the tree's.
     """
 
-    def __init__(self, pids: Sequence[HostPid], is_member: Callable[[int], object]) -> None:
+    def __init__(self, pids: Iterable[HostPid], is_member: Callable[[int], object]) -> None:
         self._is_member = is_member
         self._numbers: dict[Place, int] = {}
         self.places: dict[int, dict[str, bytes]] = {}
@@ -222,7 +225,7 @@ class CgroupCapture:
             xattrs={
                 name: os.getxattr(directory, name)
                 for name in os.listxattr(directory)
-                if name.startswith(_KEPT_XATTRS)
+                if name.startswith(settings.KEPT_XATTRS)
             },
         )
 
@@ -248,13 +251,15 @@ def _line(directory: bytes, name: bytes) -> bytes:
 
 
 def _handed_out(directory: bytes) -> Iterator[CgroupFile]:
-    """Whatever is not host root's."""
+    """Whatever is not host root's, or has other permissions than the kernel gives it."""
     for name in (b"", *sorted(os.listdir(directory))):
         found = os.lstat(directory + b"/" + name)
-        if (not name or stat.S_ISREG(found.st_mode)) and (found.st_uid or found.st_gid):
-            yield CgroupFile(
-                os.fsdecode(name), Id(0, found.st_uid), Id(0, found.st_gid), stat.S_IMODE(found.st_mode)
-            )
+        if name and not stat.S_ISREG(found.st_mode):
+            continue  # another cgroup
+        mode = stat.S_IMODE(found.st_mode)
+        usual = mode == _MODE_OF[name] if name in _MODE_OF else mode in _MODES
+        if found.st_uid or found.st_gid or not usual:
+            yield CgroupFile(os.fsdecode(name), Id(0, found.st_uid), Id(0, found.st_gid), mode)
 
 
 class _Query(ctypes.Structure):

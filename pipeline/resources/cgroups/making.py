@@ -41,7 +41,7 @@ class CgroupMaking:
 
     Args:
         cgroups: of the image, by index.
-        used: those of them that processes or namespaces are in themselves, not only below.
+        used: those of them that processes are in themselves, not only below.
         wanted: ``keep``, ``ignore``, or the path of a cgroup to make them in.
         user, group: what an id of the image is called here.
     """
@@ -60,11 +60,12 @@ class CgroupMaking:
         self._user = user
         self._group = group
         self._here = cgroupfs.places(HostPid(os.getpid()))
-        names = {one.hierarchy for one in self._cgroups.values()}
-        self._names = names
-        self._hierarchies = cgroupfs.hierarchies({n: p for n, p in self._here.items() if n in names})
-        #: where each is made or found; those in which others live
+        #: of the hierarchies in which the tree has cgroups
+        self._names = {one.hierarchy for one in self._cgroups.values()}
+        self._hierarchies = cgroupfs.hierarchies({n: p for n, p in self._here.items() if n in self._names})
+        #: where each is made or found
         self._paths = {index: self._target(one) for index, one in self._cgroups.items()}
+        #: those in which others live
         self._shared: set[int] = set()
         self._made: list[bytes] = []
 
@@ -80,8 +81,8 @@ class CgroupMaking:
         own = {
             other.path for other in self._cgroups.values() if other.own and other.hierarchy == one.hierarchy
         }
-        while os.path.dirname(top) in own:
-            top = os.path.dirname(top)
+        while (above := os.path.dirname(top)) != top and above in own:
+            top = above
         return base + b"/" + os.path.basename(top) + one.path[len(top) :]
 
     def _directory(self, hierarchy: str, path: bytes) -> bytes | None:
@@ -107,8 +108,7 @@ class CgroupMaking:
             path = self._paths[index]
             version = f"hierarchy {one.hierarchy}" if one.hierarchy else "version 2"
             subject = f"cgroup {os.fsdecode(path)} ({version})"
-            parts = path.split(b"/")
-            if not path.startswith(b"/") or b".." in parts or b"." in parts or b"\0" in path or b"\n" in path:
+            if not (_is_path(one.path) and _is_path(path)) or (one.own and one.path == b"/"):
                 yield Blocker(subject, "this is no path of a cgroup", _ELSEWHERE)
                 continue
             directory = self._directory(one.hierarchy, path)
@@ -280,6 +280,8 @@ class CgroupMaking:
                     )
                 for name, content in one.xattrs.items():
                     subject = f"cgroup {os.fsdecode(self._paths[index])}: attribute {name}"
+                    if not name.startswith(settings.KEPT_XATTRS):
+                        raise RebuildError(f"{subject} is of none of the classes that a cgroup keeps")
                     os.setxattr(directory, name, content)
             except (OSError, settings.UnknownDeviceError) as error:
                 raise RebuildError(f"{subject}: {error}; {_ELSEWHERE}") from error
@@ -316,6 +318,14 @@ class CgroupMaking:
                 while not _removed(directory) and time.monotonic() < deadline:
                     time.sleep(0.005)
             LEDGER.give_back("cgroup", directory)
+
+
+def _is_path(path: bytes) -> bool:
+    """Whether this is a path of /proc/PID/cgroup inside the reader's cgroup namespace."""
+    if path == b"/":
+        return True
+    first, *parts = path.split(b"/")
+    return not first and bool(parts) and not {b"", b".", b".."} & set(parts) and not set(path) & set(b"\0\n")
 
 
 def _is_lived_in(directory: bytes) -> bool:

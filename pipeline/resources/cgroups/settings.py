@@ -135,6 +135,8 @@ _OF_DEVICES = frozenset(
 CPUSET = ("cpuset.cpus", "cpuset.mems")
 #: must be set before anybody is in the cgroup, or a cgroup is below it
 EARLY = frozenset({*CPUSET, "devices.list"})
+#: the classes of extended attributes that a cgroup keeps; those of security modules are the host's
+KEPT_XATTRS = ("user.", "trusted.")
 _NUMBER = re.compile(rb"(\d+):(\d+)( .*)?")
 _NAME = re.compile(rb"([a-zA-Z][\w!.-]{0,63})( .*)?")
 

@@ -47,8 +47,10 @@ def capture(
     Args:
         members: the processes of the tree that are in it, or, of one without any, who holds it.
         way: what a visitor joins to be in it.
-        cgroups: of the tree.
+        cgroups: of the tree; of nobody where they are left behind: then it begins where the restorer is.
     """
+    if not cgroups.places:
+        return CgroupNamespaceState(), []
 
     def look() -> bytes:
         views = []

@@ -53,6 +53,7 @@ def execute(arguments: argparse.Namespace) -> int:
     from pipeline.userns import externals
 
     outside = externals.parse(arguments.external)
+    policy = policies.of_dump(arguments)
     place = within.enter("dump", arguments.pid)
     to = place.path(arguments.to)
     outside = {kind: place.path(path) for kind, path in outside.items()}
@@ -63,7 +64,7 @@ def execute(arguments: argparse.Namespace) -> int:
                 to,
                 leave=leave,
                 externals=outside,
-                policy=policies.of_dump(arguments),
+                policy=policy,
                 progress=progress,
             )
         )

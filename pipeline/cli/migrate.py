@@ -62,6 +62,7 @@ def execute(arguments: argparse.Namespace) -> int:
     from pipeline.userns import externals
 
     outside = externals.parse(arguments.external)
+    policy = policies.of_dump(arguments)
     place = within.enter("migrate", arguments.pid)
     outside = {kind: place.path(path) for kind, path in outside.items()}
     secret_file = arguments.secret_file and place.path(arguments.secret_file)
@@ -75,7 +76,7 @@ def execute(arguments: argparse.Namespace) -> int:
                 max_downtime_s=arguments.max_downtime,
                 plaintext=arguments.plaintext,
                 externals=outside,
-                policy=policies.of_dump(arguments),
+                policy=policy,
                 progress=progress,
             )
         )

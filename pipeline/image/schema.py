@@ -80,9 +80,7 @@ class Head(Record, frozen=True, kw_only=True, tag="head"):
     """First record: what the image is and where it can run.
 
     `vdso` is the SHA-256 of the vdso image; code of the tree holds pointers into it.
-    `monotonic_ns`, `boottime_ns`: what these clocks said in the external time namespace when the tree was captured;
-    `boot_id` and `clock_offsets_ns`: of which host's boot, and how far off its own clocks.
-    `features` are CPU features that the saved extended state needs (XCR0 bits).
+    `xfeatures`: what the saved extended state consists of (XCR0 bits).
     `monotonic_ns`, `boottime_ns`: what these clocks said in the external time namespace when the tree was captured;
     `boot_id` and `clock_offsets_ns`: of which boot of which host they were, and how far off its own.
     """

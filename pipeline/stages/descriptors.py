@@ -58,6 +58,7 @@ class Descriptors:
         made: what `once` shall find made already; not owned here.
         policy: see `CreateScope`.
         late: what is to be done when the tree runs.
+        clocks: what the clocks of the source are here.
     """
 
     def __init__(

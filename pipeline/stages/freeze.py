@@ -71,7 +71,6 @@ class FrozenTree:
     root: HostPid
     processes: dict[HostPid, FrozenProcess] = field(default_factory=dict)
     options: int = 0
-    started_s: float = 0.0
 
     def pids(self) -> list[HostPid]:
         """All processes, zombies too, parents before children."""
@@ -131,9 +130,7 @@ def freeze(root: HostPid, suspend_seccomp: bool) -> FrozenTree:
         Refused: a task is traced by somebody else, or may not be traced by us.
         TargetError: the root ended, or a task does not stop.
     """
-    tree = FrozenTree(
-        root, options=OPTION.SUSPEND_SECCOMP if suspend_seccomp else 0, started_s=time.monotonic()
-    )
+    tree = FrozenTree(root, options=OPTION.SUSPEND_SECCOMP if suspend_seccomp else 0)
     try:
         for _ in range(_ROUNDS):
             if not _round(tree):

@@ -17,7 +17,6 @@ import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Self
 
@@ -35,14 +34,6 @@ from pipeline.resources.unix_unread import Unread
 
 _LESS = 1
 _PIDFD_THREAD = os.O_EXCL
-
-
-@dataclass(frozen=True, slots=True)
-class Slot:
-    """A descriptor of the tree and the index of the open file behind it."""
-
-    entry: FdEntry
-    pid: HostPid
 
 
 class OpenFiles:

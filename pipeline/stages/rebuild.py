@@ -146,9 +146,9 @@ class Rebuilding:
         self._stack.callback(self._end_launcher)
         self._check_processor_and_vdso()
         self._join_externals()
-        members = [p.namespaces for p in image.processes.values() if p.state != "zombie"]
+        living = [p.namespaces for p in image.processes.values() if p.state != "zombie"]
         external = next(n.index for n in image.namespaces.values() if n.kind == "time" and n.external)
-        self._clocks = ClocksHere(image.head, self.policy.clocks, external, members)
+        self._clocks = ClocksHere(image.head, self.policy.clocks, external, living)
         self._clocks.go_on(self._launcher)
         self._stack.callback(self._cgroups.close)
         self._cgroups.make()

@@ -53,7 +53,6 @@ _COPY = 0o40000 | 0o4000  # MSG_COPY | IPC_NOWAIT
 _RDONLY = 0o10000
 _DEST, _LOCKED = 0o1000, 0o2000
 _CHUNK_BYTES = 1 << 20
-_PRIVATE_RECURSIVE = 0x40000 | 0x4000
 
 
 class _Found(Struct, array_like=True):

@@ -9,13 +9,11 @@ from __future__ import annotations
 import socket
 from collections.abc import Iterator, Sequence
 
-from pipeline.errors import Blocker, RebuildError
-from pipeline.ids import LocalFd
-from pipeline.image.schema import OpenFile, Record
+from pipeline.errors import Blocker
 from pipeline.resources import sockets
-from pipeline.resources.kinds import CaptureScope, CreateScope, FdView
+from pipeline.resources.kinds import CaptureScope, FdView
+from pipeline.resources.refusing import AlwaysRefused
 from pipeline.resources.socket_options import Identity
-from pipeline.resources.steps import CompleteOnceCreated
 
 _MPTCP = 262
 _PROTOCOLS = {33: "DCCP", 132: "SCTP", _MPTCP: "MPTCP"}
@@ -30,16 +28,10 @@ _FAMILIES = {
 }  # fmt: skip
 
 
-class NoState(Record, frozen=True):
-    """There is never one."""
-
-
-class OtherSocket(CompleteOnceCreated):
+class OtherSocket(AlwaysRefused):
     """See the module."""
 
     name = "other-socket"
-    record: type[NoState] = NoState
-    carried: Sequence[str] = ()
     refused: Sequence[str] = ("SCTP, MPTCP, vsock, Bluetooth, XDP and other sockets",)
     shown_by: Sequence[str] = ("resources/test_inet_sockets.py",)
 
@@ -53,22 +45,6 @@ class OtherSocket(CompleteOnceCreated):
             who = sockets.identify(sock)
         remedy = _REMEDY_MPTCP if who.protocol == _MPTCP else "close it"
         yield Blocker(view.subject, f"{_name(who)} are not carried", remedy)
-
-    def capture(self, view: FdView, scope: CaptureScope) -> NoState:
-        """Never reached: `check` refuses.
-
-        Raises:
-            NotImplementedError: it was reached.
-        """
-        raise NotImplementedError(f"{view.subject} was not refused")
-
-    def create(self, file: OpenFile, record: NoState, scope: CreateScope) -> LocalFd:
-        """Never reached with an image of ours.
-
-        Raises:
-            RebuildError: the image holds such a file.
-        """
-        raise RebuildError(f"open file {file.index} is a socket of a kind that cannot be made")
 
 
 def _name(who: Identity) -> str:

@@ -10,13 +10,11 @@ import os
 import stat
 from collections.abc import Iterator, Sequence
 
-from pipeline.errors import Blocker, RebuildError
-from pipeline.ids import LocalFd
-from pipeline.image.schema import OpenFile, Record
+from pipeline.errors import Blocker
 from pipeline.resources import outside
-from pipeline.resources.kinds import CaptureScope, CreateScope, FdView
+from pipeline.resources.kinds import CaptureScope, FdView
 from pipeline.resources.paths import Magic, filesystem
-from pipeline.resources.steps import CompleteOnceCreated
+from pipeline.resources.refusing import AlwaysRefused
 
 #: start of the link -> (what it is, what to do)
 _BY_LINK: Sequence[tuple[bytes, str, str]] = (
@@ -48,16 +46,10 @@ _WITHOUT_IO_URING = (
 _U32 = 0xFFFF_FFFF
 
 
-class NoState(Record, frozen=True):
-    """There is never one."""
-
-
-class Unsupported(CompleteOnceCreated):
+class Unsupported(AlwaysRefused):
     """See the module."""
 
     name = "unsupported"
-    record: type[NoState] = NoState
-    carried: Sequence[str] = ()
     refused: Sequence[str] = (
         "io_uring, userfaultfd, perf, BPF, KVM, secret memory",
         "devices with state, block devices, whatever is not known",
@@ -72,22 +64,6 @@ class Unsupported(CompleteOnceCreated):
         """Always one blocker."""
         reason, remedy = _described(view) or _reason(view)
         yield Blocker(view.subject, reason, remedy)
-
-    def capture(self, view: FdView, scope: CaptureScope) -> NoState:
-        """Never reached: `check` refuses.
-
-        Raises:
-            NotImplementedError: it was reached.
-        """
-        raise NotImplementedError(f"{view.subject} was not refused")
-
-    def create(self, file: OpenFile, record: NoState, scope: CreateScope) -> LocalFd:
-        """Never reached with an image of ours.
-
-        Raises:
-            RebuildError: the image holds such a file.
-        """
-        raise RebuildError(f"open file {file.index} is of a kind that cannot be made")
 
 
 def _described(view: FdView) -> tuple[str, str] | None:

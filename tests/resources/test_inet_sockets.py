@@ -9,7 +9,7 @@ from functools import partial
 
 import pytest
 
-from pipeline.errors import RebuildError
+from pipeline.errors import RebuildError, TargetError
 from pipeline.kernel.syscalls import CLONE, unshare
 from tests.resources.fdharness import Capture, Rebuilt, subject
 from tests.resources.sockharness import OTHER, of
@@ -174,6 +174,8 @@ def test_other_sockets_are_refused_by_name_with_a_remedy() -> None:
             (blocker,) = OTHER.check(capture.view(fd), capture)
             assert name in blocker.reason
             assert remedy in blocker.remedy
+            with pytest.raises(TargetError, match="cannot be carried"):
+                OTHER.capture(capture.view(fd), capture)
 
 
 @pytest.mark.root

@@ -6,6 +6,7 @@ import importlib
 import pkgutil
 from pathlib import Path
 
+from pipeline import resources
 from pipeline.resources.matrix import namespace_matrix, support_matrix
 from pipeline.resources.namespaces.registry import KINDS
 from pipeline.resources.registry import kinds
@@ -36,6 +37,12 @@ def test_every_file_of_task_state_that_declares_itself_is_there() -> None:
             found = [declared] if isinstance(declared, Support) else declared
             assert {row.kind for row in found} <= rows, module.name
     assert len(rows) == len(TASK_KINDS) > 10
+
+
+def test_every_file_that_has_a_kind_is_asked() -> None:
+    modules = pkgutil.iter_modules(resources.__path__, f"{resources.__name__}.")
+    found = {getattr(importlib.import_module(module.name), "KIND", None) for module in modules}
+    assert found - {None} == set(kinds())
 
 
 def test_every_kind_says_something() -> None:

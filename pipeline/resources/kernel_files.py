@@ -25,8 +25,6 @@ from functools import partial
 from pipeline.errors import Blocker, RebuildError
 from pipeline.ids import LocalFd
 from pipeline.image.schema import OpenFile, PathRef, Pid, Record
-from pipeline.kernel.arch.x86_64_numbers import NR
-from pipeline.kernel.syscalls import pidfd_getfd, pidfd_open
 from pipeline.resources import locks, proc_process
 from pipeline.resources.kinds import CaptureScope, CreateScope, FdView
 from pipeline.resources.paths import (
@@ -36,6 +34,7 @@ from pipeline.resources.paths import (
     filesystem,
     look_up,
     misnamed,
+    open_inside,
     open_place,
     reopen,
     seek,
@@ -164,7 +163,7 @@ class KernelFile(CompleteOnceCreated):
         if not record.opener:
             return reopen(file, record.path, file.flags, scope)
         try:
-            return reopen(file, record.path, file.flags, scope, partial(_open_inside, record.opener, scope))
+            return reopen(file, record.path, file.flags, scope, partial(open_inside, record.opener, scope))
         except RebuildError:
             if file.flags & os.O_ACCMODE != os.O_RDONLY:
                 raise
@@ -186,19 +185,6 @@ def _is_harmless(view: FdView, about: Subject | None) -> bool:
         is_root = found.st_dev == view.stat.st_dev and found.st_ino == proc_process.PROC_ROOT_INODE
         return bool(below) and is_root
     return False
-
-
-def _open_inside(opener: int, scope: CreateScope, path: PathRef, flags: int) -> LocalFd:
-    """Let a process of the tree open a path, and take it over."""
-    process = pidfd_open(scope.host_pid(opener))
-    try:
-        number = scope.inject(opener, NR.openat, -100, path.path + b"\0", flags, 0)
-        try:
-            return pidfd_getfd(process, number)
-        finally:
-            scope.inject(opener, NR.close, number)
-    finally:
-        os.close(process)
 
 
 KIND = KernelFile()

@@ -21,12 +21,12 @@ from enum import IntEnum
 
 from pipeline.errors import RebuildError
 from pipeline.ids import HostPid, LocalFd
-from pipeline.image.schema import OpenFile, PathRef
+from pipeline.image.schema import OpenFile, PathRef, Pid
 from pipeline.kernel import procfs
 from pipeline.kernel.arch.x86_64_numbers import NR
 from pipeline.kernel.inside import opened
 from pipeline.kernel.mountinfo import mountinfo
-from pipeline.kernel.syscalls import RESOLVE, openat2, syscall
+from pipeline.kernel.syscalls import RESOLVE, openat2, pidfd_getfd, pidfd_open, syscall
 from pipeline.resources.kinds import CreateScope, FdView
 
 DELETED = b" (deleted)"
@@ -47,6 +47,7 @@ REOPEN_FLAGS = (
     | os.O_SYNC
 )
 _STATFS_BYTES = 120
+_AT_FDCWD = -100
 
 
 class Magic(IntEnum):
@@ -224,6 +225,26 @@ def reopen(
         return by(path, wanted) if by is not None else scope.open(path, wanted)
     except OSError as error:
         raise RebuildError(f"{describe(file, path)} cannot be opened: {error.strerror or error}") from error
+
+
+def open_inside(opener: Pid, scope: CreateScope, path: PathRef, flags: int) -> LocalFd:
+    """Let a process of the tree open a path, and take the descriptor over; the caller owns it.
+
+    Args:
+        opener: its level-0 pid.
+
+    Raises:
+        OSError: what it met.
+    """
+    process = pidfd_open(scope.host_pid(opener))
+    try:
+        number = scope.inject(opener, NR.openat, _AT_FDCWD, path.path + b"\0", flags, 0)
+        try:
+            return pidfd_getfd(process, number)
+        finally:
+            scope.inject(opener, NR.close, number)
+    finally:
+        os.close(process)
 
 
 def seek(file: OpenFile, scope: CreateScope) -> None:

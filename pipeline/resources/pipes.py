@@ -8,11 +8,13 @@ packets, capacity, flags of each end, owner and mode of the inode (they count wh
 
 Refused: an end outside the tree, by name where it can be found, unless the person who dumps says that it is external
 (`pipeline.resources.external_end`); locks; more than 16 MiB
-unread. Not preserved: inode number. Source: pipe(7), fs/pipe.c.
+unread; notification pipes. Not preserved: inode number. Source: pipe(7), fs/pipe.c, kernel/watch_queue.c.
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import stat
 from collections.abc import Iterator, Sequence
@@ -28,6 +30,8 @@ from pipeline.resources.kinds import CaptureScope, CreateScope, FdView
 from pipeline.resources.paths import O_LARGEFILE, describe, open_again
 from pipeline.resources.pipe_buffer import Buffer
 from pipeline.resources.steps import CompleteOnceCreated
+
+_IOC_WATCH_QUEUE_SET_SIZE = 0x5760
 
 
 class PipeState(Record, frozen=True, kw_only=True):
@@ -49,6 +53,7 @@ class Pipe(CompleteOnceCreated):
     refused: Sequence[str] = (
         "a pipe with an end outside the tree, unless the dump is told so",
         "more than 16 MiB unread",
+        "notification pipes",
     )
     shown_by: Sequence[str] = (
         "programs/pipes.py",
@@ -65,6 +70,10 @@ class Pipe(CompleteOnceCreated):
 
     def check(self, view: FdView, scope: CaptureScope) -> Iterator[Blocker]:
         """Every end must be in the tree."""
+        if _notifies(view):
+            why = "it is a notification pipe (O_NOTIFICATION_PIPE): the kernel itself writes into it"
+            yield Blocker(view.subject, why, "close it")
+            return
         yield from pipe_buffer.outside_ends(view, scope, one_sided=True)
         yield from pipe_buffer.check(view)
         yield from locks.check(view, scope, carried=False)
@@ -101,6 +110,15 @@ class Pipe(CompleteOnceCreated):
         if record.buffer is not None:
             _, writer = scope.once(("pipe", record.pipe), lambda: _make(record, scope))
             pipe_buffer.refill(file, record.buffer, writer)
+
+
+def _notifies(view: FdView) -> bool:
+    """Whether keys and mounts tell of changes through the pipe. Asked for no messages, every pipe says no."""
+    try:
+        fcntl.ioctl(view.local, _IOC_WATCH_QUEUE_SET_SIZE, 0)
+    except OSError as error:
+        return error.errno not in (errno.ENOTTY, errno.ENODEV)
+    return True
 
 
 def _make(record: PipeState, scope: CreateScope) -> tuple[LocalFd, LocalFd]:

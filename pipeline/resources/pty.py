@@ -9,8 +9,8 @@ that it controls with its foreground group, slaves that are hung up, descriptors
 A side outside the tree (a shell's own terminal) and other kinds of terminals are refused by name, unless the person
 who dumps says that they are external (`pipeline.resources.external_end`, `pipeline.resources.shell_job`).
 
-Refused by name: other line disciplines, a terminal whose input is stopped or full of unread lines, much that waits
-behind an unread event of packet mode.
+Refused by name: other line disciplines, locked settings (TIOCSLCKTRMIOS), a terminal whose input is stopped or full
+of unread lines, much that waits behind an unread event of packet mode.
 
 Not preserved: a foreground group without a process
 becomes the session leader's; a hung-up slave may have another number; input typed before
@@ -33,7 +33,7 @@ from pipeline.image.schema import OpenFile
 from pipeline.kernel import procfs
 from pipeline.resources import outside, pty_session, pty_sides, sockets, terminal, terminal_bytes
 from pipeline.resources.kinds import CaptureScope, CreateScope, FdView
-from pipeline.resources.paths import O_LARGEFILE, filesystem
+from pipeline.resources.paths import O_LARGEFILE, filesystem, open_inside
 from pipeline.resources.pty_session import REMEDY
 from pipeline.resources.pty_state import KIND_NAME, Node, PtyState, Terminal
 from pipeline.resources.terminal_bytes import UnderWay
@@ -51,11 +51,14 @@ class Pty:
     )
     refused: Sequence[str] = (
         "a terminal with a side outside the tree, a console or serial line, unless the dump is told so",
-        "a terminal whose input is stopped, or full of unread lines",
+        "a terminal whose input is stopped, or full of unread lines, or whose settings are locked",
     )
     shown_by: Sequence[str] = (
         "programs/terminal.py",
         "resources/test_pty.py",
+        "resources/test_pty_bytes.py",
+        "resources/test_pty_flow.py",
+        "resources/test_pty_sessions.py",
     )
 
     def matches(self, view: FdView) -> bool:
@@ -128,7 +131,7 @@ class Pty:
             return LocalFd(os.dup(master))
         if record.role == "slave" or record.path is None:
             return terminal.open_slave(master, access)
-        return pty_session.open_from_inside(record.leader, record.path, file.flags & os.O_ACCMODE, scope)
+        return open_inside(record.leader, scope, record.path, file.flags & os.O_ACCMODE | os.O_NOCTTY)
 
     def connect(self, file: OpenFile, record: PtyState, scope: CreateScope) -> None:
         """Settings, size, owner of the node, bytes under way."""
@@ -187,6 +190,10 @@ def _check_master(view: FdView, scope: CaptureScope) -> Iterator[Blocker]:
                         f"its terminal {name} is used by {outside.name_of(pid)} outside the tree",
                         "include that process or end it",
                     )
+    if terminal.any_setting_is_held(view.local):
+        yield Blocker(
+            view.subject, "some settings of the terminal are locked (TIOCSLCKTRMIOS)", "unlock them"
+        )
     if terminal.discipline(view.local):
         yield Blocker(view.subject, "the terminal has a line discipline other than N_TTY", "reset it")
     leader = terminal.session(view.local)
@@ -254,7 +261,8 @@ def _own_node(node: Node, number: int, scope: CreateScope) -> None:
     fd = scope.open(node.path, os.O_PATH)
     try:
         found = os.fstat(fd)
-        if os.minor(found.st_rdev) != number:
+        device = stat.S_ISCHR(found.st_mode), os.major(found.st_rdev), os.minor(found.st_rdev)
+        if device != (True, terminal.PTS_MAJOR, number) or filesystem(fd) != pty_sides.DEVPTS_MAGIC:
             raise RebuildError(f"terminal {os.fsdecode(node.path.path)}: another device is there")
         wanted = scope.user(node.uid), scope.group(node.gid)
         name = f"/proc/self/fd/{fd}"

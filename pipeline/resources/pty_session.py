@@ -25,14 +25,12 @@ from pipeline.ids import HostPid, LocalFd
 from pipeline.image.schema import Index, OpenFile, PathRef, Pid
 from pipeline.kernel import procfs
 from pipeline.kernel.arch.x86_64_numbers import NR
-from pipeline.kernel.syscalls import pidfd_getfd, pidfd_open
 from pipeline.ledger import LEDGER
 from pipeline.remote.puppet import Puppet
 from pipeline.resources import pty_sides, terminal
 from pipeline.resources.kinds import CaptureScope, CreateScope
 from pipeline.resources.pty_state import KIND_NAME, PtyState, Terminal
 
-_AT_FDCWD = -100
 REMEDY = (
     "a job of a shell is carried with --shell-job; else start the tree with setsid and its stdio redirected, "
     "or run tmux inside the tree"
@@ -179,21 +177,6 @@ class ControllingTerminals:
 def pair_key(master: Index | None) -> tuple[Any, ...]:
     """Under which `CreateScope.once` knows the pair of an open file that is a master."""
     return "pty", master
-
-
-def open_from_inside(leader: Pid, path: PathRef, access: int, scope: CreateScope) -> LocalFd:
-    """Open /dev/tty, which means another terminal in each session, by the leader of the right one.
-
-    Raises:
-        OSError: what it met.
-    """
-    number = scope.inject(leader, NR.openat, _AT_FDCWD, path.path + b"\0", access | os.O_NOCTTY, 0)
-    pidfd = pidfd_open(scope.host_pid(leader))
-    try:
-        return pidfd_getfd(pidfd, number)
-    finally:
-        os.close(pidfd)
-        scope.inject(leader, NR.close, number)
 
 
 def settle_session(state: Terminal, number: int, slave: LocalFd, scope: CreateScope) -> None:

@@ -27,6 +27,9 @@ _TIOCGPTLCK = 0x80045439
 _TIOCGEXCL = 0x80045440
 _TIOCGPTPEER = 0x5441
 _TIOCGSID = 0x5429
+_TIOCGLCKTRMIOS = 0x5456
+#: struct termios: four modes, line discipline, control characters
+_TERMIOS_BYTES = 36
 
 
 def _get(fd: int, request: int) -> int:
@@ -82,6 +85,11 @@ def settings(fd: LocalFd) -> Settings:
 def set_settings(fd: LocalFd, wanted: Settings) -> None:
     """TCSETS2."""
     fcntl.ioctl(fd, _TCSETS2, wanted.pack())
+
+
+def any_setting_is_held(fd: LocalFd) -> bool:
+    """TIOCGLCKTRMIOS: whether any bit of the settings cannot be changed; on a master: of its slave."""
+    return any(fcntl.ioctl(fd, _TIOCGLCKTRMIOS, bytes(_TERMIOS_BYTES)))
 
 
 def device(fd: LocalFd) -> tuple[int, int] | None:

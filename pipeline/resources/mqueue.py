@@ -30,7 +30,17 @@ from pipeline.resources.acting import acting_as
 from pipeline.resources.kinds import CaptureScope, CreateScope, FdView
 from pipeline.resources.namespaces import posix_queues
 from pipeline.resources.namespaces.posix_queues import Messages, Name, Room
-from pipeline.resources.paths import DELETED, Magic, describe, filesystem, misnamed, open_again, reopen, seek
+from pipeline.resources.paths import (
+    DELETED,
+    Magic,
+    closed_on_error,
+    describe,
+    filesystem,
+    misnamed,
+    open_again,
+    reopen,
+    seek,
+)
 from pipeline.resources.steps import CompleteOnceCreated
 from pipeline.userns.visit import visit
 
@@ -157,17 +167,17 @@ class Mqueue(CompleteOnceCreated):
             else:
                 flags = file.flags & os.O_ACCMODE | os.O_NONBLOCK
                 fd = scope.in_ipc(record.ipc, lambda: posix_queues.opened(record.name, flags))
+            with closed_on_error(fd):
+                found = posix_queues.room_of(fd)
+                if found != record.room:
+                    raise RebuildError(
+                        f"{describe(file)} /{os.fsdecode(record.name)} has room for {found.messages} messages of "
+                        f"{found.size_bytes} bytes here, not {record.room.messages} of {record.room.size_bytes}"
+                    )
+                return fd
         except OSError as error:
             name = os.fsdecode(record.name)
             raise RebuildError(f"{describe(file)} /{name} cannot be opened: {error.strerror}") from error
-        found = posix_queues.room_of(fd)
-        if found != record.room:
-            os.close(fd)
-            raise RebuildError(
-                f"{describe(file)} /{os.fsdecode(record.name)} has room for {found.messages} messages of "
-                f"{found.size_bytes} bytes here, not {record.room.messages} of {record.room.size_bytes}"
-            )
-        return fd
 
     def connect(self, file: OpenFile, record: MqueueState, scope: CreateScope) -> None:
         """What was read of its state."""
@@ -193,7 +203,8 @@ def _make(record: MqueueState, owner: QueueOwner, scope: CreateScope) -> LocalFd
         for name in (record.name, b"%s~%d" % (record.name[:200], os.getpid())):
             with suppress(FileExistsError):
                 fd = posix_queues.make(name, record.room, record.messages, owner.mode)
-                posix_queues.unlink(name)
+                with closed_on_error(fd):
+                    posix_queues.unlink(name)
                 return fd
         raise RebuildError(
             f"message queue {os.fsdecode(record.name)}, without a name, finds none to be made under"

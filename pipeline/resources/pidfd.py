@@ -39,6 +39,12 @@ _PIDFD_INFO_EXIT = 1 << 3
 #: in struct pidfd_info
 _EXIT_CODE_OFFSET = 60
 
+#: signals by which a process can end, if it does not catch them
+_ENDING = signal.valid_signals() - {
+    signal.SIGCHLD, signal.SIGCONT, signal.SIGURG, signal.SIGWINCH,
+    signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU,
+}  # fmt: skip
+
 
 class Gone(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """A process that was collected: its wait status, and for each of its pidfds whether PIDFD_THREAD was given.
@@ -124,7 +130,14 @@ class Pidfd(CompleteOnceCreated):
         """
         gone = record.gone
         if gone is not None:
-            made = scope.once(("gone", gone.number), lambda: [scope.own(fd) for fd in _ended(gone)])
+            if os.WIFSIGNALED(gone.status) and os.WTERMSIG(gone.status) not in _ENDING:
+                raise RebuildError(f"{describe(file)}: no process ends by signal {os.WTERMSIG(gone.status)}")
+            try:
+                made = scope.once(("gone", gone.number), lambda: [scope.own(fd) for fd in _ended(gone)])
+            except OSError as error:
+                raise RebuildError(
+                    f"{describe(file)} of a process that is gone cannot be made: {error.strerror}"
+                ) from error
             if not gone.place < len(made):
                 raise RebuildError(f"{describe(file)}: there are {len(made)} pidfds of that process")
             return LocalFd(fcntl.fcntl(made[gone.place], fcntl.F_DUPFD_CLOEXEC, 0))

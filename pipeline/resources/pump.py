@@ -13,6 +13,7 @@ Source: splice(2), pipe(7).
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import signal
@@ -48,15 +49,20 @@ class Pump:
         try:
             between = os.fork()
         except OSError as error:
-            raise RebuildError(f"what a given pipe says cannot be passed on: {error.strerror}") from error
+            raise _no_process(error) from error
         if between:
-            os.waitpid(between, 0)
+            _, status = os.waitpid(between, 0)
+            if code := os.waitstatus_to_exitcode(status):
+                raise _no_process(OSError(max(0, code), os.strerror(max(0, code))))
             return
+        code = 0
         try:
             if os.fork() == 0:
                 _become_pump(self._source, self._writer)
+        except OSError as error:
+            code = error.errno or errno.EAGAIN
         finally:
-            os._exit(0)
+            os._exit(code)
 
     def close(self) -> None:
         """Close everything here; idempotent."""
@@ -65,6 +71,10 @@ class Pump:
                 os.close(fd)
             LEDGER.give_back("pump", self.reader)
             self.reader = LocalFd(-1)
+
+
+def _no_process(error: OSError) -> RebuildError:
+    return RebuildError(f"what a given pipe says cannot be passed on: {error.strerror}")
 
 
 def _become_pump(source: LocalFd, sink: LocalFd) -> None:

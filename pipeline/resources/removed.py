@@ -14,7 +14,7 @@ import os
 import secrets
 import stat
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 
 from pipeline.errors import RebuildError
@@ -60,20 +60,15 @@ def _made(path: PathRef, mode: int, uid: int, gid: int, scope: CreateScope) -> L
         depth -= 1
         if depth < 0:
             raise FileNotFoundError(2, "the root directory is not there")
-    made: list[tuple[LocalFd, bytes]] = []  # a directory, and what was made in it
-    try:
-        for number, name in enumerate(parts[depth:], depth + 1):
-            below, name_here = _below(at, name, mode if number == len(parts) else 0o700, uid, gid)
-            made.append((at, name_here))
-            at = below
-        return at
-    except BaseException:
-        os.close(at)
-        raise
-    finally:
-        for above, name in reversed(made):
-            _as_either(partial(os.rmdir, name, dir_fd=above), uid, gid)
-            os.close(above)
+    with ExitStack() as places:
+        places.callback(os.close, at)
+        with ExitStack() as made:
+            for number, name in enumerate(parts[depth:], depth + 1):
+                above = at
+                at, name_here = _below(above, name, mode if number == len(parts) else 0o700, uid, gid)
+                places.callback(os.close, at)
+                made.callback(_as_either, partial(os.rmdir, name_here, dir_fd=above), uid, gid)
+        return LocalFd(os.dup(at))
 
 
 def _below(above: LocalFd, name: bytes, mode: int, uid: int, gid: int) -> tuple[LocalFd, bytes]:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.errors import RebuildError
 from pipeline.kernel.arch.x86_64 import NR
 from pipeline.kernel.syscalls import syscall
 from tests.harness.tree import children_of
@@ -264,6 +265,25 @@ def test_pidfds_of_a_process_that_is_gone(ends: Callable[[], None], code: int) -
             assert fcntl.fcntl(new.in_puppet(fd), fcntl.F_GETFL) == capture.view(fd).flags
         assert select.select([first], [], [], 0)[0] == [first]
     assert children_of(os.getpid()) == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGTSTP, signal.SIGCHLD, 100])
+def test_a_bad_image_says_that_a_process_has_ended_as_none_does(number: int) -> None:
+    def setup() -> int:
+        pid = os.fork()
+        if pid == 0:
+            os._exit(0)
+        fd = os.pidfd_open(pid)
+        os.waitpid(pid, 0)
+        return fd
+
+    with subject(setup) as child, Capture(child.pid) as capture:
+        records = capture.records()
+        for record in records:
+            if record.kind == "pidfd":
+                record.state["gone"][1] = int(number)
+        with pytest.raises(RebuildError, match=f"no process ends by signal {int(number)}"):
+            Rebuilt(capture, records).__enter__()
 
 
 # -- epoll ----------------------------------------------------------------------------------

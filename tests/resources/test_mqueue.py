@@ -82,6 +82,18 @@ def test_one_of_another_size_is_named(queue: int) -> None:
             pass
 
 
+def test_a_path_that_leads_to_no_queue_is_named(queue: int, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with subject(opened) as child, Capture(child.pid) as capture:
+        records = capture.records()
+        state = next(record.state for record in records if record.kind == "mqueue")
+        state["path"] = [0, os.fsencode(tmp_path / "file")]
+        before = os.listdir("/proc/self/fd")
+        with pytest.raises(RebuildError, match=r"\(mqueue\) .* cannot be opened: .*Bad file descriptor"):
+            Rebuilt(capture, records).__enter__()
+        assert os.listdir("/proc/self/fd") == before
+
+
 @pytest.mark.parametrize("how", [SIGEV_SIGNAL, SIGEV_NONE])
 def test_a_queue_that_tells_somebody_is_refused(queue: int, how: int) -> None:
     with subject(partial(told, how)) as child, Capture(child.pid) as capture:

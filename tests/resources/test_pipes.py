@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import select
@@ -12,6 +13,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import RebuildError
+from pipeline.ids import LocalFd
+from pipeline.ledger import LEDGER
+from pipeline.resources.pump import Pump
 from tests.resources.fdharness import Capture, Rebuilt, subject
 
 
@@ -322,3 +326,33 @@ def test_pages_of_a_file_that_were_spliced_into_a_pipe(tmp_path: Path) -> None:
     with subject(setup) as child, Capture(child.pid) as capture, Rebuilt(capture, finish=False) as new:
         assert os.read(new.fd(child.result[0]), 10000) == path.read_bytes()[100:5100]
         assert child.call(partial(os.read, child.result[0], 10000)) == path.read_bytes()[100:5100]
+
+
+def test_a_pump_that_cannot_be_made_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    here, fork = os.getpid(), os.fork
+
+    def only_here() -> int:
+        if os.getpid() != here:
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        return fork()
+
+    monkeypatch.setattr(os, "fork", only_here)
+    source, writer = os.pipe()
+    pump = Pump(LocalFd(source))
+    try:
+        with pytest.raises(RebuildError, match="cannot be passed on: Resource temporarily unavailable"):
+            pump.start()
+    finally:
+        pump.close()
+        os.close(writer)
+    assert "pump" not in {kind for kind, _ in LEDGER.held()}
+
+
+def test_a_notification_pipe_is_refused() -> None:
+    try:
+        for fd in os.pipe2(os.O_EXCL):
+            os.close(fd)
+    except OSError as error:
+        pytest.skip(f"this kernel has no notification pipes: {error}")
+    with subject(partial(os.pipe2, os.O_EXCL)) as child, Capture(child.pid) as capture:
+        assert "the kernel itself writes into it" in capture.reasons(child.result[0])

@@ -115,6 +115,34 @@ def test_a_removed_directory_is_made_once_more_and_removed(tmp_path: Path) -> No
     assert os.listdir(place.parent) == ["place"]
 
 
+def test_a_removed_directory_in_which_somebody_makes_something_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "above" / "place"
+    place.mkdir(parents=True)
+
+    def setup() -> int:
+        fd = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
+        place.rmdir()
+        place.parent.rmdir()
+        return fd
+
+    def occupied(name: bytes, dir_fd: int) -> None:
+        if name == b"place":
+            os.close(os.open(b"place/new", os.O_CREAT | os.O_WRONLY, dir_fd=dir_fd))
+        rmdir(name, dir_fd=dir_fd)
+
+    rmdir = os.rmdir
+    with subject(setup) as child, Capture(child.pid) as capture:
+        files = capture.records()
+        before = os.listdir("/proc/self/fd")
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "rmdir", occupied)
+            with pytest.raises(RebuildError, match="cannot be made again: Directory not empty"):
+                Rebuilt(capture, files, finish=False).__enter__()
+        assert os.listdir("/proc/self/fd") == before
+
+
 def test_dnotify_is_refused(tmp_path: Path) -> None:
     def setup() -> int:
         signal.signal(signal.SIGIO, signal.SIG_IGN)

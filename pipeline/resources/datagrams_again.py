@@ -112,8 +112,8 @@ def queue_again(
                 injectors[family] = _injector(family, state.netns, scope)
             packet, to = _packet(family, state.protocol, datagram, port)
             injector = injectors[family]
-            injector.setsockopt(_SOL, _SO_MARK, datagram.mark)
-            injector.setsockopt(_SOL, _SO_PRIORITY, datagram.priority)
+            injector.setsockopt(_SOL, _SO_MARK, struct.pack("=I", datagram.mark))
+            injector.setsockopt(_SOL, _SO_PRIORITY, struct.pack("=I", datagram.priority))
             before = _held_bytes(sock)
             injector.sendto(packet, (to, 0))
             if not _has_grown(sock, before):

@@ -12,12 +12,13 @@ from __future__ import annotations
 import errno
 import socket
 from dataclasses import replace
+from itertools import islice
 
 from msgspec import Struct, msgpack
 
 from pipeline.errors import Blocker, Refused
 from pipeline.resources.shielded import shielded
-from pipeline.resources.unix_state import MAX_MESSAGE_BYTES
+from pipeline.resources.unix_state import MAX_FILES, MAX_MESSAGE_BYTES
 from pipeline.resources.unix_unread import (
     SO_PEEK_OFF,
     TooSmall,
@@ -74,7 +75,7 @@ def _at_once(sock: socket.socket) -> Unread | None:
 
 
 class _Told(Struct):
-    """What the child answers; descriptors come by a socket, so many as each `Unread.files` is long."""
+    """What the child answers; descriptors come by a socket, in the same order."""
 
     found: list[Unread] = []
     refused: Blocker | None = None
@@ -103,26 +104,26 @@ def _walked(sock: socket.socket, subject: str, with_files: bool, to: socket.sock
                 )
         except Refused as refused:
             return msgpack.encode(_Told(refused=refused.blockers[0]))
-    for unread in walk.found:
-        if unread.files:
-            socket.send_fds(to, [b"f"], unread.files)
+    fds = [fd for unread in walk.found for fd in unread.files]
+    to.setblocking(False)  # nobody receives before this child has ended
+    for start in range(0, len(fds), MAX_FILES):
+        socket.send_fds(to, [b"f"], fds[start : start + MAX_FILES])
     return msgpack.encode(_Told(found=walk.found))
 
 
 def _received(found: list[Unread], ours: socket.socket, subject: str) -> list[Unread]:
     """The same messages with descriptors of this process."""
-    here: list[Unread] = []
+    count = sum(len(unread.files) for unread in found)
+    fds: list[int] = []
+    flags = socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
     try:
-        for unread in found:
-            if unread.files:
-                _, fds, flags, _ = socket.recv_fds(ours, 1, len(unread.files), socket.MSG_CMSG_CLOEXEC)
-                here.append(replace(unread, files=tuple(fds)))
-                if flags & socket.MSG_CTRUNC or len(fds) != len(unread.files):
-                    raise too_many(subject)
-            else:
-                here.append(unread)
+        while len(fds) < count:
+            _, some, told, _ = socket.recv_fds(ours, 1, MAX_FILES, flags)
+            fds += some
+            if told & socket.MSG_CTRUNC or not some:
+                raise too_many(subject)
     except BaseException:
-        for unread in here:
-            give_back(unread.files)
+        give_back(fds)
         raise
-    return here
+    left = iter(fds)
+    return [replace(unread, files=tuple(islice(left, len(unread.files)))) for unread in found]

@@ -89,6 +89,8 @@ class Place:
         """
         self._file, self._scope = file, scope
         self._subject = f"unix socket {shown(name)}"
+        if b"\0" in name:
+            raise RebuildError(f"{self._subject}: no name of a file")
         self._held: list[int] = []
         self._private: tuple[int, str] | None = None
         try:

@@ -108,7 +108,7 @@ def send(
     if who is not None:
         ucred = _UCRED.pack(scope.host_pid(who.pid), scope.user(who.uid), scope.group(who.gid))
         control.append((socket.SOL_SOCKET, _SCM_CREDENTIALS, ucred))
-    files = [_file(index, subject, scope) for index in message.files]
+    files = [scope.file(index) for index in message.files]
     how = socket.MSG_OOB if message.mark else 0
     view = memoryview(b"\0" if message.mark == "passed" else message.data)
     try:
@@ -131,15 +131,6 @@ def send(
             f"{subject}: an unread message of {len(message.data)} bytes cannot be sent again: {error.strerror}"
             + _remedy(error, message, to)
         ) from error
-
-
-def _file(index: int, subject: str, scope: CreateScope) -> LocalFd:
-    try:
-        return scope.file(index)
-    except KeyError:
-        raise RebuildError(
-            f"{subject}: open file {index} is in flight in its queue, but not in the image"
-        ) from None
 
 
 def _remedy(error: OSError, message: Message, to: bytes | str) -> str:

@@ -37,7 +37,7 @@ from pipeline.resources.unix_state import (
     shown,
 )
 
-_HOW = {SHUT_RECEIVE: socket.SHUT_RD, SHUT_SEND: socket.SHUT_WR, 3: socket.SHUT_RDWR}
+_HOW = {SHUT_RECEIVE: socket.SHUT_RD, SHUT_SEND: socket.SHUT_WR, SHUT_RECEIVE | SHUT_SEND: socket.SHUT_RDWR}
 
 
 class _World:
@@ -49,6 +49,19 @@ class _World:
         self.closed_peers: dict[Index, LocalFd] = {}
         self.joined: set[Index] = set()
         self.finished = False
+
+    def record(self, index: Index) -> UnixState:
+        """That of the socket to which another one is joined.
+
+        Raises:
+            RebuildError: the image has no such unix socket.
+        """
+        try:
+            return self.records[index]
+        except KeyError:
+            raise RebuildError(
+                f"open file {index} is no unix socket of the image, but one is joined to it"
+            ) from None
 
 
 def _world(scope: CreateScope) -> _World:
@@ -69,6 +82,8 @@ def create(file: OpenFile, record: UnixState, scope: CreateScope) -> LocalFd:
         RebuildError: the place of its socket file is taken; its owner cannot be set.
     """
     world = _world(scope)
+    if record.socket.family != socket.AF_UNIX:
+        raise RebuildError(f"{_subject(file.index, record)}: is no socket of this kind")
     world.records[file.index] = record
     if record.file is not None:
         check_target(record.file, scope)
@@ -102,7 +117,7 @@ def _needs_pids(world: _World, index: Index) -> bool:
     record = world.records[index]
     queue = list(record.queue)
     if record.peer is not None:
-        queue += world.records[record.peer].queue
+        queue += world.record(record.peer).queue
     return any(message.credentials is not None for message in queue)
 
 
@@ -122,7 +137,7 @@ def _join_pair(world: _World, index: Index, scope: CreateScope) -> None:
                 sock.send(b"\0", socket.MSG_DONTWAIT)
         _settle(index, record, scope)
         return
-    other = world.records[record.peer]
+    other = world.record(record.peer)
     world.joined |= {index, record.peer}
     peer = scope.file(record.peer)
     _fill(peer, index, record, scope)
@@ -142,7 +157,7 @@ def _settle(index: Index, record: UnixState, scope: CreateScope) -> None:
     """The last things: shut-down halves, then options (they would disturb the filling)."""
     with sockets.borrowed(scope.file(index)) as sock:
         if record.shutdown:
-            sock.shutdown(_HOW[record.shutdown & 3])
+            sock.shutdown(_HOW[record.shutdown])
         socket_options.apply(sock, record.socket.identity, record.socket.options, _subject(index, record))
 
 
@@ -195,7 +210,7 @@ def finish(scope: CreateScope) -> None:
             if record.backlog is not None:
                 _listen(index, record, record.backlog, scope)
                 for client in record.clients:
-                    _call(client, world.records[client], names.address(index), scope)
+                    _call(client, world.record(client), names.address(index), scope)
         for index, record in alone.items():
             _settle(index, record, scope)
         names.settle()
@@ -224,7 +239,7 @@ class _Names:
         """Where to send or connect to, to reach open file `index`."""
         if index in self._places:
             return self._places[index].address
-        return self._world.records[index].name
+        return self._world.record(index).name
 
     def bearer(self, name: bytes) -> Index | None:
         """The datagram socket of the tree that has this name."""

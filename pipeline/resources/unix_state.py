@@ -15,13 +15,13 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
 
-from pipeline.image.schema import U8, U32, Id, Index, PathRef, Pid, Record
+from pipeline.image.schema import U32, Id, Index, PathRef, Pid, Record
 from pipeline.resources.sockets import SocketState
 
 #: most bytes that are carried of one message, or of the unread bytes of one stream
 MAX_MESSAGE_BYTES = 64 << 20
 #: SCM_MAX_FD: the kernel sends no more with one message
-_MAX_FILES = 253
+MAX_FILES = 253
 
 SHUT_RECEIVE = 1
 SHUT_SEND = 2
@@ -48,7 +48,7 @@ class Message(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     data: Annotated[bytes, Meta(max_length=MAX_MESSAGE_BYTES)]
     sender: Name = b""
     credentials: Peer | None = None
-    files: Annotated[list[Index], Meta(max_length=_MAX_FILES)] = []
+    files: Annotated[list[Index], Meta(max_length=MAX_FILES)] = []
     mark: Literal["", "urgent", "passed"] = ""
 
 
@@ -106,7 +106,7 @@ class UnixState(Record, frozen=True, kw_only=True):
     accepted: bool = False
     credentials: Peer | None = None
     own_credentials: Peer | None = None
-    shutdown: U8 = 0
+    shutdown: Annotated[int, Meta(ge=0, le=SHUT_RECEIVE | SHUT_SEND)] = 0
     queue: Annotated[list[Message], Meta(max_length=65536)] = []
 
     @property

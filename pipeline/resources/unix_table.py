@@ -9,6 +9,7 @@ import errno
 import socket
 from functools import partial
 
+from pipeline.errors import Blocker, Refused
 from pipeline.image.schema import Index
 from pipeline.kernel.sockdiag import State, UnixDiag, UnixSocket
 from pipeline.resources import sockets
@@ -35,13 +36,27 @@ class Table:
                     self._networks.add(netns)
 
     def find(self, inode: int) -> UnixSocket | None:
-        """sock_diag's answer, asked once."""
+        """sock_diag's answer, asked once.
+
+        Raises:
+            Refused: it is a listener at which too many wait.
+        """
         if inode not in self._known:
             self._known[inode] = None
             for netns in self._networks:  # each knows its own only
                 with UnixDiag(partial(self._scope.in_network, netns)) as diag:
-                    self._known[inode] = self._known[inode] or diag.find(inode)
+                    self._known[inode] = self._known[inode] or self._ask(diag, inode)
         return self._known[inode]
+
+    def _ask(self, diag: UnixDiag, inode: int) -> UnixSocket | None:
+        try:
+            return diag.find(inode)
+        except OSError as error:
+            if error.errno != errno.EMSGSIZE:
+                raise
+            subject = self.members[inode][1].subject if inode in self.members else f"unix socket {inode}"
+            why = "more clients wait to be accepted than the kernel lists"
+            raise Refused([Blocker(subject, why, "wait until some are accepted", transient=True)]) from error
 
     def listener_of(self, inode: int) -> int | None:
         """Inode of the listener in the tree at which socket `inode` waits to be accepted."""

@@ -135,7 +135,7 @@ def test_what_comes_with_a_datagram_comes_back() -> None:
         sock.setsockopt(SOL, 75, 1)
         sock.setsockopt(IP, socket.IP_TOS, 0x48)
         sock.setsockopt(IP, socket.IP_TTL, 99)
-        sock.setsockopt(SOL, 36, 0x1234)
+        sock.setsockopt(SOL, 36, struct.pack("=I", 0x89AB_CDEF))
 
     with subject(lambda: kept(_filled(b"marked", prepare=prepare))) as child:
         (fd,) = child.result

@@ -254,6 +254,23 @@ def test_more_than_can_be_held_here_is_refused() -> None:
         assert "too many descriptors (RLIMIT_NOFILE)" in blocker.reason
 
 
+@pytest.mark.root
+def test_more_messages_with_files_than_a_socket_takes_at_once() -> None:
+    def setup() -> tuple[int, ...]:
+        a, b = socket.socketpair(socket.AF_UNIX, SEQPACKET)
+        a.setsockopt(SOL, 32, 8 << 20)
+        for number in range(400):
+            send(a, b"%d" % number, number % 2)
+        return kept(a, b)
+
+    with subject(setup) as child, Capture(child.pid) as capture:
+        assert not capture.found_in_flight
+        _, b = child.result
+        unread = capture.unread(capture.view(b))
+        assert [one.data for one in unread] == [b"%d" % number for number in range(400)]
+        assert [one.files for one in unread] == [(capture.file_at(child.pid, 0),)] * 400
+
+
 def test_what_cannot_be_carried_is_named_in_flight_too() -> None:
     def setup() -> tuple[int, ...]:
         a, b = socket.socketpair()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import socket
@@ -11,7 +12,9 @@ import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
 
 from pipeline.errors import RebuildError, Refused
@@ -22,7 +25,7 @@ from pipeline.kernel.syscalls import PRCTL, prctl
 from pipeline.resources.kinds import FdView
 from pipeline.resources.unix_names import Place
 from pipeline.resources.unix_socket import _socket_file
-from pipeline.resources.unix_state import SocketFile
+from pipeline.resources.unix_state import SocketFile, UnixState
 from tests.resources.fdharness import Capture, Rebuilt, Subject, subject
 from tests.resources.sockharness import of, polled
 
@@ -788,3 +791,52 @@ def test_a_one_sided_peer_without_a_name_is_refused() -> None:
         reasons = capture.reasons(child.result[1])
         assert "datagram socket without a name that left it" in reasons
         assert not capture.blockers(child.result[0])
+
+
+def test_a_listener_with_more_clients_than_the_kernel_lists_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def too_long(self: UnixDiag, inode: int) -> None:
+        raise OSError(errno.EMSGSIZE, "Message too long")
+
+    with subject(partial(_listening, b"\0pipeline-test-crowd")) as child, Capture(child.pid) as capture:
+        monkeypatch.setattr(UnixDiag, "find", too_long)
+        with pytest.raises(Refused, match="more clients wait to be accepted than the kernel lists"):
+            capture.blockers(child.result[0])
+
+
+# -- bad records ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"peer": 999}, "open file 999 is no unix socket of the image"),
+        ({"mutual": False, "peer": 999}, "open file 999 is no unix socket of the image"),
+        (
+            {"mutual": False, "peer": None, "name": b"\0pipeline-test-bad", "backlog": 1, "clients": [999]},
+            "open file 999 is no unix socket",
+        ),
+        ({"mutual": False, "peer": None, "name": b"/tmp/a\0b"}, "no name of a file"),
+        ({"socket": {"family": socket.AF_INET}}, "is no socket of this kind"),
+    ],
+)
+def test_bad_records_are_named(change: dict[str, Any], words: str) -> None:
+    with subject(lambda: kept(*socket.socketpair())) as child, Capture(child.pid) as capture:
+        index = capture.file_at(child.pid, child.result[0])
+        records = []
+        for file in capture.records():
+            if file.index == index:
+                socket_state = file.state["socket"] | change.get("socket", {})
+                file = msgspec.structs.replace(file, state=file.state | change | {"socket": socket_state})
+            records.append(file)
+        with pytest.raises(RebuildError, match=words):
+            Rebuilt(capture, records).__enter__()
+
+
+@pytest.mark.parametrize("change", [{"shutdown": 4}, {"name": b"x" * 109}])
+def test_records_out_of_bounds_are_no_records(change: dict[str, Any]) -> None:
+    with subject(lambda: kept(unix())) as child, Capture(child.pid) as capture:
+        (state,) = (file.state for file in capture.records() if file.kind == "unix")
+        with pytest.raises(msgspec.ValidationError):
+            msgspec.convert(state | change, UnixState)

@@ -19,10 +19,19 @@ from collections.abc import Iterator, Sequence
 
 from pipeline.errors import Blocker, RebuildError
 from pipeline.ids import LocalFd
-from pipeline.image.schema import U8, Index, OpenFile, Record
-from pipeline.resources import datagrams, halves, inet_address, inet_peer, multicast, socket_options, sockets
+from pipeline.image.schema import Index, OpenFile
+from pipeline.resources import (
+    datagram_state,
+    datagrams,
+    halves,
+    inet_address,
+    inet_peer,
+    multicast,
+    socket_options,
+    sockets,
+)
 from pipeline.resources.acting import UNCHANGED, acting_as
-from pipeline.resources.inet_address import Address
+from pipeline.resources.datagram_state import DatagramState
 from pipeline.resources.kinds import CaptureScope, CreateScope, FdView
 from pipeline.resources.socket_options import Identity
 from pipeline.resources.sockets import SocketState
@@ -35,16 +44,6 @@ _ROUTER = {
     socket.IPPROTO_IGMP: "/proc/sys/net/ipv4/conf/all/mc_forwarding",
     socket.IPPROTO_ICMPV6: "/proc/sys/net/ipv6/conf/all/mc_forwarding",
 }
-
-
-class RawState(Record, frozen=True, kw_only=True):
-    """`local`: None if not bound. `peer`: None if not connected. `shut`: bit 0 receiving, bit 1 sending."""
-
-    socket: SocketState
-    local: Address | None = None
-    peer: Address | None = None
-    groups: multicast.Memberships = []
-    shut: U8 = 0
 
 
 def is_ping(who: Identity) -> bool:
@@ -60,7 +59,7 @@ class Raw(CompleteOnceCreated):
     """See the module."""
 
     name = "raw"
-    record: type[RawState] = RawState
+    record: type[DatagramState] = DatagramState
     carried: Sequence[str] = (
         "raw sockets of IPv4 and IPv6, and ping sockets: addresses, options, classic filters",
         "their multicast groups and shutdown halves",
@@ -95,14 +94,14 @@ class Raw(CompleteOnceCreated):
             if who.type == socket.SOCK_RAW:
                 yield from _check_raw(view, who, netns, scope)
 
-    def capture(self, view: FdView, scope: CaptureScope) -> RawState:
+    def capture(self, view: FdView, scope: CaptureScope) -> DatagramState:
         """Options, addresses, groups."""
         with sockets.borrowed(view.local) as sock:
             common = sockets.capture(view, sock, scope)
             address = inet_address.local(sock, common.family)
             # The port of a raw socket is its protocol, whether it is bound or not.
             bound = address.is_set if is_ping(common.identity) else any(address.host)
-            return RawState(
+            return DatagramState(
                 socket=common,
                 local=address if bound else None,
                 peer=inet_peer.remote(view, sock, common.identity, common.netns, scope),
@@ -110,7 +109,7 @@ class Raw(CompleteOnceCreated):
                 shut=halves.of(view.local),
             )
 
-    def create(self, file: OpenFile, record: RawState, scope: CreateScope) -> LocalFd:
+    def create(self, file: OpenFile, record: DatagramState, scope: CreateScope) -> LocalFd:
         """A socket with its options, bound and connected as it was.
 
         Raises:
@@ -122,12 +121,7 @@ class Raw(CompleteOnceCreated):
         with _make(common, scope, subject) as sock:
             sockets.give_owner(sock, common, scope, subject)
             socket_options.apply(sock, common.identity, common.options, subject)
-            if record.local is not None:
-                inet_address.bind(sock, common.family, record.local, subject)
-            if record.peer is not None:
-                inet_address.connect(sock, common.family, record.peer, subject)
-            multicast.join(sock, record.groups, subject)
-            halves.shut(sock, record.shut)
+            datagram_state.place(sock, record, subject)
             return sockets.take(sock)
 
 

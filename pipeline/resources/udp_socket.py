@@ -20,9 +20,10 @@ from collections.abc import Iterator, Sequence
 
 from pipeline.errors import Blocker, RebuildError
 from pipeline.ids import LocalFd
-from pipeline.image.schema import U8, Index, OpenFile, Record
+from pipeline.image.schema import Index, OpenFile
 from pipeline.kernel import inetdiag
 from pipeline.resources import (
+    datagram_state,
     datagrams,
     datagrams_again,
     halves,
@@ -32,7 +33,7 @@ from pipeline.resources import (
     socket_options,
     sockets,
 )
-from pipeline.resources.inet_address import Address
+from pipeline.resources.datagram_state import DatagramState
 from pipeline.resources.kinds import CaptureScope, CreateScope, FdView
 from pipeline.resources.socket_options import Identity
 from pipeline.resources.sockets import SocketState
@@ -45,15 +46,10 @@ _ENCAP, _ENCAPS_OF_PROGRAMS = 100, (0, 1, 2)
 _HELD_BACK = socket_options.LATE | {"SO_BINDTODEVICE", "SO_RCVBUF", "SO_BUF_LOCK", "UDP_ENCAP", "UDP_CORK"}
 
 
-class UdpState(Record, frozen=True, kw_only=True):
-    """`local`: None if not bound. `peer`: None if not connected. `shut`: bit 0 receiving, bit 1 sending."""
+class UdpState(DatagramState, frozen=True, kw_only=True):
+    """`queue`: what it has not read."""
 
-    socket: SocketState
-    local: Address | None = None
-    peer: Address | None = None
     queue: datagrams.Queue = []
-    groups: multicast.Memberships = []
-    shut: U8 = 0
 
 
 def _is_udp(who: Identity) -> bool:
@@ -165,12 +161,7 @@ class Udp(CompleteOnceCreated):
                 if not datagrams_again.queue_again(sock, common, record.queue, subject, scope):
                     self._awaiting(scope).append(file.index)
             socket_options.apply(sock, common.identity, common.options, subject)
-            if record.local is not None:
-                inet_address.bind(sock, common.family, record.local, subject)
-            if record.peer is not None:
-                inet_address.connect(sock, common.family, record.peer, subject)
-            multicast.join(sock, record.groups, subject)
-            halves.shut(sock, record.shut)
+            datagram_state.place(sock, record, subject)
             return sockets.take(sock)
 
     @staticmethod

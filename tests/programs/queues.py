@@ -8,42 +8,32 @@ import os
 import struct
 import sys
 
-from support import call, libc, main, wait_for
+from support import call, libc, main, syscall, wait_for
 
 CLONE_NEWIPC = 0x08000000
 MQ_OPEN, MQ_UNLINK, MQ_SEND, MQ_RECEIVE, MQ_GETSETATTR = 240, 241, 242, 243, 245
 NOW = struct.pack("<2q", 0, 0)
-libc.syscall.restype = ctypes.c_long
-
-
-def system(number, *args):
-    values = [ctypes.c_long(a) if isinstance(a, int) else a for a in args]
-    result = libc.syscall(ctypes.c_long(number), *values)
-    if result == -1:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))
-    return result
 
 
 def opened(name, flags, room=None, mode=0o600):
     attributes = struct.pack("<4q32x", 0, *room, 0) if room else None
-    return system(MQ_OPEN, name, flags | os.O_CLOEXEC, mode, attributes)
+    return syscall(MQ_OPEN, name, flags | os.O_CLOEXEC, mode, attributes)
 
 
 def attributes(queue):
     buffer = ctypes.create_string_buffer(64)
-    system(MQ_GETSETATTR, queue, None, buffer)
+    syscall(MQ_GETSETATTR, queue, None, buffer)
     return struct.unpack("<4q32x", buffer.raw)
 
 
 def send(queue, text, priority):
-    system(MQ_SEND, queue, text, len(text), priority, NOW)
+    syscall(MQ_SEND, queue, text, len(text), priority, NOW)
 
 
 def receive(queue):
     size = attributes(queue)[2]
     buffer, priority = ctypes.create_string_buffer(size), ctypes.create_string_buffer(4)
-    length = system(MQ_RECEIVE, queue, buffer, size, priority, NOW)
+    length = syscall(MQ_RECEIVE, queue, buffer, size, priority, NOW)
     return int.from_bytes(priority.raw, "little"), buffer.raw[:length]
 
 
@@ -90,13 +80,13 @@ def body(program):
         finally:
             os.close(fd)
 
-    program.same("mqueue: by name", by_name, lambda: system(MQ_UNLINK, prefix + b"nobody-has-it-open"))
+    program.same("mqueue: by name", by_name, lambda: syscall(MQ_UNLINK, prefix + b"nobody-has-it-open"))
 
     gone = opened(prefix + b"gone", os.O_RDWR | os.O_CREAT | os.O_EXCL, (4, 64))
     send(gone, b"first", 1)
     send(gone, b"second", 1)
     reading = opened(prefix + b"gone", os.O_RDONLY | os.O_NONBLOCK)
-    system(MQ_UNLINK, prefix + b"gone")
+    syscall(MQ_UNLINK, prefix + b"gone")
     program.same("mqueue: without a name", lambda: contents(gone), lambda: receive(reading))
 
     def has_no_name():
@@ -115,7 +105,7 @@ def body(program):
 
     def echo():
         buffer = ctypes.create_string_buffer(8)
-        length = system(MQ_RECEIVE, wait, buffer, 8, None, None)
+        length = syscall(MQ_RECEIVE, wait, buffer, 8, None, None)
         send(answer, buffer.raw[:length], 0)
 
     program.busy("mqueue: a reader that waits", echo)

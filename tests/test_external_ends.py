@@ -333,6 +333,100 @@ def test_a_socket_that_somebody_outside_has_made(tmp_path: Path) -> None:
         reap([process.pid])
 
 
+#: sockets that are joined to each other; its output says which
+_JOINED = """
+import os, signal, socket
+def listener(address):
+    made = socket.create_server(("127.0.0.1", 0)) if address is None else socket.socket(socket.AF_UNIX)
+    if address is not None:
+        made.bind(address)
+        made.listen()
+    client = socket.socket(made.family)
+    client.connect(made.getsockname())
+    return made, client
+pair = socket.socketpair()
+tcp, waits = listener(None)
+ours, _ = listener(None)
+theirs = ours.accept()[0]
+unix, waits_there = listener("\\0pipeline-joined-%d" % os.getpid())
+server, client = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+server.bind("\\0pipeline-asked-%d" % os.getpid())
+client.connect(server.getsockname())
+alone = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+joined = *pair, tcp, waits, theirs, unix, waits_there, server, client
+for one in (*joined, ours, alone):
+    os.write(1, os.readlink(f"/proc/self/fd/{one.fileno()}").encode() + b" ")
+os.write(1, b"ready\\n")
+signal.pause()
+"""
+
+
+def test_a_socket_that_is_joined_to_another_one_of_the_tree_is_no_end_outside() -> None:
+    with subprocess.Popen(
+        [find_python(), "-S", "-s", "-E", "-c", _JOINED],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        cwd="/",
+        start_new_session=True,
+    ) as program:
+        try:
+            assert program.stdout
+            *joined, ours, alone = receive(program.stdout.fileno(), b"ready\n").decode().split()[:-1]
+            for named in (joined, joined[::2], joined[1::2]):
+                options = [word for name in (*named, ours, alone) for word in ("--external-fd", name)]
+                checked = engine("check", "--pid", program.pid, "--external-fd", "any", *options)
+                assert checked.returncode == 3, said(checked)
+                wrong = {line for line in checked.stdout.splitlines() if "is said to be external" in line}
+                assert all("is joined to another socket of the tree" in line for line in wrong)
+                refused = {
+                    name for name in (*joined, ours, alone) if any(f"({name})" in line for line in wrong)
+                }
+                assert refused == set(named)
+            # sockets are not meant by this word, and do not hinder it
+            checked = engine("check", "--pid", program.pid, "--external-fd", "any")
+            assert "is said to be external" not in checked.stdout, said(checked)
+            assert checked.returncode == 0, said(checked)
+        finally:
+            program.kill()
+
+
+def test_a_connection_that_is_given_again_is_not_held_meanwhile(tmp_path: Path) -> None:
+    """Somebody outside holds it, too, and goes on with it while the tree, which listens itself, is nowhere."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        ours = socket.create_connection(listener.getsockname(), timeout=20)
+        theirs = listener.accept()[0]
+    code = "import socket\nown = socket.create_server(('127.0.0.1', 0))\n" + _ECHO
+    with ours, theirs:
+        process = subprocess.Popen(
+            [find_python(), "-S", "-s", "-E", "-c", code],
+            stdin=theirs,
+            stdout=theirs,
+            stderr=subprocess.DEVNULL,
+            cwd="/",
+            start_new_session=True,
+        )
+        name = os.readlink(f"/proc/self/fd/{theirs.fileno()}")
+        try:
+            receive(ours.fileno(), b"ready\n")
+            named = ("--external-fd", name, "--external-fd", "any")
+            done = engine("dump", "--pid", process.pid, "--to", tmp_path / "image", *named)
+            assert done.returncode == 0, said(done)
+            process.wait()
+            theirs.sendall(b"meanwhile")
+            assert receive(ours.fileno(), b"meanwhile") == b"meanwhile"
+            ours.sendall(b"hello\n")
+            given = ("--inherit-fd", f"{name}={theirs.fileno()}")
+            with restorer(tmp_path / "image", *given, pass_fds=(theirs.fileno(),)) as again:
+                assert receive(ours.fileno(), b"got hello\n") == b"got hello\n"
+                os.kill(process.pid, signal.SIGKILL)
+                assert again.wait(20) == 128 + signal.SIGKILL
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGKILL)
+            reap([process.pid])
+
+
 _ALONE = """
 import os, signal
 reader, writer = os.pipe()

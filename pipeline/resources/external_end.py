@@ -5,6 +5,9 @@ What the kernel holds behind them belongs to the other side: a dump records thei
 place (`pipeline.resources.given_ends`). They are refused unless the person who dumps has said so: by name, by
 ``any``, or for the terminal of a shell's job.
 
+A socket is never meant by ``any``: it is named. One that is joined to another socket of the tree (its peer, a client
+that waits, a datagram socket connected to it) is refused, because only one of the two would be carried.
+
 Bytes that are unread in a pipe or FIFO belong to whoever reads them. The tree reads: they go along, and come before
 what is given (`pipeline.resources.pump`). Somebody outside reads: they stay. Input
 and output of a terminal stay with it, and so do its settings, but for a job (`pipeline.resources.shell_job`).
@@ -19,6 +22,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import socket
 import stat
 from collections.abc import Iterator, Sequence
 
@@ -28,11 +32,14 @@ from pipeline.image.schema import OpenFile, Path, PathRef, Record
 from pipeline.kernel import procfs
 from pipeline.kernel.arch.x86_64_numbers import NR
 from pipeline.kernel.syscalls import syscall
-from pipeline.resources import fifo, locks, outside, pipe_buffer, pty_sides, terminal
+from pipeline.resources import fifo, locks, outside, pipe_buffer, pty_sides, sockets, terminal
 from pipeline.resources.kinds import CaptureScope, CreateScope, FdView
 from pipeline.resources.paths import closed_on_error, describe, open_again, reopen
 from pipeline.resources.pipe_buffer import Buffer
 from pipeline.resources.steps import CompleteOnceCreated
+from pipeline.resources.tcp_seen import is_tcp
+from pipeline.resources.tcp_tree import TcpTree
+from pipeline.resources.unix_table import table_of
 
 KIND_NAME = "external"
 _SETTABLE = os.O_NONBLOCK | os.O_ASYNC
@@ -79,6 +86,8 @@ def claims(view: FdView, scope: CaptureScope) -> bool:
         return False
     if os.fsdecode(name) in policy.external_fds:
         return True
+    if sockets.is_socket(view):
+        return False
     wanted = "any" in policy.external_fds
     if stat.S_ISCHR(view.stat.st_mode):
         wanted |= policy.shell_job and is_job_terminal(view, scope)
@@ -117,17 +126,28 @@ def _outside(view: FdView, scope: CaptureScope) -> Iterator[str]:
         yield from (blocker.reason for blocker in pipe_buffer.outside_ends(view, scope, one_sided=True))
 
 
+def _is_joined(view: FdView, scope: CaptureScope) -> bool:
+    """Whether another socket of the tree is joined to socket `view`, so that it would lose it."""
+    if is_tcp(view):
+        return TcpTree.of(scope).is_joined(view)
+    who = sockets.identity_of(view)
+    return who is not None and who.family == socket.AF_UNIX and table_of(scope).is_joined(view.stat.st_ino)
+
+
 class ExternalEnd(CompleteOnceCreated):
     """See the module."""
 
     name = KIND_NAME
     record: type[ExternalState] = ExternalState
     carried: Sequence[str] = (
-        "pipes, FIFOs and terminals with an end outside the tree, if the dump is told so (--external-fd)",
+        "pipes, FIFOs, terminals and sockets with an end outside the tree, if the dump is told so (--external-fd)",
         "bytes that the tree has not read yet",
         "the terminal of a shell's job (--shell-job)",
     )
-    refused: Sequence[str] = ("an end outside that the destination is not given (--inherit-fd)",)
+    refused: Sequence[str] = (
+        "an end outside that the destination is not given (--inherit-fd)",
+        "one that is said to be outside and is joined to the tree only, or to another socket of it",
+    )
     shown_by: Sequence[str] = (
         "test_external_ends.py",
         "test_shell_job.py",
@@ -139,7 +159,10 @@ class ExternalEnd(CompleteOnceCreated):
 
     def check(self, view: FdView, scope: CaptureScope) -> Iterator[Blocker]:
         """It must have an end outside, and unread bytes must fit into an image."""
-        if stat.S_ISSOCK(view.stat.st_mode):
+        if sockets.is_socket(view):
+            if _is_joined(view, scope):
+                why = "is joined to another socket of the tree, and is said to be external"
+                yield Blocker(view.subject, why, "leave that out")
             return
         if not any(True for _ in _outside(view, scope)):
             yield Blocker(

@@ -54,6 +54,11 @@ def is_socket(view: FdView) -> bool:
     return stat.S_ISSOCK(view.stat.st_mode) and view.link.startswith(b"socket:[")
 
 
+def is_given(view: FdView, scope: CaptureScope) -> bool:
+    """Whether the person who captures has named this socket as one that the destination gives."""
+    return os.fsdecode(view.link) in scope.policy.external_fds
+
+
 @contextmanager
 def borrowed(fd: LocalFd) -> Iterator[socket.socket]:
     """A Python socket over a descriptor that stays open and stays the caller's."""

@@ -28,7 +28,7 @@ from pipeline.kernel.rtnetlink import Netlink, socket_of
 from pipeline.kernel.tcpdiag import NETLINK_SOCK_DIAG, TcpEntry
 from pipeline.resources import inet_address, sockets, tcp_read
 from pipeline.resources.inet_address import Address
-from pipeline.resources.kinds import CaptureScope
+from pipeline.resources.kinds import CaptureScope, FdView
 from pipeline.resources.sockets import EXTERNAL_NETWORK
 from pipeline.resources.tcp_holding import TcpHolding
 from pipeline.resources.tcp_pairs import agree
@@ -66,12 +66,15 @@ class TcpTree:
     def __init__(self, scope: CaptureScope) -> None:
         self._scope = scope
         self.seen: dict[LocalFd, Seen] = {}
+        #: those that the destination gives: not to be locked or read
+        self.given: dict[LocalFd, Seen] = {}
         for index, view in scope.files():
             if is_tcp(view):
                 with sockets.borrowed(view.local) as sock:
                     netns = sockets.network(sock, scope)
                     if netns is not None:
-                        self.seen[view.local] = see(index, view, netns, sock)
+                        which = self.given if sockets.is_given(view, scope) else self.seen
+                        which[view.local] = see(index, view, netns, sock)
         self._by_ends = {
             (one.netns, one.local, one.remote): one for one in self.seen.values() if one.remote is not None
         }
@@ -90,6 +93,14 @@ class TcpTree:
     def partner(self, one: Seen) -> Seen | None:
         """The other end, if the tree has it in the same network."""
         return self._by_ends.get((one.netns, one.remote, one.local)) if one.remote is not None else None
+
+    def is_joined(self, view: FdView) -> bool:
+        """Whether a socket that is given is connected to one of the tree, or one of the two waits at the other."""
+        one = self.given.get(view.local)
+        others = [*self.seen.values(), *self.given.values()]
+        return one is not None and any(
+            _are_joined(one, other) or _waits_at(one, other) or _waits_at(other, one) for other in others
+        )
 
     # -- who waits --------------------------------------------------------------------------
 
@@ -341,6 +352,22 @@ class TcpTree:
                     for one in changed
                 ]
             )
+
+
+def _are_joined(one: Seen, other: Seen) -> bool:
+    return one.netns == other.netns and (one.local, one.remote) == (other.remote, other.local)
+
+
+def _waits_at(one: Seen, listener: Seen) -> bool:
+    """Whether a connection may be one that waits at a listener."""
+    if not listener.info.waiting or listener.info.state != State.LISTEN or one.remote is None:
+        return False
+    (host, port), (listens_host, listens_port) = one.remote, listener.local
+    return (
+        one.netns == listener.netns
+        and port == listens_port
+        and (host == listens_host or not any(listens_host))
+    )
 
 
 def _is_closed_and_sends(entry: TcpEntry) -> bool:

@@ -66,6 +66,15 @@ class Table:
                 return member
         return None
 
+    def is_joined(self, inode: int) -> bool:
+        """Whether another socket of the tree is the peer of socket `inode`, has it for one, or waits for the other."""
+        own = self.find(inode)
+        if own is not None and (own.peer in self.members or any(one in self.members for one in own.waiting)):
+            return True
+        if any(found is not None and found.peer == inode for found in map(self.find, self.members)):
+            return True
+        return self.listener_of(inode) is not None
+
     def listens_at(self, name: bytes) -> bool:
         """Whether a listener in the tree has this name."""
         for member, (_, view) in self.members.items():

@@ -11,12 +11,17 @@ import shutil
 import signal
 import sys
 import termios
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from pipeline.errors import UsageError
+from pipeline.image.schema import ShellJob
+from pipeline.ledger import LEDGER
+from pipeline.resources.shell_job import JobTerminal
 from tests.harness import users
 from tests.harness.tree import ROOT, children_of, engine, family_of, find_python, reap, said
 
@@ -104,6 +109,12 @@ class Shell:
             assert time.monotonic() < deadline
             time.sleep(0.01)
 
+    def wait_for_quit_key(self, key: bytes) -> None:
+        deadline = time.monotonic() + 10
+        while self.quit_key() != key:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
     def status(self) -> int:
         self.type(b"echo status=$?\n")
         self.expect(b"status=")
@@ -143,6 +154,39 @@ def begin(shell: Shell, code: str, directory: Path) -> int:
     assert found
     assert found[1] == found[2], "the shell makes a group for each job"
     return int(found[1])
+
+
+def begin_in_user_namespace(shell: Shell, directory: Path) -> int:
+    """Start `_KEYS` in the group of a parent that stays outside; its pid."""
+    script = directory / "job.py"
+    script.write_text(_KEYS)
+    run = shell.pipeline("run", "--userns=0:100000:65536", "--", find_python(), "-S", "-s", "-E", "-c")
+    shell.type(f'{run} "$(cat {script})"\n'.encode())
+    found = re.search(rb"\[begun (\d+) (\d+)\]", shell.expect(b"]"))
+    assert found
+    assert found[1] != found[2]
+    return int(found[1])
+
+
+def restorer_of(shell: Shell, pid: int) -> int:
+    """Who has restored `pid` there."""
+    (found,) = (one for one in family_of(shell.pid) if pid in children_of(one))
+    return found
+
+
+def restore_and_stop_the_restorer(shell: Shell, pid: int, image: Path) -> int:
+    """Restore a job of `_KEYS` and stop the restorer alone, so that the shell takes the terminal; who it is."""
+    shell.type(shell.pipeline("restore", "--from", image, "--shell-job").encode() + b"\n")
+    shell.expect(b"[drawn]")
+    shell.type(b"a")
+    shell.expect(b"<a>")
+    restorer = restorer_of(shell, pid)
+    os.kill(restorer, signal.SIGSTOP)
+    shell.expect(b"Stopped")
+    shell.expect(_PROMPT)
+    shell.type(b" ")  # the read that waits already gets it
+    shell.expect(b"< >")
+    return restorer
 
 
 def test_a_job_moves_to_another_shell_with_keys_interrupts_and_stops(
@@ -186,10 +230,7 @@ def test_a_job_moves_to_another_shell_with_keys_interrupts_and_stops(
     assert b"alive" in second.run(f"kill -0 {pid} && echo alive")
     second.type(b"fg\n")
     second.expect(b"--shell-job")
-    deadline = time.monotonic() + 10
-    while second.quit_key() != b"\x05":
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    second.wait_for_quit_key(b"\x05")
     second.type(b"c")
     second.expect(b"<c>")
     second.type(b"q")
@@ -245,13 +286,9 @@ def test_a_restorer_that_is_killed_leaves_a_terminal_as_it_was(shells: list[Shel
     second.type(b"sh ./script\n")
     second.expect(b"[drawn]")
     assert second.quit_key() == b"\x05" != before
-    (restorer,) = (one for one in family_of(second.pid) if pid in children_of(one))
-    os.kill(restorer, signal.SIGKILL)
+    os.kill(restorer_of(second, pid), signal.SIGKILL)
     second.expect(b"over")
-    deadline = time.monotonic() + 10
-    while second.quit_key() != before:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    second.wait_for_quit_key(before)
     os.kill(pid, signal.SIGKILL)
     assert not reap([pid])
     (tmp_path / "go").touch()
@@ -264,14 +301,7 @@ def test_a_job_in_a_user_namespace_that_is_in_the_group_of_whoever_has_made_that
 ) -> None:
     """Its group is led from outside of the tree: it becomes a member of the restorer's."""
     first, second = shells
-    script = tmp_path / "job.py"
-    script.write_text(_KEYS)
-    run = first.pipeline("run", "--userns=0:100000:65536", "--", find_python(), "-S", "-s", "-E", "-c")
-    first.type(f'{run} "$(cat {script})"\n'.encode())
-    found = re.search(rb"\[begun (\d+) (\d+)\]", first.expect(b"]"))
-    assert found
-    assert found[1] != found[2]
-    pid = int(found[1])
+    pid = begin_in_user_namespace(first, tmp_path)
     done = engine("dump", "--pid", pid, "--to", tmp_path / "image", "--shell-job")
     assert done.returncode == 0, said(done)
     first.expect(_PROMPT)
@@ -287,10 +317,7 @@ def test_a_job_in_a_user_namespace_that_is_in_the_group_of_whoever_has_made_that
         assert second.quit_key() != b"\x05"
         second.type(b"fg\n")
         second.expect(b"--shell-job")
-        deadline = time.monotonic() + 10
-        while second.quit_key() != b"\x05":
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        second.wait_for_quit_key(b"\x05")
     second.type(b"q")
     second.expect(b"[end 1]")
     second.expect(_PROMPT)
@@ -397,3 +424,91 @@ def test_who_leads_the_session_of_a_terminal_outside_is_refused(shells: list[She
     done = engine("dump", "--pid", shell.pid, "--to", tmp_path / "image", "--shell-job")
     assert done.returncode == 3, said(done)
     assert "a terminal controls one session only" in done.stderr
+
+
+def test_a_shell_that_has_taken_the_terminal_keeps_it(shells: list[Shell], tmp_path: Path) -> None:
+    """SIGSTOP reaches the restorer alone: who is in the background behind that takes nothing from anybody."""
+    first, second = shells
+    pid = begin(first, _KEYS, tmp_path)
+    image = tmp_path / "image"
+    done = engine("dump", "--pid", pid, "--to", image, "--shell-job")
+    assert done.returncode == 0, said(done)
+    restore_and_stop_the_restorer(second, pid, image)
+    second.run("bg")
+    second.run("sleep 0.3")
+    assert b"Stopped" in second.run("jobs")  # it reads
+    assert os.tcgetpgrp(second.master) == second.pid
+    second.run("stty quit ^X")
+    second.type(b"fg\n")
+    second.wait_for_quit_key(b"\x05")
+    second.type(b"b")
+    second.expect(b"<b>")
+    second.type(b"q")
+    second.expect(b"[end 1]")
+    second.expect(_PROMPT)
+    assert second.quit_key() == b"\x18"
+
+
+def test_a_job_in_the_group_of_its_restorer_gets_its_settings_again(
+    shells: list[Shell], tmp_path: Path
+) -> None:
+    """There the foreground does not tell that a shell has had the terminal meanwhile."""
+    first, second = shells
+    pid = begin_in_user_namespace(first, tmp_path)
+    image = tmp_path / "image"
+    done = engine("dump", "--pid", pid, "--to", image, "--shell-job")
+    assert done.returncode == 0, said(done)
+    usual = second.quit_key()
+    restore_and_stop_the_restorer(second, pid, image)
+    second.type(b"fg\n")
+    second.wait_for_quit_key(b"\x05")
+    second.type(b"b")
+    second.expect(b"<b>")
+    second.type(b"q")
+    second.expect(b"[end 1]")
+    second.expect(_PROMPT)
+    assert second.quit_key() == usual
+
+
+@pytest.mark.parametrize("how", ["by the terminal", "alone"])
+def test_a_restorer_that_is_killed_when_it_is_stopped_leaves_a_terminal_to_the_shell(
+    shells: list[Shell], tmp_path: Path, how: str
+) -> None:
+    first, second = shells
+    pid = begin(first, _KEYS, tmp_path)
+    image = tmp_path / "image"
+    done = engine("dump", "--pid", pid, "--to", image, "--shell-job")
+    assert done.returncode == 0, said(done)
+    if how == "alone":
+        restorer = restore_and_stop_the_restorer(second, pid, image)
+    else:
+        second.type(second.pipeline("restore", "--from", image, "--shell-job").encode() + b"\n")
+        second.expect(b"[drawn]")
+        restorer = restorer_of(second, pid)
+        second.type(b"\x1a")
+        second.expect(b"Stopped")
+        second.expect(_PROMPT)
+    guards = [one for one in children_of(restorer) if one != pid]
+    second.run("stty quit ^X")
+    os.kill(restorer, signal.SIGKILL)
+    assert not reap([restorer, *guards])
+    assert second.quit_key() == b"\x18"
+    assert os.tcgetpgrp(second.master) == second.pid
+    os.kill(pid, signal.SIGKILL)
+    assert not reap([pid])
+
+
+def test_a_terminal_is_given_by_the_main_thread_only() -> None:
+    errors: list[BaseException] = []
+
+    def give() -> None:
+        try:
+            JobTerminal(ShellJob(settings=b"", window=b"", foreground=None))
+        except UsageError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=give)
+    thread.start()
+    thread.join()
+    assert "main thread" in str(errors[0])
+    assert not [held for held in LEDGER.held() if held[0] == "terminal of the shell"]

@@ -8,14 +8,17 @@ has the tree born into its own session, which has to have a terminal, and takes 
   that the tree had made, and SIGWINCH tells the tree to draw itself anew;
 * when the root stops (^Z, reading in the background), terminal and foreground go back, and the restorer stops, so
   that its shell goes on; continued, it continues the tree, in the foreground if the shell says so;
-* when the tree ends, or the restorer fails, they go back for good.
+* when the tree ends, or the restorer fails, they go back for good;
+* when the shell has taken the terminal itself, because SIGSTOP was sent to the restorer alone, nothing goes back: it
+  is the shell's. The tree runs on in the background then, and what it waits to read already takes one more key.
 
-A guard, a child that no signal of the terminal reaches, puts the settings back when the restorer is killed.
+A guard, a child that no signal of the terminal reaches, puts the settings back when the restorer is killed while the
+tree has the terminal.
 
 Not carried: the window's size, which is a fact of the terminal that is there (it is set only where that one has
 none); speeds and the form of bytes on the line (c_cflag); what a job in the background had set the terminal to, which
-only its shell knows. Refused: a session leader in the tree whose terminal is
-outside, because a terminal controls one session only.
+only its shell knows, and one that has the terminal nowhere open. Refused: a session leader in the tree whose terminal
+is outside, because a terminal controls one session only.
 
 Source: credentials(7), tcsetpgrp(3), tty_ioctl(4), signal(7); drivers/tty/tty_jobctrl.c.
 """
@@ -25,23 +28,28 @@ from __future__ import annotations
 import os
 import signal
 import struct
+import threading
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import replace
 
-from pipeline.errors import Blocker, ImageError, Refused
+from pipeline.errors import Blocker, ImageError, Refused, UsageError
 from pipeline.ids import HostPid, LocalFd
 from pipeline.image.schema import ShellJob
 from pipeline.kernel import procfs
+from pipeline.kernel.arch.x86_64_numbers import NR
+from pipeline.kernel.syscalls import syscall
 from pipeline.ledger import LEDGER
 from pipeline.resources import pty_sides, terminal
 from pipeline.resources.kinds import CaptureScope
 from pipeline.resources.terminal import Settings
 
 _NO_WINDOW = bytes(8)
-_DONE = b"d"
-_STOPPING = (signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)
+_OF_JOBS = (signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU, signal.SIGCONT)
 _GROUPS = struct.Struct("<2i")
+#: what a guard is told: settings and groups, or that there is nothing to put back
+_WORD_BYTES = Settings.BYTES + _GROUPS.size
+_NOTHING = bytes(_WORD_BYTES)
 
 
 def capture(
@@ -79,6 +87,7 @@ class JobTerminal:
     """The terminal of the restorer's session, lent to a tree. All methods run in the main thread.
 
     Raises:
+        UsageError: this is another thread.
         Refused: there is none.
         ImageError: what the image says of it is damaged.
 
@@ -88,6 +97,10 @@ class JobTerminal:
     def __init__(self, job: ShellJob) -> None:
         if len(job.settings) not in (0, Settings.BYTES) or len(job.window) not in (0, len(_NO_WINDOW)):
             raise ImageError("the terminal of a shell's job is damaged")
+        if threading.current_thread() is not threading.main_thread():
+            raise UsageError(
+                "shell_job: a terminal can be given by the main thread only, which gets the signals"
+            )
         try:
             self._tty = LocalFd(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC))
         except OSError as error:
@@ -99,11 +112,15 @@ class JobTerminal:
         self._window = job.window
         self._root = 0
         self._group = 0
+        #: the root is in our own group
+        self._shared = False
+        #: somebody has continued us, and had stopped us if it was not `_suspend`
+        self._continued = False
         self._lent: tuple[Settings, bytes] | None = None
         self._guard: _Guard | None = None
         self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTTOU})
         # a tree in our own group shares what the terminal sends; we stop when it has stopped
-        self._usual = {number: signal.signal(number, _wait_for_the_tree) for number in _STOPPING}
+        self._usual = {number: signal.signal(number, self._on_signal) for number in _OF_JOBS}
 
     @property
     def path(self) -> str:
@@ -119,6 +136,7 @@ class JobTerminal:
         """Let the tree have it: `group` was in the foreground (0: that of the root, which may be ours)."""
         self._root = root
         self._group = group or os.getpgid(root)
+        self._shared = self.reaches(root)
         self._guard = _Guard(self._tty)
         if self._wanted and self._is_ours():
             self._give()
@@ -140,12 +158,12 @@ class JobTerminal:
         except procfs.ProcessGone:
             return
         with suppress(OSError):  # the terminal is hung up
-            put_there = self._wanted and self._group != os.getpgrp() and self._is_ours()
-            if stopped and not (put_there and self._lent is not None):
-                self._suspend()
-            elif put_there:  # by the shell, which may have taken the terminal away from a tree that had it
+            self._see()
+            if self._wanted and self._lent is None and self._is_ours():  # the shell has put it there
                 self._give()
                 self._continue()
+            elif stopped:
+                self._suspend()
 
     def close(self) -> None:
         """Put everything back, once; idempotent."""
@@ -161,17 +179,29 @@ class JobTerminal:
             signal.signal(number, usual)
         signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
 
+    def _on_signal(self, number: int, frame: object) -> None:
+        """`look` sees whether the tree has stopped, and then stops us."""
+        self._continued |= number == signal.SIGCONT
+
     def _is_ours(self) -> bool:
         with suppress(OSError):
             return terminal.foreground(self._tty) == os.getpgrp()
         return False  # it is hung up
 
     def _give(self) -> None:
-        usual = terminal.settings(self._tty)
-        window = terminal.window(self._tty) if self._lent is None else self._lent[1]
-        self._lent = usual, window
         assert self._guard is not None
+        usual = terminal.settings(self._tty)
+        window = terminal.window(self._tty)
+        if not _has_members(self._group):
+            self._group = _group_of(self._root)
+        self._lent = usual, window
         self._guard.watch(usual, os.getpgrp(), self._group)
+        try:
+            os.tcsetpgrp(self._tty, self._group)
+        except OSError:  # the tree has ended meanwhile
+            self._lent = None
+            self._guard.rest()
+            return
         if self._settings:
             wanted = replace(
                 Settings.unpack(self._settings),
@@ -183,23 +213,51 @@ class JobTerminal:
             terminal.set_settings(self._tty, wanted)
         if window[:4] == _NO_WINDOW[:4] and self._window:
             terminal.set_window(self._tty, self._window)
-        with suppress(OSError):  # the group has ended meanwhile
-            os.tcsetpgrp(self._tty, self._group)
+        self._settings, self._continued = terminal.settings(self._tty).pack(), False
+
+    def _see(self) -> None:
+        """Note what the tree has made of the terminal. If the shell has taken it meanwhile, nothing is lent any more.
+
+        Raises:
+            OSError: it is hung up.
+        """
+        if self._lent is None:
+            return
+        # in this order: a shell changes the settings when it has the foreground already
+        settings, group = terminal.settings(self._tty).pack(), terminal.foreground(self._tty)
+        continued, self._continued = self._continued, False
+        if group == os.getpgrp():
+            taken = continued and settings != self._settings if self._shared else True
+        else:
+            taken = group not in (0, self._group) and _is_of_our_shell(group)
+        if taken:
+            self._take_size_back(self._lent[1])
+            self._lent = None
+            self._tell_guard_of_nothing()
+        else:
+            self._settings, self._group = settings, group or self._group
+
+    def _tell_guard_of_nothing(self) -> None:
+        if self._guard is not None:
+            self._guard.rest()
 
     def _take_back(self) -> None:
+        with suppress(OSError):  # it is hung up
+            self._see()
         if self._lent is None:
             return
         usual, window = self._lent
         self._lent = None
         with suppress(OSError):  # it is hung up
-            self._settings = terminal.settings(self._tty).pack()
-            now = terminal.foreground(self._tty)
-            self._group = self._group if now in (0, os.getpgrp()) else now
-            if window[:4] == _NO_WINDOW[:4]:
-                self._window = terminal.window(self._tty)
-                terminal.set_window(self._tty, window)
+            self._take_size_back(window)
             terminal.set_settings(self._tty, usual)
             os.tcsetpgrp(self._tty, os.getpgrp())
+        self._tell_guard_of_nothing()
+
+    def _take_size_back(self, window: bytes) -> None:
+        if window[:4] == _NO_WINDOW[:4]:
+            self._window = terminal.window(self._tty)
+            terminal.set_window(self._tty, window)
 
     def _suspend(self) -> None:
         """Stop as the tree has stopped; returns when the shell lets both go on."""
@@ -209,7 +267,7 @@ class JobTerminal:
             # where no shell would continue us, the kernel ignores this
             os.killpg(os.getpgrp(), signal.SIGTSTP)
         finally:
-            signal.signal(signal.SIGTSTP, _wait_for_the_tree)
+            signal.signal(signal.SIGTSTP, self._on_signal)
         self._wanted = True
         if self._is_ours():
             self._give()
@@ -221,18 +279,37 @@ class JobTerminal:
                 os.killpg(group, signal.SIGCONT)
 
 
-def _wait_for_the_tree(number: int, frame: object) -> None:
-    """Nothing: `JobTerminal.look` sees whether the tree has stopped."""
-
-
 def _group_of(pid: int) -> int:
     with suppress(ProcessLookupError):
         return os.getpgid(pid)
     return 0
 
 
+def _has_members(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _is_of_our_shell(group: int) -> bool:
+    """Whether a process group is the shell's or another job of it: from its members up, its session comes before us."""
+    us, leader = os.getpid(), os.getsid(0)
+    for name in os.listdir("/proc"):
+        if name.isdigit() and _group_of(int(name)) == group:
+            pid = int(name)
+            with suppress(procfs.ProcessGone):
+                while pid not in (us, leader, 0):
+                    pid = procfs.stat(HostPid(pid)).ppid
+                return pid != us and pid == leader
+    return False
+
+
 class _Guard:
-    """A child that puts settings back if its parent ends without a word."""
+    """A child that puts a terminal back if its parent ends without a word."""
 
     def __init__(self, tty: LocalFd) -> None:
         reader, self._writer = os.pipe2(os.O_CLOEXEC)
@@ -243,7 +320,7 @@ class _Guard:
                 os.setpgid(0, 0)
                 os.dup2(tty, 0)
                 os.dup2(reader, 1)
-                os.closerange(2, 1 << 16)
+                syscall(NR.close_range, 2, 0xFFFF_FFFF, 0)
                 _keep_watch()
             finally:
                 os._exit(0)
@@ -252,11 +329,18 @@ class _Guard:
 
     def watch(self, usual: Settings, ours: int, theirs: int) -> None:
         """These settings are to be put back, and group `ours` in the foreground in the place of `theirs`."""
-        os.write(self._writer, usual.pack() + _GROUPS.pack(ours, theirs))
+        self._say(usual.pack() + _GROUPS.pack(ours, theirs))
+
+    def rest(self) -> None:
+        """There is nothing to put back now."""
+        self._say(_NOTHING)
+
+    def _say(self, word: bytes) -> None:
+        with suppress(BrokenPipeError):  # somebody has killed it
+            os.write(self._writer, word)
 
     def dismiss(self) -> None:
-        """Everything is as it was: it has nothing to do any more."""
-        os.write(self._writer, _DONE)
+        """Let it end; it puts back what it was told last."""
         os.close(self._writer)
         os.waitpid(self._pid, 0)
         LEDGER.give_back("guard of the terminal", self._pid)
@@ -264,15 +348,16 @@ class _Guard:
 
 def _keep_watch() -> None:
     """The guard: terminal at 0, what its parent says at 1."""
-    tty, usual = LocalFd(0), b""
-    while said := os.read(1, Settings.BYTES + _GROUPS.size):
-        if said == _DONE:
+    tty, last = LocalFd(0), _NOTHING
+    while word := os.read(1, _WORD_BYTES):
+        last = word
+    if last == _NOTHING:
+        return
+    with suppress(OSError):  # it is hung up
+        ours, theirs = _GROUPS.unpack(last[Settings.BYTES :])
+        now = terminal.foreground(tty)
+        if now not in (ours, theirs) and _is_of_our_shell(now):
             return
-        usual = said
-    if usual:
-        with suppress(OSError):
-            ours, theirs = _GROUPS.unpack(usual[Settings.BYTES :])
-            if terminal.foreground(tty) == theirs:
-                with suppress(OSError):  # nobody is in it: the shell sees to that
-                    os.tcsetpgrp(tty, ours)
-            terminal.set_settings(tty, Settings.unpack(usual[: Settings.BYTES]))
+        terminal.set_settings(tty, Settings.unpack(last[: Settings.BYTES]))
+        with suppress(OSError):  # nobody is in it: the shell sees to that
+            os.tcsetpgrp(tty, ours)

@@ -8,7 +8,8 @@ Queuing again: `pipeline.resources.datagrams_again`.
 
 Not carried, hence refused, as they go away by being read: datagrams whose place or time of arrival the program gets
 to see (IP_PKTINFO of another device than lo, timestamps), those that GRO has put together, and what came with IP
-options. An empty datagram that was peeked at before is not seen by the walk.
+options. An empty datagram that was looked at before (by the program, or for a dump that came to nothing) is not seen by
+the walk: it is refused where it comes first, and lost where it comes behind others.
 
 Source: udp(7), ip(7), ipv6(7); net/core/datagram.c (__skb_try_recv_from_queue).
 """
@@ -34,7 +35,7 @@ from pipeline.resources.kinds import CaptureScope, FdView
 from pipeline.resources.shielded import shielded
 from pipeline.resources.sockets import SocketState
 
-_SO_PEEK_OFF = 42
+_SO_PEEK_OFF, _SO_MEMINFO = 42, 55
 MAPPED = bytes(10) + b"\xff\xff"
 _LO_INDEX = 1
 _BUFFER_BYTES = 1 << 16
@@ -94,11 +95,39 @@ def _look(sock: socket.socket, subject: str) -> _Told:
     before = sock.getsockopt(_SOL, _SO_PEEK_OFF)
     sock.setsockopt(_SOL, _SO_PEEK_OFF, 0)
     try:
-        return _Told(list(_walk(sock, subject)))
+        found = list(_walk(sock, subject))
+        if not (found and not found[0].data) and _begins_empty(sock):
+            raise _refused(
+                subject,
+                "before, is empty and was looked at then (MSG_PEEK); nobody can tell whether others did",
+            )
+        return _Told(found)
     except Refused as refused:
         return _Told(refused=refused.blockers[0])
     finally:
         sock.setsockopt(_SOL, _SO_PEEK_OFF, before)
+
+
+def _begins_empty(sock: socket.socket) -> bool:
+    """Whether an empty datagram that the walk did not find comes first."""
+    sock.setsockopt(_SOL, _SO_PEEK_OFF, -1)
+    try:
+        return not sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return False
+
+
+def _refused(subject: str, what: str) -> Refused:
+    return Refused(
+        [
+            Blocker(
+                subject,
+                f"a datagram that waits to be read came {what}",
+                "wait until it is read, or let it be dropped (--udp-queue drop)",
+                transient=True,
+            )
+        ]
+    )
 
 
 def _walk(sock: socket.socket, subject: str) -> Iterator[Datagram]:
@@ -120,18 +149,6 @@ def _understood(
     sender: tuple[str, int],
     subject: str,
 ) -> Datagram:
-    def refuse(what: str) -> Refused:
-        return Refused(
-            [
-                Blocker(
-                    subject,
-                    f"a datagram that waits to be read came {what}",
-                    "wait until it is read, or let it be dropped (--udp-queue drop)",
-                    transient=True,
-                )
-            ]
-        )
-
     found: dict[str, int | bytes] = {}
     for level, kind, value in control:
         index = _LO_INDEX
@@ -151,15 +168,15 @@ def _understood(
             case (1, 12):
                 (found["priority"],) = struct.unpack("<I", value)
             case _:
-                raise refuse(f"with {_NAMES.get((level, kind), f'ancillary data {level}/{kind}')}")
+                raise _refused(subject, f"with {_NAMES.get((level, kind), f'ancillary data {level}/{kind}')}")
         if index != _LO_INDEX:
-            raise refuse("by another device than lo, and the program asks by which (PKTINFO)")
+            raise _refused(subject, "by another device than lo, and the program asks by which (PKTINFO)")
     to = found.get("to")
     if isinstance(to, bytes) and _is_shared(to):
-        raise refuse("by multicast or broadcast, and the program asks for its address (PKTINFO)")
+        raise _refused(subject, "by multicast or broadcast, and the program asks for its address (PKTINFO)")
     address = inet_address.pack(sock, sock.family, sender)
     if address.interface:
-        raise refuse(f"from a neighbour, {address}")
+        raise _refused(subject, f"from a neighbour, {address}")
     return Datagram(data, address, **found)  # type: ignore[arg-type]
 
 
@@ -184,15 +201,12 @@ def are_unread(fd: LocalFd, sock: socket.socket) -> bool:
     Peeking is avoided: an empty datagram that was peeked at is not seen by a walk that comes later.
     """
     found = sockets.events(fd, select.POLLIN | select.POLLRDHUP)
-    if not found & select.POLLIN:
-        return False
-    if not found & select.POLLRDHUP:
-        return True
-    try:
-        sock.recv(0, socket.MSG_PEEK | socket.MSG_DONTWAIT | socket.MSG_TRUNC)
-    except BlockingIOError:
-        return False
-    return True
+    return bool(found & select.POLLIN) and (not found & select.POLLRDHUP or held_bytes(sock) > 0)
+
+
+def held_bytes(sock: socket.socket) -> int:
+    """The memory that queued datagrams take (SK_MEMINFO_RMEM_ALLOC)."""
+    return int(struct.unpack_from("<I", sock.getsockopt(_SOL, _SO_MEMINFO, 4))[0])
 
 
 def refuse_unread(view: FdView, sock: socket.socket, scope: CaptureScope) -> Iterator[Blocker]:

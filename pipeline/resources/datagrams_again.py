@@ -23,13 +23,12 @@ from pipeline.errors import RebuildError
 from pipeline.kernel.arch.x86_64_numbers import NR
 from pipeline.kernel.syscalls import syscall
 from pipeline.resources import sockets
-from pipeline.resources.datagrams import MAPPED, Datagram
+from pipeline.resources.datagrams import MAPPED, Datagram, held_bytes
 from pipeline.resources.inet_address import Address
 from pipeline.resources.kinds import CreateScope
 from pipeline.resources.sockets import SocketState
 
 _SO_RCVBUFFORCE = 33
-_SO_MEMINFO = 55
 _SO_MARK, _SO_PRIORITY = 36, 12
 _LOOPBACK = {socket.AF_INET: socket.inet_aton("127.0.0.1"), socket.AF_INET6: bytes(15) + b"\1"}
 #: room that a queued datagram takes beside its bytes
@@ -59,7 +58,7 @@ def send_again(
                 f"{subject}: a datagram from {datagram.sender} can be queued again only by who has CAP_NET_RAW here; "
                 "restore as root, or with --udp-queue drop"
             )
-        before = _held_bytes(sock)
+        before = held_bytes(sock)
         try:
             with sockets.borrowed(scope.file(datagram.by)) as sender:
                 host = local.host if local is not None and any(local.host) else b""
@@ -114,7 +113,7 @@ def queue_again(
             injector = injectors[family]
             injector.setsockopt(_SOL, _SO_MARK, struct.pack("=I", datagram.mark))
             injector.setsockopt(_SOL, _SO_PRIORITY, struct.pack("=I", datagram.priority))
-            before = _held_bytes(sock)
+            before = held_bytes(sock)
             injector.sendto(packet, (to, 0))
             if not _has_grown(sock, before):
                 raise RebuildError(
@@ -148,15 +147,10 @@ def _make_room(sock: socket.socket, room: int) -> None:
         sock.setsockopt(_SOL, socket.SO_RCVBUF, room)
 
 
-def _held_bytes(sock: socket.socket) -> int:
-    """The memory that queued datagrams take (SK_MEMINFO_RMEM_ALLOC)."""
-    return int(struct.unpack_from("<I", sock.getsockopt(_SOL, _SO_MEMINFO, 4))[0])
-
-
 def _has_grown(sock: socket.socket, before: int) -> bool:
     """Whether the queue takes more memory than before, or does so in a moment: packets come in by a softirq."""
     deadline = time.monotonic() + _ARRIVAL_S
-    while _held_bytes(sock) <= before:
+    while held_bytes(sock) <= before:
         if time.monotonic() > deadline:
             return False
         time.sleep(0.0005)

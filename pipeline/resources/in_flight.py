@@ -64,7 +64,7 @@ def _look(view: FdView, adopt: Adopt) -> list[Unread] | None:
     with sockets.borrowed(view.local) as sock:
         if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
             return None  # they are in connections that only accept(2) gives
-        found = unix_look.look(sock, view.subject, with_files=True)
+        found = unix_look.look(sock, view.subject)
     held = [[LocalFd(fd) for fd in unread.files] for unread in found]
     indexes: list[list[Index]] = []
     try:

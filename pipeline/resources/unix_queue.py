@@ -1,6 +1,7 @@
 """Unread messages of unix sockets as records, and sent again.
 
-Senders' credentials are seen (and kept) where the receiver has SO_PASSCRED or SO_PASSPIDFD. The name of a
+Senders' credentials are kept with every message that has them: where one end asked for them when it was sent, or
+the sender told them. The name of a
 sender is that of the sending *socket* when the message is read, so a message is sent
 again from that socket, or from one that has its name.
 
@@ -14,17 +15,20 @@ from __future__ import annotations
 
 import array
 import errno
+import select
 import socket
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from pipeline.errors import Blocker, RebuildError, Refused
-from pipeline.ids import HostPid, LocalFd
-from pipeline.kernel import procfs
-from pipeline.resources import sockets, unix_inside
+from pipeline.ids import LocalFd
+from pipeline.image.schema import Index
+from pipeline.kernel.sockdiag import State
+from pipeline.resources import external_end, sockets, unix_inside
 from pipeline.resources.kinds import CaptureScope, CreateScope, FdView
-from pipeline.resources.unix_look import look
+from pipeline.resources.unix_look import look_at_all
 from pipeline.resources.unix_state import Message, Peer
+from pipeline.resources.unix_table import table_of
 from pipeline.resources.unix_unread import Unread
 
 _SO_SNDBUFFORCE = 32
@@ -33,15 +37,17 @@ _SCM_CREDENTIALS = 2
 _UCRED = struct.Struct("<iII")
 
 
-def capture(view: FdView, sock: socket.socket, scope: CaptureScope) -> list[Message]:
-    """Every unread message of a socket that has some.
+def capture(index: Index, view: FdView, scope: CaptureScope) -> list[Message]:
+    """Every unread message of a socket.
 
     Raises:
         Refused: a message is too long, or carries credentials of a process outside the tree.
     """
+    if not _is_filled(view, scope):
+        return []
     known = scope.unread(view)
     if known is None:
-        known = look(sock, view.subject, with_files=False)
+        known = _all_without_files(scope)[index]()
     return [
         Message(
             data=unread.data,
@@ -54,22 +60,39 @@ def capture(view: FdView, sock: socket.socket, scope: CaptureScope) -> list[Mess
     ]
 
 
+def _is_filled(view: FdView, scope: CaptureScope) -> bool:
+    """Whether a socket has messages, and not only an error, the end of a connection, or clients that wait."""
+    diag = table_of(scope).find(view.stat.st_ino)
+    if diag is None or diag.state == State.LISTEN:
+        return False
+    found = sockets.events(view.local, select.POLLIN)
+    return bool(found & select.POLLIN) and not (found & select.POLLERR and not diag.queued)
+
+
+def _all_without_files(scope: CaptureScope) -> dict[Index, Callable[[], list[Unread]]]:
+    """What waits in all queues of the tree in which nothing is in flight; they are looked at with the first of them."""
+    known: dict[Index, Callable[[], list[Unread]]] | None = scope.peers().get("unix queues")
+    if known is None:
+        views = [
+            (index, view)
+            for index, view in table_of(scope).members.values()
+            if scope.unread(view) is None and not external_end.claims(view, scope) and _is_filled(view, scope)
+        ]
+        looks = look_at_all([(view.local, view.subject) for _, view in views])
+        known = scope.peers()["unix queues"] = dict(zip((index for index, _ in views), looks, strict=True))
+    return known
+
+
 def _credentials(unread: Unread, subject: str, scope: CaptureScope) -> Peer | None:
     """The sender as far as the message tells."""
-    if unread.pid is None:
+    if unread.who is None:
         return None
-    member = scope.member(unread.pid)
-    if member:
-        ids = unread.ids
-        if ids is None:  # known by a pidfd, which tells no ids
-            status = procfs.status(HostPid(unread.pid))
-            ids = status.uids[1], status.gids[1]
-        return Peer(member, scope.user(ids[0]), scope.group(ids[1]))
+    pid, uid, gid = unread.who
+    if member := scope.member(pid) if pid else 0:
+        return Peer(member, scope.user(uid), scope.group(gid))
     if scope.policy.unix_outside == "close":
         return None
-    who = (
-        f"pid {unread.pid} outside the tree" if unread.pid else "a process that has ended or is not seen here"
-    )
+    who = f"pid {pid} outside the tree" if pid else "a process that has ended or is not seen here"
     raise Refused(
         [
             Blocker(

@@ -5,16 +5,16 @@ and for a listener its backlog and the clients that wait. sock_diag(7) tells the
 inode, so ends find each other inside the tree; queues are looked at, not consumed.
 
 Kept: all of that, open files in flight (SCM_RIGHTS), out-of-band bytes and marks, a peer that is
-closed (end of file, or ECONNRESET where it left bytes unread), senders' credentials of unread messages
-where SO_PASSCRED or SO_PASSPIDFD show them, and pid, uid and gid of SO_PEERCRED (`unix_peercred`).
+closed (end of file, or ECONNRESET where it left bytes unread), senders' credentials of unread
+messages, and pid, uid and gid of SO_PEERCRED (`unix_peercred`).
 What a socket has with somebody outside the tree: `unix_outside`.
 
 Refused by name: a second holder outside the tree; data written to a connection that was not
-accepted yet, which nobody can see; one-sided datagram peers without a name.
+accepted yet, which nobody can see; one-sided datagram peers without a name; an empty message that was looked at before.
 
 Not preserved: inode numbers, SO_PEERGROUPS of connected pairs, which holder of it a client that waits was
-connected by, credentials sent to a socket that does not ask for them (yet), bounds between writes to a
-stream, timestamps of unread messages.
+connected by, bounds between writes to a stream, the mark of an out-of-band byte that was taken behind the last unread
+byte, timestamps of unread messages.
 
 Source: unix(7), sock_diag(7); net/unix/af_unix.c.
 """
@@ -66,6 +66,7 @@ class Unix:
         "a connection to a process outside the tree, or a client of one that waits (closed on demand: --unix-outside)",
         "a second holder outside the tree",
         "data sent before accept; credentials of a sender that has ended",
+        "an empty message that waits to be read and was looked at before",
     )
     shown_by: Sequence[str] = (
         "programs/sockets.py",
@@ -118,7 +119,6 @@ class Unix:
         peer = table.members.get(diag.peer) if diag.peer else None
         again = unix_outside.reconnected(view, diag, table, scope)
         peer_diag = table.find(diag.peer) if diag.peer else None
-        found = sockets.events(view.local, select.POLLIN)
         name, peer_name = name_of(view), peer_name_of(view)
         with sockets.borrowed(view.local) as sock:
             return UnixState(
@@ -131,18 +131,14 @@ class Unix:
                 mutual=peer_diag is not None and peer_diag.peer == diag.inode,
                 peer_closed=diag.peer is not None and peer is None and again is None and not waits,
                 outside=again,
-                reset=bool(found & select.POLLERR),
+                reset=bool(sockets.events(view.local, 0) & select.POLLERR),
                 waits=waits,
                 peer_name=peer_name,
                 accepted=_was_accepted(diag, name, peer_name, table),
                 credentials=_credentials(sock, scope),
                 own_credentials=_of_holder(view, scope) if waits else _seen_by_peer(peer, scope),
                 shutdown=diag.shutdown,
-                queue=(
-                    unix_queue.capture(view, sock, scope)
-                    if found & select.POLLIN and not (listens or (found & select.POLLERR and not diag.queued))
-                    else []
-                ),
+                queue=unix_queue.capture(table.members[diag.inode][0], view, scope),
             )
 
     def create(self, file: OpenFile, record: UnixState, scope: CreateScope) -> LocalFd:

@@ -1,6 +1,7 @@
 """Unread messages of unix sockets: looked at without taking them, with the files in flight in them.
 
-SO_PEEK_OFF makes MSG_PEEK walk through the queue; who walks has to give it back (`pipeline.resources.unix_look`). Each
+SO_PEEK_OFF makes MSG_PEEK walk through the queue, SO_PASSCRED makes it tell who sent a message, also one that came
+before the program asked for that; who walks has to give both back (`pipeline.resources.unix_look`). Each
 look at a message that carries descriptors (SCM_RIGHTS) gives duplicates of the files, which
 are the caller's. A stream glues bytes to the message behind them, up to the end of one with
 descriptors; where that one begins is found by looking at fewer and fewer bytes, because whoever reads
@@ -9,8 +10,8 @@ its first byte gets the descriptors.
 An out-of-band byte is found where a look stops for no other reason: there is the mark. A mark stays when
 the byte was taken by MSG_OOB; one behind the last unread byte is seen by nobody until those are read.
 
-A message of length zero is found by the first walk only, and not at all behind a shutdown for
-reading of a seqpacket socket (there recvmsg answers 0 for ever): the kernel offers nothing better.
+A message of length zero is found by the first walk only. One that was looked at before (by the program, or for a dump
+that came to nothing) is refused where it comes first, and seen by nobody where it comes behind others.
 
 Source: unix(7), socket(7); net/unix/af_unix.c (unix_stream_read_generic, manage_oob), net/core/datagram.c.
 """
@@ -59,16 +60,14 @@ class Unread:
     Args:
         data: its bytes.
         sender: name of the socket it came from (datagrams).
-        pid: who sent it, where the message tells: 0 for a process that is not seen here; None where it does not tell.
-        ids: uid and gid of the sender, where it tells.
+        who: pid, uid and gid of who sent it, where the message tells; pid 0 for a process that is not seen here.
         files: what is in flight with it: duplicates, or the indexes of the open files once they are known.
         mark: see `Mark`.
     """
 
     data: bytes
     sender: bytes = b""
-    pid: int | None = None
-    ids: tuple[int, int] | None = None
+    who: tuple[int, int, int] | None = None
     files: tuple[int, ...] = ()
     mark: Mark = ""
 
@@ -97,7 +96,8 @@ class Walk:
         self._sock, self._subject, self._with_files = sock, subject, with_files
         self._buffer = bytearray(size)
         self._stream = sock.type == socket.SOCK_STREAM
-        self.urgent = self._stream and bool(_polled(sock) & select.POLLPRI)
+        self._nobody = _nobody()
+        self._urgent = self._stream and bool(_polled(sock) & select.POLLPRI)
 
     def close(self) -> None:
         """Give back every descriptor that was found."""
@@ -106,13 +106,16 @@ class Walk:
 
     @contextmanager
     def from_the_start(self) -> Iterator[None]:
-        """SO_PEEK_OFF is ours meanwhile."""
+        """SO_PEEK_OFF and SO_PASSCRED are ours meanwhile."""
         before = self._sock.getsockopt(socket.SOL_SOCKET, SO_PEEK_OFF)
-        self._seek(0)
+        asked = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED)
         try:
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+            self._seek(0)
             yield
         finally:
             self._seek(before)
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, asked)
 
     def _seek(self, offset: int) -> None:
         self._sock.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, offset)
@@ -122,20 +125,25 @@ class Walk:
         if self._stream:
             self._run_stream()
             return
-        closed = self._sock.type == socket.SOCK_SEQPACKET and bool(_polled(self._sock) & select.POLLRDHUP)
-        while True:
-            unread = self.next(len(self._buffer))
-            if unread is None or (closed and not unread.data and not unread.files and unread.pid is None):
-                return
+        while (unread := self.next(len(self._buffer))) is not None:
             self.found.append(unread)
+        if self.found and not self.found[0].data:
+            return
+        self._seek(-1)
+        first = self.next(len(self._buffer))
+        if first is not None:
+            give_back(first.files)
+            if not first.data:
+                why = "an empty message that was looked at before (MSG_PEEK) waits to be read, and perhaps others do"
+                raise Refused([Blocker(self._subject, why, "wait until it is read", transient=True)])
 
     def _run_stream(self) -> None:
         left, seen = bytes_to_read(self._sock), 0
-        placed = not self.urgent
+        placed = not self._urgent
         cut = False  # the next byte is the urgent one
         if at_mark(self._sock):
-            cut = self.urgent and bool(self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE))
-            if not self.urgent:
+            cut = self._urgent and bool(self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE))
+            if not self._urgent:
                 self.found.append(Unread(b"", mark="passed"))
             elif not cut:  # looks at the head leave it out
                 byte = self._sock.recv(1, socket.MSG_OOB | socket.MSG_PEEK | socket.MSG_DONTWAIT)
@@ -153,7 +161,7 @@ class Walk:
                     give_back(unread.files)
                     cut = True
                     continue
-                if not self.urgent:
+                if not self._urgent:
                     self.found.append(Unread(b"", mark="passed"))
             if cut:
                 cut, placed = False, True
@@ -181,7 +189,7 @@ class Walk:
             if error.errno != errno.EFAULT:
                 raise
             return  # it is the only one
-        give_back(_interpret(b"", control).files)
+        give_back(_interpret(b"", control, self._nobody).files)
         self.found[-1:] = [
             replace(last, data=last.data[:before], files=()),
             replace(last, data=last.data[before:]),
@@ -194,7 +202,9 @@ class Walk:
             length, control, flags, sender = self._sock.recvmsg_into(buffers, _CONTROL_BYTES, _LOOK)
         except BlockingIOError:
             return None
-        unread = _interpret(bytes(self._buffer[:length]), control)
+        if not length and not control:
+            return None  # the end: a message, however empty, comes with what SO_PASSCRED asks for
+        unread = _interpret(bytes(self._buffer[:length]), control, self._nobody)
         if not self._stream:
             unread = replace(unread, sender=raw_name(sender))
         if flags & socket.MSG_CTRUNC or (unread.files and not self._with_files):
@@ -214,10 +224,11 @@ def _unwritable() -> memoryview:
     return memoryview(page)[:1]
 
 
-def _interpret(data: bytes, control: list[tuple[int, int, bytes]]) -> Unread:
+def _interpret(data: bytes, control: list[tuple[int, int, bytes]], nobody: tuple[int, int]) -> Unread:
     """A message and what came with it; pidfds of senders are closed once they have told who it was."""
     files: tuple[int, ...] = ()
-    pid, ids = None, None
+    who: tuple[int, int, int] | None = None
+    has_ended = False
     for level, kind, value in control:
         if level != socket.SOL_SOCKET:
             continue
@@ -228,12 +239,14 @@ def _interpret(data: bytes, control: list[tuple[int, int, bytes]]) -> Unread:
             if fd >= 0:  # the kernel says an error here where it has none to give
                 with os.fdopen(fd):
                     told = int(procfs.fdinfo(HostPid(os.getpid()), fd).get("Pid", ["-1"])[0])
-                pid = max(told, 0) if pid is None else pid
+                has_ended = told <= 0  # and its pid may be somebody else's by now
         elif kind == _SCM_CREDENTIALS:
-            sender, uid, gid = _UCRED.unpack(value[: _UCRED.size])
-            if sender or (uid, gid) != _nobody():
-                pid, ids = sender, (uid, gid)
-    return Unread(data, pid=pid, ids=ids, files=files)
+            pid, uid, gid = _UCRED.unpack(value[: _UCRED.size])
+            if pid or (uid, gid) != nobody:
+                who = pid, uid, gid
+    if who is not None and has_ended:
+        who = 0, *who[1:]
+    return Unread(data, who=who, files=files)
 
 
 def _nobody() -> tuple[int, int]:
@@ -253,9 +266,8 @@ def give_back(duplicates: Iterable[int]) -> None:
 
 def _stoppedat_mark(before: Unread, after: Unread) -> bool:
     """Whether nothing but a mark can have been why two pieces of a stream were not given at once."""
-    by_pidfd = before.pid is not None and before.ids is None  # whose ids are not told
-    told_apart = (before.pid, before.ids) != (after.pid, after.ids)
-    return not (before.files or before.mark or by_pidfd or told_apart)
+    unseen = before.who is not None and not before.who[0]  # one of several, perhaps
+    return not (before.files or before.mark or unseen or before.who != after.who)
 
 
 def _polled(sock: socket.socket) -> int:

@@ -325,6 +325,34 @@ def test_datagrams_by_multicast_or_in_one_piece_are_refused_by_name() -> None:
                 datagrams.peek(sock, "it")
 
 
+def test_an_empty_datagram_that_was_looked_at_is_refused() -> None:
+    with subject(lambda: kept(_filled(b"", b"behind"), _filled(b""))) as child, Capture(child.pid) as capture:
+        for fd in child.result:
+            with of(capture.view(fd).local) as sock:
+                assert sock.recv(10, socket.MSG_PEEK) == b""
+                with pytest.raises(Refused, match="is empty and was looked at then") as refusal:
+                    datagrams.peek(sock, "it")
+                assert all(blocker.transient for blocker in refusal.value.blockers)
+                assert sock.getsockopt(SOL, 42) == -1
+                assert sock.recv(10, socket.MSG_DONTWAIT) == b""
+
+
+def test_a_check_does_not_hide_an_empty_datagram_behind_a_shutdown() -> None:
+    def setup() -> tuple[int, ...]:
+        socks = _filled(b"", b"behind"), udp()
+        for sock in socks:
+            sock.connect(sock.getsockname())
+            sock.shutdown(socket.SHUT_RD)
+        return kept(*socks)
+
+    with subject(setup) as child, Capture(child.pid) as capture:
+        for fd, messages in zip(child.result, ([b"", b"behind"], []), strict=True):
+            assert not capture.blockers(fd)
+            with of(capture.view(fd).local) as sock:
+                assert [one.data for one in datagrams.peek(sock, "it")] == messages
+                assert datagrams.are_unread(capture.view(fd).local, sock) == bool(messages)
+
+
 @pytest.mark.root
 def test_datagrams_wait_in_a_network_without_lo() -> None:
     def setup() -> tuple[int, ...]:

@@ -209,7 +209,7 @@ def test_nothing_is_left_open_and_the_queue_stays_as_it_is() -> None:
     assert len(os.listdir("/proc/self/fd")) == len(before)
 
 
-def test_a_pipeline_that_is_killed_while_it_looks_gives_the_peek_offset_back(
+def test_a_pipeline_that_is_killed_while_it_looks_gives_back_what_it_borrowed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     walk = Walk.run
@@ -218,21 +218,25 @@ def test_a_pipeline_that_is_killed_while_it_looks_gives_the_peek_offset_back(
         walk(self)
         time.sleep(0.3)
 
+    def state(sock: socket.socket) -> tuple[int, int]:
+        return sock.getsockopt(SOL, PEEK_OFF), sock.getsockopt(SOL, socket.SO_PASSCRED)
+
     monkeypatch.setattr(Walk, "run", slowly)
     a, b = socket.socketpair(socket.AF_UNIX, DGRAM)
     with a, b:
         a.send(b"unread")
+        b.setsockopt(SOL, PEEK_OFF, 3)
         pipeline = os.fork()
         if not pipeline:
-            look(b, "", with_files=False)
+            look(b, "")
             os._exit(0)
-        deadline = time.monotonic() + 5
-        while b.getsockopt(SOL, PEEK_OFF) < 0:
+        deadline = time.monotonic() + 10
+        while state(b)[0] == 3 or not state(b)[1]:
             assert time.monotonic() < deadline
         os.kill(pipeline, signal.SIGKILL)
         os.waitpid(pipeline, 0)
-        assert b.getsockopt(SOL, PEEK_OFF) >= 0
-        while b.getsockopt(SOL, PEEK_OFF) >= 0:
+        assert state(b) != (3, 0)
+        while state(b) != (3, 0):
             assert time.monotonic() < deadline
         assert b.recv(10) == b"unread"
 
@@ -450,6 +454,83 @@ def test_a_process_sends_again_itself_what_nobody_else_may_send_for_it(
             assert sender == (str(tmp_path / "sender") if named else None)
             if not named:
                 assert sock.recv(1 << 20, socket.MSG_WAITALL | socket.MSG_DONTWAIT) == b"more" * 50_000
+
+
+def sign(sock: socket.socket, data: bytes) -> None:
+    """Send a message that says who it is from, whether the receiver asks or not."""
+    ucred = struct.pack("3i", os.getpid(), os.getuid(), os.getgid())
+    sock.sendmsg([data], [(SOL, 2, ucred)])
+
+
+@pytest.mark.parametrize("kind", [STREAM, DGRAM, SEQPACKET])
+def test_senders_are_kept_for_a_program_that_asks_for_them_later(kind: int) -> None:
+    def setup() -> tuple[int, ...]:
+        a, b = socket.socketpair(socket.AF_UNIX, kind)
+        a.send(b"from nobody")
+        sign(a, b"signed")
+        return kept(a, b)
+
+    with subject(setup) as child, Capture(child.pid) as capture, Rebuilt(capture) as new:
+        for number, pid in (
+            (new.fd(child.result[1]), new.host_pid(child.pid)),
+            (capture.view(child.result[1]).local, child.pid),
+        ):
+            with of(number) as sock:
+                assert not sock.getsockopt(SOL, socket.SO_PASSCRED)
+                sock.setsockopt(SOL, socket.SO_PASSCRED, 1)
+                for data, who in (
+                    (b"from nobody", (0, 65534, 65534)),
+                    (b"signed", (pid, os.getuid(), os.getgid())),
+                ):
+                    found, ((_, _, ucred),), _, _ = sock.recvmsg(100, 100, socket.MSG_DONTWAIT)
+                    assert (found, struct.unpack("3i", ucred)) == (data, who)
+
+
+def test_bytes_of_several_senders_stay_together_where_nobody_asks() -> None:
+    def setup() -> tuple[int, ...]:
+        a, b = socket.socketpair()
+        a.send(b"from nobody, ")
+        sign(a, b"signed")
+        return kept(a, b)
+
+    with subject(setup) as child, Capture(child.pid) as capture, Rebuilt(capture) as new:
+        assert os.read(new.fd(child.result[1]), 100) == b"from nobody, signed"
+
+
+# -- empty messages that were looked at before ------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [DGRAM, SEQPACKET])
+def test_an_empty_message_that_was_looked_at_is_refused(kind: int) -> None:
+    def setup() -> tuple[int, ...]:
+        pairs = [socket.socketpair(socket.AF_UNIX, kind) for _ in range(2)]
+        for a, b in pairs:
+            a.send(b"")
+            assert b.recv(10, socket.MSG_PEEK) == b""
+        pairs[0][0].send(b"behind")
+        return kept(*pairs[0], *pairs[1])
+
+    with subject(setup) as child, Capture(child.pid) as capture:
+        for fd in (child.result[1], child.result[3]):
+            with of(capture.view(fd).local) as sock:
+                with pytest.raises(Refused, match="an empty message that was looked at before") as refusal:
+                    look(sock, "it")
+                assert all(blocker.transient for blocker in refusal.value.blockers)
+                assert sock.recv(10, socket.MSG_DONTWAIT) == b""
+
+
+def test_an_empty_packet_stays_behind_a_shutdown_for_reading() -> None:
+    def setup() -> tuple[int, ...]:
+        a, b = socket.socketpair(socket.AF_UNIX, SEQPACKET)
+        for message in (b"one", b"", b"two"):
+            a.send(message)
+        b.shutdown(socket.SHUT_RD)
+        return kept(a, b)
+
+    with subject(setup) as child, Capture(child.pid) as capture, Rebuilt(capture) as new:
+        for number in (new.fd(child.result[1]), capture.view(child.result[1]).local):
+            with of(number) as sock:
+                assert [sock.recv(10, socket.MSG_DONTWAIT) for _ in range(4)] == [b"one", b"", b"two", b""]
 
 
 def _sent_by_one_that_ended() -> tuple[int, ...]:

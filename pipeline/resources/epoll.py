@@ -97,6 +97,14 @@ def _has_posix_lock(index: Index, scope: CaptureScope) -> bool:
     return any(lock.kind == "posix" for lock in locks.capture(found, scope))
 
 
+def _would_unlock(view: FdView, number: int, watched: Index, scope: CaptureScope) -> bool:
+    """Whether a process that may have to register `watched` as `number` has a file with POSIX locks there."""
+    index = scope.file_at(view.pid, view.fd)
+    homes = {pid for pid, _ in scope.holders(index)} if index is not None else set()
+    there = [scope.file_at(pid, number) for pid in homes]
+    return watched not in there and any(own is not None and _has_posix_lock(own, scope) for own in there)
+
+
 class Epoll(CompleteOnceCreated):
     """See the module."""
 
@@ -123,8 +131,7 @@ class Epoll(CompleteOnceCreated):
         """Every watched file must be open somewhere in the tree."""
         for line in lines(view):
             watched = target(view, line, scope)
-            own = scope.file_at(view.pid, line.fd)
-            if watched not in (None, own) and own is not None and _has_posix_lock(own, scope):
+            if watched is not None and _would_unlock(view, line.fd, watched, scope):
                 why = f"epoll watches a file as fd {line.fd}, a number that now names a file with POSIX locks"
                 yield Blocker(view.subject, why, "remove the old file from epoll, or release the locks")
             if watched is None and not scope.unseen:
@@ -149,10 +156,11 @@ class Epoll(CompleteOnceCreated):
                 raise TargetError(f"{view.subject}: what it watches as fd {line.fd} is gone")
             items.append(Item(line.fd, watched, line.events, line.data.to_bytes(8, "little")))
         views = dict(scope.files())
-        if all(_may_be_asked(views[item.file]) for item in items) and not _ready_for(
-            view.local, select.POLLIN
-        ):
-            items = [msgspec.structs.replace(one, reported=_reported(one, views[one.file])) for one in items]
+        if all(_may_be_asked(views[item.file]) for item in items):
+            told = [msgspec.structs.replace(one, reported=_reported(one, views[one.file])) for one in items]
+            # asked last: what has come to a file from outside before it was asked makes the instance ready
+            if not _ready_for(view.local, select.POLLIN):
+                items = told
         busy_poll = b""
         with suppress(OSError):  # ENOTTY before Linux 6.9: there are none
             busy_poll = fcntl.ioctl(view.local, _EPIOCGPARAMS, bytes(_PARAMS_BYTES))
@@ -208,9 +216,7 @@ class Epoll(CompleteOnceCreated):
                 raise RebuildError(why) from error
         for pid, item in collected:
             if not _is_silent(item, scope):  # it has become ready meanwhile
-                data = int.from_bytes(item.data, "little")
-                event = _EVENT.pack(item.events, data)
-                scope.inject(pid, NR.epoll_ctl, homes[pid], _EPOLL_CTL_MOD, item.fd, event)
+                scope.inject(pid, NR.epoll_ctl, homes[pid], _EPOLL_CTL_MOD, item.fd, _event(item))
 
 
 def _may_be_asked(view: FdView) -> bool:
@@ -262,16 +268,28 @@ def _register_apart(file: OpenFile, record: EpollState, scope: CreateScope) -> N
         def control(action: int, number: int, event: bytes) -> None:
             syscall(NR.epoll_ctl, instance, action, number, ctypes.create_string_buffer(event))
 
-        for item in sorted(record.items, key=lambda item: not _has_fired(item)):
+        collected = []
+        for item in sorted(record.items, key=lambda item: not _is_silent(item, scope)):
             os.dup2(targets[item.file], item.fd)
+            silent = _is_silent(item, scope)
             _add(control, targets[item.file], item)
-            if _has_fired(item):
+            if silent:
                 _let_fire(LocalFd(instance))
+                collected.append(item)
+        for item in collected:
+            if not _is_silent(item, scope):  # it has become ready meanwhile
+                os.dup2(targets[item.file], item.fd)
+                control(_EPOLL_CTL_MOD, item.fd, _event(item))
 
     try:
         in_thread(register)
     except OSError as error:
         raise RebuildError(f"{describe(file)} cannot watch its files again: {error.strerror}") from error
+
+
+def _event(item: Item, more: int = 0) -> bytes:
+    """Its struct epoll_event, with `more` bits of events."""
+    return _EVENT.pack(item.events | more, int.from_bytes(item.data, "little"))
 
 
 def _register(pid: Pid, epoll: int, item: Item, scope: CreateScope) -> None:
@@ -283,14 +301,12 @@ def _register(pid: Pid, epoll: int, item: Item, scope: CreateScope) -> None:
 
 def _add(control: Callable[[int, int, bytes], None], target: LocalFd, item: Item) -> None:
     """Register an item by `control`: action, number, struct epoll_event."""
-    data = int.from_bytes(item.data, "little")
-    events = item.events | _ANY_EVENT if _has_fired(item) else item.events
-    control(_EPOLL_CTL_ADD, item.fd, _EVENT.pack(events, data))
+    control(_EPOLL_CTL_ADD, item.fd, _event(item, _ANY_EVENT if _has_fired(item) else 0))
     if _has_fired(item):
         fired = select.poll()
         fired.register(target, _POLL_ANY)
         if not fired.poll(0):
-            control(_EPOLL_CTL_MOD, item.fd, _EVENT.pack(item.events, data))
+            control(_EPOLL_CTL_MOD, item.fd, _event(item))
 
 
 _POLL_ANY = select.POLLIN | select.POLLOUT | select.POLLPRI | select.POLLRDHUP

@@ -16,8 +16,10 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import RebuildError
+from pipeline.ids import LocalFd
 from pipeline.kernel.arch.x86_64 import NR
 from pipeline.kernel.syscalls import syscall
+from pipeline.resources import epoll
 from tests.harness.tree import children_of
 from tests.resources.fdharness import Capture, Rebuilt, subject
 
@@ -370,6 +372,32 @@ def test_a_reused_number_that_names_a_locked_file_is_refused(tmp_path: Path) -> 
         assert "a number that now names a file with POSIX locks" in capture.reasons(child.result)
 
 
+def test_a_number_is_looked_at_in_every_process_that_has_the_instance(tmp_path: Path) -> None:
+    """Of two, the number is free in the one and names a locked file in the other: it may be that one that registers."""
+
+    def setup() -> tuple[int, int]:
+        poll = syscall(NR.epoll_create1, 0)
+        with select.epoll.fromfd(os.dup(poll)) as instance:
+            first = os.eventfd(1)
+            instance.register(first, select.EPOLLIN)
+        os.dup(first)
+        ready, done = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            file = os.open(tmp_path / "locked", os.O_RDWR | os.O_CREAT)
+            os.dup2(file, first)
+            os.close(file)
+            fcntl.lockf(first, fcntl.LOCK_EX)
+            os.write(done, b"x")
+            signal.pause()
+        os.read(ready, 1)
+        os.close(first)
+        return poll, pid
+
+    with subject(setup) as child, Capture(child.pid, child.result[1]) as capture:
+        assert "a number that now names a file with POSIX locks" in capture.reasons(child.result[0])
+
+
 def test_two_items_of_one_number_are_told_apart() -> None:
     def setup() -> tuple[int, int, int]:
         poll = syscall(NR.epoll_create1, 0)
@@ -453,6 +481,36 @@ def test_edges_are_reported_once() -> None:
             assert {fd for fd, _ in instance.poll(0)} == {reader}
         with select.epoll.fromfd(os.dup(capture.view(pending).local)) as instance:
             assert {fd for fd, _ in instance.poll(0)} == {reader, writer}  # at the source nothing has changed
+
+
+def test_an_edge_that_comes_while_it_is_asked_is_not_taken_for_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From outside: the tree stands still, who writes to it need not."""
+
+    def setup() -> tuple[int, int, int]:
+        poll = syscall(NR.epoll_create1, 0)
+        reader, writer = os.pipe()
+        with select.epoll.fromfd(os.dup(poll)) as instance:
+            instance.register(reader, select.EPOLLIN | select.EPOLLET)
+        return poll, reader, writer
+
+    with subject(setup) as child, Capture(child.pid) as capture:
+        poll, reader, writer = child.result
+        asked = []
+
+        def ask(fd: int, events: int) -> int:
+            answer = ready_for(LocalFd(fd), events)
+            if not asked:
+                os.write(capture.view(writer).local, b"x")
+            asked.append(fd)
+            return answer
+
+        ready_for = epoll._ready_for
+        monkeypatch.setattr(epoll, "_ready_for", ask)
+        records = capture.records()
+        assert len(asked) == 2
+        monkeypatch.undo()
+        with Rebuilt(capture, records) as new, select.epoll.fromfd(os.dup(new.in_puppet(poll))) as instance:
+            assert instance.poll(0) == [(reader, select.EPOLLIN)]
 
 
 def test_an_instance_that_watches_mounts_is_not_asked() -> None:

@@ -112,6 +112,37 @@ def test_files_of_several_kinds_arrive_with_their_message(kind: int) -> None:
                     os.close(fd)
 
 
+def test_what_an_epoll_instance_in_flight_has_told_is_not_told_again() -> None:
+    """Of two pipes that can be written to it has told of both; of a one-shot event once."""
+
+    def setup() -> tuple[int, ...]:
+        a, b = socket.socketpair()
+        (reader, writer), (other, once) = os.pipe(), os.pipe()
+        with select.epoll() as epoll:
+            epoll.register(writer, select.EPOLLOUT | select.EPOLLET)
+            epoll.register(reader, select.EPOLLIN | select.EPOLLET)
+            epoll.register(once, select.EPOLLOUT | select.EPOLLONESHOT)
+            assert {fd for fd, _ in epoll.poll(0)} == {writer, once}
+            send(a, b"files", epoll.fileno(), reader, writer, other, once)
+        for fd in (reader, writer, other, once):
+            os.close(fd)
+        return kept(a, b)
+
+    with (
+        subject(setup) as child,
+        Capture(child.pid) as capture,
+        Rebuilt(capture) as new,
+        of(new.fd(child.result[1])) as sock,
+    ):
+        _, fds = receive(sock)
+        with select.epoll.fromfd(fds[0]) as instance:
+            assert instance.poll(0) == []
+            os.write(fds[2], b"x")
+            assert [how for _, how in instance.poll(0)] == [select.EPOLLIN]
+        for fd in fds[1:]:
+            os.close(fd)
+
+
 @pytest.mark.parametrize("kind", [DGRAM, SEQPACKET])
 def test_descriptors_with_an_empty_message(kind: int) -> None:
     def setup() -> tuple[int, ...]:

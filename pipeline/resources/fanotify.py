@@ -6,14 +6,15 @@ a filesystem) with masks of what is reported and of what is ignored, and a queue
 Kept: both kinds of flags and every mark. What is marked is found as inotify's watches are
 (`pipeline.resources.watched`): an inode by a name or as an open file of the tree, a mount and a filesystem by where
 they are mounted. Marks are set when all other open files stand. A group of a process without CAP_SYS_ADMIN in the
-initial user namespace is made without that, too: it may watch less, and is told less.
+initial user namespace is made without that, too: it may watch less, and is told less. One with flags that only
+CAP_SYS_ADMIN gives (`_is_for_admins`) is made with it, if its process is in the initial user namespace.
 
 Not preserved: against whose limits (/proc/sys/fs/fanotify) groups and marks count. What happens while the tree does
 not run is not reported.
 Refused: a group that is asked for permission (FAN_CLASS_CONTENT, FAN_CLASS_PRE_CONTENT), because files would be
 accessed unasked while it does not run; unread events, while there are some and `--file-events drop` is not said; marks
-of mount namespaces, and those of mounts and filesystems that were set in a user namespace; a group shared with a
-process outside.
+of mount namespaces, and those of mounts and filesystems that were set in a user namespace, or that are covered by
+another mount; a group with flags for admins in a user namespace; a group shared with a process outside.
 Source: fanotify_init(2), fanotify_mark(2); fs/notify/fdinfo.c, fs/notify/fanotify/fanotify_user.c.
 """
 
@@ -22,6 +23,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
@@ -37,11 +39,15 @@ from pipeline.resources import outside, watched
 from pipeline.resources.acting import acting_as
 from pipeline.resources.inotify import unread
 from pipeline.resources.kinds import CaptureScope, CreateScope, FdView
-from pipeline.resources.paths import describe, look_up
+from pipeline.resources.paths import describe, look_up, open_place
 from pipeline.resources.steps import CompleteOnceCreated
 
 #: FAN_CLASS_CONTENT and FAN_CLASS_PRE_CONTENT
 _CLASSES = 0xC
+#: FAN_UNLIMITED_QUEUE, _UNLIMITED_MARKS, _REPORT_PIDFD, _REPORT_TID, _REPORT_FD_ERROR
+_FOR_ADMINS = 0x10 | 0x20 | 0x80 | 0x100 | 0x2000
+#: FAN_REPORT_FID, _DIR_FID, _NAME, _TARGET_FID and _MNT: nobody else gets descriptors with events
+_REPORTS = 0x200 | 0x400 | 0x800 | 0x1000 | 0x4000
 _ADD, _IGNORED_MASK, _SURVIVES, _EVICTABLE, _IGNORE = 1, 0x20, 0x40, 0x200, 0x400
 _MARK_FLAGS = _SURVIVES | _EVICTABLE | _IGNORE
 _TYPES = {"inode": 0, "mount": 0x10, "filesystem": 0x100}
@@ -84,11 +90,16 @@ def _lines(view: FdView) -> tuple[Words, list[Words]]:
     return lines[0], lines[:0:-1]
 
 
-def _is_privileged(view: FdView, scope: CaptureScope) -> bool:
+def _is_privileged(view: FdView, flags: int, scope: CaptureScope) -> bool:
     """Whether a process that has the group may have made it with CAP_SYS_ADMIN in the initial user namespace."""
     index = scope.file_at(view.pid, view.fd)
     holders = [pid for pid, _ in scope.holders(index)] if index is not None else [view.pid]
-    return any(_is_admin(pid) for pid in holders)
+    return any(_is_admin(pid) or (_is_for_admins(flags) and _is_outermost(pid)) for pid in holders)
+
+
+def _is_for_admins(flags: int) -> bool:
+    """Whether a group of these flags was made with CAP_SYS_ADMIN, which its process may have given up since."""
+    return bool(flags & _FOR_ADMINS) or not flags & _REPORTS
 
 
 def _is_outermost(pid: HostPid) -> bool:
@@ -108,9 +119,21 @@ def _place(pid: HostPid, words: Words) -> bytes | None:
             found = mount.id == int(words["mnt_id"], 16)
         else:
             found = mount.device == watched.device(words["sdev"])
-        if found:
-            return (root + mount.point).rstrip(b"/") or b"/"
+        name = (root + mount.point).rstrip(b"/") or b"/"
+        if found and _leads(pid, name, mount.id):
+            return name
     return None
+
+
+def _leads(pid: HostPid, name: bytes, mount: int) -> bool:
+    """Whether a name leads to a mount, which another one may cover."""
+    with suppress(OSError):
+        place = open_place(pid, name)
+        try:
+            return int(procfs.fdinfo(HostPid(os.getpid()), place)["mnt_id"][0]) == mount
+        finally:
+            os.close(place)
+    return False
 
 
 def _type_of(words: Words) -> Literal["inode", "mount", "filesystem"] | None:
@@ -131,7 +154,8 @@ class Fanotify(CompleteOnceCreated):
         "groups that are asked for permission",
         "unread events, after a while, unless `--file-events drop`",
         "a mark of what has no name and is not open in the tree, or of a mount namespace",
-        "a mark of a mount or a filesystem that was set in a user namespace",
+        "a mark of a mount or a filesystem that was set in a user namespace, or is covered by another",
+        "a group with flags for admins in a user namespace",
         "a group shared with outside",
     )
     shown_by: Sequence[str] = ("programs/watching.py", "resources/test_fanotify.py")
@@ -148,7 +172,11 @@ class Fanotify(CompleteOnceCreated):
             yield Blocker(view.subject, why, "stop the program (a virus scanner?)")
             return
         yield from unread(view, scope, "fanotify")
-        privileged = _is_privileged(view, scope)
+        flags = int(group["flags"], 16)
+        privileged = _is_privileged(view, flags, scope)
+        if _is_for_admins(flags) and not privileged:
+            why = "a fanotify group of an admin is open in a user namespace where nobody can make it again"
+            yield Blocker(view.subject, why, "close it")
         for words in marks:
             wrong = _unfound(view, scope, words)
             if not wrong and not privileged and _type_of(words) != "inode":
@@ -164,10 +192,11 @@ class Fanotify(CompleteOnceCreated):
             TargetError: something has lost its name since it was checked.
         """
         group, marks = _lines(view)
+        flags = int(group["flags"], 16)
         return FanotifyState(
-            flags=int(group["flags"], 16),
+            flags=flags,
             event_flags=int(group["event-flags"], 16),
-            privileged=_is_privileged(view, scope),
+            privileged=_is_privileged(view, flags, scope),
             marks=[_mark(view, scope, words) for words in marks],
         )
 
@@ -227,7 +256,7 @@ def _unfound(view: FdView, scope: CaptureScope, words: Words) -> str:
                 return f"fanotify watches {wanted.subject}, for which no name is found"
         case of:
             if _place(view.pid, words) is None:
-                return f"fanotify watches a {of} that is not mounted in the process's mount namespace"
+                return f"fanotify watches a {of} that the process's mount namespace has not, or covers with another"
     return ""
 
 

@@ -22,6 +22,7 @@ pytestmark = pytest.mark.root
 
 CREATE, OPEN, MODIFY, ON_CHILD, ON_DIR = 0x100, 0x20, 0x2, 0x0800_0000, 0x4000_0000
 ADD, IGNORED, SURVIVES, MOUNT, FILESYSTEM, EVICTABLE = 1, 0x20, 0x40, 0x10, 0x100, 0x200
+IGNORE, CLONE_NEWNS, CLONE_NEWUSER = 0x400, 0x20000, 0x10000000
 CLASS_CONTENT, REPORT_FID, REPORT_DFID_NAME, UNLIMITED_QUEUE = 0x4, 0x200, 0xC00, 0x10
 NAMES = REPORT_FID | REPORT_DFID_NAME
 
@@ -41,30 +42,34 @@ def lines(info: dict[str, list[str]]) -> list[str]:
 
 
 def events(fd: int) -> list[int]:
-    """Masks of the events in the queue."""
+    """Masks of the events in the queue; the descriptors that come with them are closed."""
     found = []
     os.set_blocking(fd, False)
     content = os.read(fd, 65536)
     while content:
-        size, _, _, mask = struct.unpack_from("<IBxHQ", content)
+        size, _, _, mask, opened = struct.unpack_from("<IBxHQi", content)
         found.append(mask)
+        if opened >= 0:
+            os.close(opened)
         content = content[size:]
     return found
 
 
 def test_marks_of_every_kind_by_name(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
+    (tmp_path / "other").mkdir()
     here = str(tmp_path)
     marks = [
         (0, CREATE | ON_DIR | ON_CHILD, here),
         (IGNORED | SURVIVES, OPEN, here),
         (EVICTABLE, MODIFY, f"{here}/file"),
+        (IGNORE | SURVIVES, OPEN | ON_CHILD, f"{here}/other"),
         (FILESYSTEM, CREATE, "/dev/shm"),
     ]
     with subject(partial(group, NAMES | UNLIMITED_QUEUE, 0, marks)) as child, Capture(child.pid) as capture:
         with Rebuilt(capture) as new:
             assert lines(new.info(child.result)) == lines(capture.view(child.result).info)
-            assert len(lines(new.info(child.result))) == 4
+            assert len(lines(new.info(child.result))) == 5
             (tmp_path / "new").mkdir()
             fd = new.in_puppet(child.result)
             assert events(fd) == [CREATE | ON_DIR]
@@ -110,6 +115,44 @@ def test_a_group_of_a_plain_user_stays_one(tmp_path: Path) -> None:
     ):
         with Rebuilt(capture) as new:
             assert teller(new.in_puppet(child.result), tmp_path / "newer") > 0
+
+
+def test_a_group_outlives_the_privileges_it_was_made_with(tmp_path: Path) -> None:
+    """As of a daemon that gives them up when it has begun: events come with descriptors, as before."""
+    (tmp_path / "file").touch()
+
+    def setup() -> int:
+        fd = group(UNLIMITED_QUEUE, os.O_RDONLY, [(0, OPEN, str(tmp_path / "file"))])
+        os.setresuid(1234, 1234, 1234)
+        ctypes.CDLL(None).prctl(4, 1, 0, 0, 0)
+        return fd
+
+    with subject(setup) as child, Capture(child.pid) as capture, Rebuilt(capture) as new:
+        assert lines(new.info(child.result)) == lines(capture.view(child.result).info)
+        (tmp_path / "file").read_bytes()
+        assert events(new.in_puppet(child.result)) == [OPEN]
+
+
+@pytest.mark.parametrize("how", [MOUNT, FILESYSTEM])
+def test_a_mount_that_another_one_covers_is_not_taken_for_that(tmp_path: Path, how: int) -> None:
+    def mount() -> None:
+        if libc.mount(b"none", os.fsencode(tmp_path), b"tmpfs", 0, None):
+            raise OSError(ctypes.get_errno(), "mount")
+
+    def setup(covered: bool) -> int:
+        assert not libc.unshare(CLONE_NEWNS)
+        libc.mount(None, b"/", None, 0x44000, None)  # private, and all below
+        mount()
+        fd = group(0, 0, [(how, OPEN, str(tmp_path))])
+        if covered:
+            mount()
+        return fd
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    with subject(partial(setup, False)) as child, Capture(child.pid) as capture:
+        assert capture.reasons(child.result) == ""
+    with subject(partial(setup, True)) as child, Capture(child.pid) as capture:
+        assert "or covers with another" in capture.reasons(child.result)
 
 
 def teller(fd: int, path: Path) -> int:
@@ -197,6 +240,16 @@ def test_an_image_gives_nobody_more_than_he_may_have(tmp_path: Path, of: str) ->
         state["marks"][0][0] = of
         with pytest.raises(RebuildError, match="who is not privileged"), Rebuilt(capture, records):
             pass
+
+
+def test_a_group_of_an_admin_in_a_user_namespace_is_refused(tmp_path: Path) -> None:
+    def setup() -> int:
+        fd = group(0, 0, [(0, OPEN, str(tmp_path))])
+        assert not ctypes.CDLL(None).unshare(CLONE_NEWUSER)
+        return fd
+
+    with subject(setup) as child, Capture(child.pid) as capture:
+        assert "of an admin is open in a user namespace" in capture.reasons(child.result)
 
 
 def test_a_privileged_group_of_another_user_namespace_is_refused(

@@ -1,20 +1,26 @@
 """Runs the tests: ``python -m tests [what pytest takes]``.
 
 As root on a machine with several processors they run side by side, each worker in a pid namespace of its own, so
-that trees do not take each other's pids. Elsewhere, and where something is to be debugged (``--pdb``, ``-s``) or
-asked for otherwise (``-n``, ``--tx``), it is pytest as it is.
+that trees do not take each other's pids. Elsewhere, and where something is to be debugged (``--pdb``, ``-s``), asked
+(``--collect-only``, ``--help``) or decided otherwise (``-n``, ``-p no:xdist``), it is pytest as it is.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 WORKER = Path(__file__).parent / "harness" / "worker.sh"
-_AS_IT_IS = ("--pdb", "-s", "--capture=no", "-n", "--tx", "-p", "--collect-only", "--co", "-h", "--help")
+#: what pytest does in one process only, or is told about its workers; options of one letter may be put together: -xvs
+_AS_IT_IS = re.compile(
+    r"-[lqvx]*[hns].*|(-p)?no:xdist|--(capture|co|collect-only|dist|fixtures|fixtures-per-test|help|numprocesses"
+    r"|pdb|setup-only|setup-plan|trace|tx)(=.*)?"
+)
 
 
 def workers() -> int:
@@ -26,10 +32,15 @@ def workers() -> int:
     return count if count > 1 and can.returncode == 0 else 0
 
 
+def as_it_is(arguments: Sequence[str]) -> bool:
+    """Whether these arguments of pytest want it in this process, or say themselves how it is spread."""
+    return any(map(_AS_IT_IS.fullmatch, arguments))
+
+
 def main() -> None:
     """Become pytest."""
     arguments = sys.argv[1:]
-    if not any(word.split("=")[0] in _AS_IT_IS for word in arguments) and (count := workers()):
+    if not as_it_is(arguments) and (count := workers()):
         python = shlex.join([str(WORKER), sys.executable])
         arguments = [f"--tx={count}*popen//python={python}", "--dist=worksteal", *arguments]
     os.execv(sys.executable, [sys.executable, "-m", "pytest", *arguments])

@@ -11,15 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness.settings import CLONE_NEWIPC, Level, Setting
+from tests.harness.networks import shell
+from tests.harness.settings import CLONE_NEWIPC, CLONE_NEWNET, Level, Setting
 from tests.harness.tree import Workshop
 from tests.programs.real.tree import RealTree, find, lines_of, needs
 
 #: the server does not run as root, wants to find its user by name, and has a System V segment
-SETTINGS = (
-    Setting("depth1", (Level(uid=1, gid=1),), CLONE_NEWIPC),
-    Setting("depth2", (Level(), Level(("0 1000 100",), ("0 2000 100",), uid=1, gid=1)), CLONE_NEWIPC),
-)
+KINDS = CLONE_NEWIPC | CLONE_NEWNET
+DEPTH_1 = Setting("depth1", (Level(uid=1, gid=1),), KINDS)
+DEPTH_2 = Setting("depth2", (Level(), Level(("0 1000 100",), ("0 2000 100",), uid=1, gid=1)), KINDS)
 
 
 def binaries() -> Path | None:
@@ -37,10 +37,12 @@ pytestmark = [
 
 #: server and load are one tree; each transaction writes a line of the log of pgbench
 RUN = """
-"$1"/postgres -D "$PWD/data" -k "$PWD" -c listen_addresses= -c max_connections=10 -c shared_buffers=8MB &
+"$1"/postgres -D "$PWD/data" -k "$PWD" -c listen_addresses='*' -c max_connections=10 -c shared_buffers=8MB &
 until "$1"/pg_isready -q -h "$PWD"; do sleep 0.05; done
-"$1"/pgbench -q -i -s 1 -h "$PWD" postgres
-"$1"/pgbench -n -c 4 -j 2 -T 1000 -l --log-prefix="$PWD/load" -h "$PWD" postgres &
+touch begun
+until [ -e network ]; do sleep 0.05; done
+"$1"/pgbench -q -i -s 1 -h "$2" postgres
+"$1"/pgbench -n -c 4 -j 2 -T 1000 -l --log-prefix="$PWD/load" -h "$2" postgres &
 echo $! > load.pid
 trap 'kill $(cat load.pid); wait $(cat load.pid); kill -INT $(head -n 1 data/postmaster.pid)' TERM
 while kill -0 %1 2>/dev/null; do wait; done
@@ -88,12 +90,17 @@ def transactions(directory: Path) -> int:
     return sum(lines_of(path.name)(directory) for path in directory.glob("load.[0-9]*"))
 
 
-@pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.name)
+@pytest.mark.parametrize(
+    ("setting", "address"),
+    [(DEPTH_1, None), (DEPTH_2, None), (DEPTH_2, "127.0.0.1")],
+    ids=["depth1", "depth2", "depth2-tcp"],
+)
 def test_postgres_under_load(
     launch: Callable[..., RealTree],
     workshop: Workshop,
     cluster: Path,
     setting: Setting,
+    address: str | None,
     tmp_path: Path,
 ) -> None:
     directory = workshop.directory()
@@ -103,11 +110,15 @@ def test_postgres_under_load(
         os.chown(path, *owner)
     tree = launch(
         setting,
-        ["bash", "-c", RUN, "bash", BIN],
+        ["bash", "-c", RUN, "bash", BIN, address or directory],
         transactions,
         directory=directory,
         environment={"PGUSER": "postgres"},
     )
+    if address:
+        tree.wait("it is in its network", (directory / "begun").exists)
+        shell(f"/proc/{tree.pid}/ns/net", "ip link set lo up")
+    (directory / "network").touch()
     tree.all_ways(tmp_path)
     assert ask(tree, SUMS) == "t|t|t"
     backends = ask(tree, "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'pgbench'")

@@ -167,7 +167,7 @@ def all_ways_connected(tree: RealTree, folder: Path) -> None:
 
 
 @needs("redis-server=redis-server", "ip=iproute2")
-@pytest.mark.parametrize("setting", SETTINGS[:1], ids=lambda s: s.name)
+@pytest.mark.parametrize("setting", SETTINGS, ids=lambda s: s.name)
 def test_redis_with_clients_outside(
     launch: Callable[..., RealTree], workshop: Workshop, around: str, setting: object, tmp_path: Path
 ) -> None:

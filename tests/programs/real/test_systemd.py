@@ -16,7 +16,7 @@ import pytest
 from pipeline.ids import HostPid
 from pipeline.kernel import cgroupfs
 from pipeline.resources.cgroups import settings
-from tests.harness.tree import Workshop, children_of, engine, family_of, reap, said
+from tests.harness.tree import ROOT, Workshop, children_of, engine, family_of, reap, said
 
 SYSTEMD = Path("/lib/systemd/systemd")
 HERE = cgroupfs.places(HostPid(os.getpid()))
@@ -48,9 +48,10 @@ while true; do
 done
 """
 
-UNSHARE = "unshare --pid --fork --kill-child --mount --cgroup --ipc --uts --mount-proc"
+UNSHARE = "unshare --pid --fork --kill-child --mount --cgroup --ipc --uts --net --mount-proc"
 IN_A_USER_NAMESPACE = (
-    f"{sys.executable} -m pipeline run --userns=0:100000:65536 --pidns --mntns --cgroupns --ipcns --utsns --"
+    f"{sys.executable} -m pipeline run --userns=0:100000:65536"
+    " --pidns --mntns --cgroupns --ipcns --utsns --netns --"
 )
 
 #: joins a cgroup in every hierarchy, and is systemd of a container in namespaces of its own
@@ -103,11 +104,12 @@ exec {systemd} --system --unit=basic.target --log-target=null </dev/null >/dev/n
 
 
 class Container:
-    """A running systemd. `pid` is its pid here."""
+    """A running systemd. `pid` is its pid here, `name` that of its cgroups, `above` of the one that these are in."""
 
     def __init__(self, directory: Path, owner: int) -> None:
         self.directory = directory
         self.name = f"pipeline-test-{uuid.uuid4().hex[:8]}"
+        self.above = ""
         (directory / "units").mkdir()
         words = {
             "directory": directory, "name": self.name, "points": " ".join(POINTS.values()), "systemd": SYSTEMD,
@@ -159,22 +161,31 @@ class Container:
         self.wait(lambda: self.count() > count + 3 and self.ticks() > ticks + 2)
 
     def units(self) -> dict[str, dict[str, bytes]]:
-        """What is set in the cgroup of every unit that stays."""
+        """What is set in the cgroup of every unit that stays, wherever they are."""
         found = {}
         for point in POINTS.values():
-            for directory, _, _ in os.walk(Path(point) / self.name):
+            for directory, _, _ in os.walk(Path(point) / self.above / self.name):
                 if "ticker" not in directory:
-                    found[directory] = settings.current(os.fsencode(directory))
+                    unit = directory.replace(f"/{self.above}/", "/") if self.above else directory
+                    found[unit] = settings.current(os.fsencode(directory))
         return found
 
     def places(self) -> dict[str, dict[str, bytes]]:
         """Where the processes that stay are, by their names."""
         found = {}
+        prefix = os.fsencode(f"/{self.above}") if self.above else b""
         for pid in family_of(self.pid):
-            name = _comm(pid)
-            if pid == self.pid or (name == "sh" and b"counter" in cgroupfs.places(HostPid(pid)).get("", b"")):
-                found[name] = {n: p for n, p in cgroupfs.places(HostPid(pid)).items() if n in POINTS}
+            if pid == self.pid or _counts(pid):
+                places = cgroupfs.places(HostPid(pid))
+                found[_comm(pid)] = {n: p.removeprefix(prefix) for n, p in places.items() if n in POINTS}
         return found
+
+    def still_looks_after_services(self) -> None:
+        """One that is killed is seen to have ended."""
+        root = Path(POINTS[""]) / self.above / self.name
+        assert list(root.rglob("counter.service"))
+        os.kill(next(pid for pid in family_of(self.pid) if _counts(pid)), signal.SIGKILL)
+        self.wait(lambda: not list(root.rglob("counter.service")))
 
     def close(self) -> None:
         for pid in (getattr(self, "pid", 0), self._around.pid):
@@ -186,7 +197,7 @@ class Container:
 
     def remove_cgroups(self) -> None:
         for point in POINTS.values():
-            for directory, _, _ in os.walk(Path(point) / self.name, topdown=False):
+            for directory, _, _ in os.walk(Path(point) / (self.above or self.name), topdown=False):
                 deadline = time.monotonic() + 5
                 while os.path.isdir(directory):
                     try:
@@ -236,10 +247,60 @@ def test_systemd_goes_on_with_its_services(
     box.goes_on()
     assert box.units() == units
     assert box.places() == places
-    # systemd still looks after its services: one that is killed is seen to have ended
-    os.kill(next(pid for pid in family_of(box.pid) if pid != box.pid and _comm(pid) == "sh"), signal.SIGKILL)
-    gone = Path(POINTS[""]) / box.name
-    box.wait(lambda: not list(gone.rglob("counter.service")))
+    box.still_looks_after_services()
+
+
+@pytest.mark.parametrize("owner", [0, 100_000], ids=["of the host's root", "in a user namespace"])
+def test_systemd_moves_with_its_services(
+    container: Callable[[int], Container], tmp_path: Path, owner: int
+) -> None:
+    """The destination has pids of its own, and makes the cgroups elsewhere: those of the source are there as long."""
+    box = container(owner)
+    box.goes_on()
+    units, places, family = box.units(), box.places(), family_of(box.pid)
+    secret = tmp_path / "secret"
+    secret.touch(mode=0o600)
+    secret.write_text("a secret that is long enough for both sides\n")
+    there = f"{box.name}-there"
+    serve = [
+        "--listen",
+        "127.0.0.1:0",
+        "--once",
+        "--secret-file",
+        secret,
+        "--new-pidns",
+        "--cgroup",
+        f"/{there}",
+    ]
+    with subprocess.Popen(
+        [sys.executable, "-m", "pipeline", "serve", *serve],
+        cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ) as server:  # fmt: skip
+        try:
+            assert server.stdout is not None
+            to = server.stdout.readline().removeprefix("listening on ").strip()
+            done = engine("migrate", "--pid", box.pid, "--to", to, "--secret-file", secret)
+            assert done.returncode == 0, said(done)
+            out, err = server.communicate(timeout=60)
+        finally:
+            server.kill()
+    assert server.returncode == 0, err
+    assert not reap(family)
+    box.remove_cgroups()
+    box.above = there
+    box.pid = int(out.rpartition("restored: root pid ")[2].split()[0])
+    box.goes_on()
+    assert box.units() == units
+    assert box.places() == places
+    box.still_looks_after_services()
+
+
+def _counts(pid: int) -> bool:
+    """Whether it is the shell of counter.service."""
+    try:
+        return _comm(pid) == "sh" and b"/counter.service" in cgroupfs.places(HostPid(pid)).get("", b"")
+    except OSError:  # it has just ended
+        return False
 
 
 def _comm(pid: int) -> str:

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -39,9 +39,17 @@ def start(folder: Path, program: str, *words: str) -> int:
     with log.open("w") as out:
         command = [*TOOL, "run", "--userns", "--detach", "--pidfile", str(folder / "pid"), "--"]
         subprocess.run([*command, sys.executable, "-c", program, *words], check=True, stdout=out, stderr=out)
-    while "ready" not in log.read_text():
+    pid = int((folder / "pid").read_text())
+    wait_for(pid, lambda: "ready" in log.read_text(), log)
+    return pid
+
+
+def wait_for(pid: int, holds: Callable[[], bool], log: Path) -> None:
+    """Wait until a program is ready; SystemExit with what it said if it ends before that."""
+    while not holds():
+        if not Path(f"/proc/{pid}").exists():
+            raise SystemExit(f"the program to measure has ended: {log.read_text()}")
         time.sleep(0.01)
-    return int((folder / "pid").read_text())
 
 
 def kill(pid: int) -> None:

@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from bench.__main__ import TOOL, idle_bytes, kill, measured
+from bench.__main__ import TOOL, idle_bytes, kill, measured, wait_for
 
 PROGRAM = Path(__file__).parents[1] / "tests" / "programs" / "large.py"
 #: descriptors, mappings, MiB of a sparse mapping of which 100 pages are used, MiB of random memory
@@ -33,9 +33,9 @@ def start(folder: Path, amounts: tuple[int, ...]) -> int:
     command = [*TOOL, "run", "--userns", "--detach", "--pidfile", str(folder / "pid"), "--"]
     with (folder / "log").open("w") as out:
         subprocess.run([*command, sys.executable, "-S", "-E", *words], check=True, stdout=out, stderr=out)
-    while not (run / "ready.main").exists():
-        time.sleep(0.01)
-    return int((folder / "pid").read_text())
+    pid = int((folder / "pid").read_text())
+    wait_for(pid, (run / "ready.main").exists, folder / "log")
+    return pid
 
 
 def bare(pid: int) -> float:

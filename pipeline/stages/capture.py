@@ -31,16 +31,13 @@ from pipeline.image.schema import (
     Place,
     Process,
     Record,
-    SemaphoreUndo,
     Thread,
     Together,
 )
-from pipeline.kernel import procfs, ptrace, smaps
+from pipeline.kernel import procfs
 from pipeline.kernel.arch import x86_64 as arch
-from pipeline.kernel.inside import open_file
 from pipeline.kernel.syscalls import KCMP, kcmp
 from pipeline.policy import DumpPolicy
-from pipeline.remote.live import LiveTask, Region, find_places
 from pipeline.resources import shell_job, tun_file
 from pipeline.resources.cgroups.capture import CgroupCapture
 from pipeline.resources.held import Held
@@ -60,13 +57,13 @@ from pipeline.resources.tasks import (
     job_control,
     leaders,
     loginuid,
-    semaphore_undo,
     signals,
     together,
 )
 from pipeline.resources.tasks.inquiry import Inquiry, thread_record
 from pipeline.resources.tasks.interrupted import Sleepers
 from pipeline.resources.tasks.refusals import check_stopped, check_task
+from pipeline.stages.asking import Slept, ask
 from pipeline.stages.freeze import FrozenProcess, FrozenTree
 from pipeline.stages.memory import FilePages, PageSource, ProcessPages, SharedPages
 from pipeline.stages.memory_layout import vdso_digest
@@ -101,8 +98,6 @@ class Capture:
     ) -> None:
         self.policy = policy or DumpPolicy()
         self._sleepers = sleepers or Sleepers()
-        #: how long each thread had slept when it was stopped, and in which call
-        self._slept: dict[int, tuple[int | None, int | None]] = {}
         self._together: dict[HostPid, Together] = {}
         self._notices: dict[int, job_control.Notice] = {}
         self.tree = Tree(pids)
@@ -376,11 +371,16 @@ class Capture:
         number, pid = frozen.pid, self._face(frozen.pid)
         shares = self._together.get(number, Together())
         tids = [HostPid(tid) for tid in sorted(frozen.tasks, key=lambda tid: (tid != pid, tid))]
-        inquiries, undo, contexts, blockers = self._ask(pid, tids)
-        leader = inquiries[0]
+        answers = ask(pid, tids, self._sleepers, self.namespaces.semaphores(pid), self._children(pid))
+        self.injected_calls += answers.injected_calls
+        self._notices.update(answers.notices)
+        leader = answers.inquiries[0]
         subject = f"pid {number}"
         own_users = bool(self.namespaces.memberships[pid].user)
-        blockers += [b for inquiry in inquiries for b in inquiry.blockers(subject, own_users)]
+        blockers = [
+            *answers.blockers,
+            *(b for inquiry in answers.inquiries for b in inquiry.blockers(subject, own_users)),
+        ]
         blockers += [
             Blocker(
                 f"pid {pid} thread {tid}",
@@ -389,7 +389,7 @@ class Capture:
                 transient=True,
             )
             for tid in tids
-            if interrupted.is_lost(tid, self._slept[tid][1])
+            if interrupted.is_lost(tid, answers.slept[tid].call)
         ]
         memory = (
             next(found for holder, found in captured.values() if holder == shares.vm) if shares.vm else None
@@ -401,14 +401,14 @@ class Capture:
                 brk=leader.brk(),
                 dumpable=leader.dumpable(),
                 thp_disable=leader.thp_disable(),
-                contexts=contexts,
+                contexts=answers.rings,
             )
             memory = dataclasses.replace(memory, space=replace(memory.space, **leader.of_memory()))
             blockers += memory.blockers
             captured[memory.space.space] = (number, memory)
         stat, status = procfs.stat(number), procfs.status(number)
         members = self.namespaces.memberships[pid]
-        threads = [self._thread(pid, inquiry, members) for inquiry in inquiries]
+        threads = [self._thread(pid, one, answers.slept[one.tid], members) for one in answers.inquiries]
         if pid != number:
             threads.insert(0, leaders.capture(number, threads[0]))
         is_root = number == self.tree.pids[0]
@@ -437,7 +437,7 @@ class Capture:
             limits=procfs.limits(pid),
             itimers=leader.itimers(),
             timers=leader.posix_timers(self.tree.member),
-            undo=[] if shares.sysvsem else undo,
+            undo=[] if shares.sysvsem else answers.undo,
             oom_score_adj=int(procfs.read_file(pid, "oom_score_adj")),
             autogroup_nice=attributes.autogroup_nice(pid),
             child_subreaper=leader.child_subreaper(),
@@ -456,9 +456,8 @@ class Capture:
                 blockers.append(Blocker(subject, why, "end it"))
         return record, blockers
 
-    def _thread(self, pid: HostPid, inquiry: Inquiry, members: Memberships) -> Thread:
-        slept_ns, call = self._slept.get(inquiry.tid, (None, None))
-        record = thread_record(inquiry, members.user, self.tree.member, slept_ns, call)
+    def _thread(self, pid: HostPid, inquiry: Inquiry, slept: Slept, members: Memberships) -> Thread:
+        record = thread_record(inquiry, members.user, self.tree.member, slept.slept_ns, slept.call)
         if inquiry.tid != pid and kcmp(pid, inquiry.tid, KCMP.FS):
             record = replace(record, place=self._place(pid, inquiry))
         elsewhere = self._cgroups.of_thread(pid, inquiry.tid)
@@ -478,62 +477,13 @@ class Capture:
         root = self.path(pid, procfs.read_link(inquiry.tid, "root"))
         return Place(umask=inquiry.status.umask or 0, cwd=cwd, cwd_removed=cwd_removed, root=root)
 
-    def _ask(
-        self, pid: HostPid, tids: Sequence[HostPid]
-    ) -> tuple[list[Inquiry], list[SemaphoreUndo], set[int], list[Blocker]]:
-        """Put the questions of every thread to it, by system calls inside it.
-
-        Returns:
-            What it says; where its contexts of asynchronous I/O are; and what stops it.
-        """
-        memory = open_file(pid, "mem", os.O_RDWR)
-        try:
-            mappings = smaps.maps(pid)
-            regions = [
-                Region(
-                    m.start, m.end, bool(m.prot & 1), bool(m.prot & 2), bool(m.prot & 4), not m.shared, m.name
-                )
-                for m in mappings
-            ]
-            self._slept.update({t: (self._sleepers.slept_ns(t), self._sleepers.call(t)) for t in tids})
-            for tid in tids:
-                interrupted.shorten(tid, self._slept[tid][0])
-            pointers = [arch.Registers(ptrace.get_regs(tid))["rsp"] for tid in tids]
-            places = find_places(pid, regions, pointers, memory)
-            uncaught = ~procfs.status(pid).caught
-            timers = procfs.timers(pid)
-            inquiries = []
-            for tid in tids:
-                inquiry = Inquiry(tid, leader=tid == pid, timers=timers)
-                task = LiveTask(tid, places, memory, uncaught)
-                task.run(inquiry.calls)
-                if further := inquiry.further():
-                    task.run(further)
-                self.injected_calls += task.injected_calls
-                inquiries.append(inquiry)
-            leader = LiveTask(pid, places, memory, uncaught)
-            undo, blockers = semaphore_undo.capture(
-                pid, tids, self.namespaces.semaphores(pid), leader.syscall
-            )
-            rings = {m.start: aio.question(m) for m in mappings if m.name == aio.NAME}
-            if rings:
-                leader.run(list(rings.values()))
-            self._notices.update(self._ask_about_children(pid, leader))
-            self.injected_calls += leader.injected_calls
-            return inquiries, undo, {at for at, call in rings.items() if not call.result}, blockers
-        finally:
-            os.close(memory)
-
-    def _ask_about_children(self, pid: HostPid, leader: LiveTask) -> dict[int, job_control.Notice]:
-        """What a process could collect by waitid(2) about its children, by their pids."""
+    def _children(self, pid: HostPid) -> dict[int, int]:
+        """The living children of a process in the tree: by the pid that it knows them by, their pids."""
         depth = len(procfs.status(pid).ns_pid)
         living = set(self.tree.pids) - self._zombies
-        seen_as = {
+        return {
             procfs.status(child).ns_pid[depth - 1]: child for child in procfs.children(pid) if child in living
         }
-        if not seen_as:
-            return {}
-        return {seen_as[seen]: notice for seen, notice in job_control.notices(leader, seen_as).items()}
 
     def _head(self, root: HostPid, processes: Sequence[Process]) -> Head:
         xstate = next(thread.xstate for process in processes for thread in process.threads)

@@ -1,0 +1,107 @@
+"""What only a stopped process itself can tell: system calls that run inside it, thread by thread.
+
+A call that waits for a time is shortened first by what it has waited: it is issued again behind the questions.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from pipeline.errors import Blocker
+from pipeline.ids import HostPid
+from pipeline.image.schema import SemaphoreUndo
+from pipeline.kernel import procfs, ptrace, smaps
+from pipeline.kernel.arch import x86_64 as arch
+from pipeline.kernel.inside import open_file
+from pipeline.remote.live import LiveTask, Region, find_places
+from pipeline.resources.memory import aio
+from pipeline.resources.namespaces.ipc import Semaphores
+from pipeline.resources.tasks import interrupted, job_control, semaphore_undo
+from pipeline.resources.tasks.inquiry import Inquiry
+from pipeline.resources.tasks.interrupted import Sleepers
+
+
+class Slept(NamedTuple):
+    """How long a thread had slept when it was stopped, and in which system call; None: it did not, or nobody knows."""
+
+    slept_ns: int | None
+    call: int | None
+
+
+class Answers(NamedTuple):
+    """What the threads of a process say; see `ask`."""
+
+    #: in the order of the threads
+    inquiries: list[Inquiry]
+    #: by thread
+    slept: dict[HostPid, Slept]
+    undo: list[SemaphoreUndo]
+    #: where its contexts of asynchronous I/O are
+    rings: set[int]
+    #: what it could collect by waitid(2) about its children, by their pids
+    notices: dict[int, job_control.Notice]
+    #: what stops it
+    blockers: list[Blocker]
+    #: system calls that were run inside it
+    injected_calls: int
+
+
+def ask(
+    pid: HostPid,
+    tids: Sequence[HostPid],
+    sleepers: Sleepers,
+    semaphores: Sequence[Semaphores],
+    children: Mapping[int, int],
+) -> Answers:
+    """Put the questions of every thread to it, by system calls inside it.
+
+    Args:
+        pid: a process, by the thread that it is looked at by.
+        tids: its threads, that one first.
+        sleepers: has looked at them before they were stopped.
+        semaphores: the sets of its ipc namespace.
+        children: its living children in the tree: by the pid that it knows them by, their pids.
+    """
+    memory = open_file(pid, "mem", os.O_RDWR)
+    try:
+        mappings = smaps.maps(pid)
+        regions = [
+            Region(m.start, m.end, bool(m.prot & 1), bool(m.prot & 2), bool(m.prot & 4), not m.shared, m.name)
+            for m in mappings
+        ]
+        slept = {tid: Slept(sleepers.slept_ns(tid), sleepers.call(tid)) for tid in tids}
+        for tid in tids:
+            interrupted.shorten(tid, slept[tid].slept_ns)
+        pointers = [arch.Registers(ptrace.get_regs(tid))["rsp"] for tid in tids]
+        places = find_places(pid, regions, pointers, memory)
+        uncaught = ~procfs.status(pid).caught
+        timers = procfs.timers(pid)
+        inquiries = []
+        injected_calls = 0
+        for tid in tids:
+            inquiry = Inquiry(tid, leader=tid == pid, timers=timers)
+            task = LiveTask(tid, places, memory, uncaught)
+            task.run(inquiry.calls)
+            if further := inquiry.further():
+                task.run(further)
+            injected_calls += task.injected_calls
+            inquiries.append(inquiry)
+        leader = LiveTask(pid, places, memory, uncaught)
+        undo, blockers = semaphore_undo.capture(pid, tids, semaphores, leader.syscall)
+        rings = {m.start: aio.question(m) for m in mappings if m.name == aio.NAME}
+        if rings:
+            leader.run(list(rings.values()))
+        notices = job_control.notices(leader, children) if children else {}
+        return Answers(
+            inquiries,
+            slept,
+            undo,
+            {at for at, call in rings.items() if not call.result},
+            {children[seen]: notice for seen, notice in notices.items()},
+            blockers,
+            injected_calls + leader.injected_calls,
+        )
+    finally:
+        os.close(memory)

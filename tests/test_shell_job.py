@@ -79,17 +79,28 @@ class Shell:
     def type(self, keys: bytes) -> None:
         os.write(self.master, keys)
 
-    def expect(self, wanted: bytes, timeout_s: float = 20.0) -> bytes:
+    def expect(self, wanted: bytes, timeout_s: float = 60.0) -> bytes:
         """Read the screen until `wanted` is there; what came up to and with it."""
         deadline = time.monotonic() + timeout_s
         while wanted not in self.seen:
             left = deadline - time.monotonic()
-            assert left > 0, f"{wanted!r} is not on the screen: {self.seen!r}"
+            assert left > 0, f"{wanted!r} is not on the screen: {self.seen!r}; {self.processes()}"
             if select.select([self.master], [], [], left)[0]:
                 with contextlib.suppress(OSError):
                     self.seen += os.read(self.master, 4096)
         found, self.seen = self.seen.split(wanted, 1)
         return found + wanted
+
+    def processes(self) -> str:
+        """What the shell and all below it do, for whoever reads that a test has failed."""
+        found = []
+        for pid in family_of(self.pid):
+            with contextlib.suppress(OSError):
+                stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+                waits = Path(f"/proc/{pid}/syscall").read_text().split()[0]
+                words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+                found.append(f"{pid} {stat[0]} group {stat[2]} of {stat[5]} in {waits}: {words[:6]}")
+        return "\n".join([f"foreground: {os.tcgetpgrp(self.master)}", *found])
 
     def run(self, command: str) -> bytes:
         """Type a command and wait until the shell asks for the next one."""
@@ -104,13 +115,13 @@ class Shell:
         return termios.tcgetattr(self.master)[6][termios.VQUIT]
 
     def wait_for_foreground(self, group: int) -> None:
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while os.tcgetpgrp(self.master) != group:
             assert time.monotonic() < deadline
             time.sleep(0.01)
 
     def wait_for_quit_key(self, key: bytes) -> None:
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while self.quit_key() != key:
             assert time.monotonic() < deadline
             time.sleep(0.01)
@@ -174,12 +185,20 @@ def restorer_of(shell: Shell, pid: int) -> int:
     return found
 
 
+def wait_until_it_reads(pid: int) -> None:
+    deadline = time.monotonic() + 60
+    while not Path(f"/proc/{pid}/syscall").read_text().startswith("0 0x0 "):
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
 def restore_and_stop_the_restorer(shell: Shell, pid: int, image: Path) -> int:
     """Restore a job of `_KEYS` and stop the restorer alone, so that the shell takes the terminal; who it is."""
     shell.type(shell.pipeline("restore", "--from", image, "--shell-job").encode() + b"\n")
     shell.expect(b"[drawn]")
     shell.type(b"a")
     shell.expect(b"<a>")
+    wait_until_it_reads(pid)
     restorer = restorer_of(shell, pid)
     os.kill(restorer, signal.SIGSTOP)
     shell.expect(b"Stopped")
@@ -365,7 +384,7 @@ def test_a_shell_in_a_shell_keeps_what_it_has_in_the_foreground(shells: list[She
     first.type(b"PS1='inner> ' bash --norc\n")
     first.expect(b"inner> ")
     first.type(b"sleep 1000\n")
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while len(family := family_of(first.pid)[1:]) < 2 or os.tcgetpgrp(first.master) != family[1]:
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -404,7 +423,7 @@ def test_a_pipeline_in_a_job(shells: list[Shell], tmp_path: Path) -> None:
     first, second = shells
     pid = begin(first, _PARTS, tmp_path)
     image = tmp_path / "image"
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while len(family := family_of(pid)) < 3:
         assert time.monotonic() < deadline
     done = engine("dump", "--pid", pid, "--to", image, "--shell-job")

@@ -62,7 +62,7 @@ def status(field, pid="self"):
     return None
 
 
-def wait_for(condition, what, timeout_s=5.0):
+def wait_for(condition, what, timeout_s=30.0):
     """Poll until `condition()` is true; its value. RuntimeError after `timeout_s`."""
     deadline = time.monotonic() + timeout_s
     while not (value := condition()):

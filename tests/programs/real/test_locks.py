@@ -49,16 +49,18 @@ def test_locks_are_handed_over(launch: Callable[..., RealTree], setting: Setting
 
 
 def test_a_lock_that_somebody_else_waited_for_is_told(launch: Callable[..., RealTree]) -> None:
+    """Who is woken by the end of the source may be quicker than the destination, or not: one has it, and no other."""
     tree = launch(DEPTH_1, [find_python(), "locking.py"], lines_of("counts"), sources=["locking.py"])
     tree.goes_on()
     with subprocess.Popen([sys.executable, "-c", WAITS], cwd=tree.directory) as other:
         try:
-            waits = f" {other.pid} "
-            tree.wait(
-                "the other waits", lambda: f"FLOCK  ADVISORY  WRITE{waits}" in Path("/proc/locks").read_text()
-            )
+            waits, has = f"-> FLOCK  ADVISORY  WRITE {other.pid} ", f": FLOCK  ADVISORY  WRITE {other.pid} "
+            tree.wait("the other waits", lambda: waits in Path("/proc/locks").read_text())
             said = tree.migrate()
-            assert "its flock lock cannot be taken again: another process holds a lock that conflicts" in said
+            assert "flock" in held(tree.directory)
+            assert (has in Path("/proc/locks").read_text()) == (
+                "its flock lock cannot be taken again: another process holds a lock that conflicts" in said
+            )
         finally:
             other.kill()
     tree.finish()

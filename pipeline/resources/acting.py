@@ -7,8 +7,9 @@ Source: setresuid(2), credentials(7); kernel/cred.c on what makes a process undu
 
 from __future__ import annotations
 
+import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TypeVar
 
@@ -47,13 +48,23 @@ def in_changed_thread(act: Callable[[], T]) -> T:
         prctl(PRCTL.SET_DUMPABLE, dumpable)
 
 
-def acting_as(act: Callable[[], T], *, uid: int = UNCHANGED, euid: int, egid: int = UNCHANGED) -> T:
-    """Run `act` with other ids, as numbers of the pipeline's user namespace.
+def acting_as(
+    act: Callable[[], T],
+    *,
+    uid: int = UNCHANGED,
+    euid: int,
+    egid: int = UNCHANGED,
+    groups: Sequence[int] | None = None,
+) -> T:
+    """Run `act` with other ids, as numbers of the pipeline's user namespace; `groups`: None to keep those it has.
 
     Where this process may not take on those ids it runs as it is.
     """
 
     def change_and_act() -> T:
+        if groups is not None:
+            with suppress(PermissionError):
+                syscall(NR.setgroups, len(groups), struct.pack(f"<{len(groups)}I", *groups))
         with suppress(PermissionError):
             syscall(NR.setresgid, UNCHANGED, egid, UNCHANGED)
             syscall(NR.setresuid, uid, euid, UNCHANGED)

@@ -14,8 +14,9 @@ import socket
 import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Literal
 
-from pipeline.ids import LocalFd
+from pipeline.ids import HostPid, LocalFd
 from pipeline.kernel import procfs
 from pipeline.kernel.arch.x86_64_numbers import NR
 from pipeline.kernel.syscalls import syscall
@@ -53,7 +54,10 @@ def send(
     Raises:
         OSError: EPERM: its user namespace does not map those ids; or what the kernel answered.
     """
-    ucred = _UCRED.pack(procfs.status(scope.host_pid(who.pid)).ns_tgid[-1], *_ids_inside(who, scope))
+    pid = scope.host_pid(who.pid)
+    uid = id_inside(id_map(pid, "uid"), scope.user(who.uid))
+    gid = id_inside(id_map(pid, "gid"), scope.group(who.gid))
+    ucred = _UCRED.pack(procfs.status(pid).ns_tgid[-1], uid, gid)
     stream = sender.type == socket.SOCK_STREAM
     piece = bytes(data[:_PIECE_BYTES] if stream else data)
     if to:
@@ -72,22 +76,21 @@ def send(
             syscall(NR.connect, sender.fileno(), _DISCONNECT, len(_DISCONNECT))
 
 
-def _ids_inside(who: Peer, scope: CreateScope) -> tuple[int, int]:
-    """The numbers that the ids of a message have where a process is.
+def id_map(pid: HostPid, kind: Literal["uid", "gid"]) -> IdMap:
+    """What a process calls the ids of here: a puppet has all capabilities there, so it may name any."""
+    return IdMap(parse(procfs.read_file(pid, f"{kind}_map")))
 
-    A puppet has all capabilities in its user namespace, so it may name any id that this maps.
+
+def id_inside(known: IdMap, number: int) -> int:
+    """The number inside of an id that is `number` here.
 
     Raises:
-        OSError: EPERM: one has no number there.
+        OSError: EPERM: the map has none.
     """
-    pid = scope.host_pid(who.pid)
-    found = []
-    for name, wanted in (("uid_map", scope.user(who.uid)), ("gid_map", scope.group(who.gid))):
-        inside = IdMap(parse(procfs.read_file(pid, name))).down(wanted)
-        if inside is None:
-            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
-        found.append(inside)
-    return found[0], found[1]
+    inside = known.down(number)
+    if inside is None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+    return inside
 
 
 @contextmanager

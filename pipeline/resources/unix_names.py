@@ -40,17 +40,26 @@ T = TypeVar("T")
 
 
 def as_peer(who: Peer | None, scope: CreateScope, act: Callable[[], T]) -> T:
-    """Run `act` with the effective ids of `who`, which sockets remember as SO_PEERCRED.
+    """Run `act` with the effective ids and groups of `who`, which sockets remember (SO_PEERCRED, SO_PEERGROUPS).
 
     Where this process may not take on those ids it runs as it is. The pid that is
     remembered is that of this process: only a process itself can leave its pid.
     """
     if who is None:
         return act()
-    uid, gid = scope.user(who.uid), scope.group(who.gid)
-    if (uid, gid) == (os.geteuid(), os.getegid()):
+    uid, gid, groups = scope.user(who.uid), scope.group(who.gid), groups_here(who, scope)
+    if (uid, gid, groups) == (os.geteuid(), os.getegid(), sorted(os.getgroups())):
         return act()
-    return acting_as(act, euid=uid, egid=gid)
+    return acting_as(act, euid=uid, egid=gid, groups=groups)
+
+
+def groups_here(who: Peer, scope: CreateScope) -> list[int]:
+    """The numbers here of those groups of a peer that have one."""
+    found = []
+    for group in who.groups:
+        with suppress(RebuildError):
+            found.append(scope.group(group))
+    return sorted(found)
 
 
 def _making(directory: int, act: Callable[[], T]) -> T:

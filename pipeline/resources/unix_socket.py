@@ -6,13 +6,13 @@ inode, so ends find each other inside the tree; queues are looked at, not consum
 
 Kept: all of that, open files in flight (SCM_RIGHTS), out-of-band bytes and marks, a peer that is
 closed (end of file, or ECONNRESET where it left bytes unread), senders' credentials of unread
-messages, and pid, uid and gid of SO_PEERCRED (`unix_peercred`).
+messages, and what SO_PEERCRED and SO_PEERGROUPS answer (`unix_peercred`).
 What a socket has with somebody outside the tree: `unix_outside`.
 
 Refused by name: a second holder outside the tree; data written to a connection that was not
 accepted yet, which nobody can see; one-sided datagram peers without a name; an empty message that was looked at before.
 
-Not preserved: inode numbers, SO_PEERGROUPS of connected pairs, which holder of it a client that waits was
+Not preserved: inode numbers, which holder of it a client that waits was
 connected by, bounds between writes to a stream, the mark of an out-of-band byte that was taken behind the last unread
 byte, timestamps of unread messages.
 
@@ -26,15 +26,13 @@ import os
 import select
 import socket
 import stat
-import struct
 from collections.abc import Iterator, Sequence
 
 from pipeline.errors import Blocker
 from pipeline.ids import LocalFd
 from pipeline.image.schema import Index, OpenFile
-from pipeline.kernel import procfs
 from pipeline.kernel.sockdiag import State, UnixSocket
-from pipeline.resources import outside, sockets, unix_outside, unix_queue, unix_rebuild
+from pipeline.resources import outside, sockets, unix_outside, unix_peercred, unix_queue, unix_rebuild
 from pipeline.resources.kinds import CaptureScope, CreateScope, FdView
 from pipeline.resources.unix_state import (
     MAX_MESSAGE_BYTES,
@@ -46,7 +44,6 @@ from pipeline.resources.unix_state import (
 from pipeline.resources.unix_table import Table, name_of, peer_name_of, table_of
 
 _SIOCUNIXFILE = 0x89E0
-_NO_ID = 0xFFFF_FFFF
 _DELETED = b" (deleted)"
 
 
@@ -135,8 +132,8 @@ class Unix:
                 waits=waits,
                 peer_name=peer_name,
                 accepted=_was_accepted(diag, name, peer_name, table),
-                credentials=_credentials(sock, scope),
-                own_credentials=_of_holder(view, scope) if waits else _seen_by_peer(peer, scope),
+                credentials=unix_peercred.seen(sock, scope),
+                own_credentials=unix_peercred.of_holder(view, scope) if waits else _seen_by_peer(peer, scope),
                 shutdown=diag.shutdown,
                 queue=unix_queue.capture(table.members[diag.inode][0], view, scope),
             )
@@ -170,26 +167,11 @@ def _was_accepted(diag: UnixSocket, name: bytes, peer_name: bytes, table: Table)
     return diag.inode < diag.peer if diag.peer else True
 
 
-def _credentials(sock: socket.socket, scope: CaptureScope) -> Peer | None:
-    """SO_PEERCRED; None where nothing was remembered."""
-    answer = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-    pid, uid, gid = struct.unpack("<iII", answer)
-    if _NO_ID in (uid, gid):
-        return None
-    return Peer(scope.member(pid) if pid else 0, scope.user(uid), scope.group(gid))
-
-
 def _seen_by_peer(peer: tuple[Index, FdView] | None, scope: CaptureScope) -> Peer | None:
     if peer is None:
         return None
     with sockets.borrowed(peer[1].local) as sock:
-        return _credentials(sock, scope)
-
-
-def _of_holder(view: FdView, scope: CaptureScope) -> Peer:
-    """The ids of a holder: what a client that waits will be to the server, as far as can be told."""
-    status = procfs.status(view.pid)
-    return Peer(scope.member(view.pid), scope.user(status.uids[1]), scope.group(status.gids[1]))
+        return unix_peercred.seen(sock, scope)
 
 
 def _socket_file(

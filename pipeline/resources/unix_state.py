@@ -22,6 +22,7 @@ from pipeline.resources.sockets import SocketState
 MAX_MESSAGE_BYTES = 64 << 20
 #: SCM_MAX_FD: the kernel sends no more with one message
 MAX_FILES = 253
+NGROUPS_MAX = 65536
 
 SHUT_RECEIVE = 1
 SHUT_SEND = 2
@@ -30,11 +31,12 @@ Name = Annotated[bytes, Meta(max_length=108)]
 
 
 class Peer(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """`struct ucred`: level-0 pid (0 outside the tree), effective uid and gid."""
+    """`struct ucred`: level-0 pid (0 outside the tree), effective uid and gid; of a socket's peer its groups, too."""
 
     pid: Pid
     uid: Id
     gid: Id
+    groups: Annotated[list[Id], Meta(max_length=NGROUPS_MAX)] = []
 
 
 class Message(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -87,7 +89,7 @@ class UnixState(Record, frozen=True, kw_only=True):
         outside: a peer that is not of the tree and is connected again.
         waits: it is connected to a listener that did not accept it yet.
         peer_name: name of the peer. `accepted`: of a named pair, this is the end that accept(2) returned.
-        credentials: what SO_PEERCRED answers here; `own_credentials`: what it answers at the peer.
+        credentials: what SO_PEERCRED and SO_PEERGROUPS answer here; `own_credentials`: what it answers at the peer.
         shutdown: `SHUT_RECEIVE` | `SHUT_SEND`.
     """
 

@@ -1,6 +1,7 @@
 """Unix socket pairs with queued data, files in flight, listening unix and TCP sockets, socket options."""
 
 import array
+import contextlib
 import fcntl
 import os
 import select
@@ -9,7 +10,7 @@ import struct
 
 from support import DIRECTORY, main
 
-SO_PASSCRED = 16
+SO_PASSCRED, SO_PEERGROUPS = 16, 59
 
 
 def receive_again(reader, writer, expected, size=1 << 16):
@@ -274,7 +275,8 @@ def acquainted(program):
     """Both ends of a connection know who the other is."""
 
     def peer(sock):
-        return struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        ucred = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        return ucred, sock.getsockopt(socket.SOL_SOCKET, SO_PEERGROUPS, 1024)
 
     names = f"{DIRECTORY}/acquainted", f"\0{DIRECTORY}/acquainted"
     listening = []
@@ -284,6 +286,8 @@ def acquainted(program):
         listening[-1].listen(1)
 
     def caller(child):
+        with contextlib.suppress(PermissionError):
+            os.setgroups([3, 5])
         calls = [socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) for _ in names]
         for call, name in zip(calls, names, strict=True):
             call.connect(name)
@@ -298,7 +302,7 @@ def acquainted(program):
 
 
 def senders(program):
-    """Messages that know who sent them."""
+    """Messages that know who sent them, also where nobody asks yet."""
     receiver = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     receiver.bind(f"{DIRECTORY}/receiver")
     receiver.setsockopt(socket.SOL_SOCKET, SO_PASSCRED, 1)
@@ -321,7 +325,22 @@ def senders(program):
 
     send_all()
     program.same("senders", received, lambda: receiver.recv(1000))
-    program.keep += (receiver,)
+    a, b = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+
+    def sign():
+        ucred = struct.pack("3i", os.getpid(), os.getuid(), os.getgid())
+        a.sendmsg([b"signed"], [(socket.SOL_SOCKET, socket.SCM_CREDENTIALS, ucred)])
+
+    def asked_late():
+        b.setsockopt(socket.SOL_SOCKET, SO_PASSCRED, 1)
+        _, control, _, _ = b.recvmsg(100, 100, socket.MSG_DONTWAIT)
+        b.setsockopt(socket.SOL_SOCKET, SO_PASSCRED, 0)
+        sign()
+        return [struct.unpack("3i", value) for _, _, value in control]
+
+    sign()
+    program.same("asked late", asked_late, lambda: b.recv(100) and a.send(b"by nobody"))
+    program.keep += receiver, a, b
 
 
 def body(program):

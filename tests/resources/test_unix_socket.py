@@ -20,8 +20,10 @@ import pytest
 from pipeline.errors import RebuildError, Refused
 from pipeline.ids import HostPid, LocalFd
 from pipeline.image.schema import Id, PathRef
+from pipeline.kernel.arch.x86_64 import NR
 from pipeline.kernel.sockdiag import UnixDiag
-from pipeline.kernel.syscalls import PRCTL, prctl
+from pipeline.kernel.syscalls import CLONE, PRCTL, prctl
+from pipeline.remote.puppet import Puppet
 from pipeline.resources.kinds import FdView
 from pipeline.resources.unix_names import Place
 from pipeline.resources.unix_socket import _socket_file
@@ -318,11 +320,73 @@ def test_peer_ids_are_kept_and_a_listener_is_owned_by_the_rebuilt_process() -> N
         assert prctl(PRCTL.GET_DUMPABLE) == 1
 
 
+def _groups_of_peer(sock: socket.socket) -> tuple[int, ...]:
+    answer = sock.getsockopt(SOL, 59, 1024)
+    return struct.unpack(f"{len(answer) // 4}I", answer)
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("euid", [0, 7])
+def test_the_groups_of_peers_are_kept(euid: int) -> None:
+    def setup() -> tuple[int, ...]:
+        listener, client, waiting = (unix() for _ in range(3))
+        os.setgroups([9, 5])
+        os.seteuid(euid)
+        pair = socket.socketpair()
+        listener.bind(b"\0pipeline-test-groups")
+        listener.listen(5)
+        client.connect(listener.getsockname())
+        accepted, _ = listener.accept()
+        waiting.connect(listener.getsockname())
+        os.seteuid(0)
+        if euid:
+            os.setgroups([])
+        return kept(listener, *pair, client, accepted, waiting)
+
+    with subject(setup) as child:
+        capture, records = caught(child)
+        listener, *others, waiting = child.result
+        with Rebuilt(capture, records) as new, of(new.fd(listener)) as door:
+            for fd in (*others, waiting):
+                with of(new.fd(fd)) as sock:
+                    assert _groups_of_peer(sock) == (5, 9)
+            with door.accept()[0] as accepted:
+                assert _groups_of_peer(accepted) == (() if euid else (5, 9)), "those of its holder"
+
+
+class _Mapped(Rebuilt):
+    """Rebuilt in a user namespace that maps the first eight ids only."""
+
+    def _spawn(self) -> Puppet:
+        puppet = super()._spawn()
+        puppet.syscall(NR.unshare, CLONE.NEWUSER)
+        for kind in ("uid", "gid"):
+            Path(f"/proc/{puppet.pid}/{kind}_map").write_text("0 0 8", encoding="ascii")
+        return puppet
+
+
+@pytest.mark.root
+def test_a_group_that_has_no_id_where_the_peer_is_costs_nothing_else() -> None:
+    def setup() -> tuple[int, ...]:
+        os.setgroups([3, 9])
+        return kept(*socket.socketpair())
+
+    with subject(setup) as child:
+        capture, records = caught(child)
+        with _Mapped(capture, records) as new:
+            for fd in child.result:
+                with of(new.fd(fd)) as sock:
+                    pid, *_ = UCRED.unpack(sock.getsockopt(SOL, socket.SO_PEERCRED, 12))
+                    assert pid == new.host_pid(child.pid)
+                    assert _groups_of_peer(sock) == (3,)
+
+
 @pytest.mark.root
 def test_the_ids_of_a_peer_that_has_ended_are_kept() -> None:
     def setup() -> tuple[int, ...]:
         ours, theirs = socket.socketpair()
         if (forked := os.fork()) == 0:
+            os.setgroups([4])
             os.setegid(8)
             os.seteuid(7)
             pair = socket.socketpair()
@@ -339,6 +403,7 @@ def test_the_ids_of_a_peer_that_has_ended_are_kept() -> None:
             with of(new.fd(fd)) as sock:
                 found = UCRED.unpack(sock.getsockopt(SOL, socket.SO_PEERCRED, 12))
                 assert found == (os.getpid(), 7, 8)
+                assert _groups_of_peer(sock) == (4,)
 
 
 # -- names --------------------------------------------------------------------------

@@ -52,6 +52,11 @@ def _number(found: os.stat_result) -> tuple[int, int] | None:
     return number if stat.S_ISCHR(found.st_mode) and number in _STATELESS else None
 
 
+def _is_stateless(number: tuple[int, int], flags: int) -> bool:
+    """Whether a device of this number that is open with these flags has no state."""
+    return number in _STATELESS and (number != _FOR_WRITING_ONLY or flags & os.O_ACCMODE == os.O_WRONLY)
+
+
 class Device(CompleteOnceCreated):
     """See the module."""
 
@@ -66,9 +71,7 @@ class Device(CompleteOnceCreated):
     def matches(self, view: FdView) -> bool:
         """By device number."""
         number = _number(view.stat)
-        if number is None or view.flags & os.O_PATH:
-            return False
-        return number != _FOR_WRITING_ONLY or view.flags & os.O_ACCMODE == os.O_WRONLY
+        return number is not None and not view.flags & os.O_PATH and _is_stateless(number, view.flags)
 
     def check(self, view: FdView, scope: CaptureScope) -> Iterator[Blocker]:
         """Locks on a device are not carried."""
@@ -86,8 +89,12 @@ class Device(CompleteOnceCreated):
         """Open the node of that name, or the host's.
 
         Raises:
-            RebuildError: not even the host's node can be opened.
+            RebuildError: it is none without state, or not even the host's node can be opened.
         """
+        if not _is_stateless((record.major, record.minor), file.flags):
+            raise RebuildError(
+                f"{describe(file, record.path)}: device {record.major}:{record.minor} is not one without state"
+            )
         try:
             fd = reopen(file, record.path, file.flags, scope)
         except RebuildError:
@@ -99,11 +106,7 @@ class Device(CompleteOnceCreated):
 
     def _own(self, file: OpenFile, record: DeviceState) -> LocalFd:
         number = record.major, record.minor
-        name = _STATELESS.get(number)
-        if name is None:
-            raise RebuildError(
-                f"{describe(file, record.path)}: device {number[0]}:{number[1]} is not one without state"
-            )
+        name = _STATELESS[number]
         try:
             fd = LocalFd(os.open(f"/dev/{name}", file.flags & os.O_ACCMODE | os.O_CLOEXEC | os.O_NONBLOCK))
         except OSError as error:

@@ -25,6 +25,7 @@ import os
 import socket
 import stat
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 
 from pipeline.errors import Blocker, RebuildError
 from pipeline.ids import LocalFd
@@ -34,7 +35,7 @@ from pipeline.kernel.arch.x86_64_numbers import NR
 from pipeline.kernel.syscalls import syscall
 from pipeline.resources import fifo, locks, outside, pipe_buffer, pty_sides, sockets, terminal
 from pipeline.resources.kinds import CaptureScope, CreateScope, FdView
-from pipeline.resources.paths import closed_on_error, describe, open_again, reopen
+from pipeline.resources.paths import closed_on_error, describe, misnamed, open_again, reopen
 from pipeline.resources.pipe_buffer import Buffer
 from pipeline.resources.steps import CompleteOnceCreated
 from pipeline.resources.tcp_seen import is_tcp
@@ -49,8 +50,8 @@ _SPLICE_F_NONBLOCK = 2
 class ExternalState(Record, frozen=True, kw_only=True):
     """One end.
 
-    `name`: see `name_of`. `path`: of a FIFO. `controlling`: it is /dev/tty. `job`: it is the terminal of the shell
-    whose job the tree is. `buffer`: with the first end that reads.
+    `name`: see `name_of`. `path`: of a FIFO whose name leads to it. `controlling`: it is /dev/tty. `job`: it is the
+    terminal of the shell whose job the tree is. `buffer`: with the first end that reads.
     """
 
     name: Path
@@ -179,7 +180,7 @@ class ExternalEnd(CompleteOnceCreated):
         assert name is not None, "claims says what has a name"
         path = buffer = None
         if stat.S_ISFIFO(view.stat.st_mode):
-            if view.link.startswith(b"/"):
+            if view.link.startswith(b"/") and misnamed(view) is None:
                 path = scope.path(view.namer, view.link)
             group = pipe_buffer.ends(view, scope)
             first = next((index for index, end in group if pipe_buffer.reads(end)), None)
@@ -240,9 +241,10 @@ def settable(fd: LocalFd) -> int:
 def _read_outside(view: FdView, scope: CaptureScope) -> bool:
     """Whether somebody outside has the pipe open for reading, and so may take what waits in it."""
     for pid, fd in outside.same_link(view, scope):
-        flags = int(procfs.fdinfo(pid, fd)["flags"][0], 8)
-        if flags & os.O_ACCMODE != os.O_WRONLY:
-            return True
+        with suppress(ProcessLookupError, FileNotFoundError):  # it has ended, or closed it
+            flags = int(procfs.fdinfo(pid, fd)["flags"][0], 8)
+            if flags & os.O_ACCMODE != os.O_WRONLY:
+                return True
     return False
 
 

@@ -8,7 +8,8 @@ The FIFO itself must be at the destination, empty and unused. One whose name was
 directory (or where the restorer has room), opened, and removed again, with the owner and mode that it had.
 
 Nothing here waits for an other end: while ends are opened, the scope holds one that
-reads and writes. Refused: an end outside the tree, a name that leads elsewhere, locks.
+reads and writes. Refused: an end outside the tree, a name that leads elsewhere, one that was removed where there
+are others, locks.
 Source: fifo(7), fs/pipe.c `fifo_open`.
 """
 
@@ -74,7 +75,10 @@ class Fifo(CompleteOnceCreated):
         "open ends, unread bytes, packet mode, capacity",
         "FIFOs whose name was removed",
     )
-    refused: Sequence[str] = ("a FIFO with an end outside the tree, unless the dump is told so",)
+    refused: Sequence[str] = (
+        "a FIFO with an end outside the tree, unless the dump is told so",
+        "one whose name was removed, if it has others",
+    )
     shown_by: Sequence[str] = (
         "programs/pipes.py",
         "resources/test_pipes.py",
@@ -89,6 +93,9 @@ class Fifo(CompleteOnceCreated):
         wrong = misnamed(view)
         if wrong and wrong != NAME_REMOVED:
             yield Blocker(view.subject, f"the FIFO cannot be opened again by name: {wrong}", "close it")
+        elif wrong and view.stat.st_nlink:
+            why = "the name it was opened by was removed, and others that it has (hard links) are not known"
+            yield Blocker(view.subject, why, "open the FIFO by another name")
         yield from outside_ends(view, scope)
         yield from pipe_buffer.check(view)
         yield from locks.check(view, scope, carried=False)
@@ -128,6 +135,8 @@ class Fifo(CompleteOnceCreated):
         with closed_on_error(reopen(file, record.path, file.flags, scope)) as fd:
             if not stat.S_ISFIFO(os.fstat(fd).st_mode):
                 raise RebuildError(f"{describe(file, record.path)} is not a FIFO here")
+            if record.waiting and pipe_buffer.unread_bytes(fd):
+                raise RebuildError(f"{describe(file, record.path)} is in use: there are unread bytes in it")
         return fd
 
     def connect(self, file: OpenFile, record: FifoState, scope: CreateScope) -> None:
@@ -152,15 +161,19 @@ def _make_removed(file: OpenFile, record: FifoState, wanted: RemovedFifo, scope:
         RebuildError: it cannot be made.
     """
     directory, name = os.path.split(record.path.path)
-    try:
-        try:
-            place = scope.open(PathRef(record.path.mntns, directory or b"/"), os.O_PATH | os.O_DIRECTORY)
-        except OSError:
-            place = LocalFd(os.open(tempfile.gettempdir(), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
+
+    def make(place: LocalFd) -> LocalFd:
         try:
             return _make_and_remove(place, name, record.waiting, wanted, scope)
         finally:
             os.close(place)
+
+    how = os.O_PATH | os.O_DIRECTORY
+    try:
+        try:
+            return make(scope.open(PathRef(record.path.mntns, directory or b"/"), how))
+        except OSError:  # it is not there, or nothing can be made in it
+            return make(LocalFd(os.open(tempfile.gettempdir(), how | os.O_CLOEXEC)))
     except OSError as error:
         raise RebuildError(
             f"{describe(file, record.path)}, which has no name, cannot be made: {error.strerror}"
@@ -181,9 +194,14 @@ def _make_and_remove(
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
     try:
         access = os.O_RDONLY if waiting else os.O_RDWR
-        fd = scope.own(LocalFd(os.open(used, access | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=place)))
+        how = access | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
+        fd = scope.own(LocalFd(os.open(used, how, dir_fd=place)))
     finally:
         os.unlink(used, dir_fd=place)
+    found = os.fstat(fd)
+    if not stat.S_ISFIFO(found.st_mode) or found.st_nlink:
+        # somebody who may write there has put it in its place
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
     os.fchown(fd, scope.user(wanted.uid), scope.group(wanted.gid))
     os.fchmod(fd, wanted.mode)
     return fd

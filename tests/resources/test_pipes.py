@@ -7,14 +7,18 @@ import fcntl
 import os
 import select
 import signal
+import stat
 from functools import partial
 from pathlib import Path
 
 import pytest
 
 from pipeline.errors import RebuildError
-from pipeline.ids import LocalFd
+from pipeline.ids import HostPid, LocalFd
+from pipeline.kernel import procfs
 from pipeline.ledger import LEDGER
+from pipeline.policy import DumpPolicy
+from pipeline.resources import external_end
 from pipeline.resources.pump import Pump
 from tests.resources.fdharness import Capture, Rebuilt, subject
 
@@ -296,6 +300,114 @@ def test_a_fifo_whose_name_was_removed(fifo: Path, taken: str) -> None:
     if taken == "file":
         assert [path.name for path in fifo.parent.iterdir()] == [fifo.name]
         assert fifo.read_text() == "another file"
+
+
+def test_a_removed_fifo_is_made_where_there_is_room(fifo: Path) -> None:
+    """Nothing can be made in the directory that it was in."""
+
+    def setup() -> int:
+        fd = os.open(fifo, os.O_RDWR)
+        os.write(fd, b"kept")
+        fifo.unlink()
+        return fd
+
+    with subject(setup) as child, Capture(child.pid) as capture:
+        records = capture.records()
+        (state,) = (file.state for file in records if file.kind == "fifo")
+        state["path"][1] = b"/proc/removed"
+        with Rebuilt(capture, records, finish=False) as new:
+            assert os.read(new.fd(child.result), 10) == b"kept"
+
+
+@pytest.mark.parametrize("what", ["file", "hard link", "link"])
+def test_what_takes_the_place_of_a_removed_fifo_is_left_alone(
+    fifo: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """Somebody who may write into the directory is quicker: what he put there does not get owner and mode."""
+
+    def setup() -> int:
+        fd = os.open(fifo, os.O_RDWR)
+        os.fchmod(fd, 0o666)
+        fifo.unlink()
+        return fd
+
+    other = fifo.with_name("other")
+    os.mknod(other, 0o600 | (stat.S_IFREG if what == "file" else stat.S_IFIFO))
+    fd = os.open(other, os.O_RDWR)
+    if what == "link":
+        other.unlink()
+
+    def put(name: bytes, mode: int, *, dir_fd: int) -> None:
+        if what == "link":
+            os.symlink(f"/proc/self/fd/{fd}", name, dir_fd=dir_fd)
+        elif what == "hard link":
+            os.link(other, name, dst_dir_fd=dir_fd)
+        else:
+            os.rename(other, name, dst_dir_fd=dir_fd)
+
+    try:
+        with subject(setup) as child, Capture(child.pid) as capture:
+            records = capture.records()
+            monkeypatch.setattr(os, "mkfifo", put)
+            with pytest.raises(RebuildError, match="cannot be made"), Rebuilt(capture, records, finish=False):
+                pass
+        assert stat.S_IMODE(os.fstat(fd).st_mode) == 0o600
+    finally:
+        os.close(fd)
+
+
+def test_a_fifo_that_has_another_name_than_the_removed_one_is_refused(fifo: Path) -> None:
+    def setup() -> int:
+        fd = os.open(fifo, os.O_RDWR)
+        os.link(fifo, fifo.with_name("other"))
+        fifo.unlink()
+        return fd
+
+    with subject(setup) as child, Capture(child.pid) as capture:
+        assert "others that it has (hard links) are not known" in capture.reasons(child.result)
+
+
+@pytest.mark.parametrize("is_held", [True, False])
+def test_an_end_outside_of_a_fifo_whose_name_was_removed_has_to_be_given(
+    fifo: Path, monkeypatch: pytest.MonkeyPatch, is_held: bool
+) -> None:
+    """No other file of that name is taken for it; and who holds it outside may end while that is looked at."""
+
+    def setup() -> int:
+        reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+        if os.fork() == 0:
+            os.closerange(0, 1000)
+            os.write(os.open(fifo, os.O_RDWR), b"unread")
+            signal.pause()
+        select.select([reader], [], [])
+        fifo.unlink()
+        return reader
+
+    def gone(pid: HostPid, fd: int) -> dict[str, list[str]]:
+        raise procfs.ProcessGone(pid)
+
+    policy = DumpPolicy(external_fds=frozenset({"any"}))
+    with subject(setup) as child, Capture(child.pid, policy=policy) as capture:
+        view = capture.view(child.result)
+        assert external_end.claims(view, capture)
+        os.mkfifo(fifo.with_name("fifo (deleted)"))
+        if not is_held:
+            monkeypatch.setattr(procfs, "fdinfo", gone)
+        state = external_end.KIND.capture(view, capture)
+    assert state.path is None
+    assert (state.buffer is None) == is_held
+
+
+def test_a_fifo_that_waits_for_its_first_writer_is_not_opened_where_it_is_used(fifo: Path) -> None:
+    with subject(lambda: os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)) as child, Capture(child.pid) as capture:
+        files = capture.records()
+    fd = os.open(fifo, os.O_RDWR)
+    try:
+        os.write(fd, b"not for it")
+        with pytest.raises(RebuildError, match="is in use"), Rebuilt(capture, files, finish=False):
+            pass
+    finally:
+        os.close(fd)
 
 
 def test_a_removed_fifo_that_waits_for_its_first_writer(fifo: Path) -> None:

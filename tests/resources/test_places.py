@@ -10,6 +10,7 @@ import stat
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from pipeline.errors import RebuildError
@@ -301,6 +302,12 @@ def test_kmsg_for_writing_has_no_state() -> None:
         assert capture.kind(child.result).name == "device"
         with Rebuilt(capture, finish=False) as new:
             assert os.fstat(new.fd(child.result)).st_rdev == os.makedev(1, 11)
+        records = [
+            msgspec.structs.replace(file, flags=os.O_RDONLY) if file.state.get("minor") == 11 else file
+            for file in capture.records()
+        ]
+        with pytest.raises(RebuildError, match="1:11 is not one without state"), Rebuilt(capture, records):
+            pass
 
 
 # -- /proc and /sys -------------------------------------------------------------------------

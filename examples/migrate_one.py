@@ -8,6 +8,7 @@ On the other host: python -m pipeline serve --listen 0.0.0.0:7000 --secret-file 
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 
 import trio
 
@@ -15,7 +16,7 @@ import pipeline
 
 
 class Printer:
-    """Shows each phase; a progress listener is any object with these two methods."""
+    """Shows each phase; a progress listener is any object with these four methods."""
 
     def phase(self, name: str) -> None:
         """A phase begins."""
@@ -23,6 +24,14 @@ class Printer:
 
     def advance(self, bytes_done: int, bytes_total: int | None) -> None:
         """More pages are through; not shown here."""
+
+    def round(self, ended: pipeline.Round) -> None:
+        """Memory went over once while the tree ran (not with the mode "stop")."""
+        print(f"round {ended.number}: {ended.sent_bytes} bytes", file=sys.stderr)
+
+    def pause(self, parts: Mapping[str, float]) -> None:
+        """The tree stood still, for so many milliseconds each."""
+        print(f"the pause: {sum(parts.values()):.0f} ms", file=sys.stderr)
 
 
 async def main(pid: int, to: str, secret_file: str) -> int:

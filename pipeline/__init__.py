@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from pipeline.inspect import Inspection, inspect
     from pipeline.migrate import MigrateResult, migrate
     from pipeline.policy import DumpPolicy, RestorePolicy
-    from pipeline.progress import NullProgress, Progress
+    from pipeline.progress import NullProgress, Progress, Round
     from pipeline.restore import RestoredTree, restore
     from pipeline.serve import serve
 
@@ -58,6 +58,7 @@ __all__ = [
     "Refused",
     "RestorePolicy",
     "RestoredTree",
+    "Round",
     "StorageError",
     "TargetError",
     "UsageError",
@@ -81,6 +82,7 @@ _HOMES = {name: name for name in _RECIPES} | {
     "Progress": "progress",
     "RestorePolicy": "policy",
     "RestoredTree": "restore",
+    "Round": "progress",
 }
 
 

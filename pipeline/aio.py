@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pipeline.inspect import Inspection
     from pipeline.migrate import MigrateResult
     from pipeline.policy import DumpPolicy, RestorePolicy
-    from pipeline.progress import Progress
+    from pipeline.progress import Progress, Round
     from pipeline.restore import RestoredTree
 
 T = TypeVar("T")
@@ -113,6 +113,12 @@ class _ForwardedProgress:
 
     def advance(self, bytes_done: int, bytes_total: int | None) -> None:
         self._loop.call_soon_threadsafe(self._progress.advance, bytes_done, bytes_total)
+
+    def round(self, ended: Round) -> None:
+        self._loop.call_soon_threadsafe(self._progress.round, ended)
+
+    def pause(self, parts: Mapping[str, float]) -> None:
+        self._loop.call_soon_threadsafe(self._progress.pause, parts)
 
 
 def _in_loop(loop: asyncio.AbstractEventLoop, callback: Callable[P, None]) -> Callable[P, None]:

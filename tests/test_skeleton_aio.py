@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Mapping
 
 import pytest
 import trio
 
 from pipeline import aio
 from pipeline.errors import TargetError
+from pipeline.progress import Round
 
 
 def test_a_result_crosses_over_and_the_loop_stays_free() -> None:
@@ -84,6 +86,7 @@ def test_what_has_happened_is_not_reported_as_cancelled() -> None:
 
 def test_progress_arrives_in_the_asyncio_thread() -> None:
     seen: list[tuple[str, int]] = []
+    ended = Round(0, 4096, 4096, 0.1, 40960.0, 0.0)
 
     class Listener:
         def phase(self, name: str) -> None:
@@ -92,6 +95,12 @@ def test_progress_arrives_in_the_asyncio_thread() -> None:
         def advance(self, bytes_done: int, bytes_total: int | None) -> None:
             seen.append((f"{bytes_done}/{bytes_total}", threading.get_ident()))
 
+        def round(self, ended: Round) -> None:
+            seen.append((f"round {ended.number}", threading.get_ident()))
+
+        def pause(self, parts: Mapping[str, float]) -> None:
+            seen.append((" ".join(parts), threading.get_ident()))
+
     async def main() -> None:
         listener = aio._forward(Listener())
         assert listener is not None
@@ -99,9 +108,12 @@ def test_progress_arrives_in_the_asyncio_thread() -> None:
         async def recipe() -> None:
             listener.phase("freeze")
             listener.advance(1, None)
+            listener.round(ended)
+            listener.pause({"freeze": 1.0, "thaw": 2.0})
 
         await aio._run(recipe)
         await asyncio.sleep(0)
 
     asyncio.run(main())
-    assert seen == [("freeze", threading.get_ident()), ("1/None", threading.get_ident())]
+    me = threading.get_ident()
+    assert seen == [("freeze", me), ("1/None", me), ("round 0", me), ("freeze thaw", me)]

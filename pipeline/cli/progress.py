@@ -10,14 +10,17 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
-from pipeline.cli.render import say, size
+from pipeline.cli.render import milliseconds, say, size
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from types import TracebackType
     from typing import Self
 
     from rich.progress import Progress as Bar
     from rich.progress import TaskID
+
+    from pipeline.progress import Round
 
 #: how long a command runs before anything is drawn
 PATIENCE_S = 0.3
@@ -25,6 +28,17 @@ PATIENCE_S = 0.3
 LINE_EVERY_S = 2.0
 #: between two redraws on a terminal
 REDRAW_EVERY_S = 0.1
+
+
+def told(ended: Round) -> str:
+    """A round in words."""
+    text = (
+        f"round {ended.number}: {size(ended.dirty_bytes)} in {milliseconds(1e3 * ended.seconds)}, "
+        f"rate {size(ended.rate)}/s, dirty rate {size(ended.dirty_rate)}/s"
+    )
+    if ended.expected_downtime_s is None:
+        return text
+    return f"{text}, expected downtime {milliseconds(1e3 * ended.expected_downtime_s)}"
 
 
 class Lines:
@@ -57,6 +71,13 @@ class Lines:
         self._next = now + LINE_EVERY_S
         total = "" if bytes_total is None else f" of {size(bytes_total)}"
         say(f"{self._command}: {self._phase}: {size(bytes_done)}{total}")
+
+    def round(self, ended: Round) -> None:
+        if time.monotonic() > self._began:
+            say(f"{self._command}: {told(ended)}")
+
+    def pause(self, parts: Mapping[str, float]) -> None:
+        """The figures at the end have it."""
 
 
 class Terminal:
@@ -98,6 +119,15 @@ class Terminal:
             self._bar.start()
         assert self._task is not None
         self._bar.update(self._task, completed=bytes_done, total=bytes_total, refresh=True)
+
+    def round(self, ended: Round) -> None:
+        if self._bar is not None:
+            self._bar.console.print(
+                f"{self._command}: {told(ended)}", highlight=False, markup=False, soft_wrap=True
+            )
+
+    def pause(self, parts: Mapping[str, float]) -> None:
+        """The figures at the end have it."""
 
 
 def _make_bar() -> Bar:

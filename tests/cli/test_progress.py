@@ -11,6 +11,7 @@ import textwrap
 import pytest
 
 from pipeline.cli import progress
+from pipeline.progress import Round
 
 
 def test_a_short_command_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
@@ -59,3 +60,16 @@ def test_a_terminal_gets_a_bar() -> None:
         os.close(terminal)
     assert "dump: memory" in shown
     assert "1.0/4.0 MB" in shown
+
+
+def test_a_round_says_rate_dirty_rate_and_expected_downtime(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "PATIENCE_S", -1)
+    with progress.Lines("migrate") as lines:
+        lines.round(Round(0, 8_000_000, 8_100_000, 0.1, 81e6, 5e6, 0.02))
+        lines.round(Round(1, 500_000, 510_000, 0.01, 51e6, 0.0))
+    assert capsys.readouterr().err == (
+        "migrate: round 0: 8.0 MB in 100 ms, rate 81.0 MB/s, dirty rate 5.0 MB/s, expected downtime 20 ms\n"
+        "migrate: round 1: 500.0 kB in 10 ms, rate 51.0 MB/s, dirty rate 0 B/s\n"
+    )

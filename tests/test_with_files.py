@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -10,10 +11,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from pipeline.errors import RebuildError
 from pipeline.ids import LocalFd
@@ -22,9 +24,11 @@ from pipeline.image.schema import Content, FileIdentity, FileOwner, Id, PathRef,
 from pipeline.kernel.syscalls import RESOLVE, openat2
 from pipeline.ledger import LEDGER
 from pipeline.policy import RestorePolicy
-from pipeline.resources.taken import Making
+from pipeline.resources import sparse
+from pipeline.resources.taken import Making, _as_owner
 from tests.harness.hosts import Host, terminate
 from tests.harness.tree import engine, family_of, reap, said
+from tests.resources.fdharness import subject
 
 pytestmark = pytest.mark.root
 
@@ -49,6 +53,7 @@ def data(place: Path) -> Path:
     folder = place / "deep" / "down"
     folder.mkdir(parents=True)
     folder.chmod(0o751)
+    os.chown(folder, 56, 78)
     path = folder / "data"
     with path.open("wb") as file:
         file.write(BYTES)
@@ -61,8 +66,8 @@ def data(place: Path) -> Path:
     return path
 
 
-def start(data: Path, *options: str) -> int:
-    done = engine("run", *options, "--detach", "--", "sh", "-c", PROGRAM, data)
+def start(data: Path, *options: str, program: str = PROGRAM) -> int:
+    done = engine("run", *options, "--detach", "--", "sh", "-c", program, data)
     assert done.returncode == 0, said(done)
     pid = int(done.stdout)
     deadline = time.monotonic() + 10
@@ -113,7 +118,22 @@ def test_a_lacking_file_is_made_with_all_it_had(data: Path, tmp_path: Path) -> N
         assert os.getxattr(data, "user.note") == b"a note"
         assert os.path.samestat(os.stat(f"/proc/{pid}/fd/7"), after)
         assert stat.S_IMODE(data.parent.stat().st_mode) == 0o751
+        assert (data.parent.stat().st_uid, data.parent.stat().st_gid) == (56, 78)
         assert os.listdir(data.parent) == ["data"]
+    finally:
+        end(pid)
+
+
+def test_a_directory_that_is_made_with_a_file_may_be_where_a_process_works(
+    data: Path, tmp_path: Path
+) -> None:
+    pid = start(data, program="cd ${0%/*}; " + PROGRAM)
+    dump(pid, tmp_path / "image", "--with-files", str(data))
+    lose(data)
+    done = engine("restore", "--from", tmp_path / "image", "--detach")
+    assert done.returncode == 0, said(done)
+    try:
+        assert os.path.samefile(f"/proc/{pid}/cwd", data.parent)
     finally:
         end(pid)
 
@@ -313,6 +333,74 @@ def making(image: Image, root: Path, named: str = "*") -> Iterator[Making]:
         os.close(source)
 
 
+@pytest.fixture(params=[True, False], ids=["nameless", "named"])
+def knows_nameless(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether the filesystem has files without a name (O_TMPFILE)."""
+    usual = os.open
+
+    def without(path: bytes, flags: int, *rest: int, **more: int) -> int:
+        if flags & os.O_TMPFILE == os.O_TMPFILE:
+            raise OSError(errno.EOPNOTSUPP, "no files without a name")
+        return usual(path, flags, *rest, **more)
+
+    if not request.param:
+        monkeypatch.setattr(os, "open", without)
+    return bool(request.param)
+
+
+def test_a_file_that_is_not_complete_has_no_name_where_that_can_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, knows_nameless: bool
+) -> None:
+    """So a SIGKILL leaves nothing behind; and an error leaves nothing in any case."""
+    image = hostile(b"/new/file")
+    seen: list[list[str]] = []
+    copy = sparse.copy
+
+    def look(source: LocalFd, target: int, size_bytes: int) -> None:
+        seen.append(os.listdir(tmp_path / "new"))
+        copy(source, target, size_bytes)
+
+    monkeypatch.setattr(sparse, "copy", look)
+    with making(image, tmp_path) as made:
+        made.make(list(image.taken_files.values()))
+        assert os.listdir(tmp_path / "new") == ["file"]
+        assert (tmp_path / "new" / "file").read_bytes() == b"evil"
+    assert [len(names) for names in seen] == ([0] if knows_nameless else [1])
+    assert not os.listdir(tmp_path)
+
+    def cut(source: LocalFd, target: int, size_bytes: int) -> None:
+        raise OSError(errno.EDQUOT, "no room")
+
+    monkeypatch.setattr(sparse, "copy", cut)
+    with making(image, tmp_path) as made, pytest.raises(RebuildError, match="no room"):
+        made.make(list(image.taken_files.values()))
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.usefixtures("knows_nameless")
+def test_a_name_that_comes_to_be_meanwhile_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = hostile(b"/file")
+
+    def other(source: LocalFd, target: int, size_bytes: int) -> None:
+        (tmp_path / "file").write_bytes(b"somebody's")
+
+    monkeypatch.setattr(sparse, "copy", other)
+    with making(image, tmp_path) as made, pytest.raises(RebuildError, match="exists"):
+        made.make(list(image.taken_files.values()))
+    assert (tmp_path / "file").read_bytes() == b"somebody's"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_size_that_no_file_has_is_an_error(tmp_path: Path) -> None:
+    image = hostile(b"/file")
+    image.taken_files[0] = replace(image.taken_files[0], identity=FileIdentity(1 << 63, 5, 0o100644))
+    with making(image, tmp_path) as made, pytest.raises(RebuildError, match="cannot be made"):
+        made.make(list(image.taken_files.values()))
+    assert not os.listdir(tmp_path)
+
+
 @pytest.mark.parametrize(
     "path", [b"/../../../out", b"/link/out", b"/a/../../out", b"/link/../out", b"/abs/out"]
 )
@@ -339,6 +427,25 @@ def test_names_that_are_none_are_errors_and_leave_nothing(tmp_path: Path, path: 
                 made.make(list(image.taken_files.values()))
     assert os.listdir(tmp_path) == ["file"]
     assert not [held for held in LEDGER.held() if held[0] == "file that came along"]
+
+
+@pytest.mark.parametrize(
+    ("uid", "gid", "is_made"), [(1000, 1000, True), (1000, 2000, True), (1001, 1000, False)]
+)
+def test_who_may_not_become_the_owner_makes_nothing_in_his_place(uid: int, gid: int, is_made: bool) -> None:
+    """A plain user: what is not his is not made with his rights."""
+
+    def setup() -> list[int]:
+        os.setgroups([2000])
+        os.setgid(1000)
+        os.setuid(1000)
+        ran: list[int] = []
+        with nullcontext() if is_made else pytest.raises(PermissionError):
+            _as_owner(uid, gid)(lambda: ran.append(os.geteuid()))
+        return ran
+
+    with subject(setup) as child:
+        assert child.result == ([1000] if is_made else [])
 
 
 def test_who_may_not_write_there_does_not(tmp_path: Path) -> None:

@@ -5,23 +5,23 @@ working directory of the process. Meant are files that the tree has open or mapp
 permissions, owner, time of modification, attributes of users and the access control list. Directories that are
 lacking, too, get the permissions and the owner that they had, or, where nobody of the tree has that id, the file's.
 
-At the destination a file that is there has to be what it was (`pipeline.resources.identity`). One that is lacking
-is written under a made-up name and then renamed. An image could ask for anything: so a file is made with the rights
-of its owner, who has to be an id that a process of the tree runs as; other files only where whoever restores
-names them (``--with-files GLOB`` of restore and serve). When the restore fails, all of it is removed.
+At the destination a file that is there has to be what it was (`pipeline.resources.identity`); one that is lacking is
+made (`pipeline.resources.made_files`). An image could ask for anything: so a file is made with the rights of its
+owner, who has to be an id that a process of the tree runs as; other files only where whoever restores names them
+(``--with-files GLOB`` of restore and serve). When the restore fails, all of it is removed.
 
-Sources: fnmatch(3), openat2(2) RESOLVE_IN_ROOT, renameat2(2) RENAME_NOREPLACE.
+Sources: fnmatch(3), openat2(2) RESOLVE_IN_ROOT.
 """
 
 from __future__ import annotations
 
 import errno
 import os
-import secrets
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from fnmatch import fnmatchcase
+from functools import partial
 
 from pipeline.errors import Blocker, RebuildError
 from pipeline.ids import HostPid, LocalFd
@@ -29,16 +29,15 @@ from pipeline.image.codec import Image
 from pipeline.image.schema import FileOwner, Id, Index, PathRef, TakenFile
 from pipeline.kernel.arch.x86_64_numbers import NR
 from pipeline.kernel.syscalls import RESOLVE, openat2, syscall
-from pipeline.ledger import LEDGER
 from pipeline.policy import RestorePolicy
 from pipeline.resources import attributes, sparse
 from pipeline.resources.acting import UNCHANGED, in_changed_thread
 from pipeline.resources.identity import identity, is_leased, refusal
 from pipeline.resources.kinds import CaptureScope, FdView
+from pipeline.resources.made_files import MadeFiles, give_owner
 from pipeline.resources.paths import look_up
 
 _PLACE = os.O_PATH | os.O_DIRECTORY
-_RENAME_NOREPLACE = 1
 
 
 def matches(patterns: Sequence[str], pid: HostPid, name: bytes) -> bool:
@@ -158,8 +157,7 @@ class Making:
         self._content = content
         self._uid, self._gid = uid, gid
         self._policy = policy
-        #: directory, name in it, whether a directory was made there
-        self._made: list[tuple[LocalFd, bytes, bool]] = []
+        self._made = MadeFiles()
         credentials = [t.credentials for p in image.processes.values() for t in p.threads]
         self._uids = set(self._numbers({one for c in credentials for one in c.uids}, uid))
         self._gids = set(self._numbers({one for c in credentials for one in (*c.gids, *c.groups)}, gid))
@@ -214,31 +212,18 @@ class Making:
                     self._make(file)
                 except OSError as error:
                     raise RebuildError(f"file {name} cannot be made here: {error.strerror}") from error
-                except ValueError as error:
+                except (ValueError, OverflowError) as error:
                     raise RebuildError(f"file {name!r} cannot be made: {error}") from error
                 made.append(name)
         return made
 
     def keep(self) -> None:
         """What was made stays."""
-        while self._made:
-            self._forget(self._made.pop())
+        self._made.keep()
 
     def close(self) -> None:
         """Remove what was made and is not kept; idempotent."""
-        while self._made:
-            directory, name, is_directory = one = self._made.pop()
-            with suppress(OSError):
-                (os.rmdir if is_directory else os.unlink)(name, dir_fd=directory)
-            self._forget(one)
-
-    def _forget(self, one: tuple[LocalFd, bytes, bool]) -> None:
-        os.close(one[0])
-        LEDGER.give_back("file that came along", one[0])
-
-    def _remember(self, directory: LocalFd, name: bytes, is_directory: bool) -> None:
-        LEDGER.take("file that came along", directory)
-        self._made.append((directory, name, is_directory))
+        self._made.close()
 
     def _is_own(self, owner: FileOwner) -> bool:
         """Whether a process of the tree runs as this owner, or as root of these surroundings."""
@@ -269,7 +254,7 @@ class Making:
                 below = self._directory(above, step, owner, path, act)
                 os.close(above)
                 above = below
-            act(lambda: self._write(file, above, steps[-1]))
+            act(lambda: self._made.file(above, steps[-1], partial(self._fill, file)))
         finally:
             os.close(above)
 
@@ -286,35 +271,17 @@ class Making:
             return self._open_path(path, _PLACE)
 
         def make() -> None:
-            os.mkdir(name, 0o700, dir_fd=above)
-            self._remember(_duplicate(above), name, True)
-            found = openat2(above, name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, 0, RESOLVE.BENEATH)
-            try:
-                _own(found, self._uid(owner.uid), self._gid(owner.gid))
-                os.fchmod(found, owner.mode)
-            finally:
-                os.close(found)
+            self._made.directory(above, name, owner.mode, self._uid(owner.uid), self._gid(owner.gid))
 
         act(make)
         return openat2(above, name, _PLACE | os.O_NOFOLLOW, 0, RESOLVE.BENEATH)
 
-    def _write(self, file: TakenFile, above: LocalFd, name: bytes) -> None:
-        temporary = b".%s.%s" % (name[:200], secrets.token_hex(4).encode())
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        fd = os.open(temporary, flags, 0o600, dir_fd=above)
-        try:
-            sparse.copy(self._content(file.content), fd, file.identity.size_bytes)
-            _own(fd, self._uid(file.owner.uid), self._gid(file.owner.gid))
-            os.fchmod(fd, file.owner.mode)
-            attributes.give(fd, file.attributes, self._uid, self._gid)
-            os.utime(fd, ns=(file.identity.mtime_ns, file.identity.mtime_ns))
-            syscall(NR.renameat2, above, temporary + b"\0", above, name + b"\0", _RENAME_NOREPLACE)
-        except BaseException:
-            os.unlink(temporary, dir_fd=above)
-            raise
-        finally:
-            os.close(fd)
-        self._remember(_duplicate(above), name, False)
+    def _fill(self, file: TakenFile, fd: LocalFd) -> None:
+        sparse.copy(self._content(file.content), fd, file.identity.size_bytes)
+        give_owner(fd, self._uid(file.owner.uid), self._gid(file.owner.gid))
+        os.fchmod(fd, file.owner.mode)
+        attributes.give(fd, file.attributes, self._uid, self._gid)
+        os.utime(fd, ns=(file.identity.mtime_ns, file.identity.mtime_ns))
 
 
 def _as_we_are(act: Callable[[], None]) -> None:
@@ -322,26 +289,19 @@ def _as_we_are(act: Callable[[], None]) -> None:
 
 
 def _as_owner(uid: int, gid: int) -> Callable[[Callable[[], None]], None]:
-    """Run something with the rights of somebody else, where we may take on their ids."""
+    """Run something with the rights of `uid`; PermissionError where they are not ours, and we may not take them on."""
 
     def run(act: Callable[[], None]) -> None:
         def change_and_act() -> None:
-            with suppress(PermissionError):
+            try:
                 syscall(NR.setgroups, 0, None)
                 syscall(NR.setresgid, UNCHANGED, gid, UNCHANGED)
                 syscall(NR.setresuid, UNCHANGED, uid, UNCHANGED)
+            except PermissionError:
+                if uid != os.geteuid():
+                    raise
             act()
 
         in_changed_thread(change_and_act)
 
     return run
-
-
-def _duplicate(fd: int) -> LocalFd:
-    return LocalFd(os.dup(fd))
-
-
-def _own(fd: int, uid: int, gid: int) -> None:
-    found = os.fstat(fd)
-    if (found.st_uid, found.st_gid) != (uid, gid):
-        os.fchown(fd, uid, gid)

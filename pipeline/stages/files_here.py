@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable, Collection, Iterator
+from bisect import bisect_left
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -72,13 +73,20 @@ def check(
         if not _comes_later(record) and is_new(record.path, which):
             what = f"open {'file' if file.kind == 'regular' else file.kind}"
             yield from _look(what, record.path, open_path, partial(kind.refusal, file, record, policy))
-    above = {(n, path[:at]) for n, path in taken for at in range(len(path)) if path[at : at + 1] == b"/"}
+    to_make = sorted(taken)
     for process in image.processes.values():
         cwd = process.cwd
         if cwd is None or process.cwd_removed is not None or cwd.path.startswith(b"/proc/"):
             continue
-        if (cwd.mntns, cwd.path) not in above and is_new(cwd, "cwd"):
+        if is_new(cwd, "cwd") and not _is_above(cwd, to_make):
             yield from _look(f"working directory of pid {process.pids[0]}", cwd, open_path, _no_directory)
+
+
+def _is_above(directory: PathRef, files: Sequence[tuple[int, bytes]]) -> bool:
+    """Whether one of `files` (mount namespace and path, sorted) is below a directory, which is made with it then."""
+    below = directory.mntns, directory.path + b"/"
+    at = bisect_left(files, below)
+    return at < len(files) and files[at][0] == below[0] and files[at][1].startswith(below[1])
 
 
 def _no_directory(fd: LocalFd) -> str | None:

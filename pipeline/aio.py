@@ -167,12 +167,15 @@ async def dump(
     leave: Literal["end", "running", "stopped"] = "end",
     externals: Mapping[str, str] | None = None,
     policy: DumpPolicy | None = None,
+    compress: Literal["none", "lz4", "zstd", "auto"] = "none",
     progress: Progress | None = None,
 ) -> DumpResult:
     """`pipeline.dump` for asyncio."""
     listener = _forward(progress)
     return await _run(
-        lambda: pipeline.dump(pid, to, leave=leave, externals=externals, policy=policy, progress=listener)
+        lambda: pipeline.dump(
+            pid, to, leave=leave, externals=externals, policy=policy, compress=compress, progress=listener
+        )
     )
 
 
@@ -215,6 +218,7 @@ async def migrate(
     plaintext: bool = False,
     externals: Mapping[str, str] | None = None,
     policy: DumpPolicy | None = None,
+    compress: Literal["none", "lz4", "zstd", "auto"] = "none",
     progress: Progress | None = None,
 ) -> MigrateResult:
     """`pipeline.migrate` for asyncio."""
@@ -229,6 +233,7 @@ async def migrate(
             plaintext=plaintext,
             externals=externals,
             policy=policy,
+            compress=compress,
             progress=listener,
         )
     )

@@ -57,11 +57,14 @@ def dump(
     leave: Literal["end", "running", "stopped"] = "end",
     externals: Mapping[str, str] | None = None,
     policy: DumpPolicy | None = None,
+    compress: Literal["none", "lz4", "zstd", "auto"] = "none",
     progress: Progress | None = None,
 ) -> DumpResult:
     """`pipeline.dump`, blocking."""
     return trio.run(
-        lambda: pipeline.dump(pid, to, leave=leave, externals=externals, policy=policy, progress=progress)
+        lambda: pipeline.dump(
+            pid, to, leave=leave, externals=externals, policy=policy, compress=compress, progress=progress
+        )
     )
 
 
@@ -103,6 +106,7 @@ def migrate(
     plaintext: bool = False,
     externals: Mapping[str, str] | None = None,
     policy: DumpPolicy | None = None,
+    compress: Literal["none", "lz4", "zstd", "auto"] = "none",
     progress: Progress | None = None,
 ) -> MigrateResult:
     """`pipeline.migrate`, blocking."""
@@ -116,6 +120,7 @@ def migrate(
             plaintext=plaintext,
             externals=externals,
             policy=policy,
+            compress=compress,
             progress=progress,
         )
     )

@@ -13,14 +13,15 @@ was; only a complete and synced image lets it end.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Literal, TypeVar
 
 import msgspec
 import trio
 from msgspec import Struct
 
 from pipeline.errors import ungrouped
+from pipeline.image.packing import Compression, PackedRun, Packer
 from pipeline.image.schema import FORMAT_VERSION, Record
 from pipeline.policy import DumpPolicy
 from pipeline.progress import NullProgress, Progress
@@ -29,18 +30,20 @@ from pipeline.stages import freeze
 from pipeline.stages.memory import BUFFER_BYTES, BUFFERS, PageSource, stream_memory
 from pipeline.stages.translate import into_forest
 from pipeline.standstill import CapturedRecords, refuse_early, standstill
-from pipeline.transport.buffers import BufferPool, LeasedRun
+from pipeline.transport.buffers import BufferPool, Lease, LeasedRun
 from pipeline.transport.framing import FrameWriter
 from pipeline.transport.storage import IMAGE, MANIFEST, Storage
 from pipeline.userns.externals import Externals
 from pipeline.userns.forest import Forest
 
 Leave = Literal["end", "running", "stopped"]
+_Item = TypeVar("_Item")
 
 
 class DumpResult(Struct, frozen=True):
     """What a dump did. `figures`: times in milliseconds, sizes in bytes, by QMP's names. `notes`: what went wrong.
 
+    `compression`: what most of the pages were compressed with.
     `external_ends`: names of the ends outside of the tree, which a restore is to be given.
     """
 
@@ -49,6 +52,7 @@ class DumpResult(Struct, frozen=True):
     figures: dict[str, float]
     notes: list[str] = []
     external_ends: list[str] = []
+    compression: str = "none"
 
 
 async def write_image(
@@ -69,26 +73,55 @@ async def write_image(
         async with trio.open_nursery() as nursery:
             record_send, record_receive = trio.open_memory_channel[Record](64)
             page_send, page_receive = trio.open_memory_channel[LeasedRun](BUFFERS)
+            packed_send, packed_receive = trio.open_memory_channel[tuple[PackedRun, Lease]](1)
             nursery.start_soon(translate_records, records, forest, record_send)
             nursery.start_soon(stream_memory, sources, page_send, pool, progress)
+            nursery.start_soon(_pack, writer, page_receive, packed_send)
             try:
                 async for record in record_receive:
                     await writer.record(record)
                     count += 1
-                async for leased in page_receive:
+                async for packed, lease in packed_receive:
                     try:
-                        await writer.pages(leased.run)
-                        page_bytes += len(leased.run.payload)
+                        await writer.packed(packed)
+                        page_bytes += packed.page_bytes
                     finally:
-                        leased.lease.release()
+                        lease.release()
             finally:
-                while True:  # what is still in the channel when we are cancelled
-                    try:
-                        page_receive.receive_nowait().lease.release()
-                    except (trio.WouldBlock, trio.EndOfChannel, trio.ClosedResourceError):
-                        break
+                _let_go(packed_receive, lambda item: item[1])
     await writer.end(count, page_bytes)
     return page_bytes
+
+
+async def _pack(
+    writer: FrameWriter,
+    runs: trio.MemoryReceiveChannel[LeasedRun],
+    send: trio.MemorySendChannel[tuple[PackedRun, Lease]],
+) -> None:
+    """Make frames of page runs, while the frame before is written."""
+    try:
+        async with send:
+            async for leased in runs:
+                try:
+                    packed = await writer.pack(leased.run)
+                    if packed is not None:
+                        await send.send((packed, leased.lease))
+                        continue
+                except BaseException:
+                    leased.lease.release()
+                    raise
+                leased.lease.release()
+    finally:
+        _let_go(runs, lambda leased: leased.lease)
+
+
+def _let_go(channel: trio.MemoryReceiveChannel[_Item], lease_of: Callable[[_Item], Lease]) -> None:
+    """Give back what is still in a channel that nobody reads any more."""
+    while True:
+        try:
+            lease_of(channel.receive_nowait()).release()
+        except (trio.WouldBlock, trio.EndOfChannel, trio.ClosedResourceError):
+            break
 
 
 class Manifest(Struct, frozen=True):
@@ -105,11 +138,12 @@ async def _store(
     sources: Sequence[PageSource],
     forest: Forest,
     progress: Progress,
+    packer: Packer,
 ) -> Manifest:
     """Write the image, then the manifest that says it is complete; neither is left if that fails."""
     try:
         async with storage.create(IMAGE) as sink:
-            writer = FrameWriter(sink)
+            writer = FrameWriter(sink, packer)
             page_bytes = await write_image(writer, records, sources, forest, progress)
             progress.phase("write")
         manifest = Manifest(FORMAT_VERSION, writer.bytes_written, page_bytes)
@@ -139,6 +173,7 @@ async def dump(
     leave: Leave = "end",
     externals: Externals | None = None,
     policy: DumpPolicy | None = None,
+    compress: Compression = "none",
     progress: Progress | None = None,
 ) -> DumpResult:
     """Dump the tree below `pid` to the image `to`.
@@ -149,6 +184,7 @@ async def dump(
         leave: what becomes of the tree when the image is complete.
         externals: paths of namespaces, by kind, that are external instead of the caller's own.
         policy: decisions about states that have more than one good answer.
+        compress: pages with ``lz4``, ``zstd``, not at all, or with what pays (``auto``).
         progress: is told how far it is.
 
     Raises:
@@ -164,13 +200,14 @@ async def dump(
     storage = open_storage(to)
     await storage.require_free()
     place = storage.place if isinstance(storage, DirectoryStorage) else ""
+    packer = Packer(compress)
     progress.phase("setup")
     await refuse_early(pid, externals, policy)
     async with tracer_thread() as tracer:
         progress.phase("freeze")
         async with standstill(tracer, pid, externals, policy, place) as still:
             progress.phase("memory")
-            written = await _store(storage, still.records, still.sources, still.forest, progress)
+            written = await _store(storage, still.records, still.sources, still.forest, progress, packer)
             await still.let_go_of_files()
             with trio.CancelScope(shield=True):
                 if leave == "end":
@@ -191,6 +228,8 @@ async def dump(
             "transferred": written.image_bytes,
             "page-bytes": written.page_bytes,
             "injected-calls": still.injected_calls,
+            **packer.figures(),
         },
+        compression=packer.chosen(),
         notes=still.holdings.complaints,
     )

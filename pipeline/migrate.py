@@ -26,6 +26,7 @@ from msgspec import Struct
 
 from pipeline.dump import write_image
 from pipeline.errors import InDoubt, PeerError, PeerRefused, UsageError
+from pipeline.image.packing import Compression, Packer
 from pipeline.kernel.arch import x86_64 as arch
 from pipeline.policy import DumpPolicy
 from pipeline.progress import NullProgress, Progress
@@ -49,12 +50,16 @@ _TAKE_BACK_TRY_S = 4.0
 
 
 class MigrateResult(Struct, frozen=True):
-    """What a migration did. `figures`: times in ms, sizes in bytes, by QMP's names. `notes`: what went wrong."""
+    """What a migration did. `figures`: times in ms, sizes in bytes, by QMP's names. `notes`: what went wrong.
+
+    `compression`: what most of the pages were compressed with.
+    """
 
     root_pid: int
     processes: int
     figures: dict[str, float]
     notes: list[str] = []
+    compression: str = "none"
 
 
 async def greet(channel: Channel) -> Hello:
@@ -78,6 +83,7 @@ async def migrate(
     plaintext: bool = False,
     externals: Externals | None = None,
     policy: DumpPolicy | None = None,
+    compress: Compression = "none",
     progress: Progress | None = None,
 ) -> MigrateResult:
     """Move the tree below `pid` to the destination that serves at `to`.
@@ -91,6 +97,7 @@ async def migrate(
         plaintext: no TLS; both sides still prove the secret.
         externals: paths of namespaces, by kind, that are external instead of the caller's own.
         policy: decisions about states that have more than one good answer.
+        compress: pages with ``lz4``, ``zstd``, not at all, or with what pays (``auto``).
         progress: is told how far it is.
 
     Raises:
@@ -113,6 +120,7 @@ async def migrate(
     await refuse_early(pid, externals, policy)
     migration = secrets.token_hex(16)
     async with tracer_thread() as tracer, connect(host, port, secret, plaintext=plaintext) as channel:
+        packer = channel.writer.packer = Packer(compress)
         await greet(channel)
         processes = len(freeze.walk(pid))  # type: ignore[arg-type]
         await channel.say(Offer(migration, pid, processes))
@@ -150,7 +158,9 @@ async def migrate(
             "transferred": channel.writer.bytes_written,
             "page-bytes": page_bytes,
             "injected-calls": still.injected_calls,
+            **packer.figures(),
         },
+        compression=packer.chosen(),
         notes=still.holdings.complaints,
     )
 

@@ -31,7 +31,7 @@ RECIPES = {"check", "dump", "inspect", "migrate", "restore", "run", "serve", "st
 TOP = {"cli", "demo", "__main__"}
 
 FORBIDDEN_IN_PURE = {"trio", "ctypes", "socket", "ssl", "anyio"}
-HEAVY = {"rich", "pyroute2", "obstore", "cryptography", "hypothesis", "anyio", "psutil"}
+HEAVY = {"rich", "pyroute2", "obstore", "cryptography", "hypothesis", "anyio", "psutil", "lz4", "zstandard"}
 
 
 def modules() -> list[Path]:

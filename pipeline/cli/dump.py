@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     after.add_argument("--leave-stopped", action="store_true", help="the tree is left stopped (SIGSTOP)")
     placing.add_external(parser)
     policies.add_dump(parser)
+    placing.add_compress(parser)
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
 
 
@@ -65,6 +66,7 @@ def execute(arguments: argparse.Namespace) -> int:
                 leave=leave,
                 externals=outside,
                 policy=policy,
+                compress=arguments.compress,
                 progress=progress,
             )
         )

@@ -53,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     placing.add_external(parser)
     policies.add_dump(parser)
+    placing.add_compress(parser)
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
 
 
@@ -77,6 +78,7 @@ def execute(arguments: argparse.Namespace) -> int:
                 plaintext=arguments.plaintext,
                 externals=outside,
                 policy=policy,
+                compress=arguments.compress,
                 progress=progress,
             )
         )

@@ -1,4 +1,7 @@
-"""The options that say where a tree lies: its ids (of restore and serve), and its external namespaces (of all)."""
+"""The options that say where a tree lies: its ids (of restore and serve), and its external namespaces (of all).
+
+And how its memory travels (of dump and migrate).
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,17 @@ def add_external(parser: argparse.ArgumentParser, devices: str = "") -> None:
         metavar="KIND=PATH",
         help="the external namespace of this kind (net, uts, ipc, cgroup) is not that of this command but the one "
         "at PATH, such as net=/run/netns/blue; may be repeated" + devices,
+    )
+
+
+def add_compress(parser: argparse.ArgumentParser) -> None:
+    """Add --compress, of dump and migrate."""
+    parser.add_argument(
+        "--compress",
+        choices=("none", "lz4", "zstd", "auto"),
+        default="none",
+        help="how memory is compressed: not at all (default), with lz4 (fast), with zstd (smaller), or with whichever "
+        "is measured to pay on the way to the destination",
     )
 
 

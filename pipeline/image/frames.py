@@ -14,6 +14,10 @@ A frame is a fixed head, a msgpack header and a raw payload::
 All numbers are little-endian. Only PAGES have a payload; it can be received straight
 into a buffer of the caller's. Every length is checked against a cap before anything
 is allocated, every checksum before anything is used.
+
+The checksum of a payload is that of the bytes that follow, compressed or not: damage is seen
+before a decompressor sees it, the checksums of a stream can be verified without unpacking it, and
+fewer bytes are summed. What a payload unpacks to is the sum of its segments, within the same cap.
 """
 
 from __future__ import annotations
@@ -48,13 +52,25 @@ class Kind(IntEnum):
     MESSAGE = 3
 
 
+class Codec(IntEnum):
+    """What the payload of a PAGES frame is compressed with: nothing, an LZ4 block, one Zstandard frame."""
+
+    NONE = 0
+    LZ4 = 1
+    ZSTD = 2
+
+
 @dataclass(frozen=True, slots=True)
 class PageRun:
-    """Pages of one space: segments of (address or offset, length) in bytes, and their bytes one after the other."""
+    """Pages of one space: segments of (address or offset, length) in bytes, and their bytes one after the other.
+
+    `zeros`: ranges of the space that are zero, whatever is there now; nothing of them is in the payload.
+    """
 
     space: int
     segments: Sequence[tuple[int, int]]
     payload: memoryview
+    zeros: Sequence[tuple[int, int]] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,10 +90,12 @@ def encode(kind: Kind, header: bytes, payload: memoryview | bytes = b"") -> byte
     return HEAD.pack(MAGIC, kind, _ZERO, len(header), len(payload), *sums) + header
 
 
-def encode_pages(run: PageRun) -> bytes:
-    """Head and header of a PAGES frame; ``run.payload`` follows it."""
-    packed: bytes = msgpack.packb([run.space, [list(segment) for segment in run.segments]])
-    return encode(Kind.PAGES, packed, run.payload)
+def encode_pages(run: PageRun, codec: Codec = Codec.NONE, packed: memoryview | bytes | None = None) -> bytes:
+    """Head and header of a PAGES frame; ``run.payload`` follows it, or what it was `packed` into with `codec`."""
+    header: list[object] = [run.space, run.segments]
+    if run.zeros or codec != Codec.NONE:
+        header += [int(codec), run.zeros]
+    return encode(Kind.PAGES, msgpack.packb(header), run.payload if packed is None else packed)
 
 
 def decode_head(raw: bytes | memoryview, where: str) -> FrameHead:
@@ -106,25 +124,52 @@ def check_sum(content: bytes | memoryview, expected: int, where: str) -> None:
         raise ImageError(f"{where}: the checksum does not fit: the data is damaged")
 
 
-def decode_pages(header: bytes, payload: memoryview, where: str) -> PageRun:
-    """A PAGES frame, whose checksums are right.
+@dataclass(frozen=True, slots=True)
+class PagesHeader:
+    """The header of a PAGES frame: see `PageRun`; `page_bytes` is what the payload holds when it is unpacked."""
+
+    space: int
+    segments: Sequence[tuple[int, int]]
+    zeros: Sequence[tuple[int, int]]
+    codec: Codec
+    page_bytes: int
+
+
+def decode_pages(header: bytes, payload_bytes: int, where: str) -> PagesHeader:
+    """The header of a PAGES frame, whose checksum is right.
 
     Raises:
-        ImageError: segments are not page aligned, out of order, or do not add up to the payload.
+        ImageError: ranges are not page aligned, out of order, too large, or do not add up to the payload.
     """
     values = unpack(header)
-    if not (
-        isinstance(values, list)
-        and len(values) == 2
-        and isinstance(values[0], int)
-        and 0 <= values[0] <= _SPACE_END
-        and isinstance(values[1], list)
-        and 0 < len(values[1]) <= MAX_SEGMENTS
-    ):
+    if not isinstance(values, list) or len(values) not in {2, 4}:
         raise ImageError(f"{where}: this is no header of pages")
-    space, pairs = values
+    space, pairs, number, zero_pairs = values if len(values) == 4 else [*values, 0, []]
+    if not (
+        isinstance(space, int)
+        and 0 <= space <= _SPACE_END
+        and isinstance(number, int)
+        and number in Codec.__members__.values()
+    ):
+        raise ImageError(f"{where}: this is no header of pages, or is compressed with a codec unknown here")
+    codec = Codec(number)
+    segments, total = _ranges(pairs, space, where)
+    zeros, _ = _ranges(zero_pairs, space, where)
+    if not segments and not zeros:
+        raise ImageError(f"{where}: this is no header of pages")
+    if codec == Codec.NONE and total != payload_bytes:
+        raise ImageError(f"{where}: {total} bytes in segments, {payload_bytes} bytes of payload")
+    if codec != Codec.NONE and not (total and payload_bytes):
+        raise ImageError(f"{where}: a compressed payload of nothing")
+    return PagesHeader(space, segments, zeros, codec, total)
+
+
+def _ranges(pairs: object, space: int, where: str) -> tuple[list[tuple[int, int]], int]:
+    """Ascending ranges within the caps, and how many bytes they are."""
+    if not isinstance(pairs, list) or len(pairs) > MAX_SEGMENTS:
+        raise ImageError(f"{where}: this is no header of pages")
     reached = total = 0
-    segments = []
+    found = []
     for pair in pairs:
         if not (
             isinstance(pair, list) and len(pair) == 2 and all(isinstance(number, int) for number in pair)
@@ -134,7 +179,7 @@ def decode_pages(header: bytes, payload: memoryview, where: str) -> PageRun:
         if start < reached or length <= 0 or (start | length) % _PAGE_BYTES or start + length > _ADDRESS_END:
             raise ImageError(f"{where}: segment {start:#x}+{length:#x} of space {space} is out of order")
         reached, total = start + length, total + length
-        segments.append((start, length))
-    if total != len(payload):
-        raise ImageError(f"{where}: {total} bytes in segments, {len(payload)} bytes of payload")
-    return PageRun(space, segments, payload)
+        found.append((start, length))
+    if total > MAX_PAYLOAD_BYTES:
+        raise ImageError(f"{where}: {total} bytes in segments of space {space} are out of bounds")
+    return found, total

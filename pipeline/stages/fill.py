@@ -18,16 +18,22 @@ import trio
 
 from pipeline.errors import ImageError
 from pipeline.image.frames import PageRun
+from pipeline.image.packing import PAGE_BYTES, zero_pages
 from pipeline.progress import Progress
 from pipeline.transport.buffers import LeasedRun
 
+_LOOK_BYTES = 256 << 10
+_ZERO_PAGE = bytes(PAGE_BYTES)
+
 
 def write_run(fd: int, run: PageRun) -> None:
-    """Write every segment of `run` to `fd`: a file, or the memory of a process by address.
+    """Write every segment of `run` to `fd`: a file, or the memory of a process by address; and its zeros.
 
     Raises:
         OSError: EIO, EFAULT: nothing is mapped there; ENOSPC.
     """
+    for offset, length in run.zeros:
+        write_zeros(fd, offset, length)
     at = 0
     for offset, length in run.segments:
         view = run.payload[at : at + length]
@@ -36,6 +42,24 @@ def write_run(fd: int, run: PageRun) -> None:
             written = os.pwrite(fd, view, offset)
             offset += written
             view = view[written:]
+
+
+def write_zeros(fd: int, offset: int, length: int) -> None:
+    """Make a range of `fd` zero. Where it is zero already nothing is written, so that it takes no memory.
+
+    Raises:
+        OSError: as `write_run`.
+    """
+    end = offset + length
+    room = memoryview(bytearray(min(length, _LOOK_BYTES)))
+    while offset < end:
+        wanted = room[: min(len(room), end - offset)]
+        count = os.preadv(fd, [wanted], offset) // PAGE_BYTES * PAGE_BYTES
+        zero = set(zero_pages(wanted[:count]))
+        for page in range(len(wanted) // PAGE_BYTES):
+            if page not in zero:
+                os.pwrite(fd, _ZERO_PAGE, offset + page * PAGE_BYTES)
+        offset += len(wanted)
 
 
 class PageFeed:

@@ -9,6 +9,7 @@ frame is an error that says where.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,7 +18,8 @@ import xxhash
 
 from pipeline.errors import ImageError
 from pipeline.image import codec, frames
-from pipeline.image.frames import FrameHead, Kind, PageRun
+from pipeline.image.frames import Codec, FrameHead, Kind, PageRun
+from pipeline.image.packing import PackedRun, Packer, uncompress
 from pipeline.image.schema import AnyRecord, End, Record
 from pipeline.transport.buffers import BufferPool, LeasedRun
 
@@ -52,10 +54,16 @@ Item = AnyRecord | LeasedRun | Message
 
 
 class FrameWriter:
-    """Writes frames to a sink; not to be used by two tasks at once."""
+    """Writes frames to a sink; not to be used by two tasks at once.
 
-    def __init__(self, sink: ByteSink) -> None:
+    Args:
+        sink: where to.
+        packer: what makes frames of pages; without one they are not compressed.
+    """
+
+    def __init__(self, sink: ByteSink, packer: Packer | None = None) -> None:
         self._sink = sink
+        self.packer = packer or Packer()
         self._digest = xxhash.xxh3_128()
         self._gathered = bytearray()
         self.bytes_written = 0
@@ -70,12 +78,22 @@ class FrameWriter:
         await self.flush()
 
     async def pages(self, run: PageRun) -> None:
-        """Write pages; the caller keeps the buffer."""
+        """Write pages, whose zero pages are taken out of the payload; the caller keeps the buffer."""
+        packed = await self.pack(run)
+        if packed is not None:
+            await self.packed(packed)
+
+    async def pack(self, run: PageRun) -> PackedRun | None:
+        """What `packed` is to write of `run`, while another one is written; None: nothing."""
         if len(run.payload) >= _LARGE_BYTES:
-            head = await trio.to_thread.run_sync(frames.encode_pages, run)
-        else:
-            head = frames.encode_pages(run)
-        await self._write(head, run.payload)
+            return await trio.to_thread.run_sync(self.packer.pack, run)
+        return self.packer.pack(run)
+
+    async def packed(self, run: PackedRun) -> None:
+        """Write a run that `pack` made, in the order in which it made them; the caller keeps the buffer."""
+        begin = time.perf_counter()
+        await self._write(run.head, run.payload)
+        self.packer.wrote(run, time.perf_counter() - begin)
 
     async def end(self, records: int, page_bytes: int) -> None:
         """Write the end record, which vouches for every frame before it."""
@@ -168,10 +186,10 @@ class FrameReader:
             payload = lease.view[: head.payload_bytes]
             await self._fill(payload, where)
             if len(payload) >= _LARGE_BYTES:
-                await trio.to_thread.run_sync(frames.check_sum, payload, head.payload_sum, where)
+                run = await trio.to_thread.run_sync(_page_run, head, header, payload, where)
             else:
-                frames.check_sum(payload, head.payload_sum, where)
-            return LeasedRun(frames.decode_pages(header, payload, where), lease)
+                run = _page_run(head, header, payload, where)
+            return LeasedRun(run, lease)
         except BaseException:
             lease.release()
             raise
@@ -195,3 +213,15 @@ class FrameReader:
             done += count
             self.bytes_read += count
         return True
+
+
+def _page_run(head: FrameHead, header: bytes, payload: memoryview, where: str) -> PageRun:
+    """The pages of a frame, its checksum verified, then unpacked.
+
+    What a compressed payload holds is memory of its own, of which there is no more than a payload for each lease.
+    """
+    frames.check_sum(payload, head.payload_sum, where)
+    pages = frames.decode_pages(header, len(payload), where)
+    if pages.codec != Codec.NONE:
+        payload = uncompress(pages.codec, payload, pages.page_bytes, where)
+    return PageRun(pages.space, pages.segments, payload, pages.zeros)

@@ -133,10 +133,10 @@ def inner_pid(pid: int) -> int:
     return int(numbers[1])
 
 
-def migrate(source: Host, destination: Host, tree: Tree, secret: Path) -> None:
+def migrate(source: Host, destination: Host, tree: Tree, secret: Path, options: Sequence[str] = ()) -> None:
     """Move `tree` from one host to the other: gone here, with the same pids there, and what it was.
 
-    `tree.pid` is then the pid outside of its root in the other host.
+    `options` are of the migrate command. `tree.pid` is then the pid outside of its root in the other host.
     """
     root, family = inner_pid(tree.pid), tree.pids()
     before = source.snapshot(root)
@@ -153,7 +153,7 @@ def migrate(source: Host, destination: Host, tree: Tree, secret: Path) -> None:
         line = server.stdout.readline()
         assert line.startswith("listening on "), f"{line} {terminate(server)}"
         to = line.split()[-1]
-        done = source.engine("migrate", "--pid", str(root), "--to", to, "--secret-file", secret)
+        done = source.engine("migrate", "--pid", str(root), "--to", to, "--secret-file", secret, *options)
         assert done.returncode == 0, said(done) + str(terminate(server))
         out, err = server.communicate(timeout=20)
         assert server.returncode == 0, err

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pipeline.errors import ImageError
 from pipeline.image import frames
 from pipeline.image.codec import MAX_RECORD_BYTES
-from pipeline.image.frames import HEAD, MAGIC, MAX_PAYLOAD_BYTES, MAX_SEGMENTS, Kind, PageRun
+from pipeline.image.frames import HEAD, MAGIC, MAX_PAYLOAD_BYTES, MAX_SEGMENTS, Codec, Kind, PageRun
 
 PAGE = 4096
 
@@ -40,9 +40,9 @@ def test_page_runs_come_back_as_they_were(gaps: list[tuple[int, int]], space: in
     raw = frames.encode_pages(PageRun(space, segments, payload))
     head = frames.decode_head(raw[: HEAD.size], "here")
     assert head.payload_bytes == len(payload)
-    run = frames.decode_pages(raw[HEAD.size :], payload, "here")
-    assert (run.space, list(run.segments)) == (space, segments)
-    assert run.payload is payload
+    pages = frames.decode_pages(raw[HEAD.size :], len(payload), "here")
+    assert (pages.space, pages.segments, pages.zeros) == (space, segments, [])
+    assert (pages.codec, pages.page_bytes) == (Codec.NONE, len(payload))
 
 
 @pytest.mark.parametrize(
@@ -92,13 +92,38 @@ def test_a_changed_byte_does_not_have_the_checksum():
 )
 def test_wrong_segments_are_refused(space: object, segments: object, size: int):
     with pytest.raises(ImageError):
-        frames.decode_pages(packed(space, segments), memoryview(bytes(size)), "here")
+        frames.decode_pages(packed(space, segments), size, "here")
 
 
 @given(st.binary(max_size=100))
 def test_any_bytes_as_a_page_header_are_taken_or_refused(header: bytes):
     try:
-        run = frames.decode_pages(header, memoryview(b""), "here")
+        run = frames.decode_pages(header, 0, "here")
     except ImageError:
         return
-    assert run.segments
+    assert run.segments or run.zeros
+
+
+@pytest.mark.parametrize(
+    ("header", "size"),
+    [
+        ([1, [[0, PAGE]], 3, []], 10),
+        ([1, [[0, PAGE]], -1, []], 10),
+        ([1, [[0, PAGE]], "lz4", []], 10),
+        ([1, [[0, PAGE]], 1], 10),
+        ([1, [[0, PAGE]], 1, [], 0], 10),
+        ([1, [[0, PAGE]], 1, None], 10),
+        ([1, [[0, PAGE]], 1, [[PAGE, 1]]], 10),
+        ([1, [[0, PAGE]], 1, []], 0),
+        ([1, [], 1, [[0, PAGE]]], 10),
+        ([1, [], 0, [[0, PAGE]]], PAGE),
+        ([1, [], 0, []], 0),
+        ([1, [[0, MAX_PAYLOAD_BYTES + PAGE]], 1, []], 10),
+        ([1, [[0, 1 << 50]], 2, []], 10),
+        ([1, [[0, MAX_PAYLOAD_BYTES], [MAX_PAYLOAD_BYTES, PAGE]], 2, []], 10),
+        ([1, [], 0, [[0, 1 << 50]]], 0),
+    ],
+)
+def test_headers_that_promise_too_much_or_nonsense_are_refused(header: object, size: int):
+    with pytest.raises(ImageError):
+        frames.decode_pages(msgpack.packb(header), size, "here")

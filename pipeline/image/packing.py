@@ -1,0 +1,232 @@
+"""Payloads of PAGES frames: zero pages taken out, what is left compressed where that is wanted. Pure.
+
+A frame says with what its payload was compressed. The size that it unpacks to is the sum of its
+segments, which is bounded like every payload *before* anything is allocated; what would
+unpack to more, or to less, is refused. Neither codec is believed about sizes: LZ4 blocks carry none, and
+that of a Zstandard frame is compared first, as is its window.
+
+Sources: lz4 block format (LZ4_decompress_safe writes no more than it was given), RFC 8878.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from pipeline.errors import ImageError
+from pipeline.image import frames
+from pipeline.image.choice import Chooser
+from pipeline.image.frames import Codec, PageRun
+
+if TYPE_CHECKING:
+    from pipeline.image.sent import SentPages
+
+Compression = Literal["none", "lz4", "zstd", "auto"]
+
+PAGE_BYTES = 4096
+_ZERO_PAGE = bytes(PAGE_BYTES)
+_WORDS = PAGE_BYTES // 8
+#: Zstandard's fastest level of the regular ones: 3 is half as fast for a few percent less
+_ZSTD_LEVEL = 1
+#: what saves less than a sixteenth is sent as it is
+_WORTH = 15 / 16
+_DATA, _ZERO, _SENT = range(3)
+_ALIKE = re.compile(rb"\x00+|\x01+|\x02+")
+
+
+def compress(codec: Codec, content: memoryview) -> bytes:
+    """`content` compressed with `codec`; the interpreter is free for others meanwhile."""
+    packed: bytes
+    if codec == Codec.LZ4:
+        import lz4.block
+
+        packed = lz4.block.compress(content, store_size=False)
+    else:
+        import zstandard
+
+        packed = zstandard.ZstdCompressor(level=_ZSTD_LEVEL).compress(content)
+    return packed
+
+
+def uncompress(codec: Codec, content: memoryview, size_bytes: int, where: str) -> memoryview:
+    """What `content` unpacks to.
+
+    Args:
+        size_bytes: what it must unpack to, within bounds already.
+
+    Raises:
+        ImageError: it does not.
+    """
+    unpacked = b""
+    if 0 < size_bytes <= frames.MAX_PAYLOAD_BYTES:
+        try:
+            unpacked = _LIBRARIES[codec](content, size_bytes)
+        except (ValueError, MemoryError) as error:
+            raise ImageError(f"{where}: the payload does not unpack: {error}") from None
+    if len(unpacked) != size_bytes:
+        raise ImageError(f"{where}: the payload does not unpack to the {size_bytes} bytes of its segments")
+    return memoryview(unpacked)
+
+
+def _lz4(content: memoryview, size_bytes: int) -> bytes:
+    import lz4.block
+
+    try:
+        unpacked: bytes = lz4.block.decompress(content, uncompressed_size=size_bytes)
+    except lz4.block.LZ4BlockError as error:
+        raise ValueError(str(error)) from None
+    return unpacked
+
+
+def _zstd(content: memoryview, size_bytes: int) -> bytes:
+    import zstandard
+
+    try:
+        says = zstandard.get_frame_parameters(content)
+        if says.content_size != size_bytes or says.window_size > frames.MAX_PAYLOAD_BYTES or says.dict_id:
+            raise ValueError(f"it says that it holds {says.content_size} bytes")
+        reader = zstandard.ZstdDecompressor(max_window_size=frames.MAX_PAYLOAD_BYTES)
+        return reader.decompress(content, max_output_size=size_bytes, allow_extra_data=False)
+    except zstandard.ZstdError as error:
+        raise ValueError(str(error)) from None
+
+
+_LIBRARIES = {Codec.LZ4: _lz4, Codec.ZSTD: _zstd}
+
+
+def zero_pages(content: memoryview) -> list[int]:
+    """Numbers of the pages of `content` that are zero, ascending.
+
+    The first, a middle and the last word of every page are looked at for all pages at once; only
+    what may be zero by them is looked at as a whole.
+    """
+    words = content.cast("Q")
+    heads = words[::_WORDS].tolist()
+    if 0 not in heads:
+        return []
+    middles, tails = words[_WORDS // 2 :: _WORDS].tolist(), words[_WORDS - 1 :: _WORDS].tolist()
+    return [
+        page
+        for page, (head, middle, tail) in enumerate(zip(heads, middles, tails, strict=True))
+        if not (head or middle or tail)
+        and content[page * PAGE_BYTES : (page + 1) * PAGE_BYTES].tobytes() == _ZERO_PAGE
+    ]
+
+
+def sift(run: PageRun, sent: SentPages | None = None) -> PageRun:
+    """`run` with its zero pages told as ranges, and without what the other side has already.
+
+    Args:
+        run: what is left of its payload moves together in it (in a copy, if it cannot be written).
+        sent: what was sent before; is told what is sent now.
+    """
+    flags = bytearray(len(run.payload) // PAGE_BYTES)
+    for page in zero_pages(run.payload):
+        flags[page] = _ZERO
+    if sent is not None:
+        for page in sent.again(run.space, run.segments, run.payload):
+            flags[page] = _SENT
+    if not any(flags):
+        return run
+    content = run.payload if not run.payload.readonly else memoryview(bytearray(run.payload))
+    segments: list[tuple[int, int]] = []
+    zeros: list[tuple[int, int]] = []
+    page = kept = 0
+    for start, length in run.segments:
+        count = length // PAGE_BYTES
+        for alike in _ALIKE.finditer(flags, page, page + count):
+            first, size = alike.start(), (alike.end() - alike.start()) * PAGE_BYTES
+            where = start + (first - page) * PAGE_BYTES
+            if flags[first] == _ZERO:
+                zeros.append((where, size))
+            elif flags[first] == _DATA:
+                segments.append((where, size))
+                at = first * PAGE_BYTES
+                if at != kept:
+                    content[kept : kept + size] = content[at : at + size]
+                kept += size
+        page += count
+    return PageRun(run.space, segments, content[:kept], zeros)
+
+
+@dataclass(frozen=True, slots=True)
+class PackedRun:
+    """A PAGES frame ready to be written; `payload` is what follows `head`.
+
+    Args:
+        page_bytes: of pages in the payload, unpacked.
+        codec: what the payload is compressed with.
+    """
+
+    head: bytes
+    payload: memoryview | bytes
+    page_bytes: int
+    codec: Codec
+
+
+@dataclass
+class Packer:
+    """Makes frames of page runs, one at a time, in whatever thread; what it chose is in its figures.
+
+    Args:
+        compression: what is wanted; with ``auto`` what pays is found out, and looked at again now and then.
+        sent: pages that the other side has (see `pipeline.image.sent`).
+    """
+
+    compression: Compression = "none"
+    sent: SentPages | None = None
+    page_bytes: int = 0
+    zero_bytes: int = 0
+    _before: int = 0
+    _after: int = 0
+    _by_codec: dict[Codec, int] = field(default_factory=lambda: dict.fromkeys(Codec, 0))
+    _chooser: Chooser | None = None
+
+    def __post_init__(self) -> None:
+        if self.compression == "auto":
+            self._chooser = Chooser(compress)
+
+    def pack(self, run: PageRun) -> PackedRun | None:
+        """The frame of `run`; None where the other side has all of it."""
+        run = sift(run, self.sent)
+        self.zero_bytes += sum(length for _, length in run.zeros)
+        if not run.segments and not run.zeros:
+            return None
+        codec, payload = self._compressed(run.payload)
+        self.page_bytes += len(run.payload)
+        self._by_codec[codec] += len(run.payload)
+        return PackedRun(frames.encode_pages(run, codec, payload), payload, len(run.payload), codec)
+
+    def _compressed(self, payload: memoryview) -> tuple[Codec, memoryview | bytes]:
+        codec = self._chooser.next(payload) if self._chooser else Codec[self.compression.upper()]
+        if codec == Codec.NONE or not payload:
+            return Codec.NONE, payload
+        begin = time.perf_counter()
+        packed = compress(codec, payload)
+        if self._chooser is not None:
+            self._chooser.compressed(codec, len(payload), len(packed), time.perf_counter() - begin)
+        self._before += len(payload)
+        if len(packed) > _WORTH * len(payload):
+            self._after += len(payload)
+            return Codec.NONE, payload
+        self._after += len(packed)
+        return codec, packed
+
+    def wrote(self, run: PackedRun, seconds: float) -> None:
+        """`run` took so long on its way out."""
+        if self._chooser is not None and run.codec == Codec.NONE:
+            self._chooser.sent(len(run.payload), seconds)
+
+    def chosen(self) -> str:
+        """The codec that most of the pages were compressed with."""
+        most = max(self._by_codec, key=lambda codec: (self._by_codec[codec], -codec))
+        return most.name.lower()
+
+    def figures(self) -> dict[str, float]:
+        """By QMP's names: how many zero pages there were, and what compression made of what it was given."""
+        found: dict[str, float] = {"duplicate": self.zero_bytes // PAGE_BYTES}
+        if self._after:
+            found["compression-rate"] = round(self._before / self._after, 3)
+        return found

@@ -16,7 +16,7 @@ def shielded(act: Callable[[], bytes]) -> bytes:
     """Run `act` in a child that no signal but SIGKILL for itself can stop.
 
     Raises:
-        OSError: `act` raised it, with its errno.
+        OSError: `act` raised it, with its errno; without one: the child was killed.
     """
     reader, writer = os.pipe2(os.O_CLOEXEC)
     pid = os.fork()
@@ -40,5 +40,5 @@ def shielded(act: Callable[[], bytes]) -> bytes:
     _, status = os.waitpid(pid, 0)
     code = os.waitstatus_to_exitcode(status)
     if code:
-        raise OSError(abs(code), os.strerror(abs(code)))
+        raise OSError(max(0, code), os.strerror(code) if code > 0 else f"killed by signal {-code}")
     return answer

@@ -90,11 +90,15 @@ class Lock:
         if self._route is not None:
             _silence(Netlink(self._route))
         elif self._ends:
-            nfnetlink.make_lock(self._sock, _KEPT + self._name, self._ends, (), owned=False)
-            folder = notes_directory()
-            if folder is not None:
+            note = _note_of(self._name)
+            if note is not None:
                 with suppress(OSError):
-                    (folder / f"{_KEPT}{self._name}.image").write_text(json.dumps(image), encoding="utf-8")
+                    note.write_text(json.dumps(image), encoding="utf-8")
+            try:
+                nfnetlink.make_lock(self._sock, _KEPT + self._name, self._ends, (), owned=False)
+            except BaseException:
+                _forget(note)
+                raise
 
     def forget(self) -> None:
         """Take away what `keep` has made. OSError: the kernel does not."""
@@ -133,10 +137,19 @@ def unlock(name: str) -> None:
 
 def _delete(sock: socket.socket, name: str) -> None:
     nfnetlink.delete_table(sock, _KEPT + name)
+    _forget(_note_of(name))
+
+
+def _note_of(name: str) -> Path | None:
+    """Where it is noted which image a kept lock waits for; None where there is no such place."""
     folder = notes_directory()
-    if folder is not None:
+    return folder / f"{_KEPT}{name}.image" if folder is not None else None
+
+
+def _forget(note: Path | None) -> None:
+    if note is not None:
         with suppress(OSError):
-            (folder / f"{_KEPT}{name}.image").unlink(missing_ok=True)
+            note.unlink(missing_ok=True)
 
 
 class Swept(NamedTuple):
@@ -173,11 +186,11 @@ def sweep() -> list[Swept]:
 
 
 def _image_of(name: str) -> str:
-    folder = notes_directory()
-    if folder is None:
+    note = _note_of(name)
+    if note is None:
         return ""
     try:
-        image = json.loads((folder / f"{_KEPT}{name}.image").read_text(encoding="utf-8"))
+        image = json.loads(note.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return ""
     return image if isinstance(image, str) and Path(image).is_absolute() else ""

@@ -2,10 +2,11 @@
 
 Repair mode belongs to the socket, not to who asks for it: while it is on, the program's own calls on the socket would
 fail. So it is on only while one socket is read, some microseconds, of a tree that stands still; and it is done by a
-child in a session of its own, which goes on with that socket when we are killed, puts repair mode off, and ends. The
-kernel lets the tree go only when we have ended, after our descriptors are closed.
+shielded child, which goes on with that socket when we are killed, puts repair mode off, and ends. If the child is
+killed, we do that. The kernel lets the tree go only when we have ended, after our descriptors are closed.
 
-Putting repair mode off sets SO_REUSEADDR back to 0: it is given its value again.
+Putting repair mode off sets SO_REUSEADDR back to 0: it is given its value again. SO_PEEK_OFF is off meanwhile, and
+given back likewise.
 
 Source: net/ipv4/tcp.c (do_tcp_setsockopt, tcp_recvmsg_locked, tcp_peek_sndq).
 """
@@ -15,17 +16,17 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import signal
 import socket
 import struct
 import termios
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
 
 import msgpack
 
 from pipeline.ids import LocalFd
+from pipeline.resources.shielded import shielded
 from pipeline.resources.sockets import borrowed
 from pipeline.resources.tcp_state import (
     FIN_RECEIVED,
@@ -37,9 +38,8 @@ from pipeline.resources.tcp_state import (
     agreed,
     info_of,
 )
-from pipeline.userns.visit import visit
 
-_TCP = socket.IPPROTO_TCP
+_TCP, _SOL = socket.IPPROTO_TCP, socket.SOL_SOCKET
 REPAIR, REPAIR_QUEUE, QUEUE_SEQ, REPAIR_OPTIONS, TIMESTAMP, REPAIR_WINDOW = 19, 20, 21, 22, 24, 29
 RECEIVE_QUEUE, SEND_QUEUE = 1, 2
 #: TCP_REPAIR: on; off without a word to the peer; off with a probe of its window
@@ -68,29 +68,69 @@ def _ioctl(sock: socket.socket, number: int) -> int:
     return int(struct.unpack("=i", fcntl.ioctl(sock, number, bytes(4)))[0])
 
 
-def peek(sock: socket.socket) -> bytes:
+def unsent(sock: socket.socket) -> int:
+    """Bytes that were not sent yet (a FIN counts as one)."""
+    return _ioctl(sock, _SIOCOUTQNSD)
+
+
+def peek(local: LocalFd) -> bytes:
     """What waits to be read, without taking it. The socket has no pending error."""
-    waiting = _ioctl(sock, termios.FIONREAD)
-    if not waiting:
-        return b""
-    with _whole_queue(sock):
-        return sock.recv(waiting, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    with borrowed(local) as sock:
+        waiting, _ = queued(sock)
+    return _lent([local], lambda: _peek_whole(local, waiting)) if waiting else b""
+
+
+def _peek_whole(local: LocalFd, size_bytes: int) -> bytes:
+    with borrowed(local) as sock, _whole_queue(sock):
+        return sock.recv(size_bytes, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+
+
+def _lent(locals_: Sequence[LocalFd], look: Callable[[], bytes]) -> bytes:
+    """Run `look` in a child that outlives us. If it is killed, we give back what it has changed."""
+    with ExitStack() as loans:
+        for local in locals_:
+            sock = loans.enter_context(borrowed(local))
+            loans.callback(_give_back, sock, _settings_of(sock))
+        return shielded(look)
+
+
+class _Settings(NamedTuple):
+    """What is changed of a socket while it is read. `peek_offset`: SO_PEEK_OFF, -1 without."""
+
+    reuse: int
+    peek_offset: int
+
+
+def _settings_of(sock: socket.socket) -> _Settings:
+    try:
+        offset = sock.getsockopt(_SOL, _SO_PEEK_OFF)
+    except OSError as error:
+        if error.errno not in (errno.ENOPROTOOPT, errno.EOPNOTSUPP):
+            raise
+        offset = -1
+    return _Settings(sock.getsockopt(_SOL, socket.SO_REUSEADDR), offset)
+
+
+def _give_back(sock: socket.socket, before: _Settings) -> None:
+    """Out of repair mode, with the settings that it had; changes nothing if that is so."""
+    if sock.getsockopt(_TCP, REPAIR):
+        sock.setsockopt(_TCP, REPAIR, OFF_SILENTLY)
+    if before.reuse:
+        sock.setsockopt(_SOL, socket.SO_REUSEADDR, before.reuse)
+    if before.peek_offset >= 0:
+        sock.setsockopt(_SOL, _SO_PEEK_OFF, before.peek_offset)
 
 
 @contextmanager
 def _whole_queue(sock: socket.socket) -> Iterator[None]:
     """Without SO_PEEK_OFF, by which MSG_PEEK would not begin at the first byte, and would move it."""
-    offset = -1
-    with suppress(OSError):
-        offset = sock.getsockopt(socket.SOL_SOCKET, _SO_PEEK_OFF)
-    if offset < 0:
-        yield
-        return
-    sock.setsockopt(socket.SOL_SOCKET, _SO_PEEK_OFF, -1)
+    before = _settings_of(sock)
     try:
+        if before.peek_offset >= 0:
+            sock.setsockopt(_SOL, _SO_PEEK_OFF, -1)
         yield
     finally:
-        sock.setsockopt(socket.SOL_SOCKET, _SO_PEEK_OFF, offset)
+        _give_back(sock, before)
 
 
 def read(locals_: Sequence[LocalFd]) -> list[Connection]:
@@ -104,23 +144,18 @@ def read(locals_: Sequence[LocalFd]) -> list[Connection]:
     """
 
     def look() -> bytes:
-        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-        os.setsid()
         found = []
         for local in locals_:
             if os.getppid() != parent:
                 break
-            sock = socket.socket(fileno=local)
-            try:
+            with borrowed(local) as sock:
                 found.append(_read_whole(sock))
-            finally:
-                sock.detach()
         packed: bytes = msgpack.packb(found)
         return packed
 
     parent = os.getpid()
     answers = msgpack.unpackb(
-        visit((), look, alone=True), max_bin_len=2 * MAX_QUEUE_BYTES, use_list=False, strict_map_key=False
+        _lent(locals_, look), max_bin_len=2 * MAX_QUEUE_BYTES, use_list=False, strict_map_key=False
     )
     return [_typed(local, answer) for local, answer in zip(locals_, answers, strict=True)]
 
@@ -135,15 +170,9 @@ def _read_whole(sock: socket.socket) -> tuple[Any, ...]:
 
 def _read_once(sock: socket.socket) -> tuple[Any, ...] | None:
     """One look in repair mode; None if something came in between."""
-    reuse = sock.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR)
     with _whole_queue(sock):
         sock.setsockopt(_TCP, REPAIR, ON)
-        try:
-            return _look(sock)
-        finally:
-            sock.setsockopt(_TCP, REPAIR, OFF_SILENTLY)
-            if reuse:
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, reuse)
+        return _look(sock)
 
 
 def _look(sock: socket.socket) -> tuple[Any, ...] | None:
@@ -155,7 +184,7 @@ def _look(sock: socket.socket) -> tuple[Any, ...] | None:
     data = _peek_in_repair(sock, outstanding)
     if len(data) != outstanding - fin or _ioctl(sock, termios.TIOCOUTQ) != outstanding:
         return None
-    unsent = _ioctl(sock, _SIOCOUTQNSD)
+    behind = unsent(sock)
     sock.setsockopt(_TCP, REPAIR_QUEUE, RECEIVE_QUEUE)
     received_end = sock.getsockopt(_TCP, QUEUE_SEQ)
     waiting = _peek_in_repair(sock, received)
@@ -167,7 +196,7 @@ def _look(sock: socket.socket) -> tuple[Any, ...] | None:
         state,
         sent_end,
         data,
-        unsent,
+        behind,
         received_end,
         waiting,
         sock.getsockopt(_TCP, socket.TCP_MAXSEG),
@@ -186,12 +215,12 @@ def _peek_in_repair(sock: socket.socket, size_bytes: int) -> bytes:
 
 
 def _typed(local: LocalFd, answer: tuple[Any, ...]) -> Connection:
-    state, sent_end, data, unsent, received_end, received, mss, timestamp, window = answer
+    state, sent_end, data, behind, received_end, received, mss, timestamp, window = answer
     with borrowed(local) as sock:
         scales, sack, timestamps = agreed(info_of(sock))
     fin = int(state in FIN_SENT)
     # a FIN that was not sent yet stands behind the data
-    behind = min(len(data), max(0, unsent - int(state in FIN_UNACKNOWLEDGED)))
+    behind = min(len(data), max(0, behind - int(state in FIN_UNACKNOWLEDGED)))
     return Connection(
         state=state,
         received=received,

@@ -49,7 +49,7 @@ Made = Callable[[Callable[[], socket.socket]], socket.socket]
 
 _TCP = socket.IPPROTO_TCP
 _SOL = socket.SOL_SOCKET
-_SO_SNDBUFFORCE, _SO_RCVBUFFORCE, _SO_BUF_LOCK = 32, 33, 72
+_SO_SNDBUFFORCE, _SO_RCVBUFFORCE = 32, 33
 _FREEBIND = {socket.AF_INET: (socket.IPPROTO_IP, 15), socket.AF_INET6: (socket.IPPROTO_IPV6, 78)}
 _OPT_MSS, _OPT_WINDOW, _OPT_SACK, _OPT_TIMESTAMP = 2, 3, 4, 8
 _LEAST_MSS, _MOST_MSS = 88, 32767
@@ -227,11 +227,18 @@ def _fill(sock: socket.socket, queue: int, data: bytes) -> None:
 
 
 def _grow(sock: socket.socket, queue: int, size_bytes: int) -> None:
-    """Room for what was in a buffer: the kernel may have packed it closer there."""
+    """Room for what was in a buffer: the kernel may have packed it closer there.
+
+    Without CAP_NET_ADMIN on this host there is as much as anybody may have.
+    """
     number, forced = (
         (socket.SO_RCVBUF, _SO_RCVBUFFORCE) if queue == RECEIVE_QUEUE else (socket.SO_SNDBUF, _SO_SNDBUFFORCE)
     )
-    sock.setsockopt(_SOL, forced, sock.getsockopt(_SOL, number) // 2 + 2 * size_bytes)
+    wanted = sock.getsockopt(_SOL, number) // 2 + 2 * size_bytes
+    try:
+        sock.setsockopt(_SOL, forced, wanted)
+    except PermissionError:
+        sock.setsockopt(_SOL, number, wanted)
 
 
 def _make_room(sock: socket.socket, size_bytes: int) -> None:

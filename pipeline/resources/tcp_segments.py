@@ -1,4 +1,4 @@
-"""Segments that are made for a socket here, as if its peer had sent them: a FIN, an acknowledgement, a reset.
+"""Segments that are made for a socket here, as if its peer had sent them: a FIN, an acknowledgement.
 
 Repair mode makes connections that are established; others are reached as the kernel reaches them, by what comes from
 the peer. A raw socket of the connection's network sends the segment to the address that the connection has there,
@@ -17,14 +17,12 @@ from typing import NamedTuple
 
 from pipeline.errors import RebuildError
 from pipeline.kernel.nfnetlink import PASSING_MARK
-from pipeline.resources.tcp_state import State, info_of
+from pipeline.resources.tcp_state import End, State, info_of
 
-FIN, RST, ACK = 0x01, 0x04, 0x10
+FIN, ACK = 0x01, 0x10
 _SO_MARK = 36
 _IPV6_HEADER_INCLUDED = 36
 _ARRIVES_S = 2.0
-
-End = tuple[bytes, int]
 
 
 class Segment(NamedTuple):

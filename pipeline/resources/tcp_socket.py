@@ -11,9 +11,10 @@ source as if their program had ended; where the tree is restored they are found 
 then the end; writing EPIPE.
 
 Refused: clients from elsewhere that wait to be accepted (the kernel shows their bytes to accept(2) only), a pending
-error (asking for it takes it away), urgent data that was not read, more than 24 MiB in one queue. Handshakes half
-done (SYN queue) are not carried: the client sends its SYN again and finds the new listener. TCP Fast Open keys are
-the host's. A socket whose connect(2) has failed comes back as one whose connection has ended.
+error (asking for it takes it away), urgent data that was not read, more than 24 MiB in one queue, bytes that were not
+sent yet where both ends have said that they send no more (CLOSING), repair mode. Handshakes half done (SYN queue) are
+not carried: the client sends its SYN again and finds the new listener. TCP Fast Open keys are the host's. A socket
+whose connect(2) has failed comes back as one whose connection has ended.
 
 Connections of the old listener that are in TIME_WAIT block the address as they would for the program itself: unless
 it has set SO_REUSEADDR.
@@ -41,7 +42,7 @@ from pipeline.resources.tcp_ended import make_ended, make_reset
 from pipeline.resources.tcp_lock import unlock
 from pipeline.resources.tcp_seen import Seen, is_tcp
 from pipeline.resources.tcp_state import CONNECTED, MAX_QUEUE_BYTES, Phase, State, TcpState, info_of
-from pipeline.resources.tcp_tree import TcpTree
+from pipeline.resources.tcp_tree import UNSENT_WHILE_CLOSING, TcpTree
 
 #: how long a listener of the tree may take to answer a client of the tree
 _ANSWER_MS = 2000
@@ -62,7 +63,7 @@ class Tcp(CompleteOnceCreated):
     )
     refused: Sequence[str] = (
         "clients from outside that wait to be accepted",
-        "pending errors, unread urgent data",
+        "pending errors, unread urgent data, bytes that were not sent in state CLOSING, repair mode",
         "connections in the network of the host for who has no CAP_NET_ADMIN there",
     )
     shown_by: Sequence[str] = (
@@ -86,7 +87,11 @@ class Tcp(CompleteOnceCreated):
             if one is None:
                 return
             state = one.info.state
-            if state == State.LISTEN:
+            if sock.getsockopt(socket.IPPROTO_TCP, tcp_read.REPAIR):
+                yield _transient(
+                    view, "it is in repair mode: somebody takes its connection elsewhere, or was killed at it"
+                )
+            elif state == State.LISTEN:
                 yield from _check_listener(one, TcpTree.of(scope), scope)
             elif state == State.CLOSE:
                 if sockets.events(view.local, 0) & select.POLLERR:
@@ -128,7 +133,7 @@ class Tcp(CompleteOnceCreated):
                 backlog=one.info.backlog if phase == "listening" else None,
                 clients=tree.clients_of(one) if phase == "listening" and scope.policy.tcp != "close" else [],
                 connection=connection,
-                unread=tcp_read.peek(sock) if phase == "ended" else b"",
+                unread=tcp_read.peek(view.local) if phase == "ended" else b"",
                 lock=tree.locks.get(one.index, ""),
             )
 
@@ -224,6 +229,8 @@ def _check_connection(one: Seen, sock: socket.socket, tree: TcpTree) -> Iterator
     received, outstanding = tcp_read.queued(sock)
     if max(received, outstanding) > MAX_QUEUE_BYTES:
         yield _transient(view, f"its TCP connection holds {max(received, outstanding)} bytes in one queue")
+    if state == State.CLOSING and tcp_read.unsent(sock) > 1:
+        yield _transient(view, UNSENT_WHILE_CLOSING)
     if not tcp_read.may_repair(sock):
         yield Blocker(
             view.subject,

@@ -43,6 +43,8 @@ from pipeline.resources.tcp_state import (
     plain,
 )
 
+#: why such a connection cannot be made again, with what waits to be sent
+UNSENT_WHILE_CLOSING = "both ends of its TCP connection send no more, and not all was sent yet (CLOSING)"
 _TIMES = 20
 #: how long what was written to closed connections may take to be sent while the tree stands still
 _DRAIN_S, _DRAIN_PAUSE_S = 0.3, 0.005
@@ -287,6 +289,13 @@ class TcpTree:
                     )
                 ]
             ) from error
+        stuck = [
+            Blocker(one.view.subject, UNSENT_WHILE_CLOSING, transient=True)
+            for one in wanted
+            if read[one.index].state == State.CLOSING and read[one.index].unsent
+        ]
+        if stuck:
+            raise Refused(stuck)
         self.locks = holding.names
         return read
 

@@ -5,19 +5,23 @@ from __future__ import annotations
 import fcntl
 import os
 import select
+import signal
 import socket
 import struct
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 
 import msgspec
 import pytest
 from msgspec.structs import replace
 
+from pipeline.errors import Refused
+from pipeline.kernel.syscalls import CLONE, unshare
+from pipeline.ledger import LEDGER
 from pipeline.policy import DumpPolicy
-from pipeline.resources import tcp_read
+from pipeline.resources import tcp_read, tcp_rebuild
 from pipeline.resources.tcp_state import Connection, State, info_of
 from tests.resources.fdharness import Capture, Rebuilt, Subject, subject
 from tests.resources.sockharness import of, polled
@@ -381,3 +385,110 @@ def test_what_has_no_way_back_is_named() -> None:
     with subject(setup) as child, Capture(child.pid) as capture:
         assert "urgent data" in capture.reasons(child.result[0])
         assert "an error of its TCP connection" in capture.reasons(child.result[1])
+
+
+def test_both_ends_say_no_more_and_not_all_is_sent() -> None:
+    """CLOSING with bytes that the window keeps back: there is no way to it, so the tree is not taken."""
+
+    def setup() -> tuple[int, ...]:
+        client, server, _ = pair()
+        server.setsockopt(SOL, socket.SO_RCVBUF, 4096)
+        client.setblocking(False)
+        with suppress(BlockingIOError):
+            while True:
+                client.send(bytes(10_000))
+        client.shutdown(socket.SHUT_WR)
+        server.shutdown(socket.SHUT_WR)
+        reaches(client, State.CLOSING)
+        return kept(client, server)
+
+    with subject(setup) as child, Capture(child.pid) as capture:
+        assert "send no more, and not all was sent yet (CLOSING)" in capture.reasons(child.result[0])
+        assert capture.reasons(child.result[1]) == ""
+        with pytest.raises(Refused, match="CLOSING"):  # it may come to that behind the check
+            capture.kind(child.result[1]).capture(capture.view(child.result[1]), capture)
+        capture.held.close()
+        assert not LEDGER.held()
+
+
+def test_a_connection_in_repair_mode_is_left_to_who_repairs_it() -> None:
+    def setup() -> tuple[int, ...]:
+        client, server, _ = pair()
+        client.setsockopt(TCP, tcp_read.REPAIR, tcp_read.ON)
+        return kept(client, server)
+
+    with subject(setup) as child, Capture(child.pid) as capture:
+        assert "in repair mode" in capture.reasons(child.result[0])
+        assert capture.reasons(child.result[1]) == ""
+
+
+def test_who_reads_gives_back_what_it_has_changed() -> None:
+    """Itself: who has started it may be gone by then."""
+    client, server, listener = pair()
+    server.setsockopt(SOL, socket.SO_REUSEADDR, 1)
+    server.setsockopt(SOL, 42, 3)
+    tcp_read._read_whole(server)
+    assert server.getsockopt(TCP, tcp_read.REPAIR) == 0
+    assert server.getsockopt(SOL, socket.SO_REUSEADDR) == 1
+    assert server.getsockopt(SOL, 42) == 3
+    close(*kept(client, server, listener))
+
+
+@pytest.mark.parametrize("ended", [False, True], ids=["connected", "ended"])
+def test_who_reads_is_killed_and_all_is_given_back(monkeypatch: pytest.MonkeyPatch, ended: bool) -> None:
+    def setup() -> tuple[int, ...]:
+        client, server, _ = pair()
+        client.sendall(b"0123456789")
+        server.setsockopt(SOL, socket.SO_REUSEADDR, 1)
+        server.setsockopt(SOL, 42, 0)
+        assert server.recv(4, socket.MSG_PEEK) == b"0123"
+        if ended:
+            client.shutdown(socket.SHUT_WR)
+            server.shutdown(socket.SHUT_WR)
+            reaches(client, State.CLOSE)
+        return kept(client, server)
+
+    ours = os.getpid()
+
+    @contextmanager
+    def killed_within(sock: socket.socket) -> Iterator[None]:
+        sock.setsockopt(SOL, 42, -1)
+        if not ended:
+            sock.setsockopt(TCP, tcp_read.REPAIR, tcp_read.ON)
+        assert os.getpid() != ours, "who holds the tree must not do that"
+        os.kill(os.getpid(), signal.SIGKILL)
+        yield
+
+    monkeypatch.setattr(tcp_read, "_whole_queue", killed_within)
+    with subject(setup) as child, Capture(child.pid) as capture:
+        with pytest.raises((Refused, OSError), match="killed by signal 9"):
+            capture.records()
+        capture.held.close()
+        for fd in child.result:
+            with of(capture.view(fd).local) as sock:
+                assert sock.getsockopt(TCP, tcp_read.REPAIR) == 0
+        with of(capture.view(child.result[1]).local) as server:
+            assert server.getsockopt(SOL, socket.SO_REUSEADDR) == 1
+            assert server.getsockopt(SOL, 42) == 4
+            assert server.recv(100) == b"0123456789"
+        if not ended:
+            with of(capture.view(child.result[0]).local) as client:
+                assert client.send(b"and on") == 6
+    assert not LEDGER.held()
+
+
+def test_room_for_queues_is_made_without_privileges_on_the_host() -> None:
+    """CAP_NET_ADMIN in a user namespace permits repair mode, and no SO_SNDBUFFORCE."""
+    client, server, listener = pair()
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            unshare(CLONE.NEWUSER)
+            before = client.getsockopt(SOL, socket.SO_RCVBUF)
+            tcp_rebuild.make_room_to_receive(client, 20_000)
+            code = int(client.getsockopt(SOL, socket.SO_RCVBUF) <= before)
+        finally:
+            os._exit(code)
+    close(*kept(client, server, listener))
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0

@@ -11,8 +11,10 @@ import struct
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -308,6 +310,41 @@ def test_an_address_that_is_not_here_is_named(around: str) -> None:
             assert swept.removed
             assert tables() == []
 
+    within(around, run)
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["made", "fails"])
+def test_no_lock_is_kept_without_a_note_and_no_note_without_a_lock(
+    around: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fails: bool
+) -> None:
+    """Who is killed in between leaves no lock that `clean` takes away while its image waits."""
+    make = nfnetlink.make_lock
+    note = tmp_path / f"pipeline-kept-{'ab' * 8}.image"
+
+    def made(sock: socket.socket, table: str, *rest: Any, owned: bool) -> None:
+        if not owned:
+            assert note.exists()
+            if fails:
+                raise OSError(errno.ENOBUFS, "no room")
+        make(sock, table, *rest, owned=owned)
+
+    def run() -> None:
+        ends = [(bytes([127, 0, 0, 1]), 1, bytes([127, 0, 0, 1]), 2)]
+        lock = tcp_lock.Lock("ab" * 8, lambda open_one: open_one(), ends, (), around=True)
+        try:
+            with pytest.raises(OSError, match="no room") if fails else nullcontext():
+                lock.keep(str(tmp_path))
+            assert note.exists() is not fails
+            assert (note.stem in tables()) is not fails
+            lock.forget()
+            assert not note.exists()
+        finally:
+            lock.close()
+        assert tables() == []
+        assert not LEDGER.held()
+
+    monkeypatch.setattr(nfnetlink, "make_lock", made)
+    monkeypatch.setattr(tcp_lock, "notes_directory", lambda: tmp_path)
     within(around, run)
 
 

@@ -34,7 +34,6 @@ from pipeline.resources.paths import describe
 from pipeline.resources.steps import CompleteOnceCreated
 
 TFD_TIMER_ABSTIME = 1
-TFD_TIMER_CANCEL_ON_SET = 2
 TFD_IOC_SET_TICKS = 0x40085400
 _CLOCK_REALTIME_ALARM = 8
 _WALL_CLOCKS = (time.CLOCK_REALTIME, _CLOCK_REALTIME_ALARM)

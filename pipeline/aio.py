@@ -219,6 +219,7 @@ async def migrate(
     externals: Mapping[str, str] | None = None,
     policy: DumpPolicy | None = None,
     compress: Literal["none", "lz4", "zstd", "auto"] = "none",
+    streams: int = 1,
     progress: Progress | None = None,
 ) -> MigrateResult:
     """`pipeline.migrate` for asyncio."""
@@ -234,6 +235,7 @@ async def migrate(
             externals=externals,
             policy=policy,
             compress=compress,
+            streams=streams,
             progress=listener,
         )
     )

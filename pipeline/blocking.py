@@ -107,6 +107,7 @@ def migrate(
     externals: Mapping[str, str] | None = None,
     policy: DumpPolicy | None = None,
     compress: Literal["none", "lz4", "zstd", "auto"] = "none",
+    streams: int = 1,
     progress: Progress | None = None,
 ) -> MigrateResult:
     """`pipeline.migrate`, blocking."""
@@ -121,6 +122,7 @@ def migrate(
             externals=externals,
             policy=policy,
             compress=compress,
+            streams=streams,
             progress=progress,
         )
     )

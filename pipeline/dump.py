@@ -82,11 +82,8 @@ async def write_image(
                     await writer.record(record)
                     count += 1
                 async for packed, lease in packed_receive:
-                    try:
-                        await writer.packed(packed)
-                        page_bytes += packed.page_bytes
-                    finally:
-                        lease.release()
+                    page_bytes += packed.page_bytes
+                    await writer.packed(packed, lease.release)
             finally:
                 _let_go(packed_receive, lambda item: item[1])
     await writer.end(count, page_bytes)

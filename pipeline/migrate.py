@@ -17,8 +17,9 @@ from __future__ import annotations
 import os
 import secrets
 import time
-from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from functools import partial
 from typing import Literal, Self
 
 import trio
@@ -34,12 +35,14 @@ from pipeline.remote.tracer import tracer_thread
 from pipeline.stages import freeze
 from pipeline.standstill import refuse_early, standstill
 from pipeline.transport import identity, protocol
-from pipeline.transport.protocol import Cancel, Commit, Completed, Decision, Hello, Offer
+from pipeline.transport.protocol import Cancel, Commit, Completed, Decision, Hello, Join, Offer
+from pipeline.transport.spread import SpreadWriter, beside
 from pipeline.transport.tcp import Channel, connect, parse_address
 from pipeline.userns.externals import Externals
 
 Mode = Literal["stop", "precopy", "postcopy", "hybrid"]
 
+MAX_STREAMS = 16
 #: how long the destination may take to let the tree run, and how long it is told of a decision
 _COMPLETE_S = 30.0
 _SETTLE_S = 60.0
@@ -84,6 +87,7 @@ async def migrate(
     externals: Externals | None = None,
     policy: DumpPolicy | None = None,
     compress: Compression = "none",
+    streams: int = 1,
     progress: Progress | None = None,
 ) -> MigrateResult:
     """Move the tree below `pid` to the destination that serves at `to`.
@@ -98,6 +102,7 @@ async def migrate(
         externals: paths of namespaces, by kind, that are external instead of the caller's own.
         policy: decisions about states that have more than one good answer.
         compress: pages with ``lz4``, ``zstd``, not at all, or with what pays (``auto``).
+        streams: connections that pages are spread over.
         progress: is told how far it is.
 
     Raises:
@@ -109,6 +114,8 @@ async def migrate(
     """
     if mode != "stop":
         raise UsageError(f"mode {mode} is not there yet; use --mode stop")
+    if not 1 <= streams <= MAX_STREAMS:
+        raise UsageError(f"--streams is a number from 1 to {MAX_STREAMS}")
     if secret_file is None:
         raise UsageError("migrate needs --secret-file, the secret that `serve` was given or printed")
     del max_downtime_s
@@ -123,12 +130,17 @@ async def migrate(
         packer = channel.writer.packer = Packer(compress)
         await greet(channel)
         processes = len(freeze.walk(pid))  # type: ignore[arg-type]
-        await channel.say(Offer(migration, pid, processes))
+        await channel.say(Offer(migration, pid, processes, streams))
         if not isinstance(await channel.hear(), protocol.Accept):
             raise PeerError(f"{channel.peer} did not answer the offer")
+        reconnect = partial(connect, host, port, secret, plaintext=plaintext)
+        told = _Decision(channel, migration, reconnect)
         progress.phase("freeze")
-        told = _Decision(channel, migration, lambda: connect(host, port, secret, plaintext=plaintext))
-        async with told, standstill(tracer, pid, externals, policy) as still:
+        async with (
+            _joined(channel, migration, streams, reconnect),
+            told,
+            standstill(tracer, pid, externals, policy) as still,
+        ):
             progress.phase("memory")
             page_bytes = await write_image(
                 channel.writer, still.records, still.sources, still.forest, progress
@@ -155,7 +167,7 @@ async def migrate(
             "downtime": 1e3 * (done - still.begun_s),
             "collect-time": 1e3 * (still.captured_s - still.begun_s),
             "transfer-time": 1e3 * (sent - still.captured_s),
-            "transferred": channel.writer.bytes_written,
+            "transferred": channel.writer.total_bytes(),
             "page-bytes": page_bytes,
             "injected-calls": still.injected_calls,
             **packer.figures(),
@@ -163,6 +175,31 @@ async def migrate(
         compression=packer.chosen(),
         notes=still.holdings.complaints,
     )
+
+
+@asynccontextmanager
+async def _joined(
+    channel: Channel,
+    migration: str,
+    streams: int,
+    reconnect: Callable[[], AbstractAsyncContextManager[Channel]],
+) -> AsyncIterator[None]:
+    """Further connections of the migration, over which `channel` spreads pages in the block."""
+    if streams == 1:
+        yield
+        return
+    async with AsyncExitStack() as stack:
+        others = []
+        for _ in range(streams - 1):
+            other = await stack.enter_async_context(reconnect())
+            await greet(other)
+            await other.say(Join(migration))
+            if not isinstance(await other.hear(), protocol.Accept):
+                raise PeerError(f"{other.peer} did not take a further connection")
+            others.append(other.writer)
+        channel.writer = writer = SpreadWriter(channel.writer, others)
+        await stack.enter_async_context(beside(writer.run))
+        yield
 
 
 class _Decision:

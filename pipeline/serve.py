@@ -15,7 +15,8 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 
 import trio
@@ -31,7 +32,18 @@ from pipeline.stages.fill import PageFeed
 from pipeline.stages.rebuild import Rebuilding, rebuilt
 from pipeline.transport import identity, protocol, tcp
 from pipeline.transport.framing import Message
-from pipeline.transport.protocol import Accept, Commit, Completed, Decision, Hello, Offer, Prepared, Refuse
+from pipeline.transport.protocol import (
+    Accept,
+    Commit,
+    Completed,
+    Decision,
+    Hello,
+    Join,
+    Offer,
+    Prepared,
+    Refuse,
+)
+from pipeline.transport.spread import SpreadReader, beside
 from pipeline.transport.tcp import Channel, parse_address
 from pipeline.userns.cradle import owns_pid_namespace
 from pipeline.userns.destination import Unmapped, check_options
@@ -53,6 +65,17 @@ class _Held:
         if not self.decided.is_set():
             self.committed = committed
             self.decided.set()
+
+
+@dataclass
+class _Company:
+    """Further connections of a migration: `wanted` of them, which last until it is `over`."""
+
+    wanted: int
+    others: list[Channel] = field(default_factory=list)
+    accepted: int = 0
+    complete: trio.Event = field(default_factory=trio.Event)
+    over: trio.Event = field(default_factory=trio.Event)
 
 
 class _Server:
@@ -79,6 +102,7 @@ class _Server:
         self._arrived = arrived
         self._held: dict[str, _Held] = {}
         self._settled: dict[str, int] = {}
+        self._companies: dict[str, _Company] = {}
 
     def decide_all(self, committed: bool) -> None:
         """A person decides about everything that is in doubt."""
@@ -94,6 +118,8 @@ class _Server:
         match await channel.hear():
             case Offer() as offer:
                 await self._receive(channel, offer)
+            case Join() as join:
+                await self._join(channel, join)
             case Decision() as decision:
                 await self._settle(channel, decision)
             case _:
@@ -101,8 +127,49 @@ class _Server:
 
     # -- a migration ---------------------------------------------------------------------
 
-    async def _receive(self, channel: Channel, offer: Offer) -> None:
+    async def _join(self, channel: Channel, join: Join) -> None:
+        """A further connection of a migration, which holds it as long as it lasts."""
+        company = self._companies.get(join.migration)
+        if company is None or len(company.others) == company.wanted:
+            await self._refuse(channel, f"nobody waits here for a connection of migration {join.migration}")
+            return
+        company.others.append(channel)
         await channel.say(Accept())
+        company.accepted += 1
+        if company.accepted == company.wanted:
+            company.complete.set()
+        await company.over.wait()
+
+    @asynccontextmanager
+    async def _accompanied(self, channel: Channel, offer: Offer) -> AsyncIterator[None]:
+        """The further connections that the offer speaks of, over which `channel` reads in the block."""
+        if offer.streams == 1:
+            await channel.say(Accept())
+            yield
+            return
+        if offer.migration in self._companies:
+            raise PeerError(f"{channel.peer} offers migration {offer.migration} twice")
+        company = self._companies[offer.migration] = _Company(offer.streams - 1)
+        first = channel.reader
+        try:
+            await channel.say(Accept())
+            with trio.move_on_after(tcp.HANDSHAKE_S):
+                await company.complete.wait()
+            if not company.complete.is_set():
+                raise PeerError(f"{channel.peer} did not make the {offer.streams} connections it spoke of")
+            channel.reader = reader = SpreadReader(first, [other.reader for other in company.others])
+            async with beside(reader.run):
+                yield
+        finally:
+            channel.reader = first
+            company.over.set()
+            del self._companies[offer.migration]
+
+    async def _receive(self, channel: Channel, offer: Offer) -> None:
+        async with self._accompanied(channel, offer):
+            await self._take(channel, offer)
+
+    async def _take(self, channel: Channel, offer: Offer) -> None:
         try:
             image, first = await read_records(channel.reader)
             image.check_machine(arch.MACHINE)

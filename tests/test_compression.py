@@ -62,3 +62,16 @@ def test_migration(
     tree = source.start(workshop, program, CONTAINER_2, first_pid=5000)
     migrate(source, destination, tree, secret, ["--compress", codec])
     tree.check()
+
+
+@pytest.mark.parametrize("streams", ["2", "4"])
+def test_migration_over_several_connections(
+    hosts: tuple[Host, Host], workshop: Workshop, tmp_path: Path, streams: str
+) -> None:
+    source, destination = hosts
+    secret = tmp_path / "secret"
+    secret.write_text("a secret that is long enough for both sides\n")
+    secret.chmod(0o600)
+    tree = source.start(workshop, "large", CONTAINER_2, first_pid=5000, arguments=["20", "20", "64", "64"])
+    migrate(source, destination, tree, secret, ["--streams", streams])
+    tree.check()

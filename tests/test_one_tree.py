@@ -21,6 +21,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import ImageError, InDoubt, PeerError, PipelineError
+from pipeline.image.frames import PageRun
+from pipeline.image.schema import End
+from pipeline.ledger import LEDGER
 from pipeline.progress import NullProgress
 from pipeline.transport.tcp import Channel
 
@@ -150,7 +153,11 @@ class Network:
 
 
 def play(
-    patch: pytest.MonkeyPatch, fates: Sequence[Fate], comes_back: bool, cancel_at_s: float | None
+    patch: pytest.MonkeyPatch,
+    fates: Sequence[Fate],
+    comes_back: bool,
+    cancel_at_s: float | None,
+    streams: int = 1,
 ) -> tuple[World, BaseException | None, int]:
     """One migration in such a network; the world afterwards, how it ended, and how many trees are in doubt."""
     world = World()
@@ -168,13 +175,16 @@ def play(
         )  # fmt: skip
 
     async def write_image(writer: Any, *_: Any) -> int:
+        for number in range(5 if streams > 1 else 0):
+            await writer.pages(PageRun(1, [(number << 12, 4096)], memoryview(bytes(4095) + b"x")))
         await writer.end(0, 0)
         return 0
 
     async def read_records(reader: Any) -> tuple[Any, None]:
-        item = await reader.next()
-        if item is None:
-            raise ImageError("the image is cut")
+        while not isinstance(item := await reader.next(), End):
+            if item is None:
+                raise ImageError("the image is cut")
+            item.lease.release()
         return SimpleNamespace(check_machine=lambda _: None), None
 
     @asynccontextmanager
@@ -230,7 +240,7 @@ def play(
                 if cancel_at_s is not None:
                     scope.deadline = trio.current_time() + cancel_at_s
                 try:
-                    await source_recipe.migrate(1, "there:1", secret_file="")
+                    await source_recipe.migrate(1, "there:1", secret_file="", streams=streams)
                 except PipelineError as error:
                     ended[0] = error
             if scope.cancelled_caught:
@@ -252,12 +262,15 @@ def play(
     fates=st.lists(FATES, max_size=5),
     comes_back=st.booleans(),
     cancel_at_s=st.none() | st.floats(0, 1) | st.floats(0, 200),
+    streams=st.sampled_from([1, 1, 2, 4]),
 )
 def test_one_tree_whatever_the_network_does(
-    fates: list[Fate], comes_back: bool, cancel_at_s: float | None
+    fates: list[Fate], comes_back: bool, cancel_at_s: float | None, streams: int
 ) -> None:
+    before = LEDGER.held()
     with pytest.MonkeyPatch.context() as patch:
-        world, error, held = play(patch, fates, comes_back, cancel_at_s)
+        world, error, held = play(patch, fates, comes_back, cancel_at_s, streams)
+    assert LEDGER.held() == before
     if error is None:
         assert not world.source_runs
         assert (world.there, held) == ("runs", 0)
@@ -272,9 +285,10 @@ def test_one_tree_whatever_the_network_does(
         assert world.there == "runs" or held == 1
 
 
-def test_a_fine_network_moves_the_tree() -> None:
+@pytest.mark.parametrize("streams", [1, 2, 4, 16])
+def test_a_fine_network_moves_the_tree(streams: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        world, error, held = play(patch, [], True, None)
+        world, error, held = play(patch, [], True, None, streams)
     assert (error, held, world.there, world.source_runs) == (None, 0, "runs", False)
 
 
@@ -289,3 +303,18 @@ def test_the_first_connection_broken_after_every_byte(how: Any, direction: Any) 
         ends.add((world.source_runs, world.there))
         assert (world.there == "runs") == (error is None)
     assert ends == {(True, "nothing"), (False, "runs")}
+
+
+@pytest.mark.parametrize("how", ["cut", "silence"])
+@pytest.mark.parametrize("direction", ["there", "back"])
+def test_a_further_connection_broken_after_every_byte(how: Any, direction: Any) -> None:
+    """A loss before all pages are there leaves the tree where it was; one behind that changes nothing."""
+    ends = set()
+    for after in [*range(0, 300, 5), *range(300, 9000, 431)]:
+        with pytest.MonkeyPatch.context() as patch:
+            world, error, held = play(patch, [Fate("fine"), Fate(how, direction, after)], True, None, 3)
+        assert held == 0
+        ends.add((world.source_runs, world.there))
+        assert (world.there == "runs") == (error is None)
+    assert ends <= {(True, "nothing"), (False, "runs")}
+    assert (True, "nothing") in ends

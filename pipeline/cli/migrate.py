@@ -54,6 +54,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     placing.add_external(parser)
     policies.add_dump(parser)
     placing.add_compress(parser)
+    parser.add_argument(
+        "--streams",
+        type=int,
+        default=1,
+        metavar="N",
+        help="connections that memory is spread over (default: 1; more only pay where one cannot fill the line)",
+    )
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
 
 
@@ -79,6 +86,7 @@ def execute(arguments: argparse.Namespace) -> int:
                 externals=outside,
                 policy=policy,
                 compress=arguments.compress,
+                streams=arguments.streams,
                 progress=progress,
             )
         )

@@ -10,6 +10,7 @@ frame is an error that says where.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -89,10 +90,18 @@ class FrameWriter:
             return await trio.to_thread.run_sync(self.packer.pack, run)
         return self.packer.pack(run)
 
-    async def packed(self, run: PackedRun) -> None:
-        """Write a run that `pack` made, in the order in which it made them; the caller keeps the buffer."""
+    def total_bytes(self) -> int:
+        """Bytes written, on all connections where there are several."""
+        return self.bytes_written
+
+    async def packed(self, run: PackedRun, done: Callable[[], object] | None = None) -> None:
+        """Write a run that `pack` made, in the order in which it made them; `done` is told when its buffer is free."""
         begin = time.perf_counter()
-        await self._write(run.head, run.payload)
+        try:
+            await self._write(run.head, run.payload)
+        finally:
+            if done is not None:
+                done()
         self.packer.wrote(run, time.perf_counter() - begin)
 
     async def end(self, records: int, page_bytes: int) -> None:

@@ -29,6 +29,8 @@ State = Literal[
     "fresh", "greeted", "offered", "active", "prepared", "committed", "completed", "cancelling", "cancelled"
 ]
 Text = Annotated[str, Meta(max_length=65536)]
+#: connections of one migration
+Streams = Annotated[int, Meta(ge=1, le=16)]
 MigrationId = Annotated[str, Meta(min_length=16, max_length=64)]
 
 
@@ -50,6 +52,13 @@ class Offer(Message, frozen=True, tag="offer"):
     migration: MigrationId
     root: int
     processes: int
+    streams: Streams = 1
+
+
+class Join(Message, frozen=True, tag="join"):
+    """This is a further connection of a migration that was offered on another one; pages follow an `Accept`."""
+
+    migration: MigrationId
 
 
 class Accept(Message, frozen=True, tag="accept"):
@@ -89,12 +98,13 @@ class Decision(Message, frozen=True, tag="decision"):
     committed: bool
 
 
-AnyMessage = Hello | Offer | Accept | Refuse | Prepared | Commit | Completed | Cancel | Decision
+AnyMessage = Hello | Offer | Join | Accept | Refuse | Prepared | Commit | Completed | Cancel | Decision
 
 #: (state, message) -> state; messages of the source
 SOURCE_SAYS: dict[tuple[State, type[Message]], State] = {
     ("fresh", Hello): "fresh",
     ("greeted", Offer): "offered",
+    ("greeted", Join): "offered",
     ("greeted", Decision): "committed",
     ("active", Cancel): "cancelling",
     ("prepared", Cancel): "cancelling",

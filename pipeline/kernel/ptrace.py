@@ -156,6 +156,29 @@ def wait(tid: int, nohang: bool = False) -> Stop | None:
         return Stop(status) if pid else None
 
 
+def is_stopped(tid: int) -> bool:
+    """Whether a task is our tracee and in a ptrace stop, reported or not."""
+    try:
+        event_message(tid)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def take_end(tid: int) -> bool:
+    """Collect a tracee if it has ended; takes no stop of it.
+
+    Raises:
+        ChildProcessError: not our tracee or child (any more).
+    """
+    options = os.WEXITED | os.WNOHANG | WALL
+    # a tracee's stops are reported whether they are asked for or not, so this looks first
+    found = os.waitid(os.P_PID, tid, options | os.WNOWAIT)
+    if found is None or found.si_code not in (os.CLD_EXITED, os.CLD_KILLED, os.CLD_DUMPED):
+        return False
+    return os.waitid(os.P_PID, tid, options) is not None
+
+
 def _regset(tid: int, kind: int, buffer: ctypes.Array[ctypes.c_char]) -> int:
     iov = ctypes.create_string_buffer(struct.pack("<2Q", ctypes.addressof(buffer), len(buffer)), 16)
     _request(PTRACE.GETREGSET, tid, kind, iov)

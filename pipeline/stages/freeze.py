@@ -5,6 +5,11 @@ interrupting one task after the other; a parent that is stopped can bear no more
 children, so rounds over the tree end as soon as one finds nothing new: a tree that
 forks while it is frozen is caught whole.
 
+A thread that executes a program ends its sisters first and waits until each is collected, which only their tracer
+can do; then it takes the number of the first thread, and its own is gone without an end. Meanwhile PTRACE_SEIZE
+of any thread of the process does not come back: see `_Collector`. A process that ends has its threads collected
+before the first one, too.
+
 Nothing in the target changes by being seized (PTRACE_SEIZE sends no signal). If we
 die, the kernel detaches every task and it runs on. A task that was stopped by job
 control stays so, and is stopped again after the release.
@@ -15,6 +20,7 @@ Sources: ptrace(2); children in proc_pid_task(5).
 
 from __future__ import annotations
 
+import _thread
 import os
 import signal
 import threading
@@ -22,31 +28,37 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import Self
 
 from pipeline.errors import Blocker, Refused, TargetError
 from pipeline.ids import HostPid
 from pipeline.kernel import procfs, ptrace
 from pipeline.kernel.ptrace import EVENT, OPTION
 from pipeline.ledger import LEDGER
-from pipeline.resources.tasks import interrupted, tracing
+from pipeline.resources.tasks import interrupted, leaders, tracing
 
 #: between two looks at tasks that were killed
 _END_PAUSE_S = 0.0005
+#: between two looks, while a tree is seized, for those whose end a seizure may wait for; longer than most take
+_COLLECT_EVERY_S = 0.03
 #: how long tasks are waited for that are all ending and wait for others to collect their dead
 _END_GRACE_S = 0.2
 #: how long a task may take to stop: disk sleepers stop when the kernel lets them
 _STOP_TIMEOUT_S = 10.0
 #: how long a parent may wait for its vfork child to execute a program
 _VFORK_TIMEOUT_S = 1.0
+#: how often in a row a first thread may be replaced while it is seized
+_SEIZE_TRIES = 20
 _SPINS = 200
 _ROUNDS = 1000
 
 
 @dataclass
 class FrozenTask:
-    """One stopped thread. `stop_signal` is that of a job-control stop, else 0."""
+    """One seized thread. `stopped`: its stop was reported. `stop_signal` is that of a job-control stop, else 0."""
 
     tid: HostPid
+    stopped: bool = False
     stop_signal: int = 0
 
 
@@ -132,106 +144,218 @@ def freeze(root: HostPid, suspend_seccomp: bool) -> FrozenTree:
     """
     tree = FrozenTree(root, options=OPTION.SUSPEND_SECCOMP if suspend_seccomp else 0)
     try:
-        for _ in range(_ROUNDS):
-            if not _round(tree):
-                return tree
+        with _Collector() as collector:
+            for _ in range(_ROUNDS):
+                if not _round(tree, collector):
+                    return tree
         raise TargetError(f"pid {root}: the tree grows faster than it can be stopped")
     except BaseException:
         release(tree)
         raise
 
 
-def _round(tree: FrozenTree) -> bool:
+class _Collector:
+    """Collects the seized tasks of a process that end while PTRACE_SEIZE of a sister of theirs does not come back.
+
+    An execve has the cred_guard_mutex of its process from the beginning to the end, and PTRACE_SEIZE takes it; the
+    execve waits for the tracer to collect the sisters. Any thread of the tracer's process may do that, and only
+    another one can.
+
+    Source: kernel/ptrace.c ptrace_attach, fs/exec.c de_thread, kernel/exit.c is_effectively_child.
+    """
+
+    def __init__(self) -> None:
+        self._process: FrozenProcess | None = None
+        self._looking = threading.Lock()
+        self._over = threading.Event()
+        self._runs = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+
+    def stand_by(self, process: FrozenProcess) -> None:
+        """A task of this process is about to be seized; `stand_down` afterwards."""
+        if not process.tasks:
+            return
+        self._process = process
+        if not self._runs:
+            # not a Thread, whose start waits for it: while nobody stands by it touches nothing
+            self._runs = True
+            _thread.start_new_thread(self._run, ())
+
+    def stand_down(self) -> None:
+        """The seizure has come back."""
+        if self._process is not None:
+            with self._looking:
+                self._process = None
+
+    def _run(self) -> None:
+        while not self._over.wait(_COLLECT_EVERY_S):
+            with self._looking:
+                if self._process is not None:
+                    _collect_ended(self._process)
+
+
+def _round(tree: FrozenTree, collector: _Collector) -> bool:
     """Stop every task that is not stopped yet; returns whether there was one."""
     found = False
     for pid in walk(tree.root):
         process = tree.processes.get(pid)
         if process is None:
             try:
-                zombie = procfs.status(pid).state == "Z" and len(procfs.tasks(pid)) <= 1
+                zombie = leaders.has_ended(pid)
             except procfs.ProcessGone:
-                if pid == tree.root:
-                    raise TargetError(f"pid {pid} has ended") from None
+                _forget(tree, pid)
                 continue
             process = tree.processes[pid] = FrozenProcess(pid, zombie=zombie)
             found = True
         if not process.zombie:
-            found |= _stop_tasks(tree, process)
+            found |= _stop_tasks(tree, process, collector)
     return found
 
 
-def _stop_tasks(tree: FrozenTree, process: FrozenProcess) -> bool:
+def _stop_tasks(tree: FrozenTree, process: FrozenProcess, collector: _Collector) -> bool:
     found = False
     while True:
+        if process.pid in process.tasks:
+            # last of all, and again: it may have been killed, or another thread may have its number by now
+            _await_stop(process, process.pid)
         try:
-            new = [tid for tid in procfs.tasks(process.pid) if tid not in process.tasks]
+            listed = procfs.tasks(process.pid)
         except procfs.ProcessGone:
-            new = []
-        new = [tid for tid in new if _seize(tree, process, tid)]
-        if not new:
-            break
-        found = True
+            listed = []
+        new = [tid for tid in listed if tid not in process.tasks and _seize(tree, process, tid, collector)]
         for tid in new:
-            _await_stop(process, tid)
-    if not process.tasks:
-        process.zombie = True
-    return found
+            if tid != process.pid and tid in process.tasks:
+                _await_stop(process, tid)
+        found |= bool(new)
+        if new:
+            continue
+        if process.tasks:
+            return found
+        try:
+            process.zombie = leaders.has_ended(process.pid)
+        except procfs.ProcessGone:
+            _forget(tree, process.pid)
+            return found
+        if process.zombie:
+            return found
 
 
-def _seize(tree: FrozenTree, process: FrozenProcess, tid: HostPid) -> bool:
+def _forget(tree: FrozenTree, pid: HostPid) -> None:
+    """A process is gone: it was collected by its parent, or by nobody, as the parent does not care."""
+    if pid == tree.root:
+        raise TargetError(f"pid {pid} has ended") from None
+    tree.processes.pop(pid, None)
+
+
+def _strike_out(process: FrozenProcess, tid: int) -> None:
+    if process.tasks.pop(tid, None) is not None:
+        LEDGER.give_back("seized task", tid)
+
+
+def _collect_ended(process: FrozenProcess) -> None:
+    for tid in list(process.tasks):
+        with suppress(ChildProcessError):
+            if ptrace.take_end(tid):
+                _strike_out(process, tid)
+
+
+def _seize(tree: FrozenTree, process: FrozenProcess, tid: HostPid, collector: _Collector) -> bool:
+    """Seize a task and interrupt it; False if it has ended."""
     LEDGER.take("seized task", tid)
     try:
-        _seize_one(tree, tid)
-        process.tasks[tid] = FrozenTask(tid)
-        ptrace.interrupt(tid)
+        collector.stand_by(process)
+        try:
+            new = _seize_one(tree, tid)
+        finally:
+            collector.stand_down()
     except ProcessLookupError:
-        process.tasks.pop(tid, None)
         LEDGER.give_back("seized task", tid)
         return False
     except PermissionError as error:
         LEDGER.give_back("seized task", tid)
+        blockers: list[Blocker] = []
         with suppress(procfs.ProcessGone):
-            if procfs.status(tid).state in "ZX":
-                return False
-            blockers = list(tracing.check_traced(process.pid))
-            raise Refused(
-                blockers
-                or [
-                    Blocker(
-                        _subject(process.pid, tid),
-                        "may not be traced by this user",
-                        "run as its user, or as root",
-                    )
-                ]
-            ) from error
-        return False
+            blockers += tracing.check_traced(process.pid)
+        raise Refused(
+            blockers
+            or [
+                Blocker(
+                    _subject(process.pid, tid),
+                    "may not be traced by this user",
+                    "run as its user, or as root",
+                )
+            ]
+        ) from error
+    process.tasks[tid] = FrozenTask(tid)
+    if new:
+        try:
+            ptrace.interrupt(tid)
+        except ProcessLookupError:
+            # it executes a program and has the first one's number by now, or a sister that does has its
+            _strike_out(process, tid)
     return True
 
 
-def _seize_one(tree: FrozenTree, tid: HostPid) -> None:
-    try:
-        ptrace.seize(tid, tree.options)
-    except PermissionError:
-        if procfs.status(tid).tracer_pid == threading.get_native_id():
-            return  # it did not stop when it was let go (see `release`)
-        if not tree.options:
-            raise
-        # suspending filters takes the initial user namespace's CAP_SYS_ADMIN; our own may be a lesser one
-        ptrace.seize(tid)
-        tree.options = 0
+def _seize_one(tree: FrozenTree, tid: HostPid) -> bool:
+    """Seize a task.
+
+    Returns:
+        False if it is ours already: it had not stopped when it was to be let go (see `release`), or it had another
+        number when it was seized.
+
+    Raises:
+        ProcessLookupError: it has ended.
+        PermissionError: it may not be traced.
+    """
+    # again and again: it may have been a first thread that ended, and another one has its number by now. Suspending
+    # filters takes the initial user namespace's CAP_SYS_ADMIN; our own may be a lesser one
+    for options in (tree.options,) * _SEIZE_TRIES + (0,) * _SEIZE_TRIES:
+        with suppress(PermissionError):
+            ptrace.seize(tid, options)
+            tree.options = options
+            return True
+        status = procfs.status(tid)
+        if status.state in "ZX":
+            raise procfs.ProcessGone(tid)
+        if status.tracer_pid == threading.get_native_id():
+            return False
+    raise PermissionError
 
 
 def _await_stop(process: FrozenProcess, tid: HostPid) -> None:
+    """Wait until a seized task is stopped and the stop was reported; one that is gone is struck out."""
+    task = process.tasks[tid]
     deadline = time.monotonic() + _STOP_TIMEOUT_S
     spins = 0
+    again = False
     while True:
+        # looked at first: a stop that comes in between is reported below
+        still = task.stopped and ptrace.is_stopped(tid)
         try:
             stop = ptrace.wait(tid, nohang=True)
         except ChildProcessError:
-            stop = ptrace.Stop(0)
+            _strike_out(process, tid)
+            return
         if stop is None:
+            if still:
+                return
             spins += 1
             if spins > _SPINS:
+                _collect_ended(process)
+                if tid in process.tasks and _is_lost(process, tid):
+                    _strike_out(process, tid)
+                if tid not in process.tasks:
+                    return
+                if spins % _SPINS == 0:
+                    # an interrupt that meets an execve which ends other threads can be lost; or see `_seize`
+                    with suppress(ProcessLookupError):
+                        ptrace.interrupt(tid)
+                    again = True
                 late_s = time.monotonic() - deadline
                 if late_s > _VFORK_TIMEOUT_S - _STOP_TIMEOUT_S:
                     borrowed = list(tracing.check_vfork(_subject(process.pid, tid), tid))
@@ -245,15 +369,45 @@ def _await_stop(process: FrozenProcess, tid: HostPid) -> None:
                 time.sleep(0.0002)
             continue
         if stop.exited:
-            del process.tasks[tid]
-            LEDGER.give_back("seized task", tid)
+            _strike_out(process, tid)
             return
+        if stop.event == EVENT.STOP and again:
+            # another may be due: asked for once more it surely is, and nothing runs before it
+            again = False
+            with suppress(ProcessLookupError):
+                ptrace.interrupt(tid)
+                ptrace.cont(tid)
+            continue
         if stop.event == EVENT.STOP:
-            process.tasks[tid].stop_signal = stop.signal if stop.group_stop else 0
+            task.stopped, task.stop_signal = True, stop.signal if stop.group_stop else 0
             interrupted.settle(tid)
             return
         # a signal was on its way: let it in, the interrupt is still pending
-        ptrace.cont(tid, stop.signal if not stop.event else 0)
+        with suppress(ProcessLookupError):
+            ptrace.cont(tid, stop.signal if not stop.event else 0)
+
+
+def _is_ours(tid: HostPid) -> bool:
+    try:
+        return procfs.status(tid).tracer_pid == threading.get_native_id()
+    except procfs.ProcessGone:
+        return False
+
+
+def _is_lost(process: FrozenProcess, tid: HostPid) -> bool:
+    """Whether neither a stop nor the end of a task that we have seized will be reported.
+
+    The number of a first thread that has ended may be somebody else's, whom we have not seized yet. Its end is
+    reported after those of the others: not for now, if these are stopped, not killed.
+    """
+    try:
+        status = procfs.status(tid)
+    except procfs.ProcessGone:
+        return True
+    if status.tracer_pid != threading.get_native_id():
+        return True
+    ended_first = tid == process.pid and status.state in "ZX"
+    return ended_first and any(ptrace.is_stopped(other) for other in process.tasks)
 
 
 def _subject(pid: HostPid, tid: HostPid) -> str:
@@ -263,14 +417,41 @@ def _subject(pid: HostPid, tid: HostPid) -> str:
 def release(tree: FrozenTree) -> None:
     """Let every task run on as it was; idempotent, tolerates tasks that are gone.
 
-    A task that has not stopped yet cannot be let go: it is when it is seized again, or when our thread ends.
+    Whoever is let go may execute a program or end its process at once: sisters that are still stopped are killed by
+    it, and it waits for us to collect them. That is done for as long as a task may take to end.
+
+    A task that does not stop in a moment cannot be let go: it is when it is seized again, or when our thread ends.
     """
+    started_s = time.monotonic()
+    left = [
+        task for process in tree.processes.values() for task in process.tasks.values() if not _let_go(task)
+    ]
     for process in tree.processes.values():
         for tid in list(process.tasks):
-            with suppress(ProcessLookupError):
-                ptrace.detach(tid)
-            del process.tasks[tid]
-            LEDGER.give_back("seized task", tid)
+            _strike_out(process, tid)
+    while left:
+        patience_s = _STOP_TIMEOUT_S if any(task.stopped for task in left) else _END_GRACE_S
+        if time.monotonic() - started_s > patience_s:
+            return
+        time.sleep(_END_PAUSE_S)
+        left = [task for task in left if not _let_go(task)]
+
+
+def _let_go(task: FrozenTask) -> bool:
+    """Detach a task, or collect it if it has ended; False if it can be neither for now."""
+    try:
+        stop = ptrace.wait(task.tid, nohang=True)
+        if stop is None and not task.stopped:
+            return not _is_ours(task.tid)
+        if stop is None or not stop.exited:
+            # a signal that was on its way when it was seized is let in
+            on_its_way = stop is not None and not stop.event and not task.stopped
+            ptrace.detach(task.tid, stop.signal if stop is not None and on_its_way else 0)
+    except ChildProcessError:
+        return True
+    except ProcessLookupError:
+        return not _is_ours(task.tid)
+    return True
 
 
 def end(tree: FrozenTree) -> None:
@@ -290,8 +471,7 @@ def end(tree: FrozenTree) -> None:
         left = 0
         for process, tid in waited:
             if _has_ended(tid) or over:
-                del process.tasks[tid]
-                LEDGER.give_back("seized task", tid)
+                _strike_out(process, tid)
             else:
                 left += 1
         if left < len(waited) or not all(_waits_for_others(HostPid(tid)) for _, tid in waited):

@@ -15,6 +15,7 @@ Sources: kernel/exit.c (delay_group_leader, wait_task_zombie), pthread_exit(3).
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 
 from msgspec.structs import replace
 
@@ -53,7 +54,17 @@ def has_ended(pid: HostPid) -> bool:
     Raises:
         ProcessGone: it was collected, too.
     """
-    return procfs.status(pid).state in _ENDED and face(pid) == pid
+    while True:
+        stat = procfs.stat(pid)
+        if stat.state not in _ENDED:
+            return False
+        states = _states(pid)
+        if any(state not in _ENDED for state in states.values()):
+            return False
+        # a thread that ends while they are listed may hide another one; and there are none of a first thread whose
+        # number one that executes a program has got meanwhile
+        if 0 < len(states) == stat.num_threads:
+            return True
 
 
 def face(pid: HostPid) -> HostPid:
@@ -61,9 +72,18 @@ def face(pid: HostPid) -> HostPid:
     try:
         if procfs.stat(pid).state not in _ENDED:
             return pid
-        return next((tid for tid in procfs.tasks(pid) if procfs.stat(tid).state not in _ENDED), pid)
+        return next((tid for tid, state in _states(pid).items() if state not in _ENDED), pid)
     except procfs.ProcessGone:
         return pid
+
+
+def _states(pid: HostPid) -> dict[HostPid, str]:
+    """The states of the threads of a process."""
+    states: dict[HostPid, str] = {}
+    for tid in procfs.tasks(pid):
+        with suppress(procfs.ProcessGone):
+            states[tid] = procfs.stat(tid).state
+    return states
 
 
 def faces(pids: Iterable[HostPid]) -> dict[HostPid, HostPid]:

@@ -12,14 +12,15 @@ import os
 import sys
 from typing import Literal
 
-from pipeline.cli import placing, policies, render, within
-from pipeline.cli.progress import listener
+from pipeline.cli import placing, policies, progress, render, within
 from pipeline.errors import UsageError
 
 EXAMPLE = (
     "  python -m pipeline run --userns --detach --pidfile pid -- sleep 1000\n"
     '  python -m pipeline dump --pid "$(cat pid)" --to image\n'
     "  python -m pipeline restore --from image --detach\n"
+    "how far it is, for a program to read:\n"
+    "  python -m pipeline dump --pid PID --to image --progress json 2>&1 | tee events.jsonl\n"
     "a program that runs in a pipeline, and a job of this shell that ^Z has stopped:\n"
     "  python -m pipeline dump --pid PID --to image --external-fd any\n"
     '  python -m pipeline dump --pid "$(jobs -p %1)" --to job --shell-job'
@@ -35,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     placing.add_external(parser)
     policies.add_dump(parser)
     placing.add_compress(parser)
+    progress.add_arguments(parser)
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
 
 
@@ -55,10 +57,10 @@ def execute(arguments: argparse.Namespace) -> int:
 
     outside = externals.parse(arguments.external)
     policy = policies.of_dump(arguments)
-    place = within.enter("dump", arguments.pid)
-    to = place.path(arguments.to)
-    outside = {kind: place.path(path) for kind, path in outside.items()}
-    with listener("dump") as progress:
+    with progress.listener("dump", arguments, pid=arguments.pid, to=arguments.to) as listener:
+        place = within.enter("dump", arguments.pid)
+        to = place.path(arguments.to)
+        outside = {kind: place.path(path) for kind, path in outside.items()}
         result = recipe.run(
             lambda: pipeline.dump(
                 place.pid,
@@ -67,9 +69,10 @@ def execute(arguments: argparse.Namespace) -> int:
                 externals=outside,
                 policy=policy,
                 compress=arguments.compress,
-                progress=progress,
+                progress=listener,
             )
         )
+        listener.completed(arguments.pid, result.figures, result.notes)
     if arguments.json:
         render.document({**render.plain(result), "root_pid": arguments.pid})
     else:

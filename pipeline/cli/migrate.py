@@ -10,8 +10,7 @@ from __future__ import annotations
 import argparse
 import re
 
-from pipeline.cli import placing, policies, render, within
-from pipeline.cli.progress import listener
+from pipeline.cli import placing, policies, progress, render, within
 
 EXAMPLE = "  python -m pipeline migrate --pid 4242 --to other.example:7000 --secret-file secret"
 
@@ -61,6 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="connections that memory is spread over (default: 1; more only pay where one cannot fill the line)",
     )
+    progress.add_arguments(parser)
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
 
 
@@ -71,10 +71,11 @@ def execute(arguments: argparse.Namespace) -> int:
 
     outside = externals.parse(arguments.external)
     policy = policies.of_dump(arguments)
-    place = within.enter("migrate", arguments.pid)
-    outside = {kind: place.path(path) for kind, path in outside.items()}
-    secret_file = arguments.secret_file and place.path(arguments.secret_file)
-    with listener("migrate") as progress:
+    subject = {"pid": arguments.pid, "to": arguments.to, "mode": arguments.mode}
+    with progress.listener("migrate", arguments, **subject) as listener:
+        place = within.enter("migrate", arguments.pid)
+        outside = {kind: place.path(path) for kind, path in outside.items()}
+        secret_file = arguments.secret_file and place.path(arguments.secret_file)
         result = recipe.run(
             lambda: pipeline.migrate(
                 place.pid,
@@ -87,9 +88,10 @@ def execute(arguments: argparse.Namespace) -> int:
                 policy=policy,
                 compress=arguments.compress,
                 streams=arguments.streams,
-                progress=progress,
+                progress=listener,
             )
         )
+        listener.completed(result.root_pid, result.figures, result.notes)
     if arguments.json:
         render.document(result)
     else:

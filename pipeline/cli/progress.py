@@ -1,25 +1,33 @@
-"""Progress on stderr: a bar with bytes, rate and time left on a terminal, terse lines elsewhere.
+"""Progress on stderr: a bar with bytes, rate and time left on a terminal, terse lines elsewhere, or events.
 
-The bar is imported only when a command has lasted longer than `PATIENCE_S`: most
-are over before that. It is redrawn from `advance`, without a thread of its own.
+With ``--progress json`` stderr has one JSON object a line (docs/events.md), and what else would be said to a person
+is among them; ``--events FILE`` writes the same to a file.
+
+The bar is imported only when a command has lasted longer than `PATIENCE_S`: most are over before that. It is redrawn
+from `advance`, without a thread of its own.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from typing import TYPE_CHECKING
 
-from pipeline.cli.render import milliseconds, say, size
+from pipeline.cli import render
+from pipeline.cli.render import milliseconds, show, size
+from pipeline.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    import argparse
+    from collections.abc import Mapping, Sequence
     from types import TracebackType
     from typing import Self
 
     from rich.progress import Progress as Bar
     from rich.progress import TaskID
 
+    from pipeline.cli.eventlog import EventLog
     from pipeline.progress import Round
 
 #: how long a command runs before anything is drawn
@@ -62,7 +70,7 @@ class Lines:
     def phase(self, name: str) -> None:
         self._phase = name
         if time.monotonic() > self._began:
-            say(f"{self._command}: {name}")
+            show(f"{self._command}: {name}")
 
     def advance(self, bytes_done: int, bytes_total: int | None) -> None:
         now = time.monotonic()
@@ -70,11 +78,11 @@ class Lines:
             return
         self._next = now + LINE_EVERY_S
         total = "" if bytes_total is None else f" of {size(bytes_total)}"
-        say(f"{self._command}: {self._phase}: {size(bytes_done)}{total}")
+        show(f"{self._command}: {self._phase}: {size(bytes_done)}{total}")
 
     def round(self, ended: Round) -> None:
         if time.monotonic() > self._began:
-            say(f"{self._command}: {told(ended)}")
+            show(f"{self._command}: {told(ended)}")
 
     def pause(self, parts: Mapping[str, float]) -> None:
         """The figures at the end have it."""
@@ -147,6 +155,115 @@ def _make_bar() -> Bar:
     )
 
 
-def listener(command: str) -> Lines | Terminal:
-    """The progress listener that suits stderr; a context manager."""
-    return Terminal(command) if sys.stderr.isatty() else Lines(command)
+class Elsewhere(SystemExit):
+    """This process has only waited for another one, which has told how it ended."""
+
+
+class Listener:
+    """What a command tells its recipe to call: a person's listener, events, both or none; a context manager.
+
+    Args:
+        shown: for the person at stderr, or None.
+        log: takes the events, or None; owned.
+    """
+
+    def __init__(self, shown: Lines | Terminal | None, log: EventLog | None) -> None:
+        self._shown = shown
+        self._log = log
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._end_show()
+        if self._log is not None:
+            self._log.close(None if isinstance(error, Elsewhere) else error)
+
+    def _end_show(self) -> None:
+        if self._shown is not None:
+            self._shown.__exit__(None, None, None)
+            self._shown = None
+
+    def phase(self, name: str) -> None:
+        for one in (self._shown, self._log):
+            if one is not None:
+                one.phase(name)
+
+    def advance(self, bytes_done: int, bytes_total: int | None) -> None:
+        for one in (self._shown, self._log):
+            if one is not None:
+                one.advance(bytes_done, bytes_total)
+
+    def round(self, ended: Round) -> None:
+        for one in (self._shown, self._log):
+            if one is not None:
+                one.round(ended)
+
+    def pause(self, parts: Mapping[str, float]) -> None:
+        for one in (self._shown, self._log):
+            if one is not None:
+                one.pause(parts)
+
+    def listening(self, host: str, port: int) -> None:
+        """`serve` can be reached there."""
+        if self._log is not None:
+            self._log.listening(host, port)
+
+    def restored(self, root_pid: int, figures: Mapping[str, float], notes: Sequence[str]) -> None:
+        """A tree has arrived at `serve`."""
+        if self._log is not None:
+            self._log.restored(root_pid, figures, notes)
+
+    def completed(
+        self,
+        root_pid: int | None = None,
+        figures: Mapping[str, float] | None = None,
+        notes: Sequence[str] = (),
+    ) -> None:
+        """It is done: nothing more is shown, and the last event is written."""
+        self._end_show()
+        if self._log is not None:
+            self._log.completed(root_pid, figures or {}, notes)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--progress",
+        choices=("text", "json", "none"),
+        default="text",
+        help="on stderr: for people (default), one JSON object a line, or nothing",
+    )
+    parser.add_argument("--events", metavar="FILE", help="write the same JSON lines to FILE")
+
+
+def listener(command: str, arguments: argparse.Namespace, **subject: object) -> Listener:
+    """The listener that the options ask for; `subject`: what the first event says of the command.
+
+    Raises:
+        UsageError: the file for events cannot be written.
+    """
+    shown: Lines | Terminal | None = None
+    if arguments.progress == "text":
+        shown = Terminal(command) if sys.stderr.isatty() else Lines(command)
+    json = arguments.progress == "json"
+    if not json and arguments.events is None:
+        return Listener(shown, None)
+    from pipeline.cli.eventlog import EventLog
+    from pipeline.cli.outlet import Outlet
+
+    outlets = []
+    if arguments.events is not None:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+        try:
+            fd = os.open(arguments.events, flags, 0o666)
+        except (OSError, ValueError) as error:
+            raise UsageError(f"--events {arguments.events}: {getattr(error, 'strerror', error)}") from None
+        outlets.append(Outlet(fd))
+        os.close(fd)
+    if json:
+        outlets.append(Outlet(sys.stderr.fileno()))
+    log = EventLog(outlets, command, subject)
+    render.overhear(log.message, instead=json)
+    return Listener(shown, log)

@@ -3,14 +3,32 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from pipeline.errors import Blocker, InDoubt, PipelineError, Refused
 
+#: who hears what is said to a person, and whether that is instead of stderr
+_hearer: Callable[[str], None] | None = None
+_instead = False
+
+
+def overhear(hearer: Callable[[str], None], *, instead: bool) -> None:
+    """From now on tell `hearer` what is said to a person; with `instead`, nothing of it goes to stderr."""
+    global _hearer, _instead
+    _hearer, _instead = hearer, instead
+
 
 def say(text: str) -> None:
     """A line for the person at the terminal."""
+    if _hearer is not None:
+        _hearer(text)
+    if not _instead:
+        show(text)
+
+
+def show(text: str) -> None:
+    """A line on stderr that no event says: progress, of which events have their own."""
     print(text, file=sys.stderr, flush=True)
 
 

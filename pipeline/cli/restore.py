@@ -17,8 +17,7 @@ from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING
 
-from pipeline.cli import pidfile, placing, policies, render
-from pipeline.cli.progress import Lines, Terminal, listener
+from pipeline.cli import pidfile, placing, policies, progress, render
 from pipeline.errors import UsageError
 
 if TYPE_CHECKING:
@@ -70,6 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the tree was dumped as a job of a shell (dump --shell-job): it becomes a job of this one, with its "
         "terminal, and ^C, ^Z, fg and bg reach it; not with --detach",
     )
+    progress.add_arguments(parser)
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout, once the tree runs")
 
 
@@ -97,7 +97,7 @@ async def _main(arguments: argparse.Namespace, policy: RestorePolicy) -> int:
     from pipeline.cli import recipe
     from pipeline.userns import externals
 
-    with listener("restore") as progress:
+    with progress.listener("restore", arguments, source=arguments.source) as listener:
         build = partial(
             pipeline.restore,
             arguments.source,
@@ -107,17 +107,17 @@ async def _main(arguments: argparse.Namespace, policy: RestorePolicy) -> int:
             unmapped=arguments.unmapped,
             externals=externals.parse(arguments.external),
             policy=policy,
-            progress=progress,
+            progress=listener,
         )
         if arguments.detach:
             tree = await recipe.cancellable(build)
-            _announce(arguments, tree, progress)
+            _announce(arguments, tree, listener)
             tree.close()
             return 0
         # Taken before the tree runs, so that no signal falls between its rebuild and its life.
         with trio.open_signal_receiver(*FORWARDED) as signals:
             tree = await recipe.cancellable(build)
-            _announce(arguments, tree, progress)
+            _announce(arguments, tree, listener)
             _let_go_of_ends(tree)
             if tree.terminal is not None:
                 tree.terminal.greet()
@@ -151,8 +151,8 @@ async def _forward(signals: AsyncIterator[int], tree: RestoredTree) -> None:
             tree.send_signal(number)
 
 
-def _announce(arguments: argparse.Namespace, tree: RestoredTree, progress: Lines | Terminal) -> None:
-    progress.__exit__(None, None, None)
+def _announce(arguments: argparse.Namespace, tree: RestoredTree, listener: progress.Listener) -> None:
+    listener.completed(tree.root_pid, tree.figures, tree.notes)
     pidfile.write(arguments.pidfile, tree.root_pid)
     if arguments.json:
         render.document({"root_pid": tree.root_pid, "figures": tree.figures, "notes": tree.notes})

@@ -10,8 +10,7 @@ import argparse
 import socket
 from typing import TYPE_CHECKING
 
-from pipeline.cli import placing, policies, render
-from pipeline.cli.progress import listener
+from pipeline.cli import placing, policies, progress, render
 
 if TYPE_CHECKING:
     from pipeline.restore import RestoredTree
@@ -38,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     placing.add_arguments(parser)
     policies.add_restore(parser)
+    progress.add_arguments(parser)
 
 
 def execute(arguments: argparse.Namespace) -> int:
@@ -50,7 +50,16 @@ def execute(arguments: argparse.Namespace) -> int:
     outside = externals.parse(arguments.external)
     # a plain user rebuilds in a user namespace of their own, entered before there are threads
     cradle.enter()
-    with listener("serve") as progress:
+    with progress.listener("serve", arguments, listen=arguments.listen) as listener:
+
+        def listening(host: str, port: int, secret: str | None) -> None:
+            listener.listening(host, port)
+            _listening(host, port, secret)
+
+        def restored(tree: RestoredTree) -> None:
+            listener.restored(tree.root_pid, tree.figures, tree.notes)
+            _restored(tree)
+
         recipe.run(
             lambda: pipeline.serve(
                 arguments.listen,
@@ -61,13 +70,14 @@ def execute(arguments: argparse.Namespace) -> int:
                 unmapped=arguments.unmapped,
                 externals=outside,
                 policy=policy,
-                on_listening=_listening,
-                on_restored=_restored,
+                on_listening=listening,
+                on_restored=restored,
                 on_message=lambda text: render.say(f"serve: {text}"),
                 plaintext=arguments.plaintext,
-                progress=progress,
+                progress=listener,
             )
         )
+        listener.completed()
     return 0
 
 

@@ -15,6 +15,7 @@ from contextlib import suppress
 from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
+from pipeline.cli.progress import Elsewhere
 from pipeline.cli.render import say
 from pipeline.errors import TargetError
 from pipeline.ids import HostPid
@@ -51,7 +52,7 @@ def enter(command: str, pid: int) -> Place:
         Where that is.
 
     Raises:
-        SystemExit: in the process that has waited for the command: with its status.
+        Elsewhere: in the process that has waited for the command: with its status.
         TargetError: the surroundings end, or cannot be entered.
     """
     found = around.find(pid)
@@ -102,7 +103,7 @@ def _wait_and_exit(child: int) -> None:
     from pipeline.run import wait
 
     code = os.waitstatus_to_exitcode(wait(HostPid(child), _FORWARDED))
-    raise SystemExit(code if code >= 0 else 128 - code)
+    raise Elsewhere(code if code >= 0 else 128 - code)
 
 
 def _hold(init: HostPid) -> None:

@@ -36,11 +36,12 @@ def test_a_long_command_says_phase_and_bytes(
 
 def test_a_terminal_gets_a_bar() -> None:
     program = """
-        import sys
+        import argparse, sys
         from pipeline.cli import progress
         progress.PATIENCE_S = -1
         assert sys.stderr.isatty()
-        with progress.listener("dump") as bar:
+        arguments = argparse.Namespace(progress="text", events=None)
+        with progress.listener("dump", arguments) as bar:
             bar.phase("memory")
             bar.advance(1_000_000, 4_000_000)
             bar.phase("write")

@@ -34,6 +34,7 @@ from pipeline.stages.memory import PageSource
 from pipeline.userns.cradle import is_privileged
 from pipeline.userns.externals import Externals
 from pipeline.userns.forest import Forest
+from pipeline.userns.limits import Limits
 
 #: how often what may go away by itself is looked at again, before and behind the freeze
 _TRANSIENT_TRIES = 5
@@ -119,13 +120,15 @@ async def standstill(
             # how long tasks have slept is asked before the freeze wakes them
             sleepers = Sleepers()
             await tracer.run(lambda now=sleepers: now.look(freeze.walk(HostPid(pid))))
+            limits = stopped.enter_context(Limits())
+            await tracer.run(lambda now=limits: now.open(freeze.walk(HostPid(pid))))
             begun_s = time.monotonic()
             try:
                 tree = await stopped.enter_async_context(_frozen(tracer, pid))
                 holdings = await stopped.enter_async_context(_holding(tracer, image))
                 held = await stopped.enter_async_context(AsyncExitStack())
                 capture, records, sources = await held.enter_async_context(
-                    _captured(tracer, tree, sleepers, externals, policy, holdings)
+                    _captured(tracer, tree, sleepers, externals, policy, holdings, limits)
                 )
             except Refused as refused:
                 last = attempt == _TRANSIENT_TRIES - 1
@@ -188,8 +191,9 @@ async def _captured(
     externals: Externals | None,
     policy: DumpPolicy | None,
     held: Held,
+    limits: Limits,
 ) -> AsyncIterator[tuple[Capture, CapturedRecords, Sequence[PageSource]]]:
-    capture = await tracer.run(_open_capture, tree, sleepers, externals, policy, held)
+    capture = await tracer.run(_open_capture, tree, sleepers, externals, policy, held, limits)
     try:
         records, sources, blockers = await tracer.run(capture.take, tree)
         if blockers:
@@ -206,6 +210,7 @@ def _open_capture(
     externals: Externals | None,
     policy: DumpPolicy | None,
     held: Held,
+    limits: Limits,
 ) -> Capture:
     zombies = [process.pid for process in tree.processes.values() if process.zombie]
-    return Capture(tree.pids(), zombies, sleepers, externals, policy, held)
+    return Capture(tree.pids(), zombies, sleepers, externals, policy, held, limits)

@@ -17,6 +17,7 @@ from __future__ import annotations
 import os
 import stat
 import struct
+import time
 from contextlib import suppress
 
 from pipeline.image.schema import FileIdentity
@@ -25,6 +26,12 @@ from pipeline.policy import Files
 _NT_GNU_BUILD_ID = 3
 _PT_NOTE = 4
 _MAX_NOTES_BYTES = 1 << 16
+#: build ids of files that had to be opened for them, by all that changes when such a file does: what was read before
+#: the freeze is not read inside it, and no lease has to be looked for
+_READ: dict[tuple[int, ...], bytes] = {}
+_MAX_READ = 4096
+#: a file that was changed just now could change again with the same times, where those are coarse
+_SETTLED_NS = 2_000_000_000
 _KINDS = {
     stat.S_IFREG: "a regular file",
     stat.S_IFDIR: "a directory",
@@ -81,15 +88,24 @@ def is_leased(fd: int) -> bool:
     return False
 
 
-def _build_id_by_reader(fd: int) -> bytes:
+def _build_id_by_reader(fd: int, found: os.stat_result) -> bytes:
+    """Of a regular file that cannot be read through `fd`; `found` is its fstat."""
+    key = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+    if key in _READ:
+        return _READ[key]
     if is_leased(fd):
         return b""
     with suppress(OSError):  # what may not be read here is known by its modification time
         reader = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
-            return build_id(reader)
+            read = build_id(reader)
         finally:
             os.close(reader)
+        if time.time_ns() - max(found.st_mtime_ns, found.st_ctime_ns) > _SETTLED_NS:
+            if len(_READ) >= _MAX_READ:
+                _READ.clear()
+            _READ[key] = read
+        return read
     return b""
 
 
@@ -105,7 +121,7 @@ def identity(fd: int, *, look_inside: bool = True) -> FileIdentity:
         try:
             found = build_id(fd)
         except OSError:  # EBADF: write-only or O_PATH; EINVAL: O_DIRECT
-            found = _build_id_by_reader(fd) if look_inside else b""
+            found = _build_id_by_reader(fd, result) if look_inside else b""
     return FileIdentity(result.st_size, result.st_mtime_ns, result.st_mode, found)
 
 

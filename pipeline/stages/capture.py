@@ -72,6 +72,7 @@ from pipeline.userns.capture import LiveForest
 from pipeline.userns.cradle import is_privileged
 from pipeline.userns.externals import Externals
 from pipeline.userns.forest import Forest
+from pipeline.userns.limits import Limits
 from pipeline.userns.lodgers import Lodgers
 
 
@@ -85,6 +86,7 @@ class Capture:
         externals: namespaces that are external instead of the pipeline's own.
         policy: decisions about states that have more than one good answer.
         held: takes what is held until the tree runs on or has ended.
+        limits: has opened the limits of the tree's user namespaces before it was stopped.
     """
 
     def __init__(
@@ -95,6 +97,7 @@ class Capture:
         externals: Externals | None = None,
         policy: DumpPolicy | None = None,
         held: Held | None = None,
+        limits: Limits | None = None,
     ) -> None:
         self.policy = policy or DumpPolicy()
         self._sleepers = sleepers or Sleepers()
@@ -106,7 +109,7 @@ class Capture:
         self._faces = leaders.faces(pid for pid in pids if pid not in self._zombies)
         self.living = [self._face(pid) for pid in pids if pid not in self._zombies]
         self._spaces = Spaces()
-        self._forest = LiveForest()
+        self._forest = LiveForest(limits=limits)
         with ExitStack() as stack:
             stack.callback(self._spaces.close)
             lodgers = stack.enter_context(Lodgers())

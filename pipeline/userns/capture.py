@@ -26,11 +26,8 @@ from pipeline.kernel.nsfs import NamespaceKey
 from pipeline.kernel.syscalls import CLONE
 from pipeline.userns.forest import Forest, IdKind
 from pipeline.userns.idmap import IDENTITY, IdMap, parse, relative_to_parent
+from pipeline.userns.limits import Limits, limits_of
 from pipeline.userns.visit import read_file, visit
-
-_LIMITS = b"/proc/sys/user"
-#: what every limit is in a fresh user namespace
-NO_LIMIT = 0x7FFF_FFFF
 
 
 class OutsideError(Exception):
@@ -39,10 +36,14 @@ class OutsideError(Exception):
 
 @dataclass
 class LiveForest:
-    """The user namespaces of a tree: their keys, and what is known of each."""
+    """The user namespaces of a tree: their keys, and what is known of each.
+
+    `limits`: the files of those that were seen before the tree stood still; the owner's.
+    """
 
     numbers: dict[NamespaceKey, int] = field(default_factory=dict)
     records: list[UserNamespace] = field(default_factory=list)
+    limits: Limits | None = None
     _members: dict[NamespaceKey, HostPid] = field(default_factory=dict)
 
     def forest(self) -> Forest:
@@ -96,7 +97,7 @@ class LiveForest:
             gid_map=list(maps["gid"].extents),
             projid_map=list(maps["projid"].extents),
             setgroups="deny" if setgroups == b"deny" else "allow",
-            limits=_limits(fd),
+            limits=limits_of(fd) if self.limits is None else self.limits.of(fd, key),
         )
 
     @staticmethod
@@ -121,18 +122,6 @@ class LiveForest:
         return {
             kind: relative_to_parent(parse(text), above[kind]) for kind, text in zip(kinds, maps, strict=True)
         }, setgroups.strip()
-
-
-def _limits(fd: LocalFd) -> dict[str, int]:
-    """The limits of /proc/sys/user that were set in a namespace; a fresh one has the highest number for each."""
-
-    def look() -> bytes:
-        names = os.listdir(_LIMITS)
-        return b"".join(name + b" " + read_file(_LIMITS + b"/" + name) for name in names)
-
-    words = visit([(fd, CLONE.NEWUSER)], look).split()
-    found = {name.decode(): int(value) for name, value in zip(words[::2], words[1::2], strict=True)}
-    return {name: value for name, value in found.items() if value != NO_LIMIT}
 
 
 def outside_blocker(pid: HostPid, what: str) -> Blocker:

@@ -21,6 +21,8 @@ from pipeline.kernel import nsfs
 from pipeline.kernel.syscalls import CLONE, setns, unshare
 
 _CHUNK_BYTES = 1 << 16
+#: SCM_MAX_FD
+_MAX_FETCHED = 253
 
 #: descriptor and CLONE_NEW* flag of every namespace that a visitor joins, in this order
 Way = Sequence[tuple[int, int]]
@@ -66,17 +68,24 @@ def fetch(namespaces: Way, make: Callable[[], int]) -> LocalFd:
     """
     if not any(flag & CLONE.NEWUSER for _, flag in namespaces):
         return LocalFd(int(_by_thread(namespaces, lambda: b"%d" % make())))
+    (made,) = fetch_all(namespaces, lambda: [make()])
+    return made
+
+
+def fetch_all(namespaces: Way, make: Callable[[], Sequence[int]]) -> list[LocalFd]:
+    """As `fetch`, for some descriptors, made in a visitor that is a process; in the order of `make`."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, theirs:
 
         def hand_over() -> bytes:
-            socket.send_fds(theirs, [b"x"], [make()])
+            socket.send_fds(theirs, [b"x"], make())
             return b""
 
         _by_child(namespaces, hand_over)
-        _, (made,), _, _ = socket.recv_fds(ours, 1, 1)
-    os.set_inheritable(made, False)
-    return LocalFd(made)
+        _, made, _, _ = socket.recv_fds(ours, 1, _MAX_FETCHED)
+    for fd in made:
+        os.set_inheritable(fd, False)
+    return [LocalFd(fd) for fd in made]
 
 
 def become(uid: int, gid: int) -> None:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pipeline.check import CheckReport
     from pipeline.dump import DumpResult
     from pipeline.inspect import Inspection
+    from pipeline.live import OnTimeout
     from pipeline.migrate import MigrateResult
     from pipeline.policy import DumpPolicy, RestorePolicy
     from pipeline.progress import Progress
@@ -103,6 +104,8 @@ def migrate(
     secret_file: str | None,
     mode: Literal["stop", "precopy", "postcopy", "hybrid"] = "stop",
     max_downtime_s: float = 0.3,
+    max_rounds: int = 30,
+    on_timeout: OnTimeout = "switch",
     plaintext: bool = False,
     externals: Mapping[str, str] | None = None,
     policy: DumpPolicy | None = None,
@@ -118,6 +121,8 @@ def migrate(
             secret_file=secret_file,
             mode=mode,
             max_downtime_s=max_downtime_s,
+            max_rounds=max_rounds,
+            on_timeout=on_timeout,
             plaintext=plaintext,
             externals=externals,
             policy=policy,

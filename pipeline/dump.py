@@ -13,7 +13,7 @@ was; only a complete and synced image lets it end.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterable, Awaitable, Callable, Sequence
 from typing import Literal, TypeVar
 
 import msgspec
@@ -66,27 +66,57 @@ async def write_image(
 
     Records first, so that the other side can begin to build; then pages as they are read; then the end.
     """
-    pool = BufferPool(BUFFERS, BUFFER_BYTES)
-    page_bytes = 0
-    count = 0
     with ungrouped():
         async with trio.open_nursery() as nursery:
-            record_send, record_receive = trio.open_memory_channel[Record](64)
-            page_send, page_receive = trio.open_memory_channel[LeasedRun](BUFFERS)
+            send, receive = trio.open_memory_channel[Record](64)
+            nursery.start_soon(translate_records, records, forest, send)
+            return await write_translated(writer, receive, sources, progress)
+    raise AssertionError("a nursery swallows nothing")
+
+
+async def write_translated(
+    writer: FrameWriter, records: AsyncIterable[Record], sources: Sequence[PageSource], progress: Progress
+) -> int:
+    """Records that are translated, the pages of `sources`, and the end; returns the bytes of pages."""
+    count = 0
+
+    async def write_records() -> None:
+        nonlocal count
+        async for record in records:
+            await writer.record(record)
+            count += 1
+
+    page_bytes = await write_pages(writer, sources, progress, before=write_records)
+    await writer.end(count, page_bytes)
+    return page_bytes
+
+
+async def nothing() -> None:
+    """Comes before pages that nothing comes before."""
+
+
+async def write_pages(
+    writer: FrameWriter,
+    sources: Sequence[PageSource],
+    progress: Progress,
+    before: Callable[[], Awaitable[None]] = nothing,
+) -> int:
+    """The pages of `sources`, read while `before` is written and then while others are on their way; their bytes."""
+    pool = BufferPool(BUFFERS, BUFFER_BYTES)
+    page_bytes = 0
+    with ungrouped():
+        async with trio.open_nursery() as nursery:
+            send, receive = trio.open_memory_channel[LeasedRun](BUFFERS)
             packed_send, packed_receive = trio.open_memory_channel[tuple[PackedRun, Lease]](1)
-            nursery.start_soon(translate_records, records, forest, record_send)
-            nursery.start_soon(stream_memory, sources, page_send, pool, progress)
-            nursery.start_soon(_pack, writer, page_receive, packed_send)
+            nursery.start_soon(stream_memory, sources, send, pool, progress)
+            nursery.start_soon(_pack, writer, receive, packed_send)
             try:
-                async for record in record_receive:
-                    await writer.record(record)
-                    count += 1
+                await before()
                 async for packed, lease in packed_receive:
                     page_bytes += packed.page_bytes
                     await writer.packed(packed, lease.release)
             finally:
                 _let_go(packed_receive, lambda item: item[1])
-    await writer.end(count, page_bytes)
     return page_bytes
 
 

@@ -2,12 +2,14 @@
 
 ::
 
-    check ─ connect ─ freeze ─ capture ─┬─ namespace-translate ─┬─ wire ─ prepared?
-                                        └─ memory-stream ───────┘         │
-                                                       end the tree here ─┴─ commit ─ completed
+    check ─ connect ─ (rounds) ─ freeze ─ capture ─┬─ namespace-translate ─┬─ wire ─ prepared?
+                                                   └─ memory-stream ───────┘         │
+                                                                  end the tree here ─┴─ commit ─ completed
 
 Records and pages go to the destination as they are read, and it builds while they
-come. The one decision is the line that ends the tree: before it, every failure and every
+come; with ``precopy`` most of that happens while the tree still runs (`pipeline.live`).
+
+The one decision is the line that ends the tree: before it, every failure and every
 cancellation leads to the tree running on here and nothing there; after it, the tree
 never runs here again, and the destination is told until it has heard.
 """
@@ -29,9 +31,10 @@ from pipeline.dump import write_image
 from pipeline.errors import InDoubt, PeerError, PeerRefused, UsageError
 from pipeline.image.packing import Compression, Packer
 from pipeline.kernel.arch import x86_64 as arch
+from pipeline.live import LiveSource, OnTimeout, Rounds
 from pipeline.policy import DumpPolicy
 from pipeline.progress import NullProgress, Progress
-from pipeline.remote.tracer import tracer_thread
+from pipeline.remote.tracer import Tracer, tracer_thread
 from pipeline.stages import freeze
 from pipeline.standstill import refuse_early, standstill
 from pipeline.transport import identity, protocol
@@ -83,6 +86,8 @@ async def migrate(
     secret_file: str | None,
     mode: Mode = "stop",
     max_downtime_s: float = 0.3,
+    max_rounds: int = 30,
+    on_timeout: OnTimeout = "switch",
     plaintext: bool = False,
     externals: Externals | None = None,
     policy: DumpPolicy | None = None,
@@ -96,8 +101,11 @@ async def migrate(
         pid: root of the tree, in the caller's pid namespace.
         to: HOST:PORT of a running `serve`.
         secret_file: the secret that both sides share.
-        mode: ``stop``: the tree stands still while it is sent.
-        max_downtime_s: for modes that send while the tree runs.
+        mode: ``stop``: the tree stands still while it is sent. ``precopy``: it is sent while it runs, round by round,
+            and stands still for what is left.
+        max_downtime_s: with ``precopy``: how long the tree may stand still at the switch, if that can be had.
+        max_rounds: how many rounds there may be.
+        on_timeout: if it cannot be had: ``switch`` all the same, or ``cancel``.
         plaintext: no TLS; both sides still prove the secret.
         externals: paths of namespaces, by kind, that are external instead of the caller's own.
         policy: decisions about states that have more than one good answer.
@@ -112,68 +120,97 @@ async def migrate(
 
     Cancellation: before the decision the tree runs on; after it the migration completes.
     """
-    if mode != "stop":
-        raise UsageError(f"mode {mode} is not there yet; use --mode stop")
+    if mode not in ("stop", "precopy"):
+        raise UsageError(f"mode {mode} is not there yet; use --mode precopy or --mode stop")
     if not 1 <= streams <= MAX_STREAMS:
         raise UsageError(f"--streams is a number from 1 to {MAX_STREAMS}")
+    if streams > 1 and mode != "stop":
+        raise UsageError("--streams goes with --mode stop only, so far")
     if secret_file is None:
         raise UsageError("migrate needs --secret-file, the secret that `serve` was given or printed")
-    del max_downtime_s
     progress = progress or NullProgress()
+    rounds = Rounds(max_downtime_s, max_rounds, on_timeout)
     host, port = parse_address(to)
     secret = identity.load_secret(secret_file)
     begin = time.monotonic()
     progress.phase("setup")
     await refuse_early(pid, externals, policy)
     migration = secrets.token_hex(16)
-    async with tracer_thread() as tracer, connect(host, port, secret, plaintext=plaintext) as channel:
-        packer = channel.writer.packer = Packer(compress)
-        await greet(channel)
-        processes = len(freeze.walk(pid))  # type: ignore[arg-type]
-        await channel.say(Offer(migration, pid, processes, streams))
-        if not isinstance(await channel.hear(), protocol.Accept):
-            raise PeerError(f"{channel.peer} did not answer the offer")
-        reconnect = partial(connect, host, port, secret, plaintext=plaintext)
-        told = _Decision(channel, migration, reconnect)
-        progress.phase("freeze")
-        async with (
-            _joined(channel, migration, streams, reconnect),
-            told,
-            standstill(tracer, pid, externals, policy) as still,
-        ):
-            progress.phase("memory")
-            page_bytes = await write_image(
-                channel.writer, still.records, still.sources, still.forest, progress
-            )
-            told.all_sent = True
-            sent = time.monotonic()
-            progress.phase("prepare")
-            if not isinstance(await channel.hear(), protocol.Prepared):
-                raise PeerError(f"{channel.peer} did not get ready")
-            await still.let_go_of_files()
-            with trio.CancelScope(shield=True):
-                told.committed = True  # the decision: from the first kill on the tree is the destination's
-                await tracer.run(freeze.end, still.tree)
-                await tracer.run(still.holdings.ended)
-                completed = await told.commit()
-                await tracer.run(still.holdings.settled)
-        done = time.monotonic()
+    with trio.CancelScope() as scope:
+        async with tracer_thread() as tracer, connect(host, port, secret, plaintext=plaintext) as channel:
+            packer = channel.writer.packer = Packer(compress)
+            await greet(channel)
+            processes = len(freeze.walk(pid))  # type: ignore[arg-type]
+            await channel.say(Offer(migration, pid, processes, streams, live=mode == "precopy"))
+            if not isinstance(await channel.hear(), protocol.Accept):
+                raise PeerError(f"{channel.peer} did not answer the offer")
+            reconnect = partial(connect, host, port, secret, plaintext=plaintext)
+            told = _Decision(channel, migration, reconnect)
+            async with (
+                _joined(channel, migration, streams, reconnect),
+                told,
+                _live(mode, tracer, pid, channel, rounds, externals, policy, progress) as live,
+            ):
+                switch_s = time.monotonic()
+                progress.phase("freeze")
+                looks = live.looks if live is not None else None
+                async with standstill(tracer, pid, externals, policy, looks=looks) as still:
+                    progress.phase("memory")
+                    if live is not None:
+                        await live.send_rest(still)
+                        page_bytes = live.page_bytes
+                    else:
+                        page_bytes = await write_image(
+                            channel.writer, still.records, still.sources, still.forest, progress
+                        )
+                    told.all_sent = True
+                    sent_s = time.monotonic()
+                    progress.phase("prepare")
+                    if not isinstance(await channel.hear(), protocol.Prepared):
+                        raise PeerError(f"{channel.peer} did not get ready")
+                    prepared_s = time.monotonic()
+                    await still.let_go_of_files()
+                    # the decision: from the first kill on the tree is the destination's, and this goes to its end
+                    scope.shield = told.committed = True
+                    await tracer.run(freeze.end, still.tree)
+                    await tracer.run(still.holdings.ended)
+                    completed = await told.commit()
+                    done_s = time.monotonic()
+                    await tracer.run(still.holdings.settled)
+    figures = {
+        "total-time": 1e3 * (done_s - begin),
+        "setup-time": 1e3 * ((switch_s if live is None else live.begun_s) - begin),
+        "downtime": 1e3 * (done_s - still.begun_s),
+        "freeze-time": 1e3 * (still.frozen_s - still.begun_s),
+        "collect-time": 1e3 * (still.captured_s - still.frozen_s),
+        "transfer-time": 1e3 * (sent_s - still.captured_s),
+        "finish-time": 1e3 * (prepared_s - sent_s),
+        "thaw-time": 1e3 * (done_s - prepared_s),
+        "transferred": channel.writer.total_bytes(),
+        "page-bytes": page_bytes,
+        "injected-calls": still.injected_calls,
+        **packer.figures(),
+    }
+    progress.pause(
+        {
+            "freeze": figures["freeze-time"],
+            "collect": figures["collect-time"],
+            "last-pages": figures["transfer-time"],
+            "finish": figures["finish-time"],
+            "thaw": figures["thaw-time"],
+        }
+    )
+    notes = still.holdings.complaints
+    if live is not None:
+        notes = [*live.notes, *notes]
+        figures["dirty-sync-count"] = live.rounds_done
+        figures["draft-time"] = 1e3 * live.draft_s
     return MigrateResult(
         root_pid=completed.root_pid,
         processes=still.processes,
-        figures={
-            "total-time": 1e3 * (done - begin),
-            "setup-time": 1e3 * (still.begun_s - begin),
-            "downtime": 1e3 * (done - still.begun_s),
-            "collect-time": 1e3 * (still.captured_s - still.begun_s),
-            "transfer-time": 1e3 * (sent - still.captured_s),
-            "transferred": channel.writer.total_bytes(),
-            "page-bytes": page_bytes,
-            "injected-calls": still.injected_calls,
-            **packer.figures(),
-        },
+        figures=figures,
         compression=packer.chosen(),
-        notes=still.holdings.complaints,
+        notes=notes,
     )
 
 
@@ -200,6 +237,30 @@ async def _joined(
         channel.writer = writer = SpreadWriter(channel.writer, others)
         await stack.enter_async_context(beside(writer.run))
         yield
+
+
+@asynccontextmanager
+async def _live(
+    mode: Mode,
+    tracer: Tracer,
+    pid: int,
+    channel: Channel,
+    rounds: Rounds,
+    externals: Externals | None,
+    policy: DumpPolicy | None,
+    progress: Progress,
+) -> AsyncIterator[LiveSource | None]:
+    """The tree, sent as far as that can be done while it runs; None where it is not to be."""
+    if mode == "stop":
+        yield None
+        return
+    live = LiveSource(tracer, pid, channel, rounds, externals, policy, progress)
+    try:
+        await live.send_rounds()
+        yield live
+    finally:
+        with trio.CancelScope(shield=True):
+            await tracer.run(live.close)
 
 
 class _Decision:

@@ -28,12 +28,14 @@ from pipeline.policy import RestorePolicy
 from pipeline.progress import NullProgress, Progress
 from pipeline.remote.tracer import Tracer, tracer_thread
 from pipeline.restore import RestoredTree, page_feed, read_records
-from pipeline.stages.fill import PageFeed
-from pipeline.stages.rebuild import Rebuilding, rebuilt
+from pipeline.stages.fill import write_run
+from pipeline.stages.rebuild import Rebuilding, bring_up_to_date, grown, rebuilt
 from pipeline.transport import identity, protocol, tcp
-from pipeline.transport.framing import Message
+from pipeline.transport.buffers import LeasedRun
+from pipeline.transport.framing import Item, Message
 from pipeline.transport.protocol import (
     Accept,
+    Begin,
     Commit,
     Completed,
     Decision,
@@ -171,19 +173,72 @@ class _Server:
 
     async def _take(self, channel: Channel, offer: Offer) -> None:
         try:
-            image, first = await read_records(channel.reader)
-            image.check_machine(arch.MACHINE)
-            feed = page_feed(channel.reader, image, first, self._progress)
-            async with rebuilt(
-                image, feed, self._tracer, self._progress, self._new_pidns, *self._placing
-            ) as rebuilding:
+            arriving = self._live_tree(channel) if offer.live else self._tree(channel)
+            async with arriving as (rebuilding, page_bytes):
                 await channel.say(Prepared())
-                await self._await_commit(channel, offer, rebuilding, feed)
+                await self._await_commit(channel, offer, rebuilding, page_bytes)
             if channel.conversation.state == "cancelling":
                 await self._refuse(channel, "given up, as the source wishes")
         except (RebuildError, ImageError, Refused) as error:
             self._said(f"{channel.peer}: {error}")
             await self._refuse(channel, str(error))
+
+    @asynccontextmanager
+    async def _tree(self, channel: Channel) -> AsyncIterator[tuple[Rebuilding, int]]:
+        """The next image of a connection, complete and stopped, and how many bytes of pages it had."""
+        image, first = await read_records(channel.reader)
+        image.check_machine(arch.MACHINE)
+        feed = page_feed(channel.reader, image, first, self._progress)
+        async with rebuilt(
+            image, feed, self._tracer, self._progress, self._new_pidns, *self._placing
+        ) as rebuilding:
+            yield rebuilding, feed.bytes_done
+
+    @asynccontextmanager
+    async def _live_tree(self, channel: Channel) -> AsyncIterator[tuple[Rebuilding, int]]:
+        """A tree that is sent while it runs, as `_tree`."""
+        what = await _beginning(channel, await channel.reader.next())
+        while what != "whole":
+            if what != "draft":
+                raise PeerError(f"{channel.peer} sends a {what} of nothing")
+            image, first = await read_records(channel.reader)
+            image.check_machine(arch.MACHINE)
+            feed = page_feed(channel.reader, image, first, self._progress)
+            async with grown(
+                image, feed, self._tracer, self._progress, self._new_pidns, *self._placing, live=True
+            ) as rebuilding:
+                page_bytes = feed.bytes_done
+                what = await _beginning(channel, await channel.reader.next())
+                while what == "round":
+                    self._progress.phase("round")
+                    count, what = await self._round(channel, rebuilding)
+                    page_bytes += count
+                if what == "rest":
+                    image, first = await read_records(channel.reader)
+                    feed = page_feed(channel.reader, image, first, self._progress)
+                    self._progress.phase("finish")
+                    await bring_up_to_date(rebuilding, image, feed, self._tracer)
+                    await self._tracer.run(rebuilding.complete)
+                    yield rebuilding, page_bytes + feed.bytes_done
+                    return
+        async with self._tree(channel) as tree:
+            yield tree
+
+    async def _round(self, channel: Channel, rebuilding: Rebuilding) -> tuple[int, str]:
+        """Take in the pages of a round; their bytes, and what comes behind it."""
+        count = 0
+        while isinstance(item := await channel.reader.next(), LeasedRun):
+            try:
+                place = rebuilding.place_of(item.run.space)
+                try:
+                    await trio.to_thread.run_sync(write_run, place, item.run)
+                except OSError as error:
+                    raise ImageError(f"pages of space {item.run.space} have no place: {error}") from error
+                count += len(item.run.payload)
+            finally:
+                item.lease.release()
+            self._progress.advance(count, None)
+        return count, await _beginning(channel, item)
 
     @staticmethod
     async def _refuse(channel: Channel, reason: str) -> None:
@@ -196,7 +251,7 @@ class _Server:
                 return
 
     async def _await_commit(
-        self, channel: Channel, offer: Offer, rebuilding: Rebuilding, feed: PageFeed
+        self, channel: Channel, offer: Offer, rebuilding: Rebuilding, page_bytes: int
     ) -> None:
         held = self._held[offer.migration] = _Held(offer.migration)
         try:
@@ -207,11 +262,11 @@ class _Server:
                 if not held.committed:
                     self._said(f"the tree of migration {offer.migration} is given up")
                     return
-                await self._run(held, rebuilding, feed)
+                await self._run(held, rebuilding, page_bytes)
                 return
             if isinstance(word, Commit):
                 with trio.CancelScope(shield=True):
-                    root = await self._run(held, rebuilding, feed)
+                    root = await self._run(held, rebuilding, page_bytes)
                     await channel.say(Completed(root))
             else:
                 self._said(f"{channel.peer} keeps its tree")
@@ -230,8 +285,8 @@ class _Server:
             self._said(f"migration {offer.migration}: ended while in doubt; the tree is given up here")
             raise
 
-    async def _run(self, held: _Held, rebuilding: Rebuilding, feed: PageFeed) -> HostPid:
-        tree = RestoredTree(rebuilding.root_pid, rebuilding.child_pid, {"page-bytes": feed.bytes_done})
+    async def _run(self, held: _Held, rebuilding: Rebuilding, page_bytes: int) -> HostPid:
+        tree = RestoredTree(rebuilding.root_pid, rebuilding.child_pid, {"page-bytes": page_bytes})
         try:
             with trio.CancelScope(shield=True):
                 root = await self._tracer.run(rebuilding.thaw)
@@ -267,6 +322,19 @@ class _Server:
             await channel.say(Refuse(f"nothing is known here of migration {decision.migration}"))
         else:
             await channel.say(Completed(root))
+
+
+async def _beginning(channel: Channel, item: Item | None) -> str:
+    """What comes next of a tree that is sent while it runs.
+
+    Raises:
+        PeerError: `item` does not say so.
+        ImageError: the source has given up.
+    """
+    message = channel.understand(item)
+    if not isinstance(message, Begin):
+        raise ImageError(f"{channel.peer} has given up")
+    return message.what
 
 
 async def _drain(channel: Channel) -> None:

@@ -31,6 +31,7 @@ from pipeline.stages.capture import Capture
 from pipeline.stages.examine import tree_blockers
 from pipeline.stages.freeze import FrozenTree
 from pipeline.stages.memory import PageSource
+from pipeline.stages.observe import Looks
 from pipeline.userns.cradle import is_privileged
 from pipeline.userns.externals import Externals
 from pipeline.userns.forest import Forest
@@ -60,8 +61,8 @@ async def refuse_early(
 class Standstill:
     """A frozen tree and what was captured of it; see `standstill`.
 
-    `begun_s`, `captured_s`: when the freeze began and when everything was known, on the clock of
-    time.monotonic. `records`: as they are written. `sources`: of pages, in the order of the growth plan.
+    `begun_s`, `frozen_s`, `captured_s`: when the freeze began, when everybody stood and when everything was known, on
+    the clock of time.monotonic. `records`: as they are written. `sources`: of pages, in the order of the growth plan.
     `holdings`: what is held of the tree until it runs on, or is told that it has ended.
     """
 
@@ -72,6 +73,7 @@ class Standstill:
         records: CapturedRecords,
         sources: Sequence[PageSource],
         begun_s: float,
+        frozen_s: float,
         held: AsyncExitStack,
         holdings: Held,
     ) -> None:
@@ -82,9 +84,21 @@ class Standstill:
         self.processes = len(capture.tree.pids)
         self.injected_calls = capture.injected_calls
         self.begun_s = begun_s
+        self.frozen_s = frozen_s
         self.captured_s = time.monotonic()
+        self._capture = capture
         self._held = held
         self.holdings = holdings
+
+    def plan_anew(self) -> None:
+        """Let `records` and `sources` be those of a tree that grows from nothing, where they were not; in any thread.
+
+        Raises:
+            Refused: it cannot grow.
+        """
+        self.records, self.sources, blockers = self._capture.planned()
+        if blockers:
+            raise Refused(blockers)
 
     def external_ends(self) -> list[str]:
         """Names of the ends outside of the tree, in order."""
@@ -103,12 +117,14 @@ async def standstill(
     externals: Externals | None = None,
     policy: DumpPolicy | None = None,
     image: str = "",
+    looks: Looks | None = None,
 ) -> AsyncIterator[Standstill]:
     """The tree below `pid`, stopped and captured; runs on after the block, unless it was ended or held.
 
     Args:
         tracer, pid, externals, policy: see `pipeline.dump`.
         image: where the image comes to be, if that is a place of this host.
+        looks: what it has in common with other stops of the same tree.
 
     Raises:
         Refused: something that only showed when it stood still stops it; it runs on.
@@ -125,17 +141,18 @@ async def standstill(
             begun_s = time.monotonic()
             try:
                 tree = await stopped.enter_async_context(_frozen(tracer, pid))
+                frozen_s = time.monotonic()
                 holdings = await stopped.enter_async_context(_holding(tracer, image))
                 held = await stopped.enter_async_context(AsyncExitStack())
                 capture, records, sources = await held.enter_async_context(
-                    _captured(tracer, tree, sleepers, externals, policy, holdings, limits)
+                    _captured(tracer, tree, sleepers, externals, policy, holdings, limits, looks)
                 )
             except Refused as refused:
                 last = attempt == _TRANSIENT_TRIES - 1
                 if last or not all(blocker.transient for blocker in refused.blockers):
                     raise
             else:
-                yield Standstill(tree, capture, records, sources, begun_s, held, holdings)
+                yield Standstill(tree, capture, records, sources, begun_s, frozen_s, held, holdings)
                 return
         await trio.sleep(_TRANSIENT_PAUSE_S)
 
@@ -192,8 +209,9 @@ async def _captured(
     policy: DumpPolicy | None,
     held: Held,
     limits: Limits,
+    looks: Looks | None,
 ) -> AsyncIterator[tuple[Capture, CapturedRecords, Sequence[PageSource]]]:
-    capture = await tracer.run(_open_capture, tree, sleepers, externals, policy, held, limits)
+    capture = await tracer.run(_open_capture, tree, sleepers, externals, policy, held, limits, looks)
     try:
         records, sources, blockers = await tracer.run(capture.take, tree)
         if blockers:
@@ -211,6 +229,7 @@ def _open_capture(
     policy: DumpPolicy | None,
     held: Held,
     limits: Limits,
+    looks: Looks | None,
 ) -> Capture:
     zombies = [process.pid for process in tree.processes.values() if process.zombie]
-    return Capture(tree.pids(), zombies, sleepers, externals, policy, held, limits)
+    return Capture(tree.pids(), zombies, sleepers, externals, policy, held, limits, looks)

@@ -13,8 +13,9 @@ from tests.harness.tree import PROGRAMS, Tree
 
 pytestmark = pytest.mark.root
 
-#: `forking` is never twice the same: tests/test_bad_input.py carries it; `crowd` is carried by test_scale_tasks.py
-_OTHERS = {"support", "forking", "crowd"}
+#: never twice the same: `forking` (see test_bad_input.py), `rewriting` (see test_live_migration.py); `crowd` is carried
+#: by test_scale_tasks.py
+_OTHERS = {"support", "forking", "rewriting", "crowd"}
 NAMES = sorted({path.stem for path in PROGRAMS.iterdir() if path.suffix in {".py", ".c"}} - _OTHERS)
 
 

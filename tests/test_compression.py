@@ -60,7 +60,7 @@ def test_migration(
     secret.write_text("a secret that is long enough for both sides\n")
     secret.chmod(0o600)
     tree = source.start(workshop, program, CONTAINER_2, first_pid=5000)
-    migrate(source, destination, tree, secret, ["--compress", codec])
+    migrate(source, destination, tree, secret, "--compress", codec)
     tree.check()
 
 

@@ -27,7 +27,9 @@ ROOMS: dict[str, set[str]] = {
     "stages": {"image", "kernel", "remote", "userns", "resources", "transport"},
 }
 LOWER = set(ROOMS)
-RECIPES = {"check", "dump", "inspect", "migrate", "restore", "run", "serve", "standstill", "aio", "blocking"}
+RECIPES = {
+    "check", "dump", "inspect", "live", "migrate", "restore", "run", "serve", "standstill", "aio", "blocking",
+}  # fmt: skip
 TOP = {"cli", "demo", "__main__"}
 
 FORBIDDEN_IN_PURE = {"trio", "ctypes", "socket", "ssl", "anyio"}

@@ -25,6 +25,7 @@ from pipeline.image.frames import PageRun
 from pipeline.image.schema import End
 from pipeline.ledger import LEDGER
 from pipeline.progress import NullProgress
+from pipeline.transport.protocol import Begin
 from pipeline.transport.tcp import Channel
 
 source_recipe = importlib.import_module("pipeline.migrate")  # the package gives the function under this name
@@ -70,6 +71,9 @@ class World:
 
     root_pid = child_pid = 77
     notes = ()
+
+    def complete(self) -> None:
+        assert self.there == "stands"
 
     def thaw(self) -> int:
         assert self.there == "stands"
@@ -158,18 +162,20 @@ def play(
     comes_back: bool,
     cancel_at_s: float | None,
     streams: int = 1,
+    mode: Literal["stop", "precopy"] = "stop",
 ) -> tuple[World, BaseException | None, int]:
     """One migration in such a network; the world afterwards, how it ended, and how many trees are in doubt."""
     world = World()
     ended: list[BaseException | None] = [None]
 
     @asynccontextmanager
-    async def standstill(*_: Any) -> AsyncIterator[Any]:
+    async def standstill(*_: Any, **__: Any) -> AsyncIterator[Any]:
         async def let_go_of_files() -> None:
             await trio.lowlevel.checkpoint()
 
         yield SimpleNamespace(
-            records=(), sources=(), forest=None, processes=1, injected_calls=0, begun_s=0.0, captured_s=0.0,
+            records=(), sources=(), forest=None, processes=1, injected_calls=0, begun_s=0.0, frozen_s=0.0,
+            captured_s=0.0,
             tree=None, let_go_of_files=let_go_of_files,
             holdings=SimpleNamespace(ended=lambda: None, settled=lambda: None, complaints=[]),
         )  # fmt: skip
@@ -188,7 +194,7 @@ def play(
         return SimpleNamespace(check_machine=lambda _: None), None
 
     @asynccontextmanager
-    async def rebuilt(*_: Any) -> AsyncIterator[Any]:
+    async def rebuilt(*_: Any, **__: Any) -> AsyncIterator[Any]:
         await trio.sleep(0.1)
         world.there = "stands"
         try:
@@ -201,19 +207,43 @@ def play(
     async def nothing(*_: Any) -> None:
         await trio.lowlevel.checkpoint()
 
+    class LiveSource:
+        """Two drafts, with a round each, and the rest; without records and pages."""
+
+        looks, notes, rounds_done, draft_s, begun_s, page_bytes = None, (), 2, 0.0, 0.0, 0
+
+        def __init__(self, _tracer: Any, _pid: Any, channel: Channel, *_: Any) -> None:
+            self._channel = channel
+
+        async def send_rounds(self) -> None:
+            for _ in range(2):
+                await self._send("draft")
+                await trio.sleep(0.1)
+                await self._channel.say(Begin("round"))
+
+        async def send_rest(self, _still: Any) -> None:
+            await self._send("rest")
+
+        async def _send(self, what: Literal["draft", "rest"]) -> None:
+            await self._channel.say(Begin(what))
+            await self._channel.writer.end(0, 0)
+
+        def close(self) -> None:
+            pass
+
     for module, names in (
         (
             source_recipe,
             {
                 "standstill": standstill, "write_image": write_image, "refuse_early": nothing,
                 "tracer_thread": _tracer_thread, "freeze": SimpleNamespace(walk=lambda _: [1], end=world.end),
-                "identity": SimpleNamespace(load_secret=lambda _: b""),
+                "identity": SimpleNamespace(load_secret=lambda _: b""), "LiveSource": LiveSource,
             },
         ),
         (
             destination_recipe,
             {
-                "read_records": read_records, "rebuilt": rebuilt,
+                "read_records": read_records, "rebuilt": rebuilt, "grown": rebuilt, "bring_up_to_date": nothing,
                 "page_feed": lambda *_: SimpleNamespace(bytes_done=0),
                 "RestoredTree": lambda *_: SimpleNamespace(wait=nothing, close=lambda: None, notes=[]),
             },
@@ -240,7 +270,7 @@ def play(
                 if cancel_at_s is not None:
                     scope.deadline = trio.current_time() + cancel_at_s
                 try:
-                    await source_recipe.migrate(1, "there:1", secret_file="", streams=streams)
+                    await source_recipe.migrate(1, "there:1", secret_file="", streams=streams, mode=mode)
                 except PipelineError as error:
                     ended[0] = error
             if scope.cancelled_caught:
@@ -262,14 +292,17 @@ def play(
     fates=st.lists(FATES, max_size=5),
     comes_back=st.booleans(),
     cancel_at_s=st.none() | st.floats(0, 1) | st.floats(0, 200),
-    streams=st.sampled_from([1, 1, 2, 4]),
+    how=st.sampled_from([(1, "stop"), (1, "precopy"), (2, "stop"), (4, "stop")]),
 )
 def test_one_tree_whatever_the_network_does(
-    fates: list[Fate], comes_back: bool, cancel_at_s: float | None, streams: int
+    fates: list[Fate],
+    comes_back: bool,
+    cancel_at_s: float | None,
+    how: tuple[int, Literal["stop", "precopy"]],
 ) -> None:
     before = LEDGER.held()
     with pytest.MonkeyPatch.context() as patch:
-        world, error, held = play(patch, fates, comes_back, cancel_at_s, streams)
+        world, error, held = play(patch, fates, comes_back, cancel_at_s, *how)
     assert LEDGER.held() == before
     if error is None:
         assert not world.source_runs
@@ -285,20 +318,25 @@ def test_one_tree_whatever_the_network_does(
         assert world.there == "runs" or held == 1
 
 
-@pytest.mark.parametrize("streams", [1, 2, 4, 16])
-def test_a_fine_network_moves_the_tree(streams: int) -> None:
+@pytest.mark.parametrize(
+    ("streams", "mode"), [(1, "stop"), (2, "stop"), (4, "stop"), (16, "stop"), (1, "precopy")]
+)
+def test_a_fine_network_moves_the_tree(streams: int, mode: Any) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        world, error, held = play(patch, [], True, None, streams)
+        world, error, held = play(patch, [], True, None, streams, mode)
     assert (error, held, world.there, world.source_runs) == (None, 0, "runs", False)
 
 
 @pytest.mark.parametrize("how", ["cut", "silence"])
 @pytest.mark.parametrize("direction", ["there", "back"])
-def test_the_first_connection_broken_after_every_byte(how: Any, direction: Any) -> None:
+@pytest.mark.parametrize(("mode", "bytes_in_all"), [("stop", 400), ("precopy", 1200)])
+def test_the_first_connection_broken_after_every_byte(
+    how: Any, direction: Any, mode: Any, bytes_in_all: int
+) -> None:
     ends = set()
-    for after in range(0, 400, 3):
+    for after in range(0, bytes_in_all, 3):
         with pytest.MonkeyPatch.context() as patch:
-            world, error, held = play(patch, [Fate(how, direction, after)], True, None)
+            world, error, held = play(patch, [Fate(how, direction, after)], True, None, 1, mode)
         assert held == 0
         ends.add((world.source_runs, world.there))
         assert (world.there == "runs") == (error is None)

@@ -72,6 +72,7 @@ def execute(arguments: argparse.Namespace) -> int:
                 progress=listener,
             )
         )
+        recipe.past_cancelling()
         listener.completed(arguments.pid, result.figures, result.notes)
     if arguments.json:
         render.document({**render.plain(result), "root_pid": arguments.pid})

@@ -28,6 +28,13 @@ def duration_s(text: str) -> float:
     return seconds
 
 
+def rounds_count(text: str) -> int:
+    """Parse a number of rounds, from 1 to 1000."""
+    if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= 1000:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of rounds from 1 to 1000")
+    return int(text)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--plaintext",
@@ -49,6 +56,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=0.3,
         metavar="TIME",
         help="how long the tree may stand still at the switch (default: 300ms)",
+    )
+    parser.add_argument(
+        "--max-rounds", type=rounds_count, default=30, metavar="N", help="of pre-copy (default: 30)"
+    )
+    parser.add_argument(
+        "--on-timeout",
+        choices=("switch", "cancel"),
+        default="switch",
+        help="when the rounds end and --max-downtime cannot be kept (default: switch)",
     )
     placing.add_external(parser)
     policies.add_dump(parser)
@@ -83,6 +99,8 @@ def execute(arguments: argparse.Namespace) -> int:
                 secret_file=secret_file,
                 mode=arguments.mode,
                 max_downtime_s=arguments.max_downtime,
+                max_rounds=arguments.max_rounds,
+                on_timeout=arguments.on_timeout,
                 plaintext=arguments.plaintext,
                 externals=outside,
                 policy=policy,
@@ -91,6 +109,7 @@ def execute(arguments: argparse.Namespace) -> int:
                 progress=listener,
             )
         )
+        recipe.past_cancelling()
         listener.completed(result.root_pid, result.figures, result.notes)
     if arguments.json:
         render.document(result)

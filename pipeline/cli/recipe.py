@@ -62,6 +62,12 @@ def run(recipe: Callable[[], Awaitable[T]]) -> T:
     return trio.run(cancellable, recipe)
 
 
+def past_cancelling() -> None:
+    """What was to be done is done: the exit code says so, whoever presses ^C while it is being told."""
+    for number in _CANCELLING:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def _only(error: BaseException) -> BaseException:
     while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
         error = error.exceptions[0]

@@ -16,6 +16,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import functools
 import os
 import re
 import struct
@@ -36,6 +37,11 @@ _REGION = struct.Struct("<3Q")
 _REGIONS = 16384
 _ENTRY_BYTES = 8
 _READ_BYTES = 1 << 20
+
+
+#: PM_SCAN_*: write-protect what matches; EPERM where a mapping is not watched
+WP_MATCHING = 1
+CHECK_WPASYNC = 2
 
 
 class CATEGORY(IntFlag):
@@ -83,7 +89,7 @@ def scan(
     Args:
         fd: an open /proc/PID/pagemap.
         start: page aligned, as `end`; holes inside are skipped.
-        flags: PM_SCAN_WP_MATCHING 1, PM_SCAN_CHECK_WPASYNC 2.
+        flags: `WP_MATCHING`, `CHECK_WPASYNC`.
         inverted: categories that count as set when they are not.
         mask: all of these must be set (after inversion).
         anyof: at least one of these must be set.
@@ -93,16 +99,17 @@ def scan(
         OSError: ENOTTY or EINVAL: this kernel has no PAGEMAP_SCAN, or not this category;
             EPERM: PM_SCAN_CHECK_WPASYNC on a range without it; ESRCH: the memory is gone.
     """
-    vector = ctypes.create_string_buffer(_REGION.size * _REGIONS)
+    regions = min(_REGIONS, (end - start) // PAGE_BYTES + 1)
+    vector = ctypes.create_string_buffer(_REGION.size * regions)
     address = ctypes.addressof(vector)
     found: list[tuple[int, int, int]] = []
     while start < end:
         argument = bytearray(
-            _ARG.pack(_ARG.size, flags, start, end, 0, address, _REGIONS, 0, inverted, mask, anyof, returned)
+            _ARG.pack(_ARG.size, flags, start, end, 0, address, regions, 0, inverted, mask, anyof, returned)
         )
         count = fcntl.ioctl(fd, _PAGEMAP_SCAN, argument)
         found.extend(_REGION.iter_unpack(vector.raw[: _REGION.size * count]))
-        if count < _REGIONS:
+        if count < regions:
             break
         # The kernel walks in parts of its own, and where the last of them ended well, the address says where an
         # earlier one did: what lies behind it was found already.
@@ -115,6 +122,51 @@ def scan(
 
 _HAS = CATEGORY.PRESENT | CATEGORY.SWAPPED
 _NOT = CATEGORY.FILE | CATEGORY.PFNZERO
+
+
+def written(fd: LocalFd, start: int, end: int, *, whole: bool) -> list[Range] | None:
+    """Pages with private content that were written since the last call, which write-protects them again.
+
+    Args:
+        fd: an open /proc/PID/pagemap.
+        start, end: of mappings that are watched, see `pipeline.kernel.userfaultfd`.
+        whole: all pages with private content, written or not.
+
+    Returns:
+        Runs of pages, ascending; None if something in between is not watched (any more).
+    """
+    excluded = _NOT | (CATEGORY.GUARD if _knows_guards() else 0)
+    mask = excluded if whole else excluded | CATEGORY.WRITTEN
+    try:
+        runs = scan(
+            fd,
+            start,
+            end,
+            flags=WP_MATCHING | CHECK_WPASYNC,
+            inverted=excluded,
+            mask=mask,
+            anyof=_HAS,
+        )
+    except OSError as error:
+        if error.errno != errno.EPERM:
+            raise
+        return None
+    return merged((a, b) for a, b, _ in runs)
+
+
+@functools.cache
+def _knows_guards() -> bool:
+    """Whether PAGEMAP_SCAN has the category of guard pages (since 6.15)."""
+    fd = LocalFd(os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC))
+    try:
+        scan(fd, PAGE_BYTES, 2 * PAGE_BYTES, mask=CATEGORY.GUARD, returned=CATEGORY.GUARD)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return False
+    finally:
+        os.close(fd)
+    return True
 
 
 def populated(fd: LocalFd, ranges: Sequence[Range]) -> tuple[list[Range], list[Range]]:
@@ -195,6 +247,19 @@ def merged(ranges: Iterable[Range]) -> list[Range]:
     for start, end in ranges:
         if found and found[-1][1] == start:
             found[-1] = (found[-1][0], end)
+        else:
+            found.append((start, end))
+    return found
+
+
+def union(one: Sequence[Range], other: Sequence[Range]) -> list[Range]:
+    """What is in either; both ascending and disjoint, the result merged."""
+    if not one or not other:
+        return list(one or other)
+    found: list[Range] = []
+    for start, end in sorted([*one, *other]):
+        if found and start <= found[-1][1]:
+            found[-1] = (found[-1][0], max(end, found[-1][1]))
         else:
             found.append((start, end))
     return found

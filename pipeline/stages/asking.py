@@ -5,8 +5,10 @@ A call that waits for a time is shortened first by what it has waited: it is iss
 
 from __future__ import annotations
 
+import collections.abc
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from pipeline.errors import Blocker
@@ -15,7 +17,8 @@ from pipeline.image.schema import SemaphoreUndo
 from pipeline.kernel import procfs, ptrace, smaps
 from pipeline.kernel.arch import x86_64 as arch
 from pipeline.kernel.inside import open_file
-from pipeline.remote.live import LiveTask, Region, find_places
+from pipeline.kernel.smaps import Mapping
+from pipeline.remote.live import LiveTask, Places, Region, find_places
 from pipeline.resources.memory import aio
 from pipeline.resources.namespaces.ipc import Semaphores
 from pipeline.resources.tasks import interrupted, job_control, semaphore_undo
@@ -53,7 +56,7 @@ def ask(
     tids: Sequence[HostPid],
     sleepers: Sleepers,
     semaphores: Sequence[Semaphores],
-    children: Mapping[int, int],
+    children: collections.abc.Mapping[int, int],
 ) -> Answers:
     """Put the questions of every thread to it, by system calls inside it.
 
@@ -67,15 +70,10 @@ def ask(
     memory = open_file(pid, "mem", os.O_RDWR)
     try:
         mappings = smaps.maps(pid)
-        regions = [
-            Region(m.start, m.end, bool(m.prot & 1), bool(m.prot & 2), bool(m.prot & 4), not m.shared, m.name)
-            for m in mappings
-        ]
         slept = {tid: Slept(sleepers.slept_ns(tid), sleepers.call(tid)) for tid in tids}
         for tid in tids:
             interrupted.shorten(tid, slept[tid].slept_ns)
-        pointers = [arch.Registers(ptrace.get_regs(tid))["rsp"] for tid in tids]
-        places = find_places(pid, regions, pointers, memory)
+        places = _places(pid, tids, mappings, memory)
         uncaught = ~procfs.status(pid).caught
         timers = procfs.timers(pid)
         inquiries = []
@@ -105,3 +103,23 @@ def ask(
         )
     finally:
         os.close(memory)
+
+
+@contextmanager
+def inside(pid: HostPid, tids: Sequence[HostPid]) -> Iterator[LiveTask]:
+    """A thread of a stopped process, to run system calls in; `pid` and `tids` as for `ask`."""
+    memory = open_file(pid, "mem", os.O_RDWR)
+    try:
+        places = _places(pid, tids, smaps.maps(pid), memory)
+        yield LiveTask(pid, places, memory, ~procfs.status(pid).caught)
+    finally:
+        os.close(memory)
+
+
+def _places(pid: HostPid, tids: Sequence[HostPid], mappings: Sequence[Mapping], memory: int) -> Places:
+    regions = [
+        Region(m.start, m.end, bool(m.prot & 1), bool(m.prot & 2), bool(m.prot & 4), not m.shared, m.name)
+        for m in mappings
+    ]
+    pointers = [arch.Registers(ptrace.get_regs(tid))["rsp"] for tid in tids]
+    return find_places(pid, regions, pointers, memory)

@@ -192,6 +192,17 @@ class Embodiment:
             puppet.run_checked(rebuild.inherit(parent, space, fds, self._segments(process)))
             memory_layout.set_bounds(puppet, space, no_exe)
 
+    def update(self, image: Image, files: MappedFiles, ids: Destination) -> None:
+        """The tree is as a later image of it says by now."""
+        self._image, self._files, self._ids = image, files, ids
+
+    def change(self, process: Process, grown: Grown, before: AddressSpace) -> None:
+        """Turn the memory that a process has, that of an earlier image, into what it has by now."""
+        space = self._space(process)
+        with self._sent(grown.puppet, rebuild.missing(before, space), None) as (fds, no_exe):
+            grown.puppet.run_checked(rebuild.inherit(before, space, fds, self._segments(process)))
+            memory_layout.set_bounds(grown.puppet, space, no_exe)
+
     def share(self, process: Process, grown: Grown) -> None:
         """`Share` of the plan: its memory is there."""
         self._move_in(process, grown)

@@ -12,9 +12,9 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import ExitStack
-from typing import Self
+from typing import NamedTuple, Self
 
 from msgspec.structs import replace
 
@@ -27,6 +27,7 @@ from pipeline.image.schema import (
     Head,
     Id,
     Memberships,
+    OpenFile,
     PathRef,
     Place,
     Process,
@@ -67,13 +68,22 @@ from pipeline.stages.asking import Slept, ask
 from pipeline.stages.freeze import FrozenProcess, FrozenTree
 from pipeline.stages.memory import FilePages, PageSource, ProcessPages, SharedPages
 from pipeline.stages.memory_layout import vdso_digest
-from pipeline.stages.observe import FileObserver, Spaces, Tree
+from pipeline.stages.observe import FileObserver, Looks, Spaces, Tree
 from pipeline.userns.capture import LiveForest
 from pipeline.userns.cradle import is_privileged
 from pipeline.userns.externals import Externals
 from pipeline.userns.forest import Forest
 from pipeline.userns.limits import Limits
 from pipeline.userns.lodgers import Lodgers
+
+
+class _Found(NamedTuple):
+    """What was captured. `captured`: the memory of processes, with the process, by its space."""
+
+    head: Head
+    processes: list[Process]
+    captured: dict[int, tuple[HostPid, Captured]]
+    files: list[tuple[OpenFile, Record | None]]
 
 
 class Capture:
@@ -87,6 +97,7 @@ class Capture:
         policy: decisions about states that have more than one good answer.
         held: takes what is held until the tree runs on or has ended.
         limits: has opened the limits of the tree's user namespaces before it was stopped.
+        looks: what it has in common with others.
     """
 
     def __init__(
@@ -98,7 +109,9 @@ class Capture:
         policy: DumpPolicy | None = None,
         held: Held | None = None,
         limits: Limits | None = None,
+        looks: Looks | None = None,
     ) -> None:
+        self._looks = looks or Looks()
         self.policy = policy or DumpPolicy()
         self._sleepers = sleepers or Sleepers()
         self._together: dict[HostPid, Together] = {}
@@ -108,7 +121,7 @@ class Capture:
         #: where the first thread has ended and others run: by whom the process is looked at
         self._faces = leaders.faces(pid for pid in pids if pid not in self._zombies)
         self.living = [self._face(pid) for pid in pids if pid not in self._zombies]
-        self._spaces = Spaces()
+        self._spaces = Spaces(self._looks.spaces)
         self._forest = LiveForest(limits=limits)
         with ExitStack() as stack:
             stack.callback(self._spaces.close)
@@ -134,6 +147,7 @@ class Capture:
             self._stack = stack.pop_all()
         #: system calls run inside the target
         self.injected_calls = 0
+        self._found: _Found | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -151,9 +165,13 @@ class Capture:
 
     # -- MemoryScope -------------------------------------------------------------------
 
-    def next_space(self) -> int:
+    def space_of(self, key: Hashable) -> int:
         """See `MemoryScope`."""
-        return self._spaces.new()
+        return self._spaces.number(key)
+
+    def file_of(self, key: Hashable) -> int:
+        """See `MemoryScope`."""
+        return self._looks.files.of(key)
 
     def path(self, pid: HostPid, link: bytes) -> PathRef:
         """See `MemoryScope`."""
@@ -217,8 +235,11 @@ class Capture:
             Records in order, each with the record of its kind where it is an open file; the sources of
             their pages in the order of the plan; and blockers: with any of them the rest is not to be used.
         """
-        self.files.collect(self.living, still=True)
-        blockers = [*self.files.blockers(), *self.namespaces.blockers, *self._cgroups.blockers()]
+        draft = self._looks.is_draft
+        self.files.collect(self.living, still=not draft)
+        blockers = [*self.namespaces.blockers, *self._cgroups.blockers()]
+        if not draft:
+            blockers += self.files.blockers()
         for pid in self.living:
             blockers += [
                 *check_task(pid),
@@ -229,7 +250,7 @@ class Capture:
             blockers += [b for tid in process.tasks for b in check_stopped(process.pid, HostPid(tid))]
         if blockers:
             return [], [], blockers
-        file_records = list(self.files.records())
+        file_records = list(self.files.records(draft))
         try:
             self.namespaces.take_contents(self.files.bytes_of)
         except OSError as error:
@@ -262,9 +283,36 @@ class Capture:
         ]
         if blockers:
             return [], [], blockers
-        spaces, sources, planner = self._arrange(processes, captured)
-        blockers += planner.blockers
-        records: list[tuple[Record, Record | None]] = [(self._head(frozen.root, processes), None)]
+        self._found = _Found(self._head(frozen.root, processes), processes, captured, file_records)
+        if self._looks.live and not draft:
+            return *self._without_plan(), []
+        return self.planned()
+
+    def planned(self) -> tuple[list[tuple[Record, Record | None]], list[PageSource], list[Blocker]]:
+        """What was captured as a tree that grows from nothing; returns what `take` does."""
+        found = self._found
+        assert found is not None
+        spaces, sources, planner = self._arrange(found.processes, found.captured)
+        if self._looks.is_draft and not planner.blockers:
+            self._looks.order = list(fill_order(planner.steps))
+        return self._records(spaces), sources, planner.blockers
+
+    def _without_plan(self) -> tuple[list[tuple[Record, Record | None]], list[PageSource]]:
+        """What was captured as what the tree of a draft has become."""
+        found = self._found
+        assert found is not None
+        order = {number: place for place, number in enumerate(self._looks.order or [])}
+        numbers = sorted(found.captured, key=lambda number: order.get(number, len(order)))
+        sources = self._shared_sources()
+        for number in numbers:
+            pid, memory = found.captured[number]
+            sources.append(ProcessPages(number, self._face(pid), memory.runs))
+        return self._records([found.captured[number][1].space for number in numbers]), sources
+
+    def _records(self, spaces: Sequence[AddressSpace]) -> list[tuple[Record, Record | None]]:
+        found = self._found
+        assert found is not None
+        records: list[tuple[Record, Record | None]] = [(found.head, None)]
         for group in (
             self._forest.records,
             self.namespaces.namespaces,
@@ -274,11 +322,11 @@ class Capture:
             [shared.record for shared in self._objects.shared_memory],
             self.files.contents,
             spaces,
-            processes,
+            found.processes,
         ):
             records += [(record, None) for record in group]
-        records += file_records
-        return records, sources, blockers
+        records += found.files
+        return records
 
     def _settle_rings(self, captured: dict[int, tuple[HostPid, Captured]]) -> list[Blocker]:
         """Put what arrives of asynchronous I/O into the records of `captured`; what does not come to rest stops it."""
@@ -324,18 +372,24 @@ class Capture:
                     spaces[number] = replace(space, copy_of=parent.space, dropped=shared.dropped)
                     runs[number] = shared.send
         planner = plan(processes, list(spaces.values()), *tables)
+        sources = self._shared_sources()
+        sources += [
+            ProcessPages(number, self._face(captured[number][0]), runs[number])
+            for number in fill_order(planner.steps)
+        ]
+        return list(spaces.values()), sources, planner
+
+    def _shared_sources(self) -> list[PageSource]:
+        """The pages of everything that outlives a process."""
         sources: list[PageSource] = [
             SharedPages(shared.record.space, shared) for shared in self._objects.shared_memory
         ]
         for content in self.files.contents:
             fd = self._spaces.source(content.space)
             assert fd is not None
-            sources.append(FilePages(content.space, fd, content.size_bytes))
-        sources += [
-            ProcessPages(number, self._face(captured[number][0]), runs[number])
-            for number in fill_order(planner.steps)
-        ]
-        return list(spaces.values()), sources, planner
+            early = content.space in self.files.of_namespaces
+            sources.append(FilePages(content.space, fd, content.size_bytes, early=early))
+        return sources
 
     # -- one process ------------------------------------------------------------------------
 
@@ -405,6 +459,7 @@ class Capture:
                 dumpable=leader.dumpable(),
                 thp_disable=leader.thp_disable(),
                 contexts=answers.rings,
+                tracked=self._looks.live,
             )
             memory = dataclasses.replace(memory, space=replace(memory.space, **leader.of_memory()))
             blockers += memory.blockers

@@ -46,23 +46,39 @@ class Contents:
         self._read_only: dict[int, LocalFd] = {}
         self._seals: dict[int, int] = {}
         self._sizes: dict[int, int] = {}
+        self._sealed: set[int] = set()
 
     def make(
         self, image: Image, launcher: Puppet, uid: Callable[[Id], int], gid: Callable[[Id], int]
     ) -> None:
-        """Make every object of the image, empty.
+        """Make every object of the image that is not there yet, empty.
 
         Args:
             launcher: maps anonymous memory.
             uid, gid: translate owners to ids here.
         """
         for shared in image.shared_memory.values():
+            if shared.space in self._fds:
+                continue
             fd = self._make_shared(shared, launcher)
             self._keep(shared.space, fd, shared.size_bytes)
             if shared.kind == "memfd" and shared.uid is not None and shared.gid is not None:
                 _give(fd, uid(shared.uid), gid(shared.gid))
         for content in image.contents.values():
-            self._keep(content.space, self._make_file(content), content.size_bytes)
+            if content.space not in self._fds:
+                self._keep(content.space, self._make_file(content), content.size_bytes)
+
+    def update(
+        self, image: Image, launcher: Puppet, uid: Callable[[Id], int], gid: Callable[[Id], int]
+    ) -> None:
+        """Make what a later look at the same tree has found, too; what has another size by now gets it."""
+        sizes = {shared.space: shared.size_bytes for shared in image.shared_memory.values()}
+        sizes |= {content.space: content.size_bytes for content in image.contents.values()}
+        for space, size in sizes.items():
+            if space in self._fds and size != self._sizes[space]:
+                os.ftruncate(self._fds[space], size)
+                self._sizes[space] = size
+        self.make(image, launcher, uid, gid)
 
     def _keep(self, space: int, fd: LocalFd, size_bytes: int) -> None:
         LEDGER.take("content", fd)
@@ -133,8 +149,9 @@ class Contents:
     def seal_early(self) -> None:
         """The pages are in, nothing is mapped yet: put on the seals that need that."""
         for space, seals in self._seals.items():
-            if seals & ~_LATE_SEALS:
+            if seals & ~_LATE_SEALS and space not in self._sealed:
                 fcntl.fcntl(self._fds[space], _F_ADD_SEALS, seals & ~_LATE_SEALS)
+                self._sealed.add(space)
 
     def seal_late(self) -> None:
         """All mappings are made: put on the rest."""

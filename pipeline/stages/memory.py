@@ -7,19 +7,23 @@ bounds the memory, however large the tree is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import trio
+import xxhash
 
 from pipeline.ids import HostPid, LocalFd
 from pipeline.image.frames import PageRun
-from pipeline.kernel.pagemap import Range, total_bytes
+from pipeline.kernel.pagemap import Range, intersect, subtract, total_bytes, union
+from pipeline.kernel.procfs import ProcessGone
 from pipeline.progress import Progress
-from pipeline.resources.memory.objects import SharedObject
+from pipeline.resources.memory.objects import SharedObject, Window
 from pipeline.resources.memory.pages import (
     ProcessMemory,
     Segment,
+    cover,
     data_runs,
     pieces,
     read_file_runs,
@@ -43,23 +47,99 @@ class ProcessPages:
 
 
 @dataclass(frozen=True, slots=True)
+class LivePages:
+    """Private pages of a process that runs; what cannot be read any more is added to `missed`.
+
+    `more`: asked when all that comes before is read, for further runs.
+    """
+
+    space: int
+    pid: HostPid
+    runs: Sequence[Range]
+    missed: list[Range]
+    more: Callable[[], Sequence[Range]] = tuple
+
+
+class Sent:
+    """What was sent of an object, chunk by chunk, so that only chunks that have changed are sent again."""
+
+    CHUNK_BYTES = 1 << 20
+
+    def __init__(self) -> None:
+        #: by offset: where a chunk had data, and the digest of that
+        self._chunks: dict[int, tuple[list[Range], int]] = {}
+
+    def chunks(self, runs: Sequence[Range], size_bytes: int) -> Iterator[tuple[int, list[Range]]]:
+        """Every chunk that has data, or had when it was sent: its offset, and where it has data now; ascending."""
+        size = self.CHUNK_BYTES
+        firsts = {at for start, end in runs for at in range(start // size, -(-end // size))}
+        for offset in sorted({at * size for at in firsts} | self._chunks.keys()):
+            if offset < size_bytes:
+                yield offset, intersect(runs, [(offset, offset + size)])
+
+    def reading(
+        self, offset: int, runs: list[Range], read: Callable[[Sequence[Segment], memoryview], int]
+    ) -> _Fill:
+        """What reads a chunk, if it was not sent as it is now; what is a hole by now is sent as zeros.
+
+        Args:
+            offset, runs: see `chunks`.
+            read: reads segments into a buffer.
+        """
+
+        def fill(view: memoryview) -> tuple[Sequence[Segment], int]:
+            wanted = _segments(runs)
+            count = read(wanted, view) if wanted else 0
+            digest = xxhash.xxh3_64_intdigest(view[:count])
+            before, known = self._chunks.get(offset, ([], None))
+            if (before, known) == (runs, digest):
+                return [], 0
+            self._chunks[offset] = runs, digest
+            if subtract(before, runs):
+                wanted = _segments(union(before, runs))
+                count = read(wanted, view)
+            return wanted, count
+
+        return fill
+
+    def has_changed(self, fd: LocalFd, size_bytes: int) -> bool:
+        """Whether a file is not what was sent of it."""
+        view = memoryview(bytearray(self.CHUNK_BYTES))
+        for offset, runs in self.chunks(data_runs(fd, size_bytes), size_bytes):
+            count = _read_file(fd, _segments(runs), view) if runs else 0
+            if self._chunks.get(offset, ([], None)) != (runs, xxhash.xxh3_64_intdigest(view[:count])):
+                return True
+        return False
+
+
+def _segments(runs: Sequence[Range]) -> list[Segment]:
+    return [(start, end - start) for start, end in runs]
+
+
+@dataclass(frozen=True, slots=True)
 class SharedPages:
-    """The data of a shared memory object."""
+    """The data of a shared memory object; with `sent`, what has changed of it since."""
 
     space: int
     shared: SharedObject
+    sent: Sent | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class FilePages:
-    """The data of a file without a name; `fd` is an open file description of our own."""
+    """The data of a file without a name; with `sent`, what has changed of it since.
+
+    `fd` is an open file description of our own. `early`: a namespace is made with it, before there are processes.
+    """
 
     space: int
     fd: LocalFd
     size_bytes: int
+    sent: Sent | None = None
+    early: bool = False
 
 
-PageSource = ProcessPages | SharedPages | FilePages
+PageSource = ProcessPages | LivePages | SharedPages | FilePages
 
 #: Fills a buffer and says what is in it: segments, bytes. Runs in a worker thread.
 _Fill = Callable[[memoryview], tuple[Sequence[Segment], int]]
@@ -70,11 +150,11 @@ def page_bytes(sources: Sequence[PageSource]) -> int:
     total = 0
     for source in sources:
         match source:
-            case ProcessPages(_, _, runs):
+            case ProcessPages(_, _, runs) | LivePages(_, _, runs, _, _):
                 total += total_bytes(runs)
-            case SharedPages(_, shared):
+            case SharedPages(_, shared, _):
                 total += shared_bytes(shared)
-            case FilePages(_, fd, size):
+            case FilePages(_, fd, size, _, _):
                 total += total_bytes(data_runs(fd, size))
     return total
 
@@ -115,6 +195,22 @@ async def stream_memory(
                     with ProcessMemory(pid) as memory:
                         for piece in pieces(runs, pool.size_bytes):
                             await emit(space, _reading(memory, piece))
+                case LivePages(space, pid, runs, missed, more):
+                    runs = union(runs, await trio.to_thread.run_sync(more))
+                    try:
+                        memory = ProcessMemory(pid)
+                    except ProcessGone:
+                        missed += runs
+                        continue
+                    with memory:
+                        for piece in pieces(runs, pool.size_bytes):
+                            await emit(space, _reading_live(memory, piece, missed))
+                case FilePages(space, fd, size, Sent() as sent):
+                    for offset, data in sent.chunks(data_runs(fd, size), size):
+                        await emit(space, sent.reading(offset, data, partial(_read_file, fd)))
+                case SharedPages(space, shared, Sent() as sent):
+                    for fill in _news(shared, sent):
+                        await emit(space, fill)
                 case FilePages(space, fd, size):
                     for piece in pieces(data_runs(fd, size), pool.size_bytes):
                         await emit(space, _reading_file(fd, piece))
@@ -131,13 +227,52 @@ def _reading(memory: ProcessMemory, piece: Sequence[Segment]) -> _Fill:
     return lambda view: (piece, memory.read(piece, view))
 
 
-def _reading_file(fd: LocalFd, piece: Sequence[Segment]) -> _Fill:
-    runs = [(offset, offset + length) for offset, length in piece]
-
+def _reading_live(memory: ProcessMemory, piece: Sequence[Segment], missed: list[Range]) -> _Fill:
     def fill(view: memoryview) -> tuple[Sequence[Segment], int]:
-        return next(read_file_runs(fd, runs, view))
+        try:
+            return piece, memory.read(piece, view)
+        except OSError:
+            pass  # something of it was unmapped meanwhile: run by run
+        segments: list[Segment] = []
+        done = 0
+        for start, length in piece:
+            try:
+                done += memory.read([(start, length)], view[done : done + length])
+                segments.append((start, length))
+            except OSError:
+                missed.append((start, start + length))
+        return segments, done
 
     return fill
+
+
+def _news(shared: SharedObject, sent: Sent) -> Iterator[_Fill]:
+    """What reads the chunks of a shared object that were not sent as they are."""
+    if shared.fd is not None:
+        size = shared.record.size_bytes
+        for offset, data in sent.chunks(data_runs(shared.fd, size), size):
+            yield sent.reading(offset, data, partial(_read_file, shared.fd))
+        return
+    for window, (start, end) in cover(shared.windows):
+        for (chunk,) in pieces([(start, end)], sent.CHUNK_BYTES):
+            offset, length = chunk
+            yield sent.reading(offset, [(offset, offset + length)], partial(_read_window, window))
+
+
+def _read_window(window: Window, wanted: Sequence[Segment], view: memoryview) -> int:
+    shift = window.start - window.offset
+    with ProcessMemory(window.pid) as memory:
+        return memory.read([(offset + shift, length) for offset, length in wanted], view)
+
+
+def _read_file(fd: LocalFd, wanted: Sequence[Segment], view: memoryview) -> int:
+    runs = [(offset, offset + length) for offset, length in wanted]
+    _, count = next(read_file_runs(fd, runs, view))
+    return count
+
+
+def _reading_file(fd: LocalFd, piece: Sequence[Segment]) -> _Fill:
+    return lambda view: (piece, _read_file(fd, piece, view))
 
 
 def _copying(scratch: bytearray, segments: Sequence[Segment], count: int) -> _Fill:

@@ -13,8 +13,9 @@ from __future__ import annotations
 import fcntl
 import os
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 from pipeline.errors import Blocker
@@ -23,7 +24,7 @@ from pipeline.image.schema import Content, FdEntry, Id, OpenFile, PathRef, Recor
 from pipeline.kernel import procfs
 from pipeline.ledger import LEDGER
 from pipeline.policy import DumpPolicy
-from pipeline.resources import external_end, in_flight, signal_owner
+from pipeline.resources import external_end, in_flight, memfd, namespace_file, pty_state, signal_owner
 from pipeline.resources.held import Held
 from pipeline.resources.kinds import FdView, FileKind
 from pipeline.resources.namespaces.members import NamespaceCapture
@@ -31,6 +32,13 @@ from pipeline.resources.registry import kind_of
 from pipeline.resources.taken import Takings
 from pipeline.resources.unix_unread import Unread
 from pipeline.stages.open_files import OpenFiles
+
+#: kinds of open files that a tree is built with, before its processes have their descriptors
+MADE_EARLY = frozenset(
+    {pty_state.KIND_NAME, external_end.KIND_NAME, memfd.KIND.name, namespace_file.KIND.name}
+)
+#: the kind of all others in a draft
+LATER = "later"
 
 
 class Tree:
@@ -68,17 +76,46 @@ class Tree:
         return True
 
 
+class Numbering:
+    """Numbers of things, the same at every look at a tree."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[Hashable, int] = {}
+
+    def of(self, key: Hashable) -> int:
+        """The number of whatever is known by `key`, from 1 on; a new one at the first time."""
+        return self._numbers.setdefault(key, len(self._numbers) + 1)
+
+
+@dataclass
+class Looks:
+    """What several looks at one tree have in common; a single one has it to itself.
+
+    `spaces`, `files`: numbers of what has pages, and of mapped files. `live`: the memory of the tree is sent while
+    the tree runs. `order`: the spaces of processes as they were planned at the first look; None before it.
+    """
+
+    spaces: Numbering = field(default_factory=Numbering)
+    files: Numbering = field(default_factory=Numbering)
+    live: bool = False
+    order: list[int] | None = None
+
+    @property
+    def is_draft(self) -> bool:
+        """Whether this look is for a draft only: what processes get in the end does not count yet."""
+        return self.live and self.order is None
+
+
 class Spaces:
     """Numbers for everything that has pages, and the local descriptors that file contents are read from."""
 
-    def __init__(self) -> None:
-        self._next = 0
+    def __init__(self, numbering: Numbering) -> None:
+        self._numbering = numbering
         self._held: dict[int, LocalFd] = {}
 
-    def new(self) -> int:
-        """The next space number."""
-        self._next += 1
-        return self._next
+    def number(self, key: Hashable) -> int:
+        """The space number of whatever is known by `key`."""
+        return self._numbering.of(key)
 
     def hold(self, space: int, local: LocalFd) -> None:
         """Keep a duplicate of `local` to read the bytes of `space` from."""
@@ -134,6 +171,8 @@ class FileObserver:
         #: files with a name whose content goes along
         self.takings = Takings(policy.with_files, self.path, self.content)
         self.contents: list[Content] = []
+        #: those of them that namespaces hold
+        self.of_namespaces: set[int] = set()
 
     def __enter__(self) -> Self:
         return self
@@ -158,10 +197,17 @@ class FileObserver:
                 yield from self._kind(view).check(view, self)
                 yield from signal_owner.check(view, self._tree.member)
 
-    def records(self) -> Iterator[tuple[OpenFile, Record]]:
-        """Every open file and the record of its kind; `OpenFile.state` is filled in by the translation."""
+    def records(self, draft: bool = False) -> Iterator[tuple[OpenFile, Record | None]]:
+        """Every open file and the record of its kind; `OpenFile.state` is filled in by the translation.
+
+        Args:
+            draft: only of those that processes or mappings are made with; of the others only that they are there.
+        """
         for index, view in self._open.files():
             kind = self._kind(view)
+            if draft and kind.name not in MADE_EARLY:
+                yield OpenFile(index=index, kind=LATER, flags=view.flags), None
+                continue
             record = kind.capture(view, self)
             yield (
                 OpenFile(
@@ -221,7 +267,7 @@ class FileObserver:
         found = os.fstat(local)
         key = (found.st_dev, found.st_ino)
         if key not in self._content_of:
-            self._content_of[key] = self.bytes_of(local, size_bytes)
+            self._content_of[key] = self._carry(("file", *key), local, size_bytes)
         return self._content_of[key]
 
     def take_along(self, pid: HostPid, link: bytes, local: LocalFd) -> None:
@@ -229,8 +275,13 @@ class FileObserver:
         self.takings.take(pid, link, local)
 
     def bytes_of(self, local: LocalFd, size_bytes: int) -> int:
-        """Carry the bytes behind a descriptor under a space of their own. Duplicates `local`."""
-        space = self._spaces.new()
+        """Carry bytes that a namespace holds, from a descriptor. Duplicates `local`."""
+        space = self._carry(("namespace", len(self.of_namespaces)), local, size_bytes)
+        self.of_namespaces.add(space)
+        return space
+
+    def _carry(self, key: Hashable, local: LocalFd, size_bytes: int) -> int:
+        space = self._spaces.number(key)
         self._spaces.hold(space, local)
         self.contents.append(Content(space=space, size_bytes=size_bytes))
         return space

@@ -20,7 +20,7 @@ from msgspec.structs import replace
 from pipeline.errors import ImageError, RebuildError, Refused
 from pipeline.ids import HostPid, LocalFd
 from pipeline.image.codec import Image
-from pipeline.image.plan import plan
+from pipeline.image.plan import fill_order, plan
 from pipeline.image.schema import PathRef, Process, TakenFile
 from pipeline.image.steps import Fill
 from pipeline.kernel import procfs, ptrace
@@ -44,7 +44,7 @@ from pipeline.resources.pty_session import ControllingTerminals
 from pipeline.resources.taken import Making
 from pipeline.resources.tasks import credentials, semaphore_undo, timers
 from pipeline.resources.tasks.reinstate import check_here, reinstate
-from pipeline.stages import files_here, finish, memory_layout
+from pipeline.stages import draft, files_here, finish, memory_layout
 from pipeline.stages.body import Embodiment, MappedFiles
 from pipeline.stages.contents import Contents
 from pipeline.stages.descriptors import Descriptors
@@ -77,6 +77,7 @@ class Rebuilding:
         policy: decisions about states that have more than one good answer.
         job_terminal: the path of the terminal of the shell whose job the tree becomes; None: of none.
         strict_ends: what is given for ends outside of the tree has to be in the image.
+        live: the image is a draft: the tree goes on to change, and `update` says what it has become.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class Rebuilding:
         policy: RestorePolicy | None = None,
         job_terminal: str | None = None,
         strict_ends: bool = False,
+        live: bool = False,
     ) -> None:
         self.policy = policy or RestorePolicy()
         self._image = image
@@ -97,7 +99,9 @@ class Rebuilding:
         self._init: Init | None = None
         self._stack = ExitStack()
         self._thawed = False
-        self._ids = Destination(image, placing, unmapped)
+        self._live = live
+        self._placing: tuple[str, Unmapped] = placing, unmapped
+        self._ids = Destination(image, *self._placing)
         self._planner = plan(
             list(image.processes.values()),
             list(image.spaces.values()),
@@ -304,6 +308,52 @@ class Rebuilding:
             if process.space == fill.space
         )
 
+    # -- a tree that was built from a draft -------------------------------------------------
+
+    def update(self, image: Image) -> None:
+        """The tree is as `image` says by now. What outlives a process is made; then its pages, then `change`.
+
+        Raises:
+            ImageError: it is a tree that what was built here cannot become.
+            Refused: it needs something by now that is not here.
+        """
+        reasons = list(draft.differences(self._image, image))
+        if reasons:
+            raise ImageError(f"the tree is not that of its draft: {'; '.join(reasons)}")
+        ids = Destination(image, *self._placing)
+        ids.refuse_unplaced()
+        blockers = list(check_here(list(image.processes.values())))
+        if blockers:
+            raise RebuildError("this host cannot take the tree: " + "; ".join(map(str, blockers)))
+        self.contents.update(image, self._launcher, ids.uid_here, ids.gid_here)
+        self._before, self._image, self._ids = self._image, image, ids
+
+    def change(self) -> None:
+        """Turn the mappings of every process into those of the updated image; the pages that differ come then."""
+        self.contents.seal_early()
+        files = MappedFiles(self._image, self.contents, self._open_path, self.policy)
+        self._stack.callback(files.close)
+        self._body.update(self._image, files, self._ids)
+        for process, grown in finish.living(self._image, self.growth):
+            if process.space is not None and not process.together.vm:
+                self._body.change(process, grown, self._before.spaces[process.space])
+
+    def place_of(self, space: int) -> int:
+        """Where the pages of any space are written: a descriptor, owned here.
+
+        Raises:
+            RebuildError: there is no such space.
+        """
+        if space in self.contents:
+            return self.contents.fd(space)
+        if space not in self._image.spaces:
+            raise RebuildError(f"pages of space {space}, which nothing in the tree has")
+        return self.memory_of(Fill(space))
+
+    def last_fills(self) -> list[int]:
+        """The spaces of processes in the order in which the last pages come."""
+        return list(fill_order(self._planner.steps))
+
     def complete(self) -> None:
         """Everything but letting it run."""
         image, growth = self._image, self.growth
@@ -493,10 +543,8 @@ class Rebuilding:
             self.growth.kill_all()
 
     def _channel_fd(self) -> int:
-        tables = [process.fds for process in self._image.processes.values()]
-        highest = max((entry.fd for table in tables for entry in table), default=0)
-        longest = max(map(len, tables), default=0)
-        return max(highest + 2, longest + 2, len(self._image.mapped_files) + 64, _LOWEST_CHANNEL_FD)
+        spare = draft.SPARE_DESCRIPTORS if self._live else 2
+        return max(draft.highest_descriptor(self._image) + spare + 64, _LOWEST_CHANNEL_FD)
 
     def _reserved_pids(self) -> list[set[int]]:
         reserved: list[set[int]] = []
@@ -519,6 +567,68 @@ class Rebuilding:
 
 
 @asynccontextmanager
+async def grown(
+    image: Image,
+    feed: PageFeed,
+    tracer: Tracer,
+    progress: Progress,
+    new_pidns: bool = False,
+    placing: str = "same",
+    unmapped: Unmapped = "refuse",
+    externals: Externals | None = None,
+    policy: RestorePolicy | None = None,
+    job_terminal: str | None = None,
+    strict_ends: bool = False,
+    live: bool = False,
+) -> AsyncIterator[Rebuilding]:
+    """The processes of `image` with their memory, not complete; gone after the block unless they were thawed.
+
+    Raises:
+        RebuildError: the kernel refuses a step.
+        ImageError: records or pages do not fit together.
+    """
+    progress.phase("rebuild")
+    if image.head.machine != arch.MACHINE:
+        image.check_machine(arch.MACHINE)
+    rebuilding = Rebuilding(
+        image, new_pidns, placing, unmapped, externals, policy, job_terminal, strict_ends, live
+    )
+    try:
+        await tracer.run(rebuilding.prepare)
+        for space in [*image.shared_memory, *image.contents]:
+            await feed.fill(space, rebuilding.contents.fd(space))
+            await tracer.run(rebuilding.contents.finish_fill, space)
+        rebuilding.contents.seal_early()
+        await tracer.run(rebuilding.furnish)
+        while (fill := await tracer.run(rebuilding.next_fill)) is not None:
+            await feed.fill(fill.space, await tracer.run(rebuilding.memory_of, fill))
+        await feed.expect_end()
+        yield rebuilding
+    finally:
+        with trio.CancelScope(shield=True):
+            feed.close()
+            await tracer.run(rebuilding.close)
+
+
+async def bring_up_to_date(rebuilding: Rebuilding, image: Image, feed: PageFeed, tracer: Tracer) -> None:
+    """Turn a tree that was grown from a draft into that of `image`, whose last pages `feed` brings.
+
+    Raises as `grown` does.
+    """
+    try:
+        await tracer.run(rebuilding.update, image)
+        for space in [*image.shared_memory, *image.contents]:
+            await feed.fill(space, rebuilding.contents.fd(space))
+            await tracer.run(rebuilding.contents.finish_fill, space)
+        await tracer.run(rebuilding.change)
+        for space in rebuilding.last_fills():
+            await feed.fill(space, rebuilding.place_of(space))
+        await feed.expect_end()
+    finally:
+        feed.close()
+
+
+@asynccontextmanager
 async def rebuilt(
     image: Image,
     feed: PageFeed,
@@ -532,29 +642,19 @@ async def rebuilt(
     job_terminal: str | None = None,
     strict_ends: bool = False,
 ) -> AsyncIterator[Rebuilding]:
-    """The tree of `image`, complete and stopped; gone after the block unless it was thawed.
-
-    Raises:
-        RebuildError: the kernel refuses a step.
-        ImageError: records or pages do not fit together.
-    """
-    progress.phase("rebuild")
-    if image.head.machine != arch.MACHINE:
-        image.check_machine(arch.MACHINE)
-    rebuilding = Rebuilding(image, new_pidns, placing, unmapped, externals, policy, job_terminal, strict_ends)
-    try:
-        await tracer.run(rebuilding.prepare)
-        for space in [*image.shared_memory, *image.contents]:
-            await feed.fill(space, rebuilding.contents.fd(space))
-            await tracer.run(rebuilding.contents.finish_fill, space)
-        rebuilding.contents.seal_early()
-        await tracer.run(rebuilding.furnish)
-        while (fill := await tracer.run(rebuilding.next_fill)) is not None:
-            await feed.fill(fill.space, await tracer.run(rebuilding.memory_of, fill))
-        await feed.expect_end()
+    """The tree of `image`, complete and stopped; gone after the block unless it was thawed. Raises as `grown` does."""
+    async with grown(
+        image,
+        feed,
+        tracer,
+        progress,
+        new_pidns,
+        placing,
+        unmapped,
+        externals,
+        policy,
+        job_terminal,
+        strict_ends,
+    ) as rebuilding:
         await tracer.run(rebuilding.complete)
         yield rebuilding
-    finally:
-        with trio.CancelScope(shield=True):
-            feed.close()
-            await tracer.run(rebuilding.close)

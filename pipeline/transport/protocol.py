@@ -21,7 +21,7 @@ from msgspec import Meta, Struct
 from pipeline.errors import ImageError, PeerError
 from pipeline.image.codec import unpack
 
-VERSION = 1
+VERSION = 2
 _MAX_MESSAGE_BYTES = 1 << 20
 
 Role = Literal["source", "destination"]
@@ -53,12 +53,25 @@ class Offer(Message, frozen=True, tag="offer"):
     root: int
     processes: int
     streams: Streams = 1
+    #: it is sent while it runs: each part follows a `Begin`
+    live: bool = False
 
 
 class Join(Message, frozen=True, tag="join"):
     """This is a further connection of a migration that was offered on another one; pages follow an `Accept`."""
 
     migration: MigrationId
+
+
+class Begin(Message, frozen=True, tag="begin"):
+    """What comes next of a tree that is sent while it runs.
+
+    ``draft``: an image of it as it was a moment ago, to build from; one that came before is void. ``round``: pages
+    that were written since. ``rest``: its records as it stands still now, and the pages that are lacking. ``whole``:
+    an image of it as it stands still, to be built anew.
+    """
+
+    what: Literal["draft", "round", "rest", "whole"]
 
 
 class Accept(Message, frozen=True, tag="accept"):
@@ -98,7 +111,9 @@ class Decision(Message, frozen=True, tag="decision"):
     committed: bool
 
 
-AnyMessage = Hello | Offer | Join | Accept | Refuse | Prepared | Commit | Completed | Cancel | Decision
+AnyMessage = (
+    Hello | Offer | Join | Accept | Begin | Refuse | Prepared | Commit | Completed | Cancel | Decision
+)
 
 #: (state, message) -> state; messages of the source
 SOURCE_SAYS: dict[tuple[State, type[Message]], State] = {
@@ -106,6 +121,7 @@ SOURCE_SAYS: dict[tuple[State, type[Message]], State] = {
     ("greeted", Offer): "offered",
     ("greeted", Join): "offered",
     ("greeted", Decision): "committed",
+    ("active", Begin): "active",
     ("active", Cancel): "cancelling",
     ("prepared", Cancel): "cancelling",
     ("prepared", Commit): "committed",

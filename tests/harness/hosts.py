@@ -133,13 +133,17 @@ def inner_pid(pid: int) -> int:
     return int(numbers[1])
 
 
-def migrate(source: Host, destination: Host, tree: Tree, secret: Path, options: Sequence[str] = ()) -> None:
+def migrate(
+    source: Host, destination: Host, tree: Tree, secret: Path, *options: str, compare: bool = True
+) -> dict[str, Any]:
     """Move `tree` from one host to the other: gone here, with the same pids there, and what it was.
 
-    `options` are of the migrate command. `tree.pid` is then the pid outside of its root in the other host.
+    Returns what `migrate --json` says. `compare`: /proc says the same of it before and after.
+
+    `tree.pid` is then the pid outside of its root in the other host.
     """
     root, family = inner_pid(tree.pid), tree.pids()
-    before = source.snapshot(root)
+    before = source.snapshot(root) if compare else {}
     serve = ["serve", "--listen", "127.0.0.1:0", "--once", "--secret-file", secret]
     server = subprocess.Popen(
         destination.command(sys.executable, "-m", "pipeline", *serve),
@@ -153,7 +157,8 @@ def migrate(source: Host, destination: Host, tree: Tree, secret: Path, options: 
         line = server.stdout.readline()
         assert line.startswith("listening on "), f"{line} {terminate(server)}"
         to = line.split()[-1]
-        done = source.engine("migrate", "--pid", str(root), "--to", to, "--secret-file", secret, *options)
+        command = ["migrate", "--pid", str(root), "--to", to, "--secret-file", secret, "--json", *options]
+        done = source.engine(*command)
         assert done.returncode == 0, said(done) + str(terminate(server))
         out, err = server.communicate(timeout=20)
         assert server.returncode == 0, err
@@ -162,12 +167,14 @@ def migrate(source: Host, destination: Host, tree: Tree, secret: Path, options: 
     finally:
         terminate(server)
     tree.pid = destination.outer_pid(root)
-    after = destination.snapshot(root)
+    after = destination.snapshot(root) if compare else {}
     # the parent of the root is outside of the tree: nsenter, in no host, and then the first process of the other
     for found in (before, after):
         for key in [k for k in found if k.startswith(f"{root} ") and k.endswith((".ppid", ".PPid"))]:
             del found[key]
     assert_same(before, after)
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
 
 
 def terminate(process: subprocess.Popen[str]) -> Sequence[str]:

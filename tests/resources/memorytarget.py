@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any, Self
 
@@ -87,7 +87,8 @@ class Scope:
     """A real `MemoryScope` of one process tree outside of any namespace; closes what it kept."""
 
     def __init__(self) -> None:
-        self.spaces = 0
+        self.spaces: dict[Hashable, int] = {}
+        self.files: dict[Hashable, int] = {}
         self.contents: dict[int, int] = {}
 
     def __enter__(self) -> Self:
@@ -97,9 +98,11 @@ class Scope:
         while self.contents:
             os.close(self.contents.popitem()[1])
 
-    def next_space(self) -> int:
-        self.spaces += 1
-        return self.spaces
+    def space_of(self, key: Hashable) -> int:
+        return self.spaces.setdefault(key, len(self.spaces) + 1)
+
+    def file_of(self, key: Hashable) -> int:
+        return self.files.setdefault(key, len(self.files))
 
     def path(self, pid: HostPid, link: bytes) -> PathRef:
         return PathRef(0, link)
@@ -117,6 +120,6 @@ class Scope:
         return Id(0, gid)
 
     def content(self, local: int, size_bytes: int) -> int:
-        space = self.next_space()
+        space = self.space_of(("content", local))
         self.contents[space] = os.dup(local)
         return space

@@ -31,6 +31,8 @@ from pipeline.resources.memory.objects import MemoryObjects, Place, place_of
 from pipeline.resources.memory.scope import CannotCarry
 
 _WITHOUT_PAGES = KERNEL_KINDS | LATE_KINDS
+#: what smaps says of memory whose writes are tracked
+_TRACKED = frozenset({"uw"})
 _SECOND_NODE = "/sys/devices/system/node/node1"
 
 
@@ -54,6 +56,7 @@ def capture_address_space(
     dumpable: int = 1,
     thp_disable: int = 0,
     contexts: Collection[int] | None = None,
+    tracked: bool = False,
 ) -> Captured:
     """Capture the memory of process `pid`.
 
@@ -64,6 +67,7 @@ def capture_address_space(
         dumpable: PR_GET_DUMPABLE.
         thp_disable: PR_GET_THP_DISABLE.
         contexts: where contexts of asynchronous I/O have their rings; None: every ring that is mapped is taken for one.
+        tracked: the writes to it are tracked by the pipeline itself (`pipeline.resources.memory.tracking`).
 
     Raises:
         ProcessGone: there is no such process (any more).
@@ -75,7 +79,7 @@ def capture_address_space(
     place = place_of(pid)
     for mapping in smaps.smaps(pid):
         try:
-            shape = classify(mapping)
+            shape = classify(mapping._replace(flags=mapping.flags - _TRACKED) if tracked else mapping)
             if shape.kind == "aio":
                 if contexts is None or mapping.start in contexts:
                     rings.append(aio.capture(pid, mapping))
@@ -95,7 +99,7 @@ def capture_address_space(
     runs, guards = _populated(pid, found)
     stat = procfs.stat(pid)
     space = AddressSpace(
-        space=objects.scope.next_space(),
+        space=objects.scope.space_of(("memory", pid)),
         vmas=list(_records(found, guards)),
         exe=exe,
         layout=[

@@ -20,6 +20,7 @@ import errno
 import fcntl
 import os
 import stat
+from collections.abc import Hashable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Self
@@ -159,7 +160,7 @@ class MemoryObjects:
         return shared.record.space
 
     def _register_unopened(self, key: InodeKey) -> None:
-        record = SharedMemory(space=self.scope.next_space(), kind="anon", size_bytes=0)
+        record = SharedMemory(space=self.scope.space_of(("shared", *key)), kind="anon", size_bytes=0)
         self._shared[key] = SharedObject(record, None)
 
     def _register_open(self, key: InodeKey, fd: LocalFd, link: bytes) -> None:
@@ -170,7 +171,7 @@ class MemoryObjects:
             memfd = link.startswith(_MEMFD)
             seals = fcntl.fcntl(fd, _F_GET_SEALS) if memfd else 0
             record = SharedMemory(
-                space=self.scope.next_space(),
+                space=self.scope.space_of(("shared", *key)),
                 kind="memfd" if memfd else "anon",
                 size_bytes=result.st_size,
                 name=link[len(_MEMFD) :].removesuffix(_DELETED) if memfd else b"",
@@ -207,7 +208,7 @@ class MemoryObjects:
                 fd = os.open(f"/proc/{pid}/map_files/{mapping.range_name}", os.O_PATH | os.O_CLOEXEC)
             except PermissionError:
                 fd = _open_by_name(pid, name, mapping)
-            self._files[key] = self._register(pid, name, LocalFd(fd), writable, mapping.shared)
+            self._files[key] = self._register(pid, name, LocalFd(fd), key, writable, mapping.shared)
         return self._files[key]
 
     def executable(self, pid: HostPid, place: Place) -> Index:
@@ -224,10 +225,12 @@ class MemoryObjects:
         if key in self._files:
             os.close(fd)
         else:
-            self._files[key] = self._register(pid, name, fd, False, False)
+            self._files[key] = self._register(pid, name, fd, key, False, False)
         return self._files[key]
 
-    def _register(self, pid: HostPid, name: bytes, fd: LocalFd, writable: bool, shared: bool) -> Index:
+    def _register(
+        self, pid: HostPid, name: bytes, fd: LocalFd, key: Hashable, writable: bool, shared: bool
+    ) -> Index:
         """Make the record; closes `fd` (O_PATH)."""
         try:
             result = os.fstat(fd)
@@ -248,7 +251,7 @@ class MemoryObjects:
                 content = self._content(fd, result, name)
             if not deleted:
                 self._take_along(pid, name, fd)
-            index = len(self._records)
+            index = self.scope.file_of(key)
             self._records.append(
                 MappedFile(
                     index=index,

@@ -259,7 +259,7 @@ def read_shared(shared: SharedObject, buffer: bytearray | memoryview) -> Iterato
     if shared.fd is not None:
         yield from read_file_runs(shared.fd, data_runs(shared.fd, shared.record.size_bytes), buffer)
         return
-    for window, (start, end) in _cover(shared.windows):
+    for window, (start, end) in cover(shared.windows):
         with ProcessMemory(window.pid) as memory:
             shift = window.start - window.offset
             for piece in pieces([(start, end)], len(buffer)):
@@ -278,7 +278,7 @@ def shared_bytes(shared: SharedObject) -> int:
     return sum(end - start for start, end in data_runs(shared.fd, shared.record.size_bytes))
 
 
-def _cover(windows: Sequence[Window]) -> Iterator[tuple[Window, Range]]:
+def cover(windows: Sequence[Window]) -> Iterator[tuple[Window, Range]]:
     """The parts of the object that the windows show, each once: (window, [start, end) offsets)."""
     reached = 0
     for window in sorted(windows, key=lambda window: window.offset):

@@ -229,3 +229,8 @@ def find_hole(layouts: Iterable[Sequence[Vma]], size_bytes: int) -> RemoteAddres
     if arch.ADDRESS_END - at >= size_bytes:
         return RemoteAddress(at)
     raise RebuildError(f"no {size_bytes} bytes of address space are free in all processes of the tree")
+
+
+def leaves_free(hole: RemoteAddress, size_bytes: int, vmas: Iterable[Vma]) -> bool:
+    """Whether a layout leaves a hole of `find_hole` free, with the gap around it."""
+    return all(vma.end + _GAP_BYTES <= hole or hole + size_bytes <= vma.start - _GAP_BYTES for vma in vmas)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Protocol
 
 from pipeline.errors import Blocker
@@ -12,8 +13,11 @@ from pipeline.image.schema import Id, Index, PathRef
 class MemoryScope(Protocol):
     """What memory needs of the capture of a tree; compare `pipeline.resources.kinds.CaptureScope`."""
 
-    def next_space(self) -> Index:
-        """A number for page frames that nothing else in the image has."""
+    def space_of(self, key: Hashable) -> Index:
+        """The number for page frames of whatever is known by `key`; nothing else in the image has it."""
+
+    def file_of(self, key: Hashable) -> Index:
+        """The number of the mapped file that is known by `key`."""
 
     def path(self, pid: HostPid, link: bytes) -> PathRef:
         """The path `link` (as a magic link of /proc/PID prints it) in the mount namespace of `pid`."""

@@ -47,6 +47,7 @@ _ROUTE_FLAGS = 2 | 4
 _PERMANENT, _NOARP = 0x80, 0x40
 _AF_BRIDGE = 7
 _NTF_SELF, _NTF_MASTER, _NTF_STICKY = 0x02, 0x04, 0x40
+_NDA_COUNTED = {3, 4}
 _NDA_LLADDR, _NDA_MASTER, _NDA_NH_ID = 2, 9, 13
 #: cache information, master, link-netnsid, nexthop: what the kernel says of an entry
 _NDA_NOT_KEPT = {3, _NDA_MASTER, 10, _NDA_NH_ID}
@@ -95,7 +96,9 @@ class NetworkView:
                     _kept_address(a) for a in route.dump(RTM.GETADDR, bytes(8)) if not _is_born_with(a)
                 ],
                 neighbours=[
-                    one for one in route.dump(RTM.GETNEIGH, bytes(12)) if _state_of(one) & _PERMANENT
+                    _kept_neighbour(one)
+                    for one in route.dump(RTM.GETNEIGH, bytes(12))
+                    if _state_of(one) & _PERMANENT
                 ],
                 forwarding=self._forwarding(links),
                 routes=self._routes(),
@@ -243,6 +246,12 @@ def _is_born_with(address: bytes) -> bool:
         (socket.AF_INET, 8, bytes([127, 0, 0, 1])),
         (socket.AF_INET6, 128, bytes(15) + b"\1"),
     }
+
+
+def _kept_neighbour(content: bytes) -> bytes:
+    """A neighbour without what the kernel counts of it (NDA_CACHEINFO, NDA_PROBES)."""
+    kept = ((kind, value) for kind, value in attributes(content[12:]).items() if kind not in _NDA_COUNTED)
+    return content[:12] + b"".join(attribute(kind, value) for kind, value in kept)
 
 
 def _kept_address(content: bytes) -> bytes:

@@ -1,0 +1,256 @@
+"""Sending a tree while it runs: the rounds before the switch of a live migration.
+
+::
+
+    stop: capture, track ─ go on ─ draft ─ round ─ round ─ ... ─ stop: capture ─ rest
+
+What the destination gets first is a draft of the tree, from which it builds; then, round by round, the pages that were
+written since. In the last stop, which is the recipe's (`pipeline.migrate`), it is told what is different.
+
+If processes come or go, or much memory is mapped anew, the draft is void, and another one begins; a few times.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import trio
+from msgspec.structs import replace
+
+from pipeline.dump import write_pages, write_translated
+from pipeline.errors import PipelineError, Refused
+from pipeline.image.codec import Image
+from pipeline.image.schema import AddressSpace, Record
+from pipeline.policy import DumpPolicy
+from pipeline.progress import Progress, Round
+from pipeline.remote.tracer import Tracer
+from pipeline.resources.memory.tracking import TrackingLost
+from pipeline.stages import draft
+from pipeline.stages.live_memory import LiveMemory
+from pipeline.stages.memory import PageSource
+from pipeline.stages.observe import Looks
+from pipeline.stages.pacing import Pacing
+from pipeline.stages.translate import into_forest
+from pipeline.standstill import Standstill, standstill
+from pipeline.transport.protocol import Begin
+from pipeline.transport.tcp import Channel
+from pipeline.userns.externals import Externals
+
+OnTimeout = Literal["switch", "cancel"]
+
+_DRAFTS = 3
+#: so much newly mapped memory is worth another draft
+_LATE_BYTES = 64 << 20
+#: a round of more bytes than this tells the rate of the link
+_TELLING_BYTES = 1 << 20
+#: what the destination does in the pause whatever is left, as a first guess
+_FINISH_S = 0.03
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """How a live migration is paced; see `pipeline.migrate`."""
+
+    max_downtime_s: float
+    max_rounds: int
+    on_timeout: OnTimeout
+
+
+class LiveSource:
+    """A tree on its way to a destination while it runs.
+
+    Args:
+        tracer, pid, externals, policy: see `pipeline.migrate`.
+        channel: to a destination that has accepted.
+        rounds: how they are paced.
+        progress: is told how far it is.
+
+    Ownership: `close` lets go of everything; the tree runs on with nothing left in it.
+    """
+
+    def __init__(
+        self,
+        tracer: Tracer,
+        pid: int,
+        channel: Channel,
+        rounds: Rounds,
+        externals: Externals | None,
+        policy: DumpPolicy | None,
+        progress: Progress,
+    ) -> None:
+        self._tracer = tracer
+        self._pid = pid
+        self._channel = channel
+        self._rounds = rounds
+        self._externals = externals
+        self._policy = policy
+        self._progress = progress
+        self.memory = LiveMemory()
+        self._has_draft = False
+        self.begun_s = time.monotonic()
+        self.page_bytes = 0
+        self.rounds_done = 0
+        #: how long the tree stood still for the drafts
+        self.draft_s = 0.0
+        self.notes: list[str] = []
+
+    async def send_rounds(self) -> None:
+        """Send the tree until it is time to stop it.
+
+        Raises:
+            PipelineError: it cannot be kept up with, and `on_timeout` is ``cancel``; or the destination refuses.
+        """
+        for _ in range(_DRAFTS):
+            self._drop_draft()
+            if not await self._begin():
+                return
+            try:
+                if await self._send_draft():
+                    return
+                reason = "processes came or went, or much memory was mapped"
+            except TrackingLost as lost:
+                reason = str(lost)
+        self._drop_draft()
+        self.notes.append(f"the tree was sent whole in the end: it changes too fast ({reason})")
+
+    @property
+    def looks(self) -> Looks | None:
+        """What the last stop has in common with the draft; None without a draft."""
+        return self.memory.looks if self._has_draft else None
+
+    def _drop_draft(self) -> None:
+        self.memory.close()
+        self.memory = LiveMemory()
+        self._has_draft = False
+
+    async def _begin(self) -> bool:
+        """Stop the tree for a moment, look at it, and begin to track it; whether that was possible."""
+        self._progress.phase("draft")
+        try:
+            async with standstill(
+                self._tracer, self._pid, self._externals, self._policy, looks=self.memory.looks
+            ) as still:
+                image = image_of(translated(still))
+                await self._tracer.run(self.memory.begin, image, still.tree, still.sources)
+                begun_s = still.begun_s
+        except (Refused, OSError) as error:
+            self._drop_draft()
+            self.notes.append(f"the tree was sent while it stood still: {_why(error)}")
+            return False
+        self.draft_s = time.monotonic() - begun_s
+        self._has_draft = True
+        return True
+
+    async def _send_draft(self) -> bool:
+        """The draft and its rounds; False: it is void."""
+        memory = self.memory
+        pacing = Pacing(self._rounds.max_downtime_s, self._rounds.max_rounds, self.draft_s + _FINISH_S)
+        dirty, rate = memory.left_bytes(), 0.0
+        while True:
+            begun_s, written_before = time.monotonic(), self._channel.writer.bytes_written
+            await (self._first_round() if not pacing.rounds else self._next_round(pacing.rounds))
+            seconds = time.monotonic() - begun_s
+            sent = self._channel.writer.bytes_written - written_before
+            if not rate or sent > _TELLING_BYTES:
+                rate = sent / seconds
+            left = await trio.to_thread.run_sync(memory.look)
+            if memory.late_bytes() > _LATE_BYTES or await trio.to_thread.run_sync(memory.has_changed):
+                return False
+            expected_s = pacing.expected_s(left, rate)
+            self._progress.round(Round(pacing.rounds, dirty, sent, seconds, rate, left / seconds, expected_s))
+            verdict = pacing.judge(left, rate)
+            dirty = left
+            if verdict == "too long" and self._rounds.on_timeout == "cancel":
+                raise PipelineError(
+                    f"the tree writes faster than it can be sent: it would stand still for {expected_s:.1f} s; raise "
+                    "--max-downtime, or say --on-timeout switch"
+                )
+            if verdict != "again":
+                return True
+
+    async def _first_round(self) -> None:
+        memory = self.memory
+        await self._channel.say(Begin("draft"))
+        sources = await trio.to_thread.run_sync(lambda: memory.take(first=True))
+        records = list(memory.image.records())
+        self.page_bytes += await write_translated(
+            self._channel.writer, _each(records), sources, self._progress
+        )
+        memory.let_go_of_objects()
+        self.rounds_done += 1
+
+    async def _next_round(self, number: int) -> None:
+        memory = self.memory
+        self._progress.phase(f"round {number}")
+        await self._channel.say(Begin("round"))
+        sources = await trio.to_thread.run_sync(lambda: memory.take(first=False))
+        self.page_bytes += await write_pages(self._channel.writer, sources, self._progress)
+        self.rounds_done += 1
+
+    async def send_rest(self, still: Standstill) -> None:
+        """What the destination lacks of the tree that stands still now."""
+        records = translated(still)
+        lacking = await self._lacking(records, still) if self._has_draft else None
+        if lacking is None:
+            if self._has_draft:
+                await self._tracer.run(still.plan_anew)
+                records = translated(still)
+            await self._channel.say(Begin("whole"))
+            sources: Sequence[PageSource] = still.sources
+        else:
+            await self._channel.say(Begin("rest"))
+            sources, records = lacking
+        self.page_bytes += await write_translated(
+            self._channel.writer, _each(records), sources, self._progress
+        )
+
+    async def _lacking(
+        self, records: list[Record], still: Standstill
+    ) -> tuple[Sequence[PageSource], list[Record]] | None:
+        now = image_of(records)
+        reasons = list(draft.differences(self.memory.image, now))
+        if not reasons:
+            try:
+                sources, dropped = await trio.to_thread.run_sync(self.memory.finish, now, still.sources)
+            except TrackingLost as lost:
+                reasons = [str(lost)]
+        if reasons:
+            self.notes.append(f"the tree was sent whole in the end: {'; '.join(reasons)}")
+            return None
+        return sources, [
+            replace(record, dropped=dropped[record.space])
+            if isinstance(record, AddressSpace) and dropped.get(record.space)
+            else record
+            for record in records
+        ]
+
+    def close(self) -> None:
+        """Let go; idempotent."""
+        self.memory.close()
+
+
+def translated(still: Standstill) -> list[Record]:
+    """The records of a tree that stands still, their ids in the forest of the image."""
+    return [into_forest(record, state, still.forest) for record, state in still.records]
+
+
+def image_of(records: Iterable[Record]) -> Image:
+    """Records as an image without its end."""
+    image = Image()
+    for record in records:
+        image.add(record)  # type: ignore[arg-type]
+    return image
+
+
+async def _each(records: Sequence[Record]) -> AsyncIterator[Record]:
+    for record in records:
+        yield record
+
+
+def _why(error: Exception) -> str:
+    if isinstance(error, OSError):
+        return f"its writes cannot be tracked here ({error.strerror})"
+    return str(error)

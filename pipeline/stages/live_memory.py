@@ -1,0 +1,272 @@
+"""The memory of a tree that is sent while it runs: what was sent of it, and what was written since.
+
+It begins in a stop of the tree, in which its writes begin to be tracked (`pipeline.resources.memory.tracking`). Each
+round then asks what was written since the one before. In the last stop it says which pages the destination lacks:
+all that the tree has, but for those that were sent, were not written since, and lie in a mapping that the destination
+still has; and which pages it has that are none any more.
+
+Pages of mappings that are newer than the draft wait for the end: the destination has no place for them yet.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+from pipeline.ids import HostPid, LocalFd
+from pipeline.image.codec import Image
+from pipeline.image.schema import AddressSpace
+from pipeline.kernel.pagemap import Range, intersect, subtract, total_bytes, union
+from pipeline.kernel.procfs import ProcessGone
+from pipeline.ledger import LEDGER
+from pipeline.resources.memory.alike import overlaps, private_ranges
+from pipeline.resources.memory.tracking import Tracking, TrackingLost
+from pipeline.resources.tasks import leaders
+from pipeline.stages import freeze
+from pipeline.stages.asking import inside
+from pipeline.stages.freeze import FrozenTree
+from pipeline.stages.memory import FilePages, LivePages, PageSource, ProcessPages, Sent, SharedPages
+from pipeline.stages.observe import Looks
+
+#: open files of these kinds use O_DIRECT for something else
+_PACKETS = frozenset({"pipe", "fifo"})
+
+
+@dataclass
+class _Space:
+    """The memory of one process.
+
+    `ranges`: where the destination has a place for its pages. `inherited`: pages that its parent has, too (and not
+    written since the fork); the destination forks it from its parent, and has them then as the parent has.
+    """
+
+    pid: HostPid
+    tracking: Tracking
+    ranges: list[Range]
+    parent: _Space | None = None
+    inherited: list[Range] = field(default_factory=list)
+    sent: list[Range] = field(default_factory=list)
+    pending: list[Range] = field(default_factory=list)
+    unwatched: list[Range] = field(default_factory=list)
+    missed: list[Range] = field(default_factory=list)
+
+    def look(self) -> None:
+        """Ask what was written; TrackingLost."""
+        found = self.tracking.collect()
+        self.pending = union(self.pending, union(found.runs, sorted(self.missed)))
+        self.missed.clear()
+        self.unwatched = found.unwatched
+
+    def differing(self) -> list[Range]:
+        """What the destination has inherited of the parent, and the parent has written, or may have, since the draft.
+
+        To be asked when the parent's pages are read: they are sent as they are then.
+        """
+        if self.parent is None:
+            return []
+        self.parent.look()
+        return intersect(self.inherited, union(self.parent.pending, self.parent.unwatched))
+
+    def take(self) -> list[Range]:
+        """What to send now of what is pending."""
+        now = intersect(self.pending, self.ranges)
+        self.pending = subtract(self.pending, self.ranges)
+        self.sent = union(self.sent, now)
+        return now
+
+
+class LiveMemory:
+    """See the module. `begin` and `finish` run while the tree is stopped.
+
+    Ownership: holds what watches the tree, and descriptors of what it shares, until `close`.
+    """
+
+    def __init__(self) -> None:
+        #: what the looks at the tree have in common
+        self.looks = Looks(live=True)
+        self._image: Image | None = None
+        self._pids: list[HostPid] = []
+        self._ended: set[HostPid] = set()
+        self._spaces: dict[int, _Space] = {}
+        self._sent: dict[int, Sent] = {}
+        self._objects: list[SharedPages | FilePages] = []
+        self._held: list[LocalFd] = []
+
+    @property
+    def image(self) -> Image:
+        """The draft."""
+        assert self._image is not None
+        return self._image
+
+    def begin(self, image: Image, tree: FrozenTree, sources: Sequence[PageSource]) -> None:
+        """Begin to track the writes of a stopped tree; in the tracer's thread.
+
+        Args:
+            image: the draft.
+            tree: it, stopped.
+            sources: of its pages.
+
+        Raises:
+            OSError: this kernel, or a sandbox, does not let it be tracked.
+        """
+        self._image = image
+        self._pids = list(tree.pids())
+        self._ended = {process.pid for process in tree.processes.values() if process.zombie}
+        tasks = {
+            HostPid(tid): [HostPid(other) for other in process.tasks]
+            for process in tree.living()
+            for tid in process.tasks
+        }
+        for source in sources:
+            match source:
+                case ProcessPages(number, pid, _):
+                    tids = [pid, *(tid for tid in tasks[pid] if tid != pid)]
+                    with inside(pid, tids) as task:
+                        tracking = Tracking(pid, task.syscall)
+                    self._spaces[number] = _Space(pid, tracking, _places(image.spaces[number]))
+                case SharedPages(number, shared):
+                    fd = self._hold(shared.fd) if shared.fd is not None else None
+                    self._sent[number] = sent = Sent()
+                    self._objects.append(SharedPages(number, replace(shared, fd=fd), sent))
+                case FilePages(number, fd, size, _, early):
+                    self._sent[number] = sent = Sent()
+                    self._objects.append(FilePages(number, self._hold(fd), size, sent, early))
+        for space in self._spaces.values():
+            space.look()
+        doubtful = set(_written_behind(image))
+        for source in sources:
+            if not isinstance(source, ProcessPages):
+                continue
+            space = self._spaces[source.space]
+            above = image.spaces[source.space].copy_of
+            if above is not None:
+                space.parent = self._spaces[above]
+                inherited = subtract(space.pending, source.runs)
+                if above in doubtful:
+                    continue
+                space.inherited = inherited
+                space.pending = subtract(space.pending, inherited)
+                space.sent = list(inherited)
+
+    def _hold(self, fd: LocalFd) -> LocalFd:
+        """A description of our own, where that may be had: nobody's locks hang on it."""
+        try:
+            mine = LocalFd(os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC))
+        except OSError:
+            mine = LocalFd(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 0))
+        LEDGER.take("shared memory of a draft", mine)
+        self._held.append(mine)
+        return mine
+
+    # -- while it runs ---------------------------------------------------------------------
+
+    def look(self) -> int:
+        """Ask what was written since the last time; how many bytes are to be sent. In any thread.
+
+        Raises:
+            TrackingLost: a process has ended, or executed another program.
+        """
+        for space in self._spaces.values():
+            space.look()
+        return self.left_bytes()
+
+    def left_bytes(self) -> int:
+        """How much was written that was not sent."""
+        return sum(total_bytes(space.pending) for space in self._spaces.values())
+
+    def late_bytes(self) -> int:
+        """How much of that the destination has no place for yet."""
+        return sum(total_bytes(subtract(space.pending, space.ranges)) for space in self._spaces.values())
+
+    def take(self, *, first: bool) -> list[PageSource]:
+        """What to send now; the `first` time in the order of the growth plan, with what is shared."""
+        found: list[PageSource] = list(self._objects) if first else []
+        for number, space in self._spaces.items():
+            runs = space.take()
+            if first:
+                found.append(LivePages(number, space.pid, runs, space.missed, space.differing))
+            elif runs:
+                found.append(LivePages(number, space.pid, runs, space.missed))
+        return found
+
+    def has_changed(self) -> bool:
+        """Whether processes came or went."""
+        try:
+            pids = freeze.walk(self._pids[0])
+            return list(pids) != self._pids or {pid for pid in pids if leaders.has_ended(pid)} != self._ended
+        except ProcessGone:
+            return True
+
+    # -- at the end --------------------------------------------------------------------------
+
+    def finish(
+        self, now: Image, sources: Sequence[PageSource]
+    ) -> tuple[list[PageSource], dict[int, list[Range]]]:
+        """What the destination lacks of the tree that stands still, and which of its pages are none any more.
+
+        Args:
+            now: the image of the stopped tree, which has no `differences` from the draft.
+            sources: of all of its pages.
+
+        Raises:
+            TrackingLost: see `look`.
+        """
+        doubtful = set(_written_behind(self.image)) | set(_written_behind(now))
+        lacking: list[PageSource] = []
+        dropped: dict[int, list[Range]] = {}
+        for source in sources:
+            match source:
+                case ProcessPages(number, pid, runs):
+                    space = self._spaces[number]
+                    space.look()
+                    alike = private_ranges(
+                        list(overlaps(self.image.spaces[number].vmas, now.spaces[number].vmas))
+                    )
+                    there = intersect(space.sent, alike)
+                    right = subtract(subtract(there, space.pending), space.unwatched)
+                    missing = subtract(runs, [] if number in doubtful else right)
+                    lacking.append(ProcessPages(number, pid, missing))
+                    dropped[number] = subtract(there, runs)
+                case SharedPages(number, shared):
+                    lacking.append(SharedPages(number, shared, self._sent.get(number, Sent())))
+                case FilePages(number, fd, size, _, early):
+                    sent = self._sent.get(number, Sent())
+                    if early and sent.has_changed(fd, size):
+                        raise TrackingLost("what its tmpfs or System V segments hold has changed")
+                    lacking.append(FilePages(number, fd, size, sent, early))
+        return lacking, dropped
+
+    def let_go_of_objects(self) -> None:
+        """The first round is over: descriptors are not needed any more; idempotent."""
+        self._objects.clear()
+        while self._held:
+            fd = self._held.pop()
+            os.close(fd)
+            LEDGER.give_back("shared memory of a draft", fd)
+
+    def close(self) -> None:
+        """Give everything back; idempotent."""
+        self.let_go_of_objects()
+        while self._spaces:
+            _, space = self._spaces.popitem()
+            space.tracking.close()
+
+
+def _places(space: AddressSpace) -> list[Range]:
+    """Where private pages of a draft are."""
+    return private_ranges(list(overlaps(space.vmas, space.vmas)))
+
+
+def _written_behind(image: Image) -> Iterator[int]:
+    """The spaces that a device may write to behind the page tables; see `pipeline.resources.memory.tracking`."""
+    direct = {
+        index for index, file in image.files.items() if file.flags & os.O_DIRECT and file.kind not in _PACKETS
+    }
+    for process in image.processes.values():
+        if process.space is not None and (
+            any(entry.file in direct for entry in process.fds)
+            or any(vma.kind == "aio" for vma in image.spaces[process.space].vmas)
+        ):
+            yield process.space

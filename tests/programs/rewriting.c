@@ -1,0 +1,205 @@
+/* Threads that write, drop, move, unmap and map memory without pause, and know what has to be in every page; and a
+ * child that still has the pages it was forked with.
+ *
+ * The first argument after the directory, if any, is "forks": children come and go, too. */
+#include "support.h"
+
+#include <pthread.h>
+#include <sys/prctl.h>
+
+enum { THREADS = 3, PAGES = 2048, WORDS = 512, PAGE = 4096, CHUNK = 64 };
+
+struct arena {
+    uint64_t *pages;
+    uint32_t written[PAGES]; /* 0: reads as zeros */
+    uint64_t state;
+    pthread_mutex_t lock;
+};
+
+/* of the threads; then one of shared memory; and one that is written slowly, so that the child shares most of it */
+enum { SHARED = THREADS, SLOW, ARENAS };
+
+static struct arena arenas[ARENAS];
+static const char *volatile wrong;
+static char wrong_text[200];
+static int forks;
+static volatile int *witness_is_wrong;
+
+static uint64_t mix(uint64_t value) {
+    value ^= value >> 33;
+    value *= 0xff51afd7ed558ccdULL;
+    value ^= value >> 29;
+    return value * 0xc4ceb9fe1a85ec53ULL;
+}
+
+static uint64_t dice(struct arena *arena) {
+    return arena->state = mix(arena->state + 0x9e3779b97f4a7c15ULL);
+}
+
+static uint64_t word(struct arena *arena, int page, uint32_t count, int at) {
+    return count ? mix((uint64_t)(arena - arenas) << 56 ^ (uint64_t)page << 40 ^ (uint64_t)count << 8 ^ (at & 255)) : 0;
+}
+
+static void put(struct arena *arena, int page) {
+    uint32_t count = ++arena->written[page];
+    uint64_t *words = arena->pages + (size_t)page * WORDS;
+    for (int at = 0; at < WORDS; at++)
+        words[at] = word(arena, page, count, at);
+}
+
+static int is_right(struct arena *arena, int page) {
+    uint64_t *words = arena->pages + (size_t)page * WORDS;
+    for (int at = 0; at < WORDS; at++)
+        if (words[at] != word(arena, page, arena->written[page], at)) {
+            if (!wrong) {
+                snprintf(wrong_text, sizeof wrong_text, "arena %d page %d word %d: %llx, written %u times",
+                         (int)(arena - arenas), page, at, (unsigned long long)words[at], arena->written[page]);
+                wrong = wrong_text;
+            }
+            return 0;
+        }
+    return 1;
+}
+
+static void *place(struct arena *arena) {
+    return (void *)(0x100000000000ULL + ((uint64_t)(arena - arenas) << 40) + (dice(arena) % 4096 << 24));
+}
+
+static uint64_t *map(void *at, size_t pages, int kind) {
+    void *found = mmap(at, pages * PAGE, PROT_READ | PROT_WRITE, kind | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, -1, 0);
+    if (found == MAP_FAILED)
+        die("mmap");
+    return found;
+}
+
+static void forget(struct arena *arena, int first) {
+    memset(arena->written + first, 0, CHUNK * sizeof *arena->written);
+}
+
+static void change_mappings(struct arena *arena) {
+    int first = dice(arena) % (PAGES / CHUNK) * CHUNK;
+    uint64_t *chunk = arena->pages + (size_t)first * WORDS;
+    switch (dice(arena) % 4) {
+    case 0:
+        if (madvise(chunk, CHUNK * PAGE, MADV_DONTNEED))
+            die("madvise");
+        forget(arena, first);
+        break;
+    case 1:
+        if (munmap(chunk, CHUNK * PAGE))
+            die("munmap");
+        map(chunk, CHUNK, MAP_PRIVATE);
+        forget(arena, first);
+        break;
+    case 2:
+        if (mprotect(chunk, CHUNK * PAGE, PROT_READ) || mprotect(chunk, CHUNK * PAGE, PROT_READ | PROT_WRITE))
+            die("mprotect");
+        break;
+    case 3: {
+        /* chunk by chunk: what lies behind several mappings cannot be moved at once */
+        uint64_t *to = place(arena);
+        if (to == arena->pages)
+            break;
+        for (int at = 0; at < PAGES; at += CHUNK)
+            if (mremap(arena->pages + (size_t)at * WORDS, CHUNK * PAGE, CHUNK * PAGE, MREMAP_MAYMOVE | MREMAP_FIXED,
+                       to + (size_t)at * WORDS) == MAP_FAILED)
+                die("mremap");
+        arena->pages = to;
+    }
+    }
+}
+
+static void bear(struct arena *arena) {
+    pid_t child = fork();
+    if (child == 0) {
+        for (int number = 0; number < 200; number++)
+            if (!is_right(arena, dice(arena) % PAGES))
+                _exit(1);
+        nap(2);
+        for (int number = 0; number < 200; number++)
+            if (!is_right(arena, dice(arena) % PAGES))
+                _exit(1);
+        _exit(0);
+    }
+    int status;
+    if (child < 0 || waitpid(child, &status, 0) != child)
+        die("fork");
+    if (status && !wrong)
+        wrong = "a child has seen a wrong page";
+}
+
+static void *work(void *argument) {
+    struct arena *arena = argument;
+    int is_quick = arena < &arenas[THREADS];
+    for (;;) {
+        pthread_mutex_lock(&arena->lock);
+        for (int number = 0; number < (arena == &arenas[SLOW] ? 1 : 24); number++) {
+            put(arena, dice(arena) % PAGES);
+            is_right(arena, dice(arena) % PAGES);
+        }
+        if (is_quick && dice(arena) % 32 == 0)
+            change_mappings(arena);
+        if (forks && is_quick && dice(arena) % 256 == 0)
+            bear(arena);
+        pthread_mutex_unlock(&arena->lock);
+        nap(2);
+    }
+    return NULL;
+}
+
+/* The child: looks at the pages of the time of the fork, which its parent has long written to. */
+static void stay_as_it_was(void) {
+    prctl(PR_SET_PDEATHSIG, SIGKILL);
+    for (;;) {
+        for (int number = 0; number < 60; number++) {
+            struct arena *arena = &arenas[number % 4 ? SLOW : number % THREADS];
+            if (!is_right(arena, dice(arena) % PAGES))
+                *witness_is_wrong = 1;
+        }
+        nap(3);
+    }
+}
+
+static const char *check_pages(void) {
+    for (struct arena *arena = arenas; arena < &arenas[ARENAS]; arena++) {
+        pthread_mutex_lock(&arena->lock);
+        for (int page = 0; page < PAGES; page++)
+            is_right(arena, page);
+        pthread_mutex_unlock(&arena->lock);
+    }
+    return *witness_is_wrong ? "the child has pages that it did not have" : wrong;
+}
+
+static void spoil_pages(void) {
+    pthread_mutex_lock(&arenas[0].lock);
+    put(&arenas[0], 7);
+    arenas[0].written[7]++;
+    is_right(&arenas[0], 7);
+    pthread_mutex_unlock(&arenas[0].lock);
+}
+
+int main(int argc, char **argv) {
+    static const struct check checks[] = {{"pages", check_pages, spoil_pages}};
+    open_directory(argc, argv);
+    forks = argc > 2 && !strcmp(argv[2], "forks");
+    witness_is_wrong = mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    for (int number = 0; number < ARENAS; number++) {
+        struct arena *arena = &arenas[number];
+        arena->state = number + 1;
+        pthread_mutex_init(&arena->lock, NULL);
+        arena->pages = map(place(arena), PAGES, number == SHARED ? MAP_SHARED : MAP_PRIVATE);
+        for (int page = 0; page < PAGES; page++)
+            put(arena, page);
+    }
+    pid_t child = fork();
+    if (child < 0)
+        die("fork");
+    if (child == 0)
+        stay_as_it_was();
+    for (int number = 0; number < ARENAS; number++) {
+        pthread_t thread;
+        if (pthread_create(&thread, NULL, work, &arenas[number]))
+            die("pthread_create");
+    }
+    serve(checks, sizeof checks / sizeof *checks);
+}

@@ -1,0 +1,165 @@
+"""Writes of a process are told while it runs; what cannot be told is said; nothing is left in it."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from pipeline.ids import HostPid
+from pipeline.kernel import smaps
+from pipeline.kernel.pagemap import PAGE_BYTES, Range, intersect, total_bytes
+from pipeline.resources.memory.tracking import Tracking, TrackingLost
+from pipeline.stages import freeze
+from pipeline.stages.asking import inside
+
+pytestmark = pytest.mark.root
+
+PAGES = 64
+
+
+class Subject:
+    """A child that does what it is told with a mapping of `PAGES` pages, of which the first half was written."""
+
+    def __init__(self, acts: dict[str, Callable[[mmap.mmap], object]]) -> None:
+        self._ask, theirs = os.pipe()
+        mine, self._tell = os.pipe()
+        memory = mmap.mmap(-1, PAGES * PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        memory[: PAGES // 2 * PAGE_BYTES] = b"w" * (PAGES // 2 * PAGE_BYTES)
+        self.start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        self.pid = HostPid(os.fork())
+        if self.pid == 0:
+            try:
+                for name in iter(lambda: os.read(mine, 64).decode(), "end"):
+                    acts[name](memory)
+                    os.write(theirs, b"d")
+            finally:
+                os._exit(0)
+        os.close(theirs)
+        os.close(mine)
+
+    def do(self, name: str) -> None:
+        os.write(self._tell, name.encode())
+        assert os.read(self._ask, 1) == b"d"
+
+    def pages(self, runs: list[Range]) -> list[int]:
+        """Numbers of those pages of the mapping that are in `runs`."""
+        whole = [(self.start, self.start + PAGES * PAGE_BYTES)]
+        return [
+            (at - self.start) // PAGE_BYTES
+            for start, end in intersect(runs, whole)
+            for at in range(start, end, PAGE_BYTES)
+        ]
+
+    def watched(self) -> bool:
+        return any("uw" in mapping.flags for mapping in smaps.smaps(self.pid))
+
+    def close(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+        os.close(self._tell)
+        os.close(self._ask)
+
+
+def write(*pages: int) -> Callable[[mmap.mmap], object]:
+    def act(memory: mmap.mmap) -> None:
+        for page in pages:
+            memory[page * PAGE_BYTES] = 1
+
+    return act
+
+
+def read_file(memory: mmap.mmap) -> None:
+    with open("/proc/self/exe", "rb", buffering=0) as file:
+        file.readinto(memoryview(memory)[5 * PAGE_BYTES : 6 * PAGE_BYTES])  # type: ignore[attr-defined]
+
+
+@contextmanager
+def tracked(**acts: Callable[[mmap.mmap], object]) -> Iterator[tuple[Subject, Tracking]]:
+    subject = Subject(acts)
+    try:
+        tree = freeze.freeze(subject.pid, suspend_seccomp=True)
+        try:
+            with inside(subject.pid, [subject.pid]) as task:
+                tracking = Tracking(subject.pid, task.syscall)
+            found = tracking.collect()
+        finally:
+            freeze.release(tree)
+        try:
+            assert subject.pages(found.runs) == list(range(PAGES // 2)), (
+                "the first time, all that has content"
+            )
+            assert not found.unwatched
+            yield subject, tracking
+        finally:
+            tracking.close()
+        assert not subject.watched()
+        assert "userfaultfd" not in str(
+            [os.readlink(one) for one in Path(f"/proc/{subject.pid}/fd").iterdir()]
+        )
+    finally:
+        subject.close()
+
+
+def test_pages_that_were_written_are_told_once() -> None:
+    with tracked(few=write(1, 7, 40), more=write(2)) as (subject, tracking):
+        assert subject.watched()
+        subject.do("few")
+        assert subject.pages(tracking.collect().runs) == [1, 7, 40]
+        subject.do("more")
+        assert subject.pages(tracking.collect().runs) == [2]
+        assert subject.pages(tracking.collect().runs) == []
+
+
+def test_what_the_kernel_writes_is_told() -> None:
+    with tracked(read=read_file) as (subject, tracking):
+        subject.do("read")
+        assert subject.pages(tracking.collect().runs) == [5]
+
+
+def test_what_is_mapped_anew_is_told_whole() -> None:
+    made: list[mmap.mmap] = []
+
+    def map_more(memory: mmap.mmap) -> None:
+        made.append(mmap.mmap(-1, 33 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+        made[0][: 3 << 20] = b"n" * (3 << 20)
+
+    with tracked(map=map_more, none=write()) as (subject, tracking):
+        subject.do("map")
+        found = tracking.collect()
+        assert 3 << 20 <= total_bytes(found.runs) < 4 << 20
+        assert not found.unwatched
+        subject.do("none")
+        assert total_bytes(tracking.collect().runs) < 1 << 20
+
+
+def test_dropped_pages_are_not_told() -> None:
+    with tracked(drop=lambda memory: memory.madvise(mmap.MADV_DONTNEED)) as (subject, tracking):
+        subject.do("drop")
+        assert subject.pages(tracking.collect().runs) == []
+
+
+def test_another_program_is_no_longer_the_one_that_was_tracked() -> None:
+    def execute(memory: mmap.mmap) -> None:
+        os.execv("/bin/sleep", ["sleep", "100"])
+
+    with tracked(execute=execute) as (subject, tracking):
+        os.write(subject._tell, b"execute")
+        while Path(f"/proc/{subject.pid}/comm").read_text() != "sleep\n":
+            pass
+        with pytest.raises(TrackingLost, match="has executed another program"):
+            tracking.collect()
+
+
+def test_who_has_ended_is_no_longer_tracked() -> None:
+    with tracked() as (subject, tracking):
+        os.kill(subject.pid, signal.SIGKILL)
+        os.waitid(os.P_PID, subject.pid, os.WEXITED | os.WNOWAIT)
+        with pytest.raises(TrackingLost):
+            tracking.collect()

@@ -150,10 +150,10 @@ class LiveSource:
         pacing = Pacing(self._rounds.max_downtime_s, self._rounds.max_rounds, self.draft_s + _FINISH_S)
         dirty, rate = memory.left_bytes(), 0.0
         while True:
-            begun_s, written_before = time.monotonic(), self._channel.writer.bytes_written
+            begun_s, written_before = time.monotonic(), self._channel.writer.total_bytes()
             await (self._first_round() if not pacing.rounds else self._next_round(pacing.rounds))
             seconds = time.monotonic() - begun_s
-            sent = self._channel.writer.bytes_written - written_before
+            sent = self._channel.writer.total_bytes() - written_before
             if not rate or sent > _TELLING_BYTES:
                 rate = sent / seconds
             left = await trio.to_thread.run_sync(memory.look)

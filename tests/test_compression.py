@@ -73,5 +73,5 @@ def test_migration_over_several_connections(
     secret.write_text("a secret that is long enough for both sides\n")
     secret.chmod(0o600)
     tree = source.start(workshop, "large", CONTAINER_2, first_pid=5000, arguments=["20", "20", "64", "64"])
-    migrate(source, destination, tree, secret, ["--streams", streams])
+    migrate(source, destination, tree, secret, "--streams", streams)
     tree.check()

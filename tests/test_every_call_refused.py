@@ -76,11 +76,12 @@ def test_restore_with_each_call_refused_leaves_nothing(start: Callable[..., Tree
     tree.check()
     image = tmp_path / "again"
     dump(tree, image)
+    others = set(family_of(os.getpid()))  # such as hosts that a fixture of other tests has made
     for at in range(1, total + 1):
         _restore(image, at)
         assert not LEDGER.held(), f"after call {at} of {total} was refused"
         assert not reap(family, 3.0), f"after call {at} of {total} was refused"
-        left = family_of(os.getpid())[1:]
+        left = set(family_of(os.getpid())) - others
         assert not left, f"after call {at} of {total} was refused"
     assert all(taken == given for taken, given in LEDGER.statistics().values())
     restore(tree, image)

@@ -136,7 +136,7 @@ class LiveSource:
                 image = image_of(translated(still))
                 await self._tracer.run(self.memory.begin, image, still.tree, still.sources)
                 begun_s = still.begun_s
-        except (Refused, OSError) as error:
+        except (Refused, OSError, TrackingLost) as error:
             self._drop_draft()
             self.notes.append(f"the tree was sent while it stood still: {_why(error)}")
             return False

@@ -60,14 +60,19 @@ class _Space:
         self.unwatched = found.unwatched
 
     def differing(self) -> list[Range]:
-        """What the destination has inherited of the parent, and the parent has written, or may have, since the draft.
+        """What the destination has inherited of the parent, and the parent has written since the draft, or dropped.
 
         To be asked when the parent's pages are read: they are sent as they are then.
         """
-        if self.parent is None:
+        if self.parent is None or not self.inherited:
             return []
-        self.parent.look()
-        return intersect(self.inherited, union(self.parent.pending, self.parent.unwatched))
+        try:
+            self.parent.look()
+            kept = self.parent.tracking.content()
+        except TrackingLost:  # the next look at the parent says so
+            return self.inherited
+        kept = subtract(subtract(kept, self.parent.pending), self.parent.unwatched)
+        return subtract(self.inherited, kept)
 
     def take(self) -> list[Range]:
         """What to send now of what is pending."""

@@ -76,14 +76,18 @@ static void forget(struct arena *arena, int first) {
     memset(arena->written + first, 0, CHUNK * sizeof *arena->written);
 }
 
+static void drop(struct arena *arena, int first) {
+    if (madvise(arena->pages + (size_t)first * WORDS, CHUNK * PAGE, MADV_DONTNEED))
+        die("madvise");
+    forget(arena, first);
+}
+
 static void change_mappings(struct arena *arena) {
     int first = dice(arena) % (PAGES / CHUNK) * CHUNK;
     uint64_t *chunk = arena->pages + (size_t)first * WORDS;
     switch (dice(arena) % 4) {
     case 0:
-        if (madvise(chunk, CHUNK * PAGE, MADV_DONTNEED))
-            die("madvise");
-        forget(arena, first);
+        drop(arena, first);
         break;
     case 1:
         if (munmap(chunk, CHUNK * PAGE))
@@ -139,6 +143,8 @@ static void *work(void *argument) {
         }
         if (is_quick && dice(arena) % 32 == 0)
             change_mappings(arena);
+        if (arena == &arenas[SLOW] && dice(arena) % 64 == 0)
+            drop(arena, dice(arena) % (PAGES / CHUNK) * CHUNK);
         if (forks && is_quick && dice(arena) % 256 == 0)
             bear(arena);
         pthread_mutex_unlock(&arena->lock);

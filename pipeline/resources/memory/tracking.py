@@ -23,7 +23,7 @@ from typing import NamedTuple
 from pipeline.ids import HostPid, LocalFd
 from pipeline.kernel import procfs, smaps, userfaultfd
 from pipeline.kernel.arch.x86_64 import NR
-from pipeline.kernel.pagemap import Range, merged, open_pagemap, written
+from pipeline.kernel.pagemap import Range, merged, open_pagemap, populated, written
 from pipeline.kernel.smaps import Mapping
 from pipeline.kernel.syscalls import pidfd_getfd, pidfd_open
 from pipeline.ledger import LEDGER
@@ -56,22 +56,24 @@ class Tracking:
     Raises:
         OSError: EINVAL, ENOSYS: this kernel cannot; EPERM: a sandbox forbids it.
 
-    Ownership: holds the watch until `close`; nothing of it is left in the process then, nor if we are killed.
+    Ownership: holds the watch until `close`; nothing of it is left in the process then, nor if we are killed: but for
+    a descriptor that watches nothing, if that happens just between the calls that make it.
     """
 
     def __init__(self, pid: HostPid, inside: Inside) -> None:
         self._pid = pid
+        self._fd = LocalFd(-1)
         number = inside(NR.userfaultfd, userfaultfd.MAKE_FLAGS)
         try:
-            process = pidfd_open(pid, 0 if procfs.status(pid).tgid == pid else os.O_EXCL)  # PIDFD_THREAD
             try:
-                self._fd = pidfd_getfd(process, number)
+                process = pidfd_open(pid, 0 if procfs.status(pid).tgid == pid else os.O_EXCL)  # PIDFD_THREAD
+                try:
+                    self._fd = pidfd_getfd(process, number)
+                    LEDGER.take("watch of memory", self._fd)
+                finally:
+                    os.close(process)
             finally:
-                os.close(process)
-        finally:
-            inside(NR.close, number)
-        LEDGER.take("watch of memory", self._fd)
-        try:
+                inside(NR.close, number)
             userfaultfd.begin_tracking(self._fd)
         except BaseException:
             self.close()
@@ -86,7 +88,7 @@ class Tracking:
         try:
             pagemap = open_pagemap(self._pid)
         except procfs.ProcessGone:
-            raise TrackingLost(f"pid {self._pid} has ended, or has executed another program") from None
+            raise TrackingLost(self._gone) from None
         runs: list[Range] = []
         unwatched: list[Range] = []
         try:
@@ -97,10 +99,30 @@ class Tracking:
                 else:
                     runs += found
         except ProcessLookupError:
-            raise TrackingLost(f"pid {self._pid} has ended, or has executed another program") from None
+            raise TrackingLost(self._gone) from None
         finally:
             os.close(pagemap)
         return Written(merged(runs), merged(unwatched))
+
+    def content(self) -> list[Range]:
+        """The pages that have content now, written or not.
+
+        Raises:
+            TrackingLost: see there.
+        """
+        try:
+            pagemap = open_pagemap(self._pid)
+            try:
+                ranges = [(one.start, one.end) for one in _private(smaps.maps(self._pid))]
+                return populated(pagemap, ranges)[0]
+            finally:
+                os.close(pagemap)
+        except ProcessLookupError:
+            raise TrackingLost(self._gone) from None
+
+    @property
+    def _gone(self) -> str:
+        return f"pid {self._pid} has ended, or has executed another program"
 
     def _written(self, pagemap: LocalFd, start: int, end: int) -> list[Range] | None:
         runs = written(pagemap, start, end, whole=False)

@@ -72,10 +72,16 @@ def describe(taken):
 
 
 def cut(mapping, pages):
-    """Every other page of it becomes read-only: each is a mapping of its own then."""
-    start = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
+    """Every other page of it becomes read-only: each is a mapping of its own then.
+
+    The first page and the last are inaccessible: the kernel would join the pages beside them
+    with a neighbour of the same rights, or not, by the order in which both were first written.
+    """
+    start = ctypes.addressof(ctypes.c_char.from_buffer(mapping)) + PAGE
     for page in range(pages):
-        mapping[page * PAGE] = page % 251
+        mapping[(page + 1) * PAGE] = page % 251
+    for edge in (start - PAGE, start + pages * PAGE):
+        call(libc.mprotect, edge, PAGE, 0)
     for page in range(0, pages, 2):
         call(libc.mprotect, start + page * PAGE, PAGE, mmap.PROT_READ)
     return start
@@ -108,11 +114,11 @@ def body(program):
     program.same("descriptors", lambda: describe(taken), lambda: os.close(taken[-1]))
 
     if mappings:
-        cells = mmap.mmap(-1, mappings * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        cells = mmap.mmap(-1, (mappings + 2) * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         start = cut(cells, mappings)
         program.same(
             "mappings",
-            lambda: (pieces(start, len(cells)), hashlib.sha256(cells).digest()),
+            lambda: (pieces(start, mappings * PAGE), hashlib.sha256(cells[PAGE:-PAGE]).digest()),
             lambda: call(libc.mprotect, start, PAGE, 0 | mmap.PROT_READ | mmap.PROT_WRITE),
         )
     if sparse_mib:

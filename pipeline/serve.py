@@ -21,12 +21,14 @@ from dataclasses import dataclass, field, replace
 
 import trio
 
+from pipeline import garbage
 from pipeline.errors import ImageError, PeerError, RebuildError, Refused
 from pipeline.ids import HostPid
 from pipeline.kernel.arch import x86_64 as arch
 from pipeline.policy import RestorePolicy
 from pipeline.progress import NullProgress, Progress
 from pipeline.remote.tracer import Tracer, tracer_thread
+from pipeline.resources.registry import kinds
 from pipeline.restore import RestoredTree, page_feed, read_records
 from pipeline.stages.fill import write_run
 from pipeline.stages.rebuild import Rebuilding, bring_up_to_date, grown, rebuilt
@@ -214,13 +216,14 @@ class _Server:
                     count, what = await self._round(channel, rebuilding)
                     page_bytes += count
                 if what == "rest":
-                    image, first = await read_records(channel.reader)
-                    feed = page_feed(channel.reader, image, first, self._progress)
-                    self._progress.phase("finish")
-                    await bring_up_to_date(rebuilding, image, feed, self._tracer)
-                    await self._tracer.run(rebuilding.complete)
-                    yield rebuilding, page_bytes + feed.bytes_done
-                    return
+                    with garbage.held_off():
+                        image, first = await read_records(channel.reader)
+                        feed = page_feed(channel.reader, image, first, self._progress)
+                        self._progress.phase("finish")
+                        await bring_up_to_date(rebuilding, image, feed, self._tracer)
+                        await self._tracer.run(rebuilding.complete)
+                        yield rebuilding, page_bytes + feed.bytes_done
+                        return
         async with self._tree(channel) as tree:
             yield tree
 
@@ -385,6 +388,7 @@ async def serve(
     secret = identity.load_secret(secret_file) if secret_file is not None else (made or "").encode()
     new_pidns = new_pidns or not owns_pid_namespace()
     arrived = trio.Event()
+    kinds()  # what it imports would be imported while a tree stands still
 
     def quiet(*_: object) -> None:
         """Nobody wants to know."""

@@ -15,6 +15,7 @@ from contextlib import AsyncExitStack, asynccontextmanager, suppress
 
 import trio
 
+from pipeline import garbage
 from pipeline.errors import Blocker, PipelineError, Refused
 from pipeline.ids import HostPid
 from pipeline.image.schema import Record
@@ -138,6 +139,7 @@ async def standstill(
             await tracer.run(lambda now=sleepers: now.look(freeze.walk(HostPid(pid))))
             limits = stopped.enter_context(Limits())
             await tracer.run(lambda now=limits: now.open(freeze.walk(HostPid(pid))))
+            stopped.enter_context(garbage.held_off())
             begun_s = time.monotonic()
             try:
                 tree = await stopped.enter_async_context(_frozen(tracer, pid))

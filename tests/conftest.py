@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.harness.hosts import Host, two_hosts, write_secret
 from tests.harness.leaks import Inventory, become_subreaper
 from tests.harness.settings import DEPTH_0, Setting
 from tests.harness.tree import Tree, Workshop
@@ -97,3 +98,34 @@ def start(nothing_left_behind: None, workshop: Workshop) -> Iterator[Callable[..
             return tree
 
         yield start
+
+
+@pytest.fixture(scope="session")
+def secret(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file with what both sides of a migration must know."""
+    return write_secret(tmp_path_factory.mktemp("secret") / "secret")
+
+
+@pytest.fixture(scope="module")
+def hosts() -> Iterator[tuple[Host, Host]]:
+    """Two hosts between which trees move, for all tests of a file."""
+    with two_hosts() as hosts:
+        yield hosts
+
+
+@pytest.fixture
+def start_on(nothing_left_behind: None, workshop: Workshop) -> Iterator[Callable[..., Tree]]:
+    """Start a program on a host, with pids from 5000 on: ``start_on(host, program, setting, arguments)``.
+
+    Wherever it is at the end, it is killed there.
+    """
+    with ExitStack() as stack:
+
+        def start_on(
+            host: Host, program: str, setting: Setting = DEPTH_0, arguments: Sequence[str] = ()
+        ) -> Tree:
+            tree = host.start(workshop, program, setting, 5000, arguments)
+            stack.callback(tree.kill)
+            return tree
+
+        yield start_on

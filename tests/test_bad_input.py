@@ -372,14 +372,6 @@ def test_disk_that_is_full(start: Start, tmp_path: Path) -> None:
     assert not done.stdout, f"left behind: {done.stdout}"
 
 
-@pytest.fixture
-def secret(tmp_path: Path) -> Path:
-    path = tmp_path / "secret"
-    path.write_text("a secret that is long enough for both sides\n")
-    path.chmod(0o600)
-    return path
-
-
 def migrate(tree: Tree, port: int, secret: Path) -> subprocess.CompletedProcess[str]:
     return engine("migrate", "--pid", tree.pid, "--to", f"127.0.0.1:{port}", "--secret-file", secret)
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ import pytest
 from tests.harness.carry import unharmed
 from tests.harness.hosts import Host, migrate
 from tests.harness.settings import CONTAINER_2, DEPTH_0, DEPTH_2, Setting
-from tests.harness.tree import Tree, Workshop, engine, reap, restore, said
+from tests.harness.tree import Tree, engine, reap, restore, said
 
 pytestmark = pytest.mark.root
 
@@ -40,38 +39,22 @@ def test_dump_and_restore(
         restore(tree, image)
 
 
-@pytest.fixture
-def hosts(nothing_left_behind: None) -> Iterator[tuple[Host, Host]]:
-    with ExitStack() as stack:
-        found = []
-        for _ in range(2):
-            found.append(Host())
-            stack.callback(found[-1].close)
-        yield found[0], found[1]
-
-
 @pytest.mark.parametrize("program", ["zeroed", "sharing"])
 @pytest.mark.parametrize("codec", CODECS)
 def test_migration(
-    hosts: tuple[Host, Host], workshop: Workshop, tmp_path: Path, codec: str, program: str
+    hosts: tuple[Host, Host], secret: Path, start_on: Callable[..., Tree], codec: str, program: str
 ) -> None:
     source, destination = hosts
-    secret = tmp_path / "secret"
-    secret.write_text("a secret that is long enough for both sides\n")
-    secret.chmod(0o600)
-    tree = source.start(workshop, program, CONTAINER_2, first_pid=5000)
+    tree = start_on(source, program, CONTAINER_2)
     migrate(source, destination, tree, secret, "--compress", codec)
     tree.check()
 
 
 @pytest.mark.parametrize("streams", ["2", "4"])
 def test_migration_over_several_connections(
-    hosts: tuple[Host, Host], workshop: Workshop, tmp_path: Path, streams: str
+    hosts: tuple[Host, Host], secret: Path, start_on: Callable[..., Tree], streams: str
 ) -> None:
     source, destination = hosts
-    secret = tmp_path / "secret"
-    secret.write_text("a secret that is long enough for both sides\n")
-    secret.chmod(0o600)
-    tree = source.start(workshop, "large", CONTAINER_2, first_pid=5000, arguments=["20", "20", "64", "64"])
+    tree = start_on(source, "large", CONTAINER_2, ["20", "20", "64", "64"])
     migrate(source, destination, tree, secret, "--streams", streams)
     tree.check()

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.harness.hosts import Host, terminate
+from tests.harness.hosts import Host, Server, serving, terminate, two_hosts
 from tests.harness.networks import (
     MAC,
     THEIRS,
@@ -276,87 +276,46 @@ def test_neighbours_hear_where_the_addresses_are_now(
     assert "elsewhere" in shell(around, f"bridge fdb show br br0 | grep -i {MAC}")
 
 
+def migrate(there: list[str], source: Host, server: Server, secret: Path) -> subprocess.CompletedProcess[str]:
+    options = ("--pid", "20000", "--to", server.address, "--secret-file", str(secret))
+    return subprocess.run(
+        [*there, *source.command(sys.executable, "-m", "pipeline", "migrate", *options)],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
 def refuses_without_a_word(around: str, source: Host, destination: Host, secret: Path) -> None:
     """A destination that was not told where the other end shall be; the tree goes on where it is."""
     there = ["nsenter", f"--net={around}"]
-    pipeline = (sys.executable, "-m", "pipeline")
-    server = subprocess.Popen(
-        [
-            *there,
-            *destination.command(*pipeline, "serve", "--listen", "127.0.0.1:0", "--secret-file", secret),
-        ],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        assert server.stdout is not None
-        to = server.stdout.readline().split()[-1]
-        options = ["--pid", "20000", "--to", to, "--secret-file", str(secret)]
-        done = subprocess.run(
-            [*there, *source.command(*pipeline, "migrate", *options)],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-    finally:
-        terminate(server)
+    with serving(destination, secret, within=there) as server:
+        done = migrate(there, source, server, secret)
     assert done.returncode == 1, said(done)
     assert "--external veth:eth0=source1@br0" in done.stderr, said(done)
 
 
 @pytest.mark.parametrize("setting", [DEPTH_1, DEPTH_2], ids=lambda s: s.name)
 def test_a_migration_takes_the_address_along(
-    workshop: Workshop, around: str, tmp_path: Path, setting: Setting
+    workshop: Workshop, around: str, secret: Path, setting: Setting
 ) -> None:
     """Both hosts hang on one bridge: for a moment there are two devices with one address, of which one is down."""
-    secret = tmp_path / "secret"
-    secret.write_text("between the two of us, and long enough")
-    secret.chmod(0o600)
     with ExitStack() as stack:
-        source, destination = (Host() for _ in range(2))
-        for host in (source, destination):
-            stack.callback(host.close)
+        source, destination = stack.enter_context(two_hosts())
         tree = within(around, lambda: source.start(workshop, "echoing", setting, 20_000))
         stack.callback(tree.kill)
         plug(around, tree, "source1")
         assert answers(around)
         refuses_without_a_word(around, source, destination, secret)
         assert answers(around)
-        options = [
-            "--listen",
-            "127.0.0.1:0",
-            "--once",
-            "--secret-file",
-            secret,
-            "--external",
-            "veth:eth0=new1@br0",
-        ]
         there = ["nsenter", f"--net={around}"]
-        server = subprocess.Popen(
-            [*there, *destination.command(sys.executable, "-m", "pipeline", "serve", *options)],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        stack.callback(terminate, server)
-        assert server.stdout is not None
-        to = server.stdout.readline().split()[-1]
+        options = ("--once", "--external", "veth:eth0=new1@br0")
+        server = stack.enter_context(serving(destination, secret, *options, within=there))
         family = tree.pids()
-        options = ["--pid", "20000", "--to", to, "--secret-file", str(secret)]
-        done = subprocess.run(
-            [*there, *source.command(sys.executable, "-m", "pipeline", "migrate", *options)],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-        assert done.returncode == 0, said(done) + str(terminate(server))
+        done = migrate(there, source, server, secret)
+        assert done.returncode == 0, said(done) + str(terminate(server.process))
         assert not reap(family)
         tree.pid = destination.outer_pid(20_000)
         assert answers(around)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ import pytest
 from tests.harness.carry import carry, unharmed
 from tests.harness.hosts import Host, migrate
 from tests.harness.settings import CONTAINER_2, DEPTH_0, DEPTH_1, DEPTH_2, Setting
-from tests.harness.tree import Tree, Workshop, engine, said
+from tests.harness.tree import Tree, engine, said
 
 pytestmark = pytest.mark.root
 
@@ -45,26 +44,13 @@ def test_dump_that_leaves_running_ten_times(start: Callable[..., Tree], tmp_path
             assert done.returncode == 0, said(done)
 
 
-@pytest.fixture
-def hosts(nothing_left_behind: None) -> Iterator[tuple[Host, Host]]:
-    with ExitStack() as stack:
-        found = []
-        for _ in range(2):
-            found.append(Host())
-            stack.callback(found[-1].close)
-        yield found[0], found[1]
-
-
 @pytest.mark.parametrize("setting", [DEPTH_0, DEPTH_2, CONTAINER_2], ids=lambda s: s.name)
 @pytest.mark.parametrize("program", ["processes", "threads", "anonymous", "sharing"])
 def test_migration_between_two_hosts(
-    hosts: tuple[Host, Host], workshop: Workshop, tmp_path: Path, program: str, setting: Setting
+    hosts: tuple[Host, Host], secret: Path, start_on: Callable[..., Tree], program: str, setting: Setting
 ) -> None:
     source, destination = hosts
-    secret = tmp_path / "secret"
-    secret.write_text("a secret that is long enough for both sides\n")
-    secret.chmod(0o600)
-    tree = source.start(workshop, program, setting, first_pid=5000)
+    tree = start_on(source, program, setting)
     migrate(source, destination, tree, secret)
     tree.check()
 

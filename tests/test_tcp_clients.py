@@ -15,7 +15,7 @@ import pytest
 
 import pipeline
 from pipeline.ledger import LEDGER
-from tests.harness.hosts import Host, terminate
+from tests.harness.hosts import serving, terminate, two_hosts
 from tests.harness.networks import (
     THEIRS,
     THEIRS_6,
@@ -78,45 +78,30 @@ def test_clients_outside_stay_connected(
 
 @pytest.mark.parametrize("setting", [DEPTH_1], ids=lambda s: s.name)
 def test_clients_outside_stay_connected_through_a_migration(
-    workshop: Workshop, around: str, tmp_path: Path, setting: Setting
+    workshop: Workshop, around: str, secret: Path, setting: Setting
 ) -> None:
-    secret = tmp_path / "secret"
-    secret.write_text("between the two of us, and long enough")
-    secret.chmod(0o600)
-    engine = [sys.executable, "-m", "pipeline"]
     there = ["nsenter", f"--net={around}"]
     with ExitStack() as stack:
-        source, destination = (Host() for _ in range(2))
-        for host in (source, destination):
-            stack.callback(host.close)
+        source, destination = stack.enter_context(two_hosts())
         tree = within(around, lambda: source.start(workshop, "talking", setting, 20_000))
         stack.callback(tree.kill)
         plug(around, tree, "source1")
         with talkers(around, CLIENTS) as clients:
-            serve = [*engine, "serve", "--listen", "127.0.0.1:0", "--once", "--secret-file", secret]
-            server = subprocess.Popen(
-                [*there, *destination.command(*serve, "--external", "veth:eth0=new1@br0")],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            stack.callback(terminate, server)
-            assert server.stdout is not None
-            to = server.stdout.readline().split()[-1]
+            options = ("--once", "--external", "veth:eth0=new1@br0")
+            server = stack.enter_context(serving(destination, secret, *options, within=there))
             family = tree.pids()
-            options = ["--pid", "20000", "--to", to, "--secret-file", str(secret)]
+            command = ["migrate", "--pid", "20000", "--to", server.address, "--secret-file", str(secret)]
             done = subprocess.run(
-                [*there, *source.command(*engine, "migrate", *options)],
+                [*there, *source.command(sys.executable, "-m", "pipeline", *command)],
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
                 text=True,
                 timeout=60,
                 check=False,
             )
-            assert done.returncode == 0, said(done) + str(terminate(server))
+            assert done.returncode == 0, said(done) + str(terminate(server.process))
             assert "note" not in done.stderr, done.stderr
-            _, err = server.communicate(timeout=20)
+            _, err = server.has_served()
             assert "note" not in err, err
             assert not reap(family)
             tree.pid = destination.outer_pid(20_000)

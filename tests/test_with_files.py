@@ -8,7 +8,6 @@ import os
 import signal
 import stat
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -26,7 +25,7 @@ from pipeline.ledger import LEDGER
 from pipeline.policy import RestorePolicy
 from pipeline.resources import sparse
 from pipeline.resources.taken import Making, _as_owner
-from tests.harness.hosts import Host, terminate
+from tests.harness.hosts import serving, terminate, two_hosts
 from tests.harness.tree import engine, family_of, reap, said
 from tests.resources.fdharness import subject
 
@@ -248,51 +247,31 @@ def test_a_file_of_the_tree_is_made_with_its_own_rights(data: Path, tmp_path: Pa
         end(pid)
 
 
-def test_a_tree_moves_to_a_host_that_lacks_its_program_and_its_files(data: Path, tmp_path: Path) -> None:
+def test_a_tree_moves_to_a_host_that_lacks_its_program_and_its_files(data: Path, secret: Path) -> None:
     """The destination has another mount namespace, where the directory is empty."""
-    secret = tmp_path / "secret"
-    secret.write_text("s" * 40)
-    secret.chmod(0o600)
     program = data.parent / "program"
     program.write_bytes(Path("/bin/sleep").read_bytes())
     program.chmod(0o755)
-    source, destination = Host(), Host()
-    try:
+    with two_hosts() as (source, destination):
         assert destination.run("mount", "-t", "tmpfs", "empty", data.parents[2]).returncode == 0
         assert source.run("sh", "-c", "echo 4000 > /proc/sys/kernel/ns_last_pid").returncode == 0
         done = source.engine("run", "--detach", "--", "sh", "-c", PROGRAM, data, program)
         assert done.returncode == 0, said(done)
         root = done.stdout.strip()
         source.run("sh", "-c", f"while ! [ -e /proc/{root}/fd/7 ]; do sleep 0.01; done")
-        serve = ["serve", "--listen", "127.0.0.1:0", "--once", "--secret-file", secret]
-        server = subprocess.Popen(
-            destination.command(sys.executable, "-m", "pipeline", *serve),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        try:
-            assert server.stdout is not None
-            to = server.stdout.readline().split()[-1]
-            move = ["migrate", "--pid", root, "--to", to, "--secret-file", secret]
+        with serving(destination, secret, "--once") as server:
+            move = ["migrate", "--pid", root, "--to", server.address, "--secret-file", secret]
             refused = source.engine(*move)
             assert refused.returncode != 0, said(refused)
             assert f"mapped file {program}: is not here" in refused.stderr
             assert source.run("test", "-e", f"/proc/{root}/fd/7").returncode == 0, "the tree is gone"
             done = source.engine(*move, "--with-files", f"{data.parent}/*")
-            assert done.returncode == 0, said(done) + str(terminate(server))
-            _, err = server.communicate(timeout=20)
-            assert server.returncode == 0, err
-        finally:
-            terminate(server)
+            assert done.returncode == 0, said(done) + str(terminate(server.process))
+            server.has_served()
         told = destination.run(
             "sh", "-c", f"cd {data.parent} && readlink /proc/{root}/exe && ls && tail -c 3 data"
         )
         assert told.stdout == f"{program}\ndata\nprogram\nend", said(told)
-    finally:
-        source.close()
-        destination.close()
 
 
 # -- hostile images -----------------------------------------------------------------------

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.harness.hosts import write_secret
 from tests.harness.tree import Workshop, reap
 from tests.harness.users import User, Users
 
@@ -33,9 +34,7 @@ class Case:
         self.users, self.place = users, place
         os.chown(place, ALICE.uid, ALICE.gid)
         place.chmod(0o755)
-        secret = place / "secret"
-        secret.write_text("a secret that is long enough for both sides\n")
-        secret.chmod(0o600)
+        secret = write_secret(place / "secret")
         os.chown(secret, ALICE.uid, ALICE.gid)
         done = users.engine(ALICE, "run", "--userns", "--detach", "--", "sleep", "1000")
         assert done.returncode == 0, done.stderr

@@ -11,7 +11,9 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +128,58 @@ class Host:
         return False
 
 
+@contextmanager
+def two_hosts() -> Iterator[tuple[Host, Host]]:
+    """Two of them, ended at the end."""
+    with ExitStack() as stack:
+        found = []
+        for _ in range(2):
+            found.append(Host())
+            stack.callback(found[-1].close)
+        yield found[0], found[1]
+
+
+def write_secret(path: Path) -> Path:
+    """Make the file of a secret that is good enough; its path."""
+    path.write_text("a secret that is long enough for both sides\n")
+    path.chmod(0o600)
+    return path
+
+
+@dataclass
+class Server:
+    """A running `serve`, and where it listens."""
+
+    process: subprocess.Popen[str]
+    address: str
+
+    def has_served(self) -> tuple[str, str]:
+        """Wait for the end of one that serves once; it must be a good one. What it said."""
+        out, err = self.process.communicate(timeout=20)
+        assert self.process.returncode == 0, err
+        return out, err
+
+
+@contextmanager
+def serving(host: Host, secret: Path, *options: str | Path, within: Sequence[str] = ()) -> Iterator[Server]:
+    """`serve` in a host, and in what the command `within` enters before; ended at the end."""
+    serve = ["serve", "--listen", "127.0.0.1:0", "--secret-file", secret, *options]
+    process = subprocess.Popen(
+        [*within, *host.command(sys.executable, "-m", "pipeline", *serve)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert line.startswith("listening on "), f"{line} {terminate(process)}"
+        yield Server(process, line.split()[-1])
+    finally:
+        terminate(process)
+
+
 def inner_pid(pid: int) -> int:
     """The pid in its host of a process, of which `pid` is the one outside."""
     lines = Path(f"/proc/{pid}/status").read_text("latin-1").splitlines()
@@ -144,28 +198,13 @@ def migrate(
     """
     root, family = inner_pid(tree.pid), tree.pids()
     before = source.snapshot(root) if compare else {}
-    serve = ["serve", "--listen", "127.0.0.1:0", "--once", "--secret-file", secret]
-    server = subprocess.Popen(
-        destination.command(sys.executable, "-m", "pipeline", *serve),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        assert server.stdout is not None
-        line = server.stdout.readline()
-        assert line.startswith("listening on "), f"{line} {terminate(server)}"
-        to = line.split()[-1]
-        command = ["migrate", "--pid", str(root), "--to", to, "--secret-file", secret, "--json", *options]
-        done = source.engine(*command)
-        assert done.returncode == 0, said(done) + str(terminate(server))
-        out, err = server.communicate(timeout=20)
-        assert server.returncode == 0, err
+    with serving(destination, secret, "--once") as server:
+        options = ("--to", server.address, "--secret-file", str(secret), "--json", *options)
+        done = source.engine("migrate", "--pid", str(root), *options)
+        assert done.returncode == 0, said(done) + str(terminate(server.process))
+        out, _ = server.has_served()
         assert f"restored: root pid {root}" in out
         assert not reap(family), "the source still runs"
-    finally:
-        terminate(server)
     tree.pid = destination.outer_pid(root)
     after = destination.snapshot(root) if compare else {}
     # the parent of the root is outside of the tree: nsenter, in no host, and then the first process of the other

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.harness.hosts import write_secret
 from tests.harness.settings import DEPTH_0
 from tests.harness.tree import Tree, Workshop, reap, said
 from tests.harness.users import User, Users
@@ -239,9 +240,7 @@ def test_a_tree_moves_from_one_plain_user_to_another(
     tree = begin(source, "auto" if source.uids else "", "threads")
     secrets = {}
     for owner in (source, destination):
-        secrets[owner.name] = tree.directory / owner.name
-        secrets[owner.name].write_text("a secret that is long enough for both sides\n")
-        secrets[owner.name].chmod(0o600)
+        secrets[owner.name] = write_secret(tree.directory / owner.name)
         os.chown(secrets[owner.name], owner.uid, owner.gid)
     for start, end in ((source, destination), (destination, source)):  # there, and back
         family = tree.pids()

@@ -7,10 +7,11 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 
-from tests.harness.hosts import Host
+from tests.harness.hosts import two_hosts
 from tests.harness.tree import Workshop
 from tests.programs.real.tree import RealTree, Stage
 
@@ -22,22 +23,17 @@ _TERMINALS = (
 
 
 @pytest.fixture(scope="session")
-def stage(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
-    secret = tmp_path_factory.mktemp("secret") / "secret"
-    secret.write_text("a secret that is long enough for both sides\n")
-    secret.chmod(0o600)
+def stage(workshop: Workshop, secret: Path) -> Iterator[Stage]:
     # what a program has in /dev/shm is on both hosts, and goes with them
     shared = tempfile.mkdtemp(prefix="pipeline-tests-", dir="/dev/shm")
     os.chmod(shared, 0o1777)
     with ExitStack() as stack:
         stack.callback(shutil.rmtree, shared)
-        hosts: list[Host] = []
-        for _ in range(2):
-            hosts.append(Host())
-            stack.callback(hosts[-1].close)
-            done = hosts[-1].run("sh", "-ec", f"{_TERMINALS}; mount --bind {shared} /dev/shm")
+        hosts = stack.enter_context(two_hosts())
+        for host in hosts:
+            done = host.run("sh", "-ec", f"{_TERMINALS}; mount --bind {shared} /dev/shm")
             assert done.returncode == 0, done.stderr
-        yield Stage(workshop, hosts[0], hosts[1], secret)
+        yield Stage(workshop, *hosts, secret)
 
 
 @pytest.fixture

@@ -252,15 +252,12 @@ def test_systemd_goes_on_with_its_services(
 
 @pytest.mark.parametrize("owner", [0, 100_000], ids=["of the host's root", "in a user namespace"])
 def test_systemd_moves_with_its_services(
-    container: Callable[[int], Container], tmp_path: Path, owner: int
+    container: Callable[[int], Container], secret: Path, owner: int
 ) -> None:
     """The destination has pids of its own, and makes the cgroups elsewhere: those of the source are there as long."""
     box = container(owner)
     box.goes_on()
     units, places, family = box.units(), box.places(), family_of(box.pid)
-    secret = tmp_path / "secret"
-    secret.touch(mode=0o600)
-    secret.write_text("a secret that is long enough for both sides\n")
     there = f"{box.name}-there"
     serve = [
         "--listen",

@@ -12,7 +12,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness.hosts import Host, inner_pid, terminate
+from tests.harness.hosts import Host, inner_pid, serving, terminate
 from tests.harness.settings import DEPTH_1, DEPTH_2, Setting
 from tests.harness.tree import Tree, Workshop, children_of, reap, said
 
@@ -119,34 +118,12 @@ class RealTree(Tree):
         Returns what the other side said on its standard error.
         """
         root, family = self.root, self.pids()
-        serve = [
-            "serve",
-            "--listen",
-            "127.0.0.1:0",
-            "--once",
-            "--secret-file",
-            str(self.secret),
-            *self.restoring,
-        ]
-        server = subprocess.Popen(
-            self.other.command(sys.executable, "-m", "pipeline", *serve),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        try:
-            assert server.stdout is not None
-            line = server.stdout.readline()
-            assert line.startswith("listening on "), f"{line} {terminate(server)}"
-            to = ["--to", line.split()[-1], "--secret-file", str(self.secret)]
+        with serving(self.other, self.secret, "--once", *self.restoring) as server:
+            to = ["--to", server.address, "--secret-file", str(self.secret)]
             done = self.host.engine("migrate", "--pid", str(root), *to, *self.dumping)
-            assert done.returncode == 0, said(done) + str(terminate(server))
-            err: str = server.communicate(timeout=20)[1]
-            assert server.returncode == 0, err
+            assert done.returncode == 0, said(done) + str(terminate(server.process))
+            _, err = server.has_served()
             assert not reap(family), "the source still runs"
-        finally:
-            terminate(server)
         self.host, self.other = self.other, self.host
         self.pid = self.host.outer_pid(root)
         self.goes_on()

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any
 
+from pipeline import amounts
 from pipeline.cli import forest, render
 
 if TYPE_CHECKING:
@@ -117,10 +118,10 @@ def _heading(inspection: Inspection, name: str, console: Console) -> None:
     )
     console.print(f"made {made:%Y-%m-%d %H:%M:%S} UTC")
     threads = sum(len(process.threads) for process in image.processes.values())
-    carried = render.size(sum(inspection.page_bytes.values()))
+    carried = amounts.size(sum(inspection.page_bytes.values()))
     console.print(
         f"{_many(len(image.processes), 'process', 'processes')}, {_many(threads, 'thread')}, "
-        f"{_many(len(image.files), 'open file')}, pages: {carried}, image: {render.size(inspection.image_bytes)}\n"
+        f"{_many(len(image.files), 'open file')}, pages: {carried}, image: {amounts.size(inspection.image_bytes)}\n"
     )
 
 
@@ -159,7 +160,7 @@ def _process_line(process: Process, carried: Mapping[int, int]) -> str:
             facts.append(f"{len(process.threads)} threads")
         facts.append(_many(len(process.fds), "fd"))
     if process.space is not None:
-        facts.append(render.size(carried.get(process.space, 0)))
+        facts.append(amounts.size(carried.get(process.space, 0)))
     if process.state != "running":
         facts.append(process.state)
     return f"[bold]{pids}[/] [cyan]{name}[/]  {', '.join(facts)}"
@@ -243,13 +244,13 @@ def _memory(image: Image, carried: Mapping[int, int]) -> Table:
             str(process.pids[0]),
             _text(image.mapped_files[space.exe].path.path),
             str(len(mapped)),
-            render.size(sum(vma.end - vma.start for vma in mapped)),
-            render.size(carried.get(process.space, 0)),
+            amounts.size(sum(vma.end - vma.start for vma in mapped)),
+            amounts.size(carried.get(process.space, 0)),
             "" if space.copy_of is None else f"pages of space {space.copy_of}",
         )
     for memory in image.shared_memory.values():
         name = f"{memory.kind} {_text(memory.name)}".strip()
-        size, sent = render.size(memory.size_bytes), render.size(carried.get(memory.space, 0))
+        size, sent = amounts.size(memory.size_bytes), amounts.size(carried.get(memory.space, 0))
         table.add_row("shared", name, "", size, sent, "")
     return table
 
@@ -282,7 +283,7 @@ def _taken(image: Image) -> Table:
         "Files that came along", "name", "size", "mode", "uid", "gid", numbers=["size", "uid", "gid"]
     )
     for record in image.taken_files.values():
-        size, owner = render.size(record.identity.size_bytes), record.owner
+        size, owner = amounts.size(record.identity.size_bytes), record.owner
         mode = f"{owner.mode:04o}"
         table.add_row(_text(record.path.path), size, mode, str(owner.uid.id), str(owner.gid.id))
     return table

@@ -14,8 +14,9 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
+from pipeline.amounts import milliseconds, size
 from pipeline.cli import render
-from pipeline.cli.render import milliseconds, show, size
+from pipeline.cli.render import show
 from pipeline.errors import UsageError
 
 if TYPE_CHECKING:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from pipeline import amounts
 from pipeline.errors import Blocker, InDoubt, PipelineError, Refused
 
 #: who hears what is said to a person, and whether that is instead of stderr
@@ -99,39 +100,10 @@ def fail(command: str, error: PipelineError, *, json: bool) -> int:
     return error.exit_code
 
 
-def size(count: float) -> str:
-    """Bytes for a person: ``18.3 MB`` (powers of 1000)."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
-
-
-def milliseconds(value: float) -> str:
-    """A duration in milliseconds for a person: ``8.2 ms``, ``350 ms``, ``2.4 s``."""
-    if value < 10:
-        return f"{value:.1f} ms"
-    return f"{value:.0f} ms" if value < 1000 else f"{value / 1000:.2f} s"
-
-
-#: figures that are numbers of bytes; durations, in milliseconds, end in ``time``
-_BYTES = ("transferred", "remaining", "page-bytes")
-
-
 def figures(values: Mapping[str, Any]) -> str:
     """The figures of a result in one line, and the rate where it can be told."""
-    parts = []
-    for name, value in values.items():
-        if name.endswith("time") and isinstance(value, int | float):
-            parts.append(f"{name} {milliseconds(value)}")
-        elif name in _BYTES and isinstance(value, int | float):
-            parts.append(f"{name} {size(value)}")
-        elif isinstance(value, float):
-            parts.append(f"{name} {value:g}")
-        else:
-            parts.append(f"{name} {value}")
+    parts = [f"{name} {amounts.figure(name, value)}" for name, value in values.items()]
     transferred, total_ms = values.get("transferred"), values.get("total-time")
     if isinstance(transferred, int | float) and isinstance(total_ms, int | float) and total_ms > 0:
-        parts.append(f"rate {size(transferred * 1000 / total_ms)}/s")
+        parts.append(f"rate {amounts.size(transferred * 1000 / total_ms)}/s")
     return ", ".join(parts)

@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from pipeline import run
+from pipeline import amounts, run
 from pipeline.cli import render
 from pipeline.demo import verdict
 from pipeline.demo.scene import ADDRESSES, SERVICE, Scene, available_ids, wait_until
@@ -116,7 +116,7 @@ def _play(*, json: bool) -> int:
     figures = dict(moved.get("figures", {}))
     pause = verdict.pause_s(log, HOSTS)
     if pause is not None:
-        figures["pause seen by the tree"] = render.milliseconds(pause * 1000)
+        figures["pause seen by the tree"] = amounts.milliseconds(pause * 1000)
     _verdict(console, checks, figures)
     if json:
         render.document(

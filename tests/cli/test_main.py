@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from pipeline import amounts
 from pipeline.cli import migrate, render
 from pipeline.cli.main import COMMANDS
 from pipeline.errors import Blocker, InDoubt, PipelineError, Refused, UsageError
@@ -106,7 +107,7 @@ def test_a_reader_that_goes_away_is_no_traceback() -> None:
     ("count", "text"), [(0, "0 B"), (999, "999 B"), (18_312_345, "18.3 MB"), (2_500_000_000_000, "2.5 TB")]
 )
 def test_sizes_for_people(count: int, text: str) -> None:
-    assert render.size(count) == text
+    assert amounts.size(count) == text
 
 
 def test_figures_show_the_rate() -> None:

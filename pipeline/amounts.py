@@ -29,4 +29,6 @@ def figure(name: str, value: object) -> str:
             return milliseconds(value)
         if name in _BYTES:
             return size(value)
-    return f"{value:g}" if isinstance(value, float) else f"{value}"
+        if isinstance(value, float):
+            return f"{value:.0f}" if value.is_integer() else f"{value:g}"
+    return f"{value}"

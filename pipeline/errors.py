@@ -69,6 +69,10 @@ class ImageError(PipelineError):
     """An image or stream is damaged, truncated, foreign or too new; the message says where."""
 
 
+class LogError(PipelineError):
+    """A log of events is damaged, foreign or too new; the message says in which line."""
+
+
 class StorageError(PipelineError):
     """The place where an image is written to or read from failed."""
 

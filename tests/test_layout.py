@@ -19,6 +19,7 @@ PURE_ELSEWHERE = {"pipeline.userns.idmap", "pipeline.userns.forest"}
 #: what each room may import besides itself and `PURE`
 ROOMS: dict[str, set[str]] = {
     "image": set(),
+    "report": set(),
     "kernel": {"image"},
     "remote": {"image", "kernel"},
     "userns": {"image", "kernel", "remote"},

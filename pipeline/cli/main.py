@@ -52,6 +52,7 @@ COMMANDS = {
     "serve": Entry("serve", "receive trees from another host and rebuild them straight from the wire"),
     "migrate": Entry("migrate", "move a running tree to a host where `serve` listens"),
     "inspect": Entry("inspect", "show what an image holds"),
+    "report": Entry("report", "draw the event log of a migration as one page of HTML"),
     "clean": Entry("clean", "remove what a killed command left behind"),
     "demo": Entry("demo", "move a tree in three levels of user namespaces between two hosts made here"),
 }

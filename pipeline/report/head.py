@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pipeline import events
 from pipeline.report.log import Log
 from pipeline.report.markup import Markup, text
-from pipeline.report.measures import in_bytes, ms, rate, seconds
+from pipeline.report.measures import LEAST_MS, in_bytes, ms, rate, seconds
 
 _TITLES = {"dump": "Dump", "migrate": "Migration", "restore": "Restore", "serve": "Service"}
 _SIGNALS = {130: "SIGINT", 143: "SIGTERM"}
@@ -88,7 +88,7 @@ def _tiles(log: Log) -> Iterator[tuple[str, Markup]]:
     sent = figures.get("transferred", sum(ended.sent_bytes for ended in log.rounds))
     if sent:
         yield "sent", in_bytes(sent)
-    if total and sent:
+    if sent and total is not None and total >= LEAST_MS:
         yield "on average", rate(1e3 * sent / total)
     if log.rounds:
         yield "rounds", text(len(log.rounds))

@@ -5,6 +5,9 @@ from __future__ import annotations
 from pipeline.amounts import milliseconds, size
 from pipeline.report.markup import Markup, text
 
+#: a log is no more exact than that, so nothing is divided by less
+LEAST_MS = 1e-3
+
 
 def exact(told: str, value: float, unit: str = "") -> Markup:
     """A number as it is told to a person, with the exact one beneath (and where the mouse is held)."""

@@ -14,6 +14,7 @@ from pipeline.report import head, svg, words
 from pipeline.report.log import Log, Stage
 from pipeline.report.markup import Markup, table, text, wide
 from pipeline.report.measures import (
+    LEAST_MS,
     axis_ms,
     axis_s,
     count,
@@ -217,13 +218,13 @@ def _pause(log: Log) -> str:
     if draft:
         about += f" Earlier, at the begin of its draft, it had stood still for {ms(draft)}."
     drawing = svg.waterfall("parts", "Parts of the pause", rows, max(begin, pause.downtime), axis_ms)
-    shares = pause.downtime or 1.0
+    all_ms = max(pause.downtime, LEAST_MS)
     listing = table(
         "Parts of the pause",
         ("part", "lasts", "of all", "what happens"),
         [
             *(
-                (name, ms(part), f"{100 * part / shares:.0f} %", words.PARTS.get(name, ""))
+                (name, ms(part), f"{100 * part / all_ms:.0f} %", words.PARTS.get(name, ""))
                 for name, part in pause.parts.items()
             ),
             ("all", told, "", "downtime"),

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pipeline import events
@@ -259,7 +259,10 @@ tellings = st.one_of(
 
 
 @given(st.lists(tellings, max_size=12))
+@example([events.Completed(t=1, exit_code=0, figures={"transferred": 1.0, "total-time": 5e-324})])
+@example([events.Pause(t=1, downtime=5e-324, parts={"freeze": 1e18})])
 def test_any_log_is_drawn_with_finite_numbers(told: list[events.Event]) -> None:
     told.sort(key=lambda event: event.t)
     found = drawn(told)
     assert all(math.isfinite(float(value)) for value in found.values)
+    assert "inf %" not in found.text

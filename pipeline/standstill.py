@@ -33,6 +33,7 @@ from pipeline.stages.examine import tree_blockers
 from pipeline.stages.freeze import FrozenTree
 from pipeline.stages.memory import PageSource
 from pipeline.stages.observe import Looks
+from pipeline.stages.outliving import Outliving, large_memories
 from pipeline.userns.cradle import is_privileged
 from pipeline.userns.externals import Externals
 from pipeline.userns.forest import Forest
@@ -77,6 +78,7 @@ class Standstill:
         frozen_s: float,
         held: AsyncExitStack,
         holdings: Held,
+        outliving: Outliving,
     ) -> None:
         self.tree = tree
         self.records = records
@@ -89,6 +91,7 @@ class Standstill:
         self.captured_s = time.monotonic()
         self._capture = capture
         self._held = held
+        self._outliving = outliving
         self.holdings = holdings
 
     def plan_anew(self) -> None:
@@ -109,6 +112,11 @@ class Standstill:
     async def let_go_of_files(self) -> None:
         """Close what is held of the tree's open files, so that with the tree they end; idempotent."""
         await self._held.aclose()
+
+    async def let_memory_outlive(self) -> None:
+        """Let the end of the tree not wait for its memory, which is given back at the end of the standstill."""
+        memories = large_memories(self.records, self.sources)
+        await trio.to_thread.run_sync(self._outliving.hold, memories)
 
 
 @asynccontextmanager
@@ -154,7 +162,10 @@ async def standstill(
                 if last or not all(blocker.transient for blocker in refused.blockers):
                     raise
             else:
-                yield Standstill(tree, capture, records, sources, begun_s, frozen_s, held, holdings)
+                outliving = await stopped.enter_async_context(_outliving())
+                yield Standstill(
+                    tree, capture, records, sources, begun_s, frozen_s, held, holdings, outliving
+                )
                 return
         await trio.sleep(_TRANSIENT_PAUSE_S)
 
@@ -190,6 +201,16 @@ async def _doors_closed(
     finally:
         with trio.CancelScope(shield=True):
             await tracer.run(doors.open)
+
+
+@asynccontextmanager
+async def _outliving() -> AsyncIterator[Outliving]:
+    outliving = Outliving()
+    try:
+        yield outliving
+    finally:
+        with trio.CancelScope(shield=True):
+            await trio.to_thread.run_sync(outliving.close)
 
 
 @asynccontextmanager

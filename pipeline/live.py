@@ -147,6 +147,7 @@ class LiveSource:
     async def _send_draft(self) -> bool:
         """The draft and its rounds; False: it is void."""
         memory = self.memory
+        await trio.to_thread.run_sync(memory.first_look)
         pacing = Pacing(self._rounds.max_downtime_s, self._rounds.max_rounds, self.draft_s + _FINISH_S)
         dirty, rate = memory.left_bytes(), 0.0
         while True:

@@ -22,6 +22,7 @@ import re
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from enum import IntFlag
+from typing import NamedTuple
 
 from pipeline.ids import HostPid, LocalFd
 from pipeline.kernel.inside import open_file
@@ -37,6 +38,8 @@ _REGION = struct.Struct("<3Q")
 _REGIONS = 16384
 _ENTRY_BYTES = 8
 _READ_BYTES = 1 << 20
+#: from this size on, anonymous memory is scanned by itself
+_LARGE_BYTES = 1 << 20
 
 
 #: PM_SCAN_*: write-protect what matches; EPERM where a mapping is not watched
@@ -122,20 +125,24 @@ def scan(
 
 _HAS = CATEGORY.PRESENT | CATEGORY.SWAPPED
 _NOT = CATEGORY.FILE | CATEGORY.PFNZERO
+#: as numbers: they are looked at run by run
+_GUARD, _WRITTEN = int(CATEGORY.GUARD), int(CATEGORY.WRITTEN)
 
 
-def written(fd: LocalFd, start: int, end: int, *, whole: bool) -> list[Range] | None:
+def written(fd: LocalFd, start: int, end: int, *, whole: bool, anonymous: bool = False) -> list[Range] | None:
     """Pages with private content that were written since the last call, which write-protects them again.
 
     Args:
         fd: an open /proc/PID/pagemap.
         start, end: of mappings that are watched, see `pipeline.kernel.userfaultfd`.
         whole: all pages with private content, written or not.
+        anonymous: there is no file behind it; see `populated`.
 
     Returns:
         Runs of pages, ascending; None if something in between is not watched (any more).
     """
-    excluded = _NOT | (CATEGORY.GUARD if _knows_guards() else 0)
+    excluded = CATEGORY.PFNZERO if anonymous else _NOT
+    excluded |= CATEGORY.GUARD if _knows_guards() else 0
     mask = excluded if whole else excluded | CATEGORY.WRITTEN
     try:
         runs = scan(
@@ -169,40 +176,72 @@ def _knows_guards() -> bool:
     return True
 
 
-def populated(fd: LocalFd, ranges: Sequence[Range]) -> tuple[list[Range], list[Range]]:
+class Populated(NamedTuple):
+    """What an address space has in some ranges: maximal [start, end) runs, ascending.
+
+    `pages`: private content that is to be saved. `guards`: guard pages. `untouched`: those of `pages` that are
+    write-protected by a userfaultfd: not written since.
+    """
+
+    pages: list[Range]
+    guards: list[Range]
+    untouched: list[Range]
+
+
+def populated(fd: LocalFd, ranges: Sequence[Range], anonymous: Sequence[Range] = ()) -> Populated:
     """Pages with private content, and guard pages, of one address space.
 
     Args:
         fd: an open /proc/PID/pagemap.
         ranges: ascending, disjoint, page aligned: the mappings to look at. They are scanned in one
             go from the first to the last; what lies between them is left out.
+        anonymous: those of them that have no file behind them. Large ones are looked at by themselves: the kernel need
+            not be asked what each page belongs to, which takes it most of the time.
 
     Returns:
-        Two lists of maximal [start, end) runs, ascending and inside of `ranges`: pages whose
-        content is to be saved, and guard pages. Pages of shared memory and of mapped files are
-        in neither.
+        What lies inside of `ranges`. Pages of shared memory and of mapped files are not among it.
     """
     if not ranges:
-        return [], []
+        return Populated([], [], [])
     try:
-        runs = _scan_populated(fd, ranges[0][0], ranges[-1][1])
+        runs = [
+            run
+            for start, end, is_anonymous in _spans(ranges, anonymous)
+            for run in _scan_populated(fd, start, end, is_anonymous)
+        ]
     except OSError as error:
         if error.errno not in (errno.ENOTTY, errno.EINVAL):
             raise
         runs = _read_populated(fd, ranges)
-    pages = [(start, end) for start, end, categories in runs if not categories & CATEGORY.GUARD]
-    guards = [(start, end) for start, end, categories in runs if categories & CATEGORY.GUARD]
-    return intersect(pages, ranges), intersect(guards, ranges)
+    found = Populated([], [], [])
+    for start, end, categories in runs:
+        if categories & _GUARD:
+            found.guards.append((start, end))
+            continue
+        found.pages.append((start, end))
+        if not categories & _WRITTEN:
+            found.untouched.append((start, end))
+    return Populated(*(intersect(one, ranges) for one in found))
 
 
-def _scan_populated(fd: LocalFd, start: int, end: int) -> list[tuple[int, int, int]]:
-    try:
-        return scan(fd, start, end, inverted=_NOT, mask=_NOT, anyof=_HAS, returned=CATEGORY.GUARD)
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
-    # before 6.15: no such category; guards cannot be told from swapped pages (and are read as EFAULT)
-    return scan(fd, start, end, inverted=_NOT, mask=_NOT, anyof=_HAS)
+def _spans(ranges: Sequence[Range], anonymous: Sequence[Range]) -> Iterator[tuple[int, int, bool]]:
+    """Where to scan, in order, and whether that is anonymous."""
+    at, last = ranges[0][0], ranges[-1][1]
+    for start, end in anonymous:
+        if end - start >= _LARGE_BYTES:
+            if at < start:
+                yield at, start, False
+            yield start, end, True
+            at = end
+    if at < last:
+        yield at, last, False
+
+
+def _scan_populated(fd: LocalFd, start: int, end: int, is_anonymous: bool) -> list[tuple[int, int, int]]:
+    excluded = CATEGORY.PFNZERO if is_anonymous else _NOT
+    # before 6.15 guards cannot be told from swapped pages (and are read as EFAULT)
+    told = CATEGORY.WRITTEN | (CATEGORY.GUARD if _knows_guards() else 0)
+    return scan(fd, start, end, inverted=excluded, mask=excluded, anyof=_HAS, returned=told)
 
 
 # The most significant byte of a pagemap entry: present 0x80, swapped 0x40, file or shared 0x20,
@@ -220,7 +259,7 @@ def _read_populated(fd: LocalFd, ranges: Sequence[Range]) -> list[tuple[int, int
     for start, end in ranges:
         for address, entries in entries_of(fd, start, end):
             for match in _RUN.finditer(entries[7::8]):
-                categories = CATEGORY.GUARD if match["guards"] else 0
+                categories = _GUARD if match["guards"] else _WRITTEN
                 found.append(
                     (address + match.start() * PAGE_BYTES, address + match.end() * PAGE_BYTES, categories)
                 )

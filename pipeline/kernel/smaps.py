@@ -56,6 +56,11 @@ class Mapping(NamedTuple):
         return self.perms[3] == 0x73
 
     @property
+    def anonymous(self) -> bool:
+        """There is no file behind it."""
+        return not self.inode and not self.device
+
+    @property
     def range_name(self) -> str:
         """Its name under /proc/PID/map_files."""
         return f"{self.start:x}-{self.end:x}"

@@ -306,7 +306,7 @@ class Capture:
         sources = self._shared_sources()
         for number in numbers:
             pid, memory = found.captured[number]
-            sources.append(ProcessPages(number, self._face(pid), memory.runs))
+            sources.append(ProcessPages(number, self._face(pid), memory.runs, memory.untouched))
         return self._records([found.captured[number][1].space for number in numbers]), sources
 
     def _records(self, spaces: Sequence[AddressSpace]) -> list[tuple[Record, Record | None]]:
@@ -459,7 +459,7 @@ class Capture:
                 dumpable=leader.dumpable(),
                 thp_disable=leader.thp_disable(),
                 contexts=answers.rings,
-                tracked=self._looks.live,
+                tracked=self._looks.live and not self._looks.is_draft,
             )
             memory = dataclasses.replace(memory, space=replace(memory.space, **leader.of_memory()))
             blockers += memory.blockers

@@ -59,6 +59,11 @@ class _Space:
         self.missed.clear()
         self.unwatched = found.unwatched
 
+    def unsent(self) -> list[Range]:
+        """What was written up to the last look and was not sent since, or cannot be known; TrackingLost."""
+        self.tracking.check()
+        return union(union(self.pending, sorted(self.missed)), self.unwatched)
+
     def differing(self) -> list[Range]:
         """What the destination has inherited of the parent, and the parent has written since the draft, or dropped.
 
@@ -95,6 +100,7 @@ class LiveMemory:
         self._pids: list[HostPid] = []
         self._ended: set[HostPid] = set()
         self._spaces: dict[int, _Space] = {}
+        self._unseen: list[_Space] = []
         self._sent: dict[int, Sent] = {}
         self._objects: list[SharedPages | FilePages] = []
         self._held: list[LocalFd] = []
@@ -106,7 +112,9 @@ class LiveMemory:
         return self._image
 
     def begin(self, image: Image, tree: FrozenTree, sources: Sequence[PageSource]) -> None:
-        """Begin to track the writes of a stopped tree; in the tracer's thread.
+        """Begin to track the writes of a stopped tree; in the tracer's thread. Then `first_look`, when it runs on.
+
+        Only what a child has of its parent has to be looked at in the same moment as the parent.
 
         Args:
             image: the draft.
@@ -126,7 +134,7 @@ class LiveMemory:
         }
         for source in sources:
             match source:
-                case ProcessPages(number, pid, _):
+                case ProcessPages(number, pid):
                     tids = [pid, *(tid for tid in tasks[pid] if tid != pid)]
                     with inside(pid, tids) as task:
                         tracking = Tracking(pid, task.syscall)
@@ -138,18 +146,22 @@ class LiveMemory:
                 case FilePages(number, fd, size, _, early):
                     self._sent[number] = sent = Sent()
                     self._objects.append(FilePages(number, self._hold(fd), size, sent, early))
-        for space in self._spaces.values():
-            space.look()
+        above = {number: space.copy_of for number, space in image.spaces.items() if space.copy_of is not None}
+        related = {*above, *above.values()}
+        for number, space in self._spaces.items():
+            if number in related:
+                space.look()
+            else:
+                self._unseen.append(space)
         doubtful = set(_written_behind(image))
         for source in sources:
             if not isinstance(source, ProcessPages):
                 continue
             space = self._spaces[source.space]
-            above = image.spaces[source.space].copy_of
-            if above is not None:
-                space.parent = self._spaces[above]
+            if source.space in above:
+                space.parent = self._spaces[above[source.space]]
                 inherited = subtract(space.pending, source.runs)
-                if above in doubtful:
+                if above[source.space] in doubtful:
                     continue
                 space.inherited = inherited
                 space.pending = subtract(space.pending, inherited)
@@ -166,6 +178,17 @@ class LiveMemory:
         return mine
 
     # -- while it runs ---------------------------------------------------------------------
+
+    def first_look(self) -> None:
+        """Ask what there is of the memory that was not looked at in the stop. In any thread.
+
+        What was, is not looked at again: a parent's writes since are told when the pages are read that it shares.
+
+        Raises:
+            TrackingLost: see `look`.
+        """
+        while self._unseen:
+            self._unseen.pop().look()
 
     def look(self) -> int:
         """Ask what was written since the last time; how many bytes are to be sent. In any thread.
@@ -223,14 +246,14 @@ class LiveMemory:
         dropped: dict[int, list[Range]] = {}
         for source in sources:
             match source:
-                case ProcessPages(number, pid, runs):
+                case ProcessPages(number, pid, runs, untouched):
                     space = self._spaces[number]
-                    space.look()
+                    unsent = space.unsent()
                     alike = private_ranges(
                         list(overlaps(self.image.spaces[number].vmas, now.spaces[number].vmas))
                     )
                     there = intersect(space.sent, alike)
-                    right = subtract(subtract(there, space.pending), space.unwatched)
+                    right = subtract(intersect(there, untouched), unsent)
                     missing = subtract(runs, [] if number in doubtful else right)
                     lacking.append(ProcessPages(number, pid, missing))
                     dropped[number] = subtract(there, runs)
@@ -254,6 +277,7 @@ class LiveMemory:
     def close(self) -> None:
         """Give everything back; idempotent."""
         self.let_go_of_objects()
+        self._unseen.clear()
         while self._spaces:
             _, space = self._spaces.popitem()
             space.tracking.close()

@@ -39,11 +39,15 @@ BUFFERS = 6
 
 @dataclass(frozen=True, slots=True)
 class ProcessPages:
-    """Private pages of a process: `runs` are [start, end) addresses."""
+    """Private pages of a process: `runs` are [start, end) addresses.
+
+    `untouched`: those of them that were not written since the writes to them were tracked last.
+    """
 
     space: int
     pid: HostPid
     runs: Sequence[Range]
+    untouched: Sequence[Range] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +154,7 @@ def page_bytes(sources: Sequence[PageSource]) -> int:
     total = 0
     for source in sources:
         match source:
-            case ProcessPages(_, _, runs) | LivePages(_, _, runs, _, _):
+            case ProcessPages(_, _, runs, _) | LivePages(_, _, runs, _, _):
                 total += total_bytes(runs)
             case SharedPages(_, shared, _):
                 total += shared_bytes(shared)
@@ -191,7 +195,7 @@ async def stream_memory(
     async with send:
         for source in sources:
             match source:
-                case ProcessPages(space, pid, runs):
+                case ProcessPages(space, pid, runs, _):
                     with ProcessMemory(pid) as memory:
                         for piece in pieces(runs, pool.size_bytes):
                             await emit(space, _reading(memory, piece))

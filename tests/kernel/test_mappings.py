@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -69,11 +70,33 @@ def test_populated_pages_with_scan_and_without() -> None:
         whole = [(base, base + 20 * PAGE), (base + 40 * PAGE, base + 64 * PAGE)]
         pages = [(base + a * PAGE, base + b * PAGE) for a, b in ((0, 1), (2, 3), (10, 11), (63, 64))]
         guards = [(base + PAGE, base + 2 * PAGE)]
-        assert pagemap.populated(fd, whole) == (pages, guards)
+        assert pagemap.populated(fd, whole) == (pages, guards, [])
         by_entries = pagemap._read_populated(fd, whole)
-        assert [(a, b) for a, b, c in by_entries if not c] == pages
-        assert [(a, b) for a, b, c in by_entries if c] == guards
+        assert [(a, b) for a, b, c in by_entries if c == pagemap.CATEGORY.WRITTEN] == pages
+        assert [(a, b) for a, b, c in by_entries if c == pagemap.CATEGORY.GUARD] == guards
         os.close(fd)
+
+
+def test_large_anonymous_memory_is_looked_at_by_itself(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(bytes(4 * PAGE))
+    pages = 600
+    with (
+        (tmp_path / "file").open("r+b") as file,
+        mmap.mmap(file.fileno(), 4 * PAGE, flags=mmap.MAP_PRIVATE) as mapped,
+        mmap.mmap(-1, pages * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as area,
+    ):
+        area.madvise(mmap.MADV_NOHUGEPAGE)
+        starts = [ctypes.addressof(ctypes.c_char.from_buffer(one)) for one in (mapped, area)]
+        assert mapped[0] == 0  # a page of the file
+        mapped[2 * PAGE] = 1
+        area[5 * PAGE] = area[(pages - 1) * PAGE] = 1
+        assert area[7 * PAGE] == 0  # the zero page
+        fd = pagemap.open_pagemap(ME)
+        ranges = sorted([(starts[0], starts[0] + 4 * PAGE), (starts[1], starts[1] + pages * PAGE)])
+        found = pagemap.populated(fd, ranges, [(starts[1], starts[1] + pages * PAGE)])
+        os.close(fd)
+        written = [starts[0] + 2 * PAGE, starts[1] + 5 * PAGE, starts[1] + (pages - 1) * PAGE]
+        assert found == ([(at, at + PAGE) for at in sorted(written)], [], [])
 
 
 def test_pagemap_scan_goes_on_where_its_vector_was_full(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,7 +107,7 @@ def test_pagemap_scan_goes_on_where_its_vector_was_full(monkeypatch: pytest.Monk
         for page in range(0, 100, 2):
             area[page * PAGE] = 1
         fd = pagemap.open_pagemap(ME)
-        pages, _ = pagemap.populated(fd, [(base, base + 100 * PAGE)])
+        pages = pagemap.populated(fd, [(base, base + 100 * PAGE)]).pages
         os.close(fd)
         assert pages == [(base + p * PAGE, base + (p + 1) * PAGE) for p in range(0, 100, 2)]
 
@@ -118,7 +141,7 @@ def test_pagemap_scan_finds_every_run_once_however_many_parts_the_kernel_walks()
         child.stdout.readline()
         fd = pagemap.open_pagemap(HostPid(child.pid))
         ranges = [(m.start, m.end) for m in smaps.maps(HostPid(child.pid)) if m.name != b"[vsyscall]"]
-        runs, _ = pagemap.populated(fd, ranges)
+        runs = pagemap.populated(fd, ranges).pages
         os.close(fd)
         child.kill()
     assert len(runs) > pages // 2

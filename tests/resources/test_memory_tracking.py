@@ -14,7 +14,7 @@ import pytest
 
 from pipeline.ids import HostPid
 from pipeline.kernel import smaps
-from pipeline.kernel.pagemap import PAGE_BYTES, Range, intersect, total_bytes
+from pipeline.kernel.pagemap import PAGE_BYTES, Range, intersect, open_pagemap, populated, total_bytes
 from pipeline.resources.memory.tracking import Tracking, TrackingLost
 from pipeline.stages import freeze
 from pipeline.stages.asking import inside
@@ -117,6 +117,21 @@ def test_pages_that_were_written_are_told_once() -> None:
         assert subject.pages(tracking.collect().runs) == []
 
 
+def test_pages_that_were_not_written_are_known_by_a_look_that_changes_nothing() -> None:
+    with tracked(few=write(1, 7, 40)) as (subject, tracking):
+        subject.do("few")
+        fd = open_pagemap(subject.pid)
+        whole = [(subject.start, subject.start + PAGES * PAGE_BYTES)]
+        for anonymous in ([], whole):
+            found = populated(fd, whole, anonymous)
+            assert subject.pages(found.pages) == [*range(PAGES // 2), 40]
+            assert subject.pages(found.untouched) == [p for p in range(PAGES // 2) if p not in (1, 7)]
+        assert subject.pages(tracking.collect().runs) == [1, 7, 40]
+        assert subject.pages(populated(fd, whole).untouched) == [*range(PAGES // 2), 40]
+        os.close(fd)
+        tracking.check()
+
+
 def test_what_the_kernel_writes_is_told() -> None:
     with tracked(read=read_file) as (subject, tracking):
         subject.do("read")
@@ -155,6 +170,8 @@ def test_another_program_is_no_longer_the_one_that_was_tracked() -> None:
             pass
         with pytest.raises(TrackingLost, match="has executed another program"):
             tracking.collect()
+        with pytest.raises(TrackingLost, match="has executed another program"):
+            tracking.check()
 
 
 def test_who_has_ended_is_no_longer_tracked() -> None:

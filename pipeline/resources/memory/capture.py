@@ -22,7 +22,7 @@ from pipeline.errors import Blocker
 from pipeline.ids import HostPid, RemoteAddress
 from pipeline.image.schema import AddressSpace, AioRing, Index, Vma
 from pipeline.kernel import procfs, smaps
-from pipeline.kernel.pagemap import Range, intersect, open_pagemap, populated
+from pipeline.kernel.pagemap import Populated, Range, intersect, open_pagemap, populated
 from pipeline.kernel.smaps import Mapping
 from pipeline.resources.memory import aio
 from pipeline.resources.memory.alike import KERNEL_KINDS, LATE_KINDS
@@ -40,11 +40,13 @@ _SECOND_NODE = "/sys/devices/system/node/node1"
 class Captured:
     """An address space: its record, and the page runs to save of it ([start, end), ascending).
 
-    If there are `blockers`, record and runs are incomplete and not to be used.
+    `untouched`: those of `runs` that were not written since the writes to them were tracked last. If there are
+    `blockers`, record and runs are incomplete and not to be used.
     """
 
     space: AddressSpace
     runs: list[Range]
+    untouched: list[Range]
     blockers: list[Blocker]
 
 
@@ -96,7 +98,7 @@ def capture_address_space(
         exe = objects.executable(pid, place)
     except CannotCarry as refusal:
         blockers.append(refusal.blocker(f"pid {pid} executable"))
-    runs, guards = _populated(pid, found)
+    runs, guards, untouched = _populated(pid, found)
     stat = procfs.stat(pid)
     space = AddressSpace(
         space=objects.scope.space_of(("memory", pid)),
@@ -121,7 +123,7 @@ def capture_address_space(
         coredump_filter=procfs.coredump_filter(pid),
         rings=rings,
     )
-    return Captured(space, runs, blockers)
+    return Captured(space, runs, untouched if tracked else [], blockers)
 
 
 def check_address_space(pid: HostPid, objects: MemoryObjects) -> list[Blocker]:
@@ -152,20 +154,27 @@ def _backing(
             return objects.shared_mapping(pid, mapping, shape.backing)
 
 
-def _populated(
-    pid: HostPid, found: Sequence[tuple[Mapping, Shape, Index | None]]
-) -> tuple[list[Range], list[Range]]:
-    """Page runs to save and guard pages."""
+def _populated(pid: HostPid, found: Sequence[tuple[Mapping, Shape, Index | None]]) -> Populated:
+    """Page runs to save and guard pages; untouched are those in mappings that are watched."""
     carried = [(mapping, shape) for mapping, shape, _ in found if shape.kind not in _WITHOUT_PAGES]
     if not carried:
-        return [], []
+        return Populated([], [], [])
     fd = open_pagemap(pid)
     try:
-        pages, guards = populated(fd, [(mapping.start, mapping.end) for mapping, _ in carried])
+        pages, guards, untouched = populated(
+            fd,
+            [(mapping.start, mapping.end) for mapping, _ in carried],
+            [(mapping.start, mapping.end) for mapping, _ in carried if mapping.anonymous],
+        )
     finally:
         os.close(fd)
     private = [(mapping.start, mapping.end) for mapping, shape in carried if shape.private]
-    return intersect(pages, private), guards
+    watched = [
+        (mapping.start, mapping.end)
+        for mapping, shape in carried
+        if shape.private and mapping.flags & _TRACKED
+    ]
+    return Populated(intersect(pages, private), guards, intersect(untouched, watched))
 
 
 def _records(found: Sequence[tuple[Mapping, Shape, Index | None]], guards: Sequence[Range]) -> Iterator[Vma]:

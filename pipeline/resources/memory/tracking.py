@@ -23,13 +23,16 @@ from typing import NamedTuple
 from pipeline.ids import HostPid, LocalFd
 from pipeline.kernel import procfs, smaps, userfaultfd
 from pipeline.kernel.arch.x86_64 import NR
-from pipeline.kernel.pagemap import Range, merged, open_pagemap, populated, written
+from pipeline.kernel.pagemap import PAGE_BYTES, Range, merged, open_pagemap, populated, written
 from pipeline.kernel.smaps import Mapping
 from pipeline.kernel.syscalls import pidfd_getfd, pidfd_open
 from pipeline.ledger import LEDGER
 
 #: the kernel's own mappings have no pages that are carried
 _KERNELS = frozenset({b"[vdso]", b"[vvar]", b"[vvar_vclock]", b"[vsyscall]"})
+
+#: nobody has anything mapped here
+_LAST_PAGE = 0x7FFF_FFFF_E000
 
 #: runs a system call inside a process
 Inside = Callable[..., int]
@@ -93,7 +96,7 @@ class Tracking:
         unwatched: list[Range] = []
         try:
             for mapping in _private(smaps.maps(self._pid)):
-                found = self._written(pagemap, mapping.start, mapping.end)
+                found = self._written(pagemap, mapping)
                 if found is None:
                     unwatched.append((mapping.start, mapping.end))
                 else:
@@ -113,8 +116,9 @@ class Tracking:
         try:
             pagemap = open_pagemap(self._pid)
             try:
-                ranges = [(one.start, one.end) for one in _private(smaps.maps(self._pid))]
-                return populated(pagemap, ranges)[0]
+                found = _private(smaps.maps(self._pid))
+                anonymous = [(one.start, one.end) for one in found if one.anonymous]
+                return populated(pagemap, [(one.start, one.end) for one in found], anonymous).pages
             finally:
                 os.close(pagemap)
         except ProcessLookupError:
@@ -124,11 +128,23 @@ class Tracking:
     def _gone(self) -> str:
         return f"pid {self._pid} has ended, or has executed another program"
 
-    def _written(self, pagemap: LocalFd, start: int, end: int) -> list[Range] | None:
-        runs = written(pagemap, start, end, whole=False)
+    def _written(self, pagemap: LocalFd, mapping: Mapping) -> list[Range] | None:
+        start, end, anonymous = mapping.start, mapping.end, mapping.anonymous
+        runs = written(pagemap, start, end, whole=False, anonymous=anonymous)
         if runs is None and userfaultfd.register(self._fd, start, end):
-            runs = written(pagemap, start, end, whole=True)
+            runs = written(pagemap, start, end, whole=True, anonymous=anonymous)
         return runs
+
+    def check(self) -> None:
+        """The process has the memory that is watched.
+
+        Raises:
+            TrackingLost: see there.
+        """
+        try:
+            userfaultfd.register(self._fd, _LAST_PAGE, _LAST_PAGE + PAGE_BYTES)
+        except ProcessLookupError:
+            raise TrackingLost(self._gone) from None
 
     def close(self) -> None:
         """Watch no longer; idempotent."""

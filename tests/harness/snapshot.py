@@ -16,9 +16,13 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+from pipeline.ids import HostPid
+from pipeline.kernel.pagemap import open_pagemap, populated
+from pipeline.kernel.procfs import ProcessGone
 
 #: fields of /proc/PID/status that may differ, with the reason
 STATUS_MAY_DIFFER = {
@@ -80,6 +84,8 @@ FILES = (
 VMFLAGS_MAY_DIFFER = {"sd", "ac", "gu"}
 #: a running program and the frames that a dump leaves below the stack pointer touch a few pages
 ANONYMOUS_SLACK_KIB = 256
+_ZERO_PAGE = bytes(4096)
+_BLOCK_BYTES = 1 << 20
 
 NS_GET_USERNS, NS_GET_PARENT, NS_GET_OWNER_UID = 0xB701, 0xB702, 0xB704
 SYS_KCMP, KCMP_FILE, KCMP_VM, KCMP_FILES, KCMP_FS, KCMP_SIGHAND, KCMP_IO = 312, 0, 1, 2, 3, 4, 5
@@ -184,37 +190,63 @@ def _stat(pid: int, thread: int) -> dict[str, str]:
     return found
 
 
-def _maps(pid: int) -> tuple[list[str], int]:
-    """Each mapping with its protection, offset, name and flags; and the anonymous memory of all, in KiB."""
+def _maps(pid: int) -> tuple[list[str], dict[str, list[int]]]:
+    """Each mapping with its protection, offset, name and flags; and those that have memory of their own.
+
+    Of these: how much, in KiB, and how much of it is zero.
+    """
     found: list[list[Any]] = []
-    anonymous_kib = 0
     for line in (_read(f"/proc/{pid}/smaps") or "").splitlines():
         head = line.split(None, 5)
         if not head[0].endswith(":"):
             start, end = (int(part, 16) for part in head[0].split("-"))
             name = _without_number(head[5]) if len(head) > 5 else ""
-            found.append([start, end, head[1], int(head[2], 16), name, ""])
+            found.append([start, end, head[1], int(head[2], 16), name, "", 0, 0])
         elif head[0] == "VmFlags:":
             found[-1][5] = " ".join(flag for flag in line.split()[1:] if flag not in VMFLAGS_MAY_DIFFER)
-        elif head[0] == "Anonymous:":
-            anonymous_kib += int(head[1])
+        elif head[0] in {"Anonymous:", "Swap:"} and found[-1][2][3] == "p":
+            found[-1][6] += int(head[1])
+    _count_zeros(pid, [entry for entry in found if entry[6]])
     joined: list[list[Any]] = []
     for entry in found:
         last = joined[-1] if joined else None
-        follows = last is not None and last[1] == entry[0] and [last[2], *last[4:]] == [entry[2], *entry[4:]]
+        follows = (
+            last is not None and last[1] == entry[0] and [last[2], *last[4:6]] == [entry[2], *entry[4:6]]
+        )
         if (
             last is not None
             and follows
             and (entry[4][:1] in {"", "["} or entry[3] == last[3] + entry[0] - last[0])
         ):
             last[1] = entry[1]
+            last[6:] = last[6] + entry[6], last[7] + entry[7]
         else:
             joined.append(entry)
     lines = [
         f"{start:x}-{end:x} {mode} {offset:x} {name} [{flags}]"
-        for start, end, mode, offset, name, flags in joined
+        for start, end, mode, offset, name, flags, *_ in joined
     ]
-    return lines, anonymous_kib
+    return lines, {f"{start:x}-{end:x}": [kib, zero] for start, end, *_, kib, zero in joined if kib}
+
+
+def _count_zeros(pid: int, mappings: list[list[Any]]) -> None:
+    """Say in the last field of each mapping how much of what it has of its own is zero, in KiB."""
+    try:
+        pagemap = open_pagemap(HostPid(pid))
+        memory = os.open(f"/proc/{pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
+    except (ProcessGone, OSError):  # it has ended meanwhile
+        return
+    try:
+        for mapping in mappings:
+            for start, end in populated(pagemap, [(mapping[0], mapping[1])])[0]:
+                for address in range(start, end, _BLOCK_BYTES):
+                    content = os.pread(memory, min(end - address, _BLOCK_BYTES), address)
+                    pages = range(0, len(content), len(_ZERO_PAGE))
+                    zero = [at for at in pages if not content[at] and content.startswith(_ZERO_PAGE, at)]
+                    mapping[7] += len(zero) * len(_ZERO_PAGE) // 1024
+    finally:
+        os.close(pagemap)
+        os.close(memory)
 
 
 def _without_number(name: str) -> str:
@@ -332,7 +364,7 @@ def take(pids: Iterable[int]) -> dict[str, Any]:
         snapshot[f"{pid} timers"] = _timers(pid)
         for name in ("cwd", "root", "exe"):
             snapshot[f"{pid} {name}"] = _link(f"/proc/{pid}/{name}")
-        snapshot[f"{pid} maps"], snapshot[f"{pid} anonymous KiB"] = _maps(pid)
+        snapshot[f"{pid} maps"], snapshot[f"{pid} own pages"] = _maps(pid)
         snapshot[f"{pid} mounts"] = _mounts(pid)
         for name, value in _descriptors(pid).items():
             snapshot[f"{pid} {name}"] = value
@@ -391,6 +423,17 @@ def _stacks(mounts: list[Any]) -> dict[str, list[Any]]:
     return found
 
 
+def _own_pages(old: dict[str, list[int]], new: dict[str, list[int]]) -> Iterator[str]:
+    """What is more than a running program takes, and what is less but for pages that are zero, which take no memory."""
+    for name, (kib, zero_kib) in old.items():
+        now_kib = new.get(name, [0])[0]
+        if now_kib < kib - zero_kib:
+            yield f"{name} had {kib} KiB, {zero_kib} of it zero, and has {now_kib}"
+    before, after = (sum(kib for kib, _ in found.values()) for found in (old, new))
+    if after > before + ANONYMOUS_SLACK_KIB:
+        yield f"{before} KiB have become {after}"
+
+
 def compare(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     """One line for each difference; lists are compared entry by entry."""
     lines: list[str] = []
@@ -401,8 +444,8 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
         old, new = before.get(key), after.get(key)
         if old == new or (key[0].isdigit() and _task(key) not in both):
             continue
-        # less is no loss (what is in it is the program's to check): pages that were written and are zero take no memory
-        if key.endswith("anonymous KiB") and old is not None and new - old <= ANONYMOUS_SLACK_KIB:
+        if key.endswith(" own pages") and old is not None and new is not None:
+            lines += [f"{key}: {line}" for line in _own_pages(old, new)]
             continue
         if isinstance(old, list) and isinstance(new, list):
             lines += [f"{key}: gone: {item}" for item in old if item not in new]

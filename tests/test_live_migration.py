@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from pipeline import events
 from pipeline.ids import HostPid
 from pipeline.kernel import smaps
+from pipeline.kernel.syscalls import pidfd_getfd
 from tests.harness.hosts import Host, Server, migrate, serving
 from tests.harness.settings import CONTAINER_2, DEPTH_1, DEPTH_2, Setting
-from tests.harness.tree import Tree, children_of, said
+from tests.harness.tree import Tree, children_of, reap, said
+from tests.harness.valve import Valve
 from tests.test_carried_states import NAMES
 
 pytestmark = pytest.mark.root
@@ -119,6 +124,101 @@ def test_an_interrupt_leaves_the_tree_as_it_was(
         else:  # it was past the decision
             tree.pid = destination.outer_pid(5000)
             tree.check()
+
+
+#: MiB of the process whose pages are sent before those of its child; more than all buffers on the way hold
+MUCH = 96
+
+
+@contextmanager
+def migration_on_its_way(
+    source: Host, server: Server, secret: Path, tree: Tree
+) -> Iterator[tuple[subprocess.Popen[str], Valve]]:
+    """A migration that sends its draft, and has read nothing yet of the last process of the tree."""
+    with Valve(server.address, 1 << 20) as valve:
+        arguments = precopy(server, secret)
+        arguments[arguments.index(server.address)] = valve.address
+        with subprocess.Popen(
+            source.command(sys.executable, "-m", "pipeline", *arguments, "--progress", "json", "--json"),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as running:
+            try:
+                valve.wait_until_shut()
+                yield running, valve
+            finally:
+                for child in children_of(running.pid):
+                    os.kill(child, signal.SIGTERM)
+
+
+def wait_until(what: str, holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not holds():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.01)
+
+
+def has_become(pid: int, word: str) -> bool:
+    """What `changing` says: it is a zombie, or another program."""
+    if word == "leave":
+        return Path(f"/proc/{pid}/stat").read_text("latin-1").rpartition(")")[2].split()[0] == "Z"
+    return Path(f"/proc/{pid}/comm").read_text() == "sleep\n"
+
+
+@pytest.mark.parametrize("word", ["leave", "execute"])
+def test_a_process_becomes_another_while_its_draft_is_sent(
+    hosts: tuple[Host, Host], secret: Path, start_on: Callable[..., Tree], word: str
+) -> None:
+    """The draft is void then, and the next one is right."""
+    source, destination = hosts
+    tree = start_on(source, "changing", DEPTH_1, [str(MUCH)])
+    family = tree.pids()
+    with (
+        serving(destination, secret, "--once") as server,
+        migration_on_its_way(source, server, secret, tree) as (running, valve),
+    ):
+        (tree.directory / word).touch()
+        wait_until(word, lambda: has_become(family[-1], word))
+        valve.open()
+        out, err = running.communicate(timeout=60)
+        assert running.returncode == 0, err
+        server.has_served()
+    assert not reap(family), "the source still runs"
+    tree.pid = destination.outer_pid(5000)
+    tree.check()
+    assert json.loads(out)["notes"] == []
+    told = [event for line in err.splitlines() if (event := events.parse(line))]
+    assert [event.name for event in told if isinstance(event, events.Phase)].count("draft") == 2
+
+
+def test_memory_that_somebody_else_begins_to_watch_is_refused_in_the_end(
+    hosts: tuple[Host, Host], secret: Path, start_on: Callable[..., Tree]
+) -> None:
+    """Whoever watches it is not in the tree, so that nothing but the kernel's refusal to watch it, too, tells it."""
+    source, destination = hosts
+    tree = start_on(source, "changing", DEPTH_1, [str(MUCH)])
+    child = tree.pids()[-1]
+    with (
+        serving(destination, secret) as server,
+        migration_on_its_way(source, server, secret, tree) as (running, valve),
+    ):
+        (tree.directory / "watch").touch()
+        wait_until("watching", (tree.directory / "watching").exists)
+        process = os.pidfd_open(child)
+        watch = pidfd_getfd(process, int((tree.directory / "watching").read_text()))
+        try:
+            (tree.directory / "taken").touch()
+            wait_until("given", (tree.directory / "given").exists)
+            valve.open()
+            _, err = running.communicate(timeout=60)
+        finally:
+            os.close(watch)
+            os.close(process)
+        assert running.returncode == 3, err
+        assert "is watched by a userfaultfd (write protection)" in err
+        assert_untouched(tree)
 
 
 def test_processes_come_and_go_meanwhile(

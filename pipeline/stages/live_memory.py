@@ -15,6 +15,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
+from pipeline.errors import Blocker, Refused
 from pipeline.ids import HostPid, LocalFd
 from pipeline.image.codec import Image
 from pipeline.image.schema import AddressSpace
@@ -22,6 +23,7 @@ from pipeline.kernel.pagemap import Range, intersect, subtract, total_bytes, uni
 from pipeline.kernel.procfs import ProcessGone
 from pipeline.ledger import LEDGER
 from pipeline.resources.memory.alike import overlaps, private_ranges
+from pipeline.resources.memory.capture import watched_by_others
 from pipeline.resources.memory.tracking import Tracking, TrackingLost
 from pipeline.resources.tasks import leaders
 from pipeline.stages import freeze
@@ -240,7 +242,9 @@ class LiveMemory:
 
         Raises:
             TrackingLost: see `look`.
+            Refused: somebody else has begun to watch its memory.
         """
+        blockers: list[Blocker] = []
         doubtful = set(_written_behind(self.image)) | set(_written_behind(now))
         lacking: list[PageSource] = []
         dropped: dict[int, list[Range]] = {}
@@ -249,6 +253,7 @@ class LiveMemory:
                 case ProcessPages(number, pid, runs, untouched):
                     space = self._spaces[number]
                     unsent = space.unsent()
+                    blockers += watched_by_others(pid, space.unwatched, space.tracking.may_watch)
                     alike = private_ranges(
                         list(overlaps(self.image.spaces[number].vmas, now.spaces[number].vmas))
                     )
@@ -264,6 +269,8 @@ class LiveMemory:
                     if early and sent.has_changed(fd, size):
                         raise TrackingLost("what its tmpfs or System V segments hold has changed")
                     lacking.append(FilePages(number, fd, size, sent, early))
+        if blockers:
+            raise Refused(blockers)
         return lacking, dropped
 
     def let_go_of_objects(self) -> None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_right
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from pipeline.errors import Blocker
@@ -132,6 +132,25 @@ def check_address_space(pid: HostPid, objects: MemoryObjects) -> list[Blocker]:
     Raises as `capture_address_space` does.
     """
     return capture_address_space(pid, objects, brk=RemoteAddress(0)).blockers
+
+
+def watched_by_others(
+    pid: HostPid, unwatched: Sequence[Range], may_watch: Callable[[int, int], bool]
+) -> list[Blocker]:
+    """What of the memory of a stopped process could not be watched because somebody else does.
+
+    Args:
+        unwatched: where the pipeline could not watch when it looked last; the process has run since.
+        may_watch: tries again, for a mapping.
+    """
+    blockers = []
+    for mapping in smaps.smaps(pid) if unwatched else ():
+        if intersect([(mapping.start, mapping.end)], unwatched) and not may_watch(mapping.start, mapping.end):
+            try:
+                classify(mapping)
+            except CannotCarry as refusal:
+                blockers.append(refusal.blocker(subject(pid, mapping)))
+    return blockers
 
 
 def subject(pid: HostPid, mapping: Mapping) -> str:

@@ -135,6 +135,10 @@ class Tracking:
             runs = written(pagemap, start, end, whole=True, anonymous=anonymous)
         return runs
 
+    def may_watch(self, start: int, end: int) -> bool:
+        """Whether these mappings can be watched: they are from now on. ProcessLookupError: the memory is gone."""
+        return userfaultfd.register(self._fd, start, end)
+
     def check(self) -> None:
         """The process has the memory that is watched.
 

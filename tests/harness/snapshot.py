@@ -238,7 +238,7 @@ def _count_zeros(pid: int, mappings: list[list[Any]]) -> None:
         return
     try:
         for mapping in mappings:
-            for start, end in populated(pagemap, [(mapping[0], mapping[1])])[0]:
+            for start, end in populated(pagemap, [(mapping[0], mapping[1])]).pages:
                 for address in range(start, end, _BLOCK_BYTES):
                     content = os.pread(memory, min(end - address, _BLOCK_BYTES), address)
                     pages = range(0, len(content), len(_ZERO_PAGE))

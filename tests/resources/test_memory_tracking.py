@@ -14,7 +14,16 @@ import pytest
 
 from pipeline.ids import HostPid
 from pipeline.kernel import smaps
-from pipeline.kernel.pagemap import PAGE_BYTES, Range, intersect, open_pagemap, populated, total_bytes
+from pipeline.kernel.pagemap import (
+    PAGE_BYTES,
+    Range,
+    intersect,
+    open_pagemap,
+    populated,
+    total_bytes,
+    written,
+)
+from pipeline.resources.memory.classify import MAP_DROPPABLE
 from pipeline.resources.memory.tracking import Tracking, TrackingLost
 from pipeline.stages import freeze
 from pipeline.stages.asking import inside
@@ -22,6 +31,7 @@ from pipeline.stages.asking import inside
 pytestmark = pytest.mark.root
 
 PAGES = 64
+MREMAP_MAYMOVE, MREMAP_FIXED = 1, 2
 
 
 class Subject:
@@ -152,6 +162,55 @@ def test_what_is_mapped_anew_is_told_whole() -> None:
         assert not found.unwatched
         subject.do("none")
         assert total_bytes(tracking.collect().runs) < 3 << 20
+
+
+def test_what_is_moved_is_told_whole_where_it_is_then() -> None:
+    to = 0x2000_0000_0000
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mremap.restype = ctypes.c_void_p
+    libc.mremap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p]
+
+    def move(memory: mmap.mmap) -> None:
+        start, size = ctypes.addressof(ctypes.c_char.from_buffer(memory)), PAGES * PAGE_BYTES
+        assert libc.mremap(start, size, size, MREMAP_MAYMOVE | MREMAP_FIXED, to) == to
+
+    with tracked(move=move) as (subject, tracking):
+        subject.do("move")
+        subject.start = to
+        assert subject.pages(tracking.collect().runs) == list(range(PAGES // 2))
+        assert subject.pages(tracking.collect().runs) == []
+
+
+def test_what_is_to_be_told_whole_is_told_although_it_is_protected() -> None:
+    with tracked(few=write(1, 7, 40)) as (subject, _):
+        subject.do("few")
+        pagemap = open_pagemap(subject.pid)
+        try:
+            whole = subject.start, subject.start + PAGES * PAGE_BYTES
+            assert subject.pages(written(pagemap, *whole, whole=True, anonymous=True) or []) == [
+                *range(PAGES // 2),
+                40,
+            ]
+            assert written(pagemap, *whole, whole=False, anonymous=True) == [], (
+                "what was told is protected again"
+            )
+        finally:
+            os.close(pagemap)
+
+
+def test_what_the_kernel_does_not_let_be_watched_is_said() -> None:
+    kept: list[mmap.mmap] = []
+
+    def map_droppable(memory: mmap.mmap) -> None:
+        kept.append(mmap.mmap(-1, PAGES * PAGE_BYTES, flags=MAP_DROPPABLE | mmap.MAP_ANONYMOUS))
+        kept[0][:] = b"d" * (PAGES * PAGE_BYTES)
+
+    with tracked(map=map_droppable) as (subject, tracking):
+        subject.do("map")
+        for _ in range(2):
+            found = tracking.collect()
+            assert total_bytes(found.unwatched) == PAGES * PAGE_BYTES
+            assert not intersect(found.runs, found.unwatched)
 
 
 def test_dropped_pages_are_not_told() -> None:

@@ -2,7 +2,8 @@
 
 One `Tracking` an address space: a userfaultfd in asynchronous write-protect mode (`pipeline.kernel.userfaultfd`), made
 inside the process while it stood still, and known here by a duplicate. Each `collect` tells the pages that were written
-since the one before and write-protects them again; what is mapped anew is registered then, and told whole.
+since the one before and write-protects them again; what is mapped anew is registered then, and told whole: before
+Linux 6.13 ("clear uffd-wp PTE/PMD state on mremap") moved memory takes its protection along, and would look unwritten.
 
 A mapping cannot be trusted to tell all where it may not be watched, and a whole process where devices write into its
 pages behind the page tables: O_DIRECT and asynchronous I/O pin pages, and what arrives in a pinned page marks nothing

@@ -13,7 +13,7 @@ If processes come or go, or much memory is mapped anew, the draft is void, and a
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,6 +22,7 @@ from msgspec.structs import replace
 
 from pipeline.dump import write_pages, write_translated
 from pipeline.errors import PipelineError, Refused
+from pipeline.ids import HostPid
 from pipeline.image.codec import Image
 from pipeline.image.schema import AddressSpace, Record
 from pipeline.policy import DumpPolicy
@@ -29,17 +30,19 @@ from pipeline.progress import Progress, Round
 from pipeline.remote.tracer import Tracer
 from pipeline.resources.memory.tracking import TrackingLost
 from pipeline.stages import draft
+from pipeline.stages.lending import Lent, split
 from pipeline.stages.live_memory import LiveMemory
 from pipeline.stages.memory import PageSource
 from pipeline.stages.observe import Looks
 from pipeline.stages.pacing import Pacing
 from pipeline.stages.translate import into_forest
 from pipeline.standstill import Standstill, standstill
+from pipeline.transport.framing import FrameWriter
 from pipeline.transport.protocol import Begin
 from pipeline.transport.tcp import Channel
 from pipeline.userns.externals import Externals
 
-OnTimeout = Literal["switch", "cancel"]
+OnTimeout = Literal["switch", "cancel", "postcopy"]
 
 _DRAFTS = 3
 #: so much newly mapped memory is worth another draft
@@ -57,6 +60,8 @@ class Rounds:
     max_downtime_s: float
     max_rounds: int
     on_timeout: OnTimeout
+    #: what is left after the rounds comes when the tree runs (`pipeline.stages.lending`)
+    later: bool = False
 
 
 class LiveSource:
@@ -88,6 +93,7 @@ class LiveSource:
         self._externals = externals
         self._policy = policy
         self._progress = progress
+        self._later = rounds.later
         self.memory = LiveMemory()
         self._has_draft = False
         self.begun_s = time.monotonic()
@@ -169,6 +175,7 @@ class LiveSource:
                     f"the tree writes faster than it can be sent: it would stand still for {expected_s:.1f} s; raise "
                     "--max-downtime, or say --on-timeout switch"
                 )
+            self._later |= verdict == "too long" and self._rounds.on_timeout == "postcopy"
             if verdict != "again":
                 return True
 
@@ -191,8 +198,18 @@ class LiveSource:
         self.page_bytes += await write_pages(self._channel.writer, sources, self._progress)
         self.rounds_done += 1
 
-    async def send_rest(self, still: Standstill) -> None:
-        """What the destination lacks of the tree that stands still now."""
+    @property
+    def later(self) -> bool:
+        """Whether what is left after the rounds comes when the tree runs."""
+        return self._later
+
+    async def send_rest(self, still: Standstill, lasting: Collection[HostPid]) -> list[Lent]:
+        """Send what the destination lacks of the tree that stands still now; returns what comes later.
+
+        Args:
+            still: the tree.
+            lasting: whose memory lasts, so that its pages may come later.
+        """
         records = translated(still)
         lacking = await self._lacking(records, still) if self._has_draft else None
         if lacking is None:
@@ -204,9 +221,12 @@ class LiveSource:
         else:
             await self._channel.say(Begin("rest"))
             sources, records = lacking
-        self.page_bytes += await write_translated(
-            self._channel.writer, _each(records), sources, self._progress
+        drafted = lacking is not None
+        sent, lent = await send_stopped(
+            self._channel.writer, records, sources, self._progress, drafted=drafted, lasting=lasting
         )
+        self.page_bytes += sent
+        return lent
 
     async def _lacking(
         self, records: list[Record], still: Standstill
@@ -244,6 +264,36 @@ def image_of(records: Iterable[Record]) -> Image:
     for record in records:
         image.add(record)  # type: ignore[arg-type]
     return image
+
+
+async def send_stopped(
+    writer: FrameWriter,
+    records: Sequence[Record],
+    sources: Sequence[PageSource],
+    progress: Progress,
+    *,
+    drafted: bool,
+    lasting: Collection[HostPid],
+) -> tuple[int, list[Lent]]:
+    """Send a tree that stands still, or what the destination lacks of it; the bytes of pages, and what comes later.
+
+    Args:
+        records: of the tree, translated.
+        sources: of the pages that the destination lacks.
+        drafted: see `pipeline.stages.lending.split`.
+        lasting: whose memory lasts, so that its pages may come later.
+    """
+    lent: list[Lent] = []
+    if lasting:
+        sources, lent = split(image_of(records), sources, lasting, drafted)
+        runs = {one.space: list(one.runs) for one in lent}
+        records = [
+            replace(record, later=runs[record.space])
+            if isinstance(record, AddressSpace) and record.space in runs
+            else record
+            for record in records
+        ]
+    return await write_translated(writer, _each(records), sources, progress), lent
 
 
 async def _each(records: Sequence[Record]) -> AsyncIterator[Record]:

@@ -16,10 +16,11 @@ never runs here again, and the destination is told until it has heard.
 
 from __future__ import annotations
 
+import math
 import os
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from functools import partial
 from typing import Literal, Self
@@ -29,13 +30,16 @@ from msgspec import Struct
 
 from pipeline.dump import write_image
 from pipeline.errors import InDoubt, PeerError, PeerRefused, UsageError
+from pipeline.ids import HostPid
 from pipeline.image.packing import Compression, Packer
 from pipeline.kernel.arch import x86_64 as arch
-from pipeline.live import LiveSource, OnTimeout, Rounds
+from pipeline.live import LiveSource, OnTimeout, Rounds, send_stopped, translated
 from pipeline.policy import DumpPolicy
 from pipeline.progress import NullProgress, Progress
 from pipeline.remote.tracer import Tracer, tracer_thread
 from pipeline.stages import freeze
+from pipeline.stages.lending import Lending, Lent
+from pipeline.stages.outliving import large_memories
 from pipeline.standstill import refuse_early, standstill
 from pipeline.transport import identity, protocol
 from pipeline.transport.protocol import Cancel, Commit, Completed, Decision, Hello, Join, Offer
@@ -44,8 +48,13 @@ from pipeline.transport.tcp import Channel, connect, parse_address
 from pipeline.userns.externals import Externals
 
 Mode = Literal["stop", "precopy", "postcopy", "hybrid"]
+#: those in which it is sent while it runs
+_LIVE = ("precopy", "hybrid")
 
 MAX_STREAMS = 16
+#: memories that may come later are larger than this, and no more than so many
+_SMALL_BYTES = 1 << 20
+_MOST_LENT = 64
 #: how long the destination may take to let the tree run, and how long it is told of a decision
 _COMPLETE_S = 30.0
 _SETTLE_S = 60.0
@@ -79,6 +88,13 @@ async def greet(channel: Channel) -> Hello:
     return hello
 
 
+@asynccontextmanager
+async def _greeted(host: str, port: int, secret: bytes, plaintext: bool) -> AsyncIterator[Channel]:
+    async with connect(host, port, secret, plaintext=plaintext) as channel:
+        await greet(channel)
+        yield channel
+
+
 async def migrate(
     pid: int,
     to: str,
@@ -94,6 +110,7 @@ async def migrate(
     compress: Compression = "none",
     streams: int = 1,
     progress: Progress | None = None,
+    give_up: trio.Event | None = None,
 ) -> MigrateResult:
     """Move the tree below `pid` to the destination that serves at `to`.
 
@@ -102,26 +119,27 @@ async def migrate(
         to: HOST:PORT of a running `serve`.
         secret_file: the secret that both sides share.
         mode: ``stop``: the tree stands still while it is sent. ``precopy``: it is sent while it runs, round by round,
-            and stands still for what is left.
+            and stands still for what is left. ``postcopy``: it runs over there before its memory is there. ``hybrid``:
+            rounds first, then what is left comes later.
         max_downtime_s: with ``precopy``: how long the tree may stand still at the switch, if that can be had.
         max_rounds: how many rounds there may be.
-        on_timeout: if it cannot be had: ``switch`` all the same, or ``cancel``.
+        on_timeout: if it cannot be had: ``switch`` all the same, ``cancel``, or go on with ``postcopy``.
         plaintext: no TLS; both sides still prove the secret.
         externals: paths of namespaces, by kind, that are external instead of the caller's own.
         policy: decisions about states that have more than one good answer.
         compress: pages with ``lz4``, ``zstd``, not at all, or with what pays (``auto``).
         streams: connections that pages are spread over.
         progress: is told how far it is.
+        give_up: when it is set, a destination that lacks pages and cannot be reached is not waited for any more: the
+            tree is lost.
 
     Raises:
         Refused: the tree cannot be carried; nothing was touched.
-        InDoubt: the tree is ended here, and the destination could not be told.
+        InDoubt: the tree is ended here, and the destination could not be told, or lacks pages.
         PipelineError: it failed; the tree runs on here.
 
     Cancellation: before the decision the tree runs on; after it the migration completes.
     """
-    if mode not in ("stop", "precopy"):
-        raise UsageError(f"mode {mode} is not there yet; use --mode precopy or --mode stop")
     if not 1 <= streams <= MAX_STREAMS:
         raise UsageError(f"--streams is a number from 1 to {MAX_STREAMS}")
     if streams > 1 and mode != "stop":
@@ -129,7 +147,8 @@ async def migrate(
     if secret_file is None:
         raise UsageError("migrate needs --secret-file, the secret that `serve` was given or printed")
     progress = progress or NullProgress()
-    rounds = Rounds(max_downtime_s, max_rounds, on_timeout)
+    rounds = Rounds(max_downtime_s, max_rounds, on_timeout, later=mode == "hybrid") if mode in _LIVE else None
+    later = mode in ("postcopy", "hybrid") or (rounds is not None and on_timeout == "postcopy")
     host, port = parse_address(to)
     secret = identity.load_secret(secret_file)
     begin = time.monotonic()
@@ -137,32 +156,49 @@ async def migrate(
     await refuse_early(pid, externals, policy)
     migration = secrets.token_hex(16)
     with trio.CancelScope() as scope:
-        async with tracer_thread() as tracer, connect(host, port, secret, plaintext=plaintext) as channel:
+        async with tracer_thread() as tracer, _greeted(host, port, secret, plaintext) as channel:
             packer = channel.writer.packer = Packer(compress)
-            await greet(channel)
             processes = len(freeze.walk(pid))  # type: ignore[arg-type]
-            await channel.say(Offer(migration, pid, processes, streams, live=mode == "precopy"))
+            await channel.say(Offer(migration, pid, processes, streams, live=rounds is not None, later=later))
             if not isinstance(await channel.hear(), protocol.Accept):
                 raise PeerError(f"{channel.peer} did not answer the offer")
-            reconnect = partial(connect, host, port, secret, plaintext=plaintext)
-            told = _Decision(channel, migration, reconnect)
+            reconnect = partial(_greeted, host, port, secret, plaintext)
+            told = _Decision(channel, migration, reconnect, give_up)
+            live = LiveSource(tracer, pid, channel, rounds, externals, policy, progress) if rounds else None
             async with (
                 _joined(channel, migration, streams, reconnect),
                 told,
-                _live(mode, tracer, pid, channel, rounds, externals, policy, progress) as live,
+                _rounds_sent(tracer, live),
+                _lending(later, migration, reconnect, progress) as lending,
             ):
                 switch_s = time.monotonic()
                 progress.phase("freeze")
                 looks = live.looks if live is not None else None
                 async with standstill(tracer, pid, externals, policy, looks=looks) as still:
                     progress.phase("memory")
+                    lasting: Collection[HostPid] = ()
+                    if lending is not None and (live is None or live.later):
+                        memories = large_memories(still.records, still.sources, _SMALL_BYTES, _MOST_LENT)
+                        lasting = await trio.to_thread.run_sync(lending.hold, memories)
+                    lent: list[Lent] = []
                     if live is not None:
-                        await live.send_rest(still)
+                        lent = await live.send_rest(still, lasting)
                         page_bytes = live.page_bytes
+                    elif lasting:
+                        page_bytes, lent = await send_stopped(
+                            channel.writer,
+                            translated(still),
+                            still.sources,
+                            progress,
+                            drafted=False,
+                            lasting=lasting,
+                        )
                     else:
                         page_bytes = await write_image(
                             channel.writer, still.records, still.sources, still.forest, progress
                         )
+                    if lending is not None:
+                        lending.lend(lent)
                     told.all_sent = True
                     sent_s = time.monotonic()
                     progress.phase("prepare")
@@ -175,11 +211,13 @@ async def migrate(
                     scope.shield = told.committed = True
                     await tracer.run(freeze.end, still.tree)
                     await tracer.run(still.holdings.ended)
-                    completed = await told.commit()
+                    completed = await told.commit(_SETTLE_S if lending is None else math.inf)
                     done_s = time.monotonic()
                     await tracer.run(still.holdings.settled)
+                if lending is not None:
+                    await lending.send_all(channel, give_up)
     figures = {
-        "total-time": 1e3 * (done_s - begin),
+        "total-time": 1e3 * (time.monotonic() - begin),
         "setup-time": 1e3 * ((switch_s if live is None else live.begun_s) - begin),
         "downtime": 1e3 * (done_s - still.begun_s),
         "freeze-time": 1e3 * (still.frozen_s - still.begun_s),
@@ -202,6 +240,9 @@ async def migrate(
         }
     )
     notes = still.holdings.complaints
+    if lending is not None:
+        figures["postcopy-requests"] = lending.requests
+        figures["postcopy-bytes"] = lending.bytes_done
     if live is not None:
         notes = [*live.notes, *notes]
         figures["dirty-sync-count"] = live.rounds_done
@@ -230,7 +271,6 @@ async def _joined(
         others = []
         for _ in range(streams - 1):
             other = await stack.enter_async_context(reconnect())
-            await greet(other)
             await other.say(Join(migration))
             if not isinstance(await other.hear(), protocol.Accept):
                 raise PeerError(f"{other.peer} did not take a further connection")
@@ -241,27 +281,32 @@ async def _joined(
 
 
 @asynccontextmanager
-async def _live(
-    mode: Mode,
-    tracer: Tracer,
-    pid: int,
-    channel: Channel,
-    rounds: Rounds,
-    externals: Externals | None,
-    policy: DumpPolicy | None,
-    progress: Progress,
-) -> AsyncIterator[LiveSource | None]:
-    """The tree, sent as far as that can be done while it runs; None where it is not to be."""
-    if mode == "stop":
-        yield None
+async def _rounds_sent(tracer: Tracer, live: LiveSource | None) -> AsyncIterator[None]:
+    """The tree is sent as far as that can be done while it runs, if it is to be."""
+    if live is None:
+        yield
         return
-    live = LiveSource(tracer, pid, channel, rounds, externals, policy, progress)
     try:
         await live.send_rounds()
-        yield live
+        yield
     finally:
         with trio.CancelScope(shield=True):
             await tracer.run(live.close)
+
+
+@asynccontextmanager
+async def _lending(
+    later: bool,
+    migration: str,
+    reconnect: Callable[[], AbstractAsyncContextManager[Channel]],
+    progress: Progress,
+) -> AsyncIterator[Lending | None]:
+    """Who sends what comes later, on a connection of its own where somebody waits; None where nothing does."""
+    if not later:
+        yield None
+        return
+    async with Lending(migration, reconnect, progress) as lending, beside(lending.attend):
+        yield lending
 
 
 class _Decision:
@@ -273,12 +318,18 @@ class _Decision:
     Args:
         channel: of the migration.
         migration: its id.
-        reconnect: makes a new connection.
+        reconnect: makes a new connection, greeted.
+        give_up: when it is set, nobody is told any more.
     """
 
     def __init__(
-        self, channel: Channel, migration: str, reconnect: Callable[[], AbstractAsyncContextManager[Channel]]
+        self,
+        channel: Channel,
+        migration: str,
+        reconnect: Callable[[], AbstractAsyncContextManager[Channel]],
+        give_up: trio.Event | None,
     ) -> None:
+        self._give_up = give_up
         self._channel = channel
         self._migration = migration
         self._reconnect = reconnect
@@ -295,8 +346,11 @@ class _Decision:
             with trio.CancelScope(shield=True):
                 await self._take_back()
 
-    async def commit(self) -> Completed:
+    async def commit(self, within_s: float) -> Completed:
         """Tell that the tree is ended here, on a new connection if this one is broken.
+
+        Args:
+            within_s: for how long it is tried.
 
         Raises:
             InDoubt: the destination could not be told.
@@ -310,8 +364,8 @@ class _Decision:
                     return answer
         except (PeerError, trio.TooSlowError) as error:
             reason = str(error) or reason
-        deadline = trio.current_time() + _SETTLE_S
-        while trio.current_time() < deadline:
+        deadline = trio.current_time() + within_s
+        while trio.current_time() < deadline and not self._is_given_up():
             await trio.sleep(_SETTLE_PAUSE_S)
             try:
                 answer = await self._decide(_COMPLETE_S)
@@ -325,10 +379,12 @@ class _Decision:
             "to let it run"
         )
 
+    def _is_given_up(self) -> bool:
+        return self._give_up is not None and self._give_up.is_set()
+
     async def _decide(self, within_s: float) -> protocol.AnyMessage:
         with trio.fail_after(within_s):
             async with self._reconnect() as again:
-                await greet(again)
                 await again.say(Decision(self._migration, self.committed))
                 return await again.hear()
 

@@ -5,7 +5,7 @@
     read ─ namespace-translate ─ rebuild ─ fill ─ thaw
 
 Records come first, so the tree is built while its pages are still on their way. Until
-`thaw`, every failure and every cancellation leaves nothing behind.
+`thaw`, every failure and every cancellation leaves nothing behind. With ``lazy`` the last pages come behind it.
 """
 
 from __future__ import annotations
@@ -13,25 +13,33 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Self
 
 import msgspec
 import trio
 
-from pipeline.errors import ImageError
+from pipeline.errors import ImageError, RebuildError, UsageError, ungrouped
 from pipeline.image.codec import Image
 from pipeline.image.frames import MAX_PAYLOAD_BYTES
 from pipeline.image.schema import FORMAT_VERSION, End
+from pipeline.kernel.pagemap import Range, intersect
+from pipeline.kernel.paging import DEVICE
 from pipeline.ledger import LEDGER
 from pipeline.policy import RestorePolicy
 from pipeline.progress import NullProgress, Progress
+from pipeline.remote.guard import Guard
 from pipeline.remote.tracer import tracer_thread
+from pipeline.resources.memory.later import is_copied, may_wait
+from pipeline.resources.memory.watch import check_here
 from pipeline.resources.shell_job import JobTerminal
 from pipeline.stages.fill import PageFeed
-from pipeline.stages.rebuild import rebuilt
+from pipeline.stages.pager import Pager
+from pipeline.stages.rebuild import Rebuilding, Terms, rebuilt
+from pipeline.stages.stored_pages import StoredPages
 from pipeline.transport.buffers import BufferPool, LeasedRun
 from pipeline.transport.framing import ByteSource, FrameReader, Message
 from pipeline.userns.cradle import owns_pid_namespace
@@ -200,6 +208,79 @@ async def _check_manifest(source: ByteSource) -> None:
         raise ImageError(f"the image has format {manifest.format}; this version reads up to {FORMAT_VERSION}")
 
 
+def _let_wait(image: Image, stored: StoredPages) -> dict[int, list[Range]]:
+    """Choose what comes later, by space, and say so in the image."""
+    found: dict[int, list[Range]] = {}
+    for number, space in image.spaces.items():
+        if not is_copied(image, number):
+            runs = intersect(stored.ranges(number), may_wait(image, space))
+            if runs:
+                found[number] = runs
+                image.spaces[number] = msgspec.structs.replace(space, later=runs)
+    return found
+
+
+@asynccontextmanager
+async def _stored(source: str, lazy: bool) -> AsyncIterator[StoredPages | None]:
+    """The pages of an image, where they come later; else None.
+
+    Raises:
+        UsageError: they cannot be read in any order.
+        RebuildError: nobody may answer page faults here.
+    """
+    if not lazy:
+        yield None
+        return
+    from pipeline.transport.storage import IMAGE, DirectoryStorage, open_storage
+
+    storage = open_storage(source)
+    if not isinstance(storage, DirectoryStorage):
+        raise UsageError(f"{source}: --lazy reads pages in any order, and needs an image in a directory")
+    try:
+        check_here()
+    except OSError as error:
+        raise RebuildError(
+            f"page faults of programs cannot be answered here: {DEVICE}: {error.strerror}; be root of the machine, or "
+            "leave --lazy out"
+        ) from None
+    stored = await trio.to_thread.run_sync(StoredPages, Path(storage.place) / IMAGE)
+    try:
+        yield stored
+    finally:
+        stored.close()
+
+
+@asynccontextmanager
+async def _pages_later(
+    stored: StoredPages | None, later: dict[int, list[Range]], progress: Progress
+) -> AsyncIterator[Callable[[Rebuilding], None]]:
+    """Gives what is to be called before the tree runs; the end of the block waits for the last page.
+
+    If the pages cannot be brought, the tree is killed.
+    """
+    if stored is None:
+        yield lambda _: None
+        return
+    guard = await trio.to_thread.run_sync(Guard)
+    begun = False
+    try:
+        with ungrouped():
+            async with trio.open_nursery() as nursery:
+
+                def begin(rebuilding: Rebuilding) -> None:
+                    nonlocal begun
+                    begun = True
+                    pager = Pager(rebuilding.take_watched(), rebuilding.victims(), guard)
+                    nursery.start_soon(pager.run)
+                    nursery.start_soon(stored.bring_all, pager, later, progress)
+
+                yield begin
+    finally:
+        if not begun:
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(guard.dismiss)
+
+
 async def restore(
     source: str,
     *,
@@ -209,6 +290,7 @@ async def restore(
     unmapped: Unmapped = "refuse",
     externals: Externals | None = None,
     policy: RestorePolicy | None = None,
+    lazy: bool = False,
     progress: Progress | None = None,
 ) -> RestoredTree:
     """Restore the image at `source`.
@@ -222,6 +304,8 @@ async def restore(
             and where the other ends of the tree's veth devices are put: ``{"veth:eth0": "PEER@BRIDGE"}``.
         policy: decisions about states that have more than one good answer.
         unmapped: ids that have no place here: ``refuse``, or let the ``overflow`` id stand for them.
+        lazy: let the tree run before its memory is there (figure ``start-time``, in ms); this returns when it is, and
+            if it fails meanwhile, or is cancelled, the tree is killed.
         progress: is told how far it is.
 
     Raises:
@@ -237,39 +321,39 @@ async def restore(
     new_pidns = new_pidns or not owns_pid_namespace()
     policy = replace(policy or RestorePolicy(), stdio=not detach and source != "-", parent_stays=not detach)
     terminal: JobTerminal | None = None
+    tree: RestoredTree | None = None
     try:
-        async with tracer_thread() as tracer, opened(source) as reader:
+        async with tracer_thread() as tracer, opened(source) as reader, _stored(source, lazy) as stored:
             image, first = await read_records(reader)
             records_read = time.monotonic()
-            feed = page_feed(reader, image, first, progress)
+            if stored is None:
+                later: dict[int, list[Range]] = {}
+                feed = page_feed(reader, image, first, progress)
+            else:
+                if first is not None:
+                    first.lease.release()
+                later = _let_wait(image, stored)
+                feed = PageFeed(None, stored.sooner(later), progress)
             if policy.shell_job and image.head.job is not None:
                 terminal = JobTerminal(image.head.job)
             name = terminal.path if terminal is not None else None
-            async with rebuilt(
-                image,
-                feed,
-                tracer,
-                progress,
-                new_pidns,
-                map,
-                unmapped,
-                externals,
-                policy,
-                name,
-                strict_ends=True,
-            ) as rebuilding:
-                progress.phase("thaw")
-                # before it runs: it may end at once, and somebody else's process have its number
-                tree = RestoredTree(rebuilding.root_pid, rebuilding.child_pid, {}, terminal)
-                try:
+            terms = Terms(
+                new_pidns, map, unmapped, externals or {}, policy, name, strict_ends=True, later=lazy
+            )
+            async with _pages_later(stored, later, progress) as begin_paging:
+                async with rebuilt(image, feed, tracer, progress, terms) as rebuilding:
+                    progress.phase("thaw")
+                    # before it runs: it may end at once, and somebody else's process have its number
+                    tree = RestoredTree(rebuilding.root_pid, rebuilding.child_pid, {}, terminal)
                     if terminal is not None:
                         terminal.lend(tree.root_pid, rebuilding.foreground)
+                    begin_paging(rebuilding)
                     await tracer.run(rebuilding.thaw)
-                except BaseException:
-                    tree.close()
-                    raise
+                started = time.monotonic()
     except BaseException:
-        if terminal is not None:
+        if tree is not None:
+            tree.close()
+        elif terminal is not None:
             terminal.close()
         raise
     if policy.shell_job and terminal is None:
@@ -280,6 +364,7 @@ async def restore(
         {
             "total-time": 1e3 * (time.monotonic() - begin),
             "setup-time": 1e3 * (records_read - begin),
+            "start-time": 1e3 * (started - begin),
             "transferred": reader.bytes_read,
             "page-bytes": feed.bytes_done,
         }

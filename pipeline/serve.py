@@ -8,6 +8,8 @@ A tree is built while it comes; nothing of it runs before the source has said th
 ended its own. A source that is lost before that word leaves the tree *in doubt*: it is
 held, stopped, until the source comes back with its decision, or a person decides
 (SIGUSR1: it runs here; SIGINT: it is given up).
+
+With post-copy a tree runs before its memory is there; as long as pages are missing, it does not outlive this process.
 """
 
 from __future__ import annotations
@@ -25,18 +27,22 @@ from pipeline import garbage
 from pipeline.errors import ImageError, PeerError, RebuildError, Refused
 from pipeline.ids import HostPid
 from pipeline.kernel.arch import x86_64 as arch
+from pipeline.kernel.paging import DEVICE
 from pipeline.policy import RestorePolicy
 from pipeline.progress import NullProgress, Progress
 from pipeline.remote.tracer import Tracer, tracer_thread
+from pipeline.resources.memory.watch import check_here
 from pipeline.resources.registry import kinds
 from pipeline.restore import RestoredTree, page_feed, read_records
+from pipeline.stages.borrowing import Borrowing
 from pipeline.stages.fill import write_run
-from pipeline.stages.rebuild import Rebuilding, bring_up_to_date, grown, rebuilt
+from pipeline.stages.rebuild import Rebuilding, Terms, bring_up_to_date, grown, rebuilt
 from pipeline.transport import identity, protocol, tcp
 from pipeline.transport.buffers import LeasedRun
 from pipeline.transport.framing import Item, Message
 from pipeline.transport.protocol import (
     Accept,
+    Attend,
     Begin,
     Commit,
     Completed,
@@ -46,6 +52,8 @@ from pipeline.transport.protocol import (
     Offer,
     Prepared,
     Refuse,
+    Resume,
+    Whole,
 )
 from pipeline.transport.spread import SpreadReader, beside
 from pipeline.transport.tcp import Channel, parse_address
@@ -88,8 +96,7 @@ class _Server:
     def __init__(
         self,
         tracer: Tracer,
-        new_pidns: bool,
-        placing: tuple[str, Unmapped, Externals, RestorePolicy],
+        terms: Terms,
         progress: Progress,
         restored: Callable[[RestoredTree], None],
         said: Callable[[str], None],
@@ -98,8 +105,7 @@ class _Server:
     ) -> None:
         self._nursery = nursery
         self._tracer = tracer
-        self._new_pidns = new_pidns
-        self._placing = placing
+        self._terms = terms
         self._progress = progress
         self._restored = restored
         self._said = said
@@ -107,6 +113,9 @@ class _Server:
         self._held: dict[str, _Held] = {}
         self._settled: dict[str, int] = {}
         self._companies: dict[str, _Company] = {}
+        self._borrowings: dict[str, Borrowing] = {}
+        #: migrations of which no page is missing any more
+        self._whole: set[str] = set()
 
     def decide_all(self, committed: bool) -> None:
         """A person decides about everything that is in doubt."""
@@ -124,6 +133,10 @@ class _Server:
                 await self._receive(channel, offer)
             case Join() as join:
                 await self._join(channel, join)
+            case Attend() as attend:
+                await self._attend(channel, attend)
+            case Resume() as resume:
+                await self._resume(channel, resume)
             case Decision() as decision:
                 await self._settle(channel, decision)
             case _:
@@ -170,15 +183,24 @@ class _Server:
             del self._companies[offer.migration]
 
     async def _receive(self, channel: Channel, offer: Offer) -> None:
+        if offer.later:
+            try:
+                check_here()
+            except OSError as error:
+                await self._refuse(channel, _no_paging(error))
+                return
         async with self._accompanied(channel, offer):
             await self._take(channel, offer)
 
     async def _take(self, channel: Channel, offer: Offer) -> None:
         try:
-            arriving = self._live_tree(channel) if offer.live else self._tree(channel)
-            async with arriving as (rebuilding, page_bytes):
+            terms = replace(self._terms, live=offer.live, later=offer.later)
+            arriving = self._live_tree(channel, terms) if offer.live else self._tree(channel, terms)
+            async with self._borrowing(offer), arriving as (rebuilding, page_bytes):
                 await channel.say(Prepared())
                 await self._await_commit(channel, offer, rebuilding, page_bytes)
+            if offer.later and channel.conversation.state == "completed":
+                await self._borrowings[offer.migration].take_all(channel)
             if channel.conversation.state == "cancelling":
                 await self._refuse(channel, "given up, as the source wishes")
         except (RebuildError, ImageError, Refused) as error:
@@ -186,18 +208,31 @@ class _Server:
             await self._refuse(channel, str(error))
 
     @asynccontextmanager
-    async def _tree(self, channel: Channel) -> AsyncIterator[tuple[Rebuilding, int]]:
+    async def _borrowing(self, offer: Offer) -> AsyncIterator[None]:
+        """What a tree needs whose pages come later, if they do; it stays when the tree runs."""
+        if not offer.later:
+            yield
+            return
+        borrowing = self._borrowings[offer.migration] = Borrowing()
+        try:
+            yield
+        finally:
+            if not borrowing.begun:
+                del self._borrowings[offer.migration]
+                with trio.CancelScope(shield=True):
+                    await trio.to_thread.run_sync(borrowing.give_up)
+
+    @asynccontextmanager
+    async def _tree(self, channel: Channel, terms: Terms) -> AsyncIterator[tuple[Rebuilding, int]]:
         """The next image of a connection, complete and stopped, and how many bytes of pages it had."""
         image, first = await read_records(channel.reader)
         image.check_machine(arch.MACHINE)
         feed = page_feed(channel.reader, image, first, self._progress)
-        async with rebuilt(
-            image, feed, self._tracer, self._progress, self._new_pidns, *self._placing
-        ) as rebuilding:
+        async with rebuilt(image, feed, self._tracer, self._progress, terms) as rebuilding:
             yield rebuilding, feed.bytes_done
 
     @asynccontextmanager
-    async def _live_tree(self, channel: Channel) -> AsyncIterator[tuple[Rebuilding, int]]:
+    async def _live_tree(self, channel: Channel, terms: Terms) -> AsyncIterator[tuple[Rebuilding, int]]:
         """A tree that is sent while it runs, as `_tree`."""
         what = await _beginning(channel, await channel.reader.next())
         while what != "whole":
@@ -206,9 +241,7 @@ class _Server:
             image, first = await read_records(channel.reader)
             image.check_machine(arch.MACHINE)
             feed = page_feed(channel.reader, image, first, self._progress)
-            async with grown(
-                image, feed, self._tracer, self._progress, self._new_pidns, *self._placing, live=True
-            ) as rebuilding:
+            async with grown(image, feed, self._tracer, self._progress, terms) as rebuilding:
                 page_bytes = feed.bytes_done
                 what = await _beginning(channel, await channel.reader.next())
                 while what == "round":
@@ -224,7 +257,7 @@ class _Server:
                         await self._tracer.run(rebuilding.complete)
                         yield rebuilding, page_bytes + feed.bytes_done
                         return
-        async with self._tree(channel) as tree:
+        async with self._tree(channel, replace(terms, live=False)) as tree:
             yield tree
 
     async def _round(self, channel: Channel, rebuilding: Rebuilding) -> tuple[int, str]:
@@ -290,10 +323,16 @@ class _Server:
 
     async def _run(self, held: _Held, rebuilding: Rebuilding, page_bytes: int) -> HostPid:
         tree = RestoredTree(rebuilding.root_pid, rebuilding.child_pid, {"page-bytes": page_bytes})
+        borrowing = self._borrowings.get(held.migration)
         try:
+            if borrowing is not None:
+                borrowing.begin(rebuilding.take_watched(), rebuilding.victims())
+                self._nursery.start_soon(self._bring_pages, held.migration, borrowing, rebuilding.root_pid)
             with trio.CancelScope(shield=True):
                 root = await self._tracer.run(rebuilding.thaw)
         except BaseException:
+            if borrowing is not None and borrowing.begun:
+                borrowing.stop()
             tree.close()
             raise
         held.root_pid = self._settled[held.migration] = root
@@ -301,8 +340,24 @@ class _Server:
         tree.notes += rebuilding.notes
         self._restored(tree)
         self._nursery.start_soon(self._collect, tree)
-        self._arrived.set()
+        if borrowing is None:
+            self._arrived.set()
         return root
+
+    async def _bring_pages(self, migration: str, borrowing: Borrowing, root: HostPid) -> None:
+        try:
+            await borrowing.run()
+        except (OSError, RebuildError) as error:
+            self._said(f"pages cannot be put in place: {error}")
+        finally:
+            del self._borrowings[migration]
+            if borrowing.pager.whole.is_set():
+                self._whole.add(migration)
+            else:
+                self._said(
+                    f"the tree of pid {root} is ended: pages of it were missing (migration {migration})"
+                )
+        self._arrived.set()
 
     @staticmethod
     async def _collect(tree: RestoredTree) -> None:
@@ -325,6 +380,33 @@ class _Server:
             await channel.say(Refuse(f"nothing is known here of migration {decision.migration}"))
         else:
             await channel.say(Completed(root))
+
+    async def _attend(self, channel: Channel, attend: Attend) -> None:
+        borrowing = self._borrowings.get(attend.migration)
+        if borrowing is None:
+            await self._refuse(channel, f"no page is missing here of migration {attend.migration}")
+            return
+        await borrowing.attend(channel)
+
+    async def _resume(self, channel: Channel, resume: Resume) -> None:
+        held = self._held.get(resume.migration)
+        if held is not None:
+            held.decide(committed=True)
+            await held.running.wait()
+        borrowing = self._borrowings.get(resume.migration)
+        if resume.migration in self._whole:
+            await channel.say(Whole())
+            await _drain(channel)
+        elif borrowing is None or not borrowing.begun:
+            await channel.say(Refuse(f"nothing is known here of migration {resume.migration}"))
+        else:
+            await borrowing.resume(channel, self._settled[resume.migration])
+
+
+def _no_paging(error: OSError) -> str:
+    """Why pages cannot come later, and what to do."""
+    why = f"page faults of programs cannot be answered here: {DEVICE}: {error.strerror}"
+    return f"{why}; run `serve` as root of the machine, or send the tree with --mode precopy"
 
 
 async def _beginning(channel: Channel, item: Item | None) -> str:
@@ -397,8 +479,9 @@ async def serve(
         async with trio.open_nursery() as nursery:
             server = _Server(
                 tracer,
-                new_pidns,
-                (map, unmapped, externals or {}, replace(policy or RestorePolicy(), moves=True)),
+                Terms(
+                    new_pidns, map, unmapped, externals or {}, replace(policy or RestorePolicy(), moves=True)
+                ),
                 progress or NullProgress(),
                 on_restored or quiet,
                 on_message or quiet,

@@ -38,6 +38,7 @@ _HAVE_WHAT_ONE_CAN_HAVE = {
     "watching",
     "namespaced",
 }
+MODES = ["precopy", "postcopy", "hybrid"]
 #: migrations of a program that never rests
 TIMES = 6
 #: rounds without an end that counts
@@ -46,27 +47,41 @@ ENDLESS = ("--max-rounds", "1000")
 _CHANGE = {"mounted", "sysv", "firewalled"}
 
 
-@pytest.mark.parametrize("setting", [DEPTH_1, CONTAINER_2], ids=lambda s: s.name)
+@pytest.mark.parametrize(
+    ("mode", "setting"),
+    [("precopy", DEPTH_1), ("precopy", CONTAINER_2), ("postcopy", CONTAINER_2), ("hybrid", DEPTH_2)],
+    ids=lambda one: one if isinstance(one, str) else one.name,
+)
 @pytest.mark.parametrize("program", [name for name in NAMES if name not in _HAVE_WHAT_ONE_CAN_HAVE])
 def test_state_is_carried_live(
-    hosts: tuple[Host, Host], secret: Path, start_on: Callable[..., Tree], program: str, setting: Setting
+    hosts: tuple[Host, Host],
+    secret: Path,
+    start_on: Callable[..., Tree],
+    program: str,
+    mode: str,
+    setting: Setting,
 ) -> None:
     source, destination = hosts
     tree = start_on(source, program, setting)
-    result = migrate(source, destination, tree, secret, "--mode", "precopy")
+    result = migrate(source, destination, tree, secret, "--mode", mode)
     assert not result["notes"] or program in _CHANGE
     tree.check()
 
 
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("arguments", [(), ("forks",)], ids=["alone", "forks"])
 def test_no_page_is_ever_wrong(
-    hosts: tuple[Host, Host], secret: Path, start_on: Callable[..., Tree], arguments: tuple[str, ...]
+    hosts: tuple[Host, Host],
+    secret: Path,
+    start_on: Callable[..., Tree],
+    arguments: tuple[str, ...],
+    mode: str,
 ) -> None:
     """There and back again, while threads write, drop, move, unmap and map their memory."""
     source, destination = hosts
     tree = start_on(source, "rewriting", DEPTH_2, arguments)
     for _ in range(TIMES):
-        migrate(source, destination, tree, secret, "--mode", "precopy", compare=False)
+        migrate(source, destination, tree, secret, "--mode", mode, compare=False)
         tree.check()
         source, destination = destination, source
 

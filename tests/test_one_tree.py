@@ -24,7 +24,10 @@ from pipeline.errors import ImageError, InDoubt, PeerError, PipelineError
 from pipeline.image.frames import PageRun
 from pipeline.image.schema import End
 from pipeline.ledger import LEDGER
+from pipeline.migrate import Mode
 from pipeline.progress import NullProgress
+from pipeline.stages import borrowing
+from pipeline.stages.rebuild import Terms
 from pipeline.transport.protocol import Begin
 from pipeline.transport.tcp import Channel
 
@@ -33,6 +36,8 @@ destination_recipe = importlib.import_module("pipeline.serve")
 
 #: what the kernel does to a connection whose other side is silently gone (tcp.notice_silence)
 SILENCE_S = 60.0
+#: how long somebody waits for a destination that lacks pages
+PATIENCE_S = 5000.0
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,12 @@ class World:
 
     root_pid = child_pid = 77
     notes = ()
+
+    def take_watched(self) -> list[Any]:
+        return []
+
+    def victims(self) -> list[int]:
+        return []
 
     def complete(self) -> None:
         assert self.there == "stands"
@@ -156,13 +167,27 @@ class Network:
             nursery.cancel_scope.cancel()
 
 
+class Guard:
+    """Nobody has to be watched over: no page is ever missing in this world."""
+
+    def hold(self, _: Any) -> None:
+        """Nothing."""
+
+    watch_over = hold
+
+    def dismiss(self) -> None:
+        """Nothing."""
+
+    alarm = dismiss
+
+
 def play(
     patch: pytest.MonkeyPatch,
     fates: Sequence[Fate],
     comes_back: bool,
     cancel_at_s: float | None,
     streams: int = 1,
-    mode: Literal["stop", "precopy"] = "stop",
+    mode: Mode = "stop",
 ) -> tuple[World, BaseException | None, int]:
     """One migration in such a network; the world afterwards, how it ended, and how many trees are in doubt."""
     world = World()
@@ -170,13 +195,10 @@ def play(
 
     @asynccontextmanager
     async def standstill(*_: Any, **__: Any) -> AsyncIterator[Any]:
-        async def let_go_of_files() -> None:
-            await trio.lowlevel.checkpoint()
-
         yield SimpleNamespace(
             records=(), sources=(), forest=None, processes=1, injected_calls=0, begun_s=0.0, frozen_s=0.0,
             captured_s=0.0,
-            tree=None, let_go_of_files=let_go_of_files,
+            tree=None, let_go_of_files=nothing, let_memory_outlive=nothing,
             holdings=SimpleNamespace(ended=lambda: None, settled=lambda: None, complaints=[]),
         )  # fmt: skip
 
@@ -211,6 +233,7 @@ def play(
         """Two drafts, with a round each, and the rest; without records and pages."""
 
         looks, notes, rounds_done, draft_s, begun_s, page_bytes = None, (), 2, 0.0, 0.0, 0
+        later = True
 
         def __init__(self, _tracer: Any, _pid: Any, channel: Channel, *_: Any) -> None:
             self._channel = channel
@@ -221,8 +244,9 @@ def play(
                 await trio.sleep(0.1)
                 await self._channel.say(Begin("round"))
 
-        async def send_rest(self, _still: Any) -> None:
+        async def send_rest(self, _still: Any, _lasting: Any) -> list[Any]:
             await self._send("rest")
+            return []
 
         async def _send(self, what: Literal["draft", "rest"]) -> None:
             await self._channel.say(Begin(what))
@@ -238,26 +262,40 @@ def play(
                 "standstill": standstill, "write_image": write_image, "refuse_early": nothing,
                 "tracer_thread": _tracer_thread, "freeze": SimpleNamespace(walk=lambda _: [1], end=world.end),
                 "identity": SimpleNamespace(load_secret=lambda _: b""), "LiveSource": LiveSource,
+                "large_memories": lambda *_: (),
             },
         ),
         (
             destination_recipe,
             {
                 "read_records": read_records, "rebuilt": rebuilt, "grown": rebuilt, "bring_up_to_date": nothing,
-                "page_feed": lambda *_: SimpleNamespace(bytes_done=0),
+                "check_here": lambda: None, "page_feed": lambda *_: SimpleNamespace(bytes_done=0),
                 "RestoredTree": lambda *_: SimpleNamespace(wait=nothing, close=lambda: None, notes=[]),
             },
         ),
+        (borrowing, {"Guard": Guard}),
     ):  # fmt: skip
         for name, value in names.items():
             patch.setattr(module, name, value)
 
+    async def in_this_thread(work: Callable[..., Any], *args: Any) -> Any:
+        """The clock would jump while a thread works."""
+        await trio.lowlevel.checkpoint()
+        return work(*args)
+
+    patch.setattr(trio.to_thread, "run_sync", in_this_thread)
+
     async def main() -> tuple[World, int]:
+        given_up = trio.Event()
+
+        async def lose_patience() -> None:
+            await trio.sleep(PATIENCE_S)
+            given_up.set()
+
         async with trio.open_nursery() as nursery:
             server = destination_recipe._Server(
                 _Tracer(),
-                False,
-                ("same", "refuse", {}),
+                Terms(),
                 NullProgress(),
                 lambda _: None,
                 world.messages.append,
@@ -270,7 +308,10 @@ def play(
                 if cancel_at_s is not None:
                     scope.deadline = trio.current_time() + cancel_at_s
                 try:
-                    await source_recipe.migrate(1, "there:1", secret_file="", streams=streams, mode=mode)
+                    nursery.start_soon(lose_patience)
+                    await source_recipe.migrate(
+                        1, "there:1", secret_file="", streams=streams, mode=mode, give_up=given_up
+                    )
                 except PipelineError as error:
                     ended[0] = error
             if scope.cancelled_caught:
@@ -292,13 +333,15 @@ def play(
     fates=st.lists(FATES, max_size=5),
     comes_back=st.booleans(),
     cancel_at_s=st.none() | st.floats(0, 1) | st.floats(0, 200),
-    how=st.sampled_from([(1, "stop"), (1, "precopy"), (2, "stop"), (4, "stop")]),
+    how=st.sampled_from(
+        [(1, "stop"), (1, "precopy"), (1, "postcopy"), (1, "hybrid"), (2, "stop"), (4, "stop")]
+    ),
 )
 def test_one_tree_whatever_the_network_does(
     fates: list[Fate],
     comes_back: bool,
     cancel_at_s: float | None,
-    how: tuple[int, Literal["stop", "precopy"]],
+    how: tuple[int, Mode],
 ) -> None:
     before = LEDGER.held()
     with pytest.MonkeyPatch.context() as patch:
@@ -319,7 +362,8 @@ def test_one_tree_whatever_the_network_does(
 
 
 @pytest.mark.parametrize(
-    ("streams", "mode"), [(1, "stop"), (2, "stop"), (4, "stop"), (16, "stop"), (1, "precopy")]
+    ("streams", "mode"),
+    [(1, "stop"), (2, "stop"), (4, "stop"), (16, "stop"), (1, "precopy"), (1, "postcopy"), (1, "hybrid")],
 )
 def test_a_fine_network_moves_the_tree(streams: int, mode: Any) -> None:
     with pytest.MonkeyPatch.context() as patch:
@@ -329,7 +373,7 @@ def test_a_fine_network_moves_the_tree(streams: int, mode: Any) -> None:
 
 @pytest.mark.parametrize("how", ["cut", "silence"])
 @pytest.mark.parametrize("direction", ["there", "back"])
-@pytest.mark.parametrize(("mode", "bytes_in_all"), [("stop", 400), ("precopy", 1200)])
+@pytest.mark.parametrize(("mode", "bytes_in_all"), [("stop", 400), ("precopy", 1200), ("postcopy", 700)])
 def test_the_first_connection_broken_after_every_byte(
     how: Any, direction: Any, mode: Any, bytes_in_all: int
 ) -> None:

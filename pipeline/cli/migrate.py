@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--on-timeout",
-        choices=("switch", "cancel"),
+        choices=("switch", "cancel", "postcopy"),
         default="switch",
         help="when the rounds end and --max-downtime cannot be kept (default: switch)",
     )
@@ -81,6 +81,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(arguments: argparse.Namespace) -> int:
+    import trio
+
     import pipeline
     from pipeline.cli import recipe
     from pipeline.userns import externals
@@ -92,6 +94,7 @@ def execute(arguments: argparse.Namespace) -> int:
         place = within.enter("migrate", arguments.pid)
         outside = {kind: place.path(path) for kind, path in outside.items()}
         secret_file = arguments.secret_file and place.path(arguments.secret_file)
+        insisted = trio.Event()
         result = recipe.run(
             lambda: pipeline.migrate(
                 place.pid,
@@ -107,7 +110,9 @@ def execute(arguments: argparse.Namespace) -> int:
                 compress=arguments.compress,
                 streams=arguments.streams,
                 progress=listener,
-            )
+                give_up=insisted,
+            ),
+            insisted,
         )
         recipe.past_cancelling()
         listener.completed(result.root_pid, result.figures, result.notes)

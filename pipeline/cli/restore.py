@@ -69,6 +69,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the tree was dumped as a job of a shell (dump --shell-job): it becomes a job of this one, with its "
         "terminal, and ^C, ^Z, fg and bg reach it; not with --detach",
     )
+    parser.add_argument(
+        "--lazy",
+        action="store_true",
+        help="let the tree run before its memory is there, which comes as it is touched, and beside; needs root",
+    )
     progress.add_arguments(parser)
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout, once the tree runs")
 
@@ -107,6 +112,7 @@ async def _main(arguments: argparse.Namespace, policy: RestorePolicy) -> int:
             unmapped=arguments.unmapped,
             externals=externals.parse(arguments.external),
             policy=policy,
+            lazy=arguments.lazy,
             progress=listener,
         )
         if arguments.detach:

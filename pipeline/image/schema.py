@@ -318,6 +318,8 @@ class AddressSpace(Record, frozen=True, kw_only=True, tag="mm"):
     copy_of: Index | None = None
     #: page ranges [start, end) of `copy_of` that are *absent* here and must be dropped after the fork
     dropped: list[tuple[U64, U64]] = []
+    #: page ranges whose content comes when the tree runs already (post-copy): never in an image that is stored
+    later: list[tuple[U64, U64]] = []
     #: of the mappings of kind ``aio``
     rings: Annotated[list[AioRing], Meta(max_length=1 << 16)] = []
 

@@ -24,6 +24,7 @@ import select
 import signal
 import struct
 import threading
+from collections.abc import Sequence
 from contextlib import suppress
 
 from pipeline.ids import HostPid, LocalFd, RemoteAddress
@@ -43,7 +44,7 @@ _BEGIN_MS = 200
 
 
 class LastingMemory:
-    """The memory of a process lasts until `close`, which gives it back if the process has ended.
+    """The memory of a process lasts until `close`, which gives it back if the process has ended; it can be read.
 
     Args:
         pid: the process.
@@ -85,6 +86,27 @@ class LastingMemory:
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         with suppress(OSError):  # there is no such page
             os.preadv(self._memory, [self._page], address)
+
+    def read(self, segments: Sequence[tuple[int, int]], buffer: memoryview) -> int:
+        """Read pages that the process had, also when it has ended, one behind the other; returns their bytes.
+
+        Args:
+            segments: address and length in bytes of each.
+
+        Raises:
+            OSError: EIO: nothing is mapped there.
+        """
+        done = 0
+        for address, length in segments:
+            view = buffer[done : done + length]
+            while view:
+                count = os.preadv(self._memory, [view], address)
+                if not count:
+                    raise OSError(errno.EIO, f"the memory of pid {self._pid} is gone")
+                view = view[count:]
+                address += count
+            done += length
+        return done
 
     def close(self) -> None:
         """Let the read return, and give the memory back if nobody else uses it, which takes its time; idempotent."""

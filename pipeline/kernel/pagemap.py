@@ -224,6 +224,21 @@ def populated(fd: LocalFd, ranges: Sequence[Range], anonymous: Sequence[Range] =
     return Populated(*(intersect(one, ranges) for one in found))
 
 
+def present(fd: LocalFd, ranges: Sequence[Range]) -> list[Range]:
+    """Everything in `ranges` at which a touch is no fault of a missing page: also pages of zeros, and swapped ones.
+
+    Args:
+        fd, ranges: as for `populated`.
+
+    Raises:
+        OSError: ENOTTY: this kernel has no PAGEMAP_SCAN.
+    """
+    if not ranges:
+        return []
+    there = CATEGORY.PRESENT | CATEGORY.SWAPPED
+    return intersect([(a, b) for a, b, _ in scan(fd, ranges[0][0], ranges[-1][1], anyof=there)], ranges)
+
+
 def _spans(ranges: Sequence[Range], anonymous: Sequence[Range]) -> Iterator[tuple[int, int, bool]]:
     """Where to scan, in order, and whether that is anonymous."""
     at, last = ranges[0][0], ranges[-1][1]

@@ -24,9 +24,9 @@ from pipeline.resources.regular import RegularState
 from pipeline.stages.memory import PageSource, ProcessPages
 
 #: a memory that is given back in less than a millisecond
-_SMALL_BYTES = 8 << 20
+SMALL_BYTES = 8 << 20
 #: the largest ones do
-_MOST = 16
+MOST = 16
 _MAP_SHARED = 1
 
 
@@ -39,13 +39,18 @@ class Memory(NamedTuple):
 
 
 def large_memories(
-    records: Sequence[tuple[Record, Record | None]], sources: Iterable[PageSource]
+    records: Sequence[tuple[Record, Record | None]],
+    sources: Iterable[PageSource],
+    small_bytes: int = SMALL_BYTES,
+    most: int = MOST,
 ) -> list[Memory]:
     """The memories that are to last, the largest first.
 
     Args:
         records: of the tree, each with that of its kind where it is an open file.
         sources: of its pages.
+        small_bytes: those up to this size are none.
+        most: how many there are; each one takes a thread.
     """
     locked: set[bytes] = set()
     for _, state in records:
@@ -67,10 +72,10 @@ def large_memories(
         Memory(source.pid, RemoteAddress(source.runs[0][0]), size)
         for source in sources
         if isinstance(source, ProcessPages)
-        and (size := total_bytes(source.runs)) > _SMALL_BYTES
+        and (size := total_bytes(source.runs)) > small_bytes
         and not any(_holds_more(vma, holding) for vma in spaces[source.space].vmas)
     ]
-    return sorted(found, key=lambda memory: -memory.size_bytes)[:_MOST]
+    return sorted(found, key=lambda memory: -memory.size_bytes)[:most]
 
 
 def _holds_more(vma: Vma, holding: set[int]) -> bool:

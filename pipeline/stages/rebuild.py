@@ -13,6 +13,7 @@ import resource
 from collections import defaultdict
 from collections.abc import AsyncIterator, Collection, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
 
 import trio
 from msgspec.structs import replace
@@ -37,6 +38,7 @@ from pipeline.remote.tracer import Tracer
 from pipeline.resources.cgroups.making import CgroupMaking
 from pipeline.resources.given_ends import GivenEnds
 from pipeline.resources.memory.rebuild import find_hole
+from pipeline.resources.memory.watch import ENTRY, watch
 from pipeline.resources.namespaces import network_here
 from pipeline.resources.namespaces.clocks_here import ClocksHere
 from pipeline.resources.namespaces.keepers import Keepers
@@ -51,6 +53,7 @@ from pipeline.stages.descriptors import Descriptors
 from pipeline.stages.fill import PageFeed
 from pipeline.stages.growth import Grown, Growth
 from pipeline.stages.late import Late
+from pipeline.stages.pager import Watched
 from pipeline.userns.destination import Destination, Unmapped
 from pipeline.userns.externals import FLAGS, Externals, given_devices, given_namespaces, opened
 
@@ -64,6 +67,32 @@ def raise_descriptor_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
+@dataclass(frozen=True)
+class Terms:
+    """How a tree is rebuilt.
+
+    Args:
+        new_pidns: make a pid namespace for the tree, with a first process that waits for it.
+        placing, unmapped: see `Destination`.
+        externals: namespaces that take the place of the external ones, instead of our own, and what devices hang on.
+        policy: decisions about states that have more than one good answer.
+        job_terminal: the path of the terminal of the shell whose job the tree becomes; None: of none.
+        strict_ends: what is given for ends outside of the tree has to be in the image.
+        live: the image is a draft: the tree goes on to change, and `Rebuilding.update` says what it has become.
+        later: pages may be missing when the tree runs (post-copy): `Rebuilding.take_watched` is called before `thaw`.
+    """
+
+    new_pidns: bool = False
+    placing: str = "same"
+    unmapped: Unmapped = "refuse"
+    externals: Externals = field(default_factory=dict)
+    policy: RestorePolicy = field(default_factory=RestorePolicy)
+    job_terminal: str | None = None
+    strict_ends: bool = False
+    live: bool = False
+    later: bool = False
+
+
 class Rebuilding:
     """A tree that is being rebuilt; everything it holds is given back by `close`, once.
 
@@ -71,37 +100,19 @@ class Rebuilding:
 
     Args:
         image: complete and checked.
-        new_pidns: make a pid namespace for the tree, with a first process that waits for it.
-        placing, unmapped: see `Destination`.
-        externals: namespaces that take the place of the external ones, instead of our own, and what devices hang on.
-        policy: decisions about states that have more than one good answer.
-        job_terminal: the path of the terminal of the shell whose job the tree becomes; None: of none.
-        strict_ends: what is given for ends outside of the tree has to be in the image.
-        live: the image is a draft: the tree goes on to change, and `update` says what it has become.
+        terms: how it is rebuilt.
     """
 
-    def __init__(
-        self,
-        image: Image,
-        new_pidns: bool = False,
-        placing: str = "same",
-        unmapped: Unmapped = "refuse",
-        externals: Externals | None = None,
-        policy: RestorePolicy | None = None,
-        job_terminal: str | None = None,
-        strict_ends: bool = False,
-        live: bool = False,
-    ) -> None:
-        self.policy = policy or RestorePolicy()
+    def __init__(self, image: Image, terms: Terms) -> None:
+        self.policy = terms.policy
         self._image = image
-        self._new_pidns = new_pidns
-        self._externals = externals or {}
+        self._terms = terms
+        self._externals = terms.externals
         self._init: Init | None = None
         self._stack = ExitStack()
         self._thawed = False
-        self._live = live
-        self._placing: tuple[str, Unmapped] = placing, unmapped
-        self._ids = Destination(image, *self._placing)
+        self._watched: list[Watched] = []
+        self._ids = Destination(image, terms.placing, terms.unmapped)
         self._planner = plan(
             list(image.processes.values()),
             list(image.spaces.values()),
@@ -111,12 +122,13 @@ class Rebuilding:
         if self._planner.blockers:
             raise ImageError("the tree cannot grow: " + "; ".join(map(str, self._planner.blockers)))
         self.contents = Contents()
-        self._ends = GivenEnds(image, self.policy, job_terminal, strict_ends)
+        self._ends = GivenEnds(image, self.policy, terms.job_terminal, terms.strict_ends)
         #: files that came along and are not made yet, by mount namespace
         self._untaken: dict[int, list[TakenFile]] = defaultdict(list)
         self._roots: dict[int, LocalFd] = {}
         self._late = Late()
         self._stack.callback(self._late.close)
+        self._stack.callback(self._close_watched)
 
     # -- the steps ---------------------------------------------------------------------
 
@@ -157,7 +169,7 @@ class Rebuilding:
         self._stack.callback(self._cgroups.close)
         self._cgroups.make()
         announcer: Announcer
-        if self._new_pidns:
+        if self._terms.new_pidns:
             self._init = Init(self._launcher)
             self._stack.callback(self._end_init)
             announcer = Inside(self._init.puppet)
@@ -320,7 +332,7 @@ class Rebuilding:
         reasons = list(draft.differences(self._image, image))
         if reasons:
             raise ImageError(f"the tree is not that of its draft: {'; '.join(reasons)}")
-        ids = Destination(image, *self._placing)
+        ids = Destination(image, self._terms.placing, self._terms.unmapped)
         ids.refuse_unplaced()
         blockers = list(check_here(list(image.processes.values())))
         if blockers:
@@ -400,6 +412,7 @@ class Rebuilding:
         growth.look_ahead()
         finish.end_zombies(image, growth, self._give_ids)
         finish.stop_stopped(image, growth)
+        self._watch_missing()
         registers: dict[int, list[bytes]] = {}
         for process, grown in finish.living(image, growth):
             space = image.spaces[process.space] if process.space is not None else None
@@ -415,6 +428,33 @@ class Rebuilding:
         self._keepers.set_limits()
         self._cgroups.settle()
         finish.put_on(image, growth, lambda process, index: registers[process.pids[0]][index])
+
+    def _watch_missing(self) -> None:
+        """From here on whoever touches a page that comes later waits for it, and who forks, until that is heard."""
+        for process, grown in finish.living(self._image, self.growth):
+            space = self._image.spaces[process.space] if process.space is not None else None
+            if space is None or not space.later or process.together.vm:
+                continue
+            if not self._terms.later:
+                raise ImageError(f"pages of space {space.space} are elsewhere: this is no image of its own")
+            pid = grown.puppet.pid
+            self._watched.append(Watched(pid, space.space, watch(grown.puppet, space), space.later))
+
+    def take_watched(self) -> list[Watched]:
+        """What watches the missing pages of the tree; the caller owns it, and answers until they are there."""
+        watched, self._watched = self._watched, []
+        return watched
+
+    def _close_watched(self) -> None:
+        while self._watched:
+            fd = self._watched.pop().fd
+            os.close(fd)
+            LEDGER.give_back(ENTRY, fd)
+
+    def victims(self) -> list[HostPid]:
+        """Whose end is the end of the tree: every process of it, and the first one around it."""
+        found = [grown.puppet.pid for _, grown in finish.living(self._image, self.growth)]
+        return found if self._init is None else [self._init.puppet.pid, *found]
 
     def _as_our_child(self, process: Process) -> Process:
         """Without the signal at the end of its parent, if that is us and we end before it."""
@@ -543,7 +583,7 @@ class Rebuilding:
             self.growth.kill_all()
 
     def _channel_fd(self) -> int:
-        spare = draft.SPARE_DESCRIPTORS if self._live else 2
+        spare = draft.SPARE_DESCRIPTORS if self._terms.live else 2
         return max(draft.highest_descriptor(self._image) + spare + 64, _LOWEST_CHANNEL_FD)
 
     def _reserved_pids(self) -> list[set[int]]:
@@ -554,7 +594,7 @@ class Rebuilding:
                     while len(reserved) <= level:
                         reserved.append(set())
                     reserved[level].add(pid)
-        if self._new_pidns:
+        if self._terms.new_pidns:
             reserved.insert(0, set())
             if 1 in reserved[1]:
                 raise RebuildError("the tree holds pid 1 itself; it needs no pid namespace around it")
@@ -568,18 +608,7 @@ class Rebuilding:
 
 @asynccontextmanager
 async def grown(
-    image: Image,
-    feed: PageFeed,
-    tracer: Tracer,
-    progress: Progress,
-    new_pidns: bool = False,
-    placing: str = "same",
-    unmapped: Unmapped = "refuse",
-    externals: Externals | None = None,
-    policy: RestorePolicy | None = None,
-    job_terminal: str | None = None,
-    strict_ends: bool = False,
-    live: bool = False,
+    image: Image, feed: PageFeed, tracer: Tracer, progress: Progress, terms: Terms
 ) -> AsyncIterator[Rebuilding]:
     """The processes of `image` with their memory, not complete; gone after the block unless they were thawed.
 
@@ -590,9 +619,7 @@ async def grown(
     progress.phase("rebuild")
     if image.head.machine != arch.MACHINE:
         image.check_machine(arch.MACHINE)
-    rebuilding = Rebuilding(
-        image, new_pidns, placing, unmapped, externals, policy, job_terminal, strict_ends, live
-    )
+    rebuilding = Rebuilding(image, terms)
     try:
         await tracer.run(rebuilding.prepare)
         for space in [*image.shared_memory, *image.contents]:
@@ -630,31 +657,9 @@ async def bring_up_to_date(rebuilding: Rebuilding, image: Image, feed: PageFeed,
 
 @asynccontextmanager
 async def rebuilt(
-    image: Image,
-    feed: PageFeed,
-    tracer: Tracer,
-    progress: Progress,
-    new_pidns: bool = False,
-    placing: str = "same",
-    unmapped: Unmapped = "refuse",
-    externals: Externals | None = None,
-    policy: RestorePolicy | None = None,
-    job_terminal: str | None = None,
-    strict_ends: bool = False,
+    image: Image, feed: PageFeed, tracer: Tracer, progress: Progress, terms: Terms
 ) -> AsyncIterator[Rebuilding]:
     """The tree of `image`, complete and stopped; gone after the block unless it was thawed. Raises as `grown` does."""
-    async with grown(
-        image,
-        feed,
-        tracer,
-        progress,
-        new_pidns,
-        placing,
-        unmapped,
-        externals,
-        policy,
-        job_terminal,
-        strict_ends,
-    ) as rebuilding:
+    async with grown(image, feed, tracer, progress, terms) as rebuilding:
         await tracer.run(rebuilding.complete)
         yield rebuilding

@@ -7,6 +7,10 @@ destination that has said ``Prepared`` and hears nothing holds the tree stopped,
 doubt*, until it is told: by the source, which comes back and says ``Decision``, or by a
 person. It never guesses.
 
+With post-copy memory of the tree lasts at the source when its processes have ended. The pages follow behind
+``Completed`` on the same connection or, behind ``Resume``, on a new one; by ``Attend`` comes one more, on which single
+pages are asked for. It ends with ``Whole``.
+
 The tables below say who may send what in which state; anything else is a `PeerError`.
 """
 
@@ -20,15 +24,30 @@ from msgspec import Meta, Struct
 
 from pipeline.errors import ImageError, PeerError
 from pipeline.image.codec import unpack
+from pipeline.image.schema import U64
 
-VERSION = 2
+VERSION = 3
 _MAX_MESSAGE_BYTES = 1 << 20
 
 Role = Literal["source", "destination"]
 State = Literal[
-    "fresh", "greeted", "offered", "active", "prepared", "committed", "completed", "cancelling", "cancelled"
+    "fresh",
+    "greeted",
+    "offered",
+    "active",
+    "prepared",
+    "committed",
+    "completed",
+    "whole",
+    "attending",
+    "serving",
+    "resuming",
+    "cancelling",
+    "cancelled",
 ]
 Text = Annotated[str, Meta(max_length=65536)]
+#: ranges in one message
+MAX_LACKING = 1 << 14
 #: connections of one migration
 Streams = Annotated[int, Meta(ge=1, le=16)]
 MigrationId = Annotated[str, Meta(min_length=16, max_length=64)]
@@ -55,6 +74,8 @@ class Offer(Message, frozen=True, tag="offer"):
     streams: Streams = 1
     #: it is sent while it runs: each part follows a `Begin`
     live: bool = False
+    #: some pages come when it runs at the destination: an `Attend` follows on another connection
+    later: bool = False
 
 
 class Join(Message, frozen=True, tag="join"):
@@ -72,6 +93,39 @@ class Begin(Message, frozen=True, tag="begin"):
     """
 
     what: Literal["draft", "round", "rest", "whole"]
+
+
+class Attend(Message, frozen=True, tag="attend"):
+    """On this connection the destination asks for single pages of a migration, by `Want`; they are its answer."""
+
+    migration: MigrationId
+
+
+class Resume(Message, frozen=True, tag="resume"):
+    """After a lost connection, when the source has ended its tree: which pages are missing still?
+
+    The destination says so by `Lacking`, and then `Completed`; the pages follow. Or it says `Whole`.
+    """
+
+    migration: MigrationId
+
+
+class Lacking(Message, frozen=True, tag="lacking"):
+    """Pages of a space that the destination misses: [start, end), where they were left."""
+
+    space: U64
+    ranges: Annotated[list[tuple[U64, U64]], Meta(max_length=MAX_LACKING)]
+
+
+class Want(Message, frozen=True, tag="want"):
+    """Somebody waits for the page that was left at `address`."""
+
+    space: U64
+    address: U64
+
+
+class Whole(Message, frozen=True, tag="whole"):
+    """No page is missing any more: nothing at the source is needed."""
 
 
 class Accept(Message, frozen=True, tag="accept"):
@@ -112,7 +166,22 @@ class Decision(Message, frozen=True, tag="decision"):
 
 
 AnyMessage = (
-    Hello | Offer | Join | Accept | Begin | Refuse | Prepared | Commit | Completed | Cancel | Decision
+    Hello
+    | Offer
+    | Join
+    | Attend
+    | Resume
+    | Accept
+    | Begin
+    | Refuse
+    | Prepared
+    | Commit
+    | Completed
+    | Cancel
+    | Decision
+    | Lacking
+    | Want
+    | Whole
 )
 
 #: (state, message) -> state; messages of the source
@@ -120,6 +189,8 @@ SOURCE_SAYS: dict[tuple[State, type[Message]], State] = {
     ("fresh", Hello): "fresh",
     ("greeted", Offer): "offered",
     ("greeted", Join): "offered",
+    ("greeted", Attend): "attending",
+    ("greeted", Resume): "resuming",
     ("greeted", Decision): "committed",
     ("active", Begin): "active",
     ("active", Cancel): "cancelling",
@@ -138,6 +209,14 @@ DESTINATION_SAYS: dict[tuple[State, type[Message]], State] = {
     ("cancelling", Refuse): "cancelled",
     ("committed", Completed): "completed",
     ("committed", Refuse): "cancelled",
+    ("completed", Whole): "whole",
+    ("attending", Accept): "serving",
+    ("attending", Refuse): "cancelled",
+    ("serving", Want): "serving",
+    ("resuming", Lacking): "resuming",
+    ("resuming", Completed): "completed",
+    ("resuming", Whole): "whole",
+    ("resuming", Refuse): "cancelled",
 }
 
 
@@ -199,5 +278,5 @@ def diagram() -> str:
     lines = ["stateDiagram-v2", "    [*] --> fresh"]
     for who, table in (("source", SOURCE_SAYS), ("destination", DESTINATION_SAYS)):
         lines += [f"    {a} --> {b}: {who} says {m.__name__}" for (a, m), b in table.items() if a != b]
-    lines += ["    completed --> [*]", "    cancelled --> [*]"]
+    lines += [f"    {state} --> [*]" for state in ("completed", "whole", "serving", "cancelled")]
     return "\n".join(lines) + "\n"

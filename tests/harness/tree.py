@@ -283,10 +283,12 @@ class Tree:
                 return
 
 
-def engine(*arguments: str | Path, timeout_s: float = 60.0) -> subprocess.CompletedProcess[str]:
-    """`python -m pipeline ARGUMENTS`, with its output."""
+def engine(
+    *arguments: str | Path, timeout_s: float = 60.0, within: Sequence[str] = ()
+) -> subprocess.CompletedProcess[str]:
+    """`python -m pipeline ARGUMENTS`, with its output, in what the command `within` enters before."""
     return subprocess.run(
-        [sys.executable, "-m", "pipeline", *map(str, arguments)],
+        [*within, sys.executable, "-m", "pipeline", *map(str, arguments)],
         cwd=ROOT,
         stdin=subprocess.DEVNULL,
         capture_output=True,
@@ -310,14 +312,14 @@ def dump(tree: Tree, image: Path) -> None:
     assert not left, f"the dump left {left} running"
 
 
-def restore(tree: Tree, image: Path) -> None:
+def restore(tree: Tree, image: Path, *options: str) -> None:
     """Restore `tree` from `image` with the pids it had.
 
     Another program of this machine may have taken one of them meanwhile: then it is tried again for a moment.
     """
     pidfile = tree.directory / "pid"
     for _ in range(5):
-        done = engine("restore", "--from", image, "--detach", "--pidfile", pidfile)
+        done = engine("restore", "--from", image, "--detach", "--pidfile", pidfile, *options)
         if done.returncode == 0 or "in use" not in done.stderr:
             break
         time.sleep(0.5)

@@ -15,16 +15,21 @@ from pipeline.transport.protocol import (
     DESTINATION_SAYS,
     SOURCE_SAYS,
     Accept,
+    Attend,
     Cancel,
     Commit,
     Completed,
     Conversation,
     Decision,
     Hello,
+    Lacking,
     Message,
     Offer,
     Prepared,
     Refuse,
+    Resume,
+    Want,
+    Whole,
 )
 
 HELLO = Hello(1, "x86_64", "6.18")
@@ -39,6 +44,11 @@ MESSAGES: list[Message] = [
     Completed(7),
     Cancel("why"),
     Decision("0123456789abcdef", True),
+    Attend("0123456789abcdef"),
+    Resume("0123456789abcdef"),
+    Lacking(3, [(0x1000, 0x7FFF_FFFF_F000)]),
+    Want(3, 0x7FFF_FFFF_E000),
+    Whole(),
 ]
 
 
@@ -101,16 +111,35 @@ def test_no_order_of_messages_runs_a_tree_that_was_not_committed(script: list[tu
         taken.append((by_source, type(message)))
         assert both[0].state == both[1].state
     if (False, Completed) in taken:
-        decided = {(True, Commit), (True, Decision)} & set(taken[: taken.index((False, Completed))])
+        decided = {(True, Commit), (True, Decision), (True, Resume)} & set(
+            taken[: taken.index((False, Completed))]
+        )
         assert decided
     if (True, Commit) in taken:
         assert (False, Prepared) in taken[: taken.index((True, Commit))]
         assert (True, Cancel) not in taken
 
 
-@pytest.mark.parametrize("state", ["completed", "cancelled"])
+@pytest.mark.parametrize("state", ["completed", "whole", "cancelled"])
 def test_nothing_is_said_after_the_end(state: str):
-    assert not [key for table in (SOURCE_SAYS, DESTINATION_SAYS) for key in table if key[0] == state]
+    """But that no page is missing any more."""
+    said = [key for table in (SOURCE_SAYS, DESTINATION_SAYS) for key in table if key[0] == state]
+    assert said == ([("completed", Whole)] if state == "completed" else [])
+
+
+def test_a_source_that_comes_back_hears_what_is_missing():
+    source, destination = Conversation("source"), Conversation("destination")
+    script = [
+        (True, HELLO),
+        (False, HELLO),
+        (True, Resume("0123456789abcdef")),
+        (False, Lacking(1, [(0, 4096)])),
+    ]
+    for by_source, message in [*script, (False, Completed(1)), (False, Whole())]:
+        speaker, listener = (source, destination) if by_source else (destination, source)
+        speaker.said(message)
+        listener.heard(message)
+    assert source.state == destination.state == "whole"
 
 
 def test_the_source_cannot_take_back_a_commit():

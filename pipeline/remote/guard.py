@@ -1,0 +1,94 @@
+"""Somebody who watches over us: while the pages of a tree are missing, the tree does not outlive who brings them.
+
+The kernel would show it zeros where we cannot answer any more. So a small process of its own
+(`pipeline.remote.guard_program`) holds duplicates of all that watches memory, and kills the tree when we are gone,
+however we went. A child that the tree forks just then may escape it: its descriptor is given on when we hear of it.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+
+from pipeline.errors import RebuildError
+from pipeline.ids import HostPid, LocalFd
+from pipeline.ledger import LEDGER
+
+_PROGRAM = Path(__file__).with_name("guard_program.py")
+_MOST_FDS = 250
+_END_S = 10.0
+
+
+class Guard:
+    """The process; ends with `dismiss`, or kills what it watches over with `alarm`, once."""
+
+    def __init__(self) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            try:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-I", "-S", str(_PROGRAM)],
+                    stdin=theirs.fileno(),
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    cwd="/",
+                    start_new_session=True,
+                )
+            except BaseException:
+                ours.close()
+                raise
+        self._channel: socket.socket | None = ours
+        LEDGER.take("guard", self._process.pid)
+
+    def hold(self, fds: Iterable[LocalFd]) -> None:
+        """Let it hold duplicates of descriptors that watch memory.
+
+        Raises:
+            RebuildError: it is gone.
+        """
+        self._give(b"m", list(fds))
+
+    def watch_over(self, pids: Iterable[HostPid]) -> None:
+        """Tell it whom to kill; raises as `hold`."""
+        pidfds = [LocalFd(os.pidfd_open(pid)) for pid in pids]
+        try:
+            self._give(b"p", pidfds)
+        finally:
+            for pidfd in pidfds:
+                os.close(pidfd)
+
+    def _give(self, what: bytes, fds: list[LocalFd]) -> None:
+        assert self._channel is not None
+        try:
+            for at in range(0, len(fds), _MOST_FDS):
+                socket.send_fds(self._channel, [what], fds[at : at + _MOST_FDS])
+        except OSError as error:
+            raise RebuildError(f"the guard of a tree with missing pages is gone: {error.strerror}") from error
+
+    def dismiss(self) -> None:
+        """All pages are there: it lets go of all it holds, and ends; idempotent."""
+        if self._channel is not None:
+            with suppress(OSError):  # it is gone already
+                self._channel.send(b"d")
+            self._end()
+
+    def alarm(self) -> None:
+        """It kills everybody, and ends; idempotent, and nothing after `dismiss`."""
+        if self._channel is not None:
+            self._end()
+
+    def _end(self) -> None:
+        channel, self._channel = self._channel, None
+        assert channel is not None
+        channel.close()
+        try:
+            self._process.wait(_END_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        LEDGER.give_back("guard", self._process.pid)

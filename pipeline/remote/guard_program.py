@@ -1,0 +1,82 @@
+"""A process of its own that ends programs whose missing pages nobody can bring any more.
+
+Run as a script, by `pipeline.remote.guard`: stdin is a SOCK_SEQPACKET socket. A message is one byte, with descriptors:
+``m``: they watch memory, and are held; ``p``: pidfds of whom to end; ``d``: all pages are there, nothing is to be done.
+If the socket ends without a ``d``, whoever held its other end is gone, and with it the way to the pages: everybody is
+killed, with all descendants. Only then what is held is closed: nobody sees zeros where a page is missing.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from contextlib import suppress
+
+_MOST_FDS = 250
+
+
+def descendants(pids: set[int]) -> set[int]:
+    """The living processes below `pids`, and those themselves."""
+    found = set(pids)
+    left = list(pids)
+    while left:
+        pid = left.pop()
+        try:
+            for tid in os.listdir(f"/proc/{pid}/task"):
+                with open(f"/proc/{pid}/task/{tid}/children", "rb") as children:
+                    new = {int(word) for word in children.read().split()} - found
+                found |= new
+                left += new
+        except OSError:
+            continue
+    return found
+
+
+def pid_of(pidfd: int) -> int:
+    """The process of a pidfd; 0 or less if it has ended or cannot be seen."""
+    with open(f"/proc/self/fdinfo/{pidfd}", "rb") as info:
+        return next(int(line.split()[1]) for line in info if line.startswith(b"Pid:"))
+
+
+def tell(pidfd: int, number: int) -> None:
+    """Send a signal, if there is still somebody to get it."""
+    with suppress(ProcessLookupError):
+        signal.pidfd_send_signal(pidfd, number)
+
+
+def end_all(pidfds: list[int]) -> None:
+    """Kill them and their descendants: who is stopped has no more children."""
+    known = {pid: pidfd for pidfd in pidfds if (pid := pid_of(pidfd)) > 0}
+    for pidfd in known.values():
+        tell(pidfd, signal.SIGSTOP)
+    while new := descendants(set(known)) - set(known):
+        for pid in new:
+            try:
+                known[pid] = os.pidfd_open(pid)
+            except ProcessLookupError:
+                known[pid] = -1
+            else:
+                tell(known[pid], signal.SIGSTOP)
+    for pidfd in known.values():
+        if pidfd >= 0:
+            tell(pidfd, signal.SIGKILL)
+
+
+def main() -> None:
+    """See the module."""
+    channel = socket.socket(fileno=0)
+    victims: list[int] = []
+    while True:
+        what, fds, _, _ = socket.recv_fds(channel, 1, _MOST_FDS)
+        if what == b"d":
+            return
+        if not what:
+            break
+        if what == b"p":
+            victims += fds
+    end_all(victims)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""Watching the memory of a puppet for missing pages, just before its program is let run.
+
+A puppet lends its system calls: it gets /dev/userfaultfd, makes a descriptor of its own memory from it, and both are
+closed in it again; a duplicate stays with us. What is watched must not be there. But a page that was written may have
+brought its neighbours along, as zeros, by a huge page: they are dropped, and whether that was the end of it is looked
+at once more when khugepaged keeps off, as it does where somebody watches.
+
+Source: ioctl_userfaultfd(2); hugepage_vma_revalidate() and collapse_scan_pmd() in mm/khugepaged.c.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Sequence
+
+from pipeline.errors import RebuildError
+from pipeline.ids import LocalFd
+from pipeline.image.schema import AddressSpace
+from pipeline.kernel import paging
+from pipeline.kernel.arch.x86_64 import NR
+from pipeline.kernel.pagemap import Range, intersect, merged, open_pagemap, present
+from pipeline.kernel.syscalls import pidfd_getfd, pidfd_open
+from pipeline.ledger import LEDGER
+from pipeline.remote.calls import Call
+from pipeline.remote.puppet import Puppet
+from pipeline.resources.memory import later
+
+_MADV_DONTNEED = 4
+#: holes up to this size between missing pages are watched, too: a fault of a new page there costs one more answer
+_BRIDGED_BYTES = 2 << 20
+_TRIES = 5
+ENTRY = "watch of missing pages"
+
+
+def watch(puppet: Puppet, space: AddressSpace) -> LocalFd:
+    """Watch what of `space` comes later, which nobody may touch from here on without an answer; the caller owns it.
+
+    Raises:
+        RebuildError: the kernel refuses.
+    """
+    ranges = intersect(_bridged(space.later), later.mappings(space))
+    try:
+        fd = _descriptor(puppet)
+        LEDGER.take(ENTRY, fd)
+        try:
+            _watch(puppet, fd, space.later, ranges)
+        except BaseException:
+            os.close(fd)
+            LEDGER.give_back(ENTRY, fd)
+            raise
+    except OSError as error:
+        raise RebuildError(f"the missing pages of pid {puppet.pid} cannot be watched: {error}") from error
+    return fd
+
+
+def _watch(puppet: Puppet, fd: LocalFd, missing: Sequence[Range], ranges: Sequence[Range]) -> None:
+    pagemap = open_pagemap(puppet.pid)
+    try:
+        for _ in range(_TRIES):
+            stale = present(pagemap, missing)
+            puppet.run_checked(
+                [Call(NR.madvise, (a, b - a, _MADV_DONTNEED), name=f"drop {a:x}-{b:x}") for a, b in stale]
+            )
+            for start, end in ranges:
+                paging.register(fd, start, end)
+            if not present(pagemap, missing):
+                return
+            # what is watched is not dropped before somebody has read of it
+            for start, end in ranges:
+                paging.unregister(fd, start, end)
+    finally:
+        os.close(pagemap)
+    raise OSError(errno.EBUSY, "pages come back that were dropped")
+
+
+def check_here() -> None:
+    """Whether this host answers page faults of any program.
+
+    Raises:
+        OSError: EACCES, ENOENT: see `pipeline.kernel.paging.open_device`; EPERM: see `begin` there.
+    """
+    device = paging.open_device()
+    try:
+        fd = paging.make(device)
+        try:
+            paging.begin(fd)
+        finally:
+            os.close(fd)
+    finally:
+        os.close(device)
+
+
+def _descriptor(puppet: Puppet) -> LocalFd:
+    device = paging.open_device()
+    try:
+        (lent,) = puppet.send_fds([device])
+    finally:
+        os.close(device)
+    made = puppet.syscall(NR.ioctl, lent, paging.NEW, paging.NEW_FLAGS)
+    process = pidfd_open(puppet.pid)
+    try:
+        fd = pidfd_getfd(process, made)
+    finally:
+        os.close(process)
+        puppet.run_checked([Call(NR.close, (number,)) for number in (made, lent)])
+    try:
+        paging.begin(fd)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _bridged(ranges: Sequence[Range]) -> list[Range]:
+    """Fewer ranges around the same pages: each one splits a mapping until all is over."""
+    found: list[Range] = []
+    for start, end in merged(ranges):
+        if found and start - found[-1][1] <= _BRIDGED_BYTES:
+            found[-1] = (found[-1][0], end)
+        else:
+            found.append((start, end))
+    return found

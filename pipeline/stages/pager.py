@@ -1,0 +1,258 @@
+"""The pager: brings the pages of a tree that runs already, and whose memory is still elsewhere.
+
+Whoever touches a missing page waits in the kernel, which tells here where; the page is asked for, and put in place
+when it comes, as are all the others that come unasked. Whatever the tree does with its mappings meanwhile, the kernel
+tells before it goes on: a child that it forks lacks what its parent lacks, what is moved is missing where it is now,
+and what is dropped or unmapped is not missed any more.
+
+A page that was never anywhere is zeros. While the way to the source is broken, whoever needs a page waits. If we
+cannot go on, the tree is killed rather than shown zeros (`pipeline.remote.guard`).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import AsyncIterator, Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import trio
+
+from pipeline.ids import HostPid, LocalFd
+from pipeline.image.frames import PageRun
+from pipeline.kernel import paging
+from pipeline.kernel.pagemap import PAGE_BYTES, Range
+from pipeline.kernel.paging import Dropped, Event, Fault, Forked, Moved
+from pipeline.ledger import LEDGER
+from pipeline.remote.guard import Guard
+from pipeline.resources.memory.missing import Missing, Place, RangeSet
+from pipeline.resources.memory.watch import ENTRY
+
+#: the kernel is let go on with what it is changing
+_PATIENCE_S = 0.0002
+#: how long memory may lack before it is asked for again
+_NO_MEMORY_S = 0.1
+
+
+class Watched(NamedTuple):
+    """The memory of a process, watched by `pipeline.resources.memory.watch`: `missing`, by its own addresses."""
+
+    pid: HostPid
+    space: int
+    fd: LocalFd
+    missing: Sequence[Range]
+
+
+@dataclass(eq=False)
+class _Memory:
+    """One address space: the image's `space`, or that of a child of it."""
+
+    space: int
+    fd: LocalFd
+    missing: Missing
+
+
+class Wanted(NamedTuple):
+    """A page that somebody waits for: where it was left."""
+
+    space: int
+    address: int
+
+
+class Pager:
+    """See the module. All methods run in one Trio program.
+
+    Args:
+        watched: owned from now on.
+        victims: whom to kill if this cannot go on.
+        guard: owned from now on.
+
+    Ownership: `run` gives everything back at its end.
+    """
+
+    def __init__(self, watched: Iterable[Watched], victims: Iterable[HostPid], guard: Guard) -> None:
+        self._guard = guard
+        self._memories = [_Memory(one.space, one.fd, Missing(one.missing)) for one in watched]
+        #: no page is missing any more, and nothing watches the tree
+        self.whole = trio.Event()
+        self._all_there = trio.Event()
+        #: pages that somebody waits for, the longest first
+        self._wanted: dict[Wanted, None] = {}
+        #: set, and replaced, when there are more of them
+        self._news = trio.Event()
+        self._listeners: trio.Nursery | None = None
+        self.requests = 0
+        self.bytes_done = 0
+        try:
+            guard.hold(memory.fd for memory in self._memories)
+            guard.watch_over(victims)
+        except BaseException:
+            self._close()
+            raise
+
+    async def run(self) -> None:
+        """Answer until every page is there; otherwise, the tree is killed."""
+        try:
+            async with trio.open_nursery() as nursery:
+                self._listeners = nursery
+                for memory in self._memories:
+                    nursery.start_soon(self._listen, memory)
+                self._look_whether_whole()
+                await self._all_there.wait()
+                nursery.cancel_scope.cancel()
+        finally:
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(self._close)
+            if self._all_there.is_set():
+                self.whole.set()
+
+    def _close(self) -> None:
+        if self._all_there.is_set():
+            self._guard.dismiss()
+        else:
+            self._guard.alarm()
+        while self._memories:
+            memory = self._memories.pop()
+            os.close(memory.fd)
+            LEDGER.give_back(ENTRY, memory.fd)
+
+    # -- what is missing ------------------------------------------------------------------------
+
+    def lacking(self) -> dict[int, list[Range]]:
+        """What is missing still, by space and by where it was left."""
+        found: dict[int, RangeSet] = {}
+        for memory in self._memories:
+            for start, end in memory.missing.origins():
+                found.setdefault(memory.space, RangeSet()).add(start, end)
+        return {space: list(ranges) for space, ranges in found.items()}
+
+    async def wanted(self) -> AsyncIterator[Wanted]:
+        """The pages that somebody waits for, first those that are not there yet, then as somebody needs one; for ever.
+
+        To be iterated anew by each connection over which they can be asked for.
+        """
+        told: set[Wanted] = set()
+        while True:
+            for one in [one for one in self._wanted if one not in told]:
+                told.add(one)
+                yield one
+            told &= self._wanted.keys()
+            if self._wanted.keys() <= told:
+                await self._news.wait()
+
+    def _look_whether_whole(self) -> None:
+        if not any(memory.missing for memory in self._memories):
+            self._all_there.set()
+
+    # -- pages that come ------------------------------------------------------------------------
+
+    async def bring(self, run: PageRun) -> None:
+        """Put pages where they are missing; those that nobody misses any more are left out."""
+        at = 0
+        for start, length in run.segments:
+            await self._bring(run.space, start, start + length, run.payload[at : at + length])
+            at += length
+        for start, length in run.zeros:
+            await self._bring(run.space, start, start + length, None)
+        self.bytes_done += sum(length for _, length in [*run.segments, *run.zeros])
+        for one in [one for one in self._wanted if not self._places(one.space, one.address, one.address + 1)]:
+            del self._wanted[one]
+        self._look_whether_whole()
+
+    def _places(self, space: int, start: int, end: int) -> list[tuple[_Memory, Place]]:
+        return [
+            (memory, place)
+            for memory in self._memories
+            if memory.space == space
+            for place in memory.missing.places(start, end)
+        ]
+
+    async def _bring(self, space: int, start: int, end: int, content: memoryview | None) -> None:
+        while places := self._places(space, start, end):
+            pauses_s = []
+            for memory, place in places:
+                first, last = place.origin - start, place.origin - start + place.end - place.start
+                part = content[first:last] if content is not None else None
+                pauses_s.append(self._put(memory, place.start, place.end, part))
+            # meanwhile the kernel is heard, and somebody born who misses the same
+            await trio.sleep(max(pauses_s))
+
+    def _put(self, memory: _Memory, start: int, end: int, content: memoryview | None) -> float:
+        """Put pages in one place; how long to wait before it goes on, 0 where it is done."""
+        while start < end:
+            length = end - start
+            try:
+                done = self._fill(memory.fd, start, length, content)
+            except OSError as error:
+                match error.errno:
+                    case errno.EEXIST:
+                        paging.wake(memory.fd, start)
+                        done = PAGE_BYTES
+                    case errno.ENOENT if length > PAGE_BYTES:
+                        # several mappings, or none in a part of it
+                        middle = start + length // PAGE_BYTES // 2 * PAGE_BYTES
+                        first = content[: middle - start] if content is not None else None
+                        pause_s = self._put(memory, start, middle, first)
+                        if pause_s:
+                            return pause_s
+                        done = middle - start
+                    case errno.ENOENT:
+                        done = PAGE_BYTES
+                    case errno.ESRCH:
+                        done = length
+                    case errno.ENOMEM:
+                        return _NO_MEMORY_S
+                    case _:
+                        raise
+            if not done:
+                return _PATIENCE_S
+            memory.missing.settle(start, start + done)
+            start += done
+            content = content[done:] if content is not None else None
+        return 0.0
+
+    @staticmethod
+    def _fill(fd: LocalFd, start: int, length: int, content: memoryview | None) -> int:
+        return paging.zero(fd, start, length) if content is None else paging.copy(fd, start, content)
+
+    # -- what the kernel tells --------------------------------------------------------------------
+
+    async def _listen(self, memory: _Memory) -> None:
+        zeros: list[int] = []
+        while True:
+            if not zeros:
+                await trio.lowlevel.wait_readable(memory.fd)
+            for event in paging.read_events(memory.fd):
+                self._take_in(memory, event, zeros)
+            zeros = [address for address in zeros if self._put(memory, address, address + PAGE_BYTES, None)]
+            if zeros:
+                await trio.sleep(_PATIENCE_S)
+            self._look_whether_whole()
+
+    def _take_in(self, memory: _Memory, event: Event, zeros: list[int]) -> None:
+        """What has happened; a fault at a page of zeros is added to `zeros`."""
+        match event:
+            case Fault(address):
+                origin = memory.missing.origin_of(address)
+                if origin is None:
+                    zeros.append(address - address % PAGE_BYTES)
+                    return
+                self.requests += 1
+                self._wanted[Wanted(memory.space, origin - origin % PAGE_BYTES)] = None
+                self._news.set()
+                self._news = trio.Event()
+            case Forked(fd):
+                self._born(memory, fd)
+            case Moved(start, to, length):
+                memory.missing.move(start, to, length)
+            case Dropped(start, end):
+                memory.missing.settle(start, end)
+
+    def _born(self, parent: _Memory, fd: LocalFd) -> None:
+        LEDGER.take(ENTRY, fd)
+        child = _Memory(parent.space, fd, parent.missing.copy())
+        self._memories.append(child)
+        self._guard.hold([fd])
+        if self._listeners is not None:
+            self._listeners.start_soon(self._listen, child)

@@ -1,0 +1,235 @@
+"""Trees that run at the destination before their memory is there, and what becomes of them when something fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from pipeline.ids import HostPid
+from pipeline.kernel import smaps
+from tests.harness.hosts import Host, serving, terminate
+from tests.harness.settings import DEPTH_1, DEPTH_2
+from tests.harness.tree import Tree, reap, said
+from tests.harness.wire import Wire
+
+pytestmark = pytest.mark.root
+
+#: descriptors, mappings, MiB of a sparse mapping, MiB of memory
+LARGE = ("0", "20", "0", "48")
+#: slow enough that the pages take some seconds
+SLOW = 8e6
+_DEADLINE_S = 40.0
+
+
+class Migration:
+    """A running `migrate`, and what its events say."""
+
+    def __init__(self, process: subprocess.Popen[str], events: Path) -> None:
+        self.process = process
+        self._events = events
+
+    def phases(self) -> list[str]:
+        if not self._events.exists():
+            return []
+        lines = self._events.read_text().splitlines()
+        return [event["name"] for event in map(json.loads, lines) if event["event"] == "phase"]
+
+    def wait_for(self, phase: str) -> None:
+        until = time.monotonic() + _DEADLINE_S
+        while phase not in self.phases():
+            assert self.process.poll() is None, terminate(self.process)
+            assert time.monotonic() < until, f"no phase {phase}: {self.phases()} {terminate(self.process)}"
+            time.sleep(0.02)
+
+    def ends_well(self) -> dict[str, float]:
+        out, err = self.process.communicate(timeout=_DEADLINE_S)
+        assert self.process.returncode == 0, err
+        figures: dict[str, float] = json.loads(out)["figures"]
+        return figures
+
+
+@contextmanager
+def migrating(
+    source: Host, tree: Tree, secret: Path, address: str, directory: Path, *options: str
+) -> Iterator[Migration]:
+    events = directory / "events"
+    command = [
+        *("migrate", "--pid", "5000", "--to", address, "--secret-file", secret, "--mode", "postcopy"),
+        *("--json", "--events", events),
+        *options,
+    ]
+    process = subprocess.Popen(
+        source.command(sys.executable, "-m", "pipeline", *command),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield Migration(process, events)
+    finally:
+        terminate(process)
+
+
+def kill_inside(process: subprocess.Popen[str], number: int) -> None:
+    """Send a signal to the command that `Host.command` runs."""
+    (inside,) = (
+        int(word) for word in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    )
+    os.kill(inside, number)
+
+
+def assert_gone(destination: Host) -> None:
+    """The tree is not at the destination any more."""
+    until = time.monotonic() + _DEADLINE_S
+    while time.monotonic() < until:
+        try:
+            pid = destination.outer_pid(5000)
+        except ProcessLookupError:
+            return
+        if Path(f"/proc/{pid}/stat").read_text("latin-1").rpartition(")")[2].split()[0] == "Z":
+            return
+        time.sleep(0.05)
+    raise AssertionError("the tree is still there")
+
+
+def assert_whole(tree: Tree, destination: Host, family: list[int]) -> None:
+    """It is at the destination only, right, and nobody watches its memory any more."""
+    assert not reap(family), "the source still runs"
+    tree.pid = destination.outer_pid(5000)
+    tree.check()
+    for pid in tree.pids():
+        assert not any("um" in mapping.flags for mapping in smaps.smaps(HostPid(pid)))
+
+
+@pytest.fixture
+def large(hosts: tuple[Host, Host], start_on: Callable[..., Tree]) -> Tree:
+    """A tree with much memory, at the source."""
+    return start_on(hosts[0], "large", DEPTH_2, LARGE)
+
+
+def test_a_tree_waits_while_the_network_is_gone(
+    hosts: tuple[Host, Host], secret: Path, large: Tree, tmp_path: Path
+) -> None:
+    source, destination = hosts
+    family = large.pids()
+    with serving(destination, secret, "--once") as server, Wire(server.address, SLOW) as wire:
+        with migrating(source, large, secret, wire.address, tmp_path) as migration:
+            for _ in range(2):
+                before = migration.phases().count("postcopy")
+                until = time.monotonic() + _DEADLINE_S
+                while migration.phases().count("postcopy") <= before and time.monotonic() < until:
+                    time.sleep(0.02)
+                time.sleep(0.5)
+                wire.cut()
+                migration.wait_for("postcopy-paused")
+                assert not reap(family), "the source still runs"
+                assert destination.outer_pid(5000)
+                wire.mend()
+            wire.bytes_per_s = 1e9
+            figures = migration.ends_well()
+        server.has_served()
+    assert figures["postcopy-bytes"] >= 40 << 20
+    assert_whole(large, destination, family)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=lambda number: number.name)
+def test_a_tree_is_ended_rather_than_shown_zeros(
+    hosts: tuple[Host, Host], secret: Path, large: Tree, tmp_path: Path, number: signal.Signals
+) -> None:
+    """Nobody brings the pages any more."""
+    source, destination = hosts
+    with serving(destination, secret) as server, Wire(server.address, SLOW) as wire:
+        with migrating(source, large, secret, wire.address, tmp_path) as migration:
+            migration.wait_for("postcopy")
+            kill_inside(server.process, number)
+            assert_gone(destination)
+            if number == signal.SIGINT:
+                assert "pages of it were missing" in server.process.communicate(timeout=20)[1]
+            for _ in range(2):
+                assert migration.process.poll() is None
+                kill_inside(migration.process, signal.SIGINT)
+                time.sleep(0.3)
+            _, err = migration.process.communicate(timeout=20)
+            assert migration.process.returncode == 4, err
+            assert "pages were missing" in err
+
+
+def test_a_source_that_is_killed_leaves_a_tree_that_waits(
+    hosts: tuple[Host, Host], secret: Path, large: Tree, tmp_path: Path
+) -> None:
+    source, destination = hosts
+    family = large.pids()
+    with serving(destination, secret) as server, Wire(server.address, SLOW) as wire:
+        with migrating(source, large, secret, wire.address, tmp_path) as migration:
+            migration.wait_for("postcopy")
+            kill_inside(migration.process, signal.SIGKILL)
+            migration.process.wait(_DEADLINE_S)
+            assert not reap(family), "the source still runs"
+            time.sleep(0.5)
+            assert destination.outer_pid(5000)
+            refused = destination.engine("dump", "--pid", "5000", "--to", tmp_path / "image")
+            assert refused.returncode == 3, said(refused)
+            assert "userfaultfd" in refused.stderr
+
+
+def test_a_host_that_cannot_answer_page_faults_refuses(
+    hosts: tuple[Host, Host], secret: Path, start_on: Callable[..., Tree], tmp_path: Path
+) -> None:
+    source, destination = hosts
+    tree = start_on(source, "anonymous", DEPTH_1)
+    assert destination.run("mount", "--bind", "/dev/null", "/dev/userfaultfd").returncode == 0
+    try:
+        with serving(destination, secret) as server:
+            options = ("--to", server.address, "--secret-file", str(secret), "--mode", "postcopy")
+            done = source.engine("migrate", "--pid", "5000", *options)
+    finally:
+        assert destination.run("umount", "/dev/userfaultfd").returncode == 0
+    assert done.returncode == 1, said(done)
+    assert "page faults of programs cannot be answered here" in done.stderr
+    tree.check()
+
+
+@pytest.mark.parametrize("options", [("--mode", "hybrid"), ("--mode", "precopy", "--on-timeout", "postcopy")])
+def test_what_is_left_after_the_rounds_comes_later(
+    hosts: tuple[Host, Host],
+    secret: Path,
+    start_on: Callable[..., Tree],
+    tmp_path: Path,
+    options: tuple[str, ...],
+) -> None:
+    source, destination = hosts
+    tree = start_on(source, "rewriting", DEPTH_1)
+    family = tree.pids()
+    with serving(destination, secret, "--once") as server:
+        options = (*options, "--max-downtime", "1us", "--max-rounds", "3")
+        with migrating(source, tree, secret, server.address, tmp_path, *options) as migration:
+            figures = migration.ends_well()
+        server.has_served()
+    assert figures["dirty-sync-count"] >= 1
+    assert figures["postcopy-bytes"] > 0
+    assert_whole(tree, destination, family)
+
+
+def test_what_does_not_come_later_needs_nobody(
+    hosts: tuple[Host, Host], secret: Path, start_on: Callable[..., Tree], tmp_path: Path
+) -> None:
+    """Rounds that end in time, although more was allowed."""
+    source, destination = hosts
+    tree = start_on(source, "anonymous", DEPTH_1)
+    family = tree.pids()
+    with serving(destination, secret, "--once") as server:
+        options = ("--mode", "precopy", "--on-timeout", "postcopy")
+        with migrating(source, tree, secret, server.address, tmp_path, *options) as migration:
+            assert migration.ends_well()["postcopy-bytes"] == 0
+        server.has_served()
+    assert_whole(tree, destination, family)

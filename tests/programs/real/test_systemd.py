@@ -175,9 +175,10 @@ class Container:
         found = {}
         prefix = os.fsencode(f"/{self.above}") if self.above else b""
         for pid in family_of(self.pid):
-            if pid == self.pid or _counts(pid):
+            name = _comm(pid)  # a child of a shell has its name until it executes a program, or ends
+            if pid == self.pid or (name == "sh" and _counts(pid)):
                 places = cgroupfs.places(HostPid(pid))
-                found[_comm(pid)] = {n: p.removeprefix(prefix) for n, p in places.items() if n in POINTS}
+                found[name] = {n: p.removeprefix(prefix) for n, p in places.items() if n in POINTS}
         return found
 
     def still_looks_after_services(self) -> None:

@@ -111,7 +111,7 @@ def scan(
             _ARG.pack(_ARG.size, flags, start, end, 0, address, regions, 0, inverted, mask, anyof, returned)
         )
         count = fcntl.ioctl(fd, _PAGEMAP_SCAN, argument)
-        found.extend(_REGION.iter_unpack(vector.raw[: _REGION.size * count]))
+        found.extend(_REGION.iter_unpack(memoryview(vector).cast("B")[: _REGION.size * count]))
         if count < regions:
             break
         # The kernel walks in parts of its own, and where the last of them ended well, the address says where an
@@ -218,7 +218,10 @@ def populated(fd: LocalFd, ranges: Sequence[Range], anonymous: Sequence[Range] =
         if categories & _GUARD:
             found.guards.append((start, end))
             continue
-        found.pages.append((start, end))
+        if found.pages and found.pages[-1][1] == start:
+            found.pages[-1] = (found.pages[-1][0], end)
+        else:
+            found.pages.append((start, end))
         if not categories & _WRITTEN:
             found.untouched.append((start, end))
     return Populated(*(intersect(one, ranges) for one in found))

@@ -19,7 +19,7 @@ from pipeline.ids import HostPid
 from pipeline.kernel import smaps
 from pipeline.kernel.syscalls import pidfd_getfd
 from tests.harness.hosts import Host, Server, migrate, serving
-from tests.harness.settings import CONTAINER_2, DEPTH_1, DEPTH_2, Setting
+from tests.harness.settings import CONTAINER_2, DEPTH_0, DEPTH_1, DEPTH_2, Setting
 from tests.harness.tree import Tree, children_of, reap, said
 from tests.harness.valve import Valve
 from tests.test_carried_states import NAMES
@@ -49,7 +49,13 @@ _CHANGE = {"mounted", "sysv", "firewalled"}
 
 @pytest.mark.parametrize(
     ("mode", "setting"),
-    [("precopy", DEPTH_1), ("precopy", CONTAINER_2), ("postcopy", CONTAINER_2), ("hybrid", DEPTH_2)],
+    [
+        ("precopy", DEPTH_0),
+        ("precopy", DEPTH_1),
+        ("precopy", CONTAINER_2),
+        ("postcopy", CONTAINER_2),
+        ("hybrid", DEPTH_2),
+    ],
     ids=lambda one: one if isinstance(one, str) else one.name,
 )
 @pytest.mark.parametrize("program", [name for name in NAMES if name not in _HAVE_WHAT_ONE_CAN_HAVE])
@@ -129,10 +135,11 @@ def test_an_interrupt_leaves_the_tree_as_it_was(
             stderr=subprocess.PIPE,
             text=True,
         )
+        wait_until("it is started", lambda: bool(children_of(running.pid)))
         time.sleep(after_s)
         for child in children_of(running.pid):
             os.kill(child, signal.SIGINT)
-        _, err = running.communicate(timeout=20)
+        _, err = running.communicate(timeout=60)
         if running.returncode:
             assert running.returncode in (130, -signal.SIGINT), err
             assert_untouched(tree)
@@ -169,7 +176,7 @@ def migration_on_its_way(
 
 
 def wait_until(what: str, holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not holds():
         assert time.monotonic() < deadline, what
         time.sleep(0.01)

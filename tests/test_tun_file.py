@@ -50,7 +50,7 @@ def answers(where: str) -> bool:
     """Whether a datagram into the tunnel comes back."""
 
     def ask() -> bool:
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
             sock.settimeout(0.3)
             while time.monotonic() < deadline:

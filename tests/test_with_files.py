@@ -69,7 +69,7 @@ def start(data: Path, *options: str, program: str = PROGRAM) -> int:
     done = engine("run", *options, "--detach", "--", "sh", "-c", program, data)
     assert done.returncode == 0, said(done)
     pid = int(done.stdout)
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while not os.path.exists(f"/proc/{pid}/fd/7"):
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -227,7 +227,7 @@ def test_a_file_of_the_tree_is_made_with_its_own_rights(data: Path, tmp_path: Pa
     done = engine("run", "--userns=0:300000:65536", "--detach", "--", *program, "sh", "-c", PROGRAM, data)
     assert done.returncode == 0, said(done)
     pid = int(done.stdout)
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while not os.path.exists(f"/proc/{pid}/fd/7"):
         assert time.monotonic() < deadline
         time.sleep(0.01)

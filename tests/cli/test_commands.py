@@ -57,7 +57,7 @@ class Program:
 
     def collect(self) -> None:
         """Wait until nothing holds the tree's pids: the test run is the subreaper of what is detached."""
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while Path(f"/proc/{self.pid}").exists() and time.monotonic() < deadline:
             self._reap()
             time.sleep(0.005)

@@ -154,15 +154,19 @@ def test_a_place_to_listen_that_cannot_be_had(case: Case) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_restore_that_is_given_up_half_way(case: Case, number: signal.Signals) -> None:
     content = (case.image() / "image").read_bytes()
-    command = case.command("restore", "--from", "-")
+    events = case.place / "events"
+    command = case.command("restore", "--from", "-", "--events", events)
     with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as restore:
         assert restore.stdin is not None
         assert restore.stderr is not None
         restore.stdin.write(content[:-2_000])
         restore.stdin.flush()
-        time.sleep(1.0)
+        deadline = time.monotonic() + 60
+        while not events.exists() or '"setup"' not in events.read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
         restore.send_signal(number)
-        assert restore.wait(20) == 128 + number
+        assert restore.wait(60) == 128 + number
         assert b"rolling back" in restore.stderr.read()
 
 
@@ -175,5 +179,5 @@ def test_a_migration_that_is_given_up_while_nobody_answers(case: Case) -> None:
             assert migrate.stderr is not None
             with closing(silent.accept()[0]):
                 migrate.send_signal(signal.SIGINT)
-                assert migrate.wait(20) == 130
+                assert migrate.wait(60) == 130
                 assert b"rolling back" in migrate.stderr.read()

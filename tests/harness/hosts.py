@@ -19,7 +19,7 @@ from typing import Any
 
 from tests.harness.carry import assert_same
 from tests.harness.settings import Setting
-from tests.harness.tree import ROOT, Tree, Workshop, children_of, family_of, reap, said
+from tests.harness.tree import PATIENCE_S, ROOT, Tree, Workshop, children_of, family_of, reap, said
 
 #: the first process: orphans that come to it are reaped by the kernel
 _INIT = (
@@ -63,7 +63,9 @@ class Host:
         """The command line that runs `arguments` in this host."""
         return ["nsenter", "-t", str(self.init), "-p", "-m", "-w" + str(ROOT), "--", *map(str, arguments)]
 
-    def run(self, *arguments: str | Path, timeout_s: float = 60.0) -> subprocess.CompletedProcess[str]:
+    def run(
+        self, *arguments: str | Path, timeout_s: float = 2 * PATIENCE_S
+    ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             self.command(*arguments),
             cwd=ROOT,
@@ -155,7 +157,7 @@ class Server:
 
     def has_served(self) -> tuple[str, str]:
         """Wait for the end of one that serves once; it must be a good one. What it said."""
-        out, err = self.process.communicate(timeout=20)
+        out, err = self.process.communicate(timeout=PATIENCE_S)
         assert self.process.returncode == 0, err
         return out, err
 

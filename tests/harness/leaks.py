@@ -20,7 +20,7 @@ from pathlib import Path
 from tests.harness.tree import family_of, reap
 
 PR_SET_CHILD_SUBREAPER = 36
-_GRACE_S = 3.0
+_GRACE_S = 10.0
 
 
 def become_subreaper() -> None:

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from tests.harness.networks import within
 
 PORT = 9
-_PATIENCE_S = 20.0
+_PATIENCE_S = 60.0
 
 
 class Talkers:

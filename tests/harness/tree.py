@@ -26,6 +26,8 @@ ROOT = Path(__file__).parents[2]
 PROGRAMS = ROOT / "tests" / "programs"
 STARTER = Path(__file__).with_name("starter.py")
 _POLL_S = 0.005
+#: only who waits in vain waits so long, on a machine that does much else
+PATIENCE_S = 60.0
 
 
 def find_python() -> str:
@@ -117,7 +119,7 @@ def family_of(pid: int) -> list[int]:
     return family
 
 
-def reap(pids: Sequence[int], timeout_s: float = 10.0) -> list[int]:
+def reap(pids: Sequence[int], timeout_s: float = PATIENCE_S) -> list[int]:
     """Wait for `pids` to be gone, reaping those that are our children; those left at the end."""
     deadline = time.monotonic() + timeout_s
     left = list(pids)
@@ -202,7 +204,7 @@ class Tree:
             self.checks += path.read_text().split("\n") if path.stat().st_size else []
         self.checks = [name for name in self.checks if name]
 
-    def _wait_for(self, path: Path, timeout_s: float = 20.0) -> None:
+    def _wait_for(self, path: Path, timeout_s: float = PATIENCE_S) -> None:
         deadline = time.monotonic() + timeout_s
         while not path.exists():
             if not self.alive():
@@ -261,7 +263,7 @@ class Tree:
         """Ask it to end; returns the exit code of the root. It must end by itself and leave nobody."""
         family = self.pids()
         self.ask("end")
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + PATIENCE_S
         while self.alive():
             assert time.monotonic() < deadline, f"did not end: {self.states()} {self.log()}"
             time.sleep(_POLL_S)
@@ -284,7 +286,7 @@ class Tree:
 
 
 def engine(
-    *arguments: str | Path, timeout_s: float = 60.0, within: Sequence[str] = ()
+    *arguments: str | Path, timeout_s: float = 2 * PATIENCE_S, within: Sequence[str] = ()
 ) -> subprocess.CompletedProcess[str]:
     """`python -m pipeline ARGUMENTS`, with its output, in what the command `within` enters before."""
     return subprocess.run(

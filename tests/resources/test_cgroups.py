@@ -44,7 +44,7 @@ def remove(directory: Path) -> None:
         for below in directory.iterdir():
             if below.is_dir():
                 remove(below)
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 60
         while True:
             try:
                 directory.rmdir()

@@ -168,7 +168,7 @@ def test_a_terminal_from_outside_is_refused_and_its_owner_named() -> None:
 
     with subject(setup) as child:
         forked, forked_master, opened = child.result
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 60
         while not procfs.stat(forked).tty_nr and time.monotonic() < deadline:
             time.sleep(0.001)
         with Capture(child.pid) as capture:

@@ -206,7 +206,7 @@ def test_the_peer_has_said_its_last_word(around: str) -> None:
                 found = receive(theirs, len(LONG) + 1)
                 assert found == LONG[: len(found)]
                 assert len(found) > 100_000
-                deadline = time.monotonic() + 3
+                deadline = time.monotonic() + 60
                 while state(ours) != State.CLOSE:
                     assert time.monotonic() < deadline
                     time.sleep(0.01)
@@ -243,7 +243,7 @@ def test_both_ends_have_crossed(around: str) -> None:
             with moved(child) as ours:
                 assert receive(ours, 100) == b"mine"
                 assert theirs.recv(1) == b""
-                deadline = time.monotonic() + 5
+                deadline = time.monotonic() + 60
                 while state(ours) != State.CLOSE:
                     assert time.monotonic() < deadline, state(ours)
                     time.sleep(0.01)
@@ -274,7 +274,7 @@ def test_a_dumper_that_is_killed_leaves_the_connection_alive(around: str) -> Non
                 os.kill(dumper, signal.SIGKILL)
                 os.waitpid(dumper, 0)
                 # who reads for it ends a moment later
-                deadline = time.monotonic() + 5
+                deadline = time.monotonic() + 60
                 while tables():
                     assert time.monotonic() < deadline, tables()
                     time.sleep(0.005)

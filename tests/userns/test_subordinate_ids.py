@@ -160,7 +160,7 @@ def test_private_files_of_an_id_of_the_range_are_carried_twice(users: Users, wor
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)

@@ -7,6 +7,7 @@ import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 
@@ -15,6 +16,7 @@ from tests.harness.tree import ROOT, said
 from tests.programs.real.tree import DEPTHS, RealTree, lines_of, needs
 
 pytestmark = pytest.mark.root
+T = TypeVar("T")
 RFB = ROOT / "examples" / "vnc" / "rfb.py"
 
 #: a tmux server with bash, vim, top and a clock of numbers; a client that is attached, on a terminal of its own
@@ -38,6 +40,16 @@ wait $server
 """
 #: windows of tmux that show nothing new unless somebody types
 QUIET = ("bash", "vim", "top")
+
+
+def settled(look: Callable[[], T]) -> T:
+    """What is seen when nothing new comes any more: the same, many times."""
+    seen, count = look(), 1
+    while count < 5:
+        time.sleep(0.2)
+        before, seen = seen, look()
+        count = count + 1 if seen == before else 1
+    return seen
 
 
 def tmux(tree: RealTree, *words: str) -> str:
@@ -80,16 +92,17 @@ def test_tmux(launch: Callable[..., RealTree], setting: Setting, tmp_path: Path)
     shows("bash", "half a comm")
     shows("top", "load average")
     tree.wait("the client is attached", lambda: tmux(tree, "list-clients").count("\n") == 1)
-    before = screens(tree)
+    before = settled(lambda: screens(tree))
     tree.all_ways(tmp_path)
     assert screens(tree) == before
-    client = tmux(tree, "list-clients")
-    assert client.count("\n") == 1
+    assert tmux(tree, "list-clients").count("\n") == 1
     attached = (tree.directory / "attached").stat().st_size
     # what was half typed is finished; the shell's variables and the editor's register are there
     type_into("bash", "C-u", "echo $word-$((6 * 8)) $(tty)", "Enter")
     shows("bash", "kept-48 /dev/pts/")
-    assert (tree.directory / "attached").stat().st_size > attached, "the attached client was shown nothing"
+    tree.wait(
+        "the attached client is shown it", lambda: (tree.directory / "attached").stat().st_size > attached
+    )
     type_into("vim", "p", ":w", "Enter")
     tree.wait_for_file("text")
     tree.wait(
@@ -174,9 +187,7 @@ def test_vnc(launch: Callable[..., RealTree], setting: Setting, tmp_path: Path) 
         screen.tree = tree
         screen.type("word=kept; echo said-$((6*7)) > said; ls -d /\n# half a co")
         tree.wait_for_file("said")
-        before = b""
-        while before != (before := screen.rows(SPLIT, HEIGHT)):
-            time.sleep(0.2)
+        before = settled(lambda: screen.rows(SPLIT, HEIGHT))
         assert len(set(before)) > 1, "the terminal is blank"
         tree.all_ways(tmp_path)
         assert screen.rows(SPLIT, HEIGHT) == before

@@ -16,7 +16,7 @@ import pytest
 from pipeline.ids import HostPid
 from pipeline.kernel import cgroupfs
 from pipeline.resources.cgroups import settings
-from tests.harness.tree import ROOT, Workshop, children_of, engine, family_of, reap, said
+from tests.harness.tree import PATIENCE_S, ROOT, Workshop, children_of, engine, family_of, reap, said
 
 SYSTEMD = Path("/lib/systemd/systemd")
 HERE = cgroupfs.places(HostPid(os.getpid()))
@@ -139,7 +139,7 @@ class Container:
                 place.write_text(str(self._around.pid))
 
     def wait(self, holds: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + PATIENCE_S
         while not holds():
             assert time.monotonic() < deadline, (self.directory / "log").read_text()
             time.sleep(0.01)
@@ -199,7 +199,7 @@ class Container:
     def remove_cgroups(self) -> None:
         for point in POINTS.values():
             for directory, _, _ in os.walk(Path(point) / (self.above or self.name), topdown=False):
-                deadline = time.monotonic() + 5
+                deadline = time.monotonic() + PATIENCE_S
                 while os.path.isdir(directory):
                     try:
                         os.rmdir(directory)

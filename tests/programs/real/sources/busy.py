@@ -152,7 +152,7 @@ async def main():
             ):
                 wrong(f"the shared memory at {number}")
         await numbers.join()
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while not (before[0] < sum(ticks) and before[1] < count.value):
             await asyncio.sleep(0.01)
             if time.monotonic() > deadline:
@@ -164,10 +164,10 @@ async def main():
         note("counts", "a", number)
     stop.set()
     for child in children[2:]:
-        child.join(20)
+        child.join(60)
     talker.cancel()
     questions.put(None)
-    children[0].join(20)
+    children[0].join(60)
     children[1].kill()
     children[1].join()
     pool.terminate()

@@ -29,7 +29,7 @@ class Terminal:
 
     def until(self, what, holds):
         """Read what it shows until a condition holds."""
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while not holds():
             if time.monotonic() > deadline:
                 wrong(f"{what}: {self.seen[-2000:]!r}")

@@ -1,4 +1,5 @@
-"""The figures of the README: `make bench`, or `python -m bench [--rounds 5] [--mib 1024]`; `--scale`: how they grow.
+"""The figures of the README: `make bench`, or `python -m bench [--rounds 5] [--mib 1024]`; `--scale`: how they grow;
+`--frozen`: how long a small tree stands still; `--live`: what a program feels that is moved while it writes.
 
 Each figure is the median over the rounds, of whole commands as a user types them, the
 start of the interpreter included; times inside of a command are its own ``--json``.
@@ -142,11 +143,17 @@ def serving(folder: Path, secret: Path, *options: str) -> Iterator[str]:
             server.kill()
 
 
-def migrations(folder: Path, rounds: int, mib: int, *options: str) -> list[dict[str, Any]]:
-    """Move a program over loopback."""
+def migration_secret(folder: Path) -> Path:
+    """The file of a secret for both sides."""
     secret = folder / "secret"
     secret.touch(mode=0o600)
     secret.write_text(secrets.token_hex(32))
+    return secret
+
+
+def migrations(folder: Path, rounds: int, mib: int, *options: str) -> list[dict[str, Any]]:
+    """Move a program over loopback."""
+    secret = migration_secret(folder)
     results = []
     for _ in range(rounds):
         pid = start(folder, LARGE, str(mib))
@@ -182,6 +189,9 @@ def main() -> None:
     parser.add_argument(
         "--scale", action="store_true", help="only: growing numbers of descriptors, mappings, pages"
     )
+    parser.add_argument("--frozen", action="store_true", help="only: how long a small tree stands still")
+    parser.add_argument("--live", action="store_true", help="only: programs that write, by every mode")
+    parser.add_argument("--results", type=Path, help="with --live: the results as JSON")
     arguments = parser.parse_args()
     shm = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     with tempfile.TemporaryDirectory(dir=shm, prefix="pipeline-bench-") as name:
@@ -190,6 +200,16 @@ def main() -> None:
             from bench import scale
 
             scale.main(folder)
+            return
+        if arguments.frozen:
+            from bench import frozen
+
+            frozen.main(folder)
+            return
+        if arguments.live:
+            from bench import live
+
+            live.main(folder, arguments.rounds, arguments.results)
             return
         print(f"medians of {arguments.rounds}; command line as typed, image on tmpfs")
         report("small Python program", *there_and_back(folder, arguments.rounds, SMALL))

@@ -220,17 +220,13 @@ def _let_wait(image: Image, stored: StoredPages) -> dict[int, list[Range]]:
     return found
 
 
-@asynccontextmanager
-async def _stored(source: str, lazy: bool) -> AsyncIterator[StoredPages | None]:
-    """The pages of an image, where they come later; else None.
+def _check_lazy(source: str) -> Path:
+    """Where the pages of an image are that can be read in any order.
 
     Raises:
-        UsageError: they cannot be read in any order.
+        UsageError: this one cannot.
         RebuildError: nobody may answer page faults here.
     """
-    if not lazy:
-        yield None
-        return
     from pipeline.transport.storage import IMAGE, DirectoryStorage, open_storage
 
     storage = open_storage(source)
@@ -243,7 +239,16 @@ async def _stored(source: str, lazy: bool) -> AsyncIterator[StoredPages | None]:
             f"page faults of programs cannot be answered here: {DEVICE}: {error.strerror}; be root of the machine, or "
             "leave --lazy out"
         ) from None
-    stored = await trio.to_thread.run_sync(StoredPages, Path(storage.place) / IMAGE)
+    return Path(storage.place) / IMAGE
+
+
+@asynccontextmanager
+async def _stored(path: Path | None) -> AsyncIterator[StoredPages | None]:
+    """The pages of an image that come later, if they do."""
+    if path is None:
+        yield None
+        return
+    stored = await trio.to_thread.run_sync(StoredPages, path)
     try:
         yield stored
     finally:
@@ -322,8 +327,9 @@ async def restore(
     policy = replace(policy or RestorePolicy(), stdio=not detach and source != "-", parent_stays=not detach)
     terminal: JobTerminal | None = None
     tree: RestoredTree | None = None
+    pages = _check_lazy(source) if lazy else None
     try:
-        async with tracer_thread() as tracer, opened(source) as reader, _stored(source, lazy) as stored:
+        async with tracer_thread() as tracer, opened(source) as reader, _stored(pages) as stored:
             image, first = await read_records(reader)
             records_read = time.monotonic()
             if stored is None:

@@ -130,14 +130,10 @@ async def _pack(
         async with send:
             async for leased in runs:
                 try:
-                    packed = await writer.pack(leased.run)
-                    if packed is not None:
-                        await send.send((packed, leased.lease))
-                        continue
+                    await send.send((await writer.pack(leased.run), leased.lease))
                 except BaseException:
                     leased.lease.release()
                     raise
-                leased.lease.release()
     finally:
         _let_go(runs, lambda leased: leased.lease)
 

@@ -13,15 +13,12 @@ from __future__ import annotations
 import re
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pipeline.errors import ImageError
 from pipeline.image import frames
 from pipeline.image.choice import Chooser
 from pipeline.image.frames import Codec, PageRun
-
-if TYPE_CHECKING:
-    from pipeline.image.sent import SentPages
 
 Compression = Literal["none", "lz4", "zstd", "auto"]
 
@@ -32,8 +29,8 @@ _WORDS = PAGE_BYTES // 8
 _ZSTD_LEVEL = 1
 #: what saves less than a sixteenth is sent as it is
 _WORTH = 15 / 16
-_DATA, _ZERO, _SENT = range(3)
-_ALIKE = re.compile(rb"\x00+|\x01+|\x02+")
+_ZERO = 1
+_ALIKE = re.compile(rb"\x00+|\x01+")
 
 
 def compress(codec: Codec, content: memoryview) -> bytes:
@@ -115,19 +112,15 @@ def zero_pages(content: memoryview) -> list[int]:
     ]
 
 
-def sift(run: PageRun, sent: SentPages | None = None) -> PageRun:
-    """`run` with its zero pages told as ranges, and without what the other side has already.
+def sift(run: PageRun) -> PageRun:
+    """`run` with its zero pages told as ranges.
 
     Args:
         run: what is left of its payload moves together in it (in a copy, if it cannot be written).
-        sent: what was sent before; is told what is sent now.
     """
     flags = bytearray(len(run.payload) // PAGE_BYTES)
     for page in zero_pages(run.payload):
         flags[page] = _ZERO
-    if sent is not None:
-        for page in sent.again(run.space, run.segments, run.payload):
-            flags[page] = _SENT
     if not any(flags):
         return run
     content = run.payload if not run.payload.readonly else memoryview(bytearray(run.payload))
@@ -141,7 +134,7 @@ def sift(run: PageRun, sent: SentPages | None = None) -> PageRun:
             where = start + (first - page) * PAGE_BYTES
             if flags[first] == _ZERO:
                 zeros.append((where, size))
-            elif flags[first] == _DATA:
+            else:
                 segments.append((where, size))
                 at = first * PAGE_BYTES
                 if at != kept:
@@ -172,11 +165,9 @@ class Packer:
 
     Args:
         compression: what is wanted; with ``auto`` what pays is found out, and looked at again now and then.
-        sent: pages that the other side has (see `pipeline.image.sent`).
     """
 
     compression: Compression = "none"
-    sent: SentPages | None = None
     page_bytes: int = 0
     zero_bytes: int = 0
     _before: int = 0
@@ -188,12 +179,10 @@ class Packer:
         if self.compression == "auto":
             self._chooser = Chooser(compress)
 
-    def pack(self, run: PageRun) -> PackedRun | None:
-        """The frame of `run`; None where the other side has all of it."""
-        run = sift(run, self.sent)
+    def pack(self, run: PageRun) -> PackedRun:
+        """The frame of `run`."""
+        run = sift(run)
         self.zero_bytes += sum(length for _, length in run.zeros)
-        if not run.segments and not run.zeros:
-            return None
         codec, payload = self._compressed(run.payload)
         self.page_bytes += len(run.payload)
         self._by_codec[codec] += len(run.payload)

@@ -80,12 +80,10 @@ class FrameWriter:
 
     async def pages(self, run: PageRun) -> None:
         """Write pages, whose zero pages are taken out of the payload; the caller keeps the buffer."""
-        packed = await self.pack(run)
-        if packed is not None:
-            await self.packed(packed)
+        await self.packed(await self.pack(run))
 
-    async def pack(self, run: PageRun) -> PackedRun | None:
-        """What `packed` is to write of `run`, while another one is written; None: nothing."""
+    async def pack(self, run: PageRun) -> PackedRun:
+        """What `packed` is to write of `run`, while another one is written."""
         if len(run.payload) >= _LARGE_BYTES:
             return await trio.to_thread.run_sync(self.packer.pack, run)
         return self.packer.pack(run)

@@ -99,10 +99,8 @@ class SpreadWriter(FrameWriter):
 
     async def pages(self, run: PageRun) -> None:
         """Write pages; the caller has the buffer back."""
-        packed = await self.pack(run)
-        if packed is not None:
-            await self.packed(packed)
-            await self._written()
+        await self.packed(await self.pack(run))
+        await self._written()
 
     async def _written(self) -> None:
         while self._waiting:

@@ -53,7 +53,6 @@ async def write(what: Sequence[str], count: int) -> list[Memory]:
             if kind == "p":
                 size = PAGE * (1 + number % 40)
                 packed = await writer.pack(PageRun(1, [(number << 24, size)], memoryview(b"x" * size)))
-                assert packed is not None
                 await writer.packed(packed, lambda number=number: freed.append(number))
             elif kind == "m":
                 await writer.message(b"%d" % number)
@@ -126,7 +125,6 @@ async def test_a_connection_that_breaks_while_it_is_written_fails_the_writer():
     async def send() -> None:
         for number in range(100):
             packed = await writer.pack(PageRun(1, [(number << 24, PAGE)], memoryview(b"x" * PAGE)))
-            assert packed is not None
             memories[2].broken = number > 10
             await writer.packed(packed, lambda number=number: given_back.append(number))
         await writer.end(0, 0)

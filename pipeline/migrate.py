@@ -214,31 +214,30 @@ async def migrate(
                     completed = await told.commit(_SETTLE_S if lending is None else math.inf)
                     done_s = time.monotonic()
                     await tracer.run(still.holdings.settled)
+                parts = {
+                    "freeze": 1e3 * (still.frozen_s - still.begun_s),
+                    "collect": 1e3 * (still.captured_s - still.frozen_s),
+                    "last-pages": 1e3 * (sent_s - still.captured_s),
+                    "finish": 1e3 * (prepared_s - sent_s),
+                    "thaw": 1e3 * (done_s - prepared_s),
+                }
+                progress.pause(parts)
                 if lending is not None:
                     await lending.send_all(channel, give_up)
     figures = {
         "total-time": 1e3 * (time.monotonic() - begin),
         "setup-time": 1e3 * ((switch_s if live is None else live.begun_s) - begin),
         "downtime": 1e3 * (done_s - still.begun_s),
-        "freeze-time": 1e3 * (still.frozen_s - still.begun_s),
-        "collect-time": 1e3 * (still.captured_s - still.frozen_s),
-        "transfer-time": 1e3 * (sent_s - still.captured_s),
-        "finish-time": 1e3 * (prepared_s - sent_s),
-        "thaw-time": 1e3 * (done_s - prepared_s),
+        "freeze-time": parts["freeze"],
+        "collect-time": parts["collect"],
+        "transfer-time": parts["last-pages"],
+        "finish-time": parts["finish"],
+        "thaw-time": parts["thaw"],
         "transferred": channel.writer.total_bytes(),
         "page-bytes": page_bytes,
         "injected-calls": still.injected_calls,
         **packer.figures(),
     }
-    progress.pause(
-        {
-            "freeze": figures["freeze-time"],
-            "collect": figures["collect-time"],
-            "last-pages": figures["transfer-time"],
-            "finish": figures["finish-time"],
-            "thaw": figures["thaw-time"],
-        }
-    )
     notes = still.holdings.complaints
     if lending is not None:
         figures["postcopy-requests"] = lending.requests

@@ -14,12 +14,12 @@ import errno
 import os
 from collections.abc import Sequence
 
-from pipeline.errors import RebuildError
+from pipeline.errors import ImageError, RebuildError
 from pipeline.ids import LocalFd
 from pipeline.image.schema import AddressSpace
 from pipeline.kernel import paging
 from pipeline.kernel.arch.x86_64 import NR
-from pipeline.kernel.pagemap import Range, intersect, merged, open_pagemap, present
+from pipeline.kernel.pagemap import Range, intersect, merged, open_pagemap, present, subtract
 from pipeline.kernel.syscalls import pidfd_getfd, pidfd_open
 from pipeline.ledger import LEDGER
 from pipeline.remote.calls import Call
@@ -37,8 +37,13 @@ def watch(puppet: Puppet, space: AddressSpace) -> LocalFd:
     """Watch what of `space` comes later, which nobody may touch from here on without an answer; the caller owns it.
 
     Raises:
+        ImageError: it names pages that nobody can answer for.
         RebuildError: the kernel refuses.
     """
+    if subtract(space.later, later.mappings(space)):
+        raise ImageError(
+            f"space {space.space}: pages are to come later where the kernel lets nobody wait for them"
+        )
     ranges = intersect(_bridged(space.later), later.mappings(space))
     try:
         fd = _descriptor(puppet)

@@ -202,7 +202,7 @@ async def migrate(
                     told.all_sent = True
                     sent_s = time.monotonic()
                     progress.phase("prepare")
-                    await still.let_memory_outlive()
+                    await still.let_memory_outlive(lasting)
                     if not isinstance(await channel.hear(), protocol.Prepared):
                         raise PeerError(f"{channel.peer} did not get ready")
                     prepared_s = time.monotonic()

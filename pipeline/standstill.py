@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 
 import trio
@@ -113,9 +113,13 @@ class Standstill:
         """Close what is held of the tree's open files, so that with the tree they end; idempotent."""
         await self._held.aclose()
 
-    async def let_memory_outlive(self) -> None:
-        """Let the end of the tree not wait for its memory, which is given back at the end of the standstill."""
-        memories = large_memories(self.records, self.sources)
+    async def let_memory_outlive(self, lasting: Collection[HostPid] = ()) -> None:
+        """Let the end of the tree not wait for its memory, which is given back at the end of the standstill.
+
+        Args:
+            lasting: whose memory lasts longer than that.
+        """
+        memories = [one for one in large_memories(self.records, self.sources) if one.pid not in lasting]
         await trio.to_thread.run_sync(self._outliving.hold, memories)
 
 

@@ -62,7 +62,8 @@ class LastingMemory:
         self._thread = threading.Thread(target=self._read, args=(address,), name="lasting", daemon=True)
         self._memory = LocalFd(-1)
         self._fault = LocalFd(syscall(NR.userfaultfd, os.O_CLOEXEC | os.O_NONBLOCK))
-        LEDGER.take("lasting memory", pid)
+        self._key = self._fault  # a memory may be held more than once
+        LEDGER.take("lasting memory", self._key)
         try:
             fcntl.ioctl(self._fault, _UFFDIO_API, bytearray(struct.pack("<3Q", _API_VERSION, 0, 0)))
             fcntl.ioctl(
@@ -121,4 +122,4 @@ class LastingMemory:
             self._thread.join()
         if self._memory >= 0:
             os.close(self._memory)
-        LEDGER.give_back("lasting memory", self._pid)
+        LEDGER.give_back("lasting memory", self._key)

@@ -78,6 +78,14 @@ def test_who_forks_meanwhile_does_not_stop_it_from_being_given_back(child: Child
     other.communicate(b"\n")
 
 
+def test_a_memory_that_is_held_twice_lasts_until_nobody_holds_it(child: Child) -> None:
+    held = [LastingMemory(child.pid, child.page) for _ in range(2)]
+    child.end()
+    for one in held:
+        one.close()
+    assert not LEDGER.held()
+
+
 def test_an_address_without_a_page_is_an_error(child: Child) -> None:
     with pytest.raises(OSError, match="cannot be read"):
         LastingMemory(child.pid, RemoteAddress(PAGE_BYTES))

@@ -142,6 +142,26 @@ def test_a_tree_waits_while_the_network_is_gone(
     assert_whole(large, destination, family)
 
 
+def test_a_program_that_changes_its_mappings_while_pages_are_missing(
+    hosts: tuple[Host, Host], secret: Path, start_on: Callable[..., Tree], tmp_path: Path
+) -> None:
+    """It moves, drops, unmaps and maps memory, and forks, for as long as the network takes; once that is cut, too."""
+    source, destination = hosts
+    tree = start_on(source, "rewriting", DEPTH_2, ("forks",))
+    family = tree.pids()
+    with serving(destination, secret, "--once") as server, Wire(server.address, SLOW) as wire:
+        with migrating(source, tree, secret, wire.address, tmp_path) as migration:
+            migration.wait_for("postcopy")
+            time.sleep(1)
+            wire.cut()
+            migration.wait_for("postcopy-paused")
+            wire.mend()
+            figures = migration.ends_well()
+        server.has_served()
+    assert figures["postcopy-requests"] > 0
+    assert_whole(tree, destination, family)
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=lambda number: number.name)
 def test_a_tree_is_ended_rather_than_shown_zeros(
     hosts: tuple[Host, Host], secret: Path, large: Tree, tmp_path: Path, number: signal.Signals

@@ -142,6 +142,23 @@ def test_a_tree_waits_while_the_network_is_gone(
     assert_whole(large, destination, family)
 
 
+def test_mappings_change_while_their_pages_are_missing(
+    hosts: tuple[Host, Host], secret: Path, start_on: Callable[..., Tree], tmp_path: Path
+) -> None:
+    """Memory that nobody has touched before is moved, dropped, unmapped and seen by a child."""
+    source, destination = hosts
+    tree = start_on(source, "lagging", DEPTH_2)
+    family = tree.pids()
+    with serving(destination, secret, "--once") as server, Wire(server.address, SLOW / 4) as wire:
+        with migrating(source, tree, secret, wire.address, tmp_path) as migration:
+            migration.wait_for("postcopy")
+            tree.pid = destination.outer_pid(5000)
+            tree.check()
+            migration.ends_well()
+        server.has_served()
+    assert_whole(tree, destination, family)
+
+
 def test_a_program_that_changes_its_mappings_while_pages_are_missing(
     hosts: tuple[Host, Host], secret: Path, start_on: Callable[..., Tree], tmp_path: Path
 ) -> None:

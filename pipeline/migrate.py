@@ -55,6 +55,9 @@ MAX_STREAMS = 16
 #: memories that may come later are larger than this, and no more than so many
 _SMALL_BYTES = 1 << 20
 _MOST_LENT = 64
+_NOTHING_LASTS = (
+    "its memory was sent while it stood still: that it lasts, and comes later, takes root of this machine"
+)
 #: how long the destination may take to let the tree run, and how long it is told of a decision
 _COMPLETE_S = 30.0
 _SETTLE_S = 60.0
@@ -180,6 +183,8 @@ async def migrate(
                     if lending is not None and (live is None or live.later):
                         memories = large_memories(still.records, still.sources, _SMALL_BYTES, _MOST_LENT)
                         lasting = await trio.to_thread.run_sync(lending.hold, memories)
+                        if memories and not lasting:
+                            still.holdings.complaints.append(_NOTHING_LASTS)
                     lent: list[Lent] = []
                     if live is not None:
                         lent = await live.send_rest(still, lasting)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -155,6 +156,29 @@ def test_mappings_change_while_their_pages_are_missing(
             tree.pid = destination.outer_pid(5000)
             tree.check()
             migration.ends_well()
+        server.has_served()
+    assert_whole(tree, destination, family)
+
+
+def test_a_connection_that_somebody_waits_on_breaks(
+    hosts: tuple[Host, Host], secret: Path, start_on: Callable[..., Tree], tmp_path: Path
+) -> None:
+    """The other one does not; what was on its way is sent once more."""
+    source, destination = hosts
+    tree = start_on(source, "lagging", DEPTH_1)
+    family = tree.pids()
+    with serving(destination, secret, "--once") as server, Wire(server.address, SLOW / 4) as wire:
+        with migrating(source, tree, secret, wire.address, tmp_path) as migration:
+            migration.wait_for("postcopy")
+            tree.pid = destination.outer_pid(5000)
+            with ThreadPoolExecutor(1) as beside:
+                checked = beside.submit(tree.check)
+                for _ in range(3):
+                    time.sleep(0.4)
+                    wire.cut_one(1)
+                checked.result(_DEADLINE_S)
+            migration.ends_well()
+            assert "postcopy-paused" not in migration.phases()
         server.has_served()
     assert_whole(tree, destination, family)
 

@@ -4,7 +4,8 @@ The processes have ended, as they do at the end of every migration; their memory
 
 Two connections: on one go all pages, in the order of their addresses, from the place on where one was asked for last;
 on the other, those that somebody waits for, with their neighbours, so that none waits behind the many. No page is sent
-twice, unless a connection broke: then the other side says what it lacks, and that is sent.
+twice, unless a connection broke: the first of them is begun anew by what the other side lacks; what went on the second
+goes once more on the first.
 """
 
 from __future__ import annotations
@@ -103,6 +104,8 @@ class Lending:
         self._lasting: dict[HostPid, LastingMemory] = {}
         self._memories: dict[int, _Memory] = {}
         self._next: tuple[int, int] = (0, 0)
+        #: set, and replaced, when something is to be sent once more
+        self._again = trio.Event()
         self._total_bytes = 0
         self.requests = 0
         self.bytes_done = 0
@@ -218,8 +221,10 @@ class Lending:
 
     async def _send_pages(self, channel: Channel) -> None:
         buffer = memoryview(bytearray(_PIECE_BYTES))
-        while (found := self._take_next()) is not None:
-            await self._send(channel, *found, buffer)
+        while True:
+            while (found := self._take_next()) is not None:
+                await self._send(channel, *found, buffer)
+            await self._again.wait()
 
     def _take_next(self) -> tuple[int, list[Segment]] | None:
         """Pages from the place where one was asked for last."""
@@ -249,15 +254,28 @@ class Lending:
         """Answer on a connection of its own, until cancelled; to be begun before anybody can wait."""
         buffer = memoryview(bytearray(_AROUND_BYTES))
         while True:
+            answers: list[tuple[int, Sequence[Range]]] = []
             with suppress(PeerError):
                 async with self._reconnect() as channel:
                     await channel.say(Attend(self._migration))
                     await channel.hear()
                     while True:
-                        await self._answer(channel, await channel.hear(), buffer)
+                        await self._answer(channel, await channel.hear(), buffer, answers)
+            # nobody knows which of them have arrived
+            for space, ranges in answers:
+                for start, end in ranges:
+                    self._memories[space].left.add(start, end)
+            self._again.set()
+            self._again = trio.Event()
             await trio.sleep(_PAUSE_S)
 
-    async def _answer(self, channel: Channel, wanted: AnyMessage, buffer: memoryview) -> None:
+    async def _answer(
+        self,
+        channel: Channel,
+        wanted: AnyMessage,
+        buffer: memoryview,
+        answers: list[tuple[int, Sequence[Range]]],
+    ) -> None:
         if not isinstance(wanted, Want):
             raise PeerError(f"{channel.peer} asks for no page")
         self.requests += 1
@@ -265,6 +283,7 @@ class Lending:
         cut = self._memory_of(wanted.space).left.cut(start, start + _AROUND_BYTES)
         self._next = wanted.space, start + _AROUND_BYTES
         if cut:
+            answers.append((wanted.space, cut))
             await self._send(channel, wanted.space, [(a, b - a) for a, b in cut], buffer)
 
     def _memory_of(self, space: int) -> _Memory:

@@ -219,29 +219,35 @@ class Pager:
     # -- what the kernel tells --------------------------------------------------------------------
 
     async def _listen(self, memory: _Memory) -> None:
-        zeros: list[int] = []
+        waiting: list[int] = []
         while True:
-            if not zeros:
+            if not waiting:
                 await trio.lowlevel.wait_readable(memory.fd)
-            for event in paging.read_events(memory.fd):
-                self._take_in(memory, event, zeros)
-            zeros = [address for address in zeros if self._put(memory, address, address + PAGE_BYTES, None)]
-            if zeros:
+            events = paging.read_events(memory.fd)
+            # the books first: what is missing at an address may have changed since somebody touched it
+            for event in events:
+                self._take_in(memory, event)
+            waiting += [event.address for event in events if isinstance(event, Fault)]
+            waiting = [address for address in waiting if not self._answer(memory, address)]
+            if waiting:
                 await trio.sleep(_PATIENCE_S)
             self._look_whether_whole()
 
-    def _take_in(self, memory: _Memory, event: Event, zeros: list[int]) -> None:
-        """What has happened; a fault at a page of zeros is added to `zeros`."""
+    def _answer(self, memory: _Memory, address: int) -> bool:
+        """Ask for a page that somebody waits for, or give zeros where none is missing; False: not yet."""
+        origin = memory.missing.origin_of(address)
+        if origin is None:
+            start = address - address % PAGE_BYTES
+            return not self._put(memory, start, start + PAGE_BYTES, None)
+        self.requests += 1
+        self._wanted[Wanted(memory.space, origin - origin % PAGE_BYTES)] = None
+        self._news.set()
+        self._news = trio.Event()
+        return True
+
+    def _take_in(self, memory: _Memory, event: Event) -> None:
+        """Keep the books."""
         match event:
-            case Fault(address):
-                origin = memory.missing.origin_of(address)
-                if origin is None:
-                    zeros.append(address - address % PAGE_BYTES)
-                    return
-                self.requests += 1
-                self._wanted[Wanted(memory.space, origin - origin % PAGE_BYTES)] = None
-                self._news.set()
-                self._news = trio.Event()
             case Forked(fd):
                 self._born(memory, fd)
             case Moved(start, to, length):

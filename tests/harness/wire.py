@@ -52,6 +52,15 @@ class Wire:
                     end.shutdown(socket.SHUT_RDWR)
                 end.close()
 
+    def cut_one(self, number: int) -> None:
+        """End the connection that was made as the `number`-th of those that there are, from 0; others may be made."""
+        with self._lock:
+            for end in self._ends[2 * number : 2 * number + 2]:
+                with suppress(OSError):
+                    end.shutdown(socket.SHUT_RDWR)
+                end.close()
+            del self._ends[2 * number : 2 * number + 2]
+
     def mend(self) -> None:
         """Let new connections through again."""
         with self._lock:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import socket
+import sys
 import threading
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Self
 
@@ -17,12 +19,16 @@ class Wire:
     Args:
         target: HOST:PORT.
         bytes_per_s: how fast each connection is, in each direction.
+        limits: by the number of a connection, from 0: it ends when so many bytes have gone to the target, and what
+            comes behind them is lost.
     """
 
-    def __init__(self, target: str, bytes_per_s: float) -> None:
+    def __init__(self, target: str, bytes_per_s: float, limits: Mapping[int, int] | None = None) -> None:
         host, _, port = target.rpartition(":")
         self._target = host, int(port)
         self.bytes_per_s = bytes_per_s
+        self._limits = dict(limits or {})
+        self._count = 0
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
         self._ends: list[socket.socket] = []
@@ -52,15 +58,6 @@ class Wire:
                     end.shutdown(socket.SHUT_RDWR)
                 end.close()
 
-    def cut_one(self, number: int) -> None:
-        """End the connection that was made as the `number`-th of those that there are, from 0; others may be made."""
-        with self._lock:
-            for end in self._ends[2 * number : 2 * number + 2]:
-                with suppress(OSError):
-                    end.shutdown(socket.SHUT_RDWR)
-                end.close()
-            del self._ends[2 * number : 2 * number + 2]
-
     def mend(self) -> None:
         """Let new connections through again."""
         with self._lock:
@@ -87,13 +84,18 @@ class Wire:
                     end.close()
                     continue
                 self._ends += [end, other]
-            self._start(self._forward, end, other)
-            self._start(self._forward, other, end)
+            self._start(self._forward, end, other, self._limits.get(self._count, sys.maxsize))
+            self._start(self._forward, other, end, sys.maxsize)
+            self._count += 1
 
-    def _forward(self, source: socket.socket, target: socket.socket) -> None:
+    def _forward(self, source: socket.socket, target: socket.socket, limit: int) -> None:
         with suppress(OSError):
             while data := source.recv(_PIECE_BYTES):
-                target.sendall(data)
+                target.sendall(data[:limit])
+                limit -= len(data)
+                if limit <= 0:
+                    source.shutdown(socket.SHUT_RDWR)
+                    break
                 time.sleep(len(data) / self.bytes_per_s)
         with suppress(OSError):
             target.shutdown(socket.SHUT_WR)

@@ -217,6 +217,7 @@ def test_a_tree_is_ended_rather_than_shown_zeros(
                 time.sleep(0.3)
             _, err = migration.process.communicate(timeout=20)
             assert migration.process.returncode == 4, err
+            assert "the destination cannot be reached" in err
             assert "pages were missing" in err
 
 

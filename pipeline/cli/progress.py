@@ -31,6 +31,10 @@ if TYPE_CHECKING:
     from pipeline.cli.eventlog import EventLog
     from pipeline.progress import Round
 
+_NO_WAY = (
+    "migrate: the destination cannot be reached, and the tree there waits for pages that are still here; it is tried "
+    "again and again (^C twice gives up, and the tree is lost)"
+)
 #: how long a command runs before anything is drawn
 PATIENCE_S = 0.3
 #: between two lines where stderr is no terminal
@@ -171,6 +175,7 @@ class Listener:
     def __init__(self, shown: Lines | Terminal | None, log: EventLog | None) -> None:
         self._shown = shown
         self._log = log
+        self._has_warned = False
 
     def __enter__(self) -> Self:
         return self
@@ -191,6 +196,9 @@ class Listener:
         for one in (self._shown, self._log):
             if one is not None:
                 one.phase(name)
+        if name == "postcopy-paused" and self._shown is not None and not self._has_warned:
+            self._has_warned = True
+            render.say(_NO_WAY)
 
     def advance(self, bytes_done: int, bytes_total: int | None) -> None:
         for one in (self._shown, self._log):

@@ -189,6 +189,7 @@ async def restore(
     unmapped: Literal["refuse", "overflow"] = "refuse",
     externals: Mapping[str, str] | None = None,
     policy: RestorePolicy | None = None,
+    lazy: bool = False,
     progress: Progress | None = None,
 ) -> Tree:
     """`pipeline.restore` for asyncio; returns when the tree runs."""
@@ -203,6 +204,7 @@ async def restore(
                 unmapped=unmapped,
                 externals=externals,
                 policy=policy,
+                lazy=lazy,
                 progress=listener,
             )
         )
@@ -224,6 +226,7 @@ async def migrate(
     compress: Literal["none", "lz4", "zstd", "auto"] = "none",
     streams: int = 1,
     progress: Progress | None = None,
+    give_up: Callable[[], bool] | None = None,
 ) -> MigrateResult:
     """`pipeline.migrate` for asyncio."""
     listener = _forward(progress)
@@ -242,6 +245,7 @@ async def migrate(
             compress=compress,
             streams=streams,
             progress=listener,
+            give_up=give_up,
         )
     )
 

@@ -78,6 +78,7 @@ def restore(
     unmapped: Literal["refuse", "overflow"] = "refuse",
     externals: Mapping[str, str] | None = None,
     policy: RestorePolicy | None = None,
+    lazy: bool = False,
     progress: Progress | None = None,
 ) -> Tree:
     """`pipeline.restore`, blocking; returns when the tree runs."""
@@ -91,6 +92,7 @@ def restore(
                 unmapped=unmapped,
                 externals=externals,
                 policy=policy,
+                lazy=lazy,
                 progress=progress,
             )
         )
@@ -112,6 +114,7 @@ def migrate(
     compress: Literal["none", "lz4", "zstd", "auto"] = "none",
     streams: int = 1,
     progress: Progress | None = None,
+    give_up: Callable[[], bool] | None = None,
 ) -> MigrateResult:
     """`pipeline.migrate`, blocking."""
     return trio.run(
@@ -129,6 +132,7 @@ def migrate(
             compress=compress,
             streams=streams,
             progress=progress,
+            give_up=give_up,
         )
     )
 

@@ -113,7 +113,7 @@ async def migrate(
     compress: Compression = "none",
     streams: int = 1,
     progress: Progress | None = None,
-    give_up: trio.Event | None = None,
+    give_up: Callable[[], bool] | None = None,
 ) -> MigrateResult:
     """Move the tree below `pid` to the destination that serves at `to`.
 
@@ -133,8 +133,8 @@ async def migrate(
         compress: pages with ``lz4``, ``zstd``, not at all, or with what pays (``auto``).
         streams: connections that pages are spread over.
         progress: is told how far it is.
-        give_up: when it is set, a destination that lacks pages and cannot be reached is not waited for any more: the
-            tree is lost.
+        give_up: is asked now and then when the tree is over there and pages are still here: whether not to wait any
+            more for a destination that cannot be reached; the tree is lost then.
 
     Raises:
         Refused: the tree cannot be carried; nothing was touched.
@@ -323,7 +323,7 @@ class _Decision:
         channel: of the migration.
         migration: its id.
         reconnect: makes a new connection, greeted.
-        give_up: when it is set, nobody is told any more.
+        give_up: says when nobody is to be told any more.
     """
 
     def __init__(
@@ -331,7 +331,7 @@ class _Decision:
         channel: Channel,
         migration: str,
         reconnect: Callable[[], AbstractAsyncContextManager[Channel]],
-        give_up: trio.Event | None,
+        give_up: Callable[[], bool] | None,
     ) -> None:
         self._give_up = give_up
         self._channel = channel
@@ -384,7 +384,7 @@ class _Decision:
         )
 
     def _is_given_up(self) -> bool:
-        return self._give_up is not None and self._give_up.is_set()
+        return self._give_up is not None and self._give_up()
 
     async def _decide(self, within_s: float) -> protocol.AnyMessage:
         with trio.fail_after(within_s):

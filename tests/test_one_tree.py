@@ -310,7 +310,7 @@ def play(
                 try:
                     nursery.start_soon(lose_patience)
                     await source_recipe.migrate(
-                        1, "there:1", secret_file="", streams=streams, mode=mode, give_up=given_up
+                        1, "there:1", secret_file="", streams=streams, mode=mode, give_up=given_up.is_set
                     )
                 except PipelineError as error:
                     ended[0] = error

@@ -110,7 +110,7 @@ def execute(arguments: argparse.Namespace) -> int:
                 compress=arguments.compress,
                 streams=arguments.streams,
                 progress=listener,
-                give_up=insisted,
+                give_up=insisted.is_set,
             ),
             insisted,
         )

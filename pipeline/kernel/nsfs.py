@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from pipeline.ids import HostPid, HostUid, LocalFd
-from pipeline.kernel.procfs import ProcessGone
+from pipeline.kernel.procfs import ProcessGone, is_exiting
 
 _NS_GET_USERNS = 0xB701
 _NS_GET_PARENT = 0xB702
@@ -67,6 +67,10 @@ def keys(pid: HostPid) -> dict[str, NamespaceKey]:
             result = os.stat(f"/proc/{pid}/ns/{kind}")
         except ProcessLookupError:
             raise ProcessGone(pid) from None
+        except PermissionError:
+            if is_exiting(pid):  # with its memory goes who may look at it
+                raise ProcessGone(pid) from None
+            raise
         except FileNotFoundError:
             continue
         found[kind] = NamespaceKey(result.st_dev, result.st_ino)

@@ -38,6 +38,7 @@ _PIECE_BYTES = 1 << 20
 #: what is sent around a page that somebody waits for
 _AROUND_BYTES = 64 << 10
 _PAUSE_S = 1.0
+_ASK_S = 0.2
 
 
 @dataclass(frozen=True)
@@ -141,12 +142,12 @@ class Lending:
 
     # -- the way of the many ------------------------------------------------------------------
 
-    async def send_all(self, channel: Channel, give_up: trio.Event | None) -> None:
+    async def send_all(self, channel: Channel, give_up: Callable[[], bool] | None) -> None:
         """Send until the destination says that no page is missing any more; waits out a network that is gone.
 
         Args:
             channel: of the migration, on which `Completed` was heard.
-            give_up: if it is set before, no more is sent.
+            give_up: is asked now and then whether no more is to be sent.
 
         Raises:
             InDoubt: the destination knows nothing of the tree any more, or it is given up.
@@ -157,8 +158,9 @@ class Lending:
         with trio.CancelScope() as scope, ungrouped():
             async with trio.open_nursery() as nursery:
 
-                async def heed(insisted: trio.Event) -> None:
-                    await insisted.wait()
+                async def heed(is_over: Callable[[], bool]) -> None:
+                    while not is_over():
+                        await trio.sleep(_ASK_S)
                     scope.cancel()
 
                 if give_up is not None:

@@ -204,6 +204,8 @@ def _maps(pid: int) -> tuple[list[str], dict[str, list[int]]]:
             found.append([start, end, head[1], int(head[2], 16), name, "", 0, 0])
         elif head[0] == "VmFlags:":
             found[-1][5] = " ".join(flag for flag in line.split()[1:] if flag not in VMFLAGS_MAY_DIFFER)
+        elif found[-1][4] == "[vdso]":
+            continue  # who is asked something keeps a copy of its last page, and a restored one has none
         elif head[0] in {"Anonymous:", "Swap:"} and found[-1][2][3] == "p":
             found[-1][6] += int(head[1])
     _count_zeros(pid, [entry for entry in found if entry[6]])

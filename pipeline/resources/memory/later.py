@@ -45,12 +45,12 @@ def may_wait(image: Image, space: AddressSpace) -> list[Range]:
         for thread in process.threads
     ]
     hot = RangeSet(_around(at, size) for at, size in _hot(space, threads))
-    return subtract(mappings(space), list(hot))
+    return subtract(merged(mappings(space)), list(hot))
 
 
 def mappings(space: AddressSpace) -> list[Range]:
-    """Where in `space` the kernel lets missing pages be answered for."""
-    return merged((vma.start, vma.end) for vma in space.vmas if _may_wait(vma))
+    """The mappings of `space` in which the kernel lets missing pages be answered for."""
+    return [(vma.start, vma.end) for vma in space.vmas if _may_wait(vma)]
 
 
 def _may_wait(vma: Vma) -> bool:

@@ -27,8 +27,6 @@ from pipeline.remote.puppet import Puppet
 from pipeline.resources.memory import later
 
 _MADV_DONTNEED = 4
-#: holes up to this size between missing pages are watched, too: a fault of a new page there costs one more answer
-_BRIDGED_BYTES = 2 << 20
 _TRIES = 5
 ENTRY = "watch of missing pages"
 
@@ -40,11 +38,12 @@ def watch(puppet: Puppet, space: AddressSpace) -> LocalFd:
         ImageError: it names pages that nobody can answer for.
         RebuildError: the kernel refuses.
     """
-    if subtract(space.later, later.mappings(space)):
+    if subtract(space.later, merged(later.mappings(space))):
         raise ImageError(
             f"space {space.space}: pages are to come later where the kernel lets nobody wait for them"
         )
-    ranges = intersect(_bridged(space.later), later.mappings(space))
+    # whole mappings: one that is watched in part is two, and mremap(2) moves no more than one
+    ranges = [one for one in later.mappings(space) if intersect([one], space.later)]
     try:
         fd = _descriptor(puppet)
         LEDGER.take(ENTRY, fd)
@@ -115,14 +114,3 @@ def _descriptor(puppet: Puppet) -> LocalFd:
         os.close(fd)
         raise
     return fd
-
-
-def _bridged(ranges: Sequence[Range]) -> list[Range]:
-    """Fewer ranges around the same pages: each one splits a mapping until all is over."""
-    found: list[Range] = []
-    for start, end in merged(ranges):
-        if found and start - found[-1][1] <= _BRIDGED_BYTES:
-            found[-1] = (found[-1][0], end)
-        else:
-            found.append((start, end))
-    return found

@@ -14,7 +14,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import AsyncIterator, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import trio
@@ -22,7 +22,7 @@ import trio
 from pipeline.ids import HostPid, LocalFd
 from pipeline.image.frames import PageRun
 from pipeline.kernel import paging
-from pipeline.kernel.pagemap import PAGE_BYTES, Range
+from pipeline.kernel.pagemap import PAGE_BYTES, Range, subtract
 from pipeline.kernel.paging import Dropped, Event, Fault, Forked, Moved
 from pipeline.ledger import LEDGER
 from pipeline.remote.guard import Guard
@@ -31,6 +31,8 @@ from pipeline.resources.memory.watch import ENTRY
 
 #: the kernel is let go on with what it is changing
 _PATIENCE_S = 0.0002
+#: how long a mapping that was moved counts as new
+_NEW_S = 0.1
 #: how long memory may lack before it is asked for again
 _NO_MEMORY_S = 0.1
 
@@ -51,6 +53,18 @@ class _Memory:
     space: int
     fd: LocalFd
     missing: Missing
+    #: until when they count as new, and where mappings were moved to
+    moved: list[tuple[float, Range]] = field(default_factory=list)
+
+    def moved_just_now(self) -> list[Range]:
+        """Where mappings are that may be newer than the news that something was unmapped there.
+
+        That is told when the unmapping is done, and somebody else may have been quicker to move something there, and
+        to be heard. What is kept wrongly has no mapping, and is left out when it comes.
+        """
+        now = trio.current_time()
+        self.moved = [one for one in self.moved if one[0] > now]
+        return list(RangeSet(where for _, where in self.moved))
 
 
 class Wanted(NamedTuple):
@@ -252,8 +266,10 @@ class Pager:
                 self._born(memory, fd)
             case Moved(start, to, length):
                 memory.missing.move(start, to, length)
-            case Dropped(start, end):
-                memory.missing.settle(start, end)
+                memory.moved.append((trio.current_time() + _NEW_S, (to, to + length)))
+            case Dropped(start, end, unmapped):
+                for a, b in subtract([(start, end)], memory.moved_just_now() if unmapped else []):
+                    memory.missing.settle(a, b)
 
     def _born(self, parent: _Memory, fd: LocalFd) -> None:
         LEDGER.take(ENTRY, fd)

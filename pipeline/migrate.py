@@ -33,7 +33,7 @@ from pipeline.errors import InDoubt, PeerError, PeerRefused, UsageError
 from pipeline.ids import HostPid
 from pipeline.image.packing import Compression, Packer
 from pipeline.kernel.arch import x86_64 as arch
-from pipeline.live import LiveSource, OnTimeout, Rounds, send_stopped, translated
+from pipeline.live import LiveSource, OnTimeout, Rounds, image_of, send_stopped, translated
 from pipeline.policy import DumpPolicy
 from pipeline.progress import NullProgress, Progress
 from pipeline.remote.tracer import Tracer, tracer_thread
@@ -182,7 +182,9 @@ async def migrate(
                     lasting: Collection[HostPid] = ()
                     if lending is not None and (live is None or live.later):
                         memories = large_memories(still.records, still.sources, _SMALL_BYTES, _MOST_LENT)
-                        lasting = await trio.to_thread.run_sync(lending.hold, memories)
+                        lasting = await trio.to_thread.run_sync(
+                            lending.hold, memories, image_of(translated(still))
+                        )
                         if memories and not lasting:
                             still.holdings.complaints.append(_NOTHING_LASTS)
                     lent: list[Lent] = []

@@ -262,7 +262,7 @@ def play(
                 "standstill": standstill, "write_image": write_image, "refuse_early": nothing,
                 "tracer_thread": _tracer_thread, "freeze": SimpleNamespace(walk=lambda _: [1], end=world.end),
                 "identity": SimpleNamespace(load_secret=lambda _: b""), "LiveSource": LiveSource,
-                "large_memories": lambda *_: (),
+                "large_memories": lambda *_: (), "translated": lambda _: (),
             },
         ),
         (

@@ -10,6 +10,7 @@ goes once more on the first.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import dataclass, replace
@@ -18,12 +19,12 @@ from typing import Self
 import trio
 
 from pipeline.errors import InDoubt, PeerError, PeerRefused, PipelineError, ungrouped
-from pipeline.ids import HostPid
+from pipeline.ids import HostPid, RemoteAddress
 from pipeline.image.codec import Image
 from pipeline.image.frames import PageRun
 from pipeline.kernel.lasting import LastingMemory
 from pipeline.kernel.pagemap import Range, intersect, subtract
-from pipeline.kernel.syscalls import IOV_MAX
+from pipeline.kernel.syscalls import IOV_MAX, read_memory
 from pipeline.progress import Progress
 from pipeline.resources.memory import later
 from pipeline.resources.memory.missing import RangeSet
@@ -37,6 +38,7 @@ from pipeline.transport.tcp import Channel
 _PIECE_BYTES = 1 << 20
 #: what is sent around a page that somebody waits for
 _AROUND_BYTES = 64 << 10
+_ROBUST_HEAD = struct.Struct("<3Q")
 _PAUSE_S = 1.0
 _ASK_S = 0.2
 
@@ -76,6 +78,19 @@ def split(
                 source = replace(source, runs=subtract(source.runs, may_wait))
         sooner.append(source)
     return sooner, lent
+
+
+def _holds_robust_mutexes(pid: HostPid, head: int) -> bool:
+    """Whether the robust list with this `struct robust_list_head` is not empty.
+
+    Source: get_robust_list(2), Documentation/locking/robust-futexes.rst.
+    """
+    try:
+        raw = read_memory(pid, RemoteAddress(head), _ROBUST_HEAD.size)
+    except OSError:
+        return False
+    first, _, pending = _ROBUST_HEAD.unpack(raw)
+    return bool(first != head or pending)
 
 
 @dataclass
@@ -122,9 +137,20 @@ class Lending:
         while self._lasting:
             self._lasting.popitem()[1].close()
 
-    def hold(self, memories: Iterable[Memory]) -> Collection[HostPid]:
-        """Let memories last, as far as this user may do so; of whom they are. In any thread."""
+    def hold(self, memories: Iterable[Memory], image: Image) -> Collection[HostPid]:
+        """Let memories last, as far as this user may do so; of whom they are. In any thread.
+
+        Not those in which a thread holds robust mutexes: at its end the kernel would write into them that it has died.
+
+        Args:
+            memories: of a tree that stands still.
+            image: of it.
+        """
+        threads = {process.pids[0]: process.threads for process in image.processes.values()}
         for memory in memories:
+            heads = [thread.robust_list[0] for thread in threads[memory.pid]]
+            if any(head and _holds_robust_mutexes(memory.pid, head) for head in heads):
+                continue
             try:
                 self._lasting[memory.pid] = LastingMemory(memory.pid, memory.page)
             except (OSError, RuntimeError):

@@ -15,6 +15,7 @@ import pytest
 
 from pipeline.ids import HostPid, RemoteAddress
 from pipeline.image.schema import Vma
+from pipeline.kernel.arch.x86_64 import NR
 from pipeline.kernel.pagemap import total_bytes
 from pipeline.kernel.smaps import parse_smaps
 from pipeline.kernel.syscalls import pidfd_getfd, pidfd_open
@@ -245,8 +246,8 @@ def test_deleted_executable_is_carried(folder: str, memfd: bool) -> None:
         fd = os.open(path, os.O_RDONLY)
     child = subprocess.Popen([path, "1000"], executable=path, pass_fds=[fd] if memfd else [])
     os.close(fd)
-    # Popen returns when the old program is gone; the new one may not be mapped yet
-    while b"[vdso]" not in (maps := Path(f"/proc/{child.pid}/maps").read_bytes()) or b"libc.so" not in maps:
+    # Popen returns when the old program is gone; the new one has mapped all that it will when it sleeps
+    while not Path(f"/proc/{child.pid}/syscall").read_text().startswith(f"{NR.clock_nanosleep} "):
         time.sleep(0.005)
     if not memfd:
         os.unlink(path)

@@ -218,7 +218,7 @@ async def migrate(
                     scope.shield = told.committed = True
                     await tracer.run(freeze.end, still.tree)
                     await tracer.run(still.holdings.ended)
-                    completed = await told.commit(_SETTLE_S if lending is None else math.inf)
+                    completed = await told.commit(None if lending is None else progress)
                     done_s = time.monotonic()
                     await tracer.run(still.holdings.settled)
                 parts = {
@@ -352,11 +352,12 @@ class _Decision:
             with trio.CancelScope(shield=True):
                 await self._take_back()
 
-    async def commit(self, within_s: float) -> Completed:
+    async def commit(self, waiting: Progress | None) -> Completed:
         """Tell that the tree is ended here, on a new connection if this one is broken.
 
         Args:
-            within_s: for how long it is tried.
+            waiting: where memory of the tree lasts here, it is tried until somebody gives up, and this is told of that;
+                else for `_SETTLE_S`.
 
         Raises:
             InDoubt: the destination could not be told.
@@ -370,7 +371,9 @@ class _Decision:
                     return answer
         except (PeerError, trio.TooSlowError) as error:
             reason = str(error) or reason
-        deadline = trio.current_time() + within_s
+        deadline = trio.current_time() + (_SETTLE_S if waiting is None else math.inf)
+        if waiting is not None:
+            waiting.phase("postcopy-paused")
         while trio.current_time() < deadline and not self._is_given_up():
             await trio.sleep(_SETTLE_PAUSE_S)
             try:

@@ -88,7 +88,10 @@ class StoredPages:
             self._fd = -1
 
     def _read(self, size: int, at: int, where: str) -> bytes:
-        raw = os.pread(self._fd, size, at)
+        try:
+            raw = os.pread(self._fd, size, at)
+        except OSError as error:
+            raise StorageError(f"{where}: {error.strerror}") from error
         if len(raw) != size:
             raise ImageError(f"{where}: the file ends in the middle of a frame: it is truncated")
         return raw
@@ -139,7 +142,10 @@ class StoredPages:
         payload = view[: frame.head.payload_bytes]
         done = 0
         while done < len(payload):
-            count = os.preadv(self._fd, [payload[done:]], frame.payload_at + done)
+            try:
+                count = os.preadv(self._fd, [payload[done:]], frame.payload_at + done)
+            except OSError as error:
+                raise StorageError(f"{frame.where}: {error.strerror}") from error
             if not count:
                 raise ImageError(f"{frame.where}: the file became shorter")
             done += count
@@ -171,6 +177,7 @@ class StoredPages:
 
         Raises:
             ImageError: the image is damaged.
+            StorageError: it cannot be read any more.
         """
         progress.phase("postcopy")
         total = sum(total_bytes(ranges) for ranges in later.values())

@@ -16,8 +16,8 @@ import pytest
 
 from pipeline.ids import HostPid
 from pipeline.kernel import smaps
-from tests.harness.hosts import Host, serving, terminate
-from tests.harness.settings import DEPTH_1, DEPTH_2
+from tests.harness.hosts import Host, Server, serving, terminate
+from tests.harness.settings import DEPTH_0, DEPTH_1, DEPTH_2, Setting
 from tests.harness.tree import Tree, reap, said
 from tests.harness.wire import Wire
 
@@ -78,6 +78,27 @@ def migrating(
         yield Migration(process, events)
     finally:
         terminate(process)
+
+
+@contextmanager
+def under_way(
+    hosts: tuple[Host, Host],
+    tree: Tree,
+    secret: Path,
+    directory: Path,
+    bytes_per_s: float,
+    limits: dict[int, int] | None = None,
+    options: tuple[str, ...] = ("--once",),
+) -> Iterator[tuple[Server, Wire, Migration]]:
+    """A tree that runs at the destination already, over a slow network; `options`: of `serve`."""
+    source, destination = hosts
+    with (
+        serving(destination, secret, *options) as server,
+        Wire(server.address, bytes_per_s, limits) as wire,
+        migrating(source, tree, secret, wire.address, directory) as migration,
+    ):
+        migration.wait_for("postcopy")
+        yield server, wire, migration
 
 
 def kill_inside(process: subprocess.Popen[str], number: int) -> None:
@@ -142,19 +163,18 @@ def test_a_tree_waits_while_the_network_is_gone(
     assert_whole(large, destination, family)
 
 
+@pytest.mark.parametrize("setting", [DEPTH_0, DEPTH_1, DEPTH_2], ids=lambda s: s.name)
 def test_mappings_change_while_their_pages_are_missing(
-    hosts: tuple[Host, Host], secret: Path, start_on: Callable[..., Tree], tmp_path: Path
+    hosts: tuple[Host, Host], secret: Path, start_on: Callable[..., Tree], tmp_path: Path, setting: Setting
 ) -> None:
     """Memory that nobody has touched before is moved, dropped, unmapped and seen by a child."""
     source, destination = hosts
-    tree = start_on(source, "lagging", DEPTH_2)
+    tree = start_on(source, "lagging", setting)
     family = tree.pids()
-    with serving(destination, secret, "--once") as server, Wire(server.address, SLOW / 4) as wire:
-        with migrating(source, tree, secret, wire.address, tmp_path) as migration:
-            migration.wait_for("postcopy")
-            tree.pid = destination.outer_pid(5000)
-            tree.check()
-            migration.ends_well()
+    with under_way(hosts, tree, secret, tmp_path, SLOW / 4) as (server, _, migration):
+        tree.pid = destination.outer_pid(5000)
+        tree.check()
+        migration.ends_well()
         server.has_served()
     assert_whole(tree, destination, family)
 
@@ -167,13 +187,11 @@ def test_a_connection_that_somebody_waits_on_breaks(
     tree = start_on(source, "lagging", DEPTH_1)
     family = tree.pids()
     lossy = dict.fromkeys((1, 2, 3), 100000)
-    with serving(destination, secret, "--once") as server, Wire(server.address, SLOW / 4, lossy) as wire:
-        with migrating(source, tree, secret, wire.address, tmp_path) as migration:
-            migration.wait_for("postcopy")
-            tree.pid = destination.outer_pid(5000)
-            tree.check()
-            migration.ends_well()
-            assert "postcopy-paused" not in migration.phases()
+    with under_way(hosts, tree, secret, tmp_path, SLOW / 4, lossy) as (server, _, migration):
+        tree.pid = destination.outer_pid(5000)
+        tree.check()
+        migration.ends_well()
+        assert "postcopy-paused" not in migration.phases()
         server.has_served()
     assert_whole(tree, destination, family)
 
@@ -185,14 +203,12 @@ def test_a_program_that_changes_its_mappings_while_pages_are_missing(
     source, destination = hosts
     tree = start_on(source, "rewriting", DEPTH_2, ("forks",))
     family = tree.pids()
-    with serving(destination, secret, "--once") as server, Wire(server.address, SLOW) as wire:
-        with migrating(source, tree, secret, wire.address, tmp_path) as migration:
-            migration.wait_for("postcopy")
-            time.sleep(1)
-            wire.cut()
-            migration.wait_for("postcopy-paused")
-            wire.mend()
-            figures = migration.ends_well()
+    with under_way(hosts, tree, secret, tmp_path, SLOW) as (server, wire, migration):
+        time.sleep(1)
+        wire.cut()
+        migration.wait_for("postcopy-paused")
+        wire.mend()
+        figures = migration.ends_well()
         server.has_served()
     assert figures["postcopy-requests"] > 0
     assert_whole(tree, destination, family)
@@ -203,40 +219,36 @@ def test_a_tree_is_ended_rather_than_shown_zeros(
     hosts: tuple[Host, Host], secret: Path, large: Tree, tmp_path: Path, number: signal.Signals
 ) -> None:
     """Nobody brings the pages any more."""
-    source, destination = hosts
-    with serving(destination, secret) as server, Wire(server.address, SLOW) as wire:
-        with migrating(source, large, secret, wire.address, tmp_path) as migration:
-            migration.wait_for("postcopy")
-            kill_inside(server.process, number)
-            assert_gone(destination)
-            if number == signal.SIGINT:
-                assert "pages of it were missing" in server.process.communicate(timeout=20)[1]
-            for _ in range(2):
-                assert migration.process.poll() is None
-                kill_inside(migration.process, signal.SIGINT)
-                time.sleep(0.3)
-            _, err = migration.process.communicate(timeout=20)
-            assert migration.process.returncode == 4, err
-            assert "the destination cannot be reached" in err
-            assert "pages were missing" in err
+    _, destination = hosts
+    with under_way(hosts, large, secret, tmp_path, SLOW, options=()) as (server, _, migration):
+        kill_inside(server.process, number)
+        assert_gone(destination)
+        if number == signal.SIGINT:
+            assert "pages of it were missing" in server.process.communicate(timeout=20)[1]
+        for _ in range(2):
+            assert migration.process.poll() is None
+            kill_inside(migration.process, signal.SIGINT)
+            time.sleep(0.3)
+        _, err = migration.process.communicate(timeout=20)
+        assert migration.process.returncode == 4, err
+        assert "the destination cannot be reached" in err
+        assert "pages were missing" in err
 
 
 def test_a_source_that_is_killed_leaves_a_tree_that_waits(
     hosts: tuple[Host, Host], secret: Path, large: Tree, tmp_path: Path
 ) -> None:
-    source, destination = hosts
+    _, destination = hosts
     family = large.pids()
-    with serving(destination, secret) as server, Wire(server.address, SLOW) as wire:
-        with migrating(source, large, secret, wire.address, tmp_path) as migration:
-            migration.wait_for("postcopy")
-            kill_inside(migration.process, signal.SIGKILL)
-            migration.process.wait(_DEADLINE_S)
-            assert not reap(family), "the source still runs"
-            time.sleep(0.5)
-            assert destination.outer_pid(5000)
-            refused = destination.engine("dump", "--pid", "5000", "--to", tmp_path / "image")
-            assert refused.returncode == 3, said(refused)
-            assert "userfaultfd" in refused.stderr
+    with under_way(hosts, large, secret, tmp_path, SLOW, options=()) as (_, _, migration):
+        kill_inside(migration.process, signal.SIGKILL)
+        migration.process.wait(_DEADLINE_S)
+        assert not reap(family), "the source still runs"
+        time.sleep(0.5)
+        assert destination.outer_pid(5000)
+        refused = destination.engine("dump", "--pid", "5000", "--to", tmp_path / "image")
+        assert refused.returncode == 3, said(refused)
+        assert "userfaultfd" in refused.stderr
 
 
 def test_a_host_that_cannot_answer_page_faults_refuses(

@@ -11,6 +11,7 @@ goes once more on the first.
 from __future__ import annotations
 
 import struct
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import dataclass, replace
@@ -146,10 +147,11 @@ class Lending:
             memories: of a tree that stands still.
             image: of it.
         """
-        threads = {process.pids[0]: process.threads for process in image.processes.values()}
+        heads: dict[int | None, set[int]] = defaultdict(set)
+        for process in image.processes.values():
+            heads[process.space] |= {thread.robust_list[0] for thread in process.threads}
         for memory in memories:
-            heads = [thread.robust_list[0] for thread in threads[memory.pid]]
-            if any(head and _holds_robust_mutexes(memory.pid, head) for head in heads):
+            if any(head and _holds_robust_mutexes(memory.pid, head) for head in heads[memory.space]):
                 continue
             try:
                 self._lasting[memory.pid] = LastingMemory(memory.pid, memory.page)

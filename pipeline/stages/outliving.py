@@ -31,8 +31,9 @@ _MAP_SHARED = 1
 
 
 class Memory(NamedTuple):
-    """The memory of a process, and a page that it has."""
+    """The memory of a process: its space number, a thread that is in it, and a page that it has."""
 
+    space: int
     pid: HostPid
     page: RemoteAddress
     size_bytes: int
@@ -69,7 +70,7 @@ def large_memories(
         and (record.last_name or os.path.basename(record.path.path) in locked)
     }
     found = [
-        Memory(source.pid, RemoteAddress(source.runs[0][0]), size)
+        Memory(source.space, source.pid, RemoteAddress(source.runs[0][0]), size)
         for source in sources
         if isinstance(source, ProcessPages)
         and (size := total_bytes(source.runs)) > small_bytes

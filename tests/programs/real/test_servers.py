@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -16,97 +15,13 @@ import pytest
 from tests.harness.networks import THEIRS, bridged_network, plug, within
 from tests.harness.settings import CLONE_NEWNET
 from tests.harness.tree import Workshop, reap
+from tests.programs.real.servers import CLIENTS, COUNT, REDIS, all_is_well, outside, redis_and_clients
 from tests.programs.real.tree import DEPTHS, RealTree, count_in, needs
 
 pytestmark = pytest.mark.root
 
 #: each with a network of its own
 SETTINGS = tuple(setting.with_kinds(setting.name, CLONE_NEWNET) for setting in DEPTHS)
-
-#: ADDRESS COUNT: clients of Redis that check every answer, until SIGTERM; each keeps its one connection
-CLIENTS = r"""
-import os, signal, socket, subprocess, sys, threading, time
-
-address, count = sys.argv[1], int(sys.argv[2])
-server = None
-if len(sys.argv) > 3:  # the server is in the tree, too
-    subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
-    server = subprocess.Popen(sys.argv[3:])
-end = threading.Event()
-signal.signal(signal.SIGTERM, lambda *_: end.set())
-done = [0] * count
-
-
-def connect():
-    for _ in range(3000):
-        try:
-            return socket.create_connection((address, 6379))
-        except OSError:
-            time.sleep(0.02)
-    raise OSError("there is no server")
-
-
-def ask(sock, *words):
-    sock.sendall(b"*%d\r\n" % len(words) + b"".join(b"$%d\r\n%s\r\n" % (len(w), w) for w in words))
-    answer = b""
-    while answer.count(b"\r\n") < (2 if answer[:1] == b"$" else 1):
-        piece = sock.recv(65536)
-        if not piece:
-            raise OSError("the connection has ended")
-        answer += piece
-    return answer
-
-
-def work(n):
-    try:
-        sock = connect()
-        key, pad = b"key:%d" % n, b"x" * (n * 40)
-        while not end.is_set():
-            number = done[n] + 1
-            text = b"%d%s" % (number, pad)
-            wanted = [b"+OK\r\n", b"$%d\r\n%s\r\n" % (len(text), text), b":%d\r\n" % number]
-            asked = [(b"SET", key, text), (b"GET", key), (b"INCR", b"count:%d" % n)]
-            for words, answer in zip(asked, wanted):
-                if (found := ask(sock, *words)) != answer:
-                    raise OSError(f"{found!r} to {words!r}")
-            done[n] = number
-            time.sleep(0.002)
-        found = ask(sock, b"GET", b"count:%d" % n).split(b"\r\n")[1]
-        if int(found) != done[n]:
-            raise OSError(f"{found} of {done[n]} writes are there")
-    except Exception as error:
-        with open("wrong", "a") as file:
-            print(f"client {n} after {done[n]} rounds: {error!r}", file=file)
-
-
-threads = [threading.Thread(target=work, args=(n,)) for n in range(count)]
-for thread in threads:
-    thread.start()
-while not end.wait(0.02):
-    with open(".rounds", "w") as file:
-        file.write(str(min(done)))
-    os.replace(".rounds", "rounds")
-for thread in threads:
-    thread.join()
-if server is not None:
-    server.terminate()
-    server.wait()
-open("ended", "w").close()
-"""
-REDIS = [
-    "redis-server",
-    "--port",
-    "6379",
-    "--bind",
-    "*",
-    "--protected-mode",
-    "no",
-    "--save",
-    "",
-    "--io-threads",
-    "2",
-]
-COUNT = 50
 
 
 @pytest.fixture
@@ -122,37 +37,18 @@ def written(directory: Path, name: str, text: str) -> Path:
     return path
 
 
-def all_is_well(directory: Path) -> None:
-    wrong = directory / "wrong"
-    assert not wrong.exists(), wrong.read_text()
-    assert (directory / "ended").exists()
-
-
 @needs("redis-server=redis-server", "ip=iproute2")
 @pytest.mark.parametrize("setting", SETTINGS, ids=lambda s: s.name)
 def test_redis_with_clients_in_its_network(
     launch: Callable[..., RealTree], workshop: Workshop, setting: object, tmp_path: Path
 ) -> None:
     directory = workshop.directory()
-    script = written(directory, "clients.py", CLIENTS)
-    command = [workshop.python, "-S", "-s", "-E", "-B", script, "127.0.0.1", str(COUNT), *REDIS]
-    tree = launch(setting, command, count_in("rounds"), directory=directory)
+    command = [workshop.python, "-S", "-s", "-E", "-B", CLIENTS, "127.0.0.1", str(COUNT), *REDIS]
+    tree = launch(setting, command, count_in("rounds"), directory=directory, sources=[CLIENTS])
     tree.wait("every client is served", lambda: count_in("rounds")(directory) > 2)
     tree.all_ways(tmp_path)
     tree.finish()
     all_is_well(directory)
-
-
-def outside(around: str, directory: Path, *command: str | Path) -> subprocess.Popen[bytes]:
-    """A command in the network around, that is no part of the tree."""
-    with open(directory / "outside.log", "ab") as log:
-        return subprocess.Popen(
-            ["nsenter", f"--net={around}", *map(str, command)],
-            cwd=directory,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-        )
 
 
 def all_ways_connected(tree: RealTree, folder: Path) -> None:
@@ -170,23 +66,12 @@ def all_ways_connected(tree: RealTree, folder: Path) -> None:
 def test_redis_with_clients_outside(
     launch: Callable[..., RealTree], workshop: Workshop, around: str, setting: object, tmp_path: Path
 ) -> None:
-    directory = workshop.directory()
-    script = written(directory, "clients.py", CLIENTS)
-    with ExitStack() as stack:
-        tree = within(around, lambda: launch(setting, REDIS, count_in("rounds"), directory=directory))
-        tree.wait(
-            "it is in its network", lambda: Path(f"/proc/{tree.pid}/comm").read_text() == "redis-server\n"
-        )
-        plug(around, tree)
-        clients = outside(around, directory, sys.executable, script, THEIRS, str(COUNT))
-        stack.callback(clients.wait)
-        stack.callback(clients.kill)
-        tree.wait("every client is served", lambda: count_in("rounds")(directory) > 2)
+    with redis_and_clients(launch, workshop, around, setting) as (tree, clients):
         within(around, lambda: all_ways_connected(tree, tmp_path))
         clients.terminate()
         assert clients.wait(60) == 0
-    all_is_well(directory)
-    tree.finish()
+        all_is_well(tree.directory)
+        tree.finish()
 
 
 NGINX = """

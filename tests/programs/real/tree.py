@@ -12,14 +12,16 @@ import os
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
-from tests.harness.hosts import Host, inner_pid, serving, terminate
+from tests.harness.hosts import Host, inner_pid, serving, terminate, two_hosts
 from tests.harness.settings import DEPTH_1, DEPTH_2, Setting
 from tests.harness.tree import Tree, Workshop, children_of, reap, said
 
@@ -148,6 +150,13 @@ class RealTree(Tree):
         assert not left, f"left behind: {left}\n{self.states()}\n{self.log()}"
 
 
+#: a host has terminals of its own: their numbers are exact
+_TERMINALS = (
+    "mount -t devpts -o newinstance,ptmxmode=666,mode=620,gid=5 devpts /dev/pts"
+    " && mount --bind /dev/pts/ptmx /dev/ptmx"
+)
+
+
 @dataclass
 class Stage:
     """Two hosts, and what it takes to start a program on one of them."""
@@ -212,6 +221,34 @@ class Stage:
         (tree.pid,) = children_of(process.pid)
         process.returncode = 0  # reaped by `reap`, with all others
         return tree
+
+
+@contextmanager
+def made_stage(workshop: Workshop, secret: Path) -> Iterator[Stage]:
+    """Two hosts between which real programs move, ended at the end."""
+    # what a program has in /dev/shm is on both hosts, and goes with them
+    shared = tempfile.mkdtemp(prefix="pipeline-tests-", dir="/dev/shm")
+    os.chmod(shared, 0o1777)
+    with ExitStack() as stack:
+        stack.callback(shutil.rmtree, shared)
+        hosts = stack.enter_context(two_hosts())
+        for host in hosts:
+            done = host.run("sh", "-ec", f"{_TERMINALS}; mount --bind {shared} /dev/shm")
+            assert done.returncode == 0, done.stderr
+        yield Stage(workshop, *hosts, secret)
+
+
+@contextmanager
+def launching(stage: Stage) -> Iterator[Callable[..., RealTree]]:
+    """`Stage.start`; whatever is left of a program is killed at the end."""
+    with ExitStack() as stack:
+
+        def launch(*args: object, **kwargs: object) -> RealTree:
+            tree = stage.start(*args, **kwargs)  # type: ignore[arg-type]
+            stack.callback(tree.kill)
+            return tree
+
+        yield launch
 
 
 def count_in(name: str) -> Callable[[Path], int]:

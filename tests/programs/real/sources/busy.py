@@ -1,6 +1,7 @@
 """Python as services use it: a pool, queues, shared memory, threads, asyncio with subprocesses, a pipeline, sqlite.
 
-Counts go to "counts"; what is wrong goes to "wrong". SIGTERM ends it: it then looks at its database once more.
+Counts go to "counts", what is wrong to "wrong", and to "gaps" when a thread slept longer than it wanted.
+SIGTERM ends it: it then looks at its database once more.
 """
 
 import asyncio
@@ -68,10 +69,15 @@ def book(number, stop):
 
 
 def thread(ticks, lock, number):
+    last = time.monotonic()
     while True:
         with lock:
             ticks[number] += 1
         time.sleep(0.003)
+        now = time.monotonic()
+        if now - last > 0.02:
+            note("gaps", "a", f"gap {1e3 * (now - last):.1f} at {time.time():.3f}")
+        last = now
 
 
 async def talk(count):

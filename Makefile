@@ -23,7 +23,7 @@ lint: packages $(STAMP)
 	$(PY) -m mypy
 
 bench: test-packages $(STAMP)
-	$(PY) -m bench
+	$(PY) -m bench $(BENCH)
 
 venv: packages $(STAMP)
 

@@ -1,7 +1,13 @@
-"""A bounded pool of large buffers: the only memory that pages of a tree take in this process."""
+"""A bounded pool of large buffers: the only memory that pages of a tree take in this process.
+
+They are mappings, which nobody touches before pages are read into them. A bytearray is filled with zeros first: 1 ms
+for 4 MiB, in the thread that everything else waits for, while a tree stands still.
+"""
 
 from __future__ import annotations
 
+import mmap
+from contextlib import suppress
 from dataclasses import dataclass
 
 import trio
@@ -13,9 +19,9 @@ from pipeline.ledger import LEDGER
 class Lease:
     """A buffer of the pool, until `release`."""
 
-    def __init__(self, pool: BufferPool, buffer: bytearray) -> None:
+    def __init__(self, pool: BufferPool, buffer: mmap.mmap) -> None:
         self._pool = pool
-        self._buffer: bytearray | None = buffer
+        self._buffer: mmap.mmap | None = buffer
         self.view = memoryview(buffer)
         LEDGER.take("buffer", id(buffer))
 
@@ -37,17 +43,24 @@ class BufferPool:
 
     def __init__(self, count: int, size_bytes: int) -> None:
         self.size_bytes = size_bytes
-        self._free: list[bytearray] = []
+        self._free: list[mmap.mmap] = []
         self._room = trio.Semaphore(count)
 
     async def lease(self) -> Lease:
         """A free buffer, as soon as there is one."""
         await self._room.acquire()
-        return Lease(self, self._free.pop() if self._free else bytearray(self.size_bytes))
+        return Lease(self, self._free.pop() if self._free else _mapped(self.size_bytes))
 
-    def _take_back(self, buffer: bytearray) -> None:
+    def _take_back(self, buffer: mmap.mmap) -> None:
         self._free.append(buffer)
         self._room.release()
+
+
+def _mapped(size_bytes: int) -> mmap.mmap:
+    buffer = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # EINVAL: the kernel has no huge pages
+        buffer.madvise(mmap.MADV_HUGEPAGE)
+    return buffer
 
 
 @dataclass(frozen=True, slots=True)

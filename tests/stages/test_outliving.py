@@ -43,7 +43,7 @@ def regular(name: bytes, lock: Lock, last_name: bytes = b"") -> tuple[Record, Re
 @pytest.mark.parametrize("vma", [ANONYMOUS, LIBRARY, READ_ONLY])
 def test_large_memory_may(vma: Vma) -> None:
     (found,) = large_memories(tree(vma), PAGES)
-    assert found == (100, 0x10000, 64 * MIB)
+    assert found == (1, 100, 0x10000, 64 * MIB)
 
 
 @pytest.mark.parametrize("vma", [SHARED, SEGMENT, RING])

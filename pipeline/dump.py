@@ -21,6 +21,7 @@ import trio
 from msgspec import Struct
 
 from pipeline.errors import ungrouped
+from pipeline.image.manifest import Manifest
 from pipeline.image.packing import Compression, PackedRun, Packer
 from pipeline.image.schema import FORMAT_VERSION, Record
 from pipeline.policy import DumpPolicy
@@ -145,14 +146,6 @@ def _let_go(channel: trio.MemoryReceiveChannel[_Item], lease_of: Callable[[_Item
             lease_of(channel.receive_nowait()).release()
         except (trio.WouldBlock, trio.EndOfChannel, trio.ClosedResourceError):
             break
-
-
-class Manifest(Struct, frozen=True):
-    """What stands beside a complete image."""
-
-    format: int
-    image_bytes: int
-    page_bytes: int
 
 
 async def _store(

@@ -17,7 +17,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import msgspec
 import trio
@@ -25,6 +25,7 @@ import trio
 from pipeline.errors import ImageError, RebuildError, UsageError, ungrouped
 from pipeline.image.codec import Image
 from pipeline.image.frames import MAX_PAYLOAD_BYTES
+from pipeline.image.manifest import Manifest
 from pipeline.image.schema import FORMAT_VERSION, End
 from pipeline.kernel.pagemap import Range, intersect
 from pipeline.kernel.paging import DEVICE
@@ -35,7 +36,6 @@ from pipeline.remote.guard import Guard
 from pipeline.remote.tracer import tracer_thread
 from pipeline.resources.memory.later import is_copied, may_wait
 from pipeline.resources.memory.watch import check_here
-from pipeline.resources.shell_job import JobTerminal
 from pipeline.stages.fill import PageFeed
 from pipeline.stages.pager import Pager
 from pipeline.stages.rebuild import Rebuilding, Terms, rebuilt
@@ -45,6 +45,9 @@ from pipeline.transport.framing import ByteSource, FrameReader, Message
 from pipeline.userns.cradle import owns_pid_namespace
 from pipeline.userns.destination import Unmapped
 from pipeline.userns.externals import Externals
+
+if TYPE_CHECKING:
+    from pipeline.resources.shell_job import JobTerminal
 
 _BUFFERS = 6
 #: how often a job of a shell is looked at, whether it has stopped
@@ -196,8 +199,6 @@ async def opened(source: str) -> AsyncIterator[FrameReader]:
 
 
 async def _check_manifest(source: ByteSource) -> None:
-    from pipeline.dump import Manifest
-
     raw = bytearray(1 << 16)
     size = await source.read_into(memoryview(raw))
     try:
@@ -341,6 +342,8 @@ async def restore(
                 later = _let_wait(image, stored)
                 feed = PageFeed(None, stored.sooner(later), progress)
             if policy.shell_job and image.head.job is not None:
+                from pipeline.resources.shell_job import JobTerminal
+
                 terminal = JobTerminal(image.head.job)
             name = terminal.path if terminal is not None else None
             terms = Terms(

@@ -22,7 +22,7 @@ from pipeline.image.schema import Record
 from pipeline.kernel import procfs
 from pipeline.policy import DumpPolicy
 from pipeline.remote.tracer import Tracer
-from pipeline.resources.external_end import ExternalState
+from pipeline.resources.external_state import ExternalState
 from pipeline.resources.held import Held
 from pipeline.resources.tasks import leaders
 from pipeline.resources.tasks.interrupted import Sleepers

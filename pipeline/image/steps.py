@@ -5,11 +5,10 @@ All pids are level-0 pids.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from msgspec import Struct
 
 
-@dataclass(frozen=True, slots=True)
-class Spawn:
+class Spawn(Struct, frozen=True):
     """Puppet `creator` clones process `pid`. All pids are level-0 pids.
 
     Args:
@@ -33,67 +32,58 @@ class Spawn:
     shares: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class FoundSession:
+class FoundSession(Struct, frozen=True):
     """`pid` calls setsid."""
 
     pid: int
 
 
-@dataclass(frozen=True, slots=True)
-class JoinGroup:
+class JoinGroup(Struct, frozen=True):
     """`pid` enters process group `pgid` (its own pid: founds it)."""
 
     pid: int
     pgid: int
 
 
-@dataclass(frozen=True, slots=True)
-class Become:
+class Become(Struct, frozen=True):
     """`pid` joins its namespaces and gets a new address space with all of its mappings."""
 
     pid: int
 
 
-@dataclass(frozen=True, slots=True)
-class Inherit:
+class Inherit(Struct, frozen=True):
     """`pid` joins its namespaces, keeps its parent's memory and changes what differs."""
 
     pid: int
 
 
-@dataclass(frozen=True, slots=True)
-class Share:
+class Share(Struct, frozen=True):
     """`pid` uses its creator's memory."""
 
     pid: int
 
 
-@dataclass(frozen=True, slots=True)
-class BeginTime:
+class BeginTime(Struct, frozen=True):
     """`pid` makes time namespace `timens`, for the children it bears from now on."""
 
     pid: int
     timens: int
 
 
-@dataclass(frozen=True, slots=True)
-class LookAhead:
+class LookAhead(Struct, frozen=True):
     """`pid` chooses pid namespace `pidns`, which has its first process, for the children it bears from now on."""
 
     pid: int
     pidns: int
 
 
-@dataclass(frozen=True, slots=True)
-class Fill:
+class Fill(Struct, frozen=True):
     """The pages of `space` come now."""
 
     space: int
 
 
-@dataclass(frozen=True, slots=True)
-class Remove:
+class Remove(Struct, frozen=True):
     """Stand-in `pid` ends."""
 
     pid: int

@@ -29,11 +29,12 @@ from contextlib import suppress
 
 from pipeline.errors import Blocker, RebuildError
 from pipeline.ids import LocalFd
-from pipeline.image.schema import OpenFile, Path, PathRef, Record
+from pipeline.image.schema import OpenFile
 from pipeline.kernel import procfs
 from pipeline.kernel.arch.x86_64_numbers import NR
 from pipeline.kernel.syscalls import syscall
 from pipeline.resources import fifo, locks, outside, pipe_buffer, pty_sides, sockets, terminal
+from pipeline.resources.external_state import KIND_NAME, ExternalState, given_key
 from pipeline.resources.kinds import CaptureScope, CreateScope, FdView
 from pipeline.resources.paths import closed_on_error, describe, misnamed, open_again, reopen
 from pipeline.resources.pipe_buffer import Buffer
@@ -42,23 +43,7 @@ from pipeline.resources.tcp_seen import is_tcp
 from pipeline.resources.tcp_tree import TcpTree
 from pipeline.resources.unix_table import table_of
 
-KIND_NAME = "external"
-_SETTABLE = os.O_NONBLOCK | os.O_ASYNC
 _SPLICE_F_NONBLOCK = 2
-
-
-class ExternalState(Record, frozen=True, kw_only=True):
-    """One end.
-
-    `name`: see `name_of`. `path`: of a FIFO whose name leads to it. `controlling`: it is /dev/tty. `job`: it is the
-    terminal of the shell whose job the tree is. `buffer`: with the first end that reads.
-    """
-
-    name: Path
-    path: PathRef | None = None
-    controlling: bool = False
-    job: bool = False
-    buffer: Buffer | None = None
 
 
 def name_of(view: FdView) -> bytes | None:
@@ -223,19 +208,6 @@ class ExternalEnd(CompleteOnceCreated):
         """
         if record.buffer is not None:
             _deliver(os.fsdecode(record.name), file, record.buffer, scope.file(file.index))
-
-
-def given_key(index: int) -> tuple[str, int]:
-    """Under which `CreateScope.once` knows what was given for an open file."""
-    return "external", index
-
-
-def settable(fd: LocalFd) -> int:
-    """Status flags that are set on what was given: those of a regular file are its giver's."""
-    mode = os.fstat(fd).st_mode
-    if stat.S_ISREG(mode):
-        return 0
-    return _SETTABLE | (os.O_DIRECT if stat.S_ISFIFO(mode) else 0)
 
 
 def _read_outside(view: FdView, scope: CaptureScope) -> bool:

@@ -27,7 +27,7 @@ from pipeline.image.codec import Image
 from pipeline.image.schema import Index, OpenFile
 from pipeline.ledger import LEDGER
 from pipeline.policy import RestorePolicy
-from pipeline.resources.external_end import KIND_NAME, ExternalState, given_key
+from pipeline.resources.external_state import KIND_NAME, ExternalState, given_key
 from pipeline.resources.pump import COMM, Pump
 
 _STDIO = {0: "stdin", 1: "stdout", 2: "stderr"}

@@ -5,6 +5,7 @@ The support matrix in the docs and in ``check`` is printed from here.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -14,7 +15,6 @@ from pipeline.resources import (
     directory,
     epoll,
     eventfd,
-    external_end,
     fanotify,
     fifo,
     inotify,
@@ -33,6 +33,15 @@ from pipeline.resources import (
 )
 from pipeline.resources.kinds import FdView, FileKind
 
+#: kinds that most trees have: with no others, a restore does not pay for the modules of sockets and terminals
+_COMMON: tuple[FileKind[Any], ...] = (
+    regular.KIND,
+    directory.KIND,
+    pipes.KIND,
+    device.KIND,
+    eventfd.KIND,
+    epoll.KIND,
+)
 #: kinds that see what is done to files
 WATCHERS = frozenset({inotify.KIND.name, fanotify.KIND.name})
 
@@ -41,6 +50,7 @@ WATCHERS = frozenset({inotify.KIND.name, fanotify.KIND.name})
 def kinds() -> tuple[FileKind[Any], ...]:
     """Every kind; the last one matches whatever is left, and refuses it."""
     from pipeline.resources import (
+        external_end,
         netlink_socket,
         other_socket,
         packet_socket,
@@ -96,7 +106,12 @@ def kind_named(name: str) -> FileKind[Any]:
     Raises:
         ImageError: an image names a kind that this version does not know.
     """
-    for kind in kinds():
+    for kind in _common_first():
         if kind.name == name:
             return kind
     raise ImageError(f"the image holds an open file of kind {name!r}, which this version does not know")
+
+
+def _common_first() -> Iterator[FileKind[Any]]:
+    yield from _COMMON
+    yield from kinds()

@@ -33,7 +33,7 @@ from pipeline.ids import LocalFd
 from pipeline.image.schema import I32, U16, U32, Index, OpenFile, PathRef, Record
 from pipeline.resources import outside
 from pipeline.resources.kinds import CaptureScope, CreateScope, FdView
-from pipeline.resources.namespaces.members import KINDS
+from pipeline.resources.namespaces.flags import KINDS
 from pipeline.resources.paths import closed_on_error, describe, reopen
 from pipeline.resources.steps import CompleteOnceCreated
 

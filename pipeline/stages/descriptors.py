@@ -28,7 +28,7 @@ from pipeline.ledger import LEDGER
 from pipeline.policy import RestorePolicy
 from pipeline.remote.calls import Argument, Call
 from pipeline.remote.puppet import Puppet
-from pipeline.resources import external_end, removed, signal_owner
+from pipeline.resources import external_state, removed, signal_owner
 from pipeline.resources.kinds import Inject
 from pipeline.resources.namespaces.clocks_here import ClocksHere
 from pipeline.resources.registry import WATCHERS, kind_named
@@ -118,7 +118,7 @@ class Descriptors:
 
     def _set_flags(self, file: OpenFile) -> None:
         fd = self._files[file.index]
-        settable = external_end.settable(fd) if file.kind == external_end.KIND_NAME else _SETTABLE
+        settable = external_state.settable(fd) if file.kind == external_state.KIND_NAME else _SETTABLE
         now = fcntl.fcntl(fd, fcntl.F_GETFL)
         wanted = now & ~settable | file.flags & settable
         if wanted != now:

@@ -17,7 +17,7 @@ from msgspec.structs import replace
 
 from pipeline.image.codec import Image
 from pipeline.image.schema import Credentials, Namespace, Process, SharedMemory
-from pipeline.resources import external_end, pty_state
+from pipeline.resources import external_state, pty_state
 from pipeline.resources.memory.rebuild import find_hole, leaves_free
 from pipeline.stages.memory_layout import HOLE_BYTES
 
@@ -118,7 +118,7 @@ def _prepared_files(image: Image) -> dict[int, object]:
     """Open files that are made before the processes."""
     found: dict[int, object] = {}
     for index, file in image.files.items():
-        if file.kind == external_end.KIND_NAME:
+        if file.kind == external_state.KIND_NAME:
             found[index] = (file.flags, file.state)
         elif file.kind == pty_state.KIND_NAME:
             state = msgspec.convert(file.state, pty_state.PtyState)

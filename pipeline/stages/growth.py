@@ -39,7 +39,7 @@ from pipeline.kernel.arch.x86_64 import NR
 from pipeline.kernel.syscalls import CLONE
 from pipeline.remote.births import Announcer, Inside, clone_with_pids
 from pipeline.remote.puppet import Puppet
-from pipeline.resources.namespaces.members import KINDS
+from pipeline.resources.namespaces.flags import KINDS
 from pipeline.resources.tasks import together
 
 

@@ -24,7 +24,15 @@ from pipeline.image.schema import Content, FdEntry, Id, OpenFile, PathRef, Recor
 from pipeline.kernel import procfs
 from pipeline.ledger import LEDGER
 from pipeline.policy import DumpPolicy
-from pipeline.resources import external_end, in_flight, memfd, namespace_file, pty_state, signal_owner
+from pipeline.resources import (
+    external_end,
+    external_state,
+    in_flight,
+    memfd,
+    namespace_file,
+    pty_state,
+    signal_owner,
+)
 from pipeline.resources.held import Held
 from pipeline.resources.kinds import FdView, FileKind
 from pipeline.resources.namespaces.members import NamespaceCapture
@@ -35,7 +43,7 @@ from pipeline.stages.open_files import OpenFiles
 
 #: kinds of open files that a tree is built with, before its processes have their descriptors
 MADE_EARLY = frozenset(
-    {pty_state.KIND_NAME, external_end.KIND_NAME, memfd.KIND.name, namespace_file.KIND.name}
+    {pty_state.KIND_NAME, external_state.KIND_NAME, memfd.KIND.name, namespace_file.KIND.name}
 )
 #: the kind of all others in a draft
 LATER = "later"

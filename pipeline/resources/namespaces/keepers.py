@@ -32,8 +32,8 @@ from pipeline.remote.files import put
 from pipeline.remote.puppet import Puppet
 from pipeline.resources.cgroups.making import CgroupMaking
 from pipeline.resources.namespaces import cgroups, clocks, ipc, mounts, names, network, pids
+from pipeline.resources.namespaces.flags import FLAGS
 from pipeline.resources.namespaces.ipc_making import IpcMaking, Number
-from pipeline.resources.namespaces.members import FLAGS
 from pipeline.resources.namespaces.mounting import Mounting
 from pipeline.resources.namespaces.outside_links import OutsideLinks
 from pipeline.resources.namespaces.seats import Seats, join

@@ -31,10 +31,10 @@ from pipeline.ids import HostPid, LocalFd
 from pipeline.image.schema import Memberships, Namespace, NamespaceKind
 from pipeline.kernel import nsfs, procfs
 from pipeline.kernel.nsfs import NamespaceKey
-from pipeline.kernel.syscalls import CLONE
 from pipeline.resources.cgroups.capture import CgroupCapture
 from pipeline.resources.kinds import FdView
 from pipeline.resources.namespaces import cgroups, clocks, names, posix_view
+from pipeline.resources.namespaces.flags import FLAGS, KINDS
 from pipeline.resources.namespaces.ipc import Semaphores
 from pipeline.resources.namespaces.ipc_capture import IpcCapture
 from pipeline.resources.namespaces.mounts_capture import MountsCapture, MountSeat
@@ -46,11 +46,6 @@ from pipeline.userns.externals import Externals, opened
 from pipeline.userns.lodgers import Lodgers
 from pipeline.userns.visit import Way, as_owner, fetch, visit
 
-KINDS: tuple[NamespaceKind, ...] = ("pid", "mnt", "uts", "ipc", "net", "cgroup", "time")
-FLAGS = {
-    "pid": CLONE.NEWPID, "mnt": CLONE.NEWNS, "uts": CLONE.NEWUTS, "ipc": CLONE.NEWIPC,
-    "net": CLONE.NEWNET, "cgroup": CLONE.NEWCGROUP, "time": CLONE.NEWTIME, "user": CLONE.NEWUSER,
-}  # fmt: skip
 #: opens the network namespace of a socket (include/uapi/linux/sockios.h)
 _SIOCGSKNS = 0x894C
 _LINKS = (*KINDS, "pid_for_children", "time_for_children")

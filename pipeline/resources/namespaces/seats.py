@@ -15,7 +15,7 @@ from pipeline.ids import LocalFd
 from pipeline.image.schema import Namespace
 from pipeline.kernel.arch.x86_64 import NR
 from pipeline.remote.puppet import Puppet
-from pipeline.resources.namespaces.members import FLAGS
+from pipeline.resources.namespaces.flags import FLAGS
 from pipeline.userns.visit import Way
 
 

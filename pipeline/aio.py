@@ -190,9 +190,11 @@ async def restore(
     externals: Mapping[str, str] | None = None,
     policy: RestorePolicy | None = None,
     lazy: bool = False,
+    on_message: Callable[[str], None] | None = None,
     progress: Progress | None = None,
 ) -> Tree:
     """`pipeline.restore` for asyncio; returns when the tree runs."""
+    loop = asyncio.get_running_loop()
     listener = _forward(progress)
     return Tree(
         await _run(
@@ -205,6 +207,7 @@ async def restore(
                 externals=externals,
                 policy=policy,
                 lazy=lazy,
+                on_message=on_message and _in_loop(loop, on_message),
                 progress=listener,
             )
         )

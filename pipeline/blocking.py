@@ -79,6 +79,7 @@ def restore(
     externals: Mapping[str, str] | None = None,
     policy: RestorePolicy | None = None,
     lazy: bool = False,
+    on_message: Callable[[str], None] | None = None,
     progress: Progress | None = None,
 ) -> Tree:
     """`pipeline.restore`, blocking; returns when the tree runs."""
@@ -93,6 +94,7 @@ def restore(
                 externals=externals,
                 policy=policy,
                 lazy=lazy,
+                on_message=on_message,
                 progress=progress,
             )
         )

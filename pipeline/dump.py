@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterable, Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack
 from typing import Literal, TypeVar
 
 import msgspec
@@ -33,7 +34,7 @@ from pipeline.stages.translate import into_forest
 from pipeline.standstill import CapturedRecords, refuse_early, standstill
 from pipeline.transport.buffers import BufferPool, Lease, LeasedRun
 from pipeline.transport.framing import FrameWriter
-from pipeline.transport.storage import IMAGE, MANIFEST, Storage
+from pipeline.transport.storage import IMAGE, INDEX, MANIFEST, Storage
 from pipeline.userns.externals import Externals
 from pipeline.userns.forest import Forest
 
@@ -156,19 +157,22 @@ async def _store(
     progress: Progress,
     packer: Packer,
 ) -> Manifest:
-    """Write the image, then the manifest that says it is complete; neither is left if that fails."""
+    """Write the image and its index, then the manifest that says they are complete; none is left if that fails."""
     try:
-        async with storage.create(IMAGE) as sink:
-            writer = FrameWriter(sink, packer)
+        async with AsyncExitStack() as stack:
+            index = await stack.enter_async_context(storage.create(INDEX)) if storage.has_manifest else None
+            sink = await stack.enter_async_context(storage.create(IMAGE))
+            writer = FrameWriter(sink, packer, index)
             page_bytes = await write_image(writer, records, sources, forest, progress)
             progress.phase("write")
-        manifest = Manifest(FORMAT_VERSION, writer.bytes_written, page_bytes)
+        manifest = Manifest(FORMAT_VERSION, writer.bytes_written, page_bytes, writer.index_bytes)
         if storage.has_manifest:
             async with storage.create(MANIFEST) as sink:
                 await sink.write(msgspec.json.encode(manifest))
     except BaseException:
         with trio.CancelScope(shield=True):
             await storage.discard(IMAGE)
+            await storage.discard(INDEX)
         raise
     return manifest
 

@@ -1,7 +1,8 @@
 """Inspecting: what an image holds, without rebuilding any of it.
 
 The whole image is read, every checksum is verified and every reference followed, so an
-image that can be inspected is also complete. Page contents are counted and dropped.
+image that can be inspected is also complete; its index is read, too, and is that of this
+image. Page contents are counted and dropped.
 """
 
 from __future__ import annotations
@@ -9,9 +10,12 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
+from pipeline.errors import ImageError
 from pipeline.image.codec import Image
-from pipeline.restore import PageRuns, opened, read_records
+from pipeline.restore import PageRuns, opened, read_manifest, read_records
+from pipeline.stages.stored_pages import stored_index
 from pipeline.transport.buffers import LeasedRun
+from pipeline.transport.storage import open_storage
 from pipeline.userns.portrait import Portrait, Sitter, paint
 
 
@@ -23,11 +27,13 @@ class Inspection:
         image: its records.
         page_bytes: how many bytes of pages it carries for each space.
         image_bytes: its size.
+        index_bytes: the size of its index; 0 if it was made without one.
     """
 
     image: Image
     page_bytes: dict[int, int]
     image_bytes: int
+    index_bytes: int = 0
 
     def portrait(self) -> Portrait:
         """Its namespaces, and who lives where."""
@@ -56,13 +62,18 @@ async def inspect(source: str) -> Inspection:
         StorageError: the place it is in failed.
     """
     page_bytes: Counter[int] = Counter()
-    async with opened(source) as reader:
+    storage = open_storage(source)
+    manifest = await read_manifest(storage)
+    index_bytes = manifest.index_bytes if manifest is not None else 0
+    async with opened(storage) as reader:
         image, first = await read_records(reader)
         if first is not None:
             _count(first, page_bytes)
         async for leased in PageRuns(reader, image, first):
             _count(leased, page_bytes)
-        return Inspection(image, dict(page_bytes), reader.bytes_read)
+        if index_bytes and (await stored_index(storage, index_bytes)).image.end != image.end:
+            raise ImageError(f"{storage.name}: the index is that of another image")
+        return Inspection(image, dict(page_bytes), reader.bytes_read, index_bytes)
 
 
 def _count(leased: LeasedRun, page_bytes: Counter[int]) -> None:

@@ -14,15 +14,14 @@ import os
 import signal
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 import msgspec
 import trio
 
-from pipeline.errors import ImageError, RebuildError, UsageError, ungrouped
+from pipeline.errors import ImageError, RebuildError, ungrouped
 from pipeline.image.codec import Image
 from pipeline.image.frames import MAX_PAYLOAD_BYTES
 from pipeline.image.manifest import Manifest
@@ -36,12 +35,14 @@ from pipeline.remote.guard import Guard
 from pipeline.remote.tracer import tracer_thread
 from pipeline.resources.memory.later import is_copied, may_wait
 from pipeline.resources.memory.watch import check_here
+from pipeline.stages.bringing import Bringing
 from pipeline.stages.fill import PageFeed
 from pipeline.stages.pager import Pager
 from pipeline.stages.rebuild import Rebuilding, Terms, rebuilt
-from pipeline.stages.stored_pages import StoredPages
+from pipeline.stages.stored_pages import StoredPages, stored_pages
 from pipeline.transport.buffers import BufferPool, LeasedRun
-from pipeline.transport.framing import ByteSource, FrameReader, Message
+from pipeline.transport.framing import FrameReader, Message
+from pipeline.transport.storage import IMAGE, MANIFEST, Storage, open_storage
 from pipeline.userns.cradle import owns_pid_namespace
 from pipeline.userns.destination import Unmapped
 from pipeline.userns.externals import Externals
@@ -181,32 +182,36 @@ class PageRuns:
         raise StopAsyncIteration
 
 
-@asynccontextmanager
-async def opened(source: str) -> AsyncIterator[FrameReader]:
-    """A reader of the complete image at `source`.
+async def read_manifest(storage: Storage) -> Manifest | None:
+    """What stands beside the complete image in `storage`; None for a stream, which has none.
 
     Raises:
-        ImageError: there is none, or it is not complete.
+        ImageError: there is no image, it is not complete, or it is too new.
     """
-    from pipeline.transport.storage import IMAGE, MANIFEST, open_storage
-
-    storage = open_storage(source)
-    if storage.has_manifest:
-        async with storage.open(MANIFEST) as manifest:
-            await _check_manifest(manifest)
-    async with storage.open(IMAGE) as stream:
-        yield FrameReader(stream, BufferPool(_BUFFERS, MAX_PAYLOAD_BYTES), storage.name)
-
-
-async def _check_manifest(source: ByteSource) -> None:
+    if not storage.has_manifest:
+        return None
     raw = bytearray(1 << 16)
-    size = await source.read_into(memoryview(raw))
+    async with storage.open(MANIFEST) as source:
+        size = await source.read_into(memoryview(raw))
     try:
         manifest = msgspec.json.decode(bytes(raw[:size]), type=Manifest)
     except msgspec.DecodeError as error:
         raise ImageError(f"the manifest is damaged: {error}") from None
     if manifest.format > FORMAT_VERSION:
         raise ImageError(f"the image has format {manifest.format}; this version reads up to {FORMAT_VERSION}")
+    return manifest
+
+
+@asynccontextmanager
+async def opened(storage: Storage) -> AsyncIterator[FrameReader]:
+    """A reader of the complete image in `storage`.
+
+    Raises:
+        ImageError: there is none, or it is not complete.
+    """
+    await read_manifest(storage)
+    async with storage.open(IMAGE) as stream:
+        yield FrameReader(stream, BufferPool(_BUFFERS, MAX_PAYLOAD_BYTES), storage.name)
 
 
 def _let_wait(image: Image, stored: StoredPages) -> dict[int, list[Range]]:
@@ -221,18 +226,8 @@ def _let_wait(image: Image, stored: StoredPages) -> dict[int, list[Range]]:
     return found
 
 
-def _check_lazy(source: str) -> Path:
-    """Where the pages of an image are that can be read in any order.
-
-    Raises:
-        UsageError: this one cannot.
-        RebuildError: nobody may answer page faults here.
-    """
-    from pipeline.transport.storage import IMAGE, DirectoryStorage, open_storage
-
-    storage = open_storage(source)
-    if not isinstance(storage, DirectoryStorage):
-        raise UsageError(f"{source}: --lazy reads pages in any order, and needs an image in a directory")
+def _check_lazy() -> None:
+    """Raise RebuildError if nobody may answer page faults here."""
     try:
         check_here()
     except OSError as error:
@@ -240,25 +235,26 @@ def _check_lazy(source: str) -> Path:
             f"page faults of programs cannot be answered here: {DEVICE}: {error.strerror}; be root of the machine, or "
             "leave --lazy out"
         ) from None
-    return Path(storage.place) / IMAGE
 
 
 @asynccontextmanager
-async def _stored(path: Path | None) -> AsyncIterator[StoredPages | None]:
-    """The pages of an image that come later, if they do."""
-    if path is None:
-        yield None
-        return
-    stored = await trio.to_thread.run_sync(StoredPages, path)
-    try:
+async def _opened_lazily(storage: Storage) -> AsyncIterator[StoredPages]:
+    """The complete image in `storage`, of which only the index is read at once; raises as `stored_pages`."""
+    manifest = await read_manifest(storage)
+    async with stored_pages(storage, manifest.index_bytes if manifest is not None else 0) as stored:
         yield stored
-    finally:
-        stored.close()
+
+
+def _quiet(_: str) -> None:
+    """Nobody wants to be told."""
 
 
 @asynccontextmanager
 async def _pages_later(
-    stored: StoredPages | None, later: dict[int, list[Range]], progress: Progress
+    stored: StoredPages | None,
+    later: dict[int, list[Range]],
+    progress: Progress,
+    on_message: Callable[[str], None],
 ) -> AsyncIterator[Callable[[Rebuilding], None]]:
     """Gives what is to be called before the tree runs; the end of the block waits for the last page.
 
@@ -278,7 +274,7 @@ async def _pages_later(
                     begun = True
                     pager = Pager(rebuilding.take_watched(), rebuilding.victims(), guard)
                     nursery.start_soon(pager.run)
-                    nursery.start_soon(stored.bring_all, pager, later, progress)
+                    nursery.start_soon(Bringing(stored, pager, later, progress, on_message).run)
 
                 yield begin
     finally:
@@ -297,6 +293,7 @@ async def restore(
     externals: Externals | None = None,
     policy: RestorePolicy | None = None,
     lazy: bool = False,
+    on_message: Callable[[str], None] | None = None,
     progress: Progress | None = None,
 ) -> RestoredTree:
     """Restore the image at `source`.
@@ -311,7 +308,8 @@ async def restore(
         policy: decisions about states that have more than one good answer.
         unmapped: ids that have no place here: ``refuse``, or let the ``overflow`` id stand for them.
         lazy: let the tree run before its memory is there (figure ``start-time``, in ms); this returns when it is, and
-            if it fails meanwhile, or is cancelled, the tree is killed.
+            if it fails meanwhile, or is cancelled, the tree is killed. While the image cannot be read it waits.
+        on_message: told what it waits for.
         progress: is told how far it is.
 
     Raises:
@@ -328,19 +326,25 @@ async def restore(
     policy = replace(policy or RestorePolicy(), stdio=not detach and source != "-", parent_stays=not detach)
     terminal: JobTerminal | None = None
     tree: RestoredTree | None = None
-    pages = _check_lazy(source) if lazy else None
+    if lazy:
+        _check_lazy()
+    storage = open_storage(source)
     try:
-        async with tracer_thread() as tracer, opened(source) as reader, _stored(pages) as stored:
-            image, first = await read_records(reader)
-            records_read = time.monotonic()
-            if stored is None:
-                later: dict[int, list[Range]] = {}
-                feed = page_feed(reader, image, first, progress)
-            else:
-                if first is not None:
-                    first.lease.release()
+        async with AsyncExitStack() as stack:
+            tracer = await stack.enter_async_context(tracer_thread())
+            read: StoredPages | FrameReader
+            stored: StoredPages | None = None
+            later: dict[int, list[Range]] = {}
+            if lazy:
+                read = stored = await stack.enter_async_context(_opened_lazily(storage))
+                image = stored.image
                 later = _let_wait(image, stored)
                 feed = PageFeed(None, stored.sooner(later), progress)
+            else:
+                read = reader = await stack.enter_async_context(opened(storage))
+                image, first = await read_records(reader)
+                feed = page_feed(reader, image, first, progress)
+            records_read = time.monotonic()
             if policy.shell_job and image.head.job is not None:
                 from pipeline.resources.shell_job import JobTerminal
 
@@ -349,7 +353,7 @@ async def restore(
             terms = Terms(
                 new_pidns, map, unmapped, externals or {}, policy, name, strict_ends=True, later=lazy
             )
-            async with _pages_later(stored, later, progress) as begin_paging:
+            async with _pages_later(stored, later, progress, on_message or _quiet) as begin_paging:
                 async with rebuilt(image, feed, tracer, progress, terms) as rebuilding:
                     progress.phase("thaw")
                     # before it runs: it may end at once, and somebody else's process have its number
@@ -374,7 +378,7 @@ async def restore(
             "total-time": 1e3 * (time.monotonic() - begin),
             "setup-time": 1e3 * (records_read - begin),
             "start-time": 1e3 * (started - begin),
-            "transferred": reader.bytes_read,
+            "transferred": read.bytes_read,
             "page-bytes": feed.bytes_done,
         }
     )

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.harness import object_store
 from tests.harness.hosts import Host, two_hosts, write_secret
 from tests.harness.leaks import Inventory, become_subreaper
 from tests.harness.settings import DEPTH_0, Setting
@@ -67,6 +68,21 @@ def temporary_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pa
     else:
         os.environ["TMPDIR"] = before[0]
     shutil.rmtree(path)
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str | None]:
+    """The endpoint of an S3 server; None where none is installed."""
+    with object_store.running(tmp_path_factory.mktemp("s3")) as endpoint:
+        yield endpoint
+
+
+@pytest.fixture
+def s3(s3_server: str | None, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The same, for who uses it: in the environment of this process and of what it starts."""
+    object_store.use(s3_server, monkeypatch)
+    assert s3_server is not None
+    return s3_server
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -17,6 +16,7 @@ import pytest
 from pipeline.ids import HostPid
 from pipeline.kernel import smaps
 from tests.harness.hosts import Host, Server, serving, terminate
+from tests.harness.running import Running
 from tests.harness.settings import DEPTH_0, DEPTH_1, DEPTH_2, Setting
 from tests.harness.tree import Tree, reap, said
 from tests.harness.wire import Wire
@@ -30,37 +30,10 @@ SLOW = 8e6
 _DEADLINE_S = 40.0
 
 
-class Migration:
-    """A running `migrate`, and what its events say."""
-
-    def __init__(self, process: subprocess.Popen[str], events: Path) -> None:
-        self.process = process
-        self._events = events
-
-    def phases(self) -> list[str]:
-        if not self._events.exists():
-            return []
-        lines = self._events.read_text().splitlines()
-        return [event["name"] for event in map(json.loads, lines) if event["event"] == "phase"]
-
-    def wait_for(self, phase: str) -> None:
-        until = time.monotonic() + _DEADLINE_S
-        while phase not in self.phases():
-            assert self.process.poll() is None, terminate(self.process)
-            assert time.monotonic() < until, f"no phase {phase}: {self.phases()} {terminate(self.process)}"
-            time.sleep(0.02)
-
-    def ends_well(self) -> dict[str, float]:
-        out, err = self.process.communicate(timeout=_DEADLINE_S)
-        assert self.process.returncode == 0, err
-        figures: dict[str, float] = json.loads(out)["figures"]
-        return figures
-
-
 @contextmanager
 def migrating(
     source: Host, tree: Tree, secret: Path, address: str, directory: Path, *options: str
-) -> Iterator[Migration]:
+) -> Iterator[Running]:
     events = directory / "events"
     command = [
         *("migrate", "--pid", "5000", "--to", address, "--secret-file", secret, "--mode", "postcopy"),
@@ -75,7 +48,7 @@ def migrating(
         text=True,
     )
     try:
-        yield Migration(process, events)
+        yield Running(process, events)
     finally:
         terminate(process)
 
@@ -89,7 +62,7 @@ def under_way(
     bytes_per_s: float,
     limits: dict[int, int] | None = None,
     options: tuple[str, ...] = ("--once",),
-) -> Iterator[tuple[Server, Wire, Migration]]:
+) -> Iterator[tuple[Server, Wire, Running]]:
     """A tree that runs at the destination already, over a slow network; `options`: of `serve`."""
     source, destination = hosts
     with (

@@ -83,6 +83,7 @@ def as_document(inspection: Inspection) -> dict[str, Any]:
         "external-ends": render.plain(external_ends(image)),
         "page-bytes": {str(space): count for space, count in inspection.page_bytes.items()},
         "image-bytes": inspection.image_bytes,
+        "index-bytes": inspection.index_bytes,
     }
 
 
@@ -119,9 +120,13 @@ def _heading(inspection: Inspection, name: str, console: Console) -> None:
     console.print(f"made {made:%Y-%m-%d %H:%M:%S} UTC")
     threads = sum(len(process.threads) for process in image.processes.values())
     carried = amounts.size(sum(inspection.page_bytes.values()))
+    index = (
+        f", index: {amounts.size(inspection.index_bytes)}" if inspection.index_bytes else ", without an index"
+    )
     console.print(
         f"{_many(len(image.processes), 'process', 'processes')}, {_many(threads, 'thread')}, "
-        f"{_many(len(image.files), 'open file')}, pages: {carried}, image: {amounts.size(inspection.image_bytes)}\n"
+        f"{_many(len(image.files), 'open file')}, pages: {carried}, image: {amounts.size(inspection.image_bytes)}"
+        f"{index}\n"
     )
 
 

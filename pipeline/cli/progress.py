@@ -168,11 +168,13 @@ class Listener:
     """What a command tells its recipe to call: a person's listener, events, both or none; a context manager.
 
     Args:
+        command: which one calls it.
         shown: for the person at stderr, or None.
         log: takes the events, or None; owned.
     """
 
-    def __init__(self, shown: Lines | Terminal | None, log: EventLog | None) -> None:
+    def __init__(self, command: str, shown: Lines | Terminal | None, log: EventLog | None) -> None:
+        self._command = command
         self._shown = shown
         self._log = log
         self._has_warned = False
@@ -196,7 +198,8 @@ class Listener:
         for one in (self._shown, self._log):
             if one is not None:
                 one.phase(name)
-        if name == "postcopy-paused" and self._shown is not None and not self._has_warned:
+        waits = name == "postcopy-paused" and self._command == "migrate"
+        if waits and self._shown is not None and not self._has_warned:
             self._has_warned = True
             render.say(_NO_WAY)
 
@@ -258,7 +261,7 @@ def listener(command: str, arguments: argparse.Namespace, **subject: object) -> 
         shown = Terminal(command) if sys.stderr.isatty() else Lines(command)
     json = arguments.progress == "json"
     if not json and arguments.events is None:
-        return Listener(shown, None)
+        return Listener(command, shown, None)
     from pipeline.cli.eventlog import EventLog
     from pipeline.cli.outlet import Outlet
 
@@ -275,4 +278,4 @@ def listener(command: str, arguments: argparse.Namespace, **subject: object) -> 
         outlets.append(Outlet(sys.stderr.fileno()))
     log = EventLog(outlets, command, subject)
     render.overhear(log.message, instead=json)
-    return Listener(shown, log)
+    return Listener(command, shown, log)

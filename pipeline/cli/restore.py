@@ -32,7 +32,8 @@ EXAMPLE = (
     "  python -m pipeline restore --from image | tee log\n"
     "  python -m pipeline restore --from image --inherit-fd 'pipe:[4711]=5' 5>log --detach\n"
     "  python -m pipeline restore --from job --shell-job\n"
-    "  python -m pipeline restore --from s3://bucket/prefix --detach --pidfile pid"
+    "  python -m pipeline restore --from s3://bucket/prefix --detach --pidfile pid\n"
+    "  python -m pipeline restore --from s3://bucket/prefix --lazy"
 )
 
 #: what is passed on to the tree while the command stays as its parent
@@ -72,7 +73,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--lazy",
         action="store_true",
-        help="let the tree run before its memory is there, which comes as it is touched, and beside; needs root",
+        help="let the tree run before its memory is there, which comes as it is touched, and beside; needs root, and "
+        "IMAGE in a directory or an object store; while that cannot be read, the tree waits",
     )
     progress.add_arguments(parser)
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout, once the tree runs")
@@ -113,6 +115,7 @@ async def _main(arguments: argparse.Namespace, policy: RestorePolicy) -> int:
             externals=externals.parse(arguments.external),
             policy=policy,
             lazy=arguments.lazy,
+            on_message=lambda text: render.say(f"restore: {text}"),
             progress=listener,
         )
         if arguments.detach:

@@ -6,8 +6,9 @@ from msgspec import Struct
 
 
 class Manifest(Struct, frozen=True):
-    """Format of the image, its size, and how much of that is pages."""
+    """Format of the image, its size, how much of that is pages, and the size of its index (0: it has none)."""
 
     format: int
     image_bytes: int
     page_bytes: int
+    index_bytes: int = 0

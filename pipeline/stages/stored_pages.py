@@ -1,159 +1,153 @@
-"""The pages of an image in a file, to be read in any order: for a tree that runs before they are there.
+"""The pages of an image, to be read in any order: for a tree that runs before they are there.
 
-One pass over the heads of the frames tells where the pages are; what they hold is read, and its checksum verified, when
-it is wanted. A frame is read whole: what lies around a page that somebody waits for is likely to be wanted next.
+The index of the image tells where they are (`pipeline.transport.index`); what they hold is read, and its checksum
+verified, when it is wanted. A frame is read whole: what lies around a page that somebody waits for is likely to be
+wanted next.
 """
 
 from __future__ import annotations
 
-import os
+from array import array
 from bisect import bisect_right
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
+from contextlib import asynccontextmanager
+from itertools import pairwise
 
-import trio
-import xxhash
-
-from pipeline.errors import ImageError, StorageError, ungrouped
-from pipeline.image import codec, frames
-from pipeline.image.frames import HEAD, MAX_PAYLOAD_BYTES, FrameHead, Kind, PageRun, PagesHeader
-from pipeline.image.packing import uncompress
-from pipeline.image.schema import End
-from pipeline.kernel.pagemap import Range, intersect, merged, subtract, total_bytes
-from pipeline.progress import Progress
-from pipeline.stages.pager import Pager
+from pipeline.errors import ImageError
+from pipeline.image.codec import Image
+from pipeline.image.frames import MAX_PAYLOAD_BYTES, PageRun, PagesHeader
+from pipeline.kernel.pagemap import Range, intersect, merged, subtract
+from pipeline.resources.memory.missing import RangeSet
 from pipeline.transport.buffers import BufferPool, LeasedRun
+from pipeline.transport.framing import unpacked
+from pipeline.transport.index import HeadsOf, Index, read_index
+from pipeline.transport.storage import IMAGE, INDEX, DirectoryStorage, RangeSource, Storage
 
-_BUFFERS = 3
+#: pages that are under way at once
+_BUFFERS = 8
 
 
-@dataclass(frozen=True, slots=True)
-class _Frame:
-    """Where a frame of pages is, and what it holds."""
+@asynccontextmanager
+async def stored_pages(storage: Storage, index_bytes: int) -> AsyncIterator[StoredPages]:
+    """The pages of the complete image in `storage`.
 
-    pages: PagesHeader
-    head: FrameHead
-    payload_at: int
-    where: str
+    Args:
+        storage: where it is.
+        index_bytes: how long its index is, as its manifest says; 0: it was made without one.
 
-    def ranges(self) -> list[Range]:
-        """What it has pages of, zeros too, ascending."""
-        return merged(
-            sorted((start, start + size) for start, size in [*self.pages.segments, *self.pages.zeros])
-        )
+    Raises:
+        ImageError: image or index are cut, damaged, not of one another, or none of ours.
+        StorageError: it cannot be read.
+        UsageError: it cannot be read in any order.
+    """
+    async with storage.open_ranges(IMAGE) as image:
+        if index_bytes:
+            index = await stored_index(storage, index_bytes)
+        elif isinstance(storage, DirectoryStorage):
+            index = await read_index(HeadsOf(image), image.name)
+        else:
+            raise ImageError(
+                f"{storage.name}: the image has no index (an older version made it), and --lazy would have to read all "
+                "of it first: leave --lazy out"
+            )
+        if image.size_bytes != index.image_bytes:
+            raise ImageError(
+                f"{image.name}: it has {image.size_bytes} bytes, and {index.image_bytes} by its index: it is "
+                "truncated, or another image"
+            )
+        yield StoredPages(index, image)
+
+
+async def stored_index(storage: Storage, size_bytes: int) -> Index:
+    """The index that is kept beside an image, `size_bytes` long as the manifest says.
+
+    Raises:
+        ImageError: it is missing, damaged or cut.
+        StorageError: it cannot be read.
+    """
+    name = f"{storage.name}/{INDEX}"
+    try:
+        async with storage.open(INDEX) as source:
+            index = await read_index(source, name)
+        if index.index_bytes != size_bytes:
+            raise ImageError(f"{name}: it has {index.index_bytes} bytes, and {size_bytes} by the manifest")
+    except ImageError as error:
+        raise ImageError(f"the index of the image: {error} (only --lazy needs it: leave it out)") from None
+    return index
 
 
 class StoredPages:
     """The pages of a complete image.
 
     Args:
-        path: of its file.
-
-    Raises:
-        ImageError: it is cut, damaged or no image of ours.
-        StorageError: it cannot be read.
-
-    Ownership: `close` gives the file back.
+        index: of it.
+        source: the image itself.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._name = str(path)
+    def __init__(self, index: Index, source: RangeSource) -> None:
+        self._frames = index.frames
+        self._source = source
         self._pool = BufferPool(_BUFFERS, MAX_PAYLOAD_BYTES)
-        self._frames: list[_Frame] = []
-        try:
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise StorageError(f"{path}: {error.strerror}") from error
-        try:
-            self._scan()
-        except BaseException:
-            self.close()
-            raise
-        #: by space: first address of each range, and the frame that it is in; ascending
-        self._places: dict[int, tuple[list[int], list[int]]] = {}
-        found: dict[int, list[tuple[int, int]]] = {}
+        #: the records
+        self.image: Image = index.image
+        self.bytes_read = index.index_bytes
+        #: by space: first addresses of its ranges, ascending, and in which frame each is
+        self._places: dict[int, tuple[array[int], array[int]]] = {}
+        self._ranges: dict[int, list[Range]] = {}
+        #: by number: what counts of a frame of which something is in a later one, too
+        self._last: dict[int, list[Range]] = {}
+        found: dict[int, list[tuple[int, int, int]]] = {}
         for number, frame in enumerate(self._frames):
-            for start, _ in frame.ranges():
-                found.setdefault(frame.pages.space, []).append((start, number))
-        for space, pairs in found.items():
-            pairs.sort()
-            self._places[space] = [start for start, _ in pairs], [number for _, number in pairs]
+            pages = frame.pages()
+            found.setdefault(pages.space, []).extend((a, b, number) for a, b in _ranges_of(pages))
+        for space, pieces in found.items():
+            pieces.sort()
+            if any(before[1] > behind[0] for before, behind in pairwise(pieces)):
+                pieces = self._settle(pieces)
+            self._places[space] = array("Q", (a for a, _, _ in pieces)), array("Q", (n for _, _, n in pieces))
+            self._ranges[space] = merged((a, b) for a, b, _ in pieces)
 
-    def close(self) -> None:
-        """Close the file; idempotent."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-
-    def _read(self, size: int, at: int, where: str) -> bytes:
-        try:
-            raw = os.pread(self._fd, size, at)
-        except OSError as error:
-            raise StorageError(f"{where}: {error.strerror}") from error
-        if len(raw) != size:
-            raise ImageError(f"{where}: the file ends in the middle of a frame: it is truncated")
-        return raw
-
-    def _scan(self) -> None:
-        """Look at every head, as who reads the image from its begin would."""
-        digest = xxhash.xxh3_128()
-        at = number = 0
-        ended = False
-        size = os.fstat(self._fd).st_size
-        while at < size:
-            where = f"{self._name}: frame {number} at byte {at}"
-            raw = self._read(HEAD.size, at, where)
-            head = frames.decode_head(raw, where)
-            header = self._read(head.header_bytes, at + HEAD.size, where)
-            frames.check_sum(header, head.header_sum, where)
-            payload_at = at + HEAD.size + head.header_bytes
-            if head.kind == Kind.PAGES:
-                pages = frames.decode_pages(header, head.payload_bytes, where)
-                self._frames.append(_Frame(pages, head, payload_at, where))
-            elif isinstance(end := codec.decode(header), End):
-                ended = True
-                if end.digest != digest.digest():
-                    raise ImageError(f"{where}: frames before the end are missing, double or out of order")
-            digest.update(raw + header)
-            at = payload_at + head.payload_bytes
-            number += 1
-        if not ended or at != size:
-            raise ImageError(f"{self._name}: the image ends before its end record: it is truncated")
+    def _settle(self, pieces: Sequence[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
+        """Of pages that are there twice the last ones count, as for who reads the image from its begin."""
+        covered = RangeSet()
+        own: dict[int, list[Range]] = {}
+        for a, b, number in sorted(pieces, key=lambda piece: piece[2], reverse=True):
+            own.setdefault(number, []).extend(subtract([(a, b)], covered.within(a, b)))
+            covered.add(a, b)
+        self._last |= {number: merged(sorted(ranges)) for number, ranges in own.items()}
+        return sorted((a, b, number) for number, ranges in own.items() for a, b in ranges)
 
     def ranges(self, space: int) -> list[Range]:
         """What there are pages of, zeros too, ascending."""
-        return merged(
-            sorted(one for frame in self._frames if frame.pages.space == space for one in frame.ranges())
-        )
+        return self._ranges.get(space, [])
 
-    async def _load(self, frame: _Frame) -> LeasedRun:
-        """The pages of a frame; the caller releases the lease."""
+    def _own(self, number: int) -> tuple[int, list[Range]]:
+        """The space of a frame, and what counts of it."""
+        pages = self._frames[number].pages()
+        own = self._last.get(number)
+        return pages.space, _ranges_of(pages) if own is None else own
+
+    async def load(self, number: int) -> LeasedRun:
+        """The pages of a frame, without those that a later one has; the caller releases the lease.
+
+        Raises:
+            ImageError: they are damaged, or the image is another one now.
+            StorageError: they cannot be read now.
+        """
+        frame = self._frames[number]
         lease = await self._pool.lease()
         try:
-            run = await trio.to_thread.run_sync(partial(self._unpack, frame, lease.view))
+            payload = lease.view[: frame.head.payload_bytes]
+            await self._source.read_at(frame.payload_at, payload)
+            self.bytes_read += len(payload)
+            where = f"{self._source.name}: pages at byte {frame.payload_at}"
+            run = await unpacked(frame.head, frame.header, payload, where)
+            if number in self._last:
+                run = _without(run, subtract(_ranges_of(frame.pages()), self._last[number]))
         except BaseException:
             lease.release()
             raise
         return LeasedRun(run, lease)
-
-    def _unpack(self, frame: _Frame, view: memoryview) -> PageRun:
-        payload = view[: frame.head.payload_bytes]
-        done = 0
-        while done < len(payload):
-            try:
-                count = os.preadv(self._fd, [payload[done:]], frame.payload_at + done)
-            except OSError as error:
-                raise StorageError(f"{frame.where}: {error.strerror}") from error
-            if not count:
-                raise ImageError(f"{frame.where}: the file became shorter")
-            done += count
-        frames.check_sum(payload, frame.head.payload_sum, frame.where)
-        pages = frame.pages
-        if pages.codec != frames.Codec.NONE:
-            payload = uncompress(pages.codec, payload, pages.page_bytes, frame.where)
-        return PageRun(pages.space, pages.segments, payload, pages.zeros)
 
     # -- what comes before ------------------------------------------------------------------------
 
@@ -163,52 +157,45 @@ class StoredPages:
         Args:
             later: ranges by space, ascending.
         """
-        for frame in self._frames:
-            waits = later.get(frame.pages.space, ())
-            if not subtract(frame.ranges(), waits):
+        waiting = {space: RangeSet(ranges) for space, ranges in later.items()}
+        for number in range(len(self._frames)):
+            space, own = self._own(number)
+            waits = _within(waiting.get(space), own)
+            if not subtract(own, waits):
                 continue
-            leased = await self._load(frame)
+            leased = await self.load(number)
             yield LeasedRun(_without(leased.run, waits), leased.lease) if waits else leased
 
     # -- what comes later -------------------------------------------------------------------------
 
-    async def bring_all(self, pager: Pager, later: Mapping[int, Sequence[Range]], progress: Progress) -> None:
-        """Bring what comes later, first what somebody waits for, until no page is missing.
+    def later(self, later: Mapping[int, Sequence[Range]]) -> list[int]:
+        """The numbers of the frames in which there is something of what comes later.
 
-        Raises:
-            ImageError: the image is damaged.
-            StorageError: it cannot be read any more.
+        Args:
+            later: ranges by space, ascending.
         """
-        progress.phase("postcopy")
-        total = sum(total_bytes(ranges) for ranges in later.values())
-        left = {
-            number
-            for number, frame in enumerate(self._frames)
-            if intersect(frame.ranges(), later.get(frame.pages.space, ()))
-        }
+        waiting = {space: RangeSet(ranges) for space, ranges in later.items()}
+        found = []
+        for number in range(len(self._frames)):
+            space, own = self._own(number)
+            if intersect(own, _within(waiting.get(space), own)):
+                found.append(number)
+        return found
 
-        async def bring(number: int) -> None:
-            if number in left:
-                left.remove(number)
-                leased = await self._load(self._frames[number])
-                try:
-                    await pager.bring(leased.run)
-                finally:
-                    leased.lease.release()
-                progress.advance(min(pager.bytes_done, total), total)
+    def frame_of(self, space: int, address: int) -> int:
+        """The number of the frame that the page at `address` is in, which is one of `ranges`."""
+        starts, numbers = self._places[space]
+        return numbers[bisect_right(starts, address) - 1]
 
-        async def bring_wanted() -> None:
-            async for space, address in pager.wanted():
-                starts, numbers = self._places[space]
-                await bring(numbers[bisect_right(starts, address) - 1])
 
-        with ungrouped():
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(bring_wanted)
-                for number in sorted(left):
-                    await bring(number)
-                await pager.whole.wait()
-                nursery.cancel_scope.cancel()
+def _ranges_of(pages: PagesHeader) -> list[Range]:
+    """What a frame has pages of, zeros too, ascending."""
+    return merged(sorted((start, start + size) for start, size in [*pages.segments, *pages.zeros]))
+
+
+def _within(waiting: RangeSet | None, ranges: Sequence[Range]) -> list[Range]:
+    """The part of `waiting` that is around `ranges`, which ascend."""
+    return waiting.within(ranges[0][0], ranges[-1][1]) if waiting is not None and ranges else []
 
 
 def _without(run: PageRun, ranges: Sequence[Range]) -> PageRun:

@@ -7,7 +7,7 @@ import os
 
 import trio
 
-from pipeline.errors import StorageError
+from pipeline.errors import ImageError, StorageError
 
 
 class FileSink:
@@ -44,6 +44,30 @@ class FileSource:
             return await trio.to_thread.run_sync(os.readv, self.fd, [view])
         except OSError as error:
             raise StorageError(f"{self.name}: {said(error)}") from error
+
+
+class FileRanges:
+    """An open file to read from at any place; the descriptor stays the caller's."""
+
+    def __init__(self, fd: int, name: str) -> None:
+        self.fd = fd
+        self.name = name
+        self.size_bytes = os.fstat(fd).st_size
+
+    async def read_at(self, offset: int, view: memoryview) -> None:
+        """See `RangeSource`."""
+        await trio.to_thread.run_sync(self._read_at, offset, view)
+
+    def _read_at(self, offset: int, view: memoryview) -> None:
+        while view:
+            try:
+                count = os.preadv(self.fd, [view], offset)
+            except OSError as error:
+                raise StorageError(f"{self.name}: {said(error)}") from error
+            if not count:
+                raise ImageError(f"{self.name}: the file became shorter: it is truncated")
+            offset += count
+            view = view[count:]
 
 
 def said(error: OSError) -> str:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import trio
 import xxhash
@@ -54,20 +54,56 @@ class Message:
 Item = AnyRecord | LeasedRun | Message
 
 
+class _Gathering:
+    """Writes what is small together."""
+
+    def __init__(self, sink: ByteSink) -> None:
+        self._sink = sink
+        self._gathered = bytearray()
+        self.bytes_written = 0
+
+    async def write(self, *buffers: bytes | memoryview) -> None:
+        size = sum(len(buffer) for buffer in buffers)
+        if size < _SMALL_BYTES:
+            for buffer in buffers:
+                self._gathered += buffer
+            if len(self._gathered) >= _SMALL_BYTES:
+                await self.flush()
+        else:
+            await self.flush()
+            await self._sink.write(*buffers)
+        self.bytes_written += size
+
+    async def flush(self) -> None:
+        if self._gathered:
+            gathered, self._gathered = self._gathered, bytearray()
+            await self._sink.write(memoryview(gathered))
+
+
 class FrameWriter:
     """Writes frames to a sink; not to be used by two tasks at once.
 
     Args:
         sink: where to.
         packer: what makes frames of pages; without one they are not compressed.
+        index: gets the frames without their payloads: see `pipeline.transport.index`.
     """
 
-    def __init__(self, sink: ByteSink, packer: Packer | None = None) -> None:
-        self._sink = sink
+    def __init__(self, sink: ByteSink, packer: Packer | None = None, index: ByteSink | None = None) -> None:
+        self._out = _Gathering(sink)
+        self._index = _Gathering(index) if index is not None else None
         self.packer = packer or Packer()
         self._digest = xxhash.xxh3_128()
-        self._gathered = bytearray()
-        self.bytes_written = 0
+
+    @property
+    def bytes_written(self) -> int:
+        """Of all frames."""
+        return self._out.bytes_written
+
+    @property
+    def index_bytes(self) -> int:
+        """Of the index; 0 where none is written."""
+        return self._index.bytes_written if self._index is not None else 0
 
     async def record(self, record: Record) -> None:
         """Write one record, at the latest with the next message or the end."""
@@ -107,38 +143,40 @@ class FrameWriter:
         await self.record(End(records=records, page_bytes=page_bytes, digest=self._digest.digest()))
         await self.flush()
 
-    async def _write(self, *buffers: bytes | memoryview) -> None:
-        self._digest.update(buffers[0])
-        size = sum(len(buffer) for buffer in buffers)
-        if size < _SMALL_BYTES:
-            for buffer in buffers:
-                self._gathered += buffer
-            if len(self._gathered) >= _SMALL_BYTES:
-                await self.flush()
-        else:
-            await self.flush()
-            await self._sink.write(*buffers)
-        self.bytes_written += size
+    async def _write(self, head: bytes, payload: bytes | memoryview = b"") -> None:
+        self._digest.update(head)
+        if self._index is not None:
+            await self._index.write(head)
+        await self._out.write(head, payload)
 
     async def flush(self) -> None:
         """Write what was gathered."""
-        if self._gathered:
-            gathered, self._gathered = self._gathered, bytearray()
-            await self._sink.write(memoryview(gathered))
+        await self._out.flush()
+        if self._index is not None:
+            await self._index.flush()
 
 
-class FrameReader:
-    """Reads frames from a source.
+class Frame(NamedTuple):
+    """A frame whose head and header are read and right; its payload is not read yet."""
+
+    head: FrameHead
+    header: bytes
+    #: for messages about it
+    where: str
+    #: what its header holds, of a RECORD frame
+    record: AnyRecord | None
+
+
+class FrameHeads:
+    """Reads heads and headers of frames from a source; payloads, where they are among them, are left to `fill`.
 
     Args:
         source: where from.
-        pool: where payloads go; its buffers hold `frames.MAX_PAYLOAD_BYTES`.
         name: what messages call the stream.
     """
 
-    def __init__(self, source: ByteSource, pool: BufferPool, name: str) -> None:
+    def __init__(self, source: ByteSource, name: str) -> None:
         self._source = source
-        self._pool = pool
         self._name = name
         self._digest = xxhash.xxh3_128()
         self._ahead = memoryview(bytearray(_SMALL_BYTES))
@@ -147,61 +185,41 @@ class FrameReader:
         self.bytes_read = 0
         self._frames = 0
 
-    def _where(self) -> str:
-        return f"{self._name}: frame {self._frames} at byte {self.bytes_read}"
-
-    async def next(self) -> Item | None:
-        """The next item; None at an end between two frames.
-
-        Ownership: the caller releases the lease of a `LeasedRun`.
+    async def next(self) -> Frame | None:
+        """The next one; None at an end between two frames.
 
         Raises:
             ImageError: the stream is cut, damaged, or no stream of ours.
         """
-        where = self._where()
+        where = f"{self._name}: frame {self._frames} at byte {self.bytes_read}"
         raw = bytearray(frames.HEAD.size)
-        if not await self._fill(memoryview(raw), where, may_end=True):
+        if not await self.fill(memoryview(raw), where, may_end=True):
             return None
         head = frames.decode_head(bytes(raw), where)
-        header = bytearray(head.header_bytes)
-        await self._fill(memoryview(header), where)
-        frames.check_sum(bytes(header), head.header_sum, where)
+        read = bytearray(head.header_bytes)
+        await self.fill(memoryview(read), where)
+        header = bytes(read)
+        frames.check_sum(header, head.header_sum, where)
         self._frames += 1
-        if head.kind != Kind.RECORD:
-            self._digest.update(bytes(raw) + header)
-        match head.kind:
-            case Kind.RECORD:
-                return self._record(bytes(header), bytes(raw), where)
-            case Kind.MESSAGE:
-                return Message(bytes(header))
-            case Kind.PAGES:
-                return await self._pages(head, bytes(header), where)
+        record = self._record(header, where) if head.kind == Kind.RECORD else None
+        self._digest.update(raw + header)
+        return Frame(head, header, where, record)
 
-    def _record(self, header: bytes, raw: bytes, where: str) -> AnyRecord:
+    def _record(self, header: bytes, where: str) -> AnyRecord:
         try:
             record = codec.decode(header)
         except ImageError as error:
             raise ImageError(f"{where}: {error}") from None
         if isinstance(record, End) and record.digest != self._digest.digest():
             raise ImageError(f"{where}: frames before the end are missing, double or out of order")
-        self._digest.update(raw + header)
         return record
 
-    async def _pages(self, head: FrameHead, header: bytes, where: str) -> LeasedRun:
-        lease = await self._pool.lease()
-        try:
-            payload = lease.view[: head.payload_bytes]
-            await self._fill(payload, where)
-            if len(payload) >= _LARGE_BYTES:
-                run = await trio.to_thread.run_sync(_page_run, head, header, payload, where)
-            else:
-                run = _page_run(head, header, payload, where)
-            return LeasedRun(run, lease)
-        except BaseException:
-            lease.release()
-            raise
+    async def fill(self, view: memoryview, where: str, may_end: bool = False) -> bool:
+        """Fill `view` with what comes next; False if nothing does, where that may be.
 
-    async def _fill(self, view: memoryview, where: str, may_end: bool = False) -> bool:
+        Raises:
+            ImageError: less than that comes.
+        """
         done = 0
         while done < len(view):
             rest = view[done:]
@@ -222,11 +240,66 @@ class FrameReader:
         return True
 
 
-def _page_run(head: FrameHead, header: bytes, payload: memoryview, where: str) -> PageRun:
+class FrameReader:
+    """Reads frames from a source.
+
+    Args:
+        source: where from.
+        pool: where payloads go; its buffers hold `frames.MAX_PAYLOAD_BYTES`.
+        name: what messages call the stream.
+    """
+
+    def __init__(self, source: ByteSource, pool: BufferPool, name: str) -> None:
+        self._heads = FrameHeads(source, name)
+        self._pool = pool
+
+    @property
+    def bytes_read(self) -> int:
+        """Of all frames."""
+        return self._heads.bytes_read
+
+    async def next(self) -> Item | None:
+        """The next item; None at an end between two frames.
+
+        Ownership: the caller releases the lease of a `LeasedRun`.
+
+        Raises:
+            ImageError: the stream is cut, damaged, or no stream of ours.
+        """
+        frame = await self._heads.next()
+        if frame is None:
+            return None
+        if frame.record is not None:
+            return frame.record
+        if frame.head.kind == Kind.MESSAGE:
+            return Message(frame.header)
+        return await self._pages(frame)
+
+    async def _pages(self, frame: Frame) -> LeasedRun:
+        lease = await self._pool.lease()
+        try:
+            payload = lease.view[: frame.head.payload_bytes]
+            await self._heads.fill(payload, frame.where)
+            return LeasedRun(await unpacked(frame.head, frame.header, payload, frame.where), lease)
+        except BaseException:
+            lease.release()
+            raise
+
+
+async def unpacked(head: FrameHead, header: bytes, payload: memoryview, where: str) -> PageRun:
     """The pages of a frame, its checksum verified, then unpacked.
 
     What a compressed payload holds is memory of its own, of which there is no more than a payload for each lease.
+
+    Raises:
+        ImageError: they are damaged.
     """
+    if len(payload) >= _LARGE_BYTES:
+        return await trio.to_thread.run_sync(_page_run, head, header, payload, where)
+    return _page_run(head, header, payload, where)
+
+
+def _page_run(head: FrameHead, header: bytes, payload: memoryview, where: str) -> PageRun:
     frames.check_sum(payload, head.payload_sum, where)
     pages = frames.decode_pages(header, len(payload), where)
     if pages.codec != Codec.NONE:

@@ -11,6 +11,7 @@ import stat
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from typing import NoReturn
 
 import trio
 
@@ -88,6 +89,12 @@ class StreamStorage:
     async def open(self, name: str) -> AsyncIterator[ByteSource]:
         """See `Storage.open`."""
         yield _StreamSource(0, "standard input")
+
+    def open_ranges(self, name: str) -> NoReturn:
+        """See `Storage.open_ranges`."""
+        raise UsageError(
+            "--lazy reads pages in any order: it needs an image in a directory or in an object store"
+        )
 
     async def discard(self, name: str) -> None:
         """What was written to a stream cannot be taken back; without its end record it is no image."""

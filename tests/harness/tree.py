@@ -305,7 +305,7 @@ def said(done: subprocess.CompletedProcess[str]) -> str:
     return f"{done.args[3:]} ended with {done.returncode}\n{done.stdout}\n{done.stderr}"
 
 
-def dump(tree: Tree, image: Path) -> None:
+def dump(tree: Tree, image: Path | str) -> None:
     """Dump `tree`, which ends it; all its processes are gone and reaped afterwards."""
     family = tree.pids()
     done = engine("dump", "--pid", tree.pid, "--to", image)
@@ -314,7 +314,7 @@ def dump(tree: Tree, image: Path) -> None:
     assert not left, f"the dump left {left} running"
 
 
-def restore(tree: Tree, image: Path, *options: str) -> None:
+def restore(tree: Tree, image: Path | str, *options: str) -> None:
     """Restore `tree` from `image` with the pids it had.
 
     Another program of this machine may have taken one of them meanwhile: then it is tried again for a moment.

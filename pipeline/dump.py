@@ -165,6 +165,8 @@ async def _store(
             writer = FrameWriter(sink, packer, index)
             page_bytes = await write_image(writer, records, sources, forest, progress)
             progress.phase("write")
+        # the end of an upload is not cancelled: here is the last moment
+        await trio.lowlevel.checkpoint_if_cancelled()
         manifest = Manifest(FORMAT_VERSION, writer.bytes_written, page_bytes, writer.index_bytes)
         if storage.has_manifest:
             async with storage.create(MANIFEST) as sink:

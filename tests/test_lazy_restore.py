@@ -16,6 +16,7 @@ import pytest
 import trio
 
 from pipeline.transport.storage import IMAGE, INDEX, MANIFEST, open_storage
+from tests.harness import made_images
 from tests.harness.carry import unharmed
 from tests.harness.hosts import terminate
 from tests.harness.running import Running
@@ -162,12 +163,13 @@ def test_what_is_cut_or_of_another_image_is_refused_before_anything_is_made(
     start: Callable[..., Tree], image: str, name: str
 ) -> None:
     tree = start("large", DEPTH_1, ("0", "20", "64", "8"))
-    other = start("large", DEPTH_1, ("0", "20", "64", "9"))
     family = tree.pids()
     dump(tree, image)
     right = content_of(image, name)
-    dump(other, f"{image}-other")
-    for wrong in (right[:-1], content_of(f"{image}-other", name)):
+    other = dict(
+        zip((IMAGE, INDEX), trio.run(made_images.made, [made_images.run(0, b"x" * 4096)]), strict=True)
+    )
+    for wrong in (right[:-1], bytes(other[name].raw)):
         replace(image, name, wrong)
         done = engine("restore", "--from", image, "--detach", "--lazy")
         assert done.returncode == 1, said(done)

@@ -6,7 +6,8 @@ are born. So there is no table of what is still missing: a run of another space 
 that the one before is complete.
 
 Private memory is written through /proc/PID/mem, which ignores the permissions of
-private mappings; shared objects by pwrite. Both run in a worker thread.
+private mappings; shared objects by pwrite. Both run in a worker thread, while the next pages
+are read.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import AsyncIterator
 
 import trio
 
-from pipeline.errors import ImageError
+from pipeline.errors import ImageError, ungrouped
 from pipeline.image.frames import PageRun
 from pipeline.image.packing import PAGE_BYTES, zero_pages
 from pipeline.progress import Progress
@@ -99,11 +100,27 @@ class PageFeed:
         while (leased := await self._peek()) is not None and leased.run.space == space:
             self._next = None
             try:
-                await trio.to_thread.run_sync(write_run, fd, leased.run)
+                await self._write(fd, leased.run)
             finally:
                 leased.lease.release()
             self.bytes_done += len(leased.run.payload)
             self._progress.advance(self.bytes_done, self._total)
+
+    async def _write(self, fd: int, run: PageRun) -> None:
+        """Write a run while the next one is read.
+
+        That one is read to its end if the write fails: a peer that is told so is listened to at the border of a frame.
+        """
+        failed: OSError | None = None
+        with ungrouped():
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._peek)
+                try:
+                    await trio.to_thread.run_sync(write_run, fd, run)
+                except OSError as error:
+                    failed = error
+        if failed is not None:
+            raise failed
 
     async def expect_end(self) -> None:
         """Every page was wanted by somebody.

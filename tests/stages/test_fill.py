@@ -1,0 +1,94 @@
+"""Pages that arrive are written where they belong, while the next ones are read."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import trio
+
+from pipeline.image.frames import PageRun
+from pipeline.progress import NullProgress
+from pipeline.stages import fill
+from pipeline.stages.fill import PageFeed
+from pipeline.transport.buffers import BufferPool, LeasedRun
+
+PAGE = 4096
+COUNT = 3
+
+
+class Stream:
+    """`COUNT` runs of a page each, of space 1; `read` is set when the second one is read."""
+
+    def __init__(self) -> None:
+        self.pool = BufferPool(2, PAGE)
+        self.read = threading.Event()
+        self.is_whole = True
+
+    async def run(self, number: int) -> LeasedRun:
+        lease = await self.pool.lease()
+        try:
+            lease.view[:] = bytes([number]) * PAGE
+            self.is_whole = False
+            for _ in range(10):
+                await trio.lowlevel.checkpoint()
+            self.is_whole = True
+        except BaseException:
+            lease.release()
+            raise
+        return LeasedRun(PageRun(1, ((number * PAGE, PAGE),), lease.view), lease)
+
+    async def rest(self) -> AsyncIterator[LeasedRun]:
+        for number in range(1, COUNT):
+            run = await self.run(number)
+            self.read.set()
+            yield run
+
+    async def is_idle(self) -> bool:
+        """Whether every buffer is free."""
+        with trio.fail_after(5):
+            leases = [await self.pool.lease() for _ in range(2)]
+        for lease in leases:
+            lease.release()
+        return True
+
+
+async def test_the_next_pages_are_read_while_pages_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = Stream()
+    write = fill.write_run
+
+    def patient(fd: int, run: PageRun) -> None:
+        assert stream.read.wait(10), "nothing is read while this is written"
+        write(fd, run)
+
+    monkeypatch.setattr(fill, "write_run", patient)
+    feed = PageFeed(await stream.run(0), stream.rest(), NullProgress())
+    with (tmp_path / "memory").open("wb") as file:
+        await feed.fill(1, file.fileno())
+        await feed.expect_end()
+    assert (tmp_path / "memory").read_bytes() == b"".join(bytes([n]) * PAGE for n in range(COUNT))
+    assert feed.bytes_done == COUNT * PAGE
+    assert await stream.is_idle()
+
+
+async def test_pages_that_cannot_be_written_leave_the_stream_at_a_border(tmp_path: Path) -> None:
+    stream = Stream()
+    feed = PageFeed(await stream.run(0), stream.rest(), NullProgress())
+    (tmp_path / "memory").touch()
+    fd = os.open(tmp_path / "memory", os.O_RDONLY)
+    try:
+        with pytest.raises(OSError) as refused:
+            await feed.fill(1, fd)
+    finally:
+        os.close(fd)
+        feed.close()
+    assert refused.value.errno == errno.EBADF
+    assert stream.is_whole
+    assert stream.read.is_set()
+    assert await stream.is_idle()

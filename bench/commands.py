@@ -24,6 +24,8 @@ from tests.harness.tree import find_python, reap
 TOOL = [sys.executable, "-m", "pipeline"]
 _WRITING = Path(__file__).with_name("writing.py")
 _PATIENCE_S = 120.0
+#: of a restore
+_TRIES, _PAUSE_S = 5, 0.5
 #: between two looks at the memory of a command
 _LOOK_S = 0.01
 
@@ -105,7 +107,7 @@ class Writer:
 
 
 def measured(*words: str | Path) -> dict[str, Any]:
-    """Run a command with --json; its figures, with its whole duration and its peak memory.
+    """Run a command with --json; its figures, with the root's pid, its whole duration and its peak memory.
 
     Raises:
         Failed: its exit code is not 0.
@@ -123,7 +125,24 @@ def measured(*words: str | Path) -> dict[str, Any]:
             said = err.read().decode(errors="replace")
             raise Failed(f"{' '.join(map(str, words))}: exit code {code}\n{said}")
         document = json.load(out)
-    return {**document["figures"], "command-time": 1e3 * lasted_s, "peak-bytes": peak_bytes}
+    return {
+        **document["figures"],
+        "root-pid": document["root_pid"],
+        "command-time": 1e3 * lasted_s,
+        "peak-bytes": peak_bytes,
+    }
+
+
+def restored(image: Path) -> dict[str, Any]:
+    """Restore an image with the pids that it has; tried again while somebody else of this machine has one of them."""
+    for _ in range(_TRIES - 1):
+        try:
+            return measured("restore", "--from", image, "--detach")
+        except Failed as failed:
+            if "is in use here" not in str(failed):
+                raise
+            time.sleep(_PAUSE_S)
+    return measured("restore", "--from", image, "--detach")
 
 
 def _peak_bytes(pid: int) -> int:

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from bench import bare
-from bench.commands import Writer, idle_bytes, measured
+from bench.commands import Writer, idle_bytes, measured, restored
 from bench.criu import Criu
 from bench.extent import Extent
 from bench.machine import available_bytes
@@ -41,18 +41,18 @@ def _there_and_back(criu: Criu, mib: int, folder: Path) -> Sample:
         bytes_only.unlink()
         dumped = measured("dump", "--pid", str(writer.pid), "--to", image)
         reap([writer.pid])
-        restored = measured("restore", "--from", image, "--detach")
+        again = restored(image)
         checks = {"its memory is what it was": writer.is_whole()}
     dump_rate = 1e3 * dumped["page-bytes"] / dumped["total-time"]
-    restore_rate = 1e3 * dumped["page-bytes"] / restored["total-time"]
+    restore_rate = 1e3 * dumped["page-bytes"] / again["total-time"]
     figures = {
         "dump-ms": dumped["command-time"],
         "frozen-ms": dumped["downtime"],
         "dump-rate": dump_rate,
         "bare-dump-rate": bare_dump,
         "dump-of-bare-ratio": dump_rate / bare_dump,
-        "restore-ms": restored["command-time"],
-        "restore-own-ms": restored["total-time"],
+        "restore-ms": again["command-time"],
+        "restore-own-ms": again["total-time"],
         "restore-rate": restore_rate,
         "bare-restore-rate": bare_restore,
         "restore-of-bare-ratio": restore_rate / bare_restore,
@@ -66,5 +66,5 @@ def _there_and_back(criu: Criu, mib: int, folder: Path) -> Sample:
             checks["what CRIU restored, too"] = writer.is_whole()
         figures |= theirs
         figures["dump-rate-of-criu-ratio"] = theirs["criu-dump-ms"] / dumped["command-time"]
-        figures["restore-rate-of-criu-ratio"] = theirs["criu-restore-ms"] / restored["command-time"]
+        figures["restore-rate-of-criu-ratio"] = theirs["criu-restore-ms"] / again["command-time"]
     return Sample(figures, checks)

@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-from bench.commands import idle_bytes, measured
+from bench.commands import idle_bytes, measured, restored
 from bench.extent import Extent
 from bench.matrix import Case, Sample
 from tests.harness.settings import DEPTH_1
@@ -58,14 +58,14 @@ def _there_and_back(amounts: list[int], folder: Path) -> Sample:
         family = tree.pids()
         dumped = measured("dump", "--pid", str(tree.pid), "--to", image)
         assert not reap(family), "the dump has not ended the tree"
-        restored = measured("restore", "--from", image, "--detach")
+        again = restored(image)
         tree.check()
     return Sample(
         {
             "bare-ms": bare_ms,
             "frozen-ms": dumped["downtime"],
             "dump-ms": dumped["command-time"],
-            "restore-ms": restored["command-time"],
+            "restore-ms": again["command-time"],
             "dumper-above-idle-bytes": dumped["peak-bytes"] - idle_bytes(),
             "image-bytes": dumped["transferred"],
         },

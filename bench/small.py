@@ -8,7 +8,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-from bench.commands import Writer, measured, migrated, serving
+from bench.commands import Writer, measured, migrated, restored, serving
 from bench.criu import Criu
 from bench.matrix import Case, Failed, Sample
 from pipeline import events
@@ -37,14 +37,14 @@ def _there_and_back(criu: Criu, folder: Path) -> Sample:
     with Writer.started(folder, _MIB) as writer:
         dumped = measured("dump", "--pid", str(writer.pid), "--to", image)
         reap([writer.pid])
-        restored = measured("restore", "--from", image, "--detach")
+        again = restored(image)
         is_whole = writer.is_whole()
     figures |= {
         "frozen-ms": dumped["downtime"],
         "collect-ms": dumped["collect-time"],
         "dump-ms": dumped["command-time"],
-        "restore-ms": restored["command-time"],
-        "restore-own-ms": restored["total-time"],
+        "restore-ms": again["command-time"],
+        "restore-own-ms": again["total-time"],
         "page-bytes": dumped["page-bytes"],
     }
     checks = {"its memory is what it was": is_whole}
@@ -87,8 +87,8 @@ def _restores_ms(log: Path) -> list[float]:
         match events.parse(line):
             case events.Phase(name="rebuild") as phase:
                 begun_s = phase.t
-            case events.Restored() as restored:
-                found.append(1e3 * (restored.t - begun_s))
+            case events.Restored() as tree:
+                found.append(1e3 * (tree.t - begun_s))
             case _:
                 continue
     return found

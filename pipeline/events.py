@@ -18,6 +18,7 @@ FORMAT = 1
 #: what a number of a log may be: a reader computes with it
 Count = Annotated[int, Meta(ge=0, le=1 << 62)]
 Amount = Annotated[float, Meta(ge=0, le=1e18)]
+Percentage = Annotated[int, Meta(ge=0, le=100)]
 
 
 class Event(Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="event"):
@@ -47,7 +48,10 @@ class Phase(Event, frozen=True, kw_only=True, tag="phase"):
 
 
 class Advance(Event, frozen=True, kw_only=True, tag="progress"):
-    """How far a phase's pages are. Bytes; `mbps` in Mbit/s; `expected_downtime` in ms."""
+    """How far a phase's pages are. Bytes; `mbps` in Mbit/s; `expected_downtime` in ms.
+
+    `cpu_throttle_percentage`: how much of its time the tree is held back now; at the end of a round, from now on.
+    """
 
     phase: str
     transferred: Count
@@ -57,6 +61,7 @@ class Advance(Event, frozen=True, kw_only=True, tag="progress"):
     dirty_pages_rate: Amount | None = field(name="dirty-pages-rate", default=None)
     expected_downtime: Amount | None = field(name="expected-downtime", default=None)
     dirty_sync_count: Count = field(name="dirty-sync-count")
+    cpu_throttle_percentage: Percentage = field(name="cpu-throttle-percentage", default=0)
 
 
 class RoundEnd(Event, frozen=True, kw_only=True, tag="round"):
@@ -71,6 +76,7 @@ class RoundEnd(Event, frozen=True, kw_only=True, tag="round"):
     dirty_pages_rate: Amount = field(name="dirty-pages-rate")
     expected_downtime: Amount | None = field(name="expected-downtime", default=None)
     dirty_sync_count: Count = field(name="dirty-sync-count")
+    cpu_throttle_percentage: Percentage = field(name="cpu-throttle-percentage", default=0)
 
 
 class Pause(Event, frozen=True, kw_only=True, tag="pause"):

@@ -7,6 +7,8 @@
 What the destination gets first is a draft of the tree, from which it builds; then, round by round, the pages that were
 written since. In the last stop, which is the recipe's (`pipeline.migrate`), it is told what is different.
 
+A tree that outruns the link can be held back meanwhile (`pipeline.stages.throttle`).
+
 If processes come or go, or much memory is mapped anew, the draft is void, and another one begins; a few times.
 """
 
@@ -35,6 +37,7 @@ from pipeline.stages.live_memory import LiveMemory
 from pipeline.stages.memory import PageSource
 from pipeline.stages.observe import Looks
 from pipeline.stages.pacing import Pacing
+from pipeline.stages.throttle import Throttle
 from pipeline.stages.translate import into_forest
 from pipeline.standstill import Standstill, standstill
 from pipeline.transport.framing import FrameWriter
@@ -60,6 +63,8 @@ class Rounds:
     max_downtime_s: float
     max_rounds: int
     on_timeout: OnTimeout
+    #: a tree that writes faster than it can be sent is held back
+    auto_converge: bool = False
     #: what is left after the rounds comes when the tree runs (`pipeline.stages.lending`)
     later: bool = False
 
@@ -94,6 +99,8 @@ class LiveSource:
         self._policy = policy
         self._progress = progress
         self._later = rounds.later
+        #: runs beside; whoever stops the tree lets go of it first
+        self.throttle = Throttle(tracer, HostPid(pid))
         self.memory = LiveMemory()
         self._has_draft = False
         self.begun_s = time.monotonic()
@@ -135,6 +142,8 @@ class LiveSource:
     async def _begin(self) -> bool:
         """Stop the tree for a moment, look at it, and begin to track it; whether that was possible."""
         self._progress.phase("draft")
+        percentage = self.throttle.percentage
+        await self.throttle.set(0)
         try:
             async with standstill(
                 self._tracer, self._pid, self._externals, self._policy, looks=self.memory.looks
@@ -148,13 +157,20 @@ class LiveSource:
             return False
         self.draft_s = time.monotonic() - begun_s
         self._has_draft = True
+        await self.throttle.set(percentage)
         return True
 
     async def _send_draft(self) -> bool:
         """The draft and its rounds; False: it is void."""
         memory = self.memory
         await trio.to_thread.run_sync(memory.first_look)
-        pacing = Pacing(self._rounds.max_downtime_s, self._rounds.max_rounds, self.draft_s + _FINISH_S)
+        pacing = Pacing(
+            self._rounds.max_downtime_s,
+            self._rounds.max_rounds,
+            self.draft_s + _FINISH_S,
+            self._rounds.auto_converge,
+            self.throttle.percentage,
+        )
         dirty, rate = memory.left_bytes(), 0.0
         while True:
             begun_s, written_before = time.monotonic(), self._channel.writer.total_bytes()
@@ -167,13 +183,18 @@ class LiveSource:
             if memory.late_bytes() > _LATE_BYTES or await trio.to_thread.run_sync(memory.has_changed):
                 return False
             expected_s = pacing.expected_s(left, rate)
-            self._progress.round(Round(pacing.rounds, dirty, sent, seconds, rate, left / seconds, expected_s))
-            verdict = pacing.judge(left, rate)
+            number, verdict = pacing.rounds, pacing.judge(left, rate)
+            percentage = pacing.throttle_percentage
+            if percentage != self.throttle.percentage:
+                await self.throttle.set(percentage)
+            self._progress.round(
+                Round(number, dirty, sent, seconds, rate, left / seconds, expected_s, percentage)
+            )
             dirty = left
             if verdict == "too long" and self._rounds.on_timeout == "cancel":
                 raise PipelineError(
                     f"the tree writes faster than it can be sent: it would stand still for {expected_s:.1f} s; raise "
-                    "--max-downtime, or say --on-timeout switch"
+                    "--max-downtime, say --auto-converge, or --on-timeout switch"
                 )
             self._later |= verdict == "too long" and self._rounds.on_timeout == "postcopy"
             if verdict != "again":

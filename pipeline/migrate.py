@@ -107,6 +107,7 @@ async def migrate(
     max_downtime_s: float = 0.3,
     max_rounds: int = 30,
     on_timeout: OnTimeout = "switch",
+    auto_converge: bool = False,
     plaintext: bool = False,
     externals: Externals | None = None,
     policy: DumpPolicy | None = None,
@@ -127,6 +128,8 @@ async def migrate(
         max_downtime_s: with ``precopy``: how long the tree may stand still at the switch, if that can be had.
         max_rounds: how many rounds there may be.
         on_timeout: if it cannot be had: ``switch`` all the same, ``cancel``, or go on with ``postcopy``.
+        auto_converge: a tree that writes faster than it can be sent is held back during the rounds: 20 % of its time
+            first, and 10 % more with each further round that leaves as much as the ones before.
         plaintext: no TLS; both sides still prove the secret.
         externals: paths of namespaces, by kind, that are external instead of the caller's own.
         policy: decisions about states that have more than one good answer.
@@ -147,10 +150,14 @@ async def migrate(
         raise UsageError(f"--streams is a number from 1 to {MAX_STREAMS}")
     if streams > 1 and mode != "stop":
         raise UsageError("--streams goes with --mode stop only, so far")
+    if auto_converge and mode not in _LIVE:
+        raise UsageError("--auto-converge goes with --mode precopy or hybrid: it is for their rounds")
     if secret_file is None:
         raise UsageError("migrate needs --secret-file, the secret that `serve` was given or printed")
     progress = progress or NullProgress()
-    rounds = Rounds(max_downtime_s, max_rounds, on_timeout, later=mode == "hybrid") if mode in _LIVE else None
+    rounds = None
+    if mode in _LIVE:
+        rounds = Rounds(max_downtime_s, max_rounds, on_timeout, auto_converge, later=mode == "hybrid")
     later = mode in ("postcopy", "hybrid") or (rounds is not None and on_timeout == "postcopy")
     host, port = parse_address(to)
     secret = identity.load_secret(secret_file)
@@ -177,6 +184,8 @@ async def migrate(
                 switch_s = time.monotonic()
                 progress.phase("freeze")
                 looks = live.looks if live is not None else None
+                if live is not None:
+                    await live.throttle.set(0)
                 async with standstill(tracer, pid, externals, policy, looks=looks) as still:
                     progress.phase("memory")
                     lasting: Collection[HostPid] = ()
@@ -253,6 +262,9 @@ async def migrate(
         notes = [*live.notes, *notes]
         figures["dirty-sync-count"] = live.rounds_done
         figures["draft-time"] = 1e3 * live.draft_s
+        if auto_converge:
+            figures["cpu-throttle-percentage"] = live.throttle.most_percentage
+            figures["throttle-time"] = 1e3 * live.throttle.held_s
     return MigrateResult(
         root_pid=completed.root_pid,
         processes=still.processes,
@@ -293,10 +305,12 @@ async def _rounds_sent(tracer: Tracer, live: LiveSource | None) -> AsyncIterator
         yield
         return
     try:
-        await live.send_rounds()
-        yield
+        async with beside(live.throttle.run):
+            await live.send_rounds()
+            yield
     finally:
         with trio.CancelScope(shield=True):
+            await live.throttle.set(0)
             await tracer.run(live.close)
 
 

@@ -26,6 +26,7 @@ class Round(Struct, frozen=True):
         rate: bytes a second on the wire.
         dirty_rate: bytes a second that the program wrote to meanwhile.
         expected_downtime_s: how long the tree would stand still if it were frozen now (None: not known).
+        throttle_percentage: how much of its time the tree is held back from now on.
     """
 
     number: int
@@ -35,6 +36,7 @@ class Round(Struct, frozen=True):
     rate: float
     dirty_rate: float
     expected_downtime_s: float | None = None
+    throttle_percentage: int = 0
 
 
 class Progress(Protocol):

@@ -96,6 +96,7 @@ class EventLog:
                 dirty_pages_rate=None if last is None else round(last.dirty_rate / mmap.PAGESIZE, 1),
                 expected_downtime=None if expected_s is None else round(1e3 * expected_s, 3),
                 dirty_sync_count=0 if last is None else last.number + 1,
+                cpu_throttle_percentage=0 if last is None else last.throttle_percentage,
             ),
             droppable=True,
         )
@@ -119,6 +120,7 @@ class EventLog:
                 dirty_pages_rate=round(ended.dirty_rate / mmap.PAGESIZE, 1),
                 expected_downtime=None if expected_s is None else round(1e3 * expected_s, 3),
                 dirty_sync_count=ended.number + 1,
+                cpu_throttle_percentage=ended.throttle_percentage,
             )
         )
 

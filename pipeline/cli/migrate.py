@@ -66,6 +66,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="switch",
         help="when the rounds end and --max-downtime cannot be kept (default: switch)",
     )
+    parser.add_argument(
+        "--auto-converge",
+        action="store_true",
+        help="hold the tree back during the rounds if it writes faster than it can be sent: 20%% of its time at first, "
+        "10%% more with each round that brings nothing, 99%% at most",
+    )
     placing.add_external(parser)
     policies.add_dump(parser)
     placing.add_compress(parser)
@@ -104,6 +110,7 @@ def execute(arguments: argparse.Namespace) -> int:
                 max_downtime_s=arguments.max_downtime,
                 max_rounds=arguments.max_rounds,
                 on_timeout=arguments.on_timeout,
+                auto_converge=arguments.auto_converge,
                 plaintext=arguments.plaintext,
                 externals=outside,
                 policy=policy,

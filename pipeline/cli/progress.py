@@ -49,9 +49,13 @@ def told(ended: Round) -> str:
         f"round {ended.number}: {size(ended.dirty_bytes)} in {milliseconds(1e3 * ended.seconds)}, "
         f"rate {size(ended.rate)}/s, dirty rate {size(ended.dirty_rate)}/s"
     )
-    if ended.expected_downtime_s is None:
-        return text
-    return f"{text}, expected downtime {milliseconds(1e3 * ended.expected_downtime_s)}"
+    if ended.expected_downtime_s is not None:
+        text += f", expected downtime {milliseconds(1e3 * ended.expected_downtime_s)}"
+    return (
+        f"{text}, from now on held back {ended.throttle_percentage} % of its time"
+        if ended.throttle_percentage
+        else text
+    )
 
 
 class Lines:

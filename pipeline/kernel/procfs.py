@@ -290,6 +290,12 @@ def stat(pid: HostPid) -> Stat:
     return parse_stat(read_file(pid, "stat"))
 
 
+def state(pid: HostPid, tid: HostPid) -> str:
+    """The state of a thread of `pid`, a letter of /proc/PID/stat: "R" runs or could run; `ProcessGone`."""
+    content = read_file(pid, f"task/{tid}/stat")
+    return chr(content[content.rindex(b")") + 2])
+
+
 def is_exiting(tid: HostPid) -> bool:
     """Whether a task is on its way out or gone: it runs nothing of its program any more (PF_EXITING)."""
     try:

@@ -41,6 +41,8 @@ FIGURES = {
     "injected-calls": "system calls that the tree was made to do, to be asked for its state",
     "duplicate": "pages of zeros, told and not sent",
     "compression-rate": "bytes before compression for each byte after it",
+    "cpu-throttle-percentage": "of its time the tree was held back at most, because it wrote faster than it was sent",
+    "throttle-time": "it stood still so long for that, in short slices",
     "dirty-sync-count": "rounds in which memory was sent while the tree ran",
 }
 

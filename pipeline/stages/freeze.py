@@ -7,8 +7,10 @@ forks while it is frozen is caught whole.
 
 A thread that executes a program ends its sisters first and waits until each is collected, which only their tracer
 can do; then it takes the number of the first thread, and its own is gone without an end. Meanwhile PTRACE_SEIZE
-of any thread of the process does not come back: see `_Collector`. A process that ends has its threads collected
+of any thread of the process does not come back: see `Collector`. A process that ends has its threads collected
 before the first one, too.
+
+Some tasks of a tree can be stopped alone, too (`halt`): for `pipeline.stages.throttle`.
 
 Nothing in the target changes by being seized (PTRACE_SEIZE sends no signal). If we
 die, the kernel detaches every task and it runs on. A task that was stopped by job
@@ -25,7 +27,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Self
@@ -144,7 +146,7 @@ def freeze(root: HostPid, suspend_seccomp: bool) -> FrozenTree:
     """
     tree = FrozenTree(root, options=OPTION.SUSPEND_SECCOMP if suspend_seccomp else 0)
     try:
-        with _Collector() as collector:
+        with Collector() as collector:
             for _ in range(_ROUNDS):
                 if not _round(tree, collector):
                     return tree
@@ -154,7 +156,7 @@ def freeze(root: HostPid, suspend_seccomp: bool) -> FrozenTree:
         raise
 
 
-class _Collector:
+class Collector:
     """Collects the seized tasks of a process that end while PTRACE_SEIZE of a sister of theirs does not come back.
 
     An execve has the cred_guard_mutex of its process from the beginning to the end, and PTRACE_SEIZE takes it; the
@@ -174,6 +176,10 @@ class _Collector:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Nobody is seized any more; idempotent."""
         self._over.set()
 
     def stand_by(self, process: FrozenProcess) -> None:
@@ -199,7 +205,7 @@ class _Collector:
                     _collect_ended(self._process)
 
 
-def _round(tree: FrozenTree, collector: _Collector) -> bool:
+def _round(tree: FrozenTree, collector: Collector) -> bool:
     """Stop every task that is not stopped yet; returns whether there was one."""
     found = False
     for pid in walk(tree.root):
@@ -217,7 +223,7 @@ def _round(tree: FrozenTree, collector: _Collector) -> bool:
     return found
 
 
-def _stop_tasks(tree: FrozenTree, process: FrozenProcess, collector: _Collector) -> bool:
+def _stop_tasks(tree: FrozenTree, process: FrozenProcess, collector: Collector) -> bool:
     found = False
     while True:
         if process.pid in process.tasks:
@@ -264,7 +270,7 @@ def _collect_ended(process: FrozenProcess) -> None:
                 _strike_out(process, tid)
 
 
-def _seize(tree: FrozenTree, process: FrozenProcess, tid: HostPid, collector: _Collector) -> bool:
+def _seize(tree: FrozenTree, process: FrozenProcess, tid: HostPid, collector: Collector) -> bool:
     """Seize a task and interrupt it; False if it has ended."""
     LEDGER.take("seized task", tid)
     try:
@@ -329,8 +335,17 @@ def _seize_one(tree: FrozenTree, tid: HostPid) -> bool:
 
 def _await_stop(process: FrozenProcess, tid: HostPid) -> None:
     """Wait until a seized task is stopped and the stop was reported; one that is gone is struck out."""
+    if not _stops_within(process, tid, _STOP_TIMEOUT_S):
+        raise TargetError(
+            f"{_subject(process.pid, tid)} does not stop (state {procfs.status(tid).state}); "
+            "it sleeps in the kernel where nothing wakes it"
+        )
+
+
+def _stops_within(process: FrozenProcess, tid: HostPid, timeout_s: float) -> bool:
+    """As `_await_stop`, but False if it does not stop in this time."""
     task = process.tasks[tid]
-    deadline = time.monotonic() + _STOP_TIMEOUT_S
+    started_s = time.monotonic()
     spins = 0
     again = False
     while True:
@@ -340,37 +355,34 @@ def _await_stop(process: FrozenProcess, tid: HostPid) -> None:
             stop = ptrace.wait(tid, nohang=True)
         except ChildProcessError:
             _strike_out(process, tid)
-            return
+            return True
         if stop is None:
             if still:
-                return
+                return True
             spins += 1
             if spins > _SPINS:
                 _collect_ended(process)
                 if tid in process.tasks and _is_lost(process, tid):
                     _strike_out(process, tid)
                 if tid not in process.tasks:
-                    return
+                    return True
                 if spins % _SPINS == 0:
                     # an interrupt that meets an execve which ends other threads can be lost; or see `_seize`
                     with suppress(ProcessLookupError):
                         ptrace.interrupt(tid)
                     again = True
-                late_s = time.monotonic() - deadline
-                if late_s > _VFORK_TIMEOUT_S - _STOP_TIMEOUT_S:
+                waited_s = time.monotonic() - started_s
+                if waited_s > _VFORK_TIMEOUT_S:
                     borrowed = list(tracing.check_vfork(_subject(process.pid, tid), tid))
                     if borrowed:
                         raise Refused(borrowed)
-                if late_s > 0:
-                    raise TargetError(
-                        f"{_subject(process.pid, tid)} does not stop (state {procfs.status(tid).state}); "
-                        "it sleeps in the kernel where nothing wakes it"
-                    )
+                if waited_s > timeout_s:
+                    return False
                 time.sleep(0.0002)
             continue
         if stop.exited:
             _strike_out(process, tid)
-            return
+            return True
         if stop.event == EVENT.STOP and again:
             # another may be due: asked for once more it surely is, and nothing runs before it
             again = False
@@ -381,13 +393,14 @@ def _await_stop(process: FrozenProcess, tid: HostPid) -> None:
         if stop.event == EVENT.STOP:
             task.stopped, task.stop_signal = True, stop.signal if stop.group_stop else 0
             interrupted.settle(tid)
-            return
+            return True
         # a signal was on its way: let it in, the interrupt is still pending
         with suppress(ProcessLookupError):
             ptrace.cont(tid, stop.signal if not stop.event else 0)
 
 
-def _is_ours(tid: HostPid) -> bool:
+def is_ours(tid: HostPid) -> bool:
+    """Whether a task is seized by the calling thread."""
     try:
         return procfs.status(tid).tracer_pid == threading.get_native_id()
     except procfs.ProcessGone:
@@ -414,6 +427,34 @@ def _subject(pid: HostPid, tid: HostPid) -> str:
     return f"pid {pid}" + (f" thread {tid}" if tid != pid else "")
 
 
+def halt(
+    tree: FrozenTree, pid: HostPid, tids: Iterable[HostPid], collector: Collector, timeout_s: float
+) -> None:
+    """Stop some tasks of a process, besides those of `tree` that stand already.
+
+    Who may not be traced, or is gone, is passed over. Who does not stop in time is a task of `tree` all the same, and
+    is let go when it does.
+
+    Args:
+        tree: takes them, for `release` or `release_nowait`.
+        collector: stands by while they are seized.
+        timeout_s: how long they are waited for, all together.
+    """
+    process = tree.processes.setdefault(pid, FrozenProcess(pid))
+    new = []
+    for tid in tids:
+        with suppress(Refused):
+            if tid not in process.tasks and _seize(tree, process, tid, collector):
+                new.append(tid)
+    until_s = time.monotonic() + timeout_s
+    for tid in new:
+        if tid in process.tasks:
+            _stops_within(process, tid, until_s - time.monotonic())
+    _collect_ended(process)
+    if not process.tasks:
+        del tree.processes[pid]
+
+
 def release(tree: FrozenTree) -> None:
     """Let every task run on as it was; idempotent, tolerates tasks that are gone.
 
@@ -423,18 +464,24 @@ def release(tree: FrozenTree) -> None:
     A task that does not stop in a moment cannot be let go: it is when it is seized again, or when our thread ends.
     """
     started_s = time.monotonic()
-    left = [
-        task for process in tree.processes.values() for task in process.tasks.values() if not _let_go(task)
-    ]
+    while not release_nowait(tree):
+        left = [task for process in tree.processes.values() for task in process.tasks.values()]
+        patience_s = _STOP_TIMEOUT_S if any(task.stopped for task in left) else _END_GRACE_S
+        if time.monotonic() - started_s > patience_s:
+            break
+        time.sleep(_END_PAUSE_S)
     for process in tree.processes.values():
         for tid in list(process.tasks):
             _strike_out(process, tid)
-    while left:
-        patience_s = _STOP_TIMEOUT_S if any(task.stopped for task in left) else _END_GRACE_S
-        if time.monotonic() - started_s > patience_s:
-            return
-        time.sleep(_END_PAUSE_S)
-        left = [task for task in left if not _let_go(task)]
+
+
+def release_nowait(tree: FrozenTree) -> bool:
+    """Let run on, as it was, whoever can be let go by now, or has ended; whether nobody is left."""
+    for process in tree.processes.values():
+        for tid, task in list(process.tasks.items()):
+            if _let_go(task):
+                _strike_out(process, tid)
+    return not any(process.tasks for process in tree.processes.values())
 
 
 def _let_go(task: FrozenTask) -> bool:
@@ -442,15 +489,18 @@ def _let_go(task: FrozenTask) -> bool:
     try:
         stop = ptrace.wait(task.tid, nohang=True)
         if stop is None and not task.stopped:
-            return not _is_ours(task.tid)
+            ptrace.interrupt(task.tid)  # the first one can be lost: see `_stops_within`
+            return not is_ours(task.tid)
         if stop is None or not stop.exited:
             # a signal that was on its way when it was seized is let in
             on_its_way = stop is not None and not stop.event and not task.stopped
+            if stop is not None and stop.event == EVENT.STOP and not task.stopped:
+                interrupted.settle(task.tid)
             ptrace.detach(task.tid, stop.signal if stop is not None and on_its_way else 0)
     except ChildProcessError:
         return True
     except ProcessLookupError:
-        return not _is_ours(task.tid)
+        return not is_ours(task.tid)
     return True
 
 

@@ -48,3 +48,49 @@ def test_what_takes_its_time_whatever_is_left_counts() -> None:
 
 def test_without_a_rate_only_the_fixed_part_is_known() -> None:
     assert Pacing(0.3, 30, 0.1).expected_s(MIB, 0.0) == 0.1
+
+
+def throttles(pacing: Pacing, *left_mib: float) -> list[int]:
+    found = []
+    for left in left_mib:
+        assert pacing.judge(int(left * MIB), RATE) == "again"
+        found.append(pacing.throttle_percentage)
+    return found
+
+
+def test_nobody_is_held_back_who_was_not_to_be() -> None:
+    pacing = Pacing(max_downtime_s=0.3, max_rounds=30, fixed_s=0.0)
+    assert throttles(pacing, 100, 100, 100) == [0, 0, 0]
+
+
+def test_who_outruns_the_link_is_held_back_more_with_each_round_in_vain() -> None:
+    pacing = Pacing(0.3, 30, 0.0, auto_converge=True)
+    assert throttles(pacing, *[100] * 13) == [0, 0, 20, 30, 40, 50, 60, 70, 80, 90, 99, 99, 99]
+    assert pacing.judge(100 * MIB, RATE) == "too long"
+
+
+def test_a_round_that_brings_something_holds_nobody_back_more() -> None:
+    pacing = Pacing(0.3, 30, 0.0, auto_converge=True)
+    assert throttles(pacing, 100, 100, 100, 70, 50, 50, 39) == [0, 0, 20, 20, 20, 30, 30]
+
+
+def test_what_is_short_enough_holds_nobody_back() -> None:
+    pacing = Pacing(0.3, 30, 0.0, auto_converge=True)
+    assert verdicts(pacing, 20, 20) == ["again", "switch"]
+    assert pacing.throttle_percentage == 0
+
+
+def test_holding_back_gets_no_more_rounds_than_allowed() -> None:
+    pacing = Pacing(0.3, 5, 0.0, auto_converge=True)
+    assert verdicts(pacing, *[100] * 5) == ["again"] * 4 + ["too long"]
+
+
+def test_where_next_to_nothing_is_left_holding_back_would_not_help() -> None:
+    pacing = Pacing(0.3, 30, fixed_s=0.4, auto_converge=True)
+    assert throttles(pacing, *[0.25] * 3) == [0, 0, 0]
+    assert pacing.judge(int(0.25 * MIB), RATE) == "too long"
+
+
+def test_another_draft_goes_on_as_slow_as_the_one_before() -> None:
+    pacing = Pacing(0.3, 30, 0.0, auto_converge=True, throttle_percentage=60)
+    assert throttles(pacing, 100, 100, 50) == [60, 70, 70]

@@ -21,6 +21,7 @@ struct told {
 static struct told *told;
 static size_t pages;
 static double every_s;
+static int count_fd;
 static pid_t writer;
 
 static void spin(double until_s) {
@@ -33,7 +34,6 @@ static void *write_pages(void *unused) {
     uint64_t *written = calloc(pages, sizeof *written), count = 0, dice = 1;
     if (memory == MAP_FAILED || !written)
         die("memory");
-    int fd = openat(directory_fd, "count", O_WRONLY | O_CREAT | O_CLOEXEC, 0644);
     for (;;) {
         double begun_s = now_s();
         dice = dice * 6364136223846793005ULL + 1442695040888963407ULL;
@@ -46,7 +46,7 @@ static void *write_pages(void *unused) {
         written[page] = ++count;
         for (int at = 0; at < WORDS; at++)
             words[at] = count;
-        if (count % OFTEN == 0 && pwrite(fd, &count, sizeof count, 0) != sizeof count)
+        if (count % OFTEN == 0 && pwrite(count_fd, &count, sizeof count, 0) != sizeof count)
             die("count");
         spin(begun_s + every_s);
     }
@@ -122,6 +122,9 @@ int main(int argc, char **argv) {
     pages = (size_t)atoi(argv[2]) << 8;
     every_s = atoi(argv[3]) / 1e6;
     told = mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    count_fd = openat(directory_fd, "count", O_WRONLY | O_CREAT | O_CLOEXEC, 0644);
+    if (count_fd < 0)
+        die("count");
     sigset_t signals;
     sigemptyset(&signals);
     sigaddset(&signals, SIGUSR1);

@@ -146,6 +146,7 @@ def _rounds(log: Log) -> str:
         ),
     ]
     drawings += _expected(log, places)
+    is_throttled = any(ended.cpu_throttle_percentage for ended in rounds)
     listing = table(
         "Rounds",
         (
@@ -157,6 +158,7 @@ def _rounds(log: Log) -> str:
             "pages written",
             "pages/s written",
             "expected downtime",
+            *(["held back from then on"] if is_throttled else []),
         ),
         [
             (
@@ -168,10 +170,11 @@ def _rounds(log: Log) -> str:
                 count(pages),
                 exact(count(ended.dirty_pages_rate), ended.dirty_pages_rate, "pages/s"),
                 "" if ended.expected_downtime is None else ms(ended.expected_downtime),
+                *([f"{ended.cpu_throttle_percentage} %"] if is_throttled else []),
             )
             for ended, pages in zip(rounds, written, strict=True)
         ],
-        range(1, 8),
+        range(1, 9 if is_throttled else 8),
     )
     return _section("Rounds", about, wide("Bytes and pages of each round", *drawings), listing)
 

@@ -70,7 +70,10 @@ def test_a_round_says_rate_dirty_rate_and_expected_downtime(
     with progress.Lines("migrate") as lines:
         lines.round(Round(0, 8_000_000, 8_100_000, 0.1, 81e6, 5e6, 0.02))
         lines.round(Round(1, 500_000, 510_000, 0.01, 51e6, 0.0))
+        lines.round(Round(2, 500_000, 510_000, 0.01, 51e6, 0.0, 0.02, 20))
     assert capsys.readouterr().err == (
         "migrate: round 0: 8.0 MB in 100 ms, rate 81.0 MB/s, dirty rate 5.0 MB/s, expected downtime 20 ms\n"
         "migrate: round 1: 500.0 kB in 10 ms, rate 51.0 MB/s, dirty rate 0 B/s\n"
+        "migrate: round 2: 500.0 kB in 10 ms, rate 51.0 MB/s, dirty rate 0 B/s, expected downtime 20 ms, "
+        "from now on held back 20 % of its time\n"
     )

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from pipeline import events
 from pipeline.report import log, svg
@@ -102,6 +103,14 @@ def test_every_figure_is_there() -> None:
         "157.5 MB",
     ):
         assert words in found.text
+
+
+def test_what_a_tree_was_held_back_is_told_where_it_was() -> None:
+    assert "held back" not in drawn(DONE).text
+    throttled = [replace(ended, cpu_throttle_percentage=10 * ended.number) for ended in ROUNDS]
+    text = drawn([*DONE[:3], *throttled, *DONE[6:]]).text
+    assert "held back from then on" in text
+    assert all(f"{10 * ended.number} %" in text for ended in ROUNDS)
 
 
 @pytest.mark.parametrize("ending", range(len(DONE)))

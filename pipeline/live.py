@@ -192,9 +192,10 @@ class LiveSource:
             )
             dirty = left
             if verdict == "too long" and self._rounds.on_timeout == "cancel":
+                remedy = "" if self._rounds.auto_converge else "say --auto-converge, "
                 raise PipelineError(
                     f"the tree writes faster than it can be sent: it would stand still for {expected_s:.1f} s; raise "
-                    "--max-downtime, say --auto-converge, or --on-timeout switch"
+                    f"--max-downtime, {remedy}or say --on-timeout switch"
                 )
             self._later |= verdict == "too long" and self._rounds.on_timeout == "postcopy"
             if verdict != "again":

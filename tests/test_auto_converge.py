@@ -226,6 +226,7 @@ def test_an_end_that_is_refused_gives_it_back(
         code, _, err = migration.ends()
         assert code == 1, err
         assert "writes faster than it can be sent" in err
+        assert "say --auto-converge" not in err
         assert max(ended.cpu_throttle_percentage for ended in migration.rounds()) >= 60
         assert_runs_freely(tree)
 

@@ -51,11 +51,9 @@ def told(ended: Round) -> str:
     )
     if ended.expected_downtime_s is not None:
         text += f", expected downtime {milliseconds(1e3 * ended.expected_downtime_s)}"
-    return (
-        f"{text}, from now on held back {ended.throttle_percentage} % of its time"
-        if ended.throttle_percentage
-        else text
-    )
+    if ended.throttle_percentage:
+        text += f", from now on held back {ended.throttle_percentage} % of its time"
+    return text
 
 
 class Lines:

@@ -14,6 +14,8 @@ is stopped: for such see `pipeline.resources.tasks.interrupted`.
 Stopping and letting go takes the longer the more threads there are, and so does looking for them. Slices are made so
 long that this is a small part of them, and of the time between them.
 
+While this program itself is stopped (^Z) within a slice, the tree stands still, too.
+
 Not held back: who may not be traced; what a device or the kernel writes for the tree.
 
 Source: ptrace(2); QEMU's docs/devel/migration, "auto-converge", and its softmmu/cpu-throttle.c for the idea.

@@ -54,7 +54,7 @@ def running(place: Path) -> Iterator[str | None]:
         for option in (f"-{name}.port={port}", f"-{name}.port.grpc={grpc}")
     ]
     options += [f"-{name}.localSocket={name}.sock" for name in ("filer", "s3")]  # else in /tmp, for good
-    options += ["-volume.max=20", "-master.volumeSizeLimitMB=64", "-s3.port.iceberg=0", "-s3.port.lance=0"]
+    options += ["-volume.max=200", "-master.volumeSizeLimitMB=64", "-s3.port.iceberg=0", "-s3.port.lance=0"]
     endpoint = f"http://127.0.0.1:{ports[6]}"
     with (place / "log").open("wb") as log:
         process = subprocess.Popen(

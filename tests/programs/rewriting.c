@@ -23,7 +23,8 @@ static struct arena arenas[ARENAS];
 static const char *volatile wrong;
 static char wrong_text[200];
 static int forks;
-static volatile int *witness_is_wrong;
+/* shared with the child: what it has found wrong */
+static char *witnessed;
 
 static uint64_t mix(uint64_t value) {
     value ^= value >> 33;
@@ -160,7 +161,7 @@ static void stay_as_it_was(void) {
         for (int number = 0; number < 60; number++) {
             struct arena *arena = &arenas[number % 4 ? SLOW : number % THREADS];
             if (!is_right(arena, dice(arena) % PAGES))
-                *witness_is_wrong = 1;
+                strcpy(witnessed, wrong_text);
         }
         nap(3);
     }
@@ -173,7 +174,11 @@ static const char *check_pages(void) {
             is_right(arena, page);
         pthread_mutex_unlock(&arena->lock);
     }
-    return *witness_is_wrong ? "the child has pages that it did not have" : wrong;
+    if (!*witnessed)
+        return wrong;
+    static char text[300];
+    snprintf(text, sizeof text, "the child has pages that it did not have: %s", witnessed);
+    return text;
 }
 
 static void spoil_pages(void) {
@@ -188,7 +193,7 @@ int main(int argc, char **argv) {
     static const struct check checks[] = {{"pages", check_pages, spoil_pages}};
     open_directory(argc, argv);
     forks = argc > 2 && !strcmp(argv[2], "forks");
-    witness_is_wrong = mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    witnessed = mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     for (int number = 0; number < ARENAS; number++) {
         struct arena *arena = &arenas[number];
         arena->state = number + 1;

@@ -56,6 +56,10 @@ def dump(
     to: str,
     *,
     leave: Literal["end", "running", "stopped"] = "end",
+    mode: Literal["stop", "precopy"] = "stop",
+    max_downtime: float = 0.3,
+    max_rounds: int = 30,
+    parent: str | None = None,
     externals: Mapping[str, str] | None = None,
     policy: DumpPolicy | None = None,
     compress: Literal["none", "lz4", "zstd", "auto"] = "none",
@@ -64,7 +68,17 @@ def dump(
     """`pipeline.dump`, blocking."""
     return trio.run(
         lambda: pipeline.dump(
-            pid, to, leave=leave, externals=externals, policy=policy, compress=compress, progress=progress
+            pid,
+            to,
+            leave=leave,
+            mode=mode,
+            max_downtime=max_downtime,
+            max_rounds=max_rounds,
+            parent=parent,
+            externals=externals,
+            policy=policy,
+            compress=compress,
+            progress=progress,
         )
     )
 

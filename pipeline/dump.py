@@ -5,6 +5,8 @@
     check ─ freeze ─ capture ─┬─ namespace-translate ─┬─ write ─ (end the tree)
                               └─ memory-stream ───────┘
 
+With ``precopy`` most of the memory is written before the freeze (`pipeline.precopy`).
+
 What is refused is refused before anything is touched. From the freeze to the end of
 the recipe, every failure and every cancellation leads to the tree running on as it
 was; only a complete and synced image lets it end.
@@ -13,33 +15,32 @@ was; only a complete and synced image lets it end.
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterable, Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
-from typing import Literal, TypeVar
+from functools import partial
+from typing import Literal
 
-import msgspec
 import trio
 from msgspec import Struct
 
-from pipeline.errors import ungrouped
-from pipeline.image.manifest import Manifest
-from pipeline.image.packing import Compression, PackedRun, Packer
-from pipeline.image.schema import FORMAT_VERSION, Record
+from pipeline.errors import UsageError
+from pipeline.image.packing import Compression, Packer
+from pipeline.image.schema import FORMAT_VERSION
 from pipeline.policy import DumpPolicy
+from pipeline.precopy import Precopy, Rounds, stored_before
 from pipeline.progress import NullProgress, Progress
 from pipeline.remote.tracer import tracer_thread
 from pipeline.stages import freeze
-from pipeline.stages.memory import BUFFER_BYTES, BUFFERS, PageSource, stream_memory
-from pipeline.stages.translate import into_forest
-from pipeline.standstill import CapturedRecords, refuse_early, standstill
-from pipeline.transport.buffers import BufferPool, Lease, LeasedRun
+from pipeline.stages.write import in_order, write_image, write_translated
+from pipeline.standstill import Standstill, refuse_early, standstill
 from pipeline.transport.framing import FrameWriter
-from pipeline.transport.storage import IMAGE, INDEX, MANIFEST, Storage
+from pipeline.transport.index import indexed
+from pipeline.transport.manifest import Manifest, write_manifest
+from pipeline.transport.storage import IMAGE, INDEX, DirectoryStorage, Storage, open_storage
 from pipeline.userns.externals import Externals
-from pipeline.userns.forest import Forest
 
 Leave = Literal["end", "running", "stopped"]
-_Item = TypeVar("_Item")
+Mode = Literal["stop", "precopy"]
 
 
 class DumpResult(Struct, frozen=True):
@@ -57,120 +58,24 @@ class DumpResult(Struct, frozen=True):
     compression: str = "none"
 
 
-async def write_image(
-    writer: FrameWriter,
-    records: CapturedRecords,
-    sources: Sequence[PageSource],
-    forest: Forest,
-    progress: Progress,
-) -> int:
-    """Run the stages that carry a captured tree to `writer`; returns the bytes of pages.
-
-    Records first, so that the other side can begin to build; then pages as they are read; then the end.
-    """
-    with ungrouped():
-        async with trio.open_nursery() as nursery:
-            send, receive = trio.open_memory_channel[Record](64)
-            nursery.start_soon(translate_records, records, forest, send)
-            return await write_translated(writer, receive, sources, progress)
-    raise AssertionError("a nursery swallows nothing")
-
-
-async def write_translated(
-    writer: FrameWriter, records: AsyncIterable[Record], sources: Sequence[PageSource], progress: Progress
-) -> int:
-    """Records that are translated, the pages of `sources`, and the end; returns the bytes of pages."""
-    count = 0
-
-    async def write_records() -> None:
-        nonlocal count
-        async for record in records:
-            await writer.record(record)
-            count += 1
-
-    page_bytes = await write_pages(writer, sources, progress, before=write_records)
-    await writer.end(count, page_bytes)
-    return page_bytes
-
-
-async def nothing() -> None:
-    """Comes before pages that nothing comes before."""
-
-
-async def write_pages(
-    writer: FrameWriter,
-    sources: Sequence[PageSource],
-    progress: Progress,
-    before: Callable[[], Awaitable[None]] = nothing,
-) -> int:
-    """The pages of `sources`, read while `before` is written and then while others are on their way; their bytes."""
-    pool = BufferPool(BUFFERS, BUFFER_BYTES)
-    page_bytes = 0
-    with ungrouped():
-        async with trio.open_nursery() as nursery:
-            send, receive = trio.open_memory_channel[LeasedRun](BUFFERS)
-            packed_send, packed_receive = trio.open_memory_channel[tuple[PackedRun, Lease]](1)
-            nursery.start_soon(stream_memory, sources, send, pool, progress)
-            nursery.start_soon(_pack, writer, receive, packed_send)
-            try:
-                await before()
-                async for packed, lease in packed_receive:
-                    page_bytes += packed.page_bytes
-                    await writer.packed(packed, lease.release)
-            finally:
-                _let_go(packed_receive, lambda item: item[1])
-    return page_bytes
-
-
-async def _pack(
-    writer: FrameWriter,
-    runs: trio.MemoryReceiveChannel[LeasedRun],
-    send: trio.MemorySendChannel[tuple[PackedRun, Lease]],
-) -> None:
-    """Make frames of page runs, while the frame before is written."""
-    try:
-        async with send:
-            async for leased in runs:
-                try:
-                    await send.send((await writer.pack(leased.run), leased.lease))
-                except BaseException:
-                    leased.lease.release()
-                    raise
-    finally:
-        _let_go(runs, lambda leased: leased.lease)
-
-
-def _let_go(channel: trio.MemoryReceiveChannel[_Item], lease_of: Callable[[_Item], Lease]) -> None:
-    """Give back what is still in a channel that nobody reads any more."""
-    while True:
-        try:
-            lease_of(channel.receive_nowait()).release()
-        except (trio.WouldBlock, trio.EndOfChannel, trio.ClosedResourceError):
-            break
-
-
 async def _store(
-    storage: Storage,
-    records: CapturedRecords,
-    sources: Sequence[PageSource],
-    forest: Forest,
-    progress: Progress,
-    packer: Packer,
+    storage: Storage, packer: Packer, progress: Progress, write: Callable[[FrameWriter], Awaitable[int]]
 ) -> Manifest:
-    """Write the image and its index, then the manifest that says they are complete; none is left if that fails."""
+    """Write the image and its index, then the manifest that says they are complete; none is left if that fails.
+
+    Args:
+        storage: where to.
+        packer: what makes frames of pages.
+        write: writes records and pages, to their end; returns the bytes of pages.
+    """
     try:
-        async with AsyncExitStack() as stack:
-            index = await stack.enter_async_context(storage.create(INDEX)) if storage.has_manifest else None
-            sink = await stack.enter_async_context(storage.create(IMAGE))
-            writer = FrameWriter(sink, packer, index)
-            page_bytes = await write_image(writer, records, sources, forest, progress)
+        async with indexed(storage, IMAGE, packer) as writer:
+            page_bytes = await write(writer)
             progress.phase("write")
         # the end of an upload is not cancelled: here is the last moment
         await trio.lowlevel.checkpoint_if_cancelled()
         manifest = Manifest(FORMAT_VERSION, writer.bytes_written, page_bytes, writer.index_bytes)
-        if storage.has_manifest:
-            async with storage.create(MANIFEST) as sink:
-                await sink.write(msgspec.json.encode(manifest))
+        await write_manifest(storage, manifest)
     except BaseException:
         with trio.CancelScope(shield=True):
             await storage.discard(IMAGE)
@@ -179,13 +84,11 @@ async def _store(
     return manifest
 
 
-async def translate_records(
-    records: CapturedRecords, forest: Forest, send: trio.MemorySendChannel[Record]
-) -> None:
-    """The namespace-translate stage: every id of every record moves into the forest."""
-    async with send:
-        for record, state in records:
-            await send.send(into_forest(record, state, forest))
+async def _write(still: Standstill, precopy: Precopy | None, progress: Progress, writer: FrameWriter) -> int:
+    if precopy is None:
+        return await write_image(writer, still.records, still.sources, still.forest, progress)
+    records, sources = await trio.to_thread.run_sync(precopy.rest, still)
+    return await write_translated(writer, in_order(records), sources, progress)
 
 
 async def dump(
@@ -193,6 +96,10 @@ async def dump(
     to: str,
     *,
     leave: Leave = "end",
+    mode: Mode = "stop",
+    max_downtime: float = 0.3,
+    max_rounds: int = 30,
+    parent: str | None = None,
     externals: Externals | None = None,
     policy: DumpPolicy | None = None,
     compress: Compression = "none",
@@ -204,6 +111,12 @@ async def dump(
         pid: root of the tree, in the caller's pid namespace.
         to: a directory, a URL, or ``-``.
         leave: what becomes of the tree when the image is complete.
+        mode: ``stop``: the tree stands still while its memory is written; ``precopy``: its memory is written in rounds
+            while it runs, and it stands still for what is left after them.
+        max_downtime: how long the tree may stand still after the rounds, in seconds; as far as they can do it.
+        max_rounds: how many rounds there may be.
+        parent: an earlier image, made with ``precopy``, to whose pages this one refers where they are the same; a
+            restore needs both. Of directories, the path from one to the other counts.
         externals: paths of namespaces, by kind, that are external instead of the caller's own.
         policy: decisions about states that have more than one good answer.
         compress: pages with ``lz4``, ``zstd``, not at all, or with what pays (``auto``).
@@ -215,21 +128,35 @@ async def dump(
 
     Cancellation: the tree runs on, and no image is left.
     """
-    from pipeline.transport.storage import DirectoryStorage, open_storage
-
     progress = progress or NullProgress()
     begin = time.monotonic()
     storage = open_storage(to)
+    if mode == "precopy" and not storage.has_manifest:
+        raise UsageError(
+            "--mode precopy stores pages before the records, for which a stream has no place: give --to"
+        )
+    if parent is not None and mode != "precopy":
+        raise UsageError("--parent compares memory while the tree runs: it needs --mode precopy")
     await storage.require_free()
     place = storage.place if isinstance(storage, DirectoryStorage) else ""
     packer = Packer(compress)
     progress.phase("setup")
     await refuse_early(pid, externals, policy)
-    async with tracer_thread() as tracer:
+    before_s = time.monotonic()
+    async with tracer_thread() as tracer, AsyncExitStack() as before:
+        precopy: Precopy | None = None
+        if mode == "precopy":
+            rounds = Rounds(max_downtime, max_rounds)
+            precopy = await before.enter_async_context(
+                stored_before(tracer, pid, storage, packer, rounds, externals, policy, parent, progress)
+            )
         progress.phase("freeze")
-        async with standstill(tracer, pid, externals, policy, place) as still:
+        looks = precopy.looks if precopy is not None else None
+        async with standstill(tracer, pid, externals, policy, place, looks) as still:
             progress.phase("memory")
-            written = await _store(storage, still.records, still.sources, still.forest, progress, packer)
+            written = await _store(storage, packer, progress, partial(_write, still, precopy, progress))
+            if precopy is not None:
+                precopy.keep()
             await still.let_go_of_files()
             with trio.CancelScope(shield=True):
                 if leave == "end":
@@ -238,20 +165,26 @@ async def dump(
                 elif leave == "stopped":
                     await tracer.run(freeze.hold_stopped, still.tree)
         thawed = time.monotonic()
+    figures: dict[str, float] = {}
+    notes = still.holdings.complaints
+    if precopy is not None:
+        figures = {"dirty-sync-count": precopy.rounds_done, "draft-time": 1e3 * precopy.draft_s}
+        notes = [*precopy.notes, *notes]
     return DumpResult(
         root_pid=pid,
         processes=still.processes,
         external_ends=still.external_ends(),
         figures={
             "total-time": 1e3 * (time.monotonic() - begin),
-            "setup-time": 1e3 * (still.begun_s - begin),
+            "setup-time": 1e3 * (before_s - begin),
             "downtime": 1e3 * (thawed - still.begun_s),
             "collect-time": 1e3 * (still.captured_s - still.begun_s),
-            "transferred": written.image_bytes,
-            "page-bytes": written.page_bytes,
+            "transferred": written.image_bytes + (precopy.bytes_written if precopy is not None else 0),
+            "page-bytes": written.page_bytes + (precopy.page_bytes if precopy is not None else 0),
             "injected-calls": still.injected_calls,
             **packer.figures(),
+            **figures,
         },
         compression=packer.chosen(),
-        notes=still.holdings.complaints,
+        notes=notes,
     )

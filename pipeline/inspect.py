@@ -12,10 +12,14 @@ from dataclasses import dataclass
 
 from pipeline.errors import ImageError
 from pipeline.image.codec import Image
-from pipeline.restore import PageRuns, opened, read_manifest, read_records
-from pipeline.stages.stored_pages import stored_index
+from pipeline.image.schema import End, Layer
+from pipeline.kernel.pagemap import total_bytes
+from pipeline.restore import PageRuns, opened, opened_object, read_records
+from pipeline.stages.stored_pages import layer_index, needed, stored_index
 from pipeline.transport.buffers import LeasedRun
-from pipeline.transport.storage import open_storage
+from pipeline.transport.index import Index
+from pipeline.transport.manifest import read_manifest
+from pipeline.transport.storage import Storage, open_storage, referred
 from pipeline.userns.portrait import Portrait, Sitter, paint
 
 
@@ -26,7 +30,7 @@ class Inspection:
     Args:
         image: its records.
         page_bytes: how many bytes of pages it carries for each space.
-        image_bytes: its size.
+        image_bytes: its size, that of its own layer counted.
         index_bytes: the size of its index; 0 if it was made without one.
     """
 
@@ -71,9 +75,34 @@ async def inspect(source: str) -> Inspection:
             _count(first, page_bytes)
         async for leased in PageRuns(reader, image, first):
             _count(leased, page_bytes)
-        if index_bytes and (await stored_index(storage, index_bytes)).image.end != image.end:
+        if index_bytes and (await stored_index(storage, index_bytes))[0].end != image.end:
             raise ImageError(f"{storage.name}: the index is that of another image")
-        return Inspection(image, dict(page_bytes), reader.bytes_read, index_bytes)
+        size = reader.bytes_read
+    for layer in image.layers.values():
+        found = await _read_layer(storage, layer)
+        if not layer.at:
+            size, index_bytes = size + found.image_bytes, index_bytes + found.index_bytes
+    for stored in image.stored.values():
+        page_bytes[stored.space] += total_bytes(stored.runs)
+    return Inspection(image, dict(page_bytes), size, index_bytes)
+
+
+async def _read_layer(storage: Storage, layer: Layer) -> Index:
+    """Verify a layer; its index."""
+    if not storage.has_manifest:
+        raise ImageError(
+            f"{storage.name}: this is a part of an image: pages of it are in {layer.name!r} beside it"
+        )
+    place = referred(storage, layer.at)
+    with needed(storage, layer):
+        index = await layer_index(storage, layer)
+        async with opened_object(place, layer.name) as reader:
+            while (item := await reader.next()) is not None:
+                if isinstance(item, LeasedRun):
+                    item.lease.release()
+                elif isinstance(item, End) and item == index.end:
+                    return index
+        raise ImageError(f"{place.name}/{layer.name}: this is not the layer that the image was made with")
 
 
 def _count(leased: LeasedRun, page_bytes: Counter[int]) -> None:

@@ -15,17 +15,16 @@ If processes come or go, or much memory is mapped anew, the draft is void, and a
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import trio
 from msgspec.structs import replace
 
-from pipeline.dump import write_pages, write_translated
-from pipeline.errors import PipelineError, Refused
+from pipeline.errors import PipelineError
 from pipeline.ids import HostPid
-from pipeline.image.codec import Image
+from pipeline.image.codec import image_of
 from pipeline.image.schema import AddressSpace, Record
 from pipeline.policy import DumpPolicy
 from pipeline.progress import Progress, Round
@@ -38,8 +37,8 @@ from pipeline.stages.memory import PageSource
 from pipeline.stages.observe import Looks
 from pipeline.stages.pacing import Pacing
 from pipeline.stages.throttle import Throttle
-from pipeline.stages.translate import into_forest
-from pipeline.standstill import Standstill, standstill
+from pipeline.stages.write import in_order, write_pages, write_translated
+from pipeline.standstill import Standstill, begin_tracking
 from pipeline.transport.framing import FrameWriter
 from pipeline.transport.protocol import Begin
 from pipeline.transport.tcp import Channel
@@ -145,17 +144,13 @@ class LiveSource:
         percentage = self.throttle.percentage
         await self.throttle.set(0)
         try:
-            async with standstill(
-                self._tracer, self._pid, self._externals, self._policy, looks=self.memory.looks
-            ) as still:
-                image = image_of(translated(still))
-                await self._tracer.run(self.memory.begin, image, still.tree, still.sources)
-                begun_s = still.begun_s
-        except (Refused, OSError, TrackingLost) as error:
+            self.draft_s = await begin_tracking(
+                self._tracer, self._pid, self._externals, self._policy, self.memory
+            )
+        except TrackingLost as error:
             self._drop_draft()
-            self.notes.append(f"the tree was sent while it stood still: {_why(error)}")
+            self.notes.append(f"the tree was sent while it stood still: {error}")
             return False
-        self.draft_s = time.monotonic() - begun_s
         self._has_draft = True
         await self.throttle.set(percentage)
         return True
@@ -207,7 +202,7 @@ class LiveSource:
         sources = await trio.to_thread.run_sync(lambda: memory.take(first=True))
         records = list(memory.image.records())
         self.page_bytes += await write_translated(
-            self._channel.writer, _each(records), sources, self._progress
+            self._channel.writer, in_order(records), sources, self._progress
         )
         memory.let_go_of_objects()
         self.rounds_done += 1
@@ -232,12 +227,12 @@ class LiveSource:
             still: the tree.
             lasting: whose memory lasts, so that its pages may come later.
         """
-        records = translated(still)
+        records = still.translated()
         lacking = await self._lacking(records, still) if self._has_draft else None
         if lacking is None:
             if self._has_draft:
                 await self._tracer.run(still.plan_anew)
-                records = translated(still)
+                records = still.translated()
             await self._channel.say(Begin("whole"))
             sources: Sequence[PageSource] = still.sources
         else:
@@ -275,19 +270,6 @@ class LiveSource:
         self.memory.close()
 
 
-def translated(still: Standstill) -> list[Record]:
-    """The records of a tree that stands still, their ids in the forest of the image."""
-    return [into_forest(record, state, still.forest) for record, state in still.records]
-
-
-def image_of(records: Iterable[Record]) -> Image:
-    """Records as an image without its end."""
-    image = Image()
-    for record in records:
-        image.add(record)  # type: ignore[arg-type]
-    return image
-
-
 async def send_stopped(
     writer: FrameWriter,
     records: Sequence[Record],
@@ -315,15 +297,4 @@ async def send_stopped(
             else record
             for record in records
         ]
-    return await write_translated(writer, _each(records), sources, progress), lent
-
-
-async def _each(records: Sequence[Record]) -> AsyncIterator[Record]:
-    for record in records:
-        yield record
-
-
-def _why(error: Exception) -> str:
-    if isinstance(error, OSError):
-        return f"its writes cannot be tracked here ({error.strerror})"
-    return str(error)
+    return await write_translated(writer, in_order(records), sources, progress), lent

@@ -28,18 +28,19 @@ from typing import Literal, Self
 import trio
 from msgspec import Struct
 
-from pipeline.dump import write_image
 from pipeline.errors import InDoubt, PeerError, PeerRefused, UsageError
 from pipeline.ids import HostPid
+from pipeline.image.codec import image_of
 from pipeline.image.packing import Compression, Packer
 from pipeline.kernel.arch import x86_64 as arch
-from pipeline.live import LiveSource, OnTimeout, Rounds, image_of, send_stopped, translated
+from pipeline.live import LiveSource, OnTimeout, Rounds, send_stopped
 from pipeline.policy import DumpPolicy
 from pipeline.progress import NullProgress, Progress
 from pipeline.remote.tracer import Tracer, tracer_thread
 from pipeline.stages import freeze
 from pipeline.stages.lending import Lending, Lent
 from pipeline.stages.outliving import large_memories
+from pipeline.stages.write import write_image
 from pipeline.standstill import refuse_early, standstill
 from pipeline.transport import identity, protocol
 from pipeline.transport.protocol import Cancel, Commit, Completed, Decision, Hello, Join, Offer
@@ -192,7 +193,7 @@ async def migrate(
                     if lending is not None and (live is None or live.later):
                         memories = large_memories(still.records, still.sources, _SMALL_BYTES, _MOST_LENT)
                         lasting = await trio.to_thread.run_sync(
-                            lending.hold, memories, image_of(translated(still))
+                            lending.hold, memories, image_of(still.translated())
                         )
                         if memories and not lasting:
                             still.holdings.complaints.append(_NOTHING_LASTS)
@@ -203,7 +204,7 @@ async def migrate(
                     elif lasting:
                         page_bytes, lent = await send_stopped(
                             channel.writer,
-                            translated(still),
+                            still.translated(),
                             still.sources,
                             progress,
                             drafted=False,

@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Self
@@ -24,8 +24,7 @@ import trio
 from pipeline.errors import ImageError, RebuildError, ungrouped
 from pipeline.image.codec import Image
 from pipeline.image.frames import MAX_PAYLOAD_BYTES
-from pipeline.image.manifest import Manifest
-from pipeline.image.schema import FORMAT_VERSION, End
+from pipeline.image.schema import End
 from pipeline.kernel.pagemap import Range, intersect
 from pipeline.kernel.paging import DEVICE
 from pipeline.ledger import LEDGER
@@ -36,13 +35,14 @@ from pipeline.remote.tracer import tracer_thread
 from pipeline.resources.memory.later import is_copied, may_wait
 from pipeline.resources.memory.watch import check_here
 from pipeline.stages.bringing import Bringing
-from pipeline.stages.fill import PageFeed
+from pipeline.stages.fill import Feed, PageFeed, StoredFeed
 from pipeline.stages.pager import Pager
 from pipeline.stages.rebuild import Rebuilding, Terms, rebuilt
 from pipeline.stages.stored_pages import StoredPages, stored_pages
 from pipeline.transport.buffers import BufferPool, LeasedRun
 from pipeline.transport.framing import FrameReader, Message
-from pipeline.transport.storage import IMAGE, MANIFEST, Storage, open_storage
+from pipeline.transport.manifest import read_manifest
+from pipeline.transport.storage import IMAGE, Storage, open_storage
 from pipeline.userns.cradle import owns_pid_namespace
 from pipeline.userns.destination import Unmapped
 from pipeline.userns.externals import Externals
@@ -182,26 +182,6 @@ class PageRuns:
         raise StopAsyncIteration
 
 
-async def read_manifest(storage: Storage) -> Manifest | None:
-    """What stands beside the complete image in `storage`; None for a stream, which has none.
-
-    Raises:
-        ImageError: there is no image, it is not complete, or it is too new.
-    """
-    if not storage.has_manifest:
-        return None
-    raw = bytearray(1 << 16)
-    async with storage.open(MANIFEST) as source:
-        size = await source.read_into(memoryview(raw))
-    try:
-        manifest = msgspec.json.decode(bytes(raw[:size]), type=Manifest)
-    except msgspec.DecodeError as error:
-        raise ImageError(f"the manifest is damaged: {error}") from None
-    if manifest.format > FORMAT_VERSION:
-        raise ImageError(f"the image has format {manifest.format}; this version reads up to {FORMAT_VERSION}")
-    return manifest
-
-
 @asynccontextmanager
 async def opened(storage: Storage) -> AsyncIterator[FrameReader]:
     """A reader of the complete image in `storage`.
@@ -210,7 +190,14 @@ async def opened(storage: Storage) -> AsyncIterator[FrameReader]:
         ImageError: there is none, or it is not complete.
     """
     await read_manifest(storage)
-    async with storage.open(IMAGE) as stream:
+    async with opened_object(storage, IMAGE) as reader:
+        yield reader
+
+
+@asynccontextmanager
+async def opened_object(storage: Storage, name: str) -> AsyncIterator[FrameReader]:
+    """A reader of one of the objects of an image; ImageError: there is none."""
+    async with storage.open(name) as stream:
         yield FrameReader(stream, BufferPool(_BUFFERS, MAX_PAYLOAD_BYTES), storage.name)
 
 
@@ -237,12 +224,8 @@ def _check_lazy() -> None:
         ) from None
 
 
-@asynccontextmanager
-async def _opened_lazily(storage: Storage) -> AsyncIterator[StoredPages]:
-    """The complete image in `storage`, of which only the index is read at once; raises as `stored_pages`."""
-    manifest = await read_manifest(storage)
-    async with stored_pages(storage, manifest.index_bytes if manifest is not None else 0) as stored:
-        yield stored
+def _stored_feed(stored: StoredPages, later: Mapping[int, Sequence[Range]], progress: Progress) -> StoredFeed:
+    return StoredFeed(lambda space: stored.sooner(space, later.get(space, ())), progress)
 
 
 def _quiet(_: str) -> None:
@@ -333,17 +316,25 @@ async def restore(
         async with AsyncExitStack() as stack:
             tracer = await stack.enter_async_context(tracer_thread())
             read: StoredPages | FrameReader
+            feed: Feed
             stored: StoredPages | None = None
             later: dict[int, list[Range]] = {}
             if lazy:
-                read = stored = await stack.enter_async_context(_opened_lazily(storage))
+                read = stored = await stack.enter_async_context(stored_pages(storage))
                 image = stored.image
                 later = _let_wait(image, stored)
-                feed = PageFeed(None, stored.sooner(later), progress)
+                feed = _stored_feed(stored, later, progress)
             else:
                 read = reader = await stack.enter_async_context(opened(storage))
                 image, first = await read_records(reader)
-                feed = page_feed(reader, image, first, progress)
+                if image.layers:
+                    if first is not None:
+                        first.lease.release()
+                    read = stored = await stack.enter_async_context(stored_pages(storage))
+                    image = stored.image
+                    feed = _stored_feed(stored, later, progress)
+                else:
+                    feed = page_feed(reader, image, first, progress)
             records_read = time.monotonic()
             if policy.shell_job and image.head.job is not None:
                 from pipeline.resources.shell_job import JobTerminal
@@ -353,7 +344,9 @@ async def restore(
             terms = Terms(
                 new_pidns, map, unmapped, externals or {}, policy, name, strict_ends=True, later=lazy
             )
-            async with _pages_later(stored, later, progress, on_message or _quiet) as begin_paging:
+            async with _pages_later(
+                stored if lazy else None, later, progress, on_message or _quiet
+            ) as begin_paging:
                 async with rebuilt(image, feed, tracer, progress, terms) as rebuilding:
                     progress.phase("thaw")
                     # before it runs: it may end at once, and somebody else's process have its number

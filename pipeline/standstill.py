@@ -18,12 +18,14 @@ import trio
 from pipeline import garbage
 from pipeline.errors import Blocker, PipelineError, Refused
 from pipeline.ids import HostPid
+from pipeline.image.codec import image_of
 from pipeline.image.schema import Record
 from pipeline.kernel import procfs
 from pipeline.policy import DumpPolicy
 from pipeline.remote.tracer import Tracer
 from pipeline.resources.external_state import ExternalState
 from pipeline.resources.held import Held
+from pipeline.resources.memory.tracking import TrackingLost
 from pipeline.resources.tasks import leaders
 from pipeline.resources.tasks.interrupted import Sleepers
 from pipeline.resources.tcp_doors import Doors
@@ -31,9 +33,11 @@ from pipeline.stages import freeze
 from pipeline.stages.capture import Capture
 from pipeline.stages.examine import tree_blockers
 from pipeline.stages.freeze import FrozenTree
+from pipeline.stages.live_memory import LiveMemory
 from pipeline.stages.memory import PageSource
 from pipeline.stages.observe import Looks
 from pipeline.stages.outliving import Outliving, large_memories
+from pipeline.stages.translate import into_forest
 from pipeline.userns.cradle import is_privileged
 from pipeline.userns.externals import Externals
 from pipeline.userns.forest import Forest
@@ -93,6 +97,10 @@ class Standstill:
         self._held = held
         self._outliving = outliving
         self.holdings = holdings
+
+    def translated(self) -> list[Record]:
+        """The records, their ids in the forest of the image."""
+        return [into_forest(record, state, self.forest) for record, state in self.records]
 
     def plan_anew(self) -> None:
         """Let `records` and `sources` be those of a tree that grows from nothing, where they were not; in any thread.
@@ -172,6 +180,33 @@ async def standstill(
                 )
                 return
         await trio.sleep(_TRANSIENT_PAUSE_S)
+
+
+async def begin_tracking(
+    tracer: Tracer,
+    pid: int,
+    externals: Externals | None,
+    policy: DumpPolicy | None,
+    memory: LiveMemory,
+) -> float:
+    """Stop the tree for a moment, look at it, and begin to track its memory; how long it stood still, in seconds.
+
+    Args:
+        tracer, pid, externals, policy: see `pipeline.dump`.
+        memory: what tracks it, until it is closed by the caller.
+
+    Raises:
+        TrackingLost: it cannot be tracked; the text says why.
+    """
+    try:
+        async with standstill(tracer, pid, externals, policy, looks=memory.looks) as still:
+            await tracer.run(memory.begin, image_of(still.translated()), still.tree, still.sources)
+            begun_s = still.begun_s
+    except OSError as error:
+        raise TrackingLost(f"its writes cannot be tracked here ({error.strerror})") from None
+    except Refused as error:
+        raise TrackingLost(str(error)) from None
+    return time.monotonic() - begun_s
 
 
 @asynccontextmanager

@@ -349,13 +349,14 @@ def test_image_below_a_file(start: Start, tmp_path: Path) -> None:
         assert_refused(done, done.returncode, str(tmp_path))
 
 
-def test_disk_that_is_full(start: Start, tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", ["stop", "precopy"])
+def test_disk_that_is_full(start: Start, tmp_path: Path, mode: str) -> None:
     tree = start("quiet")
     (tmp_path / "small").mkdir()
     # A disk of 1 MiB in a mount namespace that ends with the command.
     script = (
         f"mount -t tmpfs -o size=1m none {tmp_path}/small && "
-        f"{sys.executable} -m pipeline dump --pid {tree.pid} --to {tmp_path}/small/image; code=$?; "
+        f"{sys.executable} -m pipeline dump --pid {tree.pid} --to {tmp_path}/small/image --mode {mode}; code=$?; "
         f"find {tmp_path}/small -type f; exit $code"
     )
     with unharmed(tree):

@@ -12,7 +12,7 @@ import os
 import sys
 from typing import Literal
 
-from pipeline.cli import placing, policies, progress, render, within
+from pipeline.cli import pacing, placing, policies, progress, render, within
 from pipeline.errors import UsageError
 
 EXAMPLE = (
@@ -33,6 +33,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     after = parser.add_mutually_exclusive_group()
     after.add_argument("--leave-running", action="store_true", help="the tree goes on after the dump")
     after.add_argument("--leave-stopped", action="store_true", help="the tree is left stopped (SIGSTOP)")
+    parser.add_argument(
+        "--mode",
+        choices=("stop", "precopy"),
+        default="stop",
+        help="when memory is written: while the tree stands still, or before that in rounds (default: stop)",
+    )
+    pacing.add_rounds(parser)
+    parser.add_argument(
+        "--parent",
+        metavar="IMAGE",
+        help="an earlier image, made with --mode precopy: its pages are not stored again, and both are needed",
+    )
     placing.add_external(parser)
     policies.add_dump(parser)
     placing.add_compress(parser)
@@ -60,12 +72,17 @@ def execute(arguments: argparse.Namespace) -> int:
     with progress.listener("dump", arguments, pid=arguments.pid, to=arguments.to) as listener:
         place = within.enter("dump", arguments.pid)
         to = place.path(arguments.to)
+        parent = place.path(arguments.parent) if arguments.parent is not None else None
         outside = {kind: place.path(path) for kind, path in outside.items()}
         result = recipe.run(
             lambda: pipeline.dump(
                 place.pid,
                 to,
                 leave=leave,
+                mode=arguments.mode,
+                max_downtime=arguments.max_downtime,
+                max_rounds=arguments.max_rounds,
+                parent=parent,
                 externals=outside,
                 policy=policy,
                 compress=arguments.compress,

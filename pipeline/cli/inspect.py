@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline import amounts
 from pipeline.cli import forest, render
+from pipeline.kernel.pagemap import total_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -81,6 +82,8 @@ def as_document(inspection: Inspection) -> dict[str, Any]:
         "contents": render.plain(list(image.contents.values())),
         "files": render.plain(list(image.files.values())),
         "external-ends": render.plain(external_ends(image)),
+        "layers": render.plain(list(image.layers.values())),
+        "stored": render.plain(list(image.stored.values())),
         "page-bytes": {str(space): count for space, count in inspection.page_bytes.items()},
         "image-bytes": inspection.image_bytes,
         "index-bytes": inspection.index_bytes,
@@ -126,8 +129,14 @@ def _heading(inspection: Inspection, name: str, console: Console) -> None:
     console.print(
         f"{_many(len(image.processes), 'process', 'processes')}, {_many(threads, 'thread')}, "
         f"{_many(len(image.files), 'open file')}, pages: {carried}, image: {amounts.size(inspection.image_bytes)}"
-        f"{index}\n"
+        f"{index}"
     )
+    for layer in image.layers.values():
+        inside = sum(total_bytes(one.runs) for one in image.stored.values() if one.layer == layer.index)
+        console.print(
+            f"{amounts.size(inside)} of the pages are in {escape(layer.at or name)}: {escape(layer.name)}"
+        )
+    console.print()
 
 
 def _many(count: int, one: str, more: str = "") -> str:

@@ -22,12 +22,14 @@ from pipeline.image.schema import (
     Content,
     End,
     Head,
+    Layer,
     MappedFile,
     Namespace,
     OpenFile,
     Process,
     Record,
     SharedMemory,
+    Stored,
     TakenFile,
     Together,
     UserNamespace,
@@ -105,6 +107,9 @@ class Image:
         #: processes by level-0 pid, parents before children
         self.processes: dict[int, Process] = {}
         self.files: dict[int, OpenFile] = {}
+        self.layers: dict[int, Layer] = {}
+        #: what lies in layers, by space and layer
+        self.stored: dict[tuple[int, int], Stored] = {}
         self.end: End | None = None
 
     @property
@@ -128,6 +133,8 @@ class Image:
             self.spaces,
             self.processes,
             self.files,
+            self.layers,
+            self.stored,
         ):
             yield from table.values()
 
@@ -175,11 +182,18 @@ class Image:
                 self._put(self.processes, record.pids[0], record)
             case OpenFile():
                 self._put(self.files, record.index, record)
+            case Layer():
+                if "/" in record.name or record.name.startswith("."):
+                    raise ImageError(f"layer {record.index}: {record.name!r} is no name of an object")
+                self._put(self.layers, record.index, record)
+            case Stored():
+                self._check_runs(record)
+                self._put(self.stored, (record.space, record.layer), record)
             case End():
                 self.end = record
 
     @staticmethod
-    def _put(table: dict[int, Any], key: int, record: Record) -> None:
+    def _put(table: dict[Any, Any], key: object, record: Record) -> None:
         if key in table:
             raise ImageError(f"{type(record).__name__} {key} is there twice")
         table[key] = record
@@ -192,6 +206,14 @@ class Image:
             if not fits:
                 raise ImageError(f"space {space.space}: mapping {vma.start:x}-{vma.end:x} is out of order")
             reached = vma.end
+
+    @staticmethod
+    def _check_runs(stored: Stored) -> None:
+        reached = 0
+        for start, end in stored.runs:
+            if not reached <= start < end or (start | end) % _PAGE_BYTES:
+                raise ImageError(f"space {stored.space}: pages {start:x}-{end:x} of a layer are out of order")
+            reached = end
 
     def check_machine(self, machine: str) -> None:
         """Raise ImageError if the image was made on another kind of processor."""
@@ -222,6 +244,16 @@ class Image:
             self._require(
                 taken.content in self.contents and taken.path.mntns in self.namespaces,
                 f"file {taken.index} that came along has no content, or no mount namespace",
+            )
+        for stored in self.stored.values():
+            self._require(
+                stored.layer in self.layers
+                and (
+                    stored.space in self.spaces
+                    or stored.space in self.shared_memory
+                    or stored.space in self.contents
+                ),
+                f"pages of space {stored.space} in layer {stored.layer} have no layer, or belong to nothing",
             )
         for space in self.spaces.values():
             self._check_space(space)
@@ -319,3 +351,11 @@ class Image:
     def _require(holds: bool, otherwise: str) -> None:
         if not holds:
             raise ImageError(f"the image does not fit together: {otherwise}")
+
+
+def image_of(records: Iterable[Record]) -> Image:
+    """Records as an image without its end."""
+    image = Image()
+    for record in records:
+        image.add(record)  # type: ignore[arg-type]
+    return image

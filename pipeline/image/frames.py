@@ -26,6 +26,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Any
 
 import msgpack
 import xxhash
@@ -39,6 +40,8 @@ _ZERO = bytes(3)
 #: most bytes of pages in one frame
 MAX_PAYLOAD_BYTES = 4 << 20
 MAX_SEGMENTS = 1024
+#: of the digest of a page
+DIGEST_BYTES = 16
 _PAGE_BYTES = 4096
 _ADDRESS_END = 1 << 63
 _SPACE_END = 1 << 24
@@ -90,11 +93,21 @@ def encode(kind: Kind, header: bytes, payload: memoryview | bytes = b"") -> byte
     return HEAD.pack(MAGIC, kind, _ZERO, len(header), len(payload), *sums) + header
 
 
-def encode_pages(run: PageRun, codec: Codec = Codec.NONE, packed: memoryview | bytes | None = None) -> bytes:
-    """Head and header of a PAGES frame; ``run.payload`` follows it, or what it was `packed` into with `codec`."""
+def encode_pages(
+    run: PageRun,
+    codec: Codec = Codec.NONE,
+    packed: memoryview | bytes | None = None,
+    digests: bytes = b"",
+) -> bytes:
+    """Head and header of a PAGES frame; ``run.payload`` follows it, or what it was `packed` into with `codec`.
+
+    `digests`: see `PagesHeader`.
+    """
     header: list[object] = [run.space, run.segments]
-    if run.zeros or codec != Codec.NONE:
+    if run.zeros or codec != Codec.NONE or digests:
         header += [int(codec), run.zeros]
+    if digests:
+        header.append(digests)
     return encode(Kind.PAGES, msgpack.packb(header), run.payload if packed is None else packed)
 
 
@@ -126,13 +139,17 @@ def check_sum(content: bytes | memoryview, expected: int, where: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class PagesHeader:
-    """The header of a PAGES frame: see `PageRun`; `page_bytes` is what the payload holds when it is unpacked."""
+    """The header of a PAGES frame: see `PageRun`; `page_bytes` is what the payload holds when it is unpacked.
+
+    `digests`: `DIGEST_BYTES` of the SHA-256 of each page of the payload, one after the other; or nothing.
+    """
 
     space: int
     segments: Sequence[tuple[int, int]]
     zeros: Sequence[tuple[int, int]]
     codec: Codec
     page_bytes: int
+    digests: bytes = b""
 
 
 def decode_pages(header: bytes, payload_bytes: int, where: str) -> PagesHeader:
@@ -142,9 +159,10 @@ def decode_pages(header: bytes, payload_bytes: int, where: str) -> PagesHeader:
         ImageError: ranges are not page aligned, out of order, too large, or do not add up to the payload.
     """
     values = unpack(header)
-    if not isinstance(values, list) or len(values) not in {2, 4}:
+    if not isinstance(values, list) or len(values) not in {2, 4, 5}:
         raise ImageError(f"{where}: this is no header of pages")
-    space, pairs, number, zero_pairs = values if len(values) == 4 else [*values, 0, []]
+    absent: list[Any] = [0, [], b""]
+    space, pairs, number, zero_pairs, digests = values + absent[len(values) - 2 :]
     if not (
         isinstance(space, int)
         and 0 <= space <= _SPACE_END
@@ -161,7 +179,10 @@ def decode_pages(header: bytes, payload_bytes: int, where: str) -> PagesHeader:
         raise ImageError(f"{where}: {total} bytes in segments, {payload_bytes} bytes of payload")
     if codec != Codec.NONE and not (total and payload_bytes):
         raise ImageError(f"{where}: a compressed payload of nothing")
-    return PagesHeader(space, segments, zeros, codec, total)
+    wanted = {0, total // _PAGE_BYTES * DIGEST_BYTES}
+    if not isinstance(digests, bytes) or len(digests) not in wanted:
+        raise ImageError(f"{where}: there is not one digest for each page")
+    return PagesHeader(space, segments, zeros, codec, total, digests)
 
 
 def _ranges(pairs: object, space: int, where: str) -> tuple[list[tuple[int, int]], int]:

@@ -1,5 +1,9 @@
 """Payloads of PAGES frames: zero pages taken out, what is left compressed where that is wanted. Pure.
 
+Pages may be told by digests, too, so that a later image need not hold those that are as they were. Content that
+somebody chooses with care must not be able to pass for other content, which leaves cryptographic digests only: SHA-256,
+cut to 128 bits.
+
 A frame says with what its payload was compressed. The size that it unpacks to is the sum of its
 segments, which is bounded like every payload *before* anything is allocated; what would
 unpack to more, or to less, is refused. Neither codec is believed about sizes: LZ4 blocks carry none, and
@@ -12,7 +16,9 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 from typing import Literal
 
 from pipeline.errors import ImageError
@@ -29,8 +35,8 @@ _WORDS = PAGE_BYTES // 8
 _ZSTD_LEVEL = 1
 #: what saves less than a sixteenth is sent as it is
 _WORTH = 15 / 16
-_ZERO = 1
-_ALIKE = re.compile(rb"\x00+|\x01+")
+_ZERO, _UNCHANGED = 1, 2
+_ALIKE = re.compile(rb"\x00+|\x01+|\x02+")
 
 
 def compress(codec: Codec, content: memoryview) -> bytes:
@@ -112,20 +118,46 @@ def zero_pages(content: memoryview) -> list[int]:
     ]
 
 
-def sift(run: PageRun) -> PageRun:
-    """`run` with its zero pages told as ranges.
+def page_digest(page: memoryview | bytes) -> bytes:
+    """The digest by which a page is known again."""
+    return sha256(page).digest()[: frames.DIGEST_BYTES]
+
+
+#: of a page of zeros
+ZERO_DIGEST = page_digest(_ZERO_PAGE)
+
+
+def page_digests(content: memoryview, zeros: Iterable[int]) -> list[bytes]:
+    """The digest of every page.
+
+    Args:
+        content: of the pages.
+        zeros: numbers of those that are known to be zero.
+    """
+    known = dict.fromkeys(zeros, ZERO_DIGEST)
+    return [
+        known.get(page) or page_digest(content[page * PAGE_BYTES : (page + 1) * PAGE_BYTES])
+        for page in range(len(content) // PAGE_BYTES)
+    ]
+
+
+def sift(run: PageRun, zeros: Iterable[int], unchanged: Iterable[int] = ()) -> PageRun:
+    """`run` with its zero pages told as ranges, and without those that are unchanged.
 
     Args:
         run: what is left of its payload moves together in it (in a copy, if it cannot be written).
+        zeros, unchanged: numbers of pages of its payload.
     """
     flags = bytearray(len(run.payload) // PAGE_BYTES)
-    for page in zero_pages(run.payload):
+    for page in zeros:
         flags[page] = _ZERO
+    for page in unchanged:
+        flags[page] = _UNCHANGED
     if not any(flags):
         return run
     content = run.payload if not run.payload.readonly else memoryview(bytearray(run.payload))
     segments: list[tuple[int, int]] = []
-    zeros: list[tuple[int, int]] = []
+    found: list[tuple[int, int]] = []
     page = kept = 0
     for start, length in run.segments:
         count = length // PAGE_BYTES
@@ -133,15 +165,15 @@ def sift(run: PageRun) -> PageRun:
             first, size = alike.start(), (alike.end() - alike.start()) * PAGE_BYTES
             where = start + (first - page) * PAGE_BYTES
             if flags[first] == _ZERO:
-                zeros.append((where, size))
-            else:
+                found.append((where, size))
+            elif flags[first] != _UNCHANGED:
                 segments.append((where, size))
                 at = first * PAGE_BYTES
                 if at != kept:
                     content[kept : kept + size] = content[at : at + size]
                 kept += size
         page += count
-    return PageRun(run.space, segments, content[:kept], zeros)
+    return PageRun(run.space, segments, content[:kept], found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,9 +197,14 @@ class Packer:
 
     Args:
         compression: what is wanted; with ``auto`` what pays is found out, and looked at again now and then.
+        digests: whether frames tell the digests of their pages.
+        unchanged: told of every run its space, its segments and the digests of its pages: the numbers of those that
+            need not be written.
     """
 
     compression: Compression = "none"
+    digests: bool = False
+    unchanged: Callable[[int, Sequence[tuple[int, int]], Sequence[bytes]], Sequence[int]] | None = None
     page_bytes: int = 0
     zero_bytes: int = 0
     _before: int = 0
@@ -180,13 +217,25 @@ class Packer:
             self._chooser = Chooser(compress)
 
     def pack(self, run: PageRun) -> PackedRun:
-        """The frame of `run`."""
-        run = sift(run)
+        """The frame of `run`; without a head if there is nothing to write of it."""
+        zeros = zero_pages(run.payload)
+        digests: list[bytes] = []
+        unchanged: Sequence[int] = ()
+        if self.digests:
+            digests = page_digests(run.payload, zeros)
+            if self.unchanged is not None:
+                unchanged = self.unchanged(run.space, run.segments, digests)
+            gone = {*zeros, *unchanged}
+            digests = [digest for page, digest in enumerate(digests) if page not in gone]
+        run = sift(run, zeros, unchanged)
+        if not run.segments and not run.zeros:
+            return PackedRun(b"", b"", 0, Codec.NONE)
         self.zero_bytes += sum(length for _, length in run.zeros)
         codec, payload = self._compressed(run.payload)
         self.page_bytes += len(run.payload)
         self._by_codec[codec] += len(run.payload)
-        return PackedRun(frames.encode_pages(run, codec, payload), payload, len(run.payload), codec)
+        head = frames.encode_pages(run, codec, payload, b"".join(digests))
+        return PackedRun(head, payload, len(run.payload), codec)
 
     def _compressed(self, payload: memoryview) -> tuple[Codec, memoryview | bytes]:
         codec = self._chooser.next(payload) if self._chooser else Codec[self.compression.upper()]

@@ -601,6 +601,32 @@ class Content(Record, frozen=True, kw_only=True, tag="content"):
     size_bytes: U64
 
 
+class Layer(Record, frozen=True, kw_only=True, tag="layer"):
+    """An object of page frames that an image needs besides its own.
+
+    `at`: the place it is in: a URL, a path from the directory of the image, or empty: that of the image itself.
+    `name`: of the object. `digest`: that of its end record.
+    """
+
+    index: Index
+    at: Annotated[str, Meta(max_length=4096)] = ""
+    name: Annotated[str, Meta(min_length=1, max_length=255)]
+    digest: Annotated[bytes, Meta(min_length=16, max_length=16)]
+
+
+class Stored(Record, frozen=True, kw_only=True, tag="stored"):
+    """Pages of a space that lie in a layer, whose frames call the space `number`.
+
+    `runs`: page ranges [start, end), ascending. Of several frames with the same page the last one counts, and what the
+    image itself has of the page counts more.
+    """
+
+    space: Index
+    layer: Index
+    number: Index
+    runs: list[tuple[U64, U64]]
+
+
 class End(Record, frozen=True, kw_only=True, tag="end"):
     """Last record: the number of records and page bytes before it, so that a cut is seen."""
 
@@ -622,5 +648,7 @@ AnyRecord = (
     | Process
     | OpenFile
     | Content
+    | Layer
+    | Stored
     | End
 )

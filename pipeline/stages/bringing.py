@@ -52,7 +52,7 @@ class Bringing:
         self._progress = progress
         self._on_message = on_message
         self._total_bytes = sum(total_bytes(ranges) for ranges in later.values())
-        #: numbers of the frames that are still to be read, ascending
+        #: numbers of the pieces that are still to be read, ascending
         self._left = stored.later(later)
         #: where the many go on
         self._next = 0
@@ -89,7 +89,7 @@ class Bringing:
 
     async def _bring_wanted(self, nursery: trio.Nursery) -> None:
         async for space, address in self._pager.wanted():
-            number = self._stored.frame_of(space, address)
+            number = self._stored.piece_of(space, address)
             at = bisect_left(self._left, number)
             if at < len(self._left) and self._left[at] == number:
                 self._left.pop(at)
@@ -115,7 +115,7 @@ class Bringing:
         self._progress.advance(min(self._pager.bytes_done, self._total_bytes), self._total_bytes)
 
     async def _load(self, number: int) -> LeasedRun:
-        """Read a frame, as soon as it can be read."""
+        """Read a piece, as soon as it can be read."""
         is_stuck = False
         while True:
             try:

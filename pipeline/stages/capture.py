@@ -374,7 +374,7 @@ class Capture:
         planner = plan(processes, list(spaces.values()), *tables)
         sources = self._shared_sources()
         sources += [
-            ProcessPages(number, self._face(captured[number][0]), runs[number])
+            ProcessPages(number, self._face(captured[number][0]), runs[number], captured[number][1].untouched)
             for number in fill_order(planner.steps)
         ]
         return list(spaces.values()), sources, planner

@@ -1,6 +1,6 @@
 """The fill stage: pages that arrive are written to where they belong.
 
-Pages of a space come in one piece of the stream, and spaces come in the order of the
+In a stream, pages of a space come in one piece, and spaces come in the order of the
 plan: first the objects that several processes share, then process by process as they
 are born. So there is no table of what is still missing: a run of another space says
 that the one before is complete.
@@ -13,7 +13,9 @@ are read.
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing
+from typing import Protocol
 
 import trio
 
@@ -61,6 +63,52 @@ def write_zeros(fd: int, offset: int, length: int) -> None:
             if page not in zero:
                 os.pwrite(fd, _ZERO_PAGE, offset + page * PAGE_BYTES)
         offset += len(wanted)
+
+
+class Feed(Protocol):
+    """Where the pages of a tree come from that is built."""
+
+    bytes_done: int
+
+    async def fill(self, space: int, fd: int) -> None:
+        """Write all pages of `space` to `fd`: a file, or the memory of a process by address."""
+
+    async def expect_end(self) -> None:
+        """Every page was wanted by somebody; ImageError."""
+
+    def close(self) -> None:
+        """Give back what is in hand; idempotent."""
+
+
+class StoredFeed:
+    """Pages that are read when they are wanted.
+
+    Args:
+        runs: gives the pages of a space; whoever gets a run releases its lease.
+        progress: is told the bytes that have been written.
+    """
+
+    def __init__(self, runs: Callable[[int], AsyncGenerator[LeasedRun]], progress: Progress) -> None:
+        self._runs = runs
+        self._progress = progress
+        self.bytes_done = 0
+
+    async def fill(self, space: int, fd: int) -> None:
+        """See `Feed.fill`."""
+        async with aclosing(self._runs(space)) as runs:
+            async for leased in runs:
+                try:
+                    await trio.to_thread.run_sync(write_run, fd, leased.run)
+                finally:
+                    leased.lease.release()
+                self.bytes_done += len(leased.run.payload)
+                self._progress.advance(self.bytes_done, None)
+
+    async def expect_end(self) -> None:
+        """See `Feed.expect_end`: nobody has more than what is asked for."""
+
+    def close(self) -> None:
+        """See `Feed.close`."""
 
 
 class PageFeed:

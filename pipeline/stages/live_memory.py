@@ -1,11 +1,16 @@
 """The memory of a tree that is sent while it runs: what was sent of it, and what was written since.
 
 It begins in a stop of the tree, in which its writes begin to be tracked (`pipeline.resources.memory.tracking`). Each
-round then asks what was written since the one before. In the last stop it says which pages the destination lacks:
-all that the tree has, but for those that were sent, were not written since, and lie in a mapping that the destination
-still has; and which pages it has that are none any more.
+round then asks what was written since the one before.
 
-Pages of mappings that are newer than the draft wait for the end: the destination has no place for them yet.
+A destination that builds a draft of the tree meanwhile is told in the last stop which pages it lacks: all that the
+tree has, but for those that were sent, were not written since, and lie in a mapping that the destination still has; and
+which pages it has that are none any more. Pages of mappings that are newer than the draft wait for the end: the
+destination has no place for them yet.
+
+A store only keeps what it gets. It is told in the last stop which pages of it are still those of the tree. What comes
+and goes meanwhile does not matter to it, but for memory that a child still shares with its parent: it is stored once,
+with the parent's.
 """
 
 from __future__ import annotations
@@ -13,6 +18,7 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from pipeline.errors import Blocker, Refused
@@ -32,6 +38,8 @@ from pipeline.stages.freeze import FrozenTree
 from pipeline.stages.memory import FilePages, LivePages, PageSource, ProcessPages, Sent, SharedPages
 from pipeline.stages.observe import Looks
 
+#: every address that a program can have
+_ALL: list[Range] = [(0, 1 << 63)]
 #: open files of these kinds use O_DIRECT for something else
 _PACKETS = frozenset({"pipe", "fifo"})
 
@@ -90,12 +98,16 @@ class _Space:
 
 
 class LiveMemory:
-    """See the module. `begin` and `finish` run while the tree is stopped.
+    """See the module. `begin`, `finish` and `kept` run while the tree is stopped.
+
+    Args:
+        stored: it is sent to a store, not to a destination with a draft.
 
     Ownership: holds what watches the tree, and descriptors of what it shares, until `close`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, stored: bool = False) -> None:
+        self._is_stored = stored
         #: what the looks at the tree have in common
         self.looks = Looks(live=True)
         self._image: Image | None = None
@@ -140,12 +152,13 @@ class LiveMemory:
                     tids = [pid, *(tid for tid in tasks[pid] if tid != pid)]
                     with inside(pid, tids) as task:
                         tracking = Tracking(pid, task.syscall)
-                    self._spaces[number] = _Space(pid, tracking, _places(image.spaces[number]))
+                    places = _ALL if self._is_stored else _places(image.spaces[number])
+                    self._spaces[number] = _Space(pid, tracking, places)
                 case SharedPages(number, shared):
                     fd = self._hold(shared.fd) if shared.fd is not None else None
                     self._sent[number] = sent = Sent()
                     self._objects.append(SharedPages(number, replace(shared, fd=fd), sent))
-                case FilePages(number, fd, size, _, early):
+                case FilePages(number, fd, size, _, early) if not (early and self._is_stored):
                     self._sent[number] = sent = Sent()
                     self._objects.append(FilePages(number, self._hold(fd), size, sent, early))
         above = {number: space.copy_of for number, space in image.spaces.items() if space.copy_of is not None}
@@ -161,8 +174,11 @@ class LiveMemory:
                 continue
             space = self._spaces[source.space]
             if source.space in above:
-                space.parent = self._spaces[above[source.space]]
                 inherited = subtract(space.pending, source.runs)
+                if self._is_stored:
+                    space.pending = subtract(space.pending, inherited)
+                    continue
+                space.parent = self._spaces[above[source.space]]
                 if above[source.space] in doubtful:
                     continue
                 space.inherited = inherited
@@ -190,17 +206,26 @@ class LiveMemory:
             TrackingLost: see `look`.
         """
         while self._unseen:
-            self._unseen.pop().look()
+            self._look_at(self._unseen.pop())
 
     def look(self) -> int:
         """Ask what was written since the last time; how many bytes are to be sent. In any thread.
 
         Raises:
-            TrackingLost: a process has ended, or executed another program.
+            TrackingLost: a process has ended, or executed another program, and there is a draft with it.
         """
-        for space in self._spaces.values():
-            space.look()
+        for space in list(self._spaces.values()):
+            self._look_at(space)
         return self.left_bytes()
+
+    def _look_at(self, space: _Space) -> None:
+        try:
+            space.look()
+        except TrackingLost:
+            if not self._is_stored:
+                raise
+            del self._spaces[next(number for number, one in self._spaces.items() if one is space)]
+            space.tracking.close()
 
     def left_bytes(self) -> int:
         """How much was written that was not sent."""
@@ -244,16 +269,15 @@ class LiveMemory:
             TrackingLost: see `look`.
             Refused: somebody else has begun to watch its memory.
         """
-        blockers: list[Blocker] = []
         doubtful = set(_written_behind(self.image)) | set(_written_behind(now))
         lacking: list[PageSource] = []
         dropped: dict[int, list[Range]] = {}
+        self._refuse_watched()
         for source in sources:
             match source:
                 case ProcessPages(number, pid, runs, untouched):
                     space = self._spaces[number]
                     unsent = space.unsent()
-                    blockers += watched_by_others(pid, space.unwatched, space.tracking.may_watch)
                     alike = private_ranges(
                         list(overlaps(self.image.spaces[number].vmas, now.spaces[number].vmas))
                     )
@@ -269,9 +293,55 @@ class LiveMemory:
                     if early and sent.has_changed(fd, size):
                         raise TrackingLost("what its tmpfs or System V segments hold has changed")
                     lacking.append(FilePages(number, fd, size, sent, early))
+        return lacking, dropped
+
+    def kept(
+        self, now: Image, sources: Sequence[PageSource]
+    ) -> tuple[list[PageSource], dict[int, list[Range]]]:
+        """What the store lacks of the tree that stands still, and what it has, by space.
+
+        Shared memory and files are there as they were: what it lacks of them goes on top.
+
+        Args:
+            now: the image of the stopped tree.
+            sources: of all of its pages.
+
+        Raises:
+            Refused: somebody else has begun to watch its memory.
+        """
+        doubtful = set(_written_behind(self.image)) | set(_written_behind(now))
+        lacking: list[PageSource] = []
+        kept: dict[int, list[Range]] = {}
+        self._refuse_watched()
+        for source in sources:
+            match source:
+                case ProcessPages(number, pid, runs, untouched) if number in self._spaces:
+                    space = self._spaces[number]
+                    try:
+                        unsent = space.unsent()
+                    except TrackingLost:  # it is another memory
+                        lacking.append(source)
+                        continue
+                    right = subtract(intersect(space.sent, untouched), unsent)
+                    kept[number] = intersect(runs, [] if number in doubtful else right)
+                    lacking.append(ProcessPages(number, pid, subtract(runs, kept[number])))
+                case SharedPages(number, shared) if number in self._sent:
+                    kept[number] = self._sent[number].ranges(shared.record.size_bytes)
+                    lacking.append(SharedPages(number, shared, self._sent[number]))
+                case FilePages(number, fd, size, _, early) if number in self._sent:
+                    kept[number] = self._sent[number].ranges(size)
+                    lacking.append(FilePages(number, fd, size, self._sent[number], early))
+                case _:
+                    lacking.append(source)
+        return lacking, {number: runs for number, runs in kept.items() if runs}
+
+    def _refuse_watched(self) -> None:
+        blockers: list[Blocker] = []
+        for space in self._spaces.values():
+            with suppress(ProcessLookupError, ProcessGone):  # told by who asks for what was not sent
+                blockers += watched_by_others(space.pid, space.unwatched, space.tracking.may_watch)
         if blockers:
             raise Refused(blockers)
-        return lacking, dropped
 
     def let_go_of_objects(self) -> None:
         """The first round is over: descriptors are not needed any more; idempotent."""

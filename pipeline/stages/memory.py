@@ -16,7 +16,7 @@ import xxhash
 
 from pipeline.ids import HostPid, LocalFd
 from pipeline.image.frames import PageRun
-from pipeline.kernel.pagemap import Range, intersect, subtract, total_bytes, union
+from pipeline.kernel.pagemap import PAGE_BYTES, Range, intersect, subtract, total_bytes, union
 from pipeline.kernel.procfs import ProcessGone
 from pipeline.progress import Progress
 from pipeline.resources.memory.objects import SharedObject, Window
@@ -41,7 +41,7 @@ BUFFERS = 6
 class ProcessPages:
     """Private pages of a process: `runs` are [start, end) addresses.
 
-    `untouched`: those of them that were not written since the writes to them were tracked last.
+    `untouched`: among others those of them that were not written since the writes to them were tracked last.
     """
 
     space: int
@@ -105,6 +105,11 @@ class Sent:
             return wanted, count
 
         return fill
+
+    def ranges(self, size_bytes: int) -> list[Range]:
+        """The pages that had data when it was sent, as far as they are within a size."""
+        end = -(-size_bytes // PAGE_BYTES) * PAGE_BYTES
+        return intersect(sorted(run for runs, _ in self._chunks.values() for run in runs), [(0, end)])
 
     def has_changed(self, fd: LocalFd, size_bytes: int) -> bool:
         """Whether a file is not what was sent of it."""

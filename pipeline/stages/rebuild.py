@@ -50,7 +50,7 @@ from pipeline.stages import draft, files_here, finish, memory_layout
 from pipeline.stages.body import Embodiment, MappedFiles
 from pipeline.stages.contents import Contents
 from pipeline.stages.descriptors import Descriptors
-from pipeline.stages.fill import PageFeed
+from pipeline.stages.fill import Feed
 from pipeline.stages.growth import Grown, Growth
 from pipeline.stages.late import Late
 from pipeline.stages.pager import Watched
@@ -608,7 +608,7 @@ class Rebuilding:
 
 @asynccontextmanager
 async def grown(
-    image: Image, feed: PageFeed, tracer: Tracer, progress: Progress, terms: Terms
+    image: Image, feed: Feed, tracer: Tracer, progress: Progress, terms: Terms
 ) -> AsyncIterator[Rebuilding]:
     """The processes of `image` with their memory, not complete; gone after the block unless they were thawed.
 
@@ -637,7 +637,7 @@ async def grown(
             await tracer.run(rebuilding.close)
 
 
-async def bring_up_to_date(rebuilding: Rebuilding, image: Image, feed: PageFeed, tracer: Tracer) -> None:
+async def bring_up_to_date(rebuilding: Rebuilding, image: Image, feed: Feed, tracer: Tracer) -> None:
     """Turn a tree that was grown from a draft into that of `image`, whose last pages `feed` brings.
 
     Raises as `grown` does.
@@ -657,7 +657,7 @@ async def bring_up_to_date(rebuilding: Rebuilding, image: Image, feed: PageFeed,
 
 @asynccontextmanager
 async def rebuilt(
-    image: Image, feed: PageFeed, tracer: Tracer, progress: Progress, terms: Terms
+    image: Image, feed: Feed, tracer: Tracer, progress: Progress, terms: Terms
 ) -> AsyncIterator[Rebuilding]:
     """The tree of `image`, complete and stopped; gone after the block unless it was thawed. Raises as `grown` does."""
     async with grown(image, feed, tracer, progress, terms) as rebuilding:

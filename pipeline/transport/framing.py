@@ -94,6 +94,8 @@ class FrameWriter:
         self._index = _Gathering(index) if index is not None else None
         self.packer = packer or Packer()
         self._digest = xxhash.xxh3_128()
+        #: that of the end record, once it is written
+        self.digest = b""
 
     @property
     def bytes_written(self) -> int:
@@ -132,7 +134,8 @@ class FrameWriter:
         """Write a run that `pack` made, in the order in which it made them; `done` is told when its buffer is free."""
         begin = time.perf_counter()
         try:
-            await self._write(run.head, run.payload)
+            if run.head:
+                await self._write(run.head, run.payload)
         finally:
             if done is not None:
                 done()
@@ -140,7 +143,8 @@ class FrameWriter:
 
     async def end(self, records: int, page_bytes: int) -> None:
         """Write the end record, which vouches for every frame before it."""
-        await self.record(End(records=records, page_bytes=page_bytes, digest=self._digest.digest()))
+        self.digest = self._digest.digest()
+        await self.record(End(records=records, page_bytes=page_bytes, digest=self.digest))
         await self.flush()
 
     async def _write(self, head: bytes, payload: bytes | memoryview = b"") -> None:

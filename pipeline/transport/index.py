@@ -11,15 +11,18 @@ without one, and can be read at any place, has its index taken from itself (`Hea
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
 from pipeline.errors import ImageError
 from pipeline.image import frames
 from pipeline.image.codec import Image
 from pipeline.image.frames import HEAD, FrameHead, Kind, PagesHeader
-from pipeline.image.schema import End
-from pipeline.transport.framing import ByteSource, FrameHeads
-from pipeline.transport.storage import RangeSource
+from pipeline.image.packing import Packer
+from pipeline.image.schema import AnyRecord, End
+from pipeline.transport.framing import ByteSink, ByteSource, FrameHeads, FrameWriter
+from pipeline.transport.storage import RangeSource, Storage, index_of
 
 #: read at once where an image is its own index
 _WINDOW_BYTES = 16 << 10
@@ -41,16 +44,27 @@ class StoredFrame:
 
 @dataclass(frozen=True, slots=True)
 class Index:
-    """What an index says: the records, the frames of pages in their order, and how long image and index are."""
+    """What an index says: the frames of pages in their order, the end, and how long image (or layer) and index are."""
 
-    image: Image
     frames: list[StoredFrame]
+    end: End
     image_bytes: int
     index_bytes: int
 
 
-async def read_index(source: ByteSource, name: str) -> Index:
-    """Read an index to its end.
+@asynccontextmanager
+async def indexed(storage: Storage, name: str, packer: Packer) -> AsyncIterator[FrameWriter]:
+    """Write an object of frames, and its index where there is a place for one; both exist when the block ends well."""
+    async with AsyncExitStack() as stack:
+        index: ByteSink | None = None
+        if storage.has_manifest:
+            index = await stack.enter_async_context(storage.create(index_of(name)))
+        sink = await stack.enter_async_context(storage.create(name))
+        yield FrameWriter(sink, packer, index)
+
+
+async def read_index(source: ByteSource, name: str) -> tuple[Image, Index]:
+    """Read the index of an image to its end.
 
     Args:
         source: of the index.
@@ -59,8 +73,20 @@ async def read_index(source: ByteSource, name: str) -> Index:
     Raises:
         ImageError: it is damaged, cut, or no index; its records do not fit together.
     """
-    heads = FrameHeads(source, name)
     image = Image()
+    index = await _read(source, name, image.add)
+    image.check_references()
+    return image, index
+
+
+async def read_layer_index(source: ByteSource, name: str) -> Index:
+    """Read the index of a layer to its end; raises as `read_index`. If there are records, they are another image's."""
+    return await _read(source, name, lambda _: None)
+
+
+async def _read(source: ByteSource, name: str, take: Callable[[AnyRecord], None]) -> Index:
+    heads = FrameHeads(source, name)
+    end: End | None = None
     stored: list[StoredFrame] = []
     at = page_bytes = 0
     while (frame := await heads.next()) is not None:
@@ -68,7 +94,9 @@ async def read_index(source: ByteSource, name: str) -> Index:
         if frame.record is not None:
             if stored and not isinstance(frame.record, End):
                 raise ImageError(f"{frame.where}: a record stands among the pages")
-            image.add(frame.record)
+            take(frame.record)
+            if isinstance(frame.record, End):
+                end = frame.record
         elif frame.head.kind == Kind.PAGES:
             one = StoredFrame(frame.head, frame.header, at, frame.where)
             page_bytes += one.pages().page_bytes
@@ -76,12 +104,11 @@ async def read_index(source: ByteSource, name: str) -> Index:
             at += frame.head.payload_bytes
         else:
             raise ImageError(f"{frame.where}: a protocol message stands among the records")
-    if image.end is None:
+    if end is None:
         raise ImageError(f"{name}: it ends before the end record: it is truncated")
-    if image.end.page_bytes != page_bytes:
+    if end.page_bytes != page_bytes:
         raise ImageError(f"{name}: {page_bytes} bytes of pages, but its end says otherwise")
-    image.check_references()
-    return Index(image, stored, at, heads.bytes_read)
+    return Index(stored, end, at, heads.bytes_read)
 
 
 class HeadsOf:

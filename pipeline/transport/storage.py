@@ -2,7 +2,8 @@
 
 An image is one object of frames, ``image``, its ``index``, which is written beside it,
 and a small ``manifest`` that is written when all of it is safe: an image is there whole,
-or not at all.
+or not at all. Where its memory was stored while the tree ran, most of the pages are in a layer
+beside it, ``pages``, with an index of its own.
 
 * Directory, ``file://``: files of mode 0600, written under a temporary name, synced,
   renamed; the directory is synced before the manifest gets its name, and behind that.
@@ -20,7 +21,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 import trio
 
@@ -32,7 +33,13 @@ from pipeline.transport.stream import StreamStorage
 
 IMAGE = "image"
 INDEX = "index"
+LAYER = "pages"
 MANIFEST = "manifest"
+
+
+def index_of(name: str) -> str:
+    """What the index of an object of frames is called."""
+    return INDEX if name == IMAGE else f"{name}.{INDEX}"
 
 
 class RangeSource(Protocol):
@@ -98,6 +105,26 @@ def open_storage(url: str) -> Storage:
     raise UsageError(f"{url}: not a directory, file://, s3://bucket/prefix or - (standard output)")
 
 
+def reference(storage: Storage, seen_from: Storage) -> str:
+    """How one storage is named by what is kept in another one; empty for itself. See `Layer`."""
+    if not isinstance(storage, DirectoryStorage):
+        return "" if storage.name == seen_from.name else storage.name
+    if not isinstance(seen_from, DirectoryStorage):
+        return f"file://{quote(storage.place)}"
+    if os.path.realpath(storage.place) == os.path.realpath(seen_from.place):
+        return ""
+    return os.path.relpath(os.path.realpath(storage.place), os.path.realpath(seen_from.place))
+
+
+def referred(storage: Storage, at: str) -> Storage:
+    """The storage that something in `storage` names so; UsageError if it names none."""
+    if not at:
+        return storage
+    if "://" in at or not isinstance(storage, DirectoryStorage):
+        return open_storage(at)
+    return DirectoryStorage(Path(os.path.normpath(os.path.join(os.path.realpath(storage.place), at))))
+
+
 # -- directory --------------------------------------------------------------------------
 
 
@@ -108,6 +135,7 @@ class DirectoryStorage:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._is_made = False
         self.name = str(path)
         #: where it is, for who comes from another directory
         self.place = str(path.absolute())
@@ -122,7 +150,7 @@ class DirectoryStorage:
             raise UsageError(f"{self.name} is not a directory; give --to a new one") from None
         except OSError as error:
             raise UsageError(f"{self.name}: {said(error)}") from None
-        if there & {MANIFEST, IMAGE}:
+        if there & {MANIFEST, IMAGE, LAYER}:
             raise UsageError(f"{self.name} holds an image already; give --to a new directory, or remove it")
         if there:
             raise UsageError(f"{self.name} is not empty; give --to a new directory, or empty it")
@@ -134,6 +162,7 @@ class DirectoryStorage:
     async def create(self, name: str) -> AsyncIterator[ByteSink]:
         """See `Storage.create`."""
         made = not self._path.exists()
+        self._is_made |= made
         try:
             self._path.mkdir(mode=0o700, parents=True, exist_ok=True)
             temporary = self._path / f".{name}.{os.getpid()}.partial"
@@ -195,6 +224,9 @@ class DirectoryStorage:
         """See `Storage.discard`."""
         with suppress(OSError):
             (self._path / name).unlink()
+        if self._is_made:
+            with suppress(OSError):
+                self._path.rmdir()  # only succeeds if nothing is left
 
 
 def _nearest_there(path: Path) -> Path:

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from pipeline import amounts
-from pipeline.cli import migrate, render
+from pipeline.cli import pacing, render
 from pipeline.cli.main import COMMANDS
 from pipeline.errors import Blocker, InDoubt, PipelineError, Refused, UsageError
 
@@ -65,7 +65,7 @@ def test_the_version_is_printed() -> None:
     ("text", "seconds"), [("300ms", 0.3), ("0.5s", 0.5), ("250us", 0.00025), ("60s", 60)]
 )
 def test_durations_have_units(text: str, seconds: float) -> None:
-    assert migrate.duration_s(text) == pytest.approx(seconds)
+    assert pacing.duration_s(text) == pytest.approx(seconds)
 
 
 @pytest.mark.parametrize(

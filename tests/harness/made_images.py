@@ -47,10 +47,25 @@ def run(start: int, content: bytes, space: int = SPACE) -> PageRun:
     return PageRun(space, [(start, len(content))], memoryview(content))
 
 
-async def made(runs: Sequence[PageRun], compression: Compression = "none") -> tuple[Memory, Memory]:
+def content(run: PageRun) -> dict[int, bytes]:
+    """The bytes of each page."""
+    found = {}
+    at = 0
+    for start, length in run.segments:
+        for page in range(0, length, PAGE):
+            found[start + page] = bytes(run.payload[at : at + PAGE])
+            at += PAGE
+    for start, length in run.zeros:
+        found |= {start + page: bytes(PAGE) for page in range(0, length, PAGE)}
+    return found
+
+
+async def made(
+    runs: Sequence[PageRun], compression: Compression = "none", *, digests: bool = False
+) -> tuple[Memory, Memory]:
     """An image of two processes with these pages, and its index."""
     image, index = Memory(name="image"), Memory(name="index")
-    writer = FrameWriter(image, Packer(compression), index)
+    writer = FrameWriter(image, Packer(compression, digests), index)
     count = 0
     for record in test_inspect.image().image.records():
         await writer.record(record)

@@ -198,13 +198,14 @@ class Tree:
 
     def _wait_ready(self) -> None:
         # The first role is ready last: it waits for its children.
-        self._wait_for(self.directory / "ready.main")
+        self.wait_for(self.directory / "ready.main")
         for path in sorted(self.directory.glob("ready.*")):
             self.roles.append(path.name.removeprefix("ready."))
             self.checks += path.read_text().split("\n") if path.stat().st_size else []
         self.checks = [name for name in self.checks if name]
 
-    def _wait_for(self, path: Path, timeout_s: float = PATIENCE_S) -> None:
+    def wait_for(self, path: Path, timeout_s: float = PATIENCE_S) -> None:
+        """Wait for a file that the program makes."""
         deadline = time.monotonic() + timeout_s
         while not path.exists():
             if not self.alive():
@@ -250,7 +251,7 @@ class Tree:
         lines: list[str] = []
         for role in self.roles:
             answer = self.directory / f"answer.{self.asked}.{role}"
-            self._wait_for(answer)
+            self.wait_for(answer)
             lines += [line for line in answer.read_text().split("\n") if line]
         return lines
 
@@ -305,10 +306,10 @@ def said(done: subprocess.CompletedProcess[str]) -> str:
     return f"{done.args[3:]} ended with {done.returncode}\n{done.stdout}\n{done.stderr}"
 
 
-def dump(tree: Tree, image: Path | str) -> None:
+def dump(tree: Tree, image: Path | str, *options: str) -> None:
     """Dump `tree`, which ends it; all its processes are gone and reaped afterwards."""
     family = tree.pids()
-    done = engine("dump", "--pid", tree.pid, "--to", image)
+    done = engine("dump", "--pid", tree.pid, "--to", image, *options)
     assert done.returncode == 0, said(done)
     left = reap(family)
     assert not left, f"the dump left {left} running"

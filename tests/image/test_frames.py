@@ -10,7 +10,16 @@ from hypothesis import strategies as st
 from pipeline.errors import ImageError
 from pipeline.image import frames
 from pipeline.image.codec import MAX_RECORD_BYTES
-from pipeline.image.frames import HEAD, MAGIC, MAX_PAYLOAD_BYTES, MAX_SEGMENTS, Codec, Kind, PageRun
+from pipeline.image.frames import (
+    DIGEST_BYTES,
+    HEAD,
+    MAGIC,
+    MAX_PAYLOAD_BYTES,
+    MAX_SEGMENTS,
+    Codec,
+    Kind,
+    PageRun,
+)
 
 PAGE = 4096
 
@@ -112,6 +121,9 @@ def test_any_bytes_as_a_page_header_are_taken_or_refused(header: bytes):
         ([1, [[0, PAGE]], "lz4", []], 10),
         ([1, [[0, PAGE]], 1], 10),
         ([1, [[0, PAGE]], 1, [], 0], 10),
+        ([1, [[0, PAGE]], 1, [], b"short"], 10),
+        ([1, [[0, PAGE]], 1, [], bytes(2 * DIGEST_BYTES)], 10),
+        ([1, [[0, PAGE]], 1, [], bytes(DIGEST_BYTES), 0], 10),
         ([1, [[0, PAGE]], 1, None], 10),
         ([1, [[0, PAGE]], 1, [[PAGE, 1]]], 10),
         ([1, [[0, PAGE]], 1, []], 0),

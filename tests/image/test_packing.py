@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 import tracemalloc
+from collections.abc import Sequence
+from hashlib import sha256
 
 import lz4.block
 import pytest
@@ -14,9 +16,17 @@ from hypothesis import strategies as st
 from pipeline.errors import ImageError
 from pipeline.image import frames
 from pipeline.image.choice import Chooser
-from pipeline.image.frames import HEAD, MAX_PAYLOAD_BYTES, Codec, PageRun
+from pipeline.image.frames import (
+    DIGEST_BYTES,
+    HEAD,
+    MAX_PAYLOAD_BYTES,
+    Codec,
+    PageRun,
+    decode_head,
+    decode_pages,
+)
 from pipeline.image.packing import PAGE_BYTES as PAGE
-from pipeline.image.packing import Compression, PackedRun, Packer, compress, sift, uncompress
+from pipeline.image.packing import Compression, PackedRun, Packer, compress, sift, uncompress, zero_pages
 
 CODECS = pytest.mark.parametrize("codec", [Codec.LZ4, Codec.ZSTD], ids=lambda codec: codec.name)
 
@@ -102,8 +112,46 @@ def test_what_compresses_is_small_and_what_does_not_is_sent_as_it_is(compression
 
 def test_a_run_that_cannot_be_written_is_sifted_in_a_copy():
     run = run_of("1z2")
-    sifted = sift(PageRun(run.space, run.segments, memoryview(bytes(run.payload))))
+    sifted = sift(PageRun(run.space, run.segments, memoryview(bytes(run.payload))), zero_pages(run.payload))
     assert laid_out(sifted) == laid_out(run_of("1z2"))
+
+
+# -- digests ----------------------------------------------------------------------------------
+
+
+@CODECS
+def test_pages_that_are_unchanged_are_left_out_and_the_others_told_by_digest(codec: Codec):
+    run = run_of("1z2z3")
+    contents = [bytes(run.payload[at : at + PAGE]) for at in range(0, len(run.payload), PAGE)]
+    asked = []
+
+    def unchanged(space: int, segments: Sequence[tuple[int, int]], digests: Sequence[bytes]) -> list[int]:
+        asked.append((space, list(segments), list(digests)))
+        return [2, 3]
+
+    packer = Packer("lz4" if codec == Codec.LZ4 else "zstd", digests=True, unchanged=unchanged)
+    segments = list(run.segments)
+    packed = packer.pack(run)
+    assert asked == [(run.space, segments, [sha256(one).digest()[:DIGEST_BYTES] for one in contents])]
+    head = decode_head(packed.head[: HEAD.size], "here")
+    pages = decode_pages(packed.head[HEAD.size :], len(packed.payload), "here")
+    assert head.payload_bytes == len(packed.payload)
+    kept = [0, 4]
+    assert pages.digests == b"".join(sha256(contents[page]).digest()[:DIGEST_BYTES] for page in kept)
+    payload = memoryview(packed.payload)
+    if pages.codec != Codec.NONE:
+        payload = uncompress(pages.codec, payload, pages.page_bytes, "here")
+    assert bytes(payload) == b"".join(contents[page] for page in kept)
+    places = [at for start, length in segments for at in range(start, start + length, PAGE)]
+    assert [at for start, length in pages.segments for at in range(start, start + length, PAGE)] == [
+        places[page] for page in kept
+    ]
+    assert pages.zeros == [(places[1], PAGE)]
+
+
+def test_a_run_of_which_nothing_has_changed_is_no_frame():
+    packer = Packer(digests=True, unchanged=lambda _space, _segments, digests: range(len(digests)))
+    assert packer.pack(run_of("1z2")).head == b""
 
 
 # -- hostile ----------------------------------------------------------------------------------

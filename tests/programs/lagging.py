@@ -145,4 +145,5 @@ def body(program):
     program.same("cut", cut, lambda: flip(cut_at + HALF))
 
 
-main(body)
+if __name__ == "__main__":
+    main(body)

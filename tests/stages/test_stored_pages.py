@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
@@ -13,15 +14,20 @@ from trio.testing import MockClock
 
 from pipeline.errors import ImageError, StorageError
 from pipeline.image.frames import PageRun
+from pipeline.image.schema import Layer, Stored
 from pipeline.kernel.pagemap import Range
 from pipeline.ledger import LEDGER
 from pipeline.progress import NullProgress
 from pipeline.resources.memory.missing import RangeSet
 from pipeline.stages.bringing import Bringing
 from pipeline.stages.pager import Wanted
-from pipeline.stages.stored_pages import StoredPages
-from pipeline.transport.index import read_index
-from tests.harness.made_images import PAGE, SPACE, Memory, made, run
+from pipeline.stages.stored_pages import Located, StoredPages
+from pipeline.transport.framing import FrameWriter
+from pipeline.transport.index import Index, read_index, read_layer_index
+from pipeline.transport.storage import open_storage
+from tests.harness.made_images import PAGE, SPACE, Memory, content, made, run
+
+NOWHERE = open_storage("nowhere")
 
 
 class Store(Memory):
@@ -87,6 +93,7 @@ class Told(NullProgress):
 
 class Scene(NamedTuple):
     store: Store
+    index: Index
     stored: StoredPages
     content: dict[int, bytes]
     tree: Tree
@@ -100,7 +107,7 @@ class Scene(NamedTuple):
 
     def places(self) -> list[int]:
         """The pages that were read, by number of their frame."""
-        numbers = {frame.payload_at: number for number, frame in enumerate(self.stored._frames)}
+        numbers = {frame.payload_at: number for number, frame in enumerate(self.index.frames)}
         return [numbers[offset] for offset in self.store.reads]
 
 
@@ -114,8 +121,9 @@ async def scene(runs: Sequence[PageRun]) -> Scene:
             for page in range(start, start + length, PAGE):
                 content[page] = bytes(one.payload[at : at + PAGE])
                 at += PAGE
-    stored = StoredPages(await read_index(index, "index"), store)
-    return Scene(store, stored, content, Tree([(page, page + PAGE) for page in content]), Told())
+    records, located = await read_index(index, "index")
+    stored = StoredPages(records, Located(located, store, NOWHERE), {})
+    return Scene(store, located, stored, content, Tree([(page, page + PAGE) for page in content]), Told())
 
 
 def frames(count: int) -> list[PageRun]:
@@ -189,7 +197,7 @@ async def test_what_never_will_be_right_ends_it(autojump_clock: MockClock, error
     if error == "replaced":
         found.store.error = ImageError("store: the object was replaced")
     else:
-        found.store.raw[found.stored._frames[4].payload_at] ^= 1
+        found.store.raw[found.index.frames[4].payload_at] ^= 1
     held = LEDGER.held()
     with pytest.raises(ImageError, match=r"replaced|pages at byte \d+: the checksum does not fit"):
         await Bringing(
@@ -238,9 +246,72 @@ async def test_what_comes_sooner_is_in_the_order_of_the_image_and_without_what_c
     found.store.seconds = 0
     later = [(2 * PAGE, 5 * PAGE), (1 << 20, (1 << 20) + PAGE)]
     tree = Tree([(page, page + PAGE) for page in found.content])
-    async for leased in found.stored.sooner({SPACE: later}):
+    async for leased in found.stored.sooner(SPACE, later):
         await tree.bring(leased.run)
         leased.lease.release()
     assert list(tree.missing) == later
     assert found.places() == [0, 2]
     assert all(found.content[page] == content for page, content in tree.memory.items())
+
+
+# -- layers -------------------------------------------------------------------------------------
+
+
+#: what the address space is called in the layer
+THERE = 3
+
+
+async def layered(
+    own: Sequence[PageRun], layer: Sequence[PageRun], runs: Sequence[tuple[int, int]]
+) -> StoredPages:
+    """An image with pages of its own, whose `runs` are in a layer."""
+    written, index = Memory(name="layer"), Memory(name="index of the layer")
+    writer = FrameWriter(written, index=index)
+    page_bytes = 0
+    for one in layer:
+        packed = await writer.pack(replace(one, space=THERE))
+        page_bytes += packed.page_bytes
+        await writer.packed(packed)
+    await writer.end(0, page_bytes)
+    image, raw = await made(own)
+    records, located = await read_index(raw, "index")
+    records.layers[0] = Layer(index=0, name="layer", digest=writer.digest)
+    records.stored[SPACE, 0] = Stored(space=SPACE, layer=0, number=THERE, runs=list(runs))
+    there = Located(await read_layer_index(index, "index of the layer"), written, NOWHERE)
+    return StoredPages(records, Located(located, image, NOWHERE), {0: there})
+
+
+async def all_of(stored: StoredPages) -> dict[int, bytes]:
+    """By page; none comes twice."""
+    found: dict[int, bytes] = {}
+    async for leased in stored.sooner(SPACE):
+        now = content(leased.run)
+        assert leased.run.space == SPACE
+        assert not found.keys() & now.keys()
+        found |= now
+        leased.lease.release()
+    return found
+
+
+async def test_the_last_of_a_layer_counts_and_the_image_more():
+    old, new, own = (os.urandom(8 * PAGE) for _ in range(3))
+    stored = await layered(
+        [run(6 * PAGE, own[: 2 * PAGE]), run(1 << 20, bytes(PAGE))],
+        [run(0, old), run(0, new[: 2 * PAGE]), run(1 << 21, old), run(2 * PAGE, bytes(PAGE))],
+        [(0, 4 * PAGE), (5 * PAGE, 7 * PAGE)],
+    )
+    whole = new[: 2 * PAGE] + bytes(PAGE) + old[3 * PAGE : 4 * PAGE]
+    assert await all_of(stored) == {
+        **{page * PAGE: whole[page * PAGE :][:PAGE] for page in range(4)},
+        5 * PAGE: old[5 * PAGE : 6 * PAGE],
+        6 * PAGE: own[:PAGE],
+        7 * PAGE: own[PAGE : 2 * PAGE],
+        1 << 20: bytes(PAGE),
+    }
+    assert stored.ranges(SPACE) == [(0, 4 * PAGE), (5 * PAGE, 8 * PAGE), (1 << 20, (1 << 20) + PAGE)]
+
+
+@pytest.mark.parametrize("runs", [[(0, 9 * PAGE)], [(1 << 22, (1 << 22) + PAGE)]])
+async def test_pages_that_are_not_in_their_layer_are_missed_at_once(runs: list[tuple[int, int]]):
+    with pytest.raises(ImageError, match="layer: pages of space 7 are missing"):
+        await layered([], [run(0, os.urandom(8 * PAGE))], runs)

@@ -14,7 +14,7 @@ from pipeline.image.packing import Compression
 from pipeline.image.schema import Content
 from pipeline.transport.framing import FrameWriter, unpacked
 from pipeline.transport.index import HeadsOf, read_index
-from tests.harness.made_images import PAGE, SPACE, Memory, made, run
+from tests.harness.made_images import PAGE, SPACE, Memory, content, made, run
 
 RUNS = [
     run(0, os.urandom(PAGE)),
@@ -30,28 +30,15 @@ RUNS = [
 @pytest.mark.parametrize("compression", ["none", "lz4", "zstd"])
 async def test_it_says_where_each_page_is(compression: Compression):
     image, raw = await made(RUNS, compression)
-    index = await read_index(raw, "index")
+    records, index = await read_index(raw, "index")
     assert (index.image_bytes, index.index_bytes) == (len(image.raw), len(raw.raw))
-    assert list(index.image.processes) == [10, 11]
+    assert list(records.processes) == [10, 11]
     assert len(index.frames) == len(RUNS)
     for frame, wanted in zip(index.frames, RUNS, strict=True):
         payload = bytearray(frame.head.payload_bytes)
         await image.read_at(frame.payload_at, memoryview(payload))
         found = await unpacked(frame.head, frame.header, memoryview(payload), "here")
         assert content(found) == content(wanted)
-
-
-def content(run: PageRun) -> dict[int, bytes]:
-    """By page."""
-    found = {}
-    at = 0
-    for start, length in run.segments:
-        for page in range(0, length, PAGE):
-            found[start + page] = bytes(run.payload[at : at + PAGE])
-            at += PAGE
-    for start, length in run.zeros:
-        found |= {start + page: bytes(PAGE) for page in range(0, length, PAGE)}
-    return found
 
 
 @pytest.mark.parametrize("compression", ["none", "zstd"])
@@ -114,7 +101,7 @@ async def test_what_does_not_belong_there_is_refused(what: str):
     index = Memory()
     writer = FrameWriter(Memory(), index=index)
     source = Memory(raw.raw)
-    records = (await read_index(source, "index")).image.records()
+    records = (await read_index(source, "index"))[0].records()
     for record in records:
         await writer.record(record)
     await writer.pages(RUNS[0])

@@ -1,0 +1,131 @@
+"""The write stage: records and pages as frames.
+
+Records go first, so that who reads them can begin to build; they are translated on their way (`translate`). Pages are
+read, made into frames and written at the same time, each by a task of its own, with buffers between them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Sequence
+from typing import TypeVar
+
+import trio
+
+from pipeline.errors import ungrouped
+from pipeline.image.packing import PackedRun
+from pipeline.image.schema import Record
+from pipeline.progress import Progress
+from pipeline.stages.memory import BUFFER_BYTES, BUFFERS, PageSource, stream_memory
+from pipeline.stages.translate import into_forest
+from pipeline.transport.buffers import BufferPool, Lease, LeasedRun
+from pipeline.transport.framing import FrameWriter
+from pipeline.userns.forest import Forest
+
+_Item = TypeVar("_Item")
+
+
+async def write_image(
+    writer: FrameWriter,
+    records: Sequence[tuple[Record, Record | None]],
+    sources: Sequence[PageSource],
+    forest: Forest,
+    progress: Progress,
+) -> int:
+    """Run the stages that carry a captured tree to `writer`; returns the bytes of pages.
+
+    Records first, so that the other side can begin to build; then pages as they are read; then the end.
+    """
+    with ungrouped():
+        async with trio.open_nursery() as nursery:
+            send, receive = trio.open_memory_channel[Record](64)
+            nursery.start_soon(translate_records, records, forest, send)
+            return await write_translated(writer, receive, sources, progress)
+    raise AssertionError("a nursery swallows nothing")
+
+
+async def write_translated(
+    writer: FrameWriter, records: AsyncIterable[Record], sources: Sequence[PageSource], progress: Progress
+) -> int:
+    """Records that are translated, the pages of `sources`, and the end; returns the bytes of pages."""
+    count = 0
+
+    async def write_records() -> None:
+        nonlocal count
+        async for record in records:
+            await writer.record(record)
+            count += 1
+
+    page_bytes = await write_pages(writer, sources, progress, before=write_records)
+    await writer.end(count, page_bytes)
+    return page_bytes
+
+
+async def in_order(records: Sequence[Record]) -> AsyncIterator[Record]:
+    """Records that are translated already."""
+    for record in records:
+        yield record
+
+
+async def nothing() -> None:
+    """Comes before pages that nothing comes before."""
+
+
+async def write_pages(
+    writer: FrameWriter,
+    sources: Sequence[PageSource],
+    progress: Progress,
+    before: Callable[[], Awaitable[None]] = nothing,
+) -> int:
+    """The pages of `sources`, read while `before` is written and then while others are on their way; their bytes."""
+    pool = BufferPool(BUFFERS, BUFFER_BYTES)
+    page_bytes = 0
+    with ungrouped():
+        async with trio.open_nursery() as nursery:
+            send, receive = trio.open_memory_channel[LeasedRun](BUFFERS)
+            packed_send, packed_receive = trio.open_memory_channel[tuple[PackedRun, Lease]](1)
+            nursery.start_soon(stream_memory, sources, send, pool, progress)
+            nursery.start_soon(_pack, writer, receive, packed_send)
+            try:
+                await before()
+                async for packed, lease in packed_receive:
+                    page_bytes += packed.page_bytes
+                    await writer.packed(packed, lease.release)
+            finally:
+                _let_go(packed_receive, lambda item: item[1])
+    return page_bytes
+
+
+async def _pack(
+    writer: FrameWriter,
+    runs: trio.MemoryReceiveChannel[LeasedRun],
+    send: trio.MemorySendChannel[tuple[PackedRun, Lease]],
+) -> None:
+    """Make frames of page runs, while the frame before is written."""
+    try:
+        async with send:
+            async for leased in runs:
+                try:
+                    await send.send((await writer.pack(leased.run), leased.lease))
+                except BaseException:
+                    leased.lease.release()
+                    raise
+    finally:
+        _let_go(runs, lambda leased: leased.lease)
+
+
+def _let_go(channel: trio.MemoryReceiveChannel[_Item], lease_of: Callable[[_Item], Lease]) -> None:
+    """Give back what is still in a channel that nobody reads any more."""
+    while True:
+        try:
+            lease_of(channel.receive_nowait()).release()
+        except (trio.WouldBlock, trio.EndOfChannel, trio.ClosedResourceError):
+            break
+
+
+async def translate_records(
+    records: Sequence[tuple[Record, Record | None]], forest: Forest, send: trio.MemorySendChannel[Record]
+) -> None:
+    """The namespace-translate stage: every id of every record moves into the forest."""
+    async with send:
+        for record, state in records:
+            await send.send(into_forest(record, state, forest))

@@ -196,8 +196,8 @@ def play(
     @asynccontextmanager
     async def standstill(*_: Any, **__: Any) -> AsyncIterator[Any]:
         yield SimpleNamespace(
-            records=(), sources=(), forest=None, processes=1, injected_calls=0, begun_s=0.0, frozen_s=0.0,
-            captured_s=0.0,
+            records=(), translated=tuple, sources=(), forest=None, processes=1, injected_calls=0,
+            begun_s=0.0, frozen_s=0.0, captured_s=0.0,
             tree=None, let_go_of_files=nothing, let_memory_outlive=nothing,
             holdings=SimpleNamespace(ended=lambda: None, settled=lambda: None, complaints=[]),
         )  # fmt: skip
@@ -234,6 +234,7 @@ def play(
 
         looks, notes, rounds_done, draft_s, begun_s, page_bytes = None, (), 2, 0.0, 0.0, 0
         later = True
+        throttle = SimpleNamespace(set=nothing, run=trio.sleep_forever, most_percentage=0, held_s=0.0)
 
         def __init__(self, _tracer: Any, _pid: Any, channel: Channel, *_: Any) -> None:
             self._channel = channel
@@ -262,7 +263,7 @@ def play(
                 "standstill": standstill, "write_image": write_image, "refuse_early": nothing,
                 "tracer_thread": _tracer_thread, "freeze": SimpleNamespace(walk=lambda _: [1], end=world.end),
                 "identity": SimpleNamespace(load_secret=lambda _: b""), "LiveSource": LiveSource,
-                "large_memories": lambda *_: (), "translated": lambda _: (),
+                "large_memories": lambda *_: (),
             },
         ),
         (

@@ -31,6 +31,12 @@ _CHARTS = {
         _Chart("Rate of a dump", (("dump-rate", "dump"), ("bare-dump-rate", "bare loop"))),
         _Chart("Rate of a restore", (("restore-rate", "restore"), ("bare-restore-rate", "bare loop"))),
     ],
+    "kept": [
+        _Chart("Frozen", (("frozen-ms", "at one stop"), ("rounds-frozen-ms", "behind rounds"))),
+        _Chart(
+            "Longest gap", (("rounds-gap-ms", "with rounds"), ("parent-gap-ms", "against an earlier image"))
+        ),
+    ],
     "wire": [_Chart("Rate on the wire", (("rate", "migrate"), ("bare-rate", "bare sockets")))],
     "live": [_Chart("Longest gap", (("gap-ms", "felt by the program"), ("downtime-ms", "told by migrate")))],
     "services": [_Chart("Longest gap", (("gap-ms", "moved"), ("gap-before-ms", "before that")))],

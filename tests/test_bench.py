@@ -73,7 +73,7 @@ class Document(msgspec.Struct, forbid_unknown_fields=True, rename="kebab"):
 
 @pytest.mark.root
 def test_a_tiny_run_is_well_formed_and_right_everywhere(tmp_path: Path) -> None:
-    sections = ("standstill", "plain", "wire", "live", "crowd")
+    sections = ("standstill", "plain", "kept", "wire", "live", "crowd")
     words = [word for section in sections for word in ("--only", section)]
     done = subprocess.run(
         [sys.executable, "-m", "bench", "--tiny", *words, "--to", tmp_path],

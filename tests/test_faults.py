@@ -142,6 +142,7 @@ def test_dump_interrupted_says_so_and_gives_back(
 def test_restore_killed_leaves_no_half_tree(start: Callable[..., Tree], tmp_path: Path) -> None:
     tree = start("processes", DEPTH_2)
     family = tree.pids()
+    runners = {pid for pid in family if _runs(pid)}
     image = tmp_path / "image"
     dump(tree, image)
     dice = random.Random(7)
@@ -153,8 +154,8 @@ def test_restore_killed_leaves_no_half_tree(start: Callable[..., Tree], tmp_path
         if restorer.wait() == 0:
             break
         _wait_for_puppets()
-        left = [pid for pid in family_of(os.getpid()) if pid in family and _runs(pid)]
-        if set(left) == {pid for pid in family if _runs(pid)} and len(left) >= len(family) - 1:
+        left = {pid for pid in family_of(os.getpid()) if pid in family and _runs(pid)}
+        if left == runners:
             break  # it was killed after the thaw
         assert not left
         reap(family)

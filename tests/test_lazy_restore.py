@@ -276,7 +276,7 @@ def test_a_tree_whose_image_is_replaced_or_removed_is_ended(
     with restoring(stored, tmp_path) as command:
         command.wait_for("postcopy")
         os.environ["AWS_ENDPOINT_URL"] = s3
-        replace(stored, IMAGE, content if becomes == "another" else None)
+        replace(stored, IMAGE, content[: 1 << 20] if becomes == "another" else None)
         _, err = command.process.communicate(timeout=40)
         assert command.process.returncode == 1, err
     assert "while it was read" in err

@@ -13,12 +13,13 @@ pytestmark = pytest.mark.root
 
 #: `restless` is not asked anything: see test_freeze.py
 _OTHERS = {"support", "restless"}
+_ARGUMENTS = {"outrunning": ("1", "1000")}
 NAMES = sorted({path.stem for path in PROGRAMS.iterdir() if path.suffix in {".py", ".c"}} - _OTHERS)
 
 
 @pytest.mark.parametrize("program", NAMES)
 def test_program_names_all_that_is_broken(start: Callable[..., Tree], program: str) -> None:
-    tree = start(program, CONTAINER_2)
+    tree = start(program, CONTAINER_2, _ARGUMENTS.get(program, ()))
     assert tree.checks
     tree.check()
     tree.check()

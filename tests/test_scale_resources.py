@@ -57,10 +57,15 @@ def test_cost_stays_linear(start: Start, tmp_path: Path, kind: str, few: int, ma
 
 
 def test_a_sparse_mapping_costs_what_is_used_of_it(start: Start, tmp_path: Path) -> None:
-    small, large = (cost_s(start, tmp_path / f"image{mib}", 10, 1, mib, 1) for mib in (16, 2048))
+    def least_s(mib: int) -> list[float]:
+        """Other work on the machine only adds to it."""
+        times = (cost_s(start, tmp_path / f"image{mib}.{turn}", 10, 1, mib, 1) for turn in range(3))
+        return [min(found) for found in zip(*times, strict=True)]
+
+    small, large = least_s(16), least_s(2048)
     for what, least, more in zip(("dump", "restore"), small, large, strict=True):
         assert more < least + 0.2, (
             f"{what}: {more:.2f} s of processor time for 2 GiB, {least:.2f} s for 16 MiB"
         )
-    sizes = [(tmp_path / f"image{mib}" / "image").stat().st_size for mib in (16, 2048)]
+    sizes = [(tmp_path / f"image{mib}.0" / "image").stat().st_size for mib in (16, 2048)]
     assert sizes[1] < sizes[0] + (1 << 20)

@@ -585,7 +585,7 @@ def spawn_launcher(
 def _spawn(stage: Stage, channel: int) -> Puppet:
     program = os.memfd_create("puppet", os.MFD_CLOEXEC)
     try:
-        os.write(program, arch.puppet_program())
+        os.write(program, arch.puppet_program(stage.channel_fd))
         os.fchmod(program, 0o555)
         # a program that is open for writing cannot be executed
         reader = os.open(f"/proc/self/fd/{program}", os.O_RDONLY | os.O_CLOEXEC)

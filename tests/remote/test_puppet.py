@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from pipeline.ids import RemoteAddress
+from pipeline.kernel import ptrace
 from pipeline.kernel.arch.x86_64 import NR
 from pipeline.kernel.syscalls import CLONE
 from pipeline.ledger import LEDGER
@@ -133,3 +134,20 @@ def test_leaving_scratch_keeps_the_process(launcher: Puppet) -> None:
             assert f"{SCRATCH:x}-" not in file.read()
     finally:
         child.kill_and_reap()
+
+
+def test_a_puppet_that_nobody_takes_ends_with_its_channel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who made it may be killed before the puppet has asked to be told of that."""
+
+    class NotTaken(Exception):
+        pass
+
+    def seize(pid: int, _: int) -> None:
+        raise NotTaken(pid)
+
+    monkeypatch.setattr(ptrace, "seize", seize)
+    monkeypatch.setattr(Puppet, "kill_and_reap", lambda _: None)
+    with pytest.raises(NotTaken) as caught:
+        spawn_launcher(SCRATCH, 900)
+    assert os.waitpid(caught.value.args[0], 0) == (caught.value.args[0], 0)
+    LEDGER.give_back("puppet", caught.value.args[0])

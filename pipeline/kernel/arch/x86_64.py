@@ -41,8 +41,12 @@ INIT = bytes.fromhex(
     "8b7c24f089f883e07f750bc1ef0881e7ff000000eb068db880000000b8e70000000f05b8220000000f05eba9"
 )
 
-#: prctl(PR_SET_PDEATHSIG, SIGKILL), then pause() for ever: what a puppet does before it is taken.
-_IDLE = bytes.fromhex("b89d000000bf01000000be090000000f05b8220000000f05ebf7")
+#: What a puppet does before it is taken: prctl(PR_SET_PDEATHSIG, SIGKILL), then read() of its channel, whose number
+#: stands between the two parts, until that ends: who made it may be dead before it has come to its first line.
+_IDLE = (
+    bytes.fromhex("b89d000000bf01000000be090000000f05bf"),
+    bytes.fromhex("4889e6ba0100000031c00f0585c075ebb8e700000031ff0f05"),
+)
 
 #: where the puppet program is loaded, and where its pieces are in it
 PUPPET_BASE = 0x10000
@@ -51,11 +55,16 @@ PUPPET_STUB = PUPPET_BASE + 256
 PUPPET_INIT = PUPPET_BASE + 512
 
 
-def puppet_program() -> bytes:
-    """A static ELF executable of one read-execute page: idles, and holds `STUB` and `INIT`."""
+def puppet_program(channel_fd: int) -> bytes:
+    """A static ELF executable of one read-execute page: idles, and holds `STUB` and `INIT`.
+
+    Args:
+        channel_fd: the descriptor that it will have of its channel.
+    """
+    idle = _IDLE[0] + struct.pack("<I", channel_fd) + _IDLE[1]
     code = bytearray(1024 - _ELF_HEADER_BYTES)
     for address, piece in (
-        (PUPPET_BASE + _ELF_HEADER_BYTES, _IDLE),
+        (PUPPET_BASE + _ELF_HEADER_BYTES, idle),
         (PUPPET_STUB, STUB),
         (PUPPET_INIT, INIT),
     ):

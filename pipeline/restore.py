@@ -144,7 +144,15 @@ async def read_records(reader: FrameReader) -> tuple[Image, LeasedRun | None]:
 
 
 def page_feed(reader: FrameReader, image: Image, first: LeasedRun | None, progress: Progress) -> PageFeed:
-    """The pages behind the records, for whoever fills a space; it owns `first`, the run already read."""
+    """The pages behind the records, for whoever fills a space; it owns `first`, the run already read.
+
+    Raises:
+        ImageError: there are more of them, in layers, which no stream brings.
+    """
+    if image.stored:
+        if first is not None:
+            first.lease.release()
+        raise ImageError("pages of it are in layers: this is a part of an image")
     return PageFeed(first, PageRuns(reader, image, first), progress)
 
 

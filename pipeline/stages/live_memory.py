@@ -82,8 +82,9 @@ class _Space:
         if self.parent is None or not self.inherited:
             return []
         try:
-            self.parent.look()
+            # in this order: what was dropped, was read as zeros, and is written between the two, has to be told by one
             kept = self.parent.tracking.content()
+            self.parent.look()
         except TrackingLost:  # the next look at the parent says so
             return self.inherited
         kept = subtract(subtract(kept, self.parent.pending), self.parent.unwatched)

@@ -82,8 +82,8 @@ class _Space:
         if self.parent is None or not self.inherited:
             return []
         try:
-            # in this order: what was dropped, was read as zeros, and is written between the two, has to be told by one
-            kept = self.parent.tracking.content()
+            # one answer for each page: between two, it could be dropped, or come back
+            kept = self.parent.tracking.untouched()
             self.parent.look()
         except TrackingLost:  # the next look at the parent says so
             return self.inherited

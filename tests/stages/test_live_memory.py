@@ -1,36 +1,60 @@
 """What a child still has of its parent, while the parent writes (`pipeline.stages.live_memory`)."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import chain, product
 from typing import cast
+
+import pytest
 
 from pipeline.ids import HostPid
 from pipeline.kernel.pagemap import PAGE_BYTES, Range
 from pipeline.resources.memory.tracking import Tracking, Written
 from pipeline.stages.live_memory import _Space
 
-PAGES: list[Range] = [(0, 4 * PAGE_BYTES)]
-DROPPED: Range = (PAGE_BYTES, 2 * PAGE_BYTES)
+PAGE: list[Range] = [(0, PAGE_BYTES)]
+#: what happens to the page between two steps
+ACTS = list(chain.from_iterable(product(("write", "drop"), repeat=count) for count in range(3)))
 
 
-class Writer:
-    """The memory of a parent that has dropped a page, and writes it anew behind the first question about it."""
+class Parent:
+    """A process with one page, of content 1 when it was looked at, and what becomes of it between the questions."""
 
-    def __init__(self) -> None:
-        self.asked = 0
+    def __init__(self, before_read: Sequence[str], behind: Iterator[Sequence[str]]) -> None:
+        self._content = 1
+        self._is_protected = True
+        self._behind = behind
+        self._act(before_read)
+        self.read = self._content
 
-    def _is_there(self) -> bool:
-        self.asked += 1
-        return self.asked > 1
+    def _act(self, acts: Sequence[str]) -> None:
+        for act in acts:
+            self._is_protected = False
+            self._content = self._content + 1 if act == "write" else 0
 
-    def content(self) -> list[Range]:
-        there = self._is_there()
-        return PAGES if there else [(0, DROPPED[0]), (DROPPED[1], PAGES[0][1])]
+    def untouched(self) -> list[Range]:
+        self._act(next(self._behind, ()))
+        return PAGE if self._content and self._is_protected else []
 
     def collect(self) -> Written:
-        return Written([DROPPED] if self._is_there() else [], [])
+        self._act(next(self._behind, ()))
+        was_written = bool(self._content) and not self._is_protected
+        self._is_protected = bool(self._content)
+        return Written(PAGE if was_written else [], [])
 
 
-def test_a_page_that_comes_back_between_two_questions_is_not_taken_for_the_child_s() -> None:
-    """Its parent's was read while it was none, so that a child forked from what was sent would have zeros."""
-    parent = _Space(HostPid(1), cast("Tracking", Writer()), PAGES)
-    child = _Space(HostPid(2), cast("Tracking", None), PAGES, parent=parent, inherited=PAGES)
-    assert child.differing() == [DROPPED]
+@pytest.mark.parametrize("before_read", ACTS)
+@pytest.mark.parametrize("behind", ACTS)
+@pytest.mark.parametrize("between", ACTS)
+def test_whatever_a_parent_does_with_a_page_its_child_has_its_own(
+    before_read: Sequence[str], behind: Sequence[str], between: Sequence[str]
+) -> None:
+    """What is forked from the parent as it was read, has the page of the fork, or is sent that."""
+    tracking = Parent(before_read, iter([behind, between]))
+    parent = _Space(HostPid(1), cast("Tracking", tracking), PAGE)
+    child = _Space(HostPid(2), cast("Tracking", None), PAGE, parent=parent, inherited=PAGE)
+    differing = child.differing()
+    assert tracking.read == 1 or differing == PAGE
+    if not (before_read or behind or between):
+        assert not differing

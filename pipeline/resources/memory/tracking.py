@@ -108,8 +108,10 @@ class Tracking:
             os.close(pagemap)
         return Written(merged(runs), merged(unwatched))
 
-    def content(self) -> list[Range]:
-        """The pages that have content now, written or not.
+    def untouched(self) -> list[Range]:
+        """The pages that have content now, and have had it since the last `collect` without being written.
+
+        A `collect` behind it tells what had better not be trusted: memory that was moved.
 
         Raises:
             TrackingLost: see there.
@@ -119,7 +121,7 @@ class Tracking:
             try:
                 found = _private(smaps.maps(self._pid))
                 anonymous = [(one.start, one.end) for one in found if one.anonymous]
-                return populated(pagemap, [(one.start, one.end) for one in found], anonymous).pages
+                return populated(pagemap, [(one.start, one.end) for one in found], anonymous).untouched
             finally:
                 os.close(pagemap)
         except ProcessLookupError:

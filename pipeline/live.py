@@ -9,7 +9,8 @@ written since. In the last stop, which is the recipe's (`pipeline.migrate`), it 
 
 A tree that outruns the link can be held back meanwhile (`pipeline.stages.throttle`).
 
-If processes come or go, or much memory is mapped anew, the draft is void, and another one begins; a few times.
+Processes that come and go meanwhile are mended in the last stop. If much memory is mapped anew, or comes with new
+processes, the draft is void, and another one begins; a few times.
 """
 
 from __future__ import annotations
@@ -115,14 +116,14 @@ class LiveSource:
         Raises:
             PipelineError: it cannot be kept up with, and `on_timeout` is ``cancel``; or the destination refuses.
         """
-        for _ in range(_DRAFTS):
+        reason = ""
+        for attempt in range(_DRAFTS):
             self._drop_draft()
             if not await self._begin():
                 return
             try:
-                if await self._send_draft():
+                if await self._send_draft(is_last=attempt == _DRAFTS - 1):
                     return
-                reason = "processes came or went, or much memory was mapped"
             except TrackingLost as lost:
                 reason = str(lost)
         self._drop_draft()
@@ -155,8 +156,8 @@ class LiveSource:
         await self.throttle.set(percentage)
         return True
 
-    async def _send_draft(self) -> bool:
-        """The draft and its rounds; False: it is void."""
+    async def _send_draft(self, *, is_last: bool) -> bool:
+        """The draft and its rounds; False: it is void, which the last one never is. TrackingLost: it is of no use."""
         memory = self.memory
         await trio.to_thread.run_sync(memory.first_look)
         pacing = Pacing(
@@ -175,7 +176,8 @@ class LiveSource:
             if not rate or sent > _TELLING_BYTES:
                 rate = sent / seconds
             left = await trio.to_thread.run_sync(memory.look)
-            if memory.late_bytes() > _LATE_BYTES or await trio.to_thread.run_sync(memory.has_changed):
+            late = await trio.to_thread.run_sync(memory.late_bytes)
+            if late > _LATE_BYTES and not is_last:
                 return False
             expected_s = pacing.expected_s(left, rate)
             number, verdict = pacing.rounds, pacing.judge(left, rate)
@@ -238,9 +240,8 @@ class LiveSource:
         else:
             await self._channel.say(Begin("rest"))
             sources, records = lacking
-        drafted = lacking is not None
         sent, lent = await send_stopped(
-            self._channel.writer, records, sources, self._progress, drafted=drafted, lasting=lasting
+            self._channel.writer, records, sources, self._progress, lasting=lasting
         )
         self.page_bytes += sent
         return lent
@@ -249,10 +250,13 @@ class LiveSource:
         self, records: list[Record], still: Standstill
     ) -> tuple[Sequence[PageSource], list[Record]] | None:
         now = image_of(records)
-        reasons = list(draft.differences(self.memory.image, now))
+        mending = draft.mending(self.memory.image, now)
+        reasons = list(mending.reasons)
         if not reasons:
             try:
-                sources, dropped = await trio.to_thread.run_sync(self.memory.finish, now, still.sources)
+                sources, dropped = await trio.to_thread.run_sync(
+                    self.memory.finish, now, still.sources, mending.new_spaces
+                )
             except TrackingLost as lost:
                 reasons = [str(lost)]
         if reasons:
@@ -276,7 +280,6 @@ async def send_stopped(
     sources: Sequence[PageSource],
     progress: Progress,
     *,
-    drafted: bool,
     lasting: Collection[HostPid],
 ) -> tuple[int, list[Lent]]:
     """Send a tree that stands still, or what the destination lacks of it; the bytes of pages, and what comes later.
@@ -284,12 +287,11 @@ async def send_stopped(
     Args:
         records: of the tree, translated.
         sources: of the pages that the destination lacks.
-        drafted: see `pipeline.stages.lending.split`.
         lasting: whose memory lasts, so that its pages may come later.
     """
     lent: list[Lent] = []
     if lasting:
-        sources, lent = split(image_of(records), sources, lasting, drafted)
+        sources, lent = split(image_of(records), sources, lasting)
         runs = {one.space: list(one.runs) for one in lent}
         records = [
             replace(record, later=runs[record.space])

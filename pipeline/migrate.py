@@ -207,7 +207,6 @@ async def migrate(
                             still.translated(),
                             still.sources,
                             progress,
-                            drafted=False,
                             lasting=lasting,
                         )
                     else:

@@ -18,7 +18,7 @@ from pipeline import events
 from pipeline.ids import HostPid
 from pipeline.kernel import smaps
 from pipeline.kernel.syscalls import pidfd_getfd
-from tests.harness.hosts import Host, Server, migrate, serving
+from tests.harness.hosts import Host, Server, assert_same_tree, migrate, serving
 from tests.harness.settings import CONTAINER_2, DEPTH_0, DEPTH_1, DEPTH_2, Setting
 from tests.harness.tree import Tree, children_of, reap, said
 from tests.harness.valve import Valve
@@ -154,12 +154,13 @@ MUCH = 96
 
 @contextmanager
 def migration_on_its_way(
-    source: Host, server: Server, secret: Path, tree: Tree
+    source: Host, server: Server, secret: Path, tree: Tree, mode: str = "precopy"
 ) -> Iterator[tuple[subprocess.Popen[str], Valve]]:
     """A migration that sends its draft, and has read nothing yet of the last process of the tree."""
     with Valve(server.address, 1 << 20) as valve:
         arguments = precopy(server, secret)
         arguments[arguments.index(server.address)] = valve.address
+        arguments[arguments.index("precopy")] = mode
         with subprocess.Popen(
             source.command(sys.executable, "-m", "pipeline", *arguments, "--progress", "json", "--json"),
             stdin=subprocess.DEVNULL,
@@ -193,7 +194,7 @@ def has_become(pid: int, word: str) -> bool:
 def test_a_process_becomes_another_while_its_draft_is_sent(
     hosts: tuple[Host, Host], secret: Path, start_on: Callable[..., Tree], word: str
 ) -> None:
-    """The draft is void then, and the next one is right."""
+    """The draft is mended in the end: by a process that has ended, or one of another program."""
     source, destination = hosts
     tree = start_on(source, "changing", DEPTH_1, [str(MUCH)])
     family = tree.pids()
@@ -212,7 +213,40 @@ def test_a_process_becomes_another_while_its_draft_is_sent(
     tree.check()
     assert json.loads(out)["notes"] == []
     told = [event for line in err.splitlines() if (event := events.parse(line))]
-    assert [event.name for event in told if isinstance(event, events.Phase)].count("draft") == 2
+    assert [event.name for event in told if isinstance(event, events.Phase)].count("draft") == 1
+
+
+@pytest.mark.parametrize("mode", ["precopy", "hybrid"])
+@pytest.mark.parametrize("setting", [DEPTH_0, DEPTH_1, DEPTH_2], ids=lambda one: one.name)
+def test_a_family_changes_while_its_draft_is_sent(
+    hosts: tuple[Host, Host], secret: Path, start_on: Callable[..., Tree], setting: Setting, mode: str
+) -> None:
+    """Who has ended, is ended at the destination; who was born, or became another one, is born there in the end."""
+    source, destination = hosts
+    tree = start_on(source, "budding", setting, [str(MUCH)])
+    family = tree.pids()
+    with (
+        serving(destination, secret, "--once") as server,
+        migration_on_its_way(source, server, secret, tree, mode) as (running, valve),
+    ):
+        (tree.directory / "change").touch()
+        wait_until("changed", (tree.directory / "changed").exists)
+        tree.roles += ["gardener", "bud", "budlet"]
+        before = {
+            key: [line.replace(" uw]", "]") for line in value] if key.endswith(" maps") else value
+            for key, value in source.snapshot(5000).items()
+        }
+        valve.open()
+        out, err = running.communicate(timeout=60)
+        assert running.returncode == 0, err
+        server.has_served()
+    assert not reap(family), "the source still runs"
+    tree.pid = destination.outer_pid(5000)
+    assert_same_tree(before, destination.snapshot(5000), 5000)
+    tree.check()
+    assert json.loads(out)["notes"] == []
+    told = [event for line in err.splitlines() if (event := events.parse(line))]
+    assert [event.name for event in told if isinstance(event, events.Phase)].count("draft") == 1
 
 
 def test_memory_that_somebody_else_begins_to_watch_is_refused_in_the_end(

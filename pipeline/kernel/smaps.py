@@ -22,6 +22,7 @@ from pipeline.kernel import procfs
 _NO_FLAGS: frozenset[str] = frozenset()
 _PKEY = re.compile(rb"\nProtectionKey: +([1-9]\d*)$", re.MULTILINE)
 _PAGE_SIZE = re.compile(rb"\nKernelPageSize: +(\d+) kB$", re.MULTILINE)
+_SHARE = re.compile(rb"^Pss_Anon: +(\d+) kB$", re.MULTILINE)
 _KIB = 1024
 
 
@@ -120,6 +121,17 @@ def maps(pid: HostPid) -> list[Mapping]:
 def smaps(pid: HostPid) -> list[Mapping]:
     """Read /proc/PID/smaps; empty for a zombie. Raises `procfs.ProcessGone`; EACCES."""
     return parse_smaps(procfs.read_file(pid, "smaps"))
+
+
+def anonymous_share(pid: HostPid) -> int:
+    """Bytes of private memory that a process has, its part of what it shares with others; 0 for a zombie.
+
+    Raises as `maps` does.
+
+    Source: proc_pid_smaps(5), Pss_Anon of smaps_rollup.
+    """
+    found = _SHARE.search(procfs.read_file(pid, "smaps_rollup"))
+    return int(found[1]) * _KIB if found else 0
 
 
 def exact_name(pid: HostPid, mapping: Mapping) -> bytes:

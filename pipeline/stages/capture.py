@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import NamedTuple, Self
 
@@ -37,6 +37,7 @@ from pipeline.image.schema import (
 )
 from pipeline.kernel import procfs
 from pipeline.kernel.arch import x86_64 as arch
+from pipeline.kernel.pagemap import Range
 from pipeline.kernel.syscalls import KCMP, kcmp
 from pipeline.policy import DumpPolicy
 from pipeline.resources import shell_job, tun_file
@@ -302,12 +303,19 @@ class Capture:
         found = self._found
         assert found is not None
         order = {number: place for place, number in enumerate(self._looks.order or [])}
-        numbers = sorted(found.captured, key=lambda number: order.get(number, len(order)))
+        by_pid = {process.pids[0]: process for process in found.processes}
+        spaces: list[AddressSpace] = []
         sources = self._shared_sources()
-        for number in numbers:
+        for number in sorted(found.captured, key=lambda number: order.get(number, len(order))):
             pid, memory = found.captured[number]
-            sources.append(ProcessPages(number, self._face(pid), memory.runs, memory.untouched))
-        return self._records([found.captured[number][1].space for number in numbers]), sources
+            space, runs = (
+                (memory.space, memory.runs)
+                if number in order
+                else self._beside_parent(by_pid, found.captured, number)
+            )
+            spaces.append(space)
+            sources.append(ProcessPages(number, self._face(pid), runs, memory.untouched))
+        return self._records(spaces), sources
 
     def _records(self, spaces: Sequence[AddressSpace]) -> list[tuple[Record, Record | None]]:
         found = self._found
@@ -350,27 +358,12 @@ class Capture:
         )
         by_pid = {process.pids[0]: process for process in processes}
         spaces: dict[int, AddressSpace] = {}
-        runs = {number: memory.runs for number, (_, memory) in captured.items()}
+        runs: dict[int, Sequence[Range]] = {}
         for number, (pid, memory) in captured.items():
-            spaces[number] = space = memory.space
+            spaces[number], runs[number] = memory.space, memory.runs
             parent = by_pid.get(by_pid[pid].parent)
-            if parent is None or parent.space is None or not planner.late(parent, by_pid[pid]):
-                continue
-            parent_pid, parent_memory = captured[parent.space]
-            if is_forked(parent_memory.space.vmas, space.vmas) and os.path.samefile(
-                f"/proc/{self._face(parent_pid)}/exe", f"/proc/{self._face(pid)}/exe"
-            ):
-                shared = plan_copy_on_write(
-                    self._face(parent_pid),
-                    parent_memory.space,
-                    parent_memory.runs,
-                    self._face(pid),
-                    space,
-                    memory.runs,
-                )
-                if shared.shared or by_pid[pid].together.files:
-                    spaces[number] = replace(space, copy_of=parent.space, dropped=shared.dropped)
-                    runs[number] = shared.send
+            if parent is not None and planner.late(parent, by_pid[pid]):
+                spaces[number], runs[number] = self._beside_parent(by_pid, captured, number)
         planner = plan(processes, list(spaces.values()), *tables)
         sources = self._shared_sources()
         sources += [
@@ -378,6 +371,26 @@ class Capture:
             for number in fill_order(planner.steps)
         ]
         return list(spaces.values()), sources, planner
+
+    def _beside_parent(
+        self, by_pid: Mapping[int, Process], captured: Mapping[int, tuple[HostPid, Captured]], number: int
+    ) -> tuple[AddressSpace, Sequence[Range]]:
+        """The memory of a process that can be forked from its parent: what it has of it, and the pages of its own."""
+        pid, memory = captured[number]
+        space, process = memory.space, by_pid[pid]
+        parent = by_pid.get(process.parent)
+        if parent is None or parent.space is None:
+            return space, memory.runs
+        parent_pid, parent_memory = captured[parent.space]
+        above, below = self._face(parent_pid), self._face(pid)
+        if not is_forked(parent_memory.space.vmas, space.vmas) or not os.path.samefile(
+            f"/proc/{above}/exe", f"/proc/{below}/exe"
+        ):
+            return space, memory.runs
+        shared = plan_copy_on_write(above, parent_memory.space, parent_memory.runs, below, space, memory.runs)
+        if not shared.shared and not process.together.files:
+            return space, memory.runs
+        return replace(space, copy_of=parent.space, dropped=shared.dropped), shared.send
 
     def _shared_sources(self) -> list[PageSource]:
         """The pages of everything that outlives a process."""

@@ -1,23 +1,28 @@
-"""When a tree that was built from one look at it can become that of a later look. Pure; asked by both sides.
+"""How a tree that was built from one look at it becomes that of a later look. Pure; asked by both sides.
 
 While a tree is sent that runs, the destination builds from a *draft*: namespaces, processes, mappings, memory. When the
 tree stands still, it is looked at once more, and what was built is changed to that: mappings and pages that differ.
-Everything else that had a part in the building has to be the same; what a process gets only at the end (threads,
-descriptors, timers, registers...) may be anything.
+Processes that are there no longer are ended, and those that are new are born. What a process gets only at the end
+(threads, descriptors, timers, registers...) may be anything. Of what it gets at its birth nothing can be changed: if
+something of that is not as it was, the process of the draft is ended with all that it has borne, and born anew.
 
-If it is not the same, the tree is built anew.
+Everything else that had a part in the building has to be the same. If it is not, the tree is built anew.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import msgspec
 from msgspec.structs import replace
 
 from pipeline.image.codec import Image
-from pipeline.image.schema import Credentials, Namespace, Process, SharedMemory
+from pipeline.image.graft import graft
+from pipeline.image.plan import Planner, fill_order
+from pipeline.image.schema import Credentials, Namespace, Process, SharedMemory, Together
 from pipeline.resources import external_state, pty_state
+from pipeline.resources.memory.alike import is_forked
 from pipeline.resources.memory.rebuild import find_hole, leaves_free
 from pipeline.stages.memory_layout import HOLE_BYTES
 
@@ -25,8 +30,59 @@ from pipeline.stages.memory_layout import HOLE_BYTES
 SPARE_DESCRIPTORS = 256
 
 
+class Mending(NamedTuple):
+    """What becomes of the processes of a draft.
+
+    `reasons`: why it cannot become the later tree, in words; with any of them the rest is not to be used.
+    `ended`: level-0 pids of the draft, children before parents. `births`: the plan of those that are born then, some of
+    them with the pid of one that was ended.
+    """
+
+    reasons: Sequence[str]
+    ended: Sequence[int]
+    births: Planner
+
+    @property
+    def new_spaces(self) -> list[int]:
+        """The spaces of those that are born, in the order in which their pages are wanted: behind all others."""
+        return list(fill_order(self.births.steps))
+
+
+def mending(draft: Image, now: Image) -> Mending:
+    """How what was built from `draft` becomes `now`."""
+    ended: set[int] = set()
+    for pid, process in draft.processes.items():  # parents first
+        if process.parent in ended or not _stays(draft, now, pid):
+            ended.add(pid)
+    born = [pid for pid in now.processes if pid not in draft.processes or pid in ended]
+    if draft.head.root in ended:
+        reasons = ["its first process is in other namespaces, sessions or groups, or is another program"]
+        return Mending(reasons, [], graft(now, ()))
+    births = graft(now, born)
+    reasons = [*differences(draft, now), *map(str, births.blockers)]
+    if any(draft.processes[pid].together != Together() for pid in ended):
+        reasons.append(
+            "of processes that share memory or descriptors one has ended, or has become another one"
+        )
+    cgroups = {index for process in draft.processes.values() for index in process.cgroups}
+    if not all(cgroups.issuperset(now.processes[pid].cgroups) for pid in born):
+        reasons.append("a new process is in a cgroup where none was")
+    return Mending(reasons, [pid for pid in reversed(draft.processes) if pid in ended], births)
+
+
+def _stays(draft: Image, now: Image, pid: int) -> bool:
+    """Whether a process of the draft can become that of the same pid."""
+    before, after = draft.processes[pid], now.processes.get(pid)
+    if after is None or _birth(before) != _birth(after):
+        return False
+    if before.space is None or after.space is None:
+        return before.space == after.space
+    one, other = draft.spaces[before.space], now.spaces[after.space]
+    return one.exe == other.exe and is_forked(one.vmas, other.vmas)
+
+
 def differences(draft: Image, now: Image) -> Iterator[str]:
-    """Why what was built from `draft` cannot become `now`, in words; nothing if it can."""
+    """What is not as it was of all that cannot be changed, and is no process; in words."""
     if _host(draft) != _host(now):
         yield "it is on another host, or no job any more"
     yield from _other("user namespace", draft.user_namespaces, now.user_namespaces)
@@ -36,14 +92,6 @@ def differences(draft: Image, now: Image) -> Iterator[str]:
             yield f"{name} {index} is not what it was"
     yield from _other("cgroup", draft.cgroups, now.cgroups)
     yield from _other("file that goes along", draft.taken_files, now.taken_files)
-    if list(draft.processes) != list(now.processes):
-        yield "processes came or went"
-        return
-    for pid, process in now.processes.items():
-        if _birth(draft.processes[pid]) != _birth(process):
-            yield f"pid {pid} is in other namespaces, sessions or groups, or has other ids"
-        if process.space is not None and draft.spaces[process.space].exe != now.spaces[process.space].exe:
-            yield f"pid {pid} has executed another program"
     for space, shared in now.shared_memory.items():
         if space in draft.shared_memory and _identity(draft.shared_memory[space]) != _identity(shared):
             yield f"shared memory {space} has other seals"

@@ -20,7 +20,6 @@ from typing import Protocol
 from msgspec.structs import replace
 
 from pipeline.errors import RebuildError
-from pipeline.image.codec import Image
 from pipeline.image.plan import Planner
 from pipeline.image.schema import Memberships, Process
 from pipeline.image.steps import (
@@ -94,8 +93,7 @@ class Growth:
     """Plays a plan. Every puppet is in `grown` or `stand_ins` from its birth to the end of the rebuild.
 
     Args:
-        image: the records.
-        planner: its plan.
+        planner: the plan.
         launcher: the first puppet, in the namespaces that the image calls external.
         body: gives puppets namespaces and memory.
         first_level: how many outer pid namespace levels of the image are replaced by the launcher's own:
@@ -108,7 +106,6 @@ class Growth:
 
     def __init__(
         self,
-        image: Image,
         planner: Planner,
         launcher: Puppet,
         body: Body,
@@ -117,7 +114,6 @@ class Growth:
         announcer: Announcer | None,
         first: Puppet | None = None,
     ) -> None:
-        self._image = image
         self._planner = planner
         self._launcher = launcher
         self._body = body
@@ -176,6 +172,20 @@ class Growth:
                     self._remove(pid)
                 case Fill():
                     yield step
+
+    def mend(self, ended: Sequence[int], births: Planner) -> None:
+        """End processes; another `grow` plays the births of others.
+
+        Args:
+            ended: children before parents, none of them the root.
+            births: their plan, of the tree as it is to be.
+        """
+        for pid in ended:
+            process = self._planner.processes[pid]
+            self._end_helper(
+                self.grown[process.parent].puppet, self.grown.pop(pid).puppet, process.exit_signal
+            )
+        self._planner = births
 
     def end_wardens(self) -> None:
         """Nobody is born any more, threads neither: whoever announced pids ends."""

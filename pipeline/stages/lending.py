@@ -54,16 +54,14 @@ class Lent:
 
 
 def split(
-    image: Image, sources: Sequence[PageSource], lasting: Collection[HostPid], drafted: bool
+    image: Image, sources: Sequence[PageSource], lasting: Collection[HostPid]
 ) -> tuple[list[PageSource], list[Lent]]:
     """What of `sources` is sent before the tree runs, and what may come later.
 
     Args:
         image: the tree as it stands still.
         sources: of the pages that the destination lacks.
-        lasting: whose memory lasts.
-        drafted: the destination has built the processes already: children that share pages with their parents were
-            forked. Otherwise what they are forked from must be there.
+        lasting: whose memory lasts. What children are forked from that are not born yet, must be there, though.
     """
     sooner: list[PageSource] = []
     lent: list[Lent] = []
@@ -71,7 +69,7 @@ def split(
         if (
             isinstance(source, ProcessPages)
             and source.pid in lasting
-            and (drafted or not later.is_copied(image, source.space))
+            and not later.is_copied(image, source.space)
         ):
             may_wait = later.may_wait(image, image.spaces[source.space])
             if runs := intersect(source.runs, may_wait):

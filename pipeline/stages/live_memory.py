@@ -6,7 +6,7 @@ round then asks what was written since the one before.
 A destination that builds a draft of the tree meanwhile is told in the last stop which pages it lacks: all that the
 tree has, but for those that were sent, were not written since, and lie in a mapping that the destination still has; and
 which pages it has that are none any more. Pages of mappings that are newer than the draft wait for the end: the
-destination has no place for them yet.
+destination has no place for them yet. So do those of processes that are newer, or have executed another program.
 
 A store only keeps what it gets. It is told in the last stop which pages of it are still those of the tree. What comes
 and goes meanwhile does not matter to it, but for memory that a child still shares with its parent: it is stored once,
@@ -25,13 +25,13 @@ from pipeline.errors import Blocker, Refused
 from pipeline.ids import HostPid, LocalFd
 from pipeline.image.codec import Image
 from pipeline.image.schema import AddressSpace
+from pipeline.kernel import smaps
 from pipeline.kernel.pagemap import Range, intersect, subtract, total_bytes, union
 from pipeline.kernel.procfs import ProcessGone
 from pipeline.ledger import LEDGER
 from pipeline.resources.memory.alike import overlaps, private_ranges
 from pipeline.resources.memory.capture import watched_by_others
 from pipeline.resources.memory.tracking import Tracking, TrackingLost
-from pipeline.resources.tasks import leaders
 from pipeline.stages import freeze
 from pipeline.stages.asking import inside
 from pipeline.stages.freeze import FrozenTree
@@ -49,7 +49,8 @@ class _Space:
     """The memory of one process.
 
     `ranges`: where the destination has a place for its pages. `inherited`: pages that its parent has, too (and not
-    written since the fork); the destination forks it from its parent, and has them then as the parent has.
+    written since the fork); the destination forks it from its parent, and has them then as the parent has. `is_lost`:
+    the process has ended, or has other memory by now.
     """
 
     pid: HostPid
@@ -61,6 +62,7 @@ class _Space:
     pending: list[Range] = field(default_factory=list)
     unwatched: list[Range] = field(default_factory=list)
     missed: list[Range] = field(default_factory=list)
+    is_lost: bool = False
 
     def look(self) -> None:
         """Ask what was written; TrackingLost."""
@@ -69,10 +71,26 @@ class _Space:
         self.missed.clear()
         self.unwatched = found.unwatched
 
-    def unsent(self) -> list[Range]:
-        """What was written up to the last look and was not sent since, or cannot be known; TrackingLost."""
-        self.tracking.check()
-        return union(union(self.pending, sorted(self.missed)), self.unwatched)
+    def right(self, untouched: Sequence[Range]) -> list[Range]:
+        """What was sent as it is now.
+
+        Args:
+            untouched: what was not written since the last look.
+        """
+        try:
+            if self.is_lost:
+                return []
+            self.tracking.check()
+        except TrackingLost:
+            return []
+        unsent = union(union(self.pending, sorted(self.missed)), self.unwatched)
+        return subtract(intersect(self.sent, untouched), unsent)
+
+    def lose(self) -> None:
+        """Nothing is known of it any more, nor asked."""
+        self.is_lost = True
+        self.pending.clear()
+        self.tracking.close()
 
     def differing(self) -> list[Range]:
         """What the destination has inherited of the parent, and the parent has written since the draft, or dropped.
@@ -81,6 +99,8 @@ class _Space:
         """
         if self.parent is None or not self.inherited:
             return []
+        if self.parent.is_lost:
+            return self.inherited
         try:
             # one answer for each page: between two, it could be dropped, or come back
             kept = self.parent.tracking.untouched()
@@ -113,7 +133,6 @@ class LiveMemory:
         self.looks = Looks(live=True)
         self._image: Image | None = None
         self._pids: list[HostPid] = []
-        self._ended: set[HostPid] = set()
         self._spaces: dict[int, _Space] = {}
         self._unseen: list[_Space] = []
         self._sent: dict[int, Sent] = {}
@@ -141,7 +160,6 @@ class LiveMemory:
         """
         self._image = image
         self._pids = list(tree.pids())
-        self._ended = {process.pid for process in tree.processes.values() if process.zombie}
         tasks = {
             HostPid(tid): [HostPid(other) for other in process.tasks]
             for process in tree.living()
@@ -213,33 +231,48 @@ class LiveMemory:
         """Ask what was written since the last time; how many bytes are to be sent. In any thread.
 
         Raises:
-            TrackingLost: a process has ended, or executed another program, and there is a draft with it.
+            TrackingLost: the first process of a tree that there is a draft of has ended, or executed another program.
         """
-        for space in list(self._spaces.values()):
+        for space in self._spaces.values():
             self._look_at(space)
         return self.left_bytes()
 
     def _look_at(self, space: _Space) -> None:
+        if space.is_lost:
+            return
         try:
             space.look()
         except TrackingLost:
-            if not self._is_stored:
+            if space.pid == self._pids[0] and not self._is_stored:
                 raise
-            del self._spaces[next(number for number, one in self._spaces.items() if one is space)]
-            space.tracking.close()
+            space.lose()
 
     def left_bytes(self) -> int:
         """How much was written that was not sent."""
         return sum(total_bytes(space.pending) for space in self._spaces.values())
 
     def late_bytes(self) -> int:
-        """How much of that the destination has no place for yet."""
-        return sum(total_bytes(subtract(space.pending, space.ranges)) for space in self._spaces.values())
+        """How much there is that the destination has no place for yet."""
+        mapped = sum(total_bytes(subtract(space.pending, space.ranges)) for space in self._spaces.values())
+        return mapped + self._new_bytes()
+
+    def _new_bytes(self) -> int:
+        """The memory of processes that are newer, or have other memory by now; what they share in parts."""
+        lost = {space.pid for space in self._spaces.values() if space.is_lost}
+        found = 0
+        with suppress(ProcessGone):  # the next look says so
+            for pid in freeze.walk(self._pids[0]):
+                if pid in lost or pid not in self._pids:
+                    with suppress(ProcessGone, OSError):
+                        found += smaps.anonymous_share(pid)
+        return found
 
     def take(self, *, first: bool) -> list[PageSource]:
         """What to send now; the `first` time in the order of the growth plan, with what is shared."""
         found: list[PageSource] = list(self._objects) if first else []
         for number, space in self._spaces.items():
+            if space.is_lost:
+                continue
             runs = space.take()
             if first:
                 found.append(LivePages(number, space.pid, runs, space.missed, space.differing))
@@ -247,46 +280,39 @@ class LiveMemory:
                 found.append(LivePages(number, space.pid, runs, space.missed))
         return found
 
-    def has_changed(self) -> bool:
-        """Whether processes came or went."""
-        try:
-            pids = freeze.walk(self._pids[0])
-            return list(pids) != self._pids or {pid for pid in pids if leaders.has_ended(pid)} != self._ended
-        except ProcessGone:
-            return True
-
     # -- at the end --------------------------------------------------------------------------
 
     def finish(
-        self, now: Image, sources: Sequence[PageSource]
+        self, now: Image, sources: Sequence[PageSource], new_spaces: Sequence[int]
     ) -> tuple[list[PageSource], dict[int, list[Range]]]:
         """What the destination lacks of the tree that stands still, and which of its pages are none any more.
 
         Args:
-            now: the image of the stopped tree, which has no `differences` from the draft.
+            now: the image of the stopped tree, which the draft can become.
             sources: of all of its pages.
+            new_spaces: of processes that are born in the end, in the order in which their pages are wanted.
 
         Raises:
-            TrackingLost: see `look`.
+            TrackingLost: what has changed cannot be sent any more.
             Refused: somebody else has begun to watch its memory.
         """
         doubtful = set(_written_behind(self.image)) | set(_written_behind(now))
         lacking: list[PageSource] = []
+        new: dict[int, PageSource] = {}
         dropped: dict[int, list[Range]] = {}
         self._refuse_watched()
         for source in sources:
             match source:
+                case ProcessPages(number) if number in new_spaces:
+                    new[number] = source
                 case ProcessPages(number, pid, runs, untouched):
                     space = self._spaces[number]
-                    unsent = space.unsent()
                     alike = private_ranges(
                         list(overlaps(self.image.spaces[number].vmas, now.spaces[number].vmas))
                     )
-                    there = intersect(space.sent, alike)
-                    right = subtract(intersect(there, untouched), unsent)
-                    missing = subtract(runs, [] if number in doubtful else right)
-                    lacking.append(ProcessPages(number, pid, missing))
-                    dropped[number] = subtract(there, runs)
+                    right = [] if number in doubtful else intersect(space.right(untouched), alike)
+                    lacking.append(ProcessPages(number, pid, subtract(runs, right)))
+                    dropped[number] = subtract(intersect(space.sent, alike), runs)
                 case SharedPages(number, shared):
                     lacking.append(SharedPages(number, shared, self._sent.get(number, Sent())))
                 case FilePages(number, fd, size, _, early):
@@ -294,7 +320,7 @@ class LiveMemory:
                     if early and sent.has_changed(fd, size):
                         raise TrackingLost("what its tmpfs or System V segments hold has changed")
                     lacking.append(FilePages(number, fd, size, sent, early))
-        return lacking, dropped
+        return lacking + [new[number] for number in new_spaces], dropped
 
     def kept(
         self, now: Image, sources: Sequence[PageSource]
@@ -317,13 +343,7 @@ class LiveMemory:
         for source in sources:
             match source:
                 case ProcessPages(number, pid, runs, untouched) if number in self._spaces:
-                    space = self._spaces[number]
-                    try:
-                        unsent = space.unsent()
-                    except TrackingLost:  # it is another memory
-                        lacking.append(source)
-                        continue
-                    right = subtract(intersect(space.sent, untouched), unsent)
+                    right = self._spaces[number].right(untouched)
                     kept[number] = intersect(runs, [] if number in doubtful else right)
                     lacking.append(ProcessPages(number, pid, subtract(runs, kept[number])))
                 case SharedPages(number, shared) if number in self._sent:
@@ -339,6 +359,8 @@ class LiveMemory:
     def _refuse_watched(self) -> None:
         blockers: list[Blocker] = []
         for space in self._spaces.values():
+            if space.is_lost:
+                continue
             with suppress(ProcessLookupError, ProcessGone):  # told by who asks for what was not sent
                 blockers += watched_by_others(space.pid, space.unwatched, space.tracking.may_watch)
         if blockers:

@@ -195,7 +195,6 @@ class Rebuilding:
         )
         self._body.notes += self._clocks.notes
         self.growth = Growth(
-            image,
             self._planner,
             self._launcher,
             body,
@@ -329,24 +328,30 @@ class Rebuilding:
             ImageError: it is a tree that what was built here cannot become.
             Refused: it needs something by now that is not here.
         """
-        reasons = list(draft.differences(self._image, image))
-        if reasons:
-            raise ImageError(f"the tree is not that of its draft: {'; '.join(reasons)}")
+        mending = draft.mending(self._image, image)
+        if mending.reasons:
+            raise ImageError(f"the tree is not that of its draft: {'; '.join(mending.reasons)}")
         ids = Destination(image, self._terms.placing, self._terms.unmapped)
         ids.refuse_unplaced()
         blockers = list(check_here(list(image.processes.values())))
         if blockers:
             raise RebuildError("this host cannot take the tree: " + "; ".join(map(str, blockers)))
         self.contents.update(image, self._launcher, ids.uid_here, ids.gid_here)
-        self._before, self._image, self._ids = self._image, image, ids
+        self._before, self._image, self._ids, self._mending = self._image, image, ids, mending
 
     def change(self) -> None:
-        """Turn the mappings of every process into those of the updated image; the pages that differ come then."""
+        """Turn the mappings of every process into those of the updated image, but for those that are new.
+
+        The pages that differ come then, and by further steps of `next_fill` those that are new.
+        """
         self.contents.seal_early()
         files = MappedFiles(self._image, self.contents, self._open_path, self.policy)
         self._stack.callback(files.close)
         self._body.update(self._image, files, self._ids)
-        for process, grown in finish.living(self._image, self.growth):
+        self.growth.mend(self._mending.ended, self._mending.births)
+        self._steps = self.growth.grow()
+        for pid, grown in self.growth.grown.items():
+            process = self._image.processes[pid]
             if process.space is not None and not process.together.vm:
                 self._body.change(process, grown, self._before.spaces[process.space])
 
@@ -363,8 +368,9 @@ class Rebuilding:
         return self.memory_of(Fill(space))
 
     def last_fills(self) -> list[int]:
-        """The spaces of processes in the order in which the last pages come."""
-        return list(fill_order(self._planner.steps))
+        """The spaces of the processes that stand, in the order in which their last pages come."""
+        standing = {self._image.processes[pid].space for pid in self.growth.grown}
+        return [space for space in fill_order(self._planner.steps) if space in standing]
 
     def complete(self) -> None:
         """Everything but letting it run."""
@@ -627,9 +633,7 @@ async def grown(
             await tracer.run(rebuilding.contents.finish_fill, space)
         rebuilding.contents.seal_early()
         await tracer.run(rebuilding.furnish)
-        while (fill := await tracer.run(rebuilding.next_fill)) is not None:
-            await feed.fill(fill.space, await tracer.run(rebuilding.memory_of, fill))
-        await feed.expect_end()
+        await _fill_growing(rebuilding, feed, tracer)
         yield rebuilding
     finally:
         with trio.CancelScope(shield=True):
@@ -650,9 +654,16 @@ async def bring_up_to_date(rebuilding: Rebuilding, image: Image, feed: Feed, tra
         await tracer.run(rebuilding.change)
         for space in rebuilding.last_fills():
             await feed.fill(space, rebuilding.place_of(space))
-        await feed.expect_end()
+        await _fill_growing(rebuilding, feed, tracer)
     finally:
         feed.close()
+
+
+async def _fill_growing(rebuilding: Rebuilding, feed: Feed, tracer: Tracer) -> None:
+    """Let processes be born, each with its pages, until all are there."""
+    while (fill := await tracer.run(rebuilding.next_fill)) is not None:
+        await feed.fill(fill.space, await tracer.run(rebuilding.memory_of, fill))
+    await feed.expect_end()
 
 
 @asynccontextmanager

@@ -209,13 +209,18 @@ def migrate(
         assert not reap(family), "the source still runs"
     tree.pid = destination.outer_pid(root)
     after = destination.snapshot(root) if compare else {}
+    assert_same_tree(before, after, root)
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
+
+
+def assert_same_tree(before: dict[str, object], after: dict[str, object], root: int) -> None:
+    """Nothing that /proc says of a tree in one host differs from what it says in the other."""
     # the parent of the root is outside of the tree: nsenter, in no host, and then the first process of the other
     for found in (before, after):
         for key in [k for k in found if k.startswith(f"{root} ") and k.endswith((".ppid", ".PPid"))]:
             del found[key]
     assert_same(before, after)
-    result: dict[str, Any] = json.loads(done.stdout)
-    return result
 
 
 def terminate(process: subprocess.Popen[str]) -> Sequence[str]:

@@ -135,7 +135,7 @@ async def migrate(
         externals: paths of namespaces, by kind, that are external instead of the caller's own.
         policy: decisions about states that have more than one good answer.
         compress: pages with ``lz4``, ``zstd``, not at all, or with what pays (``auto``).
-        streams: connections that pages are spread over.
+        streams: connections that pages are spread over; one only where pages come later.
         progress: is told how far it is.
         give_up: is asked now and then when the tree is over there and pages are still here: whether not to wait any
             more for a destination that cannot be reached; the tree is lost then.
@@ -149,8 +149,8 @@ async def migrate(
     """
     if not 1 <= streams <= MAX_STREAMS:
         raise UsageError(f"--streams is a number from 1 to {MAX_STREAMS}")
-    if streams > 1 and mode != "stop":
-        raise UsageError("--streams goes with --mode stop only, so far")
+    if streams > 1 and (mode not in ("stop", "precopy") or on_timeout == "postcopy"):
+        raise UsageError("--streams does not go with pages that come later: use --mode stop or precopy")
     if auto_converge and mode not in _LIVE:
         raise UsageError("--auto-converge goes with --mode precopy or hybrid: it is for their rounds")
     if secret_file is None:

@@ -50,11 +50,27 @@ def test_migration(
     tree.check()
 
 
+@pytest.mark.parametrize("mode", ["stop", "precopy"])
 @pytest.mark.parametrize("streams", ["2", "4"])
 def test_migration_over_several_connections(
-    hosts: tuple[Host, Host], secret: Path, start_on: Callable[..., Tree], streams: str
+    hosts: tuple[Host, Host], secret: Path, start_on: Callable[..., Tree], streams: str, mode: str
 ) -> None:
     source, destination = hosts
     tree = start_on(source, "large", CONTAINER_2, ["20", "20", "64", "64"])
-    migrate(source, destination, tree, secret, "--streams", streams)
+    migrate(source, destination, tree, secret, "--streams", streams, "--mode", mode)
     tree.check()
+
+
+def test_a_program_that_never_rests_over_several_connections(
+    hosts: tuple[Host, Host], secret: Path, start_on: Callable[..., Tree]
+) -> None:
+    """A page of a later round comes behind that of an earlier one, whichever connections they take."""
+    source, destination = hosts
+    tree = start_on(source, "rewriting", CONTAINER_2, ["forks"])
+    for _ in range(2):
+        migrate(
+            source, destination, tree, secret, "--streams", "3", "--mode", "precopy", "--max-rounds", "6",
+            "--max-downtime", "1us", compare=False,
+        )  # fmt: skip
+        tree.check()
+        source, destination = destination, source

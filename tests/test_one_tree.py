@@ -83,6 +83,9 @@ class World:
     def victims(self) -> list[int]:
         return []
 
+    def place_of(self, _: int) -> int:
+        return -1
+
     def complete(self) -> None:
         assert self.there == "stands"
 
@@ -202,9 +205,12 @@ def play(
             holdings=SimpleNamespace(ended=lambda: None, settled=lambda: None, complaints=[]),
         )  # fmt: skip
 
-    async def write_image(writer: Any, *_: Any) -> int:
+    async def write_pages(writer: Any) -> None:
         for number in range(5 if streams > 1 else 0):
             await writer.pages(PageRun(1, [(number << 12, 4096)], memoryview(bytes(4095) + b"x")))
+
+    async def write_image(writer: Any, *_: Any) -> int:
+        await write_pages(writer)
         await writer.end(0, 0)
         return 0
 
@@ -230,7 +236,7 @@ def play(
         await trio.lowlevel.checkpoint()
 
     class LiveSource:
-        """Two drafts, with a round each, and the rest; without records and pages."""
+        """Two drafts, with a round each, and the rest; without records, and without pages on one connection."""
 
         looks, notes, rounds_done, draft_s, begun_s, page_bytes = None, (), 2, 0.0, 0.0, 0
         later = True
@@ -244,6 +250,7 @@ def play(
                 await self._send("draft")
                 await trio.sleep(0.1)
                 await self._channel.say(Begin("round"))
+                await write_pages(self._channel.writer)
 
         async def send_rest(self, _still: Any, _lasting: Any) -> list[Any]:
             await self._send("rest")
@@ -251,7 +258,7 @@ def play(
 
         async def _send(self, what: Literal["draft", "rest"]) -> None:
             await self._channel.say(Begin(what))
-            await self._channel.writer.end(0, 0)
+            await write_image(self._channel.writer)
 
         def close(self) -> None:
             pass
@@ -270,7 +277,8 @@ def play(
             destination_recipe,
             {
                 "read_records": read_records, "rebuilt": rebuilt, "grown": rebuilt, "bring_up_to_date": nothing,
-                "check_here": lambda: None, "page_feed": lambda *_: SimpleNamespace(bytes_done=0),
+                "check_here": lambda: None, "write_run": lambda *_: None,
+                "page_feed": lambda *_: SimpleNamespace(bytes_done=0),
                 "RestoredTree": lambda *_: SimpleNamespace(wait=nothing, close=lambda: None, notes=[]),
             },
         ),
@@ -364,7 +372,16 @@ def test_one_tree_whatever_the_network_does(
 
 @pytest.mark.parametrize(
     ("streams", "mode"),
-    [(1, "stop"), (2, "stop"), (4, "stop"), (16, "stop"), (1, "precopy"), (1, "postcopy"), (1, "hybrid")],
+    [
+        (1, "stop"),
+        (2, "stop"),
+        (4, "stop"),
+        (16, "stop"),
+        (1, "precopy"),
+        (3, "precopy"),
+        (1, "postcopy"),
+        (1, "hybrid"),
+    ],
 )
 def test_a_fine_network_moves_the_tree(streams: int, mode: Any) -> None:
     with pytest.MonkeyPatch.context() as patch:

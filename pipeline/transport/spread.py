@@ -7,7 +7,7 @@ any moment on which connection the next frame comes: what was written later is n
 a page of a later round never comes before one of an earlier round. Connections are read
 and written by a task each, a few frames ahead.
 
-Each further connection ends with an end record of its own, which vouches for its frames.
+With each end record, every further connection has one of its own, which vouches for its frames up to there.
 """
 
 from __future__ import annotations
@@ -216,7 +216,7 @@ class SpreadReader(FrameReader):
             except BaseException:
                 _give_back(item)
                 raise
-            if item is None or isinstance(item, Exception | End):
+            if item is None or isinstance(item, Exception):
                 return
 
     async def next(self) -> Item | None:

@@ -14,10 +14,11 @@ import signal
 import sys
 import time
 
-from support import Program, main, wait_for
+from support import Program, main, prctl, wait_for
 
 PAGE = mmap.PAGESIZE
 PAGES = 1024
+PR_SET_PDEATHSIG = 1
 
 
 def relations(pid):
@@ -39,6 +40,7 @@ def idle():
 def forked(act):
     pid = os.fork()
     if pid == 0:
+        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         act()
         os._exit(1)
     return pid

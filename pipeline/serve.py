@@ -35,7 +35,7 @@ from pipeline.resources.memory.watch import check_here
 from pipeline.resources.registry import kinds
 from pipeline.restore import RestoredTree, page_feed, read_records
 from pipeline.stages.borrowing import Borrowing
-from pipeline.stages.fill import write_run
+from pipeline.stages.fill import writing
 from pipeline.stages.rebuild import Rebuilding, Terms, bring_up_to_date, grown, rebuilt
 from pipeline.transport import identity, protocol, tcp
 from pipeline.transport.buffers import LeasedRun
@@ -263,17 +263,19 @@ class _Server:
     async def _round(self, channel: Channel, rebuilding: Rebuilding) -> tuple[int, str]:
         """Take in the pages of a round; their bytes, and what comes behind it."""
         count = 0
-        while isinstance(item := await channel.reader.next(), LeasedRun):
-            try:
-                place = rebuilding.place_of(item.run.space)
-                try:
-                    await trio.to_thread.run_sync(write_run, place, item.run)
-                except OSError as error:
-                    raise ImageError(f"pages of space {item.run.space} have no place: {error}") from error
-                count += len(item.run.payload)
-            finally:
-                item.lease.release()
-            self._progress.advance(count, None)
+        try:
+            async with writing() as write:
+                while isinstance(item := await channel.reader.next(), LeasedRun):
+                    try:
+                        place = rebuilding.place_of(item.run.space)
+                    except BaseException:
+                        item.lease.release()
+                        raise
+                    count += len(item.run.payload)
+                    await write(place, item)
+                    self._progress.advance(count, None)
+        except OSError as error:
+            raise ImageError(f"pages of a round have no place: {error}") from error
         return count, await _beginning(channel, item)
 
     @staticmethod

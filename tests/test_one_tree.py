@@ -26,7 +26,7 @@ from pipeline.image.schema import End
 from pipeline.ledger import LEDGER
 from pipeline.migrate import Mode
 from pipeline.progress import NullProgress
-from pipeline.stages import borrowing
+from pipeline.stages import borrowing, fill
 from pipeline.stages.rebuild import Terms
 from pipeline.transport.protocol import Begin
 from pipeline.transport.tcp import Channel
@@ -277,12 +277,13 @@ def play(
             destination_recipe,
             {
                 "read_records": read_records, "rebuilt": rebuilt, "grown": rebuilt, "bring_up_to_date": nothing,
-                "check_here": lambda: None, "write_run": lambda *_: None,
+                "check_here": lambda: None,
                 "page_feed": lambda *_: SimpleNamespace(bytes_done=0),
                 "RestoredTree": lambda *_: SimpleNamespace(wait=nothing, close=lambda: None, notes=[]),
             },
         ),
         (borrowing, {"Guard": Guard}),
+        (fill, {"write_run": lambda *_: None}),
     ):  # fmt: skip
         for name, value in names.items():
             patch.setattr(module, name, value)

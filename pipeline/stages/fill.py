@@ -6,15 +6,16 @@ are born. So there is no table of what is still missing: a run of another space 
 that the one before is complete.
 
 Private memory is written through /proc/PID/mem, which ignores the permissions of
-private mappings; shared objects by pwrite. Both run in a worker thread, while the next pages
-are read.
+private mappings; shared objects by pwrite. Both run in worker threads, two at a time, while the
+next pages are read: most of it is the kernel's clearing and copying of single pages, and two threads
+need half as long as one (docs/performance.md).
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, asynccontextmanager
 from typing import Protocol
 
 import trio
@@ -25,6 +26,7 @@ from pipeline.image.packing import PAGE_BYTES, zero_pages
 from pipeline.progress import Progress
 from pipeline.transport.buffers import LeasedRun
 
+_WRITERS = 2
 _LOOK_BYTES = 256 << 10
 _ZERO_PAGE = bytes(PAGE_BYTES)
 
@@ -65,6 +67,45 @@ def write_zeros(fd: int, offset: int, length: int) -> None:
         offset += len(wanted)
 
 
+@asynccontextmanager
+async def writing() -> AsyncIterator[Callable[[int, LeasedRun], Awaitable[None]]]:
+    """What is given to the function in the block, a descriptor and a run for it, is written when the block has ended.
+
+    Several runs at once, in any order: no page may be among them twice. The leases are owned from then on.
+
+    Raises:
+        OSError: as `write_run`; where a run is given, of an earlier one, or at the end.
+    """
+    room = trio.Semaphore(_WRITERS)
+    failed: list[OSError] = []
+
+    async def write(fd: int, leased: LeasedRun) -> None:
+        try:
+            await trio.to_thread.run_sync(write_run, fd, leased.run)
+        except OSError as error:
+            failed.append(error)
+        finally:
+            leased.lease.release()
+            room.release()
+
+    with ungrouped():
+        async with trio.open_nursery() as nursery:
+
+            async def give(fd: int, leased: LeasedRun) -> None:
+                try:
+                    await room.acquire()
+                    if failed:
+                        raise failed[0]
+                except BaseException:
+                    leased.lease.release()
+                    raise
+                nursery.start_soon(write, fd, leased)
+
+            yield give
+    if failed:
+        raise failed[0]
+
+
 class Feed(Protocol):
     """Where the pages of a tree come from that is built."""
 
@@ -85,7 +126,7 @@ class StoredFeed:
 
     Args:
         runs: gives the pages of a space; whoever gets a run releases its lease.
-        progress: is told the bytes that have been written.
+        progress: is told the bytes that have come.
     """
 
     def __init__(self, runs: Callable[[int], AsyncGenerator[LeasedRun]], progress: Progress) -> None:
@@ -95,13 +136,11 @@ class StoredFeed:
 
     async def fill(self, space: int, fd: int) -> None:
         """See `Feed.fill`."""
-        async with aclosing(self._runs(space)) as runs:
+        async with writing() as write, aclosing(self._runs(space)) as runs:
             async for leased in runs:
-                try:
-                    await trio.to_thread.run_sync(write_run, fd, leased.run)
-                finally:
-                    leased.lease.release()
-                self.bytes_done += len(leased.run.payload)
+                size = len(leased.run.payload)
+                await write(fd, leased)
+                self.bytes_done += size
                 self._progress.advance(self.bytes_done, None)
 
     async def expect_end(self) -> None:
@@ -117,7 +156,7 @@ class PageFeed:
     Args:
         first: the first page run, owned by the feed from now on.
         runs: the stream of those behind it, in order.
-        progress: is told the bytes that have been written.
+        progress: is told the bytes that have come.
         total_bytes: how many will come, where known.
     """
 
@@ -144,31 +183,17 @@ class PageFeed:
         return self._next
 
     async def fill(self, space: int, fd: int) -> None:
-        """Write all pages of `space` to `fd`; returns when the stream goes on with another space."""
-        while (leased := await self._peek()) is not None and leased.run.space == space:
-            self._next = None
-            try:
-                await self._write(fd, leased.run)
-            finally:
-                leased.lease.release()
-            self.bytes_done += len(leased.run.payload)
-            self._progress.advance(self.bytes_done, self._total)
+        """Write all pages of `space` to `fd`; returns when the stream goes on with another space.
 
-    async def _write(self, fd: int, run: PageRun) -> None:
-        """Write a run while the next one is read.
-
-        That one is read to its end if the write fails: a peer that is told so is listened to at the border of a frame.
+        If that fails, the stream is at the border of a frame: a peer that is told so is listened to there.
         """
-        failed: OSError | None = None
-        with ungrouped():
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._peek)
-                try:
-                    await trio.to_thread.run_sync(write_run, fd, run)
-                except OSError as error:
-                    failed = error
-        if failed is not None:
-            raise failed
+        async with writing() as write:
+            while (leased := await self._peek()) is not None and leased.run.space == space:
+                self._next = None
+                size = len(leased.run.payload)
+                await write(fd, leased)
+                self.bytes_done += size
+                self._progress.advance(self.bytes_done, self._total)
 
     async def expect_end(self) -> None:
         """Every page was wanted by somebody.

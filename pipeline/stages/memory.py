@@ -1,8 +1,8 @@
 """The memory-stream stage: pages out of a stopped tree, in large runs, in the order of the plan.
 
 One copy is made of a page on this side: out of the target into a pooled buffer, by
-process_vm_readv in a worker thread, while other buffers are on their way out. The pool
-bounds the memory, however large the tree is.
+process_vm_readv in a worker thread, which makes a frame of it at once, while other buffers are
+on their way out. The pool bounds the memory, however large the tree is.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import xxhash
 
 from pipeline.ids import HostPid, LocalFd
 from pipeline.image.frames import PageRun
+from pipeline.image.packing import PackedRun
 from pipeline.kernel.pagemap import PAGE_BYTES, Range, intersect, subtract, total_bytes, union
 from pipeline.kernel.procfs import ProcessGone
 from pipeline.progress import Progress
@@ -30,7 +31,7 @@ from pipeline.resources.memory.pages import (
     read_shared,
     shared_bytes,
 )
-from pipeline.transport.buffers import BufferPool, LeasedRun
+from pipeline.transport.buffers import BufferPool, Lease
 
 #: bytes of one page run, and how many of them may be on their way at once
 BUFFER_BYTES = 4 << 20
@@ -170,13 +171,17 @@ def page_bytes(sources: Sequence[PageSource]) -> int:
 
 async def stream_memory(
     sources: Sequence[PageSource],
-    send: trio.MemorySendChannel[LeasedRun],
+    send: trio.MemorySendChannel[tuple[PackedRun, Lease]],
     pool: BufferPool,
+    pack: Callable[[PageRun], PackedRun],
     progress: Progress,
 ) -> None:
-    """Read every page of the sources and send it on as page runs; closes `send` at the end.
+    """Read every page of the sources, and send it on as frames; closes `send` at the end.
 
-    Ownership: whoever receives a run releases its lease. Cancellation: at any send; the lease in hand is
+    Args:
+        pack: makes a frame of a page run, in a worker thread.
+
+    Ownership: whoever receives a frame releases its lease. Cancellation: at any send; the lease in hand is
     released, the worker thread ends with its current read.
     """
     total = await trio.to_thread.run_sync(page_bytes, sources)
@@ -185,10 +190,15 @@ async def stream_memory(
     async def emit(space: int, fill: _Fill) -> None:
         nonlocal done
         lease = await pool.lease()
+
+        def read() -> tuple[int, PackedRun | None]:
+            segments, count = fill(lease.view)
+            return count, pack(PageRun(space, tuple(segments), lease.view[:count])) if count else None
+
         try:
-            segments, count = await trio.to_thread.run_sync(fill, lease.view)
-            if count:
-                await send.send(LeasedRun(PageRun(space, tuple(segments), lease.view[:count]), lease))
+            count, packed = await trio.to_thread.run_sync(read)
+            if packed is not None:
+                await send.send((packed, lease))
                 done += count
                 progress.advance(done, total)
                 return

@@ -1,13 +1,12 @@
 """The write stage: records and pages as frames.
 
 Records go first, so that who reads them can begin to build; they are translated on their way (`translate`). Pages are
-read, made into frames and written at the same time, each by a task of its own, with buffers between them.
+read and made into frames by one task, and written by another at the same time, with buffers between them.
 """
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Sequence
-from typing import TypeVar
 
 import trio
 
@@ -17,11 +16,9 @@ from pipeline.image.schema import Record
 from pipeline.progress import Progress
 from pipeline.stages.memory import BUFFER_BYTES, BUFFERS, PageSource, stream_memory
 from pipeline.stages.translate import into_forest
-from pipeline.transport.buffers import BufferPool, Lease, LeasedRun
+from pipeline.transport.buffers import BufferPool, Lease
 from pipeline.transport.framing import FrameWriter
 from pipeline.userns.forest import Forest
-
-_Item = TypeVar("_Item")
 
 
 async def write_image(
@@ -81,43 +78,23 @@ async def write_pages(
     page_bytes = 0
     with ungrouped():
         async with trio.open_nursery() as nursery:
-            send, receive = trio.open_memory_channel[LeasedRun](BUFFERS)
-            packed_send, packed_receive = trio.open_memory_channel[tuple[PackedRun, Lease]](1)
-            nursery.start_soon(stream_memory, sources, send, pool, progress)
-            nursery.start_soon(_pack, writer, receive, packed_send)
+            send, receive = trio.open_memory_channel[tuple[PackedRun, Lease]](BUFFERS)
+            nursery.start_soon(stream_memory, sources, send, pool, writer.packer.pack, progress)
             try:
                 await before()
-                async for packed, lease in packed_receive:
+                async for packed, lease in receive:
                     page_bytes += packed.page_bytes
                     await writer.packed(packed, lease.release)
             finally:
-                _let_go(packed_receive, lambda item: item[1])
+                _let_go(receive)
     return page_bytes
 
 
-async def _pack(
-    writer: FrameWriter,
-    runs: trio.MemoryReceiveChannel[LeasedRun],
-    send: trio.MemorySendChannel[tuple[PackedRun, Lease]],
-) -> None:
-    """Make frames of page runs, while the frame before is written."""
-    try:
-        async with send:
-            async for leased in runs:
-                try:
-                    await send.send((await writer.pack(leased.run), leased.lease))
-                except BaseException:
-                    leased.lease.release()
-                    raise
-    finally:
-        _let_go(runs, lambda leased: leased.lease)
-
-
-def _let_go(channel: trio.MemoryReceiveChannel[_Item], lease_of: Callable[[_Item], Lease]) -> None:
+def _let_go(frames: trio.MemoryReceiveChannel[tuple[PackedRun, Lease]]) -> None:
     """Give back what is still in a channel that nobody reads any more."""
     while True:
         try:
-            lease_of(channel.receive_nowait()).release()
+            frames.receive_nowait()[1].release()
         except (trio.WouldBlock, trio.EndOfChannel, trio.ClosedResourceError):
             break
 

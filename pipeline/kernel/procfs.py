@@ -431,7 +431,11 @@ def timers(pid: HostPid) -> list[Timer]:
 
 def tasks(pid: HostPid) -> list[HostPid]:
     """The threads of process `pid`, ascending."""
-    return sorted(HostPid(int(name)) for name in list_dir(pid, "task"))
+    while True:
+        try:
+            return sorted(HostPid(int(name)) for name in list_dir(pid, "task"))
+        except FileNotFoundError:
+            continue  # a thread has executed a program, and taken over the number of the first one just now
 
 
 def children(pid: HostPid) -> list[HostPid]:

@@ -23,6 +23,10 @@ from pipeline.ids import RemoteAddress
 
 CALL_BYTES = 64
 _ALIGN_BYTES = 16
+#: number and arguments stand before it
+_RESULT = struct.Struct("<56xq")
+#: arguments that are not there, and the result
+_ZEROS = (0,) * 7
 
 
 @dataclass(eq=False)
@@ -118,17 +122,22 @@ def lay_out(calls: Sequence[Call], base: RemoteAddress) -> Layout:
         placed[id(arg)] = offset
         return base + offset
 
-    for index, call in enumerate(calls):
+    table: list[int] = []
+    for call in calls:
         if len(call.args) > 6:
             raise ValueError(f"a system call takes six arguments, not {len(call.args)}")
-        values = [place(arg) for arg in call.args]
-        struct.pack_into("<8Q", image, CALL_BYTES * index, call.number, *values, *[0] * (7 - len(values)))
+        table.append(call.number)
+        table.extend(map(place, call.args))
+        table.extend(_ZEROS[len(call.args) :])
+    struct.pack_into(f"<{len(table)}Q", image, 0, *table)
     return Layout(bytes(image), outs)
 
 
 def take_results(calls: Sequence[Call], layout: Layout, image: bytes) -> None:
     """Fill in results and `Out` data from the memory image read back after the run."""
-    for index, call in enumerate(calls):
-        (call.result,) = struct.unpack_from("<q", image, CALL_BYTES * index + 56)
+    for call, (result,) in zip(
+        calls, _RESULT.iter_unpack(memoryview(image)[: CALL_BYTES * len(calls)]), strict=True
+    ):
+        call.result = result
     for offset, out in layout.outs:
         out.data = image[offset : offset + out.size_bytes]

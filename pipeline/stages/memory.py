@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain, islice
 
 import trio
 import xxhash
@@ -36,6 +37,8 @@ from pipeline.transport.buffers import BufferPool, Lease
 #: bytes of one page run, and how many of them may be on their way at once
 BUFFER_BYTES = 4 << 20
 BUFFERS = 6
+#: chunks of shared memory that are looked at in one go for one that has changed; some 10 ms
+_LOOKED_AT = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,6 +190,10 @@ async def stream_memory(
     total = await trio.to_thread.run_sync(page_bytes, sources)
     done = 0
 
+    async def emit_news(space: int, fills: Iterator[_Fill]) -> None:
+        for first in fills:
+            await emit(space, _first_of(chain([first], islice(fills, _LOOKED_AT - 1))))
+
     async def emit(space: int, fill: _Fill) -> None:
         nonlocal done
         lease = await pool.lease()
@@ -225,11 +232,9 @@ async def stream_memory(
                         for piece in pieces(runs, pool.size_bytes):
                             await emit(space, _reading_live(memory, piece, missed))
                 case FilePages(space, fd, size, Sent() as sent):
-                    for offset, data in sent.chunks(data_runs(fd, size), size):
-                        await emit(space, sent.reading(offset, data, partial(_read_file, fd)))
+                    await emit_news(space, _news_of_file(fd, size, sent))
                 case SharedPages(space, shared, Sent() as sent):
-                    for fill in _news(shared, sent):
-                        await emit(space, fill)
+                    await emit_news(space, _news(shared, sent))
                 case FilePages(space, fd, size):
                     for piece in pieces(data_runs(fd, size), pool.size_bytes):
                         await emit(space, _reading_file(fd, piece))
@@ -265,12 +270,29 @@ def _reading_live(memory: ProcessMemory, piece: Sequence[Segment], missed: list[
     return fill
 
 
+def _first_of(fills: Iterator[_Fill]) -> _Fill:
+    """The first of them that has something to send, if any; those before it are done with."""
+
+    def fill(view: memoryview) -> tuple[Sequence[Segment], int]:
+        for one in fills:
+            segments, count = one(view)
+            if count:
+                return segments, count
+        return [], 0
+
+    return fill
+
+
+def _news_of_file(fd: LocalFd, size_bytes: int, sent: Sent) -> Iterator[_Fill]:
+    """What reads the chunks of a file that were not sent as they are."""
+    for offset, data in sent.chunks(data_runs(fd, size_bytes), size_bytes):
+        yield sent.reading(offset, data, partial(_read_file, fd))
+
+
 def _news(shared: SharedObject, sent: Sent) -> Iterator[_Fill]:
     """What reads the chunks of a shared object that were not sent as they are."""
     if shared.fd is not None:
-        size = shared.record.size_bytes
-        for offset, data in sent.chunks(data_runs(shared.fd, size), size):
-            yield sent.reading(offset, data, partial(_read_file, shared.fd))
+        yield from _news_of_file(shared.fd, shared.record.size_bytes, sent)
         return
     for window, (start, end) in cover(shared.windows):
         for (chunk,) in pieces([(start, end)], sent.CHUNK_BYTES):

@@ -24,6 +24,8 @@ from pipeline.resources.memory.alike import overlaps, private_ranges
 from pipeline.resources.memory.pages import ProcessMemory, differing_runs, pieces
 
 _COMPARE_BYTES = 4 << 20
+#: gaps up to this size are looked at, too
+_BRIDGED_BYTES = 256 * PAGE_BYTES
 _ENTRY_BYTES = 8
 _FRAME_MASK = (1 << 55) - 1
 #: present, swapped and the frame (or swap entry); not soft-dirty, exclusive, write-protected
@@ -94,11 +96,26 @@ def _tells_frames(fd: LocalFd, ranges: Sequence[Range]) -> bool:
 
 
 def _equal_frames(one: LocalFd, other: LocalFd, ranges: Sequence[Range]) -> Iterator[Range]:
-    for start, end in ranges:
+    found: list[Range] = []
+    for start, end in _bridged(ranges):
         both = zip(entries_of(one, start, end), entries_of(other, start, end), strict=True)
         for (address, first), (_, second) in both:
-            for match in _EQUAL.finditer(_differences(first, second)):
-                yield address + match.start() * PAGE_BYTES, address + match.end() * PAGE_BYTES
+            found.extend(
+                (address + match.start() * PAGE_BYTES, address + match.end() * PAGE_BYTES)
+                for match in _EQUAL.finditer(_differences(first, second))
+            )
+    yield from intersect(merged(found), ranges)
+
+
+def _bridged(ranges: Sequence[Range]) -> Iterator[Range]:
+    """The ranges with the small gaps between them: looking at a page more costs less than another read."""
+    start, end = ranges[0]
+    for begin, until in ranges[1:]:
+        if begin - end > _BRIDGED_BYTES:
+            yield start, end
+            start = begin
+        end = until
+    yield start, end
 
 
 def _differences(one: bytes, other: bytes) -> bytes:

@@ -15,6 +15,7 @@ from tests.harness.tree import Tree, dump, engine, reap, restore, said
 pytestmark = pytest.mark.root
 
 LARGE = ("0", "20", "64", "64")
+SHARED = ("0", "0", "0", "0", "64")
 ROUNDS = ("--mode", "precopy")
 
 
@@ -33,11 +34,16 @@ def keep(tree: Tree, image: Path, *options: object) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("options", [(), ("--lazy",)], ids=["whole", "lazy"])
+@pytest.mark.parametrize("amounts", [LARGE, SHARED], ids=["private", "shared"])
 @pytest.mark.parametrize("setting", [DEPTH_0, DEPTH_1, DEPTH_2], ids=lambda s: s.name)
 def test_what_has_not_changed_is_not_stored_again(
-    start: Callable[..., Tree], tmp_path: Path, setting: Setting, options: tuple[str, ...]
+    start: Callable[..., Tree],
+    tmp_path: Path,
+    setting: Setting,
+    amounts: tuple[str, ...],
+    options: tuple[str, ...],
 ) -> None:
-    tree = start("large", setting, LARGE)
+    tree = start("large", setting, amounts)
     first, second = tmp_path / "first", tmp_path / "second"
     with unharmed(tree):
         keep(tree, first)

@@ -2,8 +2,8 @@
 
 A page is known again by its digest (`pipeline.image.packing.page_digest`), whoever wrote it: nothing of the earlier
 dump has to be left in the tree. The memory of a process is compared with that of the process that had the same pid,
-address by address; that this is the right one is likely, and if it is not, nothing is found. Shared memory is not
-compared.
+address by address, and shared memory with what such a process had mapped at the same address; that this is the right
+one is likely, and if it is not, nothing is found. Files without a name and System V segments are not compared.
 
 An image refers to pages where they are: to those that its parent has in layers, in these. However many generations
 there are, each page is read once.
@@ -20,7 +20,7 @@ from pipeline.errors import ImageError
 from pipeline.image.codec import Image
 from pipeline.image.frames import DIGEST_BYTES
 from pipeline.image.packing import PAGE_BYTES, ZERO_DIGEST
-from pipeline.image.schema import Layer, Stored
+from pipeline.image.schema import AddressSpace, Layer, Stored
 from pipeline.kernel.pagemap import Range, intersect, merged, subtract
 from pipeline.resources.memory.missing import RangeSet
 from pipeline.stages.stored_pages import Located, Piece, StoredPages
@@ -109,11 +109,16 @@ class Lineage:
         known: dict[int, list[_Known]] = defaultdict(list)
         for piece in self._parent.pieces:
             known[piece.space] += _known(piece)
-        theirs = {process.pids[0]: process.space for process in self._parent.image.processes.values()}
-        for process in image.processes.values():
-            ancestor = theirs.get(process.pids[0])
-            if process.space is not None and ancestor is not None:
-                self._spaces[process.space] = _Space(sorted(known[ancestor], key=lambda one: one.start))
+        theirs = self._parent.image
+        for pid, process in image.processes.items():
+            ancestor = theirs.processes.get(pid)
+            if process.space is None or ancestor is None or ancestor.space is None:
+                continue
+            pairs = [(process.space, ancestor.space)]
+            pairs += _shared(image.spaces[process.space], theirs.spaces[ancestor.space])
+            for ours, other in pairs:
+                if ours not in self._spaces:
+                    self._spaces[ours] = _Space(sorted(known[other], key=lambda one: one.start))
 
     def unchanged(
         self, space: int, segments: Sequence[tuple[int, int]], digests: Sequence[bytes]
@@ -161,6 +166,15 @@ class Lineage:
         """The records of the layers that are referred to."""
         wanted = {one.layer for one in stored}
         return [layer for layer in self._layers.values() if layer.index in wanted]
+
+
+def _shared(ours: AddressSpace, theirs: AddressSpace) -> Iterator[tuple[int, int]]:
+    """Shared memory that both have mapped at the same address, from the same place on: the space of each."""
+    there = {(vma.start, vma.offset): vma.backing for vma in theirs.vmas if vma.kind == "shared"}
+    for vma in ours.vmas:
+        other = there.get((vma.start, vma.offset))
+        if vma.kind == "shared" and vma.backing is not None and other is not None:
+            yield vma.backing, other
 
 
 def _digests_of(size_bytes: int) -> int:

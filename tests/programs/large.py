@@ -1,6 +1,7 @@
 """Much of one thing: descriptors of many kinds, mappings, a sparse mapping, memory; as much as the arguments say.
 
-Arguments behind the directory: descriptors, mappings, MiB of a sparse mapping, MiB of random memory.
+Arguments behind the directory: descriptors, mappings, MiB of a sparse mapping, MiB of random memory, and, if they are
+given, of random shared memory.
 """
 
 import ctypes
@@ -107,8 +108,8 @@ def resident(start, length):
 
 
 def body(program):
-    words = [int(word) for word in sys.argv[2:6]]
-    descriptors, mappings, sparse_mib, random_mib = words or (60, 60, 64, 1)
+    words = [int(word) for word in sys.argv[2:7]]
+    descriptors, mappings, sparse_mib, random_mib, *shared_mib = words or (60, 60, 64, 1)
     resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors + 200,) * 2)
     taken = take(descriptors, program.directory)
     program.same("descriptors", lambda: describe(taken), lambda: os.close(taken[-1]))
@@ -138,6 +139,14 @@ def body(program):
     program.same(
         "memory", lambda: hashlib.sha256(memory).digest(), lambda: memory.__setitem__(-1, memory[-1] ^ 1)
     )
+    if shared_mib:
+        shared = mmap.mmap(-1, shared_mib[0] << 20)
+        shared.write(os.urandom(len(shared)))
+        program.same(
+            "shared memory",
+            lambda: hashlib.sha256(shared).digest(),
+            lambda: shared.__setitem__(-1, shared[-1] ^ 1),
+        )
 
 
 main(body)

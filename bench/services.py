@@ -27,6 +27,10 @@ from tests.programs.real.tree import RealTree, Stage, find, launching, lines_of,
 _SETTLE_S = 1.0
 #: steps of a load that show that it works
 _STEPS = 3
+#: of the pause, and what `migrate` calls them
+_PARTS = {
+    "freeze": "freeze", "collect": "collect", "last-pages": "transfer", "finish": "finish", "thaw": "thaw",
+}  # fmt: skip
 
 
 def cases(extent: Extent) -> list[Case]:
@@ -79,6 +83,7 @@ def _moved(
         "gap-ms": gap_ms(since),
         "gap-before-ms": before,
         "downtime-ms": last.figures["downtime"],
+        **{f"{part}-ms": last.figures[f"{name}-time"] for part, name in _PARTS.items()},
         "total-ms": last.figures["total-time"],
         "sent-bytes": last.figures["transferred"],
     }

@@ -20,7 +20,7 @@ from pipeline.errors import Blocker, PipelineError, Refused
 from pipeline.ids import HostPid
 from pipeline.image.codec import image_of
 from pipeline.image.schema import Record
-from pipeline.kernel import procfs
+from pipeline.kernel import descriptor_table, procfs
 from pipeline.policy import DumpPolicy
 from pipeline.remote.tracer import Tracer
 from pipeline.resources.external_state import ExternalState
@@ -46,6 +46,8 @@ from pipeline.userns.limits import Limits
 #: how often what may go away by itself is looked at again, before and behind the freeze
 _TRANSIENT_TRIES = 5
 _TRANSIENT_PAUSE_S = 0.2
+#: descriptors of this process that a stop takes: for each one of the tree, and for what else there is
+_DESCRIPTORS_EACH, _SPARE_DESCRIPTORS = 3, 1024
 
 #: each record with that of its kind, where it is an open file
 CapturedRecords = Sequence[tuple[Record, Record | None]]
@@ -157,6 +159,7 @@ async def standstill(
             # how long tasks have slept is asked before the freeze wakes them
             sleepers = Sleepers()
             await tracer.run(lambda now=sleepers: now.look(freeze.walk(HostPid(pid))))
+            await tracer.run(_make_room_for_descriptors, HostPid(pid))
             limits = stopped.enter_context(Limits())
             await tracer.run(lambda now=limits: now.open(freeze.walk(HostPid(pid))))
             stopped.enter_context(garbage.held_off())
@@ -207,6 +210,15 @@ async def begin_tracking(
     except Refused as error:
         raise TrackingLost(str(error)) from None
     return time.monotonic() - begun_s
+
+
+def _make_room_for_descriptors(root: HostPid) -> None:
+    """Once, before the tree stands still; for what can be seen of it from here."""
+    count = 0
+    for pid in freeze.walk(root):
+        with suppress(OSError):
+            count += len(procfs.list_dir(pid, "fd"))
+    descriptor_table.make_room(_DESCRIPTORS_EACH * count + _SPARE_DESCRIPTORS)
 
 
 @asynccontextmanager

@@ -34,7 +34,7 @@ from pipeline.resources.namespaces.clocks_here import ClocksHere
 from pipeline.resources.registry import WATCHERS, kind_named
 from pipeline.stages.contents import Contents
 from pipeline.stages.late import Late
-from pipeline.userns.visit import fetch, visit
+from pipeline.userns.visit import Visitor, fetch
 
 T = TypeVar("T")
 
@@ -90,6 +90,8 @@ class Descriptors:
         self._files: dict[int, LocalFd] = {}
         self._records: dict[int, Record] = {}
         self._owned: list[LocalFd] = []
+        #: by the network that they are in
+        self._visitors: dict[int, Visitor] = {}
         self._made_once: dict[tuple[Any, ...], Any] = dict(made)
         self._holders: dict[int, list[tuple[int, int]]] = defaultdict(list)
         for process in image.processes.values():
@@ -167,6 +169,8 @@ class Descriptors:
 
     def close(self) -> None:
         """Close everything made here, exactly once; idempotent."""
+        while self._visitors:
+            self._visitors.popitem()[1].close()
         while self._files:
             _, fd = self._files.popitem()
             os.close(fd)
@@ -195,24 +199,13 @@ class Descriptors:
         """See `CreateScope.in_network`: a visitor goes there; a socket stays where it was made."""
         if netns not in self._entered:
             return make()
-        made: list[T] = []
-        failed: list[RebuildError] = []
-
-        def look() -> bytes:
+        if netns not in self._visitors:
+            fd = self.namespace("net", netns)
             try:
-                made.append(make())
-            except RebuildError as error:
-                failed.append(error)
-            return b""
-
-        fd = self.namespace("net", netns)
-        try:
-            visit([(fd, CLONE.NEWNET)], look)
-        finally:
-            os.close(fd)
-        if failed:
-            raise failed[0]
-        return made[0]
+                self._visitors[netns] = Visitor([(fd, CLONE.NEWNET)])
+            finally:
+                os.close(fd)
+        return self._visitors[netns].do(make)
 
     def in_ipc(self, ipc: int, make: Callable[[], int]) -> LocalFd:
         """See `CreateScope.in_ipc`: a visitor goes there."""

@@ -6,9 +6,8 @@ are born. So there is no table of what is still missing: a run of another space 
 that the one before is complete.
 
 Private memory is written through /proc/PID/mem, which ignores the permissions of
-private mappings; shared objects by pwrite. Both run in worker threads, two at a time, while the
-next pages are read: most of it is the kernel's clearing and copying of single pages, and two threads
-need half as long as one (docs/performance.md).
+private mappings; shared objects by pwrite. Both run in a worker thread, while the next pages
+are read.
 """
 
 from __future__ import annotations
@@ -26,7 +25,6 @@ from pipeline.image.packing import PAGE_BYTES, zero_pages
 from pipeline.progress import Progress
 from pipeline.transport.buffers import LeasedRun
 
-_WRITERS = 2
 _LOOK_BYTES = 256 << 10
 _ZERO_PAGE = bytes(PAGE_BYTES)
 
@@ -71,12 +69,13 @@ def write_zeros(fd: int, offset: int, length: int) -> None:
 async def writing() -> AsyncIterator[Callable[[int, LeasedRun], Awaitable[None]]]:
     """What is given to the function in the block, a descriptor and a run for it, is written when the block has ended.
 
-    Several runs at once, in any order: no page may be among them twice. The leases are owned from then on.
+    One run at a time, in order, while the next is fetched: two at a time took longer (docs/performance.md). The leases
+    are owned from then on.
 
     Raises:
         OSError: as `write_run`; where a run is given, of an earlier one, or at the end.
     """
-    room = trio.Semaphore(_WRITERS)
+    room = trio.Semaphore(1)
     failed: list[OSError] = []
 
     async def write(fd: int, leased: LeasedRun) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import resource
 from collections import defaultdict
 from collections.abc import AsyncIterator, Collection, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager
@@ -24,7 +23,7 @@ from pipeline.image.codec import Image
 from pipeline.image.plan import fill_order, plan
 from pipeline.image.schema import PathRef, Process, TakenFile
 from pipeline.image.steps import Fill
-from pipeline.kernel import procfs, ptrace
+from pipeline.kernel import descriptor_table, procfs, ptrace
 from pipeline.kernel.arch import x86_64 as arch
 from pipeline.kernel.arch.x86_64 import NR
 from pipeline.kernel.syscalls import RESOLVE, openat2
@@ -58,13 +57,8 @@ from pipeline.userns.destination import Destination, Unmapped
 from pipeline.userns.externals import FLAGS, Externals, given_devices, given_namespaces, opened
 
 _LOWEST_CHANNEL_FD = 200
-
-
-def raise_descriptor_limit() -> None:
-    """As many descriptors as this process may have: one is held for every open file of a tree."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft < hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+#: of this process: for each open file of a tree, and for what else there is
+_DESCRIPTORS_EACH, _SPARE_DESCRIPTORS = 3, 1024
 
 
 @dataclass(frozen=True)
@@ -134,7 +128,8 @@ class Rebuilding:
 
     def prepare(self) -> None:
         """Launcher, namespaces, shared objects: all that stands before the first process."""
-        raise_descriptor_limit()
+        descriptor_table.raise_limit()
+        descriptor_table.make_room(_DESCRIPTORS_EACH * len(self._image.files) + _SPARE_DESCRIPTORS)
         image = self._image
         self._ids.refuse_unplaced()
         given = given_devices(self._externals)

@@ -1,4 +1,4 @@
-"""Asking something inside a namespace: a short-lived visitor joins it, looks, and answers.
+"""Asking something inside a namespace: a visitor joins it, looks, and answers.
 
 Only the visitor changes namespaces. It is a thread where it can be, which costs a tenth of a
 millisecond; only a process of one thread may join a user or time namespace, so then it is a child. A child
@@ -15,10 +15,13 @@ import socket
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from queue import SimpleQueue
+from typing import Self, TypeVar
 
 from pipeline.ids import LocalFd
 from pipeline.kernel import nsfs
 from pipeline.kernel.syscalls import CLONE, setns, unshare
+from pipeline.ledger import LEDGER
 
 _CHUNK_BYTES = 1 << 16
 #: SCM_MAX_FD
@@ -26,6 +29,7 @@ _MAX_FETCHED = 253
 
 #: descriptor and CLONE_NEW* flag of every namespace that a visitor joins, in this order
 Way = Sequence[tuple[int, int]]
+T = TypeVar("T")
 
 
 def as_owner(namespace: LocalFd, kind: int, owned: bool, fds: ExitStack) -> Way:
@@ -108,25 +112,66 @@ def read_file(path: str | bytes) -> bytes:
         os.close(fd)
 
 
-def _by_thread(namespaces: Way, look: Callable[[], bytes]) -> bytes:
-    answers: list[bytes] = []
-    errors: list[OSError] = []
+class Visitor:
+    """A visitor that is a thread, and stays until `close`, to be asked for one thing after the other.
 
-    def run() -> None:
+    Args:
+        namespaces: neither user nor time namespaces.
+
+    Raises:
+        OSError: joining failed, with the errno.
+    """
+
+    def __init__(self, namespaces: Way) -> None:
+        self._acts: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
+        self._results: SimpleQueue[tuple[object, BaseException | None]] = SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="visitor")
+        self._thread.start()
+        LEDGER.take("visitor", id(self))
         try:
-            unshare(CLONE.FS)  # the root directory that follows a mount namespace is this thread's own
-            for fd, flag in namespaces:
-                setns(fd, flag)
-            answers.append(look())
-        except OSError as error:
-            errors.append(error)
+            self.do(lambda: _join(namespaces))
+        except BaseException:
+            self.close()
+            raise
 
-    visitor = threading.Thread(target=run, name="visitor")
-    visitor.start()
-    visitor.join()
-    if errors:
-        raise errors[0]
-    return answers[0]
+    def _run(self) -> None:
+        while (act := self._acts.get()) is not None:
+            try:
+                self._results.put((act(), None))
+            except BaseException as error:  # noqa: BLE001 (raised where it was asked)
+                self._results.put((None, error))
+
+    def do(self, act: Callable[[], T]) -> T:
+        """What `act` returns there; raises what it raises."""
+        self._acts.put(act)
+        result, error = self._results.get()
+        if error is not None:
+            raise error
+        return result  # type: ignore[return-value]
+
+    def close(self) -> None:
+        """Let it end; idempotent."""
+        if self._thread.is_alive():
+            self._acts.put(None)
+            self._thread.join()
+            LEDGER.give_back("visitor", id(self))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def _join(namespaces: Way) -> None:
+    unshare(CLONE.FS)  # the root directory that follows a mount namespace is this thread's own
+    for fd, flag in namespaces:
+        setns(fd, flag)
+
+
+def _by_thread(namespaces: Way, look: Callable[[], bytes]) -> bytes:
+    with Visitor(namespaces) as visitor:
+        return visitor.do(look)
 
 
 def _by_child(namespaces: Way, look: Callable[[], bytes]) -> bytes:

@@ -9,6 +9,7 @@ Sources: network_namespaces(7), rtnetlink(7), veth(4), ip-sysctl in the kernel's
 
 from __future__ import annotations
 
+import functools
 import os
 import socket
 import struct
@@ -54,6 +55,8 @@ _NDA_NOT_KEPT = {3, _NDA_MASTER, 10, _NDA_NH_ID}
 _LOOPBACK_INDEX = 1
 #: sysctls that say what is, not what shall be; mtu is the device's
 _NOT_KEPT = {"mtu", "nf_conntrack_count", "stable_secret", "flush", "tcp_fastopen_key"}
+#: names and values that a fresh network namespace of ours is known to take
+_TAKEN: set[tuple[str, bytes]] = set()
 #: who may make ping sockets: gids of whoever reads it, so it is read as the owner
 _PING_GROUPS = os.path.basename(PING_GROUPS)
 
@@ -203,23 +206,36 @@ class NetworkView:
 
     def _sysctls(self, devices: list[str]) -> dict[str, bytes]:
         """What differs from a fresh namespace; a device's from what a fresh device gets."""
+        # what another user namespace owns shows less, and takes less
+        known = None if any(flag & CLONE.NEWUSER for _, flag in self._way) else _fresh_sysctls()
 
         def look() -> bytes:
-            here = dict(_walk())
-            unshare(CLONE.NEWNET)
-            fresh = dict(_walk())
+            if known is not None:
+                fresh = known
+                here = dict(_walk(lambda name: _of_a_fresh_device(name, devices, known) in known))
+            else:
+                here = dict(_walk(_is_written))
+                unshare(CLONE.NEWNET)
+                fresh = dict(_walk(_is_written))
             differ = {}
             for name, value in here.items():
                 default = fresh.get(_of_a_fresh_device(name, devices, fresh))
                 if default is not None and default != value:
                     differ[name] = value
-            packed: bytes = msgpack.packb((differ, _refused_values(differ, fresh)))
+            tried = differ
+            if known is not None:
+                tried = {name: value for name, value in differ.items() if (name, value) not in _TAKEN}
+                if tried:
+                    unshare(CLONE.NEWNET)
+            packed: bytes = msgpack.packb((differ, _refused_values(tried, fresh)))
             return packed
 
         differ, refused = msgpack.unpackb(visit(self._way, look))
+        kept: dict[str, bytes] = differ
         for name in refused:
             self._refuse(f"/proc/sys/net/{name} set to a value that cannot be set again")
-        kept: dict[str, bytes] = differ
+        if known is not None:
+            _TAKEN.update((name, value) for name, value in kept.items() if name not in refused)
         groups = visit(self._as_owner, _ping_groups_here)
         return kept | ({PING_GROUPS: groups} if groups else {})
 
@@ -265,14 +281,33 @@ def _kept_address(content: bytes) -> bytes:
     return head + b"".join(attribute(kind, value) for kind, value in told.items())
 
 
-def _walk() -> Iterator[tuple[str, bytes]]:
-    """Every sysctl of the network namespace of the caller that can be read and written."""
+def _walk(is_wanted: Callable[[str], bool]) -> Iterator[tuple[str, bytes]]:
+    """Sysctls of the network namespace of the caller that can be read; `is_wanted` is asked by their names."""
     for folder, _, names in os.walk(SYSCTLS):
-        for name in names:
-            path = os.path.join(folder, name)
-            if name not in _NOT_KEPT and name != _PING_GROUPS and os.stat(path).st_mode & 0o200:
+        inside = folder.removeprefix(SYSCTLS).lstrip("/")
+        for last in names:
+            name = f"{inside}/{last}" if inside else last
+            if last not in _NOT_KEPT and last != _PING_GROUPS and is_wanted(name):
                 with suppress(OSError):
-                    yield os.path.relpath(path, SYSCTLS), read_file(path).strip()
+                    yield name, read_file(f"{folder}/{last}").strip()
+
+
+def _is_written(name: str) -> bool:
+    """Whether a sysctl can be set."""
+    return bool(os.stat(os.path.join(SYSCTLS, name)).st_mode & 0o200)
+
+
+@functools.cache
+def _fresh_sysctls() -> dict[str, bytes]:
+    """Those of a fresh namespace of ours; it takes longer to make one than to do all else with a network."""
+
+    def look() -> bytes:
+        unshare(CLONE.NEWNET)
+        packed: bytes = msgpack.packb(dict(_walk(_is_written)))
+        return packed
+
+    found: dict[str, bytes] = msgpack.unpackb(visit([], look))
+    return found
 
 
 def _ping_groups_here() -> bytes:

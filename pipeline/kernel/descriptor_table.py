@@ -1,0 +1,34 @@
+"""The table of descriptors of this process: how large it may be, and how large it is already.
+
+The kernel lets it grow by doubling, when a descriptor is wanted that has no room in it, and if the process has threads,
+every time waits for a grace period of RCU: some 10 ms, which is much where a tree stands still.
+
+Source: expand_fdtable() in fs/file.c; getrlimit(2).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import resource
+
+
+def raise_limit() -> None:
+    """As many descriptors as this process may have: one is held for every open file of a tree."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def make_room(count: int) -> None:
+    """Let the table have room for `count` descriptors now, as far as the limit goes."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = min(count, soft) - 1
+    fd = os.open("/", os.O_PATH | os.O_CLOEXEC)
+    try:
+        if wanted > fd:
+            os.close(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, wanted))
+    except OSError:
+        pass  # all from there on are taken: there is room
+    finally:
+        os.close(fd)

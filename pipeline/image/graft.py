@@ -27,17 +27,21 @@ def graft(image: Image, born: Collection[int]) -> Planner:
         born: level-0 pids, not of its root; all others stand, with their memory.
     """
     planner = Planner(image.processes, image.spaces, image.namespaces, image.user_namespaces)
+    groups = {pid: process.pgid for pid, process in image.processes.items() if pid not in born}
     joins: list[Step] = []
     for pid, process in image.processes.items():  # parents first
         if pid not in born:
             continue
         planner.blockers += _blockers(image, process)
         planner.steps.append(Spawn(pid, process.parent))
+        groups[pid] = groups[process.parent]
         if process.sid == pid:
             planner.steps.append(FoundSession(pid))
+            groups[pid] = pid
         elif process.pgid == pid:
             planner.steps.append(JoinGroup(pid, pid))
-        elif process.pgid != image.processes[process.parent].pgid:
+            groups[pid] = pid
+        elif process.pgid != groups[pid]:  # whose leader may not be born yet
             joins.append(JoinGroup(pid, process.pgid))
         if process.state == "zombie":
             continue

@@ -50,10 +50,7 @@ class Mending(NamedTuple):
 
 def mending(draft: Image, now: Image) -> Mending:
     """How what was built from `draft` becomes `now`."""
-    ended: set[int] = set()
-    for pid, process in draft.processes.items():  # parents first
-        if process.parent in ended or not _stays(draft, now, pid):
-            ended.add(pid)
+    ended = _ended(draft, now)
     born = [pid for pid in now.processes if pid not in draft.processes or pid in ended]
     if draft.head.root in ended:
         reasons = ["its first process is in other namespaces, sessions or groups, or is another program"]
@@ -64,10 +61,26 @@ def mending(draft: Image, now: Image) -> Mending:
         reasons.append(
             "of processes that share memory or descriptors one has ended, or has become another one"
         )
+    if not ended.isdisjoint(_terminal_sessions(draft)):
+        reasons.append("the leader of a session with a terminal has ended, or has become another process")
     cgroups = {index for process in draft.processes.values() for index in process.cgroups}
     if not all(cgroups.issuperset(now.processes[pid].cgroups) for pid in born):
         reasons.append("a new process is in a cgroup where none was")
     return Mending(reasons, [pid for pid in reversed(draft.processes) if pid in ended], births)
+
+
+def _ended(draft: Image, now: Image) -> set[int]:
+    """Who of the draft does not stay: who has ended, or cannot become what it is now, and whoever depends on such."""
+    ended = {pid for pid in draft.processes if not _stays(draft, now, pid)}
+    found = -1
+    while len(ended) != found:
+        found = len(ended)
+        # a number is not free for another process while a session or group is called by it
+        again = ended & now.processes.keys()
+        for pid, process in draft.processes.items():
+            if process.parent in ended or process.sid in again or process.pgid in again:
+                ended.add(pid)
+    return ended
 
 
 def _stays(draft: Image, now: Image, pid: int) -> bool:
@@ -160,6 +173,16 @@ def _birth(process: Process) -> tuple[Process, Credentials | None]:
 
 def _identity(shared: SharedMemory) -> SharedMemory:
     return replace(shared, size_bytes=0)
+
+
+def _terminal_sessions(image: Image) -> set[int]:
+    """The leaders of sessions that have a terminal of the tree."""
+    states = [
+        msgspec.convert(f.state, pty_state.PtyState)
+        for f in image.files.values()
+        if f.kind == pty_state.KIND_NAME
+    ]
+    return {state.terminal.session for state in states if state.terminal is not None} - {0}
 
 
 def _prepared_files(image: Image) -> dict[int, object]:

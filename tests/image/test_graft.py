@@ -87,3 +87,12 @@ def test_groups_of_siblings_are_joined_when_all_are_born() -> None:
 def test_what_a_parent_cannot_give_any_more_is_said(child: Process, others: list[Process], why: str) -> None:
     found = graft(image(ROOT, child, *others, spaces=(space(1), space(2))), {11})
     assert why in "; ".join(map(str, found.blockers))
+
+
+def test_a_child_that_is_born_before_its_parent_has_joined_a_group_joins_it_as_well() -> None:
+    tree = image(ROOT, process([11], 10, pgid=11), process([12], 10, pgid=11), process([13], 12, pgid=11))
+    found = graft(tree, {12, 13})
+    assert not found.blockers
+    assert found.steps == [
+        Spawn(12, 10), Become(12), Spawn(13, 12), Become(13), JoinGroup(12, 11), JoinGroup(13, 11),
+    ]  # fmt: skip

@@ -80,6 +80,19 @@ def founding(program):
     return forked(found)
 
 
+def lead_group(program):
+    """Of a group that a sibling is in, too, and by another program when the family has changed."""
+    os.setpgid(0, 0)
+    program.put("group", "")
+    program.wait_file("change")
+    execute()
+
+
+def join_group(leader):
+    os.setpgid(0, leader)
+    idle()
+
+
 def old_family(program):
     def then(act):
         def wait():
@@ -101,7 +114,11 @@ def old_family(program):
         "executes": then(execute),
         "branch": forked(branch),
         "founder": founding(program),
+        "first of a group": forked(lambda: lead_group(program)),
     }
+    program.wait_file("group")
+    pids["second of it"] = forked(lambda: join_group(pids["first of a group"]))
+    wait_for(lambda: os.getpgid(pids["second of it"]) == pids["first of a group"], "the group")
     program.wait_file("twig")
     pids["twig"] = int(program.take("twig"))
     return pids
@@ -146,7 +163,7 @@ def have_changed(pids):
     return (
         found["collected"] == "gone"
         and all(found[name][1] == "Z" for name in ("dead", "born dead"))
-        and all(found[name][0] == "sleep" for name in ("executes", "branch", "executed"))
+        and all(found[name][0] == "sleep" for name in ("executes", "branch", "executed", "first of a group"))
         and all(found[name][4] == str(pids[name]) for name in ("founder", "leader"))
     )
 

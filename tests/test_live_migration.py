@@ -217,7 +217,7 @@ def test_a_process_becomes_another_while_its_draft_is_sent(
 
 
 @pytest.mark.parametrize("mode", ["precopy", "hybrid"])
-@pytest.mark.parametrize("setting", [DEPTH_0, DEPTH_1, DEPTH_2], ids=lambda one: one.name)
+@pytest.mark.parametrize("setting", [DEPTH_0, DEPTH_1, DEPTH_2, CONTAINER_2], ids=lambda one: one.name)
 def test_a_family_changes_while_its_draft_is_sent(
     hosts: tuple[Host, Host], secret: Path, start_on: Callable[..., Tree], setting: Setting, mode: str
 ) -> None:

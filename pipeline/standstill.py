@@ -46,8 +46,6 @@ from pipeline.userns.limits import Limits
 #: how often what may go away by itself is looked at again, before and behind the freeze
 _TRANSIENT_TRIES = 5
 _TRANSIENT_PAUSE_S = 0.2
-#: descriptors of this process that a stop takes: for each one of the tree, and for what else there is
-_DESCRIPTORS_EACH, _SPARE_DESCRIPTORS = 3, 1024
 
 #: each record with that of its kind, where it is an open file
 CapturedRecords = Sequence[tuple[Record, Record | None]]
@@ -218,7 +216,7 @@ def _make_room_for_descriptors(root: HostPid) -> None:
     for pid in freeze.walk(root):
         with suppress(OSError):
             count += len(procfs.list_dir(pid, "fd"))
-    descriptor_table.make_room(_DESCRIPTORS_EACH * count + _SPARE_DESCRIPTORS)
+    descriptor_table.make_room(count)
 
 
 @asynccontextmanager

@@ -190,30 +190,40 @@ def has_become(pid: int, word: str) -> bool:
     return Path(f"/proc/{pid}/comm").read_text() == "sleep\n"
 
 
+@contextmanager
+def meanwhile(
+    source: Host, destination: Host, secret: Path, tree: Tree, mode: str = "precopy"
+) -> Iterator[None]:
+    """What is done in the block is done while the draft of a tree is sent; then the tree arrives, by this one draft."""
+    family = set(tree.pids())
+    with (
+        serving(destination, secret, "--once") as server,
+        migration_on_its_way(source, server, secret, tree, mode) as (running, valve),
+    ):
+        yield
+        family |= set(tree.pids())
+        valve.open()
+        out, err = running.communicate(timeout=60)
+        assert running.returncode == 0, err
+        server.has_served()
+    assert not reap(sorted(family)), "the source still runs"
+    tree.pid = destination.outer_pid(5000)
+    assert json.loads(out)["notes"] == []
+    told = [event for line in err.splitlines() if (event := events.parse(line))]
+    assert [event.name for event in told if isinstance(event, events.Phase)].count("draft") == 1
+
+
 @pytest.mark.parametrize("word", ["leave", "execute"])
 def test_a_process_becomes_another_while_its_draft_is_sent(
     hosts: tuple[Host, Host], secret: Path, start_on: Callable[..., Tree], word: str
 ) -> None:
     """The draft is mended in the end: by a process that has ended, or one of another program."""
-    source, destination = hosts
-    tree = start_on(source, "changing", DEPTH_1, [str(MUCH)])
-    family = tree.pids()
-    with (
-        serving(destination, secret, "--once") as server,
-        migration_on_its_way(source, server, secret, tree) as (running, valve),
-    ):
+    tree = start_on(hosts[0], "changing", DEPTH_1, [str(MUCH)])
+    child = tree.pids()[-1]
+    with meanwhile(*hosts, secret, tree):
         (tree.directory / word).touch()
-        wait_until(word, lambda: has_become(family[-1], word))
-        valve.open()
-        out, err = running.communicate(timeout=60)
-        assert running.returncode == 0, err
-        server.has_served()
-    assert not reap(family), "the source still runs"
-    tree.pid = destination.outer_pid(5000)
+        wait_until(word, lambda: has_become(child, word))
     tree.check()
-    assert json.loads(out)["notes"] == []
-    told = [event for line in err.splitlines() if (event := events.parse(line))]
-    assert [event.name for event in told if isinstance(event, events.Phase)].count("draft") == 1
 
 
 @pytest.mark.parametrize("mode", ["precopy", "hybrid"])
@@ -224,11 +234,7 @@ def test_a_family_changes_while_its_draft_is_sent(
     """Who has ended, is ended at the destination; who was born, or became another one, is born there in the end."""
     source, destination = hosts
     tree = start_on(source, "budding", setting, [str(MUCH)])
-    family = tree.pids()
-    with (
-        serving(destination, secret, "--once") as server,
-        migration_on_its_way(source, server, secret, tree, mode) as (running, valve),
-    ):
+    with meanwhile(source, destination, secret, tree, mode):
         (tree.directory / "change").touch()
         wait_until("changed", (tree.directory / "changed").exists)
         tree.roles += ["gardener", "bud", "budlet"]
@@ -236,17 +242,8 @@ def test_a_family_changes_while_its_draft_is_sent(
             key: [line.replace(" uw]", "]") for line in value] if key.endswith(" maps") else value
             for key, value in source.snapshot(5000).items()
         }
-        valve.open()
-        out, err = running.communicate(timeout=60)
-        assert running.returncode == 0, err
-        server.has_served()
-    assert not reap(family), "the source still runs"
-    tree.pid = destination.outer_pid(5000)
     assert_same_tree(before, destination.snapshot(5000), 5000)
     tree.check()
-    assert json.loads(out)["notes"] == []
-    told = [event for line in err.splitlines() if (event := events.parse(line))]
-    assert [event.name for event in told if isinstance(event, events.Phase)].count("draft") == 1
 
 
 def test_memory_that_somebody_else_begins_to_watch_is_refused_in_the_end(

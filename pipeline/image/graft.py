@@ -12,11 +12,9 @@ from collections.abc import Collection, Iterator
 
 from pipeline.errors import Blocker
 from pipeline.image.codec import Image
-from pipeline.image.plan import Planner
+from pipeline.image.plan import SIGCHLD, Planner
 from pipeline.image.schema import Process, Together
 from pipeline.image.steps import Become, Fill, FoundSession, Inherit, JoinGroup, Spawn, Step
-
-_SIGCHLD = 17
 
 
 def graft(image: Image, born: Collection[int]) -> Planner:
@@ -32,7 +30,10 @@ def graft(image: Image, born: Collection[int]) -> Planner:
     for pid, process in image.processes.items():  # parents first
         if pid not in born:
             continue
-        planner.blockers += _blockers(image, process)
+        if process.parent not in groups:
+            planner.blockers.append(Blocker(f"pid {pid}", "its parent is not there before it"))
+            continue
+        planner.blockers += _blockers(planner, process)
         planner.steps.append(Spawn(pid, process.parent))
         groups[pid] = groups[process.parent]
         if process.sid == pid:
@@ -45,39 +46,30 @@ def graft(image: Image, born: Collection[int]) -> Planner:
             joins.append(JoinGroup(pid, process.pgid))
         if process.state == "zombie":
             continue
-        planner.steps.append(Inherit(pid) if _inherits(image, process) else Become(pid))
+        planner.steps.append(Inherit(pid) if planner.inherits(process) else Become(pid))
         if process.space is not None:
             planner.steps.append(Fill(process.space))
     planner.steps += joins
     return planner
 
 
-def _inherits(image: Image, process: Process) -> bool:
-    parent = image.processes[process.parent]
-    return (
-        process.space is not None
-        and parent.space is not None
-        and image.spaces[process.space].copy_of == parent.space
-    )
-
-
-def _blockers(image: Image, process: Process) -> Iterator[Blocker]:
+def _blockers(planner: Planner, process: Process) -> Iterator[Blocker]:
     """What about a process cannot be given by its parent any more."""
     pid, here = process.pids[0], process.namespaces
-    parent = image.processes[process.parent]
+    parent = planner.processes[process.parent]
     there = parent.namespaces
     if here != there or (here.pid_for_children, here.time_for_children) != (here.pid, here.time):
         yield Blocker(f"pid {pid}", "is in other namespaces than its parent, or forks into others")
-    if process.together != Together() or any(pid in _named(other) for other in image.processes.values()):
+    if process.together != Together() or any(pid in _named(other) for other in planner.processes.values()):
         yield Blocker(f"pid {pid}", "shares more with another process than what fork gives")
     if process.sid not in (pid, parent.sid):
         yield Blocker(f"pid {pid}", "is in a session that its parent is not in")
-    leader = image.processes.get(process.pgid)
+    leader = planner.processes.get(process.pgid)
     if process.pgid not in (pid, parent.pgid) and (
         leader is None or (leader.sid, leader.pgid) != (process.sid, process.pgid)
     ):
         yield Blocker(f"pid {pid}", "is in a process group whose leader is not there")
-    if process.state != "zombie" and process.exit_signal != _SIGCHLD and not _inherits(image, process):
+    if process.state != "zombie" and process.exit_signal != SIGCHLD and not planner.inherits(process):
         yield Blocker(f"pid {pid}", "tells its parent of its end by another signal than SIGCHLD")
 
 

@@ -53,7 +53,7 @@ from pipeline.image.steps import (
 _JOINED = ("mnt", "uts", "ipc", "net", "cgroup")
 
 
-_SIGCHLD = 17
+SIGCHLD = 17
 
 
 @dataclass
@@ -125,6 +125,13 @@ class Planner:
 
     def _subtree_within(self, process: Process, outer: int) -> bool:
         return all(self.within(user, outer) for user in self._users[process.pids[0]])
+
+    def inherits(self, process: Process) -> bool:
+        """Whether a process has pages of its parent, and is to be forked from it."""
+        parent = self.processes.get(process.parent)
+        if process.space is None or parent is None or parent.space is None:
+            return False
+        return self.spaces[process.space].copy_of == parent.space
 
     def late(self, parent: Process, child: Process) -> bool:
         """Whether `child` can be born after `parent` has its memory, so that it may inherit it."""
@@ -293,18 +300,12 @@ class Planner:
             self._look_ahead(process)
         if process.state != "zombie":
             space = process.space
-            parent = self.processes.get(process.parent)
-            inherits = (
-                space is not None
-                and parent is not None
-                and self.spaces[space].copy_of is not None
-                and self.spaces[space].copy_of == parent.space
-            )
+            inherits = self.inherits(process)
             if process.together.vm:
                 self.steps.append(Share(pid))
             else:
                 self.steps.append(Inherit(pid) if inherits else Become(pid))
-                if not inherits and process.parent and process.exit_signal != _SIGCHLD:
+                if not inherits and process.parent and process.exit_signal != SIGCHLD:
                     why = f"tells its parent of its end by signal {process.exit_signal} (clone), not by SIGCHLD, "
                     self.blockers.append(
                         Blocker(f"pid {pid}", why + "and can only be made by executing a program")

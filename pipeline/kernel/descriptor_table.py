@@ -12,6 +12,9 @@ import fcntl
 import os
 import resource
 
+#: descriptors of this process for each open file of a tree, and for what else there is
+_EACH, _SPARE = 3, 1024
+
 
 def raise_limit() -> None:
     """As many descriptors as this process may have: one is held for every open file of a tree."""
@@ -20,10 +23,10 @@ def raise_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def make_room(count: int) -> None:
-    """Let the table have room for `count` descriptors now, as far as the limit goes."""
+def make_room(files: int) -> None:
+    """Let the table have room now for what a tree with so many open files takes here, as far as the limit goes."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = min(count, soft) - 1
+    wanted = min(_EACH * files + _SPARE, soft) - 1
     fd = os.open("/", os.O_PATH | os.O_CLOEXEC)
     try:
         if wanted > fd:

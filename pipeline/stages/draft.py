@@ -61,12 +61,23 @@ def mending(draft: Image, now: Image) -> Mending:
         reasons.append(
             "of processes that share memory or descriptors one has ended, or has become another one"
         )
+    if any(draft.processes[pid].parent not in draft.processes for pid in ended):
+        reasons.append("a process without a parent in the tree has ended")
     if not ended.isdisjoint(_terminal_sessions(draft)):
         reasons.append("the leader of a session with a terminal has ended, or has become another process")
     cgroups = {index for process in draft.processes.values() for index in process.cgroups}
     if not all(cgroups.issuperset(now.processes[pid].cgroups) for pid in born):
         reasons.append("a new process is in a cgroup where none was")
-    return Mending(reasons, [pid for pid in reversed(draft.processes) if pid in ended], births)
+    last_first = [pid for pid in reversed(draft.processes) if pid in ended]
+    return Mending(reasons, sorted(last_first, key=lambda pid: -_depth(draft, pid)), births)
+
+
+def _depth(image: Image, pid: int) -> int:
+    """How many processes of the tree are above one."""
+    depth = 0
+    while (pid := image.processes[pid].parent) in image.processes:
+        depth += 1
+    return depth
 
 
 def _ended(draft: Image, now: Image) -> set[int]:

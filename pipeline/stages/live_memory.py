@@ -263,7 +263,7 @@ class LiveMemory:
         with suppress(ProcessGone):  # the next look says so
             for pid in freeze.walk(self._pids[0]):
                 if pid in lost or pid not in self._pids:
-                    with suppress(ProcessGone, OSError):
+                    with suppress(OSError):  # gone, or nobody else may look at it just now
                         found += smaps.anonymous_share(pid)
         return found
 

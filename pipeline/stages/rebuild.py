@@ -57,8 +57,6 @@ from pipeline.userns.destination import Destination, Unmapped
 from pipeline.userns.externals import FLAGS, Externals, given_devices, given_namespaces, opened
 
 _LOWEST_CHANNEL_FD = 200
-#: of this process: for each open file of a tree, and for what else there is
-_DESCRIPTORS_EACH, _SPARE_DESCRIPTORS = 3, 1024
 
 
 @dataclass(frozen=True)
@@ -129,7 +127,7 @@ class Rebuilding:
     def prepare(self) -> None:
         """Launcher, namespaces, shared objects: all that stands before the first process."""
         descriptor_table.raise_limit()
-        descriptor_table.make_room(_DESCRIPTORS_EACH * len(self._image.files) + _SPARE_DESCRIPTORS)
+        descriptor_table.make_room(len(self._image.files))
         image = self._image
         self._ids.refuse_unplaced()
         given = given_devices(self._externals)

@@ -44,6 +44,11 @@ def test_who_has_ended_is_ended_and_who_is_new_is_born() -> None:
     assert becomes(tree(leaf(11), leaf(12, 11)), tree(leaf(13), leaf(14, 13))) == ([12, 11], [13, 14])
 
 
+def test_children_are_ended_before_their_parents_wherever_they_stand() -> None:
+    before = tree(leaf(12, 11), leaf(11))
+    assert becomes(before, tree())[0] == [12, 11]
+
+
 def test_a_process_that_is_a_zombie_by_now_is_born_as_one() -> None:
     assert becomes(tree(leaf(11)), tree(process([11], 10, state="zombie"))) == ([11], [11])
 
@@ -69,6 +74,9 @@ def test_a_group_whose_leader_has_ended_for_good_stays() -> None:
         (tree(), tree(exes={1: 1}), "its first process"),
         (tree(), tree(leaf(11, sid=7)), "in a session that its parent is not in"),
         (tree(), tree(replace(leaf(11), cgroups=[3])), "in a cgroup where none was"),
+        (tree(), tree(leaf(11, 0)), "its parent is not there before it"),
+        (tree(), tree(leaf(12, 11), leaf(11)), "its parent is not there before it"),
+        (tree(leaf(11, 0)), tree(), "a process without a parent"),
         (tree(replace(leaf(11), together=Together(files=10))), tree(), "share memory or descriptors"),
     ],
 )

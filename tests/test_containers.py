@@ -60,9 +60,11 @@ class Container:
     pid: int
 
     def count(self) -> int:
-        deadline = time.monotonic() + 60
-        while not (text := (self.bundle / "rootfs/tmp/count").read_text().strip()):
-            assert time.monotonic() < deadline
+        """How far it is; waits for the first number, and for one that is being written."""
+        told, deadline = self.bundle / "rootfs/tmp/count", time.monotonic() + 60
+        while not (text := told.read_text().strip() if told.exists() else ""):
+            assert time.monotonic() < deadline, (self.bundle / "log").read_text()
+            time.sleep(0.001)
         return int(text)
 
     def goes_on(self) -> None:

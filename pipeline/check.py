@@ -17,6 +17,7 @@ from msgspec import Struct
 
 from pipeline.errors import Blocker, PipelineError
 from pipeline.ids import LocalFd
+from pipeline.kernel import soft_dirty, userfaultfd
 from pipeline.kernel.arch import x86_64 as arch
 from pipeline.kernel.arch.x86_64 import NR
 from pipeline.kernel.syscalls import (
@@ -173,6 +174,7 @@ def _host_rows() -> Iterator[Row]:
         "Linux 6.7 or newer",
         needed=False,
     )
+    yield _writes()
     size = ctypes.create_string_buffer(4)
     yield _row(
         "PR_SET_MM_MAP",
@@ -225,6 +227,18 @@ def _host_rows() -> Iterator[Row]:
     )
     if not privileged:
         yield from _plain_user_rows()
+
+
+def _writes() -> Row:
+    """How it is told what a running program writes."""
+    name = "writes"
+    if userfaultfd.is_asynchronous():
+        return Row(name, True, "are told by userfaultfd, while a tree runs", needed=False)
+    if soft_dirty.is_known():
+        detail = "are told by soft-dirty bits: a tree stands still for a moment in each round of its memory"
+        return Row(name, True, detail, needed=False)
+    lost = "are told by nothing: no rounds of memory while a tree runs, it is sent standing still"
+    return Row(name, False, lost, "Linux 6.7 or newer, or CONFIG_MEM_SOFT_DIRTY", needed=False)
 
 
 def _user_namespaces() -> Row:

@@ -39,7 +39,7 @@ from pipeline.stages.observe import Looks
 from pipeline.stages.pacing import Pacing
 from pipeline.stages.throttle import Throttle
 from pipeline.stages.write import in_order, write_pages, write_translated
-from pipeline.standstill import Standstill, begin_tracking
+from pipeline.standstill import Standstill, begin_tracking, look_again
 from pipeline.transport.framing import FrameWriter
 from pipeline.transport.protocol import Begin
 from pipeline.transport.tcp import Channel
@@ -175,7 +175,7 @@ class LiveSource:
             sent = self._channel.writer.total_bytes() - written_before
             if not rate or sent > _TELLING_BYTES:
                 rate = sent / seconds
-            left = await trio.to_thread.run_sync(memory.look)
+            left = await self._look_again()
             late = await trio.to_thread.run_sync(memory.late_bytes)
             if late > _LATE_BYTES and not is_last:
                 return False
@@ -197,6 +197,16 @@ class LiveSource:
             self._later |= verdict == "too long" and self._rounds.on_timeout == "postcopy"
             if verdict != "again":
                 return True
+
+    async def _look_again(self) -> int:
+        """How much was written since the last time, in bytes."""
+        percentage = self.throttle.percentage
+        if self.memory.stands_still:
+            await self.throttle.set(0)
+        left = await look_again(self._tracer, self._pid, self.memory)
+        if self.throttle.percentage != percentage:
+            await self.throttle.set(percentage)
+        return left
 
     async def _first_round(self) -> None:
         memory = self.memory

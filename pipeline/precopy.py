@@ -32,7 +32,7 @@ from pipeline.stages.observe import Looks
 from pipeline.stages.pacing import Pacing
 from pipeline.stages.stored_pages import stored_pages
 from pipeline.stages.write import write_pages
-from pipeline.standstill import Standstill, begin_tracking
+from pipeline.standstill import Standstill, begin_tracking, look_again
 from pipeline.transport.framing import FrameWriter
 from pipeline.transport.index import indexed
 from pipeline.transport.storage import LAYER, Storage, index_of, open_storage
@@ -127,7 +127,7 @@ class Precopy:
             await writer.flush()
             seconds, written = time.monotonic() - begun_s, writer.bytes_written - before
             self.rounds_done += 1
-            left = await trio.to_thread.run_sync(memory.look)
+            left = await look_again(self._tracer, self._pid, memory)
             rate = written / seconds
             expected_s = pacing.expected_s(left, rate)
             self._progress.round(

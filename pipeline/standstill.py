@@ -25,6 +25,7 @@ from pipeline.policy import DumpPolicy
 from pipeline.remote.tracer import Tracer
 from pipeline.resources.external_state import ExternalState
 from pipeline.resources.held import Held
+from pipeline.resources.memory import tracking
 from pipeline.resources.memory.tracking import TrackingLost
 from pipeline.resources.tasks import leaders
 from pipeline.resources.tasks.interrupted import Sleepers
@@ -199,6 +200,7 @@ async def begin_tracking(
     Raises:
         TrackingLost: it cannot be tracked; the text says why.
     """
+    await trio.to_thread.run_sync(_prepare_tracking, pid)
     try:
         async with standstill(tracer, pid, externals, policy, looks=memory.looks) as still:
             await tracer.run(memory.begin, image_of(still.translated()), still.tree, still.sources)
@@ -208,6 +210,24 @@ async def begin_tracking(
     except Refused as error:
         raise TrackingLost(str(error)) from None
     return time.monotonic() - begun_s
+
+
+def _prepare_tracking(pid: int) -> None:
+    tracking.prepare(freeze.walk(HostPid(pid)))
+
+
+async def look_again(tracer: Tracer, pid: int, memory: LiveMemory) -> int:
+    """Ask what the tree below `pid` has written since the last time; how many bytes are to be sent.
+
+    Raises:
+        TrackingLost: see `LiveMemory.look`.
+        Refused, TargetError: it cannot be stopped for it.
+    """
+    if not memory.stands_still:
+        return await trio.to_thread.run_sync(memory.look)
+    await trio.to_thread.run_sync(_prepare_tracking, pid)
+    async with _frozen(tracer, pid):
+        return await tracer.run(memory.look)
 
 
 def _make_room_for_descriptors(root: HostPid) -> None:

@@ -20,7 +20,7 @@ import functools
 import os
 import re
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from enum import IntFlag
 from typing import NamedTuple
 
@@ -123,6 +123,8 @@ def scan(
     return found
 
 
+#: what PAGEMAP_SCAN fails with where there is none
+_NO_SCAN = frozenset({errno.ENOTTY, errno.EINVAL})
 _HAS = CATEGORY.PRESENT | CATEGORY.SWAPPED
 _NOT = CATEGORY.FILE | CATEGORY.PFNZERO
 #: as numbers: they are looked at run by run
@@ -210,9 +212,9 @@ def populated(fd: LocalFd, ranges: Sequence[Range], anonymous: Sequence[Range] =
             for run in _scan_populated(fd, start, end, is_anonymous)
         ]
     except OSError as error:
-        if error.errno not in (errno.ENOTTY, errno.EINVAL):
+        if error.errno not in _NO_SCAN:
             raise
-        runs = _read_populated(fd, ranges)
+        runs = list(_read_runs(fd, ranges, _RUN_POPULATED))
     found = Populated([], [], [])
     for start, end, categories in runs:
         if categories & _GUARD:
@@ -232,14 +234,16 @@ def present(fd: LocalFd, ranges: Sequence[Range]) -> list[Range]:
 
     Args:
         fd, ranges: as for `populated`.
-
-    Raises:
-        OSError: ENOTTY: this kernel has no PAGEMAP_SCAN.
     """
     if not ranges:
         return []
-    there = CATEGORY.PRESENT | CATEGORY.SWAPPED
-    return intersect([(a, b) for a, b, _ in scan(fd, ranges[0][0], ranges[-1][1], anyof=there)], ranges)
+    try:
+        runs = scan(fd, ranges[0][0], ranges[-1][1], anyof=_HAS)
+    except OSError as error:
+        if error.errno not in _NO_SCAN:
+            raise
+        return merged((start, end) for start, end, _ in _read_runs(fd, ranges, _RUN_PRESENT))
+    return intersect([(start, end) for start, end, _ in runs], ranges)
 
 
 def _spans(ranges: Sequence[Range], anonymous: Sequence[Range]) -> Iterator[tuple[int, int, bool]]:
@@ -264,24 +268,27 @@ def _scan_populated(fd: LocalFd, start: int, end: int, is_anonymous: bool) -> li
 
 # The most significant byte of a pagemap entry: present 0x80, swapped 0x40, file or shared 0x20,
 # guard 0x04, uffd-wp 0x02, mapped once 0x01. A run of pages is a run of such bytes.
-_TOP_PRIVATE = bytes(b for b in range(256) if b & 0xC0 and not b & 0x24)
-_TOP_GUARD = bytes(b for b in range(256) if b & 0x04)
-_RUN = re.compile(
-    b"(?P<pages>[" + re.escape(_TOP_PRIVATE) + b"]+)|(?P<guards>[" + re.escape(_TOP_GUARD) + b"]+)"
+def _run_of(**kinds: Callable[[int], object]) -> re.Pattern[bytes]:
+    classes = {name: bytes(top for top in range(256) if matches(top)) for name, matches in kinds.items()}
+    return re.compile(b"|".join(b"(?P<%s>[%s]+)" % (n.encode(), re.escape(c)) for n, c in classes.items()))
+
+
+_RUN_POPULATED = _run_of(
+    pages=lambda top: top & 0xC0 and not top & 0x24,
+    guards=lambda top: top & 0x04,
 )
+_RUN_PRESENT = _run_of(pages=lambda top: top & 0xC0)
 
 
-def _read_populated(fd: LocalFd, ranges: Sequence[Range]) -> list[tuple[int, int, int]]:
+def _read_runs(
+    fd: LocalFd, ranges: Sequence[Range], pattern: re.Pattern[bytes]
+) -> Iterator[tuple[int, int, int]]:
     """The same by reading entries: for kernels without PAGEMAP_SCAN."""
-    found: list[tuple[int, int, int]] = []
     for start, end in ranges:
         for address, entries in entries_of(fd, start, end):
-            for match in _RUN.finditer(entries[7::8]):
-                categories = _GUARD if match["guards"] else _WRITTEN
-                found.append(
-                    (address + match.start() * PAGE_BYTES, address + match.end() * PAGE_BYTES, categories)
-                )
-    return found
+            for match in pattern.finditer(entries[7::8]):
+                categories = _GUARD if match.lastgroup == "guards" else _WRITTEN
+                yield address + match.start() * PAGE_BYTES, address + match.end() * PAGE_BYTES, categories
 
 
 def entries_of(fd: LocalFd, start: int, end: int) -> Iterator[tuple[int, bytes]]:

@@ -277,8 +277,17 @@ def seccomp_get_flags(tid: int, index: int) -> int:
     return int.from_bytes(buffer.raw[8:], "little")
 
 
-def get_syscall_user_dispatch(tid: int) -> tuple[int, int, int, int]:
-    """PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG: mode, selector, offset, length; mode 0 is off."""
+def get_syscall_user_dispatch(tid: int) -> tuple[int, int, int, int] | None:
+    """PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG: mode, selector, offset, length; mode 0 is off.
+
+    Returns:
+        None where the kernel cannot tell (before 6.4).
+    """
     buffer = ctypes.create_string_buffer(32)
-    _request(PTRACE.GET_SYSCALL_USER_DISPATCH_CONFIG, tid, 32, buffer)
+    try:
+        _request(PTRACE.GET_SYSCALL_USER_DISPATCH_CONFIG, tid, 32, buffer)
+    except OSError as error:
+        if error.errno != errno.EIO:  # of a request that there is not
+            raise
+        return None
     return struct.unpack("<4Q", buffer.raw)

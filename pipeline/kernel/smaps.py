@@ -22,6 +22,7 @@ from pipeline.kernel import procfs
 _NO_FLAGS: frozenset[str] = frozenset()
 _PKEY = re.compile(rb"\nProtectionKey: +([1-9]\d*)$", re.MULTILINE)
 _PAGE_SIZE = re.compile(rb"\nKernelPageSize: +(\d+) kB$", re.MULTILINE)
+_HUGE = re.compile(rb"\nAnonHugePages: +[1-9]")
 _SHARE = re.compile(rb"^Pss_Anon: +(\d+) kB$", re.MULTILINE)
 _KIB = 1024
 
@@ -121,6 +122,17 @@ def maps(pid: HostPid) -> list[Mapping]:
 def smaps(pid: HostPid) -> list[Mapping]:
     """Read /proc/PID/smaps; empty for a zombie. Raises `procfs.ProcessGone`; EACCES."""
     return parse_smaps(procfs.read_file(pid, "smaps"))
+
+
+def with_huge_pages(pid: HostPid) -> list[tuple[RemoteAddress, RemoteAddress]]:
+    """The mappings, [start, end), parts of whose private memory are huge pages; empty for a zombie.
+
+    Raises as `maps` does.
+    """
+    entries = procfs.read_file(pid, "smaps").split(b"\nVmFlags: ")
+    # an entry begins behind the flags of the one before
+    lines = [one.split(b"\n", 2)[1 if at else 0] for at, one in enumerate(entries[:-1]) if _HUGE.search(one)]
+    return [(one.start, one.end) for one in parse_maps(b"\n".join(lines))]
 
 
 def anonymous_share(pid: HostPid) -> int:

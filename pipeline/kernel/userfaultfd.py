@@ -14,10 +14,13 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import functools
 import os
 import struct
 
 from pipeline.ids import LocalFd
+from pipeline.kernel.arch.x86_64_numbers import NR
+from pipeline.kernel.syscalls import syscall
 
 #: flags of userfaultfd(2): what anybody may make, for faults of user space
 MAKE_FLAGS = 1 | os.O_CLOEXEC | os.O_NONBLOCK
@@ -30,6 +33,20 @@ _REGISTER = struct.Struct("<4Q")
 _MODE_WP = 2
 _WP_UNPOPULATED = 1 << 13
 _WP_ASYNC = 1 << 15
+
+
+@functools.cache
+def is_asynchronous() -> bool:
+    """Whether this kernel has the asynchronous mode, and lets us use it."""
+    try:
+        fd = LocalFd(syscall(NR.userfaultfd, MAKE_FLAGS))
+        try:
+            begin_tracking(fd)
+        finally:
+            os.close(fd)
+    except OSError:
+        return False
+    return True
 
 
 def begin_tracking(fd: LocalFd) -> None:

@@ -29,6 +29,7 @@ from pipeline.kernel import smaps
 from pipeline.kernel.pagemap import Range, intersect, subtract, total_bytes, union
 from pipeline.kernel.procfs import ProcessGone
 from pipeline.ledger import LEDGER
+from pipeline.resources.memory import tracking
 from pipeline.resources.memory.alike import overlaps, private_ranges
 from pipeline.resources.memory.capture import watched_by_others
 from pipeline.resources.memory.tracking import Tracking, TrackingLost
@@ -75,12 +76,14 @@ class _Space:
         """What was sent as it is now.
 
         Args:
-            untouched: what was not written since the last look.
+            untouched: what is write-protected by a userfaultfd: not written since the last look.
         """
         try:
             if self.is_lost:
                 return []
             self.tracking.check()
+            if self.tracking.stands_still:
+                untouched = self.tracking.untouched()
         except TrackingLost:
             return []
         unsent = union(union(self.pending, sorted(self.missed)), self.unwatched)
@@ -104,7 +107,8 @@ class _Space:
         try:
             # one answer for each page: between two, it could be dropped, or come back
             kept = self.parent.tracking.untouched()
-            self.parent.look()
+            if not self.parent.tracking.stands_still:
+                self.parent.look()
         except TrackingLost:  # the next look at the parent says so
             return self.inherited
         kept = subtract(subtract(kept, self.parent.pending), self.parent.unwatched)
@@ -170,9 +174,9 @@ class LiveMemory:
                 case ProcessPages(number, pid):
                     tids = [pid, *(tid for tid in tasks[pid] if tid != pid)]
                     with inside(pid, tids) as task:
-                        tracking = Tracking(pid, task.syscall)
+                        watch = tracking.begin(pid, task.syscall)
                     places = _ALL if self._is_stored else _places(image.spaces[number])
-                    self._spaces[number] = _Space(pid, tracking, places)
+                    self._spaces[number] = _Space(pid, watch, places)
                 case SharedPages(number, shared):
                     fd = self._hold(shared.fd) if shared.fd is not None else None
                     self._sent[number] = sent = Sent()
@@ -227,8 +231,15 @@ class LiveMemory:
         while self._unseen:
             self._look_at(self._unseen.pop())
 
+    @property
+    def stands_still(self) -> bool:
+        """Whether the tree has to stand still when it is looked at."""
+        return any(space.tracking.stands_still for space in self._spaces.values() if not space.is_lost)
+
     def look(self) -> int:
         """Ask what was written since the last time; how many bytes are to be sent. In any thread.
+
+        While the tree runs, unless it `stands_still` for it.
 
         Raises:
             TrackingLost: the first process of a tree that there is a draft of has ended, or executed another program.
@@ -362,7 +373,8 @@ class LiveMemory:
             if space.is_lost:
                 continue
             with suppress(ProcessLookupError, ProcessGone):  # told by who asks for what was not sent
-                blockers += watched_by_others(space.pid, space.unwatched, space.tracking.may_watch)
+                doubtful = _ALL if space.tracking.stands_still else space.unwatched
+                blockers += watched_by_others(space.pid, doubtful, space.tracking.may_watch)
         if blockers:
             raise Refused(blockers)
 

@@ -7,13 +7,14 @@ import mmap
 import os
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from pipeline.ids import HostPid
-from pipeline.kernel import smaps
+from pipeline.kernel import smaps, soft_dirty
 from pipeline.kernel.pagemap import (
     PAGE_BYTES,
     Range,
@@ -23,15 +24,26 @@ from pipeline.kernel.pagemap import (
     total_bytes,
     written,
 )
+from pipeline.resources.memory import tracking
 from pipeline.resources.memory.classify import MAP_DROPPABLE
-from pipeline.resources.memory.tracking import Tracking, TrackingLost
+from pipeline.resources.memory.tracking import (
+    Inside,
+    SoftDirty,
+    Tracking,
+    TrackingLost,
+    WriteProtected,
+    Written,
+)
 from pipeline.stages import freeze
 from pipeline.stages.asking import inside
 
 pytestmark = pytest.mark.root
 
+Tracked = Callable[..., AbstractContextManager[tuple["Subject", Tracking]]]
+
 PAGES = 64
 MREMAP_MAYMOVE, MREMAP_FIXED = 1, 2
+PR_SET_PDEATHSIG = 1
 
 
 class Subject:
@@ -91,24 +103,69 @@ def read_file(memory: mmap.mmap) -> None:
 
 
 @contextmanager
-def tracked(**acts: Callable[[mmap.mmap], object]) -> Iterator[tuple[Subject, Tracking]]:
+def stopped(pid: HostPid) -> Iterator[None]:
+    tree = freeze.freeze(pid, suspend_seccomp=True)
+    try:
+        yield
+    finally:
+        freeze.release(tree)
+
+
+def collect(subject: Subject, tracking: Tracking) -> Written:
+    with stopped(subject.pid) if tracking.stands_still else nullcontext():
+        return tracking.collect()
+
+
+def by_write_protection(pid: HostPid, inside: Inside) -> Tracking:
+    try:
+        return WriteProtected(pid, inside)
+    except OSError as error:
+        pytest.skip(f"this kernel has no asynchronous write protection: {error}")
+
+
+def by_soft_dirty_bits(pid: HostPid, inside: Inside) -> Tracking:
+    del inside
+    if not soft_dirty.is_known():
+        pytest.skip("this kernel has no soft-dirty bits")
+    return SoftDirty(pid)
+
+
+@pytest.fixture(params=(by_write_protection, by_soft_dirty_bits))
+def tracked(request: pytest.FixtureRequest) -> Tracked:
+    return partial(_tracked, request.param)
+
+
+@pytest.fixture
+def write_protected() -> Tracked:
+    return partial(_tracked, by_write_protection)
+
+
+@pytest.fixture
+def soft_dirtied() -> Tracked:
+    return partial(_tracked, by_soft_dirty_bits)
+
+
+@contextmanager
+def _tracked(
+    begin: Callable[[HostPid, Inside], Tracking], **acts: Callable[[mmap.mmap], object]
+) -> Iterator[tuple[Subject, Tracking]]:
     subject = Subject(acts)
     try:
-        tree = freeze.freeze(subject.pid, suspend_seccomp=True)
-        try:
+        if "first" in acts:
+            subject.do("first")
+        tracking.prepare([subject.pid])
+        with stopped(subject.pid):
             with inside(subject.pid, [subject.pid]) as task:
-                tracking = Tracking(subject.pid, task.syscall)
-            found = tracking.collect()
-        finally:
-            freeze.release(tree)
+                watch = begin(subject.pid, task.syscall)
+            found = watch.collect()
         try:
             assert subject.pages(found.runs) == list(range(PAGES // 2)), (
                 "the first time, all that has content"
             )
             assert not found.unwatched
-            yield subject, tracking
+            yield subject, watch
         finally:
-            tracking.close()
+            watch.close()
         assert not subject.watched()
         assert "userfaultfd" not in str(
             [os.readlink(one) for one in Path(f"/proc/{subject.pid}/fd").iterdir()]
@@ -117,18 +174,29 @@ def tracked(**acts: Callable[[mmap.mmap], object]) -> Iterator[tuple[Subject, Tr
         subject.close()
 
 
-def test_pages_that_were_written_are_told_once() -> None:
+def test_pages_that_were_written_are_told_once(tracked: Tracked) -> None:
     with tracked(few=write(1, 7, 40), more=write(2)) as (subject, tracking):
-        assert subject.watched()
+        assert subject.watched() != tracking.stands_still
         subject.do("few")
-        assert subject.pages(tracking.collect().runs) == [1, 7, 40]
+        assert subject.pages(collect(subject, tracking).runs) == [1, 7, 40]
         subject.do("more")
-        assert subject.pages(tracking.collect().runs) == [2]
-        assert subject.pages(tracking.collect().runs) == []
+        assert subject.pages(collect(subject, tracking).runs) == [2]
+        assert subject.pages(collect(subject, tracking).runs) == []
 
 
-def test_pages_that_were_not_written_are_known_by_a_look_that_changes_nothing() -> None:
+def test_pages_that_were_not_written_are_known_by_a_look_that_changes_nothing(tracked: Tracked) -> None:
     with tracked(few=write(1, 7, 40)) as (subject, tracking):
+        subject.do("few")
+        for _ in range(2):
+            untouched = subject.pages(tracking.untouched())
+            assert untouched == [page for page in range(PAGES // 2) if page not in (1, 7)]
+        assert subject.pages(collect(subject, tracking).runs) == [1, 7, 40]
+        assert subject.pages(tracking.untouched()) == [*range(PAGES // 2), 40]
+        tracking.check()
+
+
+def test_whoever_asks_what_has_content_is_told_what_is_untouched(write_protected: Tracked) -> None:
+    with write_protected(few=write(1, 7, 40)) as (subject, _):
         subject.do("few")
         fd = open_pagemap(subject.pid)
         whole = [(subject.start, subject.start + PAGES * PAGE_BYTES)]
@@ -136,19 +204,16 @@ def test_pages_that_were_not_written_are_known_by_a_look_that_changes_nothing() 
             found = populated(fd, whole, anonymous)
             assert subject.pages(found.pages) == [*range(PAGES // 2), 40]
             assert subject.pages(found.untouched) == [p for p in range(PAGES // 2) if p not in (1, 7)]
-        assert subject.pages(tracking.collect().runs) == [1, 7, 40]
-        assert subject.pages(populated(fd, whole).untouched) == [*range(PAGES // 2), 40]
         os.close(fd)
-        tracking.check()
 
 
-def test_what_the_kernel_writes_is_told() -> None:
+def test_what_the_kernel_writes_is_told(tracked: Tracked) -> None:
     with tracked(read=read_file) as (subject, tracking):
         subject.do("read")
-        assert subject.pages(tracking.collect().runs) == [5]
+        assert subject.pages(collect(subject, tracking).runs) == [5]
 
 
-def test_what_is_mapped_anew_is_told_whole() -> None:
+def test_what_is_mapped_anew_is_told_whole(tracked: Tracked) -> None:
     made: list[mmap.mmap] = []
 
     def map_more(memory: mmap.mmap) -> None:
@@ -157,14 +222,14 @@ def test_what_is_mapped_anew_is_told_whole() -> None:
 
     with tracked(map=map_more, none=write()) as (subject, tracking):
         subject.do("map")
-        found = tracking.collect()
+        found = collect(subject, tracking)
         assert 3 << 20 <= total_bytes(found.runs) < 33 << 20
         assert not found.unwatched
         subject.do("none")
-        assert total_bytes(tracking.collect().runs) < 3 << 20
+        assert total_bytes(collect(subject, tracking).runs) < 3 << 20
 
 
-def test_what_is_moved_is_told_whole_where_it_is_then() -> None:
+def test_what_is_moved_is_told_whole_where_it_is_then(tracked: Tracked) -> None:
     to = 0x2000_0000_0000
     libc = ctypes.CDLL(None, use_errno=True)
     libc.mremap.restype = ctypes.c_void_p
@@ -177,12 +242,12 @@ def test_what_is_moved_is_told_whole_where_it_is_then() -> None:
     with tracked(move=move) as (subject, tracking):
         subject.do("move")
         subject.start = to
-        assert subject.pages(tracking.collect().runs) == list(range(PAGES // 2))
-        assert subject.pages(tracking.collect().runs) == []
+        assert subject.pages(collect(subject, tracking).runs) == list(range(PAGES // 2))
+        assert subject.pages(collect(subject, tracking).runs) == []
 
 
-def test_what_is_to_be_told_whole_is_told_although_it_is_protected() -> None:
-    with tracked(few=write(1, 7, 40)) as (subject, _):
+def test_what_is_to_be_told_whole_is_told_although_it_is_protected(write_protected: Tracked) -> None:
+    with write_protected(few=write(1, 7, 40)) as (subject, _):
         subject.do("few")
         pagemap = open_pagemap(subject.pid)
         try:
@@ -198,14 +263,14 @@ def test_what_is_to_be_told_whole_is_told_although_it_is_protected() -> None:
             os.close(pagemap)
 
 
-def test_what_the_kernel_does_not_let_be_watched_is_said() -> None:
+def test_what_the_kernel_does_not_let_be_watched_is_said(write_protected: Tracked) -> None:
     kept: list[mmap.mmap] = []
 
     def map_droppable(memory: mmap.mmap) -> None:
         kept.append(mmap.mmap(-1, PAGES * PAGE_BYTES, flags=MAP_DROPPABLE | mmap.MAP_ANONYMOUS))
         kept[0][:] = b"d" * (PAGES * PAGE_BYTES)
 
-    with tracked(map=map_droppable) as (subject, tracking):
+    with write_protected(map=map_droppable) as (subject, tracking):
         subject.do("map")
         for _ in range(2):
             found = tracking.collect()
@@ -213,13 +278,13 @@ def test_what_the_kernel_does_not_let_be_watched_is_said() -> None:
             assert not intersect(found.runs, found.unwatched)
 
 
-def test_dropped_pages_are_not_told() -> None:
+def test_dropped_pages_are_not_told(tracked: Tracked) -> None:
     with tracked(drop=lambda memory: memory.madvise(mmap.MADV_DONTNEED)) as (subject, tracking):
         subject.do("drop")
-        assert subject.pages(tracking.collect().runs) == []
+        assert subject.pages(collect(subject, tracking).runs) == []
 
 
-def test_another_program_is_no_longer_the_one_that_was_tracked() -> None:
+def test_another_program_is_no_longer_the_one_that_was_tracked(tracked: Tracked) -> None:
     def execute(memory: mmap.mmap) -> None:
         os.execv("/bin/sleep", ["sleep", "100"])
 
@@ -233,9 +298,92 @@ def test_another_program_is_no_longer_the_one_that_was_tracked() -> None:
             tracking.check()
 
 
-def test_who_has_ended_is_no_longer_tracked() -> None:
+def test_who_has_ended_is_no_longer_tracked(tracked: Tracked) -> None:
     with tracked() as (subject, tracking):
         os.kill(subject.pid, signal.SIGKILL)
         os.waitid(os.P_PID, subject.pid, os.WEXITED | os.WNOWAIT)
         with pytest.raises(TrackingLost):
             tracking.collect()
+
+
+HUGE_BYTES = 2 << 20
+
+
+def drop_and_read(pages: slice) -> Callable[[mmap.mmap], object]:
+    def act(memory: mmap.mmap) -> None:
+        start, stop, _ = pages.indices(PAGES)
+        memory.madvise(mmap.MADV_DONTNEED, start * PAGE_BYTES, (stop - start) * PAGE_BYTES)
+        for page in range(start, stop):
+            assert memory[page * PAGE_BYTES] == 0
+
+    return act
+
+
+def test_pages_that_came_back_as_zeros_are_not_untouched(tracked: Tracked) -> None:
+    with tracked(drop=drop_and_read(slice(3, 9)), forked=lambda _: fork_and_wait()) as (subject, tracking):
+        subject.do("drop")
+        there = [page for page in range(PAGES // 2) if not 3 <= page < 9]
+        assert subject.pages(tracking.untouched()) == there
+        assert subject.pages(collect(subject, tracking).runs) == []
+        assert subject.pages(tracking.untouched()) == there
+        # a child that shares them makes none of them look like that of zeros
+        subject.do("forked")
+        assert subject.pages(tracking.untouched()) == there
+
+
+def fork_and_wait() -> None:
+    """A child that is there until its parent ends."""
+    if os.fork() == 0:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        while True:
+            signal.pause()
+
+
+def test_a_huge_page_of_zeros_is_not_untouched(soft_dirtied: Tracked) -> None:
+    made: list[mmap.mmap] = []
+
+    def map_huge(memory: mmap.mmap) -> None:
+        made.append(mmap.mmap(-1, 4 * HUGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+        made[0].madvise(mmap.MADV_HUGEPAGE)
+        made[0][:] = b"h" * len(made[0])
+
+    def drop(memory: mmap.mmap) -> None:
+        made[0].madvise(mmap.MADV_DONTNEED)
+        assert made[0][::PAGE_BYTES] == bytes(len(made[0]) // PAGE_BYTES)
+
+    with soft_dirtied(map=map_huge, drop=drop) as (subject, tracking):
+        before = total_bytes(tracking.untouched())
+        subject.do("map")
+        assert total_bytes(collect(subject, tracking).runs) >= 4 * HUGE_BYTES
+        assert total_bytes(tracking.untouched()) >= before + 4 * HUGE_BYTES - (1 << 20)
+        subject.do("drop")
+        assert total_bytes(tracking.untouched()) < before + (1 << 20)
+
+
+def test_one_write_into_a_huge_page_is_one_page(tracked: Tracked) -> None:
+    made: list[mmap.mmap] = []
+
+    def map_huge(memory: mmap.mmap) -> None:
+        made.append(mmap.mmap(-1, 8 * HUGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+        made[0].madvise(mmap.MADV_HUGEPAGE)
+        made[0][:] = b"h" * len(made[0])
+
+    def write_each(memory: mmap.mmap) -> None:
+        for at in range(PAGE_BYTES, len(made[0]), HUGE_BYTES):
+            made[0][at] = 1
+
+    if "[never]" in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text():
+        pytest.skip("this machine makes no huge pages")
+    with tracked(first=map_huge, write=write_each) as (subject, tracking):
+        subject.do("write")
+        assert total_bytes(collect(subject, tracking).runs) < 1 << 20
+
+
+def test_who_looks_at_its_own_bits_is_left_alone() -> None:
+    subject = Subject({"open": lambda _: os.open("/proc/self/clear_refs", os.O_WRONLY)})
+    try:
+        subject.do("open")
+        with stopped(subject.pid), pytest.raises(TrackingLost, match="looks at its own writes"):
+            SoftDirty(subject.pid)
+    finally:
+        subject.close()

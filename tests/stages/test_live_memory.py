@@ -21,7 +21,10 @@ ACTS = list(chain.from_iterable(product(("write", "drop"), repeat=count) for cou
 class Parent:
     """A process with one page, of content 1 when it was looked at, and what becomes of it between the questions."""
 
-    def __init__(self, before_read: Sequence[str], behind: Iterator[Sequence[str]]) -> None:
+    def __init__(
+        self, before_read: Sequence[str], behind: Iterator[Sequence[str]], *, stands_still: bool
+    ) -> None:
+        self.stands_still = stands_still
         self._content = 1
         self._is_protected = True
         self._behind = behind
@@ -38,6 +41,7 @@ class Parent:
         return PAGE if self._content and self._is_protected else []
 
     def collect(self) -> Written:
+        assert not self.stands_still, "nobody has stopped it"
         self._act(next(self._behind, ()))
         was_written = bool(self._content) and not self._is_protected
         self._is_protected = bool(self._content)
@@ -47,11 +51,12 @@ class Parent:
 @pytest.mark.parametrize("before_read", ACTS)
 @pytest.mark.parametrize("behind", ACTS)
 @pytest.mark.parametrize("between", ACTS)
+@pytest.mark.parametrize("stands_still", [False, True], ids=("write-protected", "soft-dirty"))
 def test_whatever_a_parent_does_with_a_page_its_child_has_its_own(
-    before_read: Sequence[str], behind: Sequence[str], between: Sequence[str]
+    before_read: Sequence[str], behind: Sequence[str], between: Sequence[str], stands_still: bool
 ) -> None:
     """What is forked from the parent as it was read, has the page of the fork, or is sent that."""
-    tracking = Parent(before_read, iter([behind, between]))
+    tracking = Parent(before_read, iter([behind, between]), stands_still=stands_still)
     parent = _Space(HostPid(1), cast("Tracking", tracking), PAGE)
     child = _Space(HostPid(2), cast("Tracking", None), PAGE, parent=parent, inherited=PAGE)
     differing = child.differing()

@@ -1,9 +1,15 @@
 """Which private pages of a process were written since they were last read, while it runs.
 
-One `Tracking` an address space: a userfaultfd in asynchronous write-protect mode (`pipeline.kernel.userfaultfd`), made
-inside the process while it stood still, and known here by a duplicate. Each `collect` tells the pages that were written
-since the one before and write-protects them again; what is mapped anew is registered then, and told whole: before
-Linux 6.13 ("clear uffd-wp PTE/PMD state on mremap") moved memory takes its protection along, and would look unwritten.
+One `Tracking` an address space, begun while it stood still. Each `collect` tells the pages that were written since the
+one before. There are two kinds, and `begin` takes the first that the kernel has:
+
+`WriteProtected` is a userfaultfd in asynchronous write-protect mode (`pipeline.kernel.userfaultfd`), made inside the
+process, and known here by a duplicate. Each `collect` write-protects again what it tells; what is mapped anew is
+registered then, and told whole: before Linux 6.13 ("clear uffd-wp PTE/PMD state on mremap") moved memory takes its
+protection along, and would look unwritten.
+
+`SoftDirty` clears the bits that the kernel keeps (`pipeline.kernel.soft_dirty`), for which the process has to stand
+still at each `collect` but the first.
 
 A mapping cannot be trusted to tell all where it may not be watched, and a whole process where devices write into its
 pages behind the page tables: O_DIRECT and asynchronous I/O pin pages, and what arrives in a pinned page marks nothing
@@ -18,11 +24,13 @@ Source: Documentation/admin-guide/mm/pagemap.rst, mm/userfaultfd.c, fs/proc/task
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 from pipeline.ids import HostPid, LocalFd
-from pipeline.kernel import procfs, smaps, userfaultfd
+from pipeline.kernel import procfs, smaps, soft_dirty, userfaultfd
 from pipeline.kernel.arch.x86_64 import NR
 from pipeline.kernel.pagemap import PAGE_BYTES, Range, merged, open_pagemap, populated, written
 from pipeline.kernel.smaps import Mapping
@@ -50,8 +58,67 @@ class TrackingLost(Exception):
     """What was sent is of no use: a process has ended, or executes another program. The text says what happened."""
 
 
-class Tracking:
-    """Watches the private memory of one process.
+class Tracking(ABC):
+    """Watches the private memory of one process; see the module.
+
+    Ownership: holds the watch until `close`; nothing of it is left in the process then.
+    """
+
+    #: the process has to stand still at each `collect` but the first
+    stands_still = False
+
+    @abstractmethod
+    def collect(self) -> Written:
+        """The pages that were written since the last call; at the first, all that have content.
+
+        Raises:
+            TrackingLost: see there.
+        """
+
+    @abstractmethod
+    def untouched(self) -> list[Range]:
+        """The pages that have content now, and have had it since the last `collect` without being written.
+
+        Unless the process stands still at a `collect`, one behind it tells what had better not be trusted: memory
+        that was moved.
+
+        Raises:
+            TrackingLost: see there.
+        """
+
+    @abstractmethod
+    def may_watch(self, start: int, end: int) -> bool:
+        """Whether these mappings can be watched: they are from now on. ProcessLookupError: the memory is gone."""
+
+    @abstractmethod
+    def check(self) -> None:
+        """The process has the memory that is watched.
+
+        Raises:
+            TrackingLost: see there.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Watch no longer; idempotent."""
+
+
+def prepare(pids: Iterable[HostPid]) -> None:
+    """What takes long and is better done before the processes stand still, for `begin` or for `Tracking.collect`.
+
+    Huge pages are split where each would be told as a whole; khugepaged makes new ones all the time.
+    """
+    if userfaultfd.is_asynchronous() or not soft_dirty.is_known():
+        return
+    for pid in pids:
+        with suppress(
+            OSError
+        ):  # its first thread has ended, or a sandbox forbids it: then they are told as a whole
+            soft_dirty.split_huge_pages(pid)
+
+
+def begin(pid: HostPid, inside: Inside) -> Tracking:
+    """Begin to watch.
 
     Args:
         pid: the process; stopped.
@@ -59,9 +126,27 @@ class Tracking:
 
     Raises:
         OSError: EINVAL, ENOSYS: this kernel cannot; EPERM: a sandbox forbids it.
+        TrackingLost: it can only be done in a way that would disturb the program.
+    """
+    try:
+        return WriteProtected(pid, inside)
+    except OSError:
+        if not soft_dirty.is_known():
+            raise
+        return SoftDirty(pid)
 
-    Ownership: holds the watch until `close`; nothing of it is left in the process then, nor if we are killed: but for
-    a descriptor that watches nothing, if that happens just between the calls that make it.
+
+class WriteProtected(Tracking):
+    """By userfaultfd.
+
+    Args:
+        pid, inside: see `begin`.
+
+    Raises:
+        OSError: EINVAL, ENOSYS: this kernel cannot; EPERM: a sandbox forbids it.
+
+    Ownership: see `Tracking`; nor is anything left in the process if we are killed: but for a descriptor that watches
+    nothing, if that happens just between the calls that make it.
     """
 
     def __init__(self, pid: HostPid, inside: Inside) -> None:
@@ -84,15 +169,10 @@ class Tracking:
             raise
 
     def collect(self) -> Written:
-        """The pages that were written since the last call; at the first, all that have content.
-
-        Raises:
-            TrackingLost: see there.
-        """
         try:
             pagemap = open_pagemap(self._pid)
         except procfs.ProcessGone:
-            raise TrackingLost(self._gone) from None
+            raise _lost(self._pid) from None
         runs: list[Range] = []
         unwatched: list[Range] = []
         try:
@@ -103,19 +183,12 @@ class Tracking:
                 else:
                     runs += found
         except ProcessLookupError:
-            raise TrackingLost(self._gone) from None
+            raise _lost(self._pid) from None
         finally:
             os.close(pagemap)
         return Written(merged(runs), merged(unwatched))
 
     def untouched(self) -> list[Range]:
-        """The pages that have content now, and have had it since the last `collect` without being written.
-
-        A `collect` behind it tells what had better not be trusted: memory that was moved.
-
-        Raises:
-            TrackingLost: see there.
-        """
         try:
             pagemap = open_pagemap(self._pid)
             try:
@@ -125,11 +198,7 @@ class Tracking:
             finally:
                 os.close(pagemap)
         except ProcessLookupError:
-            raise TrackingLost(self._gone) from None
-
-    @property
-    def _gone(self) -> str:
-        return f"pid {self._pid} has ended, or has executed another program"
+            raise _lost(self._pid) from None
 
     def _written(self, pagemap: LocalFd, mapping: Mapping) -> list[Range] | None:
         start, end, anonymous = mapping.start, mapping.end, mapping.anonymous
@@ -139,26 +208,93 @@ class Tracking:
         return runs
 
     def may_watch(self, start: int, end: int) -> bool:
-        """Whether these mappings can be watched: they are from now on. ProcessLookupError: the memory is gone."""
         return userfaultfd.register(self._fd, start, end)
 
     def check(self) -> None:
-        """The process has the memory that is watched.
-
-        Raises:
-            TrackingLost: see there.
-        """
         try:
             userfaultfd.register(self._fd, _LAST_PAGE, _LAST_PAGE + PAGE_BYTES)
         except ProcessLookupError:
-            raise TrackingLost(self._gone) from None
+            raise _lost(self._pid) from None
 
     def close(self) -> None:
-        """Watch no longer; idempotent."""
         if self._fd >= 0:
             fd, self._fd = self._fd, LocalFd(-1)
             os.close(fd)
             LEDGER.give_back("watch of memory", fd)
+
+
+class SoftDirty(Tracking):
+    """By soft-dirty bits.
+
+    Args:
+        pid: see `begin`.
+
+    Raises:
+        OSError: EACCES: it may not be looked at.
+        TrackingLost: it looks at its own bits.
+    """
+
+    stands_still = True
+
+    def __init__(self, pid: HostPid) -> None:
+        self._pid = pid
+        self._is_first = True
+        for file in soft_dirty.users(pid):
+            raise TrackingLost(f"pid {pid} looks at its own writes: it has {file} open")
+        #: shows the memory that it has now, and never another
+        self._pagemap = open_pagemap(pid)
+        LEDGER.take("watch of memory", self._pagemap)
+        try:
+            soft_dirty.clear(pid)
+        except BaseException:
+            self.close()
+            raise
+
+    def collect(self) -> Written:
+        if self._is_first:
+            found = self._mappings()
+            anonymous = [(one.start, one.end) for one in found if one.anonymous]
+            runs = populated(self._pagemap, [(one.start, one.end) for one in found], anonymous).pages
+            self._is_first = False
+            return Written(runs, [])
+        runs = self._look().written
+        try:
+            soft_dirty.clear(self._pid)
+        except ProcessLookupError:
+            raise _lost(self._pid) from None
+        return Written(runs, [])
+
+    def untouched(self) -> list[Range]:
+        return self._look().clean
+
+    def _look(self) -> soft_dirty.Bits:
+        return soft_dirty.look(self._pagemap, [(one.start, one.end) for one in self._mappings()])
+
+    def _mappings(self) -> list[Mapping]:
+        try:
+            found = _private(smaps.maps(self._pid))
+        except ProcessLookupError:
+            raise _lost(self._pid) from None
+        self.check()
+        return found
+
+    def may_watch(self, start: int, end: int) -> bool:
+        del start, end
+        return False
+
+    def check(self) -> None:
+        if not os.pread(self._pagemap, 1 << 3, 0):
+            raise _lost(self._pid)
+
+    def close(self) -> None:
+        if self._pagemap >= 0:
+            fd, self._pagemap = self._pagemap, LocalFd(-1)
+            os.close(fd)
+            LEDGER.give_back("watch of memory", fd)
+
+
+def _lost(pid: HostPid) -> TrackingLost:
+    return TrackingLost(f"pid {pid} has ended, or has executed another program")
 
 
 def _private(mappings: Sequence[Mapping]) -> list[Mapping]:

@@ -12,6 +12,7 @@ Sources: proc_pid_status(5), proc_pid_stat(5), kcmp(2); include/linux/sched.h fo
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import suppress
 
@@ -75,7 +76,21 @@ def check_stopped(pid: HostPid, tid: HostPid) -> Iterator[Blocker]:
     registers = ptrace.get_regs(tid)
     if len(registers) != arch.REGISTERS_BYTES or not arch.Registers(registers).is_64_bit:
         yield Blocker(subject, "runs 32-bit code", "use a 64-bit build of the program")
-    if ptrace.get_syscall_user_dispatch(tid)[0]:
+    yield from _check_dispatch(subject, tid)
+
+
+def _check_dispatch(subject: str, tid: HostPid) -> Iterator[Blocker]:
+    """PR_SET_SYSCALL_USER_DISPATCH. Before Linux 6.4 only the handler that it needs can be seen."""
+    dispatch = ptrace.get_syscall_user_dispatch(tid)
+    if dispatch is None:
+        if procfs.status(tid).caught >> signal.SIGSYS - 1 & 1:
+            yield Blocker(
+                subject,
+                "catches SIGSYS: this kernel cannot tell whether it dispatches its system calls itself"
+                " (PR_SET_SYSCALL_USER_DISPATCH)",
+                "use Linux 6.4 or newer",
+            )
+    elif dispatch[0]:
         yield Blocker(
             subject,
             "dispatches its system calls itself (PR_SET_SYSCALL_USER_DISPATCH)",

@@ -7,7 +7,7 @@ PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 SHELL  := /bin/sh
 
-.PHONY: demo test lint bench venv clean packages test-packages daemon-packages
+.PHONY: demo test test-debian-kernel lint bench venv clean packages test-packages daemon-packages guest-packages
 .DEFAULT_GOAL := test
 
 demo: packages $(STAMP)
@@ -16,6 +16,19 @@ demo: packages $(STAMP)
 # pytest's exit status 5 (no test ran) is a failure like any other.
 test: test-packages $(STAMP)
 	$(PY) -m tests $(TESTS)
+
+# What depends on the kernel, on that of this Debian: in a virtual machine, which changes nothing here. Root only.
+KERNEL := .kernel
+GUEST_TESTS ?= tests/kernel
+test-debian-kernel: test-packages guest-packages $(STAMP) $(KERNEL)
+	$(PY) -m tests.guest --kernel $(KERNEL) -- $(PY) -m tests -q -o timeout=600 $(GUEST_TESTS)
+
+$(KERNEL): | guest-packages
+	rm -rf $@.new && mkdir $@.new
+	cd $@.new; fetch() { \
+	  apt-get download -qq "$$(apt-cache depends linux-image-cloud-amd64 2>/dev/null | sed -n 's/^ *Depends: //p' | head -n 1)"; \
+	}; fetch 2>/dev/null || { apt-get update -qq && fetch; }
+	dpkg -x $@.new/*.deb $@.new && rm $@.new/*.deb && mv $@.new $@
 
 lint: packages $(STAMP)
 	$(PY) -m ruff check .
@@ -37,7 +50,7 @@ $(STAMP): pyproject.toml | packages
 	@touch $@
 
 clean:
-	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage
+	rm -rf $(KERNEL) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage
 
 # command-or-probe=package; what is there already is not touched.
 define install_missing
@@ -74,6 +87,10 @@ test-packages: packages
 	  runc=runc busybox=busybox-static make=make rsync=rsync perl=perl-base sqlite3=sqlite3 gzip=gzip less=less \
 	  node=nodejs javac=openjdk-17-jdk-headless go=golang-go wrk=wrk \
 	  ping=iputils-ping dnsmasq=dnsmasq-base)
+
+guest-packages: export DEBIAN_FRONTEND = noninteractive
+guest-packages: packages
+	$(call install_missing,qemu-system-x86_64=qemu-system-x86 cpio=cpio modprobe=kmod busybox=busybox-static)
 
 # Daemons that tests move, each started by its test and in namespaces of its own. Debian's packages also set the machine's
 # own up, which is kept from starting now, but not at the next boot: so only who asks for them gets them.

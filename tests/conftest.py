@@ -1,7 +1,7 @@
 """Fixtures of all tests: nothing is left behind by any of them, and skips can be made failures.
 
 ``PIPELINE_TEST_STRICT=1`` turns every skip into a failure: on a machine that is known to
-have everything, a test that does not run is a defect.
+have everything, a test that does not run is a defect. ``PIPELINE_TEST_SLOW=10``: it is ten times slower than others.
 """
 
 from __future__ import annotations

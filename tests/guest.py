@@ -1,7 +1,7 @@
 """Runs a command on another kernel: in a virtual machine that sees the files of this one, and changes none of them.
 
 ``python -m tests.guest --kernel DIRECTORY -- COMMAND``: DIRECTORY is an unpacked package of a kernel
-(``boot/vmlinuz-*``, ``lib/modules/*``), as ``make kernel`` makes one of Debian's own. What the command prints is
+(``boot/vmlinuz-*``, ``lib/modules/*``), such as `make test-debian-kernel` fetches. What the command prints is
 printed; its exit code is ours, and 125 if the guest did not come that far.
 
 The guest's root is an overlay of the files here (virtiofs, read-only) and of its own memory, so the virtual
@@ -26,7 +26,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-VIRTIOFSD = "/usr/lib/qemu/virtiofsd"
+#: in Debian 12, and in later ones
+VIRTIOFSD = ("/usr/lib/qemu/virtiofsd", "/usr/libexec/virtiofsd")
 BUSYBOX = "/bin/busybox"
 #: what it takes to mount the root of the guest
 MODULES = ("virtio_pci", "virtiofs", "overlay", "virtio-rng")
@@ -127,14 +128,14 @@ def started(command: list[str | Path], log: Path) -> Iterator[subprocess.Popen[b
 def share(stack: ExitStack, work: Path, tag: str, source: Path, cache: str) -> list[str]:
     """Show a directory to the guest; the options of qemu for it."""
     socket = work / f"{tag}.socket"
+    program = next(filter(os.path.exists, VIRTIOFSD))
     options = f"source={source},cache={cache},sandbox=chroot"
-    stack.enter_context(
-        started([VIRTIOFSD, f"--socket-path={socket}", "-o", options], work / f"virtiofsd-{tag}.log")
-    )
+    log = work / f"virtiofsd-{tag}.log"
+    stack.enter_context(started([program, f"--socket-path={socket}", "-o", options], log))
     deadline = time.monotonic() + _WAIT_S
     while not socket.exists():
         if time.monotonic() > deadline:
-            raise SystemExit((work / f"virtiofsd-{tag}.log").read_text())
+            raise SystemExit(log.read_text())
         time.sleep(0.01)
     return [
         *("-chardev", f"socket,id={tag},path={socket}"),
@@ -149,7 +150,12 @@ def run(kernel: Path, command: list[str]) -> int:
     with ExitStack() as stack:
         work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pipeline-guest-")))
         (work / "guest").mkdir()
-        environment = {"PATH": os.environ["PATH"], "HOME": "/root", "PYTHONDONTWRITEBYTECODE": "1"}
+        environment = {
+            "PATH": os.environ["PATH"],
+            "HOME": "/root",
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "PIPELINE_TEST_SLOW": "10",
+        }
         (work / "guest/start").write_text(
             START.format(
                 modules=shlex.quote(str(kernel / "lib/modules")),

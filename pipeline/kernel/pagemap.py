@@ -5,8 +5,9 @@ mapped file and is not the shared zero page. A guard page (MADV_GUARD_INSTALL) l
 like a swapped one and is told apart by its own category.
 
 PAGEMAP_SCAN (since 6.7) walks page tables at about 1 GiB in 10 ms and skips what was
-never touched. Before that kernel the 64-bit entries of /proc/PID/pagemap are read;
-they cannot tell the zero page, so such pages are reported as populated.
+never touched. Before that kernel the 64-bit entries of /proc/PID/pagemap are read. In
+them the zero page is known by its number, which only CAP_SYS_ADMIN in the initial user
+namespace may see: to others such pages seem populated.
 
 Sources: Documentation/admin-guide/mm/pagemap.rst, include/uapi/linux/fs.h, madvise(2).
 """
@@ -17,6 +18,7 @@ import ctypes
 import errno
 import fcntl
 import functools
+import mmap
 import os
 import re
 import struct
@@ -36,7 +38,11 @@ _PAGEMAP_SCAN = 0xC0606610
 _ARG = struct.Struct("<12Q")
 _REGION = struct.Struct("<3Q")
 _REGIONS = 16384
-_ENTRY_BYTES = 8
+_ENTRY = struct.Struct("<Q")
+_ENTRY_BYTES = _ENTRY.size
+_FRAME_NUMBER = (1 << 55) - 1
+_KPF_ZERO_PAGE = 1 << 24
+_HUGE_PAGES = 512
 _READ_BYTES = 1 << 20
 #: from this size on, anonymous memory is scanned by itself
 _LARGE_BYTES = 1 << 20
@@ -214,7 +220,7 @@ def populated(fd: LocalFd, ranges: Sequence[Range], anonymous: Sequence[Range] =
     except OSError as error:
         if error.errno not in _NO_SCAN:
             raise
-        runs = list(_read_runs(fd, ranges, _RUN_POPULATED))
+        runs = list(_read_populated(fd, ranges))
     found = Populated([], [], [])
     for start, end, categories in runs:
         if categories & _GUARD:
@@ -242,7 +248,7 @@ def present(fd: LocalFd, ranges: Sequence[Range]) -> list[Range]:
     except OSError as error:
         if error.errno not in _NO_SCAN:
             raise
-        return merged((start, end) for start, end, _ in _read_runs(fd, ranges, _RUN_PRESENT))
+        return merged(run for run, _, _ in _read_runs(fd, ranges, _THERE))
     return intersect([(start, end) for start, end, _ in runs], ranges)
 
 
@@ -266,29 +272,115 @@ def _scan_populated(fd: LocalFd, start: int, end: int, is_anonymous: bool) -> li
     return scan(fd, start, end, inverted=excluded, mask=excluded, anyof=_HAS, returned=told)
 
 
-# The most significant byte of a pagemap entry: present 0x80, swapped 0x40, file or shared 0x20,
-# guard 0x04, uffd-wp 0x02, mapped once 0x01. A run of pages is a run of such bytes.
+# -- without PAGEMAP_SCAN --------------------------------------------------------------------
+
+# The most significant byte of an entry: present 0x80, swapped 0x40, file or shared 0x20, guard 0x04, uffd-wp 0x02,
+# mapped once 0x01. A run of pages is a run of such bytes. The page of zeros is mapped by nobody that counts.
+
+
 def _run_of(**kinds: Callable[[int], object]) -> re.Pattern[bytes]:
     classes = {name: bytes(top for top in range(256) if matches(top)) for name, matches in kinds.items()}
-    return re.compile(b"|".join(b"(?P<%s>[%s]+)" % (n.encode(), re.escape(c)) for n, c in classes.items()))
+    return re.compile(
+        b"|".join(b"(?P<%s>[%s]+)" % (name.encode(), re.escape(one)) for name, one in classes.items())
+    )
 
 
-_RUN_POPULATED = _run_of(
-    pages=lambda top: top & 0xC0 and not top & 0x24,
+def _is_private(top: int) -> bool:
+    return bool(top & 0xC0 and not top & 0x24)
+
+
+def may_be_zeros(top: int) -> bool:
+    """Whether a page may be that of zeros, by the most significant byte of its entry."""
+    return _is_private(top) and top & 0x81 == 0x80
+
+
+_POPULATED = _run_of(
+    pages=lambda top: _is_private(top) and not may_be_zeros(top),
+    doubtful=may_be_zeros,
     guards=lambda top: top & 0x04,
 )
-_RUN_PRESENT = _run_of(pages=lambda top: top & 0xC0)
+_THERE = _run_of(pages=lambda top: top & 0xC0)
+
+
+def _read_populated(fd: LocalFd, ranges: Sequence[Range]) -> Iterator[tuple[int, int, int]]:
+    """(start, end, categories), as a scan tells them."""
+    for run, entries, kind in _read_runs(fd, ranges, _POPULATED):
+        if kind == "guards":
+            yield *run, _GUARD
+        else:
+            there = without_zeros(run, entries) if kind == "doubtful" else None
+            yield from ((start, end, _WRITTEN) for start, end in ([run] if there is None else there))
 
 
 def _read_runs(
     fd: LocalFd, ranges: Sequence[Range], pattern: re.Pattern[bytes]
-) -> Iterator[tuple[int, int, int]]:
-    """The same by reading entries: for kernels without PAGEMAP_SCAN."""
+) -> Iterator[tuple[Range, bytes, str | None]]:
     for start, end in ranges:
         for address, entries in entries_of(fd, start, end):
             for match in pattern.finditer(entries[7::8]):
-                categories = _GUARD if match.lastgroup == "guards" else _WRITTEN
-                yield address + match.start() * PAGE_BYTES, address + match.end() * PAGE_BYTES, categories
+                first, last = match.span()
+                run = (address + first * PAGE_BYTES, address + last * PAGE_BYTES)
+                yield run, entries[first * _ENTRY_BYTES : last * _ENTRY_BYTES], match.lastgroup
+
+
+def without_zeros(run: Range, entries: bytes) -> list[Range] | None:
+    """The pages of a run that are not that of zeros; None where the kernel does not let us know.
+
+    Args:
+        entries: of the pages of the run.
+    """
+    frames = [entry & _FRAME_NUMBER for (entry,) in _ENTRY.iter_unpack(entries)]
+    zeros = _page_of_zeros()
+    if not zeros or 0 in frames:
+        return None
+    start = run[0]
+    none = [
+        (start + index * PAGE_BYTES, start + (index + 1) * PAGE_BYTES)
+        for index, frame in enumerate(frames)
+        if frame == zeros
+    ]
+    # where a huge page can begin: the kernel maps that of zeros whole
+    for index in range(-(start // PAGE_BYTES) % _HUGE_PAGES, len(frames) - _HUGE_PAGES + 1, _HUGE_PAGES):
+        if frames[index] % _HUGE_PAGES == 0:
+            try:
+                is_zeros = _is_huge_page_of_zeros(frames[index])
+            except OSError:
+                return None
+            if is_zeros:
+                at = start + index * PAGE_BYTES
+                none.append((at, at + _HUGE_PAGES * PAGE_BYTES))
+    return subtract([run], merged(sorted(none)))
+
+
+@functools.cache
+def _page_of_zeros() -> int:
+    """Its number; 0 if it is hidden from us."""
+    with mmap.mmap(-1, PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as page:
+        page.read(1)  # too small for the huge one
+        return own_entry(page) & _FRAME_NUMBER
+
+
+def _is_huge_page_of_zeros(frame: int) -> bool:
+    """Whether a huge page that begins there is the one of zeros; OSError: that may not be asked."""
+    fd = os.open("/proc/kpageflags", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        flags = os.pread(fd, _ENTRY.size, frame * _ENTRY.size)
+    finally:
+        os.close(fd)
+    return bool(_ENTRY.unpack(flags)[0] & _KPF_ZERO_PAGE)
+
+
+def own_entry(memory: mmap.mmap) -> int:
+    """The entry of the first page of a mapping of this process."""
+    first = ctypes.c_char.from_buffer(memory)
+    address = ctypes.addressof(first)
+    del first  # it holds the mapping open
+    fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        entry = os.pread(fd, _ENTRY.size, address // PAGE_BYTES * _ENTRY.size)
+    finally:
+        os.close(fd)
+    return int(_ENTRY.unpack(entry)[0])
 
 
 def entries_of(fd: LocalFd, start: int, end: int) -> Iterator[tuple[int, bytes]]:

@@ -11,9 +11,9 @@ A huge page has one bit: a program that writes here and there would seem to writ
 (`split_huge_pages`), which takes no more than to tell the kernel that a part of each is cold. Splitting sets the bits
 of whatever was ever written.
 
-A page that was dropped and then read shows the shared page of zeros, clean. It is told from others by its number, which
-only CAP_SYS_ADMIN in the initial user namespace may see. Without that, a clean page that is mapped more than once, or
-by nobody that counts, as that of zeros, may be it.
+A page that was dropped and then read shows the shared page of zeros, clean. Whoever may not see which pages those are
+(`pipeline.kernel.pagemap`) has to suppose it of every clean page that is mapped more than once, or by nobody that
+counts.
 
 Sources: Documentation/admin-guide/mm/soft-dirty.rst, mm/pagemap.rst; clear_refs_write() and pagemap_pmd_range() in
 fs/proc/task_mmu.c; process_madvise(2), madvise_cold_or_pageout_pte_range() in mm/madvise.c.
@@ -21,7 +21,6 @@ fs/proc/task_mmu.c; process_madvise(2), madvise_cold_or_pageout_pte_range() in m
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import functools
 import mmap
@@ -36,16 +35,12 @@ from pipeline.ids import HostPid, LocalFd
 from pipeline.kernel import procfs, smaps
 from pipeline.kernel.arch.x86_64_numbers import NR
 from pipeline.kernel.inside import open_file
-from pipeline.kernel.pagemap import PAGE_BYTES, Range, entries_of, merged, subtract
+from pipeline.kernel.pagemap import PAGE_BYTES, Range, entries_of, merged, own_entry, without_zeros
 from pipeline.kernel.syscalls import pidfd_open, syscall
 
 _CLEAR_SOFT_DIRTY = b"4"
-_ENTRY = struct.Struct("<Q")
 _SOFT_DIRTY = 1 << 55
-_FRAME_NUMBER = (1 << 55) - 1
-_KPF_ZERO_PAGE = 1 << 24
-_HUGE_PAGES = 512
-_HUGE_BYTES = _HUGE_PAGES * PAGE_BYTES
+_HUGE_BYTES = 512 * PAGE_BYTES
 _MADV_COLD = 20
 _IOVEC = struct.Struct("<2Q")
 #: UIO_MAXIOV
@@ -77,7 +72,7 @@ def is_known() -> bool:
     """Whether this kernel keeps soft-dirty bits (CONFIG_MEM_SOFT_DIRTY): a page that was just written has it."""
     with mmap.mmap(-1, PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as page:
         page[0] = 1
-        return bool(_own_entry(page) & _SOFT_DIRTY)
+        return bool(own_entry(page) & _SOFT_DIRTY)
 
 
 def users(pid: HostPid) -> Iterator[str]:
@@ -158,7 +153,7 @@ def look(pagemap: LocalFd, ranges: Sequence[Range]) -> Bits:
                     case "clean":
                         clean.append(run)
                     case _:
-                        clean += _without_zeros(run, entries[first * _ENTRY.size : last * _ENTRY.size])
+                        clean += without_zeros(run, entries[8 * first : 8 * last]) or []
     return Bits(merged(written), merged(clean))
 
 
@@ -166,61 +161,3 @@ def _classes(entries: bytes) -> bytes:
     content, dirty = entries[7::8].translate(_CONTENT), entries[6::8].translate(_DIRTY)
     both = int.from_bytes(content, "little") | int.from_bytes(dirty, "little")
     return both.to_bytes(len(content), "little")
-
-
-def _without_zeros(run: Range, entries: bytes) -> list[Range]:
-    """The pages of a run that are not that of zeros, for certain."""
-    frames = [entry & _FRAME_NUMBER for (entry,) in _ENTRY.iter_unpack(entries)]
-    zeros = _zeros()
-    if not zeros.small or 0 in frames:  # they are hidden
-        return []
-    none: list[Range] = []
-    start = run[0]
-    # where a huge page can begin: the kernel maps that of zeros whole
-    for index in range(-(start // PAGE_BYTES) % _HUGE_PAGES, len(frames) - _HUGE_PAGES + 1, _HUGE_PAGES):
-        if frames[index] % _HUGE_PAGES == 0 and zeros.is_huge(frames[index]):
-            at = start + index * PAGE_BYTES
-            none.append((at, at + _HUGE_BYTES))
-    none += [
-        (start + index * PAGE_BYTES, start + (index + 1) * PAGE_BYTES)
-        for index, frame in enumerate(frames)
-        if frame == zeros.small
-    ]
-    return subtract([run], merged(sorted(none)))
-
-
-class _Zeros(NamedTuple):
-    """How the pages of zeros are known. `small`: the number of the one of 4 KiB; 0: it is hidden from us."""
-
-    small: int
-
-    def is_huge(self, frame: int) -> bool:
-        """Whether a huge page that begins there is the one of zeros; supposed where that may not be asked."""
-        try:
-            fd = os.open("/proc/kpageflags", os.O_RDONLY | os.O_CLOEXEC)
-        except OSError:
-            return True
-        try:
-            flags = os.pread(fd, _ENTRY.size, frame * _ENTRY.size)
-        finally:
-            os.close(fd)
-        return len(flags) != _ENTRY.size or bool(_ENTRY.unpack(flags)[0] & _KPF_ZERO_PAGE)
-
-
-@functools.cache
-def _zeros() -> _Zeros:
-    with mmap.mmap(-1, PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as page:
-        page.read(1)  # too small for the huge one
-        return _Zeros(_own_entry(page) & _FRAME_NUMBER)
-
-
-def _own_entry(memory: mmap.mmap) -> int:
-    view = ctypes.c_char.from_buffer(memory)
-    address = ctypes.addressof(view)
-    del view  # it holds the mapping open
-    fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        entry = os.pread(fd, _ENTRY.size, address // PAGE_BYTES * _ENTRY.size)
-    finally:
-        os.close(fd)
-    return int(_ENTRY.unpack(entry)[0])

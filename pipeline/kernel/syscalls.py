@@ -118,6 +118,10 @@ class PRCTL(IntEnum):
 PR_SET_MM_MAP = 14
 
 
+#: of a thread, whether it is the first of its process or not; since 6.9
+PIDFD_THREAD = os.O_EXCL
+
+
 def pidfd_open(pid: HostPid, flags: int = 0) -> LocalFd:
     """pidfd_open(2); the caller owns the descriptor (close-on-exec)."""
     return LocalFd(syscall(NR.pidfd_open, pid, flags))

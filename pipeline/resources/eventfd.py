@@ -2,8 +2,11 @@
 
 The kernel holds: a 64-bit count, whether reads take one at a time (EFD_SEMAPHORE),
 flags. All are kept. Refused: an eventfd that a process outside the tree holds too (its
-signals would be lost), a kernel that does not say whether it is a semaphore, a count
-beyond what a write can set. Source: eventfd(2), fs/eventfd.c `eventfd_show_fdinfo`.
+signals would be lost), a count beyond what a write can set.
+
+Before Linux 6.5 only a read tells a semaphore from a counter. It is done while everybody
+who holds it stands still, and made undone; who is told of edges (EPOLLET) may be told
+of one more. Source: eventfd(2), fs/eventfd.c `eventfd_show_fdinfo`.
 """
 
 from __future__ import annotations
@@ -33,6 +36,24 @@ def _count(view: FdView) -> int:
     return int(view.info["eventfd-count"][0], 16)
 
 
+def is_semaphore(fd: LocalFd, count: int) -> bool:
+    """Find out by a read, which is made undone; nobody else reads. The kernel may add to the count meanwhile (aio)."""
+    added = 0 if count > 1 else 2
+    if added:
+        os.eventfd_write(fd, added)
+    # there is more than one now
+    taken = os.eventfd_read(fd)
+    if taken == 1:
+        if added:
+            os.eventfd_read(fd)
+        else:
+            os.eventfd_write(fd, 1)
+        return True
+    if taken > added:
+        os.eventfd_write(fd, taken - added)
+    return False
+
+
 class Eventfd(CompleteOnceCreated):
     """See the module."""
 
@@ -50,18 +71,17 @@ class Eventfd(CompleteOnceCreated):
         return view.link == b"anon_inode:[eventfd]"
 
     def check(self, view: FdView, scope: CaptureScope) -> Iterator[Blocker]:
-        """The count and mode must be known, and nobody else may hold it."""
-        if "eventfd-semaphore" not in view.info:
-            yield Blocker(
-                view.subject, "this kernel does not tell whether the eventfd is a semaphore", "use Linux 6.4"
-            )
+        """Nobody else may hold it."""
         if _count(view) > _MAX_COUNT:
             yield Blocker(view.subject, "the eventfd has overflowed", "read it", True)
         yield from outside.blockers(view, outside.same_file(view, scope), "the eventfd is held by")
 
     def capture(self, view: FdView, scope: CaptureScope) -> EventfdState:
         """From fdinfo."""
-        return EventfdState(count=_count(view), semaphore=int(view.info["eventfd-semaphore"][0]) != 0)
+        told = view.info.get("eventfd-semaphore")
+        count = _count(view)
+        semaphore = is_semaphore(view.local, count) if told is None else int(told[0]) != 0
+        return EventfdState(count=count, semaphore=semaphore)
 
     def create(self, file: OpenFile, record: EventfdState, scope: CreateScope) -> LocalFd:
         """A new one with the same count."""

@@ -26,14 +26,13 @@ from msgspec import Meta, Struct
 from pipeline.errors import Blocker, RebuildError
 from pipeline.ids import HostPid, LocalFd
 from pipeline.image.schema import Index, OpenFile, Pid, Record
-from pipeline.kernel.syscalls import pidfd_open
+from pipeline.kernel.syscalls import PIDFD_THREAD, pidfd_open
 from pipeline.resources import outside
 from pipeline.resources.kinds import CaptureScope, CreateScope, FdView
 from pipeline.resources.paths import describe
 from pipeline.resources.steps import CompleteOnceCreated
 
 #: of pidfd_open: of one thread, which may be the leader; kept in the status flags
-PIDFD_THREAD = os.O_EXCL
 _PIDFD_GET_INFO = 0xC040FF0B
 _PIDFD_INFO_EXIT = 1 << 3
 #: in struct pidfd_info

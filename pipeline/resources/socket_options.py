@@ -41,6 +41,8 @@ __all__ = ["LATE", "SOL_NETLINK", "Identity", "Values", "apply", "capture", "che
 
 _SOL = socket.SOL_SOCKET
 _SO_SNDBUFFORCE = 32
+#: SOCK_SNDBUF_LOCK, SOCK_RCVBUF_LOCK of SO_BUF_LOCK
+_BUFFERS = {"SO_SNDBUF": 1, "SO_RCVBUF": 2}
 _SO_RCVBUFFORCE = 33
 _TCP_ULP = 31
 _ABSENT = frozenset({errno.ENOPROTOOPT, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOTCONN, errno.ENODEV})
@@ -147,7 +149,7 @@ def apply(
         if there == wanted or (there is None and not any(wanted)):
             continue
         try:
-            _set(sock, option, wanted)
+            _set(sock, option, wanted, _is_tuned(option, values))
         except OSError as error:
             named = option.text or option.device
             shown = wanted.decode(errors="replace") if named else wanted[:64].hex()
@@ -167,14 +169,21 @@ def _check_size(option: Option, value: bytes, subject: str) -> None:
         raise RebuildError(f"{subject}: {option.name} has {len(value)} bytes, not {option.size_bytes}")
 
 
-def _set(sock: socket.socket, option: Option, wanted: bytes) -> None:
+def _is_tuned(option: Option, values: Mapping[str, bytes]) -> bool:
+    """Whether a buffer has the size that the kernel has given it, and not one that the program asked for."""
+    bit = _BUFFERS.get(option.name)
+    locks = values.get("SO_BUF_LOCK")
+    return bit is not None and locks is not None and not int.from_bytes(locks, "little") & bit
+
+
+def _set(sock: socket.socket, option: Option, wanted: bytes, is_tuned: bool) -> None:
     if option.name == _FILTER:
         socket_filter.attach(sock, wanted)
         return
     if option.device:
         index = interfaces.number_of(sock, wanted) if wanted else 0
         wanted = index.to_bytes(4, "little" if option.device == "host order" else "big")
-    if option.name not in ("SO_SNDBUF", "SO_RCVBUF"):
+    if option.name not in _BUFFERS:
         sock.setsockopt(option.level, option.number, wanted)
         return
     # The kernel doubles what it is given; the forced variant knows no limit but needs CAP_NET_ADMIN.
@@ -184,5 +193,6 @@ def _set(sock: socket.socket, option: Option, wanted: bytes) -> None:
         sock.setsockopt(_SOL, forced, doubled // 2)
     except PermissionError:
         sock.setsockopt(_SOL, option.number, doubled // 2)
-        if sock.getsockopt(_SOL, option.number) < doubled - 1:
+        # one that the kernel has tuned may be larger than anybody may ask for; it grows again
+        if not is_tuned and sock.getsockopt(_SOL, option.number) < doubled - 1:
             raise

@@ -12,6 +12,7 @@ Source: kcmp(2), pidfd_getfd(2).
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 from collections import defaultdict
@@ -26,14 +27,13 @@ from pipeline.image.schema import FdEntry
 from pipeline.kernel import nsfs, procfs
 from pipeline.kernel.mountinfo import mountinfo
 from pipeline.kernel.nsfs import NamespaceKey
-from pipeline.kernel.syscalls import KCMP, kcmp, pidfd_getfd, pidfd_open
+from pipeline.kernel.syscalls import KCMP, PIDFD_THREAD, kcmp, pidfd_getfd, pidfd_open
 from pipeline.ledger import LEDGER
 from pipeline.resources import in_flight
 from pipeline.resources.kinds import FdView
 from pipeline.resources.unix_unread import Unread
 
 _LESS = 1
-_PIDFD_THREAD = os.O_EXCL
 
 
 class OpenFiles:
@@ -83,7 +83,15 @@ class OpenFiles:
                     self.unread[index] = unread
 
     def _collect(self, pid: HostPid) -> None:
-        pidfd = pidfd_open(pid, 0 if procfs.status(pid).tgid == pid else _PIDFD_THREAD)
+        number = procfs.status(pid).tgid
+        try:
+            pidfd = pidfd_open(pid, 0 if number == pid else PIDFD_THREAD)
+        except OSError as error:
+            if number == pid or error.errno != errno.EINVAL:
+                raise
+            gone = "its first thread has ended, and then this kernel shows its open files to nobody"
+            self.blockers.append(Blocker(f"pid {number}", gone, "use Linux 6.9 or newer"))
+            return
         try:
             for fd in sorted(map(int, procfs.list_dir(pid, "fdinfo"))):
                 try:

@@ -248,12 +248,16 @@ def pidfds(program):
     program.same("pidfd", names, lambda: os.dup2(os.pidfd_open(os.getpid()), fd))
     thread = threading.Thread(target=signal.pause, daemon=True)
     thread.start()
-    of_thread = syscall(SYS_PIDFD_OPEN, thread.native_id, PIDFD_THREAD)
-    program.same(
-        "pidfd of a thread",
-        lambda: (field(of_thread, "NSpid"), select.select([of_thread], [], [], 0)[0]),
-        lambda: os.dup2(fd, of_thread),
-    )
+    try:
+        of_thread = syscall(SYS_PIDFD_OPEN, thread.native_id, PIDFD_THREAD)
+    except OSError:  # before Linux 6.9
+        pass
+    else:
+        program.same(
+            "pidfd of a thread",
+            lambda: (field(of_thread, "NSpid"), select.select([of_thread], [], [], 0)[0]),
+            lambda: os.dup2(fd, of_thread),
+        )
     gone = os.fork()
     if gone == 0:
         os._exit(3)

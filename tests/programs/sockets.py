@@ -267,7 +267,12 @@ def in_flight(program):
         return found
 
     send_urgent()
-    program.same("urgent byte", urgent, lambda: urgent_b.recv(1, socket.MSG_OOB))
+    try:
+        urgent()
+    except BlockingIOError:  # before Linux 6.10 what is behind a byte that was taken is not found at once
+        pass
+    else:
+        program.same("urgent byte", urgent, lambda: urgent_b.recv(1, socket.MSG_OOB))
     program.keep += a, b, d, urgent_a, urgent_b, name
 
 

@@ -20,6 +20,7 @@ from pipeline.ids import LocalFd
 from pipeline.kernel.arch.x86_64 import NR
 from pipeline.kernel.syscalls import syscall
 from pipeline.resources import epoll
+from pipeline.resources.eventfd import is_semaphore
 from tests.harness.tree import children_of
 from tests.resources.fdharness import Capture, Rebuilt, subject
 
@@ -50,6 +51,17 @@ def test_eventfd_count_and_mode(count: int, flags: int) -> None:
         else:
             with pytest.raises(BlockingIOError):
                 os.eventfd_read(fd)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 0xFFFF_FFFF_FFFF_FFFD, 0xFFFF_FFFF_FFFF_FFFE])
+@pytest.mark.parametrize("flags", [0, os.EFD_SEMAPHORE])
+def test_whether_an_eventfd_is_a_semaphore_shows_by_reading(count: int, flags: int) -> None:
+    fd = os.eventfd(count % (1 << 32), flags)
+    if count >> 32:
+        os.eventfd_write(fd, count - count % (1 << 32))
+    assert is_semaphore(LocalFd(fd), count) == bool(flags)
+    assert f"eventfd-count: {count:16x}\n" in Path(f"/proc/self/fdinfo/{fd}").read_text()
+    os.close(fd)
 
 
 def test_an_eventfd_held_outside_is_refused() -> None:
@@ -240,6 +252,23 @@ def exit_code(fd: int) -> int:
     return int(struct.unpack_from("<i", answer, 60)[0])
 
 
+def tells_exit_codes() -> bool:
+    """PIDFD_GET_INFO with PIDFD_INFO_EXIT, since 6.15."""
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0)
+    fd = os.pidfd_open(pid)
+    os.waitpid(pid, 0)
+    try:
+        exit_code(fd)
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
+    return True
+
+
+@pytest.mark.skipif(not tells_exit_codes(), reason="this kernel does not tell how a process has ended")
 @pytest.mark.parametrize(
     ("ends", "code"), [(lambda: os._exit(7), 0x700), (lambda: os.kill(os.getpid(), 9), 9)]
 )

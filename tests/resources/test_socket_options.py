@@ -231,6 +231,28 @@ def test_values_of_another_size_or_socket_are_named() -> None:
                 socket_options.apply(sock, identity, {name: value}, "socket")
 
 
+@pytest.mark.root
+@pytest.mark.parametrize("locks", [0, 1])
+def test_a_buffer_that_the_kernel_has_tuned_may_be_smaller_at_first(locks: int) -> None:
+    """A plain user may not ask for so much, and the kernel gives it again where the program has asked for nothing."""
+    large = struct.pack("<i", 64 << 20)
+    child = os.fork()
+    if child == 0:
+        code = 3
+        try:
+            os.setresuid(65534, 65534, 65534)
+            with socket.socket() as sock:
+                values = {"SO_SNDBUF": large, "SO_BUF_LOCK": struct.pack("<i", locks)}
+                who = Identity(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+                socket_options.apply(sock, who, values, "it")
+                code = 0
+        except RebuildError:
+            code = 1
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == locks
+
+
 def test_interfaces_are_asked_of_a_socket() -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         assert interfaces.name_of(sock, interfaces.number_of(sock, b"lo")) == b"lo"

@@ -12,12 +12,13 @@ import pytest
 
 from pipeline.errors import RebuildError
 from pipeline.image.schema import Process, Thread
-from pipeline.kernel import procfs
+from pipeline.kernel import procfs, ptrace
 from pipeline.kernel.arch.x86_64 import NR
 from pipeline.kernel.syscalls import PRCTL
 from pipeline.remote.calls import Call, In, Out
 from pipeline.remote.puppet import Puppet
-from pipeline.resources.tasks import credentials, limits, refusals, scheduling, seccomp
+from pipeline.resources.tasks import attributes, credentials, limits, refusals, scheduling, seccomp
+from pipeline.resources.tasks.inquiry import Inquiry
 from tests.resources.taskharness import (
     AREA,
     HOST,
@@ -423,8 +424,6 @@ def test_processors_that_are_not_here_are_named(launcher: Puppet) -> None:
 
 
 def refused(puppet: Puppet, own_users: bool = False) -> list[str]:
-    from pipeline.resources.tasks.inquiry import Inquiry
-
     inquiry = Inquiry(puppet.tid, puppet.tid == puppet.pid, procfs.timers(puppet.pid))
     puppet.run(inquiry.calls)
     if further := inquiry.further():
@@ -458,8 +457,37 @@ def test_states_that_only_the_task_knows(launcher: Puppet, number: int, argument
     with puppet_in(launcher, HOST) as puppet:
         # the dispatched range is all of it, so that our own calls pass
         puppet.syscall(number, *arguments)
+        if number == NR.prctl and ptrace.get_syscall_user_dispatch(puppet.tid) is None:
+            pytest.skip("this kernel does not tell it")
         found = refused(puppet)
         assert (said in "\n".join(found) and len(found) == 1) if said else not found
+
+
+def test_who_might_dispatch_its_calls_is_named_where_the_kernel_cannot_tell(
+    launcher: Puppet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ptrace, "get_syscall_user_dispatch", lambda _: None)
+    restorer = 0x0400_0000
+    with puppet_in(launcher, HOST) as puppet:
+        assert refused(puppet) == []
+        puppet.syscall(NR.rt_sigaction, signal.SIGSYS, struct.pack("<4Q", 0x1000, restorer, 0x1000, 0), 0, 8)
+        (found,) = refused(puppet)
+        assert "catches SIGSYS" in found
+
+
+@pytest.mark.parametrize("registered", [(), (16,), (16, 256)])
+def test_barriers_tell_whether_they_were_registered_where_the_kernel_does_not(
+    launcher: Puppet, monkeypatch: pytest.MonkeyPatch, registered: tuple[int, ...]
+) -> None:
+    register_global, unknown_command = 4, 1 << 20
+    monkeypatch.setattr(attributes, "_GET_REGISTRATIONS", unknown_command)
+    with puppet_in(launcher, HOST) as puppet:
+        for registration in registered:
+            puppet.syscall(NR.membarrier, registration, 0, 0)
+        inquiry = Inquiry(puppet.tid, True, procfs.timers(puppet.pid))
+        puppet.run(inquiry.calls)
+        puppet.run(inquiry.further())
+        assert inquiry.of_memory()["membarrier"] == register_global + sum(registered)
 
 
 def test_keys_in_keyrings_of_the_tree_are_named(launcher: Puppet) -> None:

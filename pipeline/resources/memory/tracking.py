@@ -34,7 +34,7 @@ from pipeline.kernel import procfs, smaps, soft_dirty, userfaultfd
 from pipeline.kernel.arch.x86_64 import NR
 from pipeline.kernel.pagemap import PAGE_BYTES, Range, merged, open_pagemap, populated, written
 from pipeline.kernel.smaps import Mapping
-from pipeline.kernel.syscalls import pidfd_getfd, pidfd_open
+from pipeline.kernel.syscalls import PIDFD_THREAD, pidfd_getfd, pidfd_open
 from pipeline.ledger import LEDGER
 
 #: the kernel's own mappings have no pages that are carried
@@ -155,7 +155,7 @@ class WriteProtected(Tracking):
         number = inside(NR.userfaultfd, userfaultfd.MAKE_FLAGS)
         try:
             try:
-                process = pidfd_open(pid, 0 if procfs.status(pid).tgid == pid else os.O_EXCL)  # PIDFD_THREAD
+                process = pidfd_open(pid, 0 if procfs.status(pid).tgid == pid else PIDFD_THREAD)
                 try:
                     self._fd = pidfd_getfd(process, number)
                     LEDGER.take("watch of memory", self._fd)

@@ -41,9 +41,13 @@ from pipeline.resources.support import Support
 _MCE_KILL_SET = 1
 _TSC_SIGSEGV = 2
 _NODES = 1024
-#: membarrier(2): asks for the registrations; each is made again by its own bit
+#: membarrier(2): asks for the registrations, since 6.3; each is made again by its own bit
 _GET_REGISTRATIONS = 1 << 9
 _REGISTRATIONS = tuple(1 << bit for bit in (2, 4, 6, 8))
+#: barriers of a process for itself, which are refused without the registration that is the next bit; that of others
+#: for everybody, whose registration shows nowhere else
+_EXPEDITED = tuple(1 << bit for bit in (3, 5, 7))
+_GLOBAL_REGISTRATION = 1 << 2
 _AUTOGROUP_TRIES, _AUTOGROUP_PAUSE_S = 20, 0.02
 
 SUPPORT = Support(
@@ -80,6 +84,12 @@ class Attributes:
             self._mdwe = ask(NR.prctl, PRCTL.GET_MDWE, 0, 0, 0, 0)
             self._merge = ask(NR.prctl, PRCTL.GET_MEMORY_MERGE, 0, 0, 0, 0)
             self._barriers = ask(NR.membarrier, _GET_REGISTRATIONS, 0, 0)
+        self._expedited: list[Call] = []
+
+    def further(self, leader: bool, ask: Callable[..., Call]) -> None:
+        """Questions that follow from the answers: before Linux 6.3 a barrier itself tells whether it was registered."""
+        if leader and self._barriers.result == -errno.EINVAL:
+            self._expedited = [ask(NR.membarrier, command, 0, 0) for command in _EXPEDITED]
 
     def of_thread(self) -> dict[str, int | bytes]:
         """Fields of `Thread`."""
@@ -96,7 +106,14 @@ class Attributes:
     def of_memory(self) -> dict[str, int]:
         """Fields of `AddressSpace`."""
         calls = {"mdwe": self._mdwe, "merge": self._merge, "membarrier": self._barriers}
-        return {name: call.result for name, call in calls.items() if call.result > 0}
+        found = {name: call.result for name, call in calls.items() if call.result > 0}
+        if self._expedited:
+            # being registered for the barriers of others costs an interrupt, not being so would break them
+            found["membarrier"] = _GLOBAL_REGISTRATION
+            for command, call in zip(_EXPEDITED, self._expedited, strict=True):
+                if call.result == 0:
+                    found["membarrier"] |= command << 1
+        return found
 
 
 def autogroup_nice(pid: HostPid) -> int:

@@ -90,6 +90,7 @@ class Inquiry:
     def further(self) -> list[Call]:
         """What follows from the first answers, and is to be run, too."""
         asked = len(self.calls)
+        self._attributes.further(self.leader, self._call)
         self._keyrings.further(self._call)
         return self.calls[asked:]
 

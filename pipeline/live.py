@@ -203,10 +203,11 @@ class LiveSource:
         percentage = self.throttle.percentage
         if self.memory.stands_still:
             await self.throttle.set(0)
-        left = await look_again(self._tracer, self._pid, self.memory)
-        if self.throttle.percentage != percentage:
-            await self.throttle.set(percentage)
-        return left
+        try:
+            return await look_again(self._tracer, self._pid, self.memory)
+        finally:
+            if self.throttle.percentage != percentage:
+                await self.throttle.set(percentage)
 
     async def _first_round(self) -> None:
         memory = self.memory

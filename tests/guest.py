@@ -29,6 +29,7 @@ from pathlib import Path
 #: in Debian 12, and in later ones
 VIRTIOFSD = ("/usr/lib/qemu/virtiofsd", "/usr/libexec/virtiofsd")
 BUSYBOX = "/bin/busybox"
+TOOLS = ("qemu-system-x86_64", "cpio", "depmod", "modprobe", BUSYBOX)
 #: what it takes to mount the root of the guest
 MODULES = ("virtio_pci", "virtiofs", "overlay", "virtio-rng")
 SIZE = "6G"
@@ -57,6 +58,8 @@ START = """
 mount --make-rshared /
 mount --bind {modules} /lib/modules
 ip link set lo up
+# of a program's memory only what it asks for: pages that a huge one brings along are compared, too
+echo madvise > /sys/kernel/mm/transparent_hugepage/enabled
 cd {directory}
 echo "$(uname -r), $(nproc) processors" > /dev/console
 setsid env {environment} {command} < /dev/null > /run/guest/output 2>&1
@@ -207,6 +210,13 @@ def main() -> int:
     )
     parser.add_argument("command", nargs="+", help="to be run, in this directory")
     arguments = parser.parse_args()
+    os.environ["PATH"] += ":/usr/sbin:/sbin"
+    if os.geteuid() != 0:
+        parser.error("root only: its files are shown to the guest by virtiofsd")
+    missing = [name for name in TOOLS if shutil.which(name) is None]
+    missing += [] if any(map(os.path.exists, VIRTIOFSD)) else ["virtiofsd"]
+    if missing:
+        parser.error(f"not installed: {', '.join(missing)}")
     return run(arguments.kernel.absolute(), arguments.command)
 
 

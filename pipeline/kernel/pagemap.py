@@ -43,7 +43,9 @@ _ENTRY_BYTES = _ENTRY.size
 _FRAME_NUMBER = (1 << 55) - 1
 _KPF_ZERO_PAGE = 1 << 24
 _HUGE_PAGES = 512
-_READ_BYTES = 1 << 20
+_HUGE_BYTES = _HUGE_PAGES * PAGE_BYTES
+#: of memory, whose entries are read at once
+_READ_BYTES = 512 << 20
 #: from this size on, anonymous memory is scanned by itself
 _LARGE_BYTES = 1 << 20
 
@@ -285,17 +287,18 @@ def _run_of(**kinds: Callable[[int], object]) -> re.Pattern[bytes]:
     )
 
 
-def _is_private(top: int) -> bool:
+def is_private(top: int) -> bool:
+    """Whether a page has content of its own, by the most significant byte of its entry: also that of zeros."""
     return bool(top & 0xC0 and not top & 0x24)
 
 
 def may_be_zeros(top: int) -> bool:
     """Whether a page may be that of zeros, by the most significant byte of its entry."""
-    return _is_private(top) and top & 0x81 == 0x80
+    return is_private(top) and top & 0x81 == 0x80
 
 
 _POPULATED = _run_of(
-    pages=lambda top: _is_private(top) and not may_be_zeros(top),
+    pages=lambda top: is_private(top) and not may_be_zeros(top),
     doubtful=may_be_zeros,
     guards=lambda top: top & 0x04,
 )
@@ -348,7 +351,7 @@ def without_zeros(run: Range, entries: bytes) -> list[Range] | None:
                 return None
             if is_zeros:
                 at = start + index * PAGE_BYTES
-                none.append((at, at + _HUGE_PAGES * PAGE_BYTES))
+                none.append((at, at + _HUGE_BYTES))
     return subtract([run], merged(sorted(none)))
 
 
@@ -384,9 +387,13 @@ def own_entry(memory: mmap.mmap) -> int:
 
 
 def entries_of(fd: LocalFd, start: int, end: int) -> Iterator[tuple[int, bytes]]:
-    """Raw 8-byte entries of the pages of [start, end), in pieces: (address of the first page, entries)."""
+    """Raw 8-byte entries of the pages of [start, end), in pieces: (address of the first page, entries).
+
+    No huge page lies in two pieces.
+    """
     while start < end:
-        wanted = min((end - start) // PAGE_BYTES * _ENTRY_BYTES, _READ_BYTES)
+        until = min((start + _READ_BYTES) // _HUGE_BYTES * _HUGE_BYTES, end)
+        wanted = (until - start) // PAGE_BYTES * _ENTRY_BYTES
         entries = os.pread(fd, wanted, start // PAGE_BYTES * _ENTRY_BYTES)
         if not entries:
             return

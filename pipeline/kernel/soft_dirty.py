@@ -35,7 +35,16 @@ from pipeline.ids import HostPid, LocalFd
 from pipeline.kernel import procfs, smaps
 from pipeline.kernel.arch.x86_64_numbers import NR
 from pipeline.kernel.inside import open_file
-from pipeline.kernel.pagemap import PAGE_BYTES, Range, entries_of, merged, own_entry, without_zeros
+from pipeline.kernel.pagemap import (
+    PAGE_BYTES,
+    Range,
+    entries_of,
+    is_private,
+    may_be_zeros,
+    merged,
+    own_entry,
+    without_zeros,
+)
 from pipeline.kernel.syscalls import pidfd_open, syscall
 
 _CLEAR_SOFT_DIRTY = b"4"
@@ -46,12 +55,10 @@ _IOVEC = struct.Struct("<2Q")
 #: UIO_MAXIOV
 _MOST_PARTS = 1024
 
-# What an entry says, a byte a page. Its most significant byte: present 0x80, swapped 0x40, file or shared 0x20,
-# guard 0x04, mapped once 0x01. The one below: soft-dirty 0x80.
+# what an entry says, a byte a page; the byte below its most significant one begins with the soft-dirty bit
 _ITS_OWN, _MAYBE_ZEROS, _WRITTEN = 1, 2, 16
 _CONTENT = bytes(
-    0 if not top & 0xC0 or top & 0x24 else _MAYBE_ZEROS if top & 0x81 == 0x80 else _ITS_OWN
-    for top in range(256)
+    (_MAYBE_ZEROS if may_be_zeros(top) else _ITS_OWN) if is_private(top) else 0 for top in range(256)
 )
 _DIRTY = bytes(_WRITTEN if second & 0x80 else 0 for second in range(256))
 _RUN = re.compile(rb"(?P<written>[\x11\x12]+)|(?P<clean>\x01+)|(?P<doubtful>\x02+)")

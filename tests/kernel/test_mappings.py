@@ -116,6 +116,20 @@ def test_pages_that_a_child_shares_are_not_taken_for_that_of_zeros(way: str) -> 
         assert found == [(base + huge + (2 << 20), base + huge + (4 << 20))], way
 
 
+@pytest.mark.root
+def test_huge_pages_of_zeros_are_none_wherever_they_lie(way: str) -> None:
+    size = 1100 << 20
+    with mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as area:
+        base = ctypes.addressof(ctypes.c_char.from_buffer(area))
+        area.madvise(mmap.MADV_HUGEPAGE)
+        area[PAGE] = 1  # an end that is no huge page
+        assert not any(area[2 << 20 :: PAGE])
+        fd = pagemap.open_pagemap(ME)
+        found = pagemap.populated(fd, [(base, base + size)]).pages
+        os.close(fd)
+        assert pagemap.total_bytes(found) <= 2 << 20, way
+
+
 def test_large_anonymous_memory_is_looked_at_by_itself(tmp_path: Path, way: str) -> None:
     (tmp_path / "file").write_bytes(bytes(4 * PAGE))
     pages = 600

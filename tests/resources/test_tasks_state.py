@@ -121,9 +121,17 @@ def queue(puppet: Puppet, uid: int) -> None:
 
 
 def make_timer(puppet: Puppet, number: int, event: bytes, clock: int = 1) -> None:
-    puppet.syscall(NR.prctl, PRCTL.TIMER_CREATE_RESTORE_IDS, 1, 0, 0, 0)
-    puppet.syscall(NR.timer_create, clock, event.ljust(64, b"\0"), Out(4, struct.pack("<i", number)))
-    puppet.syscall(NR.prctl, PRCTL.TIMER_CREATE_RESTORE_IDS, 0, 0, 0, 0)
+    given = Out(4, struct.pack("<i", number))
+    chooses = Call(NR.prctl, (PRCTL.TIMER_CREATE_RESTORE_IDS, 1, 0, 0, 0), may_fail=True)
+    puppet.run([chooses])
+    puppet.syscall(NR.timer_create, clock, event.ljust(64, b"\0"), given)
+    if chooses.result == 0:
+        puppet.syscall(NR.prctl, PRCTL.TIMER_CREATE_RESTORE_IDS, 0, 0, 0, 0)
+    while (
+        made := int.from_bytes(given.data, "little")
+    ) != number:  # before Linux 6.16 they are given in order
+        puppet.syscall(NR.timer_delete, made)
+        puppet.syscall(NR.timer_create, clock, event.ljust(64, b"\0"), given)
 
 
 def make_timers(puppets: list[Puppet]) -> None:

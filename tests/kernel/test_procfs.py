@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import select
@@ -146,3 +147,19 @@ def test_auxv_of_ourselves() -> None:
     assert not procfs.is_kernel_thread(ME)
     assert procfs.coredump_filter(ME) & 1
     assert b"PATH=" in procfs.environ(ME)
+
+
+def test_threads_are_listed_although_one_takes_over_the_number_of_the_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """While an execve of another thread does so, there is no directory for a moment, but still a process."""
+    listdir, missing = os.listdir, [FileNotFoundError(errno.ENOENT, "it is being replaced")] * 2
+
+    def interrupted(path: str) -> list[str]:
+        if missing:
+            raise missing.pop()
+        return listdir(path)
+
+    monkeypatch.setattr(os, "listdir", interrupted)
+    assert os.getpid() in procfs.tasks(HostPid(os.getpid()))
+    assert not missing

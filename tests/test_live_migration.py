@@ -20,7 +20,7 @@ from pipeline.kernel import smaps
 from pipeline.kernel.syscalls import pidfd_getfd
 from tests.harness.hosts import Host, Server, assert_same_tree, migrate, serving
 from tests.harness.settings import CONTAINER_2, DEPTH_0, DEPTH_1, DEPTH_2, Setting
-from tests.harness.tree import Tree, children_of, reap, said
+from tests.harness.tree import PATIENCE_S, Tree, children_of, reap, said
 from tests.harness.valve import Valve
 from tests.test_carried_states import NAMES
 
@@ -177,7 +177,7 @@ def migration_on_its_way(
 
 
 def wait_until(what: str, holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE_S
     while not holds():
         assert time.monotonic() < deadline, what
         time.sleep(0.01)

@@ -6,6 +6,7 @@ it is for a moment in every migration. Files and the network are shared.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -90,10 +91,13 @@ class Host:
         arguments: Sequence[str] = (),
     ) -> Tree:
         """Start a program in this host, with pids from `first_pid` on."""
-        last = f"echo {first_pid - 1} > /proc/sys/kernel/ns_last_pid"
-        done = self.run("sh", "-c", last)
-        assert done.returncode == 0, done.stderr
+        self.go_on_from(first_pid)
         return Tree.start(workshop, program, setting, arguments, within=self.command())
+
+    def go_on_from(self, pid: int) -> None:
+        """Let `pid` be the next number that is given out in this host."""
+        done = self.run("sh", "-c", f"echo {pid - 1} > /proc/sys/kernel/ns_last_pid")
+        assert done.returncode == 0, done.stderr
 
     def snapshot(self, root: int) -> dict[str, Any]:
         """What /proc in this host says of the tree of `root`, a pid of this host."""
@@ -162,9 +166,17 @@ class Server:
         return out, err
 
 
+#: where the numbers of servers begin, one after the other
+_NUMBERS = itertools.cycle((12_000, 19_000, 26_000))
+
+
 @contextmanager
 def serving(host: Host, secret: Path, *options: str | Path, within: Sequence[str] = ()) -> Iterator[Server]:
-    """`serve` in a host, and in what the command `within` enters before; ended at the end."""
+    """`serve` in a host, and in what the command `within` enters before; ended at the end.
+
+    It and its helpers have no numbers that processes may have which are born in the tree until it is here.
+    """
+    host.go_on_from(next(_NUMBERS))
     serve = ["serve", "--listen", "127.0.0.1:0", "--secret-file", secret, *options]
     process = subprocess.Popen(
         [*within, *host.command(sys.executable, "-m", "pipeline", *serve)],

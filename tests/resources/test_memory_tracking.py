@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.ids import HostPid
+from pipeline.ids import HostPid, LocalFd
 from pipeline.kernel import smaps, soft_dirty
 from pipeline.kernel.pagemap import (
     PAGE_BYTES,
@@ -44,6 +44,7 @@ Tracked = Callable[..., AbstractContextManager[tuple["Subject", Tracking]]]
 PAGES = 64
 MREMAP_MAYMOVE, MREMAP_FIXED = 1, 2
 PR_SET_PDEATHSIG = 1
+MAP_FIXED = 0x10
 
 
 class Subject:
@@ -276,6 +277,37 @@ def test_what_the_kernel_does_not_let_be_watched_is_said(write_protected: Tracke
             found = tracking.collect()
             assert total_bytes(found.unwatched) == PAGES * PAGE_BYTES
             assert not intersect(found.runs, found.unwatched)
+
+
+def renew(memory: mmap.mmap) -> None:
+    """Map other memory in the middle, behind the pages that were written."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+    at = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + 40 * PAGE_BYTES
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_FIXED
+    assert libc.mmap(at, 8 * PAGE_BYTES, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0) == at
+
+
+def test_what_was_protected_by_a_look_that_failed_is_told_by_the_next(
+    write_protected: Tracked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It fails halfway where something is mapped anew meanwhile, twice; what lies before that is protected by then."""
+    with write_protected(few=write(1, 7), renew=renew) as (subject, watch):
+        subject.do("few")
+
+        def disturbed(pagemap: LocalFd, start: int, end: int, **options: bool) -> list[Range] | None:
+            if start <= subject.start < end:
+                subject.do("renew")
+            return written(pagemap, start, end, **options)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(tracking, "written", disturbed)
+            found = watch.collect()
+        assert not subject.pages(found.runs)
+        assert subject.pages(found.unwatched)[:8] == list(range(8))
+        assert {1, 7} <= set(subject.pages(watch.collect().runs))
+        assert not subject.pages(watch.collect().runs)
 
 
 def test_dropped_pages_are_not_told(tracked: Tracked) -> None:

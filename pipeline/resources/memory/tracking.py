@@ -32,7 +32,7 @@ from typing import NamedTuple
 from pipeline.ids import HostPid, LocalFd
 from pipeline.kernel import procfs, smaps, soft_dirty, userfaultfd
 from pipeline.kernel.arch.x86_64 import NR
-from pipeline.kernel.pagemap import PAGE_BYTES, Range, merged, open_pagemap, populated, written
+from pipeline.kernel.pagemap import PAGE_BYTES, Range, intersect, merged, open_pagemap, populated, written
 from pipeline.kernel.smaps import Mapping
 from pipeline.kernel.syscalls import PIDFD_THREAD, pidfd_getfd, pidfd_open
 from pipeline.ledger import LEDGER
@@ -152,6 +152,8 @@ class WriteProtected(Tracking):
     def __init__(self, pid: HostPid, inside: Inside) -> None:
         self._pid = pid
         self._fd = LocalFd(-1)
+        #: what the last look could not tell: a part of it may have been protected nevertheless
+        self._untold: list[Range] = []
         number = inside(NR.userfaultfd, userfaultfd.MAKE_FLAGS)
         try:
             try:
@@ -177,7 +179,8 @@ class WriteProtected(Tracking):
         unwatched: list[Range] = []
         try:
             for mapping in _private(smaps.maps(self._pid)):
-                found = self._written(pagemap, mapping)
+                is_untold = bool(intersect([(mapping.start, mapping.end)], self._untold))
+                found = self._written(pagemap, mapping, whole=is_untold)
                 if found is None:
                     unwatched.append((mapping.start, mapping.end))
                 else:
@@ -186,7 +189,8 @@ class WriteProtected(Tracking):
             raise _lost(self._pid) from None
         finally:
             os.close(pagemap)
-        return Written(merged(runs), merged(unwatched))
+        self._untold = merged(unwatched)
+        return Written(merged(runs), list(self._untold))
 
     def untouched(self) -> list[Range]:
         try:
@@ -200,9 +204,10 @@ class WriteProtected(Tracking):
         except ProcessLookupError:
             raise _lost(self._pid) from None
 
-    def _written(self, pagemap: LocalFd, mapping: Mapping) -> list[Range] | None:
+    def _written(self, pagemap: LocalFd, mapping: Mapping, *, whole: bool) -> list[Range] | None:
+        """None: it cannot be told. What comes before the part that is not watched is protected all the same."""
         start, end, anonymous = mapping.start, mapping.end, mapping.anonymous
-        runs = written(pagemap, start, end, whole=False, anonymous=anonymous)
+        runs = written(pagemap, start, end, whole=whole, anonymous=anonymous)
         if runs is None and userfaultfd.register(self._fd, start, end):
             runs = written(pagemap, start, end, whole=True, anonymous=anonymous)
         return runs

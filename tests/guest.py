@@ -46,8 +46,10 @@ mount -t overlay -o lowerdir=/lower,upperdir=/upper/files,workdir=/upper/work ov
 cd /root
 mount -t proc proc proc; mount -t sysfs sysfs sys; mount -t devtmpfs dev dev
 mkdir -p dev/pts dev/shm dev/mqueue
+mkdir /here; mount -o bind {directory} /here
 mount -t devpts -o ptmxmode=666 pts dev/pts; mount -t mqueue mqueue dev/mqueue
 for place in dev/shm tmp run; do mount -t tmpfs -o mode=1777 memory $place; done
+mkdir -p {directory}; mount -o move /here {directory}
 mount -t cgroup2 cgroup2 sys/fs/cgroup
 mkdir run/guest; mount -t virtiofs guest run/guest
 exec switch_root /root /bin/sh /run/guest/start
@@ -98,7 +100,7 @@ def make_initramfs(kernel: Path, version: str, work: Path) -> Path:
     for name in ("bin", "proc", "sys", "dev", "lower", "upper", "root"):
         (tree / name).mkdir(parents=True)
     shutil.copy(BUSYBOX, tree / "bin/busybox")
-    (tree / "init").write_text(INIT)
+    (tree / "init").write_text(INIT.format(directory=shlex.quote(f"/root{os.getcwd()}")))
     (tree / "init").chmod(0o755)
     unpack_modules(kernel, version, tree)
     names = "\0".join(str(path.relative_to(tree)) for path in sorted(tree.rglob("*")))

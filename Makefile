@@ -54,7 +54,7 @@ $(STAMP): pyproject.toml | packages
 	@touch $@
 
 clean:
-	rm -rf $(KERNEL) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage
+	rm -rf $(KERNEL) $(KERNEL).new build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage
 
 # command-or-probe=package; what is there already is not touched.
 define install_missing

@@ -118,7 +118,7 @@ class PRCTL(IntEnum):
 PR_SET_MM_MAP = 14
 
 
-#: of a thread, whether it is the first of its process or not; since 6.9
+#: of one thread, which may be the first of its process; kept in the status flags; since 6.9
 PIDFD_THREAD = os.O_EXCL
 
 

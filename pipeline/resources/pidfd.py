@@ -32,7 +32,6 @@ from pipeline.resources.kinds import CaptureScope, CreateScope, FdView
 from pipeline.resources.paths import describe
 from pipeline.resources.steps import CompleteOnceCreated
 
-#: of pidfd_open: of one thread, which may be the leader; kept in the status flags
 _PIDFD_GET_INFO = 0xC040FF0B
 _PIDFD_INFO_EXIT = 1 << 3
 #: in struct pidfd_info

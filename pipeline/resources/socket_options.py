@@ -41,9 +41,9 @@ __all__ = ["LATE", "SOL_NETLINK", "Identity", "Values", "apply", "capture", "che
 
 _SOL = socket.SOL_SOCKET
 _SO_SNDBUFFORCE = 32
+_SO_RCVBUFFORCE = 33
 #: SOCK_SNDBUF_LOCK, SOCK_RCVBUF_LOCK of SO_BUF_LOCK
 _BUFFERS = {"SO_SNDBUF": 1, "SO_RCVBUF": 2}
-_SO_RCVBUFFORCE = 33
 _TCP_ULP = 31
 _ABSENT = frozenset({errno.ENOPROTOOPT, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOTCONN, errno.ENODEV})
 _FILTER = "SO_ATTACH_FILTER"

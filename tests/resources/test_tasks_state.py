@@ -127,9 +127,8 @@ def make_timer(puppet: Puppet, number: int, event: bytes, clock: int = 1) -> Non
     puppet.syscall(NR.timer_create, clock, event.ljust(64, b"\0"), given)
     if chooses.result == 0:
         puppet.syscall(NR.prctl, PRCTL.TIMER_CREATE_RESTORE_IDS, 0, 0, 0, 0)
-    while (
-        made := int.from_bytes(given.data, "little")
-    ) != number:  # before Linux 6.16 they are given in order
+    # where they cannot be chosen, they are given in order
+    while (made := int.from_bytes(given.data, "little")) != number:
         puppet.syscall(NR.timer_delete, made)
         puppet.syscall(NR.timer_create, clock, event.ljust(64, b"\0"), given)
 

@@ -111,9 +111,8 @@ def prepare(pids: Iterable[HostPid]) -> None:
     if userfaultfd.is_asynchronous() or not soft_dirty.is_known():
         return
     for pid in pids:
-        with suppress(
-            OSError
-        ):  # its first thread has ended, or a sandbox forbids it: then they are told as a whole
+        # its first thread has ended, or a sandbox forbids it: then they are told as a whole
+        with suppress(OSError):
             soft_dirty.split_huge_pages(pid)
 
 

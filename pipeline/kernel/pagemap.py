@@ -136,20 +136,28 @@ _NO_SCAN = frozenset({errno.ENOTTY, errno.EINVAL})
 _HAS = CATEGORY.PRESENT | CATEGORY.SWAPPED
 _NOT = CATEGORY.FILE | CATEGORY.PFNZERO
 #: as numbers: they are looked at run by run
-_GUARD, _WRITTEN = int(CATEGORY.GUARD), int(CATEGORY.WRITTEN)
+_GUARD, _WRITTEN, _WATCHED = int(CATEGORY.GUARD), int(CATEGORY.WRITTEN), int(CATEGORY.WPALLOWED)
 
 
-def written(fd: LocalFd, start: int, end: int, *, whole: bool, anonymous: bool = False) -> list[Range] | None:
+class Protected(NamedTuple):
+    """What `written` has found: `runs` of pages, ascending, and those of them that looked protected `before`."""
+
+    runs: list[Range]
+    before: list[Range]
+
+
+def written(fd: LocalFd, start: int, end: int, *, whole: bool, anonymous: bool = False) -> Protected | None:
     """Pages with private content that were written since the last call, which write-protects them again.
 
     Args:
         fd: an open /proc/PID/pagemap.
         start, end: of mappings that are watched, see `pipeline.kernel.userfaultfd`.
-        whole: all pages with private content, written or not.
+        whole: all pages with private content, written or not. Those that looked protected before are left as they are:
+            if what marks them was there before the mapping was watched, writes go unnoticed.
         anonymous: there is no file behind it; see `populated`.
 
     Returns:
-        Runs of pages, ascending; None if something in between is not watched (any more).
+        None if something in between is not watched (any more).
     """
     excluded = CATEGORY.PFNZERO if anonymous else _NOT
     excluded |= CATEGORY.GUARD if _knows_guards() else 0
@@ -163,12 +171,14 @@ def written(fd: LocalFd, start: int, end: int, *, whole: bool, anonymous: bool =
             inverted=excluded,
             mask=mask,
             anyof=_HAS,
+            returned=CATEGORY.WRITTEN if whole else 0,
         )
     except OSError as error:
         if error.errno != errno.EPERM:
             raise
         return None
-    return merged((a, b) for a, b, _ in runs)
+    before = [(a, b) for a, b, categories in runs if not categories & _WRITTEN] if whole else []
+    return Protected(merged((a, b) for a, b, _ in runs), before)
 
 
 @functools.cache
@@ -190,7 +200,8 @@ class Populated(NamedTuple):
     """What an address space has in some ranges: maximal [start, end) runs, ascending.
 
     `pages`: private content that is to be saved. `guards`: guard pages. `untouched`: those of `pages` that are
-    write-protected by a userfaultfd: not written since.
+    write-protected by a userfaultfd that watches them: not written since. (The mark alone says little: a mapping that
+    grows by one that is moved next to it is not watched any longer, and keeps the marks that it has, whoever writes.)
     """
 
     pages: list[Range]
@@ -232,7 +243,7 @@ def populated(fd: LocalFd, ranges: Sequence[Range], anonymous: Sequence[Range] =
             found.pages[-1] = (found.pages[-1][0], end)
         else:
             found.pages.append((start, end))
-        if not categories & _WRITTEN:
+        if categories & (_WATCHED | _WRITTEN) == _WATCHED:
             found.untouched.append((start, end))
     return Populated(*(intersect(one, ranges) for one in found))
 
@@ -270,7 +281,7 @@ def _spans(ranges: Sequence[Range], anonymous: Sequence[Range]) -> Iterator[tupl
 def _scan_populated(fd: LocalFd, start: int, end: int, is_anonymous: bool) -> list[tuple[int, int, int]]:
     excluded = CATEGORY.PFNZERO if is_anonymous else _NOT
     # before 6.15 guards cannot be told from swapped pages (and are read as EFAULT)
-    told = CATEGORY.WRITTEN | (CATEGORY.GUARD if _knows_guards() else 0)
+    told = CATEGORY.WPALLOWED | CATEGORY.WRITTEN | (CATEGORY.GUARD if _knows_guards() else 0)
     return scan(fd, start, end, inverted=excluded, mask=excluded, anyof=_HAS, returned=told)
 
 

@@ -27,9 +27,11 @@ MAKE_FLAGS = 1 | os.O_CLOEXEC | os.O_NONBLOCK
 
 _UFFDIO_API = 0xC018AA3F
 _UFFDIO_REGISTER = 0xC020AA00
+_UFFDIO_WRITEPROTECT = 0xC018AA06
 _API_VERSION = 0xAA
 _API = struct.Struct("<3Q")
 _REGISTER = struct.Struct("<4Q")
+_WRITEPROTECT = struct.Struct("<3Q")
 _MODE_WP = 2
 _WP_UNPOPULATED = 1 << 13
 _WP_ASYNC = 1 << 15
@@ -71,6 +73,21 @@ def register(fd: LocalFd, start: int, end: int) -> bool:
         if error.errno == errno.ENOMEM:
             raise ProcessLookupError(errno.ESRCH, "the memory that was watched is gone") from None
         if error.errno in (errno.EBUSY, errno.EINVAL, errno.EPERM):
+            return False
+        raise
+    return True
+
+
+def unprotect(fd: LocalFd, start: int, end: int) -> bool:
+    """Take the protection from the pages of [start, end), and the mark of it; False where it is not watched (any more).
+
+    Raises:
+        ProcessLookupError: the memory is gone.
+    """
+    try:
+        fcntl.ioctl(fd, _UFFDIO_WRITEPROTECT, bytearray(_WRITEPROTECT.pack(start, end - start, 0)))
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.EINVAL, errno.EAGAIN):
             return False
         raise
     return True

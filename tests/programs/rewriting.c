@@ -101,14 +101,17 @@ static void change_mappings(struct arena *arena) {
             die("mprotect");
         break;
     case 3: {
-        /* chunk by chunk: what lies behind several mappings cannot be moved at once */
+        /* chunk by chunk: what lies behind several mappings cannot be moved at once. Slowly: whoever looks from outside
+         * finds some here and some there. */
         uint64_t *to = place(arena);
         if (to == arena->pages)
             break;
-        for (int at = 0; at < PAGES; at += CHUNK)
+        for (int at = 0; at < PAGES; at += CHUNK) {
             if (mremap(arena->pages + (size_t)at * WORDS, CHUNK * PAGE, CHUNK * PAGE, MREMAP_MAYMOVE | MREMAP_FIXED,
                        to + (size_t)at * WORDS) == MAP_FAILED)
                 die("mremap");
+            nap(1);
+        }
         arena->pages = to;
     }
     }
@@ -142,7 +145,7 @@ static void *work(void *argument) {
             put(arena, dice(arena) % PAGES);
             is_right(arena, dice(arena) % PAGES);
         }
-        if (is_quick && dice(arena) % 32 == 0)
+        if (is_quick && dice(arena) % 12 == 0)
             change_mappings(arena);
         if (arena == &arenas[SLOW] && dice(arena) % 64 == 0)
             drop(arena, dice(arena) % (PAGES / CHUNK) * CHUNK);

@@ -17,6 +17,7 @@ from pipeline.ids import HostPid, LocalFd
 from pipeline.kernel import smaps, soft_dirty
 from pipeline.kernel.pagemap import (
     PAGE_BYTES,
+    Protected,
     Range,
     intersect,
     open_pagemap,
@@ -45,6 +46,8 @@ PAGES = 64
 MREMAP_MAYMOVE, MREMAP_FIXED = 1, 2
 PR_SET_PDEATHSIG = 1
 MAP_FIXED = 0x10
+#: nobody has anything mapped there
+MOVED_TO = 0x2000_0000_0000
 
 
 class Subject:
@@ -230,21 +233,44 @@ def test_what_is_mapped_anew_is_told_whole(tracked: Tracked) -> None:
         assert total_bytes(collect(subject, tracking).runs) < 3 << 20
 
 
-def test_what_is_moved_is_told_whole_where_it_is_then(tracked: Tracked) -> None:
-    to = 0x2000_0000_0000
+def move(memory: mmap.mmap, first: int, count: int) -> None:
+    """Move some of its pages to where they are if `MOVED_TO` is its start."""
     libc = ctypes.CDLL(None, use_errno=True)
     libc.mremap.restype = ctypes.c_void_p
     libc.mremap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p]
+    start, to = (
+        at + first * PAGE_BYTES for at in (ctypes.addressof(ctypes.c_char.from_buffer(memory)), MOVED_TO)
+    )
+    size = count * PAGE_BYTES
+    assert libc.mremap(start, size, size, MREMAP_MAYMOVE | MREMAP_FIXED, to) == to
 
-    def move(memory: mmap.mmap) -> None:
-        start, size = ctypes.addressof(ctypes.c_char.from_buffer(memory)), PAGES * PAGE_BYTES
-        assert libc.mremap(start, size, size, MREMAP_MAYMOVE | MREMAP_FIXED, to) == to
 
-    with tracked(move=move) as (subject, tracking):
+def test_what_is_moved_is_told_whole_where_it_is_then(tracked: Tracked) -> None:
+    with tracked(move=lambda memory: move(memory, 0, PAGES)) as (subject, tracking):
         subject.do("move")
-        subject.start = to
+        subject.start = MOVED_TO
         assert subject.pages(collect(subject, tracking).runs) == list(range(PAGES // 2))
         assert subject.pages(collect(subject, tracking).runs) == []
+
+
+def test_a_mapping_that_grows_by_what_is_moved_next_to_it_is_watched_as_one(tracked: Tracked) -> None:
+    """The kernel watches neither any longer then, and leaves those pages marked as protected that were so before."""
+    with tracked(
+        half=lambda memory: move(memory, 0, 16),
+        rest=lambda memory: move(memory, 16, PAGES - 16),
+        write=lambda _: ctypes.memset(MOVED_TO + 3 * PAGE_BYTES, 3, 1),
+    ) as (subject, tracking):
+        subject.do("half")
+        subject.start = MOVED_TO
+        assert subject.pages(collect(subject, tracking).runs) == list(range(16))
+        subject.do("rest")
+        subject.do("write")
+        assert 3 not in subject.pages(tracking.untouched())
+        assert 3 in subject.pages(collect(subject, tracking).runs)
+        assert subject.pages(tracking.untouched()) == list(range(PAGES // 2))
+        subject.do("write")
+        assert 3 not in subject.pages(tracking.untouched())
+        assert subject.pages(collect(subject, tracking).runs) == [3]
 
 
 def test_what_is_to_be_told_whole_is_told_although_it_is_protected(write_protected: Tracked) -> None:
@@ -253,13 +279,12 @@ def test_what_is_to_be_told_whole_is_told_although_it_is_protected(write_protect
         pagemap = open_pagemap(subject.pid)
         try:
             whole = subject.start, subject.start + PAGES * PAGE_BYTES
-            assert subject.pages(written(pagemap, *whole, whole=True, anonymous=True) or []) == [
-                *range(PAGES // 2),
-                40,
-            ]
-            assert written(pagemap, *whole, whole=False, anonymous=True) == [], (
-                "what was told is protected again"
-            )
+            found = written(pagemap, *whole, whole=True, anonymous=True)
+            assert found is not None
+            assert subject.pages(found.runs) == [*range(PAGES // 2), 40]
+            assert subject.pages(found.before) == [page for page in range(PAGES // 2) if page not in (1, 7)]
+            found = written(pagemap, *whole, whole=False, anonymous=True)
+            assert found == Protected([], []), "what was told is protected again"
         finally:
             os.close(pagemap)
 
@@ -296,7 +321,7 @@ def test_what_was_protected_by_a_look_that_failed_is_told_by_the_next(
     with write_protected(few=write(1, 7), renew=renew) as (subject, watch):
         subject.do("few")
 
-        def disturbed(pagemap: LocalFd, start: int, end: int, **options: bool) -> list[Range] | None:
+        def disturbed(pagemap: LocalFd, start: int, end: int, **options: bool) -> Protected | None:
             if start <= subject.start < end:
                 subject.do("renew")
             return written(pagemap, start, end, **options)

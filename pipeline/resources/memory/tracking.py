@@ -5,8 +5,10 @@ one before. There are two kinds, and `begin` takes the first that the kernel has
 
 `WriteProtected` is a userfaultfd in asynchronous write-protect mode (`pipeline.kernel.userfaultfd`), made inside the
 process, and known here by a duplicate. Each `collect` write-protects again what it tells; what is mapped anew is
-registered then, and told whole: before Linux 6.13 ("clear uffd-wp PTE/PMD state on mremap") moved memory takes its
-protection along, and would look unwritten.
+registered then, and told whole. That a page is marked as protected says nothing where a mapping is not registered:
+writes pass and leave the mark. Moved memory takes its marks along before Linux 6.13 ("clear uffd-wp PTE/PMD state on
+mremap"); and where it is moved next to a mapping that is registered, both become one that is not, with the marks of the
+older part, in later kernels, too. So marks count in registered mappings only, and are removed when one is registered.
 
 `SoftDirty` clears the bits that the kernel keeps (`pipeline.kernel.soft_dirty`), for which the process has to stand
 still at each `collect` but the first.
@@ -206,10 +208,15 @@ class WriteProtected(Tracking):
     def _written(self, pagemap: LocalFd, mapping: Mapping, *, whole: bool) -> list[Range] | None:
         """None: it cannot be told. What comes before the part that is not watched is protected all the same."""
         start, end, anonymous = mapping.start, mapping.end, mapping.anonymous
-        runs = written(pagemap, start, end, whole=whole, anonymous=anonymous)
-        if runs is None and userfaultfd.register(self._fd, start, end):
-            runs = written(pagemap, start, end, whole=True, anonymous=anonymous)
-        return runs
+        found = written(pagemap, start, end, whole=whole, anonymous=anonymous)
+        if found is None and userfaultfd.register(self._fd, start, end):
+            found = written(pagemap, start, end, whole=True, anonymous=anonymous)
+        if found is not None and found.before:
+            # by marks, perhaps, that were there before it was watched: they let writes through
+            if not userfaultfd.unprotect(self._fd, found.before[0][0], found.before[-1][1]):
+                return None
+            found = written(pagemap, start, end, whole=True, anonymous=anonymous)
+        return found and found.runs
 
     def may_watch(self, start: int, end: int) -> bool:
         return userfaultfd.register(self._fd, start, end)

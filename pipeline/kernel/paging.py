@@ -22,7 +22,6 @@ import struct
 from typing import NamedTuple
 
 from pipeline.ids import LocalFd
-from pipeline.kernel.pagemap import PAGE_BYTES
 
 DEVICE = "/dev/userfaultfd"
 #: ioctl of the device that makes a descriptor, and its flags
@@ -145,8 +144,8 @@ def copy(fd: LocalFd, address: int, content: memoryview) -> int:
     Fewer than all, also none: the mapping is being changed, and its events are to be read first (EAGAIN).
 
     Raises:
-        OSError: EEXIST: the first of them is there; ENOENT: nothing is mapped there that this descriptor answers for;
-            ESRCH: the memory is gone; ENOMEM.
+        OSError: EEXIST: the first of them is there; ENOENT: nothing is mapped there that this descriptor answers for,
+            or was when a mapping that is being moved was waited for; ESRCH: the memory is gone; ENOMEM.
     """
     if content.readonly:
         content = memoryview(bytearray(content))
@@ -157,6 +156,19 @@ def copy(fd: LocalFd, address: int, content: memoryview) -> int:
 def zero(fd: LocalFd, start: int, length: int) -> int:
     """As `copy`, with pages of zeros."""
     return _fill(fd, _UFFDIO_ZEROPAGE, _ZERO, start, length)
+
+
+def is_calm(fd: LocalFd) -> bool:
+    """Whether nothing has happened that was not read; false, too, while who was waiting for that goes on.
+
+    Events may be told in another order than they have happened in, but never across a moment of calm.
+    """
+    try:
+        # nothing, nowhere: what is left is the question whether mappings are being changed
+        zero(fd, 0, 0)
+    except OSError:
+        return True
+    return False
 
 
 def _fill(fd: LocalFd, request: int, layout: struct.Struct, *arguments: int) -> int:
@@ -171,6 +183,6 @@ def _fill(fd: LocalFd, request: int, layout: struct.Struct, *arguments: int) -> 
     return int(layout.unpack(argument)[-1])
 
 
-def wake(fd: LocalFd, address: int) -> None:
-    """Let who waits for the page at `address` look again."""
-    fcntl.ioctl(fd, _UFFDIO_WAKE, _RANGE.pack(address, PAGE_BYTES))
+def wake(fd: LocalFd, start: int, length: int) -> None:
+    """Let who waits for pages of [start, start + length) look again."""
+    fcntl.ioctl(fd, _UFFDIO_WAKE, _RANGE.pack(start, length))

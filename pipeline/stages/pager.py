@@ -5,6 +5,11 @@ when it comes, as are all the others that come unasked. Whatever the tree does w
 tells before it goes on: a child that it forks lacks what its parent lacks, what is moved is missing where it is now,
 and what is dropped or unmapped is not missed any more.
 
+What two threads do at the same time may be told in another order than it has happened in: whether a child was forked
+before or behind a move cannot be known. What was moved is missing in both places of the child then: where it is not,
+there is no mapping, and it is left out when it comes. When everything was told, and nobody waits for that any longer,
+the doubt is over (`pipeline.kernel.paging.is_calm`).
+
 A page that was never anywhere is zeros. While the way to the source is broken, whoever needs a page waits. If we
 cannot go on, the tree is killed rather than shown zeros (`pipeline.remote.guard`).
 """
@@ -31,8 +36,8 @@ from pipeline.resources.memory.watch import ENTRY
 
 #: the kernel is let go on with what it is changing
 _PATIENCE_S = 0.0002
-#: how long a mapping that was moved counts as new
-_NEW_S = 0.1
+#: how long there may be doubt about the order of events, if there are always more
+_DOUBT_S = 0.1
 #: how long memory may lack before it is asked for again
 _NO_MEMORY_S = 0.1
 
@@ -53,18 +58,35 @@ class _Memory:
     space: int
     fd: LocalFd
     missing: Missing
-    #: until when they count as new, and where mappings were moved to
-    moved: list[tuple[float, Range]] = field(default_factory=list)
+    #: moves and births whose order to other events is in doubt, and until when; set: there are none
+    recent: list[tuple[float, Moved | _Memory]] = field(default_factory=list)
+    calm: trio.Event = field(default_factory=trio.Event)
 
-    def moved_just_now(self) -> list[Range]:
-        """Where mappings are that may be newer than the news that something was unmapped there.
+    def doubt(self, what: Moved | _Memory) -> None:
+        """Something was told that may have happened before what was told before it."""
+        self.recent.append((trio.current_time() + _DOUBT_S, what))
+        if self.calm.is_set():
+            self.calm = trio.Event()
 
-        That is told when the unmapping is done, and somebody else may have been quicker to move something there, and
-        to be heard. What is kept wrongly has no mapping, and is left out when it comes.
-        """
+    def moves(self) -> list[Moved]:
+        """Those that are in doubt, the first one first."""
+        return [
+            what for until, what in self.recent if isinstance(what, Moved) and until > trio.current_time()
+        ]
+
+    def children(self) -> list[_Memory]:
+        """Those whose birth is in doubt."""
         now = trio.current_time()
-        self.moved = [one for one in self.moved if one[0] > now]
-        return list(RangeSet(where for _, where in self.moved))
+        return [what for until, what in self.recent if isinstance(what, _Memory) and until > now]
+
+    def look_whether_calm(self) -> None:
+        """End the doubt, if everything was told or it is old."""
+        now = trio.current_time()
+        self.recent = [one for one in self.recent if one[0] > now]
+        if self.recent and paging.is_calm(self.fd):
+            self.recent.clear()
+        if not self.recent:
+            self.calm.set()
 
 
 class Wanted(NamedTuple):
@@ -201,7 +223,7 @@ class Pager:
             except OSError as error:
                 match error.errno:
                     case errno.EEXIST:
-                        paging.wake(memory.fd, start)
+                        paging.wake(memory.fd, start, PAGE_BYTES)
                         done = PAGE_BYTES
                     case errno.ENOENT if length > PAGE_BYTES:
                         # several mappings, or none in a part of it
@@ -212,6 +234,8 @@ class Pager:
                             return pause_s
                         done = middle - start
                     case errno.ENOENT:
+                        # whoever waits there is told so by the kernel
+                        paging.wake(memory.fd, start, PAGE_BYTES)
                         done = PAGE_BYTES
                     case errno.ESRCH:
                         done = length
@@ -228,22 +252,45 @@ class Pager:
 
     @staticmethod
     def _fill(fd: LocalFd, start: int, length: int, content: memoryview | None) -> int:
-        return paging.zero(fd, start, length) if content is None else paging.copy(fd, start, content)
+        """See `paging.copy`, but that ENOENT is believed when it is said twice.
+
+        Who comes while a mapping is being moved away waits for that, and then finds none. The next one is told that
+        there are news.
+        """
+        for is_last in (False, True):
+            try:
+                return paging.zero(fd, start, length) if content is None else paging.copy(fd, start, content)
+            except OSError as error:
+                if error.errno != errno.ENOENT or is_last:
+                    raise
+        raise AssertionError("it returns or raises")
 
     # -- what the kernel tells --------------------------------------------------------------------
 
-    async def _listen(self, memory: _Memory) -> None:
+    async def _listen(self, memory: _Memory, parent: _Memory | None = None) -> None:
+        if parent is not None:
+            # what it lacks is not known before
+            with trio.move_on_after(_DOUBT_S):
+                await parent.calm.wait()
         waiting: list[int] = []
         while True:
-            if not waiting:
+            if not waiting and not memory.recent:
                 await trio.lowlevel.wait_readable(memory.fd)
             events = paging.read_events(memory.fd)
             # the books first: what is missing at an address may have changed since somebody touched it
             for event in events:
                 self._take_in(memory, event)
+            for event in events:
+                # who waits there waits for nothing that comes
+                match event:
+                    case Moved(start, _, length):
+                        paging.wake(memory.fd, start, length)
+                    case Dropped(start, end, _):
+                        paging.wake(memory.fd, start, end - start)
             waiting += [event.address for event in events if isinstance(event, Fault)]
             waiting = [address for address in waiting if not self._answer(memory, address)]
-            if waiting:
+            memory.look_whether_calm()
+            if waiting or memory.recent:
                 await trio.sleep(_PATIENCE_S)
             self._look_whether_whole()
 
@@ -265,16 +312,23 @@ class Pager:
             case Forked(fd):
                 self._born(memory, fd)
             case Moved(start, to, length):
+                for child in memory.children():
+                    child.missing.lack_too(memory.missing, start, to, length)
                 memory.missing.move(start, to, length)
-                memory.moved.append((trio.current_time() + _NEW_S, (to, to + length)))
+                memory.doubt(event)
             case Dropped(start, end, unmapped):
-                for a, b in subtract([(start, end)], memory.moved_just_now() if unmapped else []):
+                # an unmapping is told when it is done, and somebody may have been quicker to move something there
+                spared = [(to, to + length) for _, to, length in memory.moves()] if unmapped else []
+                for a, b in subtract([(start, end)], list(RangeSet(spared))):
                     memory.missing.settle(a, b)
 
     def _born(self, parent: _Memory, fd: LocalFd) -> None:
         LEDGER.take(ENTRY, fd)
         child = _Memory(parent.space, fd, parent.missing.copy())
+        for start, to, length in reversed(parent.moves()):
+            child.missing.lack_too(child.missing, to, start, length)
+        parent.doubt(child)
         self._memories.append(child)
         self._guard.hold([fd])
         if self._listeners is not None:
-            self._listeners.start_soon(self._listen, child)
+            self._listeners.start_soon(self._listen, child, parent)

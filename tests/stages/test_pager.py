@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import errno
+import mmap
 import os
-from collections.abc import Iterable
+import signal
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import cast
 
 import pytest
@@ -12,11 +18,25 @@ import trio
 import trio.testing
 
 from pipeline.ids import HostPid, LocalFd
-from pipeline.kernel.paging import Dropped, Moved
+from pipeline.image.frames import PageRun
+from pipeline.kernel import paging
+from pipeline.kernel.pagemap import PAGE_BYTES
+from pipeline.kernel.paging import Dropped, Event, Forked, Moved
+from pipeline.kernel.syscalls import pidfd_getfd, pidfd_open
+from pipeline.ledger import LEDGER
 from pipeline.remote.guard import Guard
-from pipeline.resources.memory.missing import Missing
+from pipeline.resources.memory.missing import Missing, Place
+from pipeline.resources.memory.watch import ENTRY
 from pipeline.stages.lending import _holds_robust_mutexes
-from pipeline.stages.pager import Pager, _Memory
+from pipeline.stages.pager import Pager, Watched, _Memory
+from tests.harness.tree import PATIENCE_S
+
+#: nobody has anything mapped there
+AT, TO = 0x2000_0000_0000, 0x2100_0000_0000
+PAGES = 4
+SIZE = PAGES * PAGE_BYTES
+MREMAP_MAYMOVE_FIXED = 1 | 2
+MAP_FIXED_NOREPLACE = 0x100000
 
 
 class _NoGuard:
@@ -24,6 +44,11 @@ class _NoGuard:
         """Nothing is watched."""
 
     watch_over = hold
+
+    def dismiss(self) -> None:
+        """Nobody was."""
+
+    alarm = dismiss
 
 
 def _missing_after(pause_s: float, unmapped: bool) -> bool:
@@ -47,6 +72,35 @@ def test_news_of_an_unmapping_may_be_older_than_a_move(pause_s: float, unmapped:
     assert _missing_after(pause_s, unmapped) == missing
 
 
+@pytest.mark.parametrize("fork", ["told first", "told last", "told in calm"])
+def test_a_child_may_be_forked_before_or_behind_a_move_that_is_told_with_it(fork: str) -> None:
+    """Of two missing pages the first is moved."""
+    moved = Moved(AT, TO, PAGE_BYTES)
+
+    async def main() -> tuple[Missing, Missing]:
+        pager = Pager([], [], cast(Guard, _NoGuard()))
+        memory = _Memory(1, LocalFd(-1), Missing([(AT, AT + 2 * PAGE_BYTES)]))
+        events: list[Event] = [Forked(LocalFd(os.open("/dev/null", os.O_RDONLY)))]
+        events.insert(fork == "told first", moved)
+        for event in events:
+            pager._take_in(memory, event)
+            if fork == "told in calm":
+                await trio.sleep(1)
+        (child,) = pager._memories
+        pager._close()
+        return memory.missing, child.missing
+
+    parent, child = trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+    whole = AT, AT + 2 * PAGE_BYTES
+    moved_only = [
+        Place(AT + PAGE_BYTES, AT + 2 * PAGE_BYTES, AT + PAGE_BYTES),
+        Place(TO, TO + PAGE_BYTES, AT),
+    ]
+    both = [Place(*whole, AT), moved_only[1]]
+    assert sorted(parent.places(*whole)) == moved_only
+    assert sorted(child.places(*whole)) == (moved_only if fork == "told in calm" else both)
+
+
 @pytest.mark.parametrize(
     ("first", "pending", "holds"),
     [(0, 0, False), (64, 0, True), (0, 64, True)],
@@ -58,3 +112,177 @@ def test_robust_mutexes_are_seen(first: int, pending: int, holds: bool) -> None:
     address = ctypes.addressof(head)
     head[0], head[2] = address + first, pending
     assert _holds_robust_mutexes(HostPid(os.getpid()), address) == holds
+
+
+class Subject:
+    """A child with `PAGES` pages of memory at `AT`, all of them missing; what it is told to do, a thread does."""
+
+    def __init__(self) -> None:
+        self._ask, theirs = os.pipe()
+        mine, self._tell = os.pipe()
+        self.pid = HostPid(os.fork())
+        if self.pid == 0:
+            try:
+                self._obey(mine, theirs)
+            finally:
+                os._exit(0)
+        os.close(theirs)
+        os.close(mine)
+        number = int(self._answers()[0])
+        process = pidfd_open(self.pid)
+        self.fd = pidfd_getfd(process, number)
+        os.close(process)
+        LEDGER.take(ENTRY, self.fd)
+        paging.begin(self.fd)
+        paging.register(self.fd, AT, AT + SIZE)
+
+    def _obey(self, mine: int, theirs: int) -> None:
+        libc = ctypes.CDLL(None, use_errno=True)
+        for function in (libc.mmap, libc.mremap):
+            function.restype = ctypes.c_void_p
+        libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+        libc.mremap.argtypes = [ctypes.c_void_p, *[ctypes.c_size_t] * 2, ctypes.c_int, ctypes.c_void_p]
+        libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+        libc.write.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t]
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_FIXED_NOREPLACE
+        assert libc.mmap(AT, SIZE, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0) == AT
+        device = paging.open_device()
+        os.write(theirs, b"%d\n" % paging.make(device))
+
+        def look(address: int) -> str:
+            out, into = os.pipe()
+            if libc.write(into, address, 1) == 1:
+                return f"byte {os.read(out, 1)[0]}"
+            return errno.errorcode[ctypes.get_errno()]
+
+        acts: dict[str, Callable[[], object]] = {
+            "look": lambda: look(AT),
+            "look there": lambda: look(TO),
+            "move": lambda: libc.mremap(AT, SIZE, SIZE, MREMAP_MAYMOVE_FIXED, TO) == TO,
+            "drop": lambda: libc.madvise(AT, SIZE, mmap.MADV_DONTNEED) == 0,
+        }
+
+        def act(name: str) -> None:
+            os.write(theirs, f"{name}: {acts[name]()}\n".encode())
+
+        while told := os.read(mine, 1000).decode():
+            for name in told.splitlines():
+                threading.Thread(target=act, args=[name], daemon=True).start()
+
+    def begin(self, name: str) -> None:
+        os.write(self._tell, f"{name}\n".encode())
+
+    def _answers(self) -> list[str]:
+        return os.read(self._ask, 1000).decode().splitlines()
+
+    async def answers(self, *expected: str) -> None:
+        """What it has said, in any order."""
+        found: list[str] = []
+        while len(found) < len(expected):
+            await trio.lowlevel.wait_readable(self._ask)
+            found += self._answers()
+        assert sorted(found) == sorted(expected)
+
+    def has_mapped(self, address: int) -> bool:
+        with open(f"/proc/{self.pid}/maps") as file:
+            return any(line.startswith(f"{address:x}-") for line in file)
+
+    def close(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+        os.close(self._tell)
+        os.close(self._ask)
+
+
+@pytest.fixture
+def subject() -> Iterator[Subject]:
+    subject = Subject()
+    try:
+        yield subject
+    finally:
+        subject.close()
+
+
+def page(number: int) -> PageRun:
+    content = memoryview(bytearray([number + 1]) * PAGE_BYTES)
+    return PageRun(1, ((AT + number * PAGE_BYTES, PAGE_BYTES),), content)
+
+
+def paged(subject: Subject, scenario: Callable[[Pager], Awaitable[None]]) -> None:
+    """Play a scenario, then bring all pages."""
+
+    async def main() -> None:
+        pager = Pager([Watched(subject.pid, 1, subject.fd, [(AT, AT + SIZE)])], [], cast(Guard, _NoGuard()))
+        with trio.fail_after(PATIENCE_S):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(pager.run)
+                await scenario(pager)
+                for number in range(PAGES):
+                    await pager.bring(page(number))
+                await pager.whole.wait()
+
+    trio.run(main)
+
+
+@contextmanager
+def moved_while_a_page_comes(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The first page meets a move: it is told what whoever has waited for the end of one is told."""
+    copy = paging.copy
+
+    def meet(fd: LocalFd, address: int, content: memoryview) -> int:
+        patched.undo()
+        subject.begin("move")
+        deadline = time.monotonic() + PATIENCE_S
+        while not subject.has_mapped(TO) or subject.has_mapped(AT):
+            assert time.monotonic() < deadline
+        raise OSError(errno.ENOENT, "nothing is mapped there")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(paging, "copy", meet)
+        yield
+    assert paging.copy is copy
+
+
+@pytest.mark.root
+def test_a_page_that_comes_while_its_mapping_is_moved_is_not_lost(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(pager: Pager) -> None:
+        with moved_while_a_page_comes(subject, monkeypatch):
+            await pager.bring(page(0))
+        await subject.answers("move: True")
+        subject.begin("look there")
+        await subject.answers("look there: byte 1")
+
+    paged(subject, scenario)
+
+
+@pytest.mark.root
+@pytest.mark.parametrize(("act", "found"), [("drop", "byte 0"), ("move", "EFAULT")])
+def test_who_waits_for_what_is_no_more_waits_no_longer(subject: Subject, act: str, found: str) -> None:
+    async def scenario(pager: Pager) -> None:
+        subject.begin("look")
+        while not pager.requests:
+            await trio.sleep(0.01)
+        subject.begin(act)
+        await subject.answers(f"{act}: True", f"look: {found}")
+
+    paged(subject, scenario)
+
+
+@pytest.mark.root
+def test_it_is_calm_when_everything_was_told(subject: Subject) -> None:
+    async def scenario(pager: Pager) -> None:
+        assert paging.is_calm(subject.fd)
+        read_events = paging.read_events
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(paging, "read_events", lambda _: [])
+            subject.begin("move")
+            while not subject.has_mapped(TO):
+                await trio.sleep(0.001)
+            assert not paging.is_calm(subject.fd)
+        assert paging.read_events is read_events
+        await subject.answers("move: True")
+        assert paging.is_calm(subject.fd)
+
+    paged(subject, scenario)

@@ -11,7 +11,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple, Self
 
-from pipeline.kernel.pagemap import Range
+from pipeline.kernel.pagemap import Range, subtract
 
 
 class RangeSet:
@@ -151,6 +151,17 @@ class Missing:
                 there = shift + to - start
                 self._shifted.setdefault(there, RangeSet()).add(a + to - start, b + to - start)
         self._forget_empty()
+
+    def lack_too(self, other: Missing, start: int, to: int, length: int) -> None:
+        """What `other` lacks at [start, start + length) may be wanted at `to` here.
+
+        But for what is said to be missing there already. What is there, or has no mapping, is settled when it comes.
+        """
+        taken = sorted(run for held in self._shifted.values() for run in held.within(to, to + length))
+        for shift, held in list(other._shifted.items()):
+            there = [(a + to - start, b + to - start) for a, b in held.within(start, start + length)]
+            for a, b in subtract(there, taken):
+                self._shifted.setdefault(shift + to - start, RangeSet()).add(a, b)
 
     def _forget_empty(self) -> None:
         for shift in [shift for shift, held in self._shifted.items() if not held]:

@@ -29,7 +29,7 @@ from pipeline.kernel import smaps
 from pipeline.kernel.pagemap import Range, intersect, subtract, total_bytes, union
 from pipeline.kernel.procfs import ProcessGone
 from pipeline.ledger import LEDGER
-from pipeline.resources.memory import tracking
+from pipeline.resources.memory import devices, tracking
 from pipeline.resources.memory.alike import overlaps, private_ranges
 from pipeline.resources.memory.capture import watched_by_others
 from pipeline.resources.memory.tracking import Tracking, TrackingLost
@@ -51,7 +51,7 @@ class _Space:
 
     `ranges`: where the destination has a place for its pages. `inherited`: pages that its parent has, too (and not
     written since the fork); the destination forks it from its parent, and has them then as the parent has. `is_lost`:
-    the process has ended, or has other memory by now.
+    the process has ended, or has other memory by now. `is_doubtful`: devices may have been writing to it at a look.
     """
 
     pid: HostPid
@@ -64,6 +64,7 @@ class _Space:
     unwatched: list[Range] = field(default_factory=list)
     missed: list[Range] = field(default_factory=list)
     is_lost: bool = False
+    is_doubtful: bool = False
 
     def look(self) -> None:
         """Ask what was written; TrackingLost."""
@@ -72,6 +73,12 @@ class _Space:
         self.missed.clear()
         self.unwatched = found.unwatched
 
+    def look_again(self) -> None:
+        """The same, of a process that has run since its draft, which knows of devices, too."""
+        self.look()
+        # behind it: a device that has been writing since before then writes into pages that look protected
+        self.is_doubtful = self.is_doubtful or devices.may_write_to(self.pid)
+
     def right(self, untouched: Sequence[Range]) -> list[Range]:
         """What was sent as it is now.
 
@@ -79,7 +86,7 @@ class _Space:
             untouched: what is write-protected by a userfaultfd: not written since the last look.
         """
         try:
-            if self.is_lost:
+            if self.is_lost or self.is_doubtful:
                 return []
             self.tracking.check()
             if self.tracking.stands_still:
@@ -108,7 +115,7 @@ class _Space:
             # one answer for each page: between two, it could be dropped, or come back
             kept = self.parent.tracking.untouched()
             if not self.parent.tracking.stands_still:
-                self.parent.look()
+                self.parent.look_again()
         except TrackingLost:  # the next look at the parent says so
             return self.inherited
         kept = subtract(subtract(kept, self.parent.pending), self.parent.unwatched)
@@ -252,7 +259,7 @@ class LiveMemory:
         if space.is_lost:
             return
         try:
-            space.look()
+            space.look_again()
         except TrackingLost:
             if space.pid == self._pids[0] and not self._is_stored:
                 raise

@@ -1,9 +1,11 @@
-"""What a child still has of its parent, while the parent writes (`pipeline.stages.live_memory`)."""
+"""What is known of memory while somebody writes to it (`pipeline.stages.live_memory`)."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from itertools import chain, product
+from pathlib import Path
 from typing import cast
 
 import pytest
@@ -57,9 +59,35 @@ def test_whatever_a_parent_does_with_a_page_its_child_has_its_own(
 ) -> None:
     """What is forked from the parent as it was read, has the page of the fork, or is sent that."""
     tracking = Parent(before_read, iter([behind, between]), stands_still=stands_still)
-    parent = _Space(HostPid(1), cast("Tracking", tracking), PAGE)
-    child = _Space(HostPid(2), cast("Tracking", None), PAGE, parent=parent, inherited=PAGE)
+    parent = _Space(HostPid(os.getpid()), cast("Tracking", tracking), PAGE)
+    child = _Space(HostPid(1), cast("Tracking", None), PAGE, parent=parent, inherited=PAGE)
     differing = child.differing()
     assert tracking.read == 1 or differing == PAGE
     if not (before_read or behind or between):
         assert not differing
+
+
+class AtRest:
+    """A process with one page that nobody writes to."""
+
+    stands_still = False
+
+    def collect(self) -> Written:
+        return Written([], [])
+
+    def check(self) -> None:
+        """It is there."""
+
+
+@pytest.mark.parametrize("when", ["never", "in between", "at a look"])
+def test_where_a_device_could_write_at_a_look_nothing_counts_as_sent(tmp_path: Path, when: str) -> None:
+    """What has been written at the last stop is another question."""
+    space = _Space(HostPid(os.getpid()), cast("Tracking", AtRest()), PAGE, sent=PAGE)
+    space.look_again()
+    if when != "never":
+        fd = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT | os.O_DIRECT)
+        if when == "at a look":
+            space.look_again()
+        os.close(fd)
+    space.look_again()
+    assert space.right(PAGE) == ([] if when == "at a look" else PAGE)

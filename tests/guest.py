@@ -35,6 +35,9 @@ MODULES = ("virtio_pci", "virtiofs", "overlay", "virtio-rng")
 SIZE = "6G"
 _WAIT_S = 10.0
 
+#: the guest has its own
+_PLACES = ("dev/shm", "tmp", "run")
+
 #: run by busybox, on the files of the initramfs
 INIT = """#!/bin/busybox sh
 /bin/busybox --install -s /bin
@@ -46,10 +49,10 @@ mount -t overlay -o lowerdir=/lower,upperdir=/upper/files,workdir=/upper/work ov
 cd /root
 mount -t proc proc proc; mount -t sysfs sysfs sys; mount -t devtmpfs dev dev
 mkdir -p dev/pts dev/shm dev/mqueue
-mkdir /here; mount -o bind {directory} /here
+{keep}
 mount -t devpts -o ptmxmode=666 pts dev/pts; mount -t mqueue mqueue dev/mqueue
-for place in dev/shm tmp run; do mount -t tmpfs -o mode=1777 memory $place; done
-mkdir -p {directory}; mount -o move /here {directory}
+for place in {places}; do mount -t tmpfs -o mode=1777 memory $place; done
+{bring_back}
 mount -t cgroup2 cgroup2 sys/fs/cgroup
 mkdir run/guest; mount -t virtiofs guest run/guest
 exec switch_root /root /bin/sh /run/guest/start
@@ -94,13 +97,23 @@ def unpack_modules(kernel: Path, version: str, to: Path) -> None:
     (to / "order").write_text("\n".join(found))
 
 
+def init_of(directory: Path) -> str:
+    """What the guest begins with, to run something in `directory`, which is seen where its own files are, too."""
+    keep = bring_back = ":"
+    if any(Path("/", place) in directory.parents for place in _PLACES):
+        there = shlex.quote(f"/root{directory}")
+        keep = f"mkdir /here; mount -o bind {there} /here"
+        bring_back = f"mkdir -p {there}; mount -o move /here {there}"
+    return INIT.format(keep=keep, bring_back=bring_back, places=" ".join(_PLACES))
+
+
 def make_initramfs(kernel: Path, version: str, work: Path) -> Path:
     """The first files of the guest, which load modules and go over to the files here."""
     tree = work / "initramfs"
     for name in ("bin", "proc", "sys", "dev", "lower", "upper", "root"):
         (tree / name).mkdir(parents=True)
     shutil.copy(BUSYBOX, tree / "bin/busybox")
-    (tree / "init").write_text(INIT.format(directory=shlex.quote(f"/root{os.getcwd()}")))
+    (tree / "init").write_text(init_of(Path.cwd()))
     (tree / "init").chmod(0o755)
     unpack_modules(kernel, version, tree)
     names = "\0".join(str(path.relative_to(tree)) for path in sorted(tree.rglob("*")))

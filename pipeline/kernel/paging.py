@@ -22,6 +22,7 @@ import struct
 from typing import NamedTuple
 
 from pipeline.ids import LocalFd
+from pipeline.kernel.pagemap import PAGE_BYTES
 
 DEVICE = "/dev/userfaultfd"
 #: ioctl of the device that makes a descriptor, and its flags
@@ -43,6 +44,9 @@ _ZERO = struct.Struct("<3Qq")
 _MODE_MISSING = 1
 #: EVENT_FORK, EVENT_REMAP, EVENT_REMOVE, EVENT_UNMAP
 _FEATURES = 1 << 1 | 1 << 2 | 1 << 3 | 1 << 6
+
+#: nobody has anything mapped here
+_NOWHERE = 0x7FFF_FFFF_E000
 
 _MESSAGE = struct.Struct("<B7x3Q")
 _FAULT, _FORK, _REMAP, _REMOVE, _UNMAP = range(0x12, 0x17)
@@ -118,7 +122,11 @@ def unregister(fd: LocalFd, start: int, end: int) -> None:
 
 
 def read_events(fd: LocalFd) -> list[Event]:
-    """What has happened; empty if nothing has."""
+    """What has happened; empty if nothing has.
+
+    Raises:
+        OSError: EMFILE, ENFILE, ENOMEM: there is no room for the descriptor of a child; nothing is lost by that.
+    """
     try:
         raw = os.read(fd, _MESSAGE.size * _MESSAGES_AT_ONCE)
     except BlockingIOError:
@@ -168,6 +176,15 @@ def is_calm(fd: LocalFd) -> bool:
         zero(fd, 0, 0)
     except OSError:
         return True
+    return False
+
+
+def is_gone(fd: LocalFd) -> bool:
+    """Whether the memory is gone that a descriptor watches: its process has ended, or executes another program."""
+    try:
+        zero(fd, _NOWHERE, PAGE_BYTES)
+    except OSError as error:
+        return error.errno == errno.ESRCH
     return False
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import socket
+import struct
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -20,7 +21,8 @@ from pipeline.ids import HostPid, LocalFd
 from pipeline.ledger import LEDGER
 
 _PROGRAM = Path(__file__).with_name("guard_program.py")
-_MOST_FDS = 250
+#: a message of the program: what, and the number of a descriptor here
+_KEY = struct.Struct("<ci")
 _END_S = 10.0
 
 
@@ -53,6 +55,12 @@ class Guard:
         """
         self._give(b"m", list(fds))
 
+    def let_go(self, fds: Iterable[LocalFd]) -> None:
+        """Let it close its duplicates of such, soon; to be said while ours are open."""
+        with suppress(RebuildError):  # it is gone, and they are with it
+            for fd in fds:
+                self._send(_KEY.pack(b"c", fd), [])
+
     def watch_over(self, pids: Iterable[HostPid]) -> None:
         """Tell it whom to kill; raises as `hold`."""
         pidfds = [LocalFd(os.pidfd_open(pid)) for pid in pids]
@@ -63,10 +71,13 @@ class Guard:
                 os.close(pidfd)
 
     def _give(self, what: bytes, fds: list[LocalFd]) -> None:
+        for fd in fds:
+            self._send(_KEY.pack(what, fd), [fd])
+
+    def _send(self, message: bytes, fds: list[LocalFd]) -> None:
         assert self._channel is not None
         try:
-            for at in range(0, len(fds), _MOST_FDS):
-                socket.send_fds(self._channel, [what], fds[at : at + _MOST_FDS])
+            socket.send_fds(self._channel, [message], fds)
         except OSError as error:
             raise RebuildError(f"the guard of a tree with missing pages is gone: {error.strerror}") from error
 

@@ -1,7 +1,8 @@
 """A process of its own that ends programs whose missing pages nobody can bring any more.
 
-Run as a script, by `pipeline.remote.guard`: stdin is a SOCK_SEQPACKET socket. A message is one byte, with descriptors:
-``m``: they watch memory, and are held; ``p``: pidfds of whom to end; ``d``: all pages are there, nothing is to be done.
+Run as a script, by `pipeline.remote.guard`: stdin is a SOCK_SEQPACKET socket. A message is one byte and the number of a
+descriptor there, with a duplicate of it: ``m``: it watches memory, and is held; ``p``: a pidfd of whom to end. Without
+one: ``c``: what is held by that number is closed; ``d``, alone: all pages are there, nothing is to be done.
 If the socket ends without a ``d``, whoever held its other end is gone, and with it the way to the pages: everybody is
 killed, with all descendants. Only then what is held is closed: nobody sees zeros where a page is missing.
 """
@@ -11,9 +12,10 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import struct
 from contextlib import suppress
 
-_MOST_FDS = 250
+_KEY = struct.Struct("<ci")
 
 
 def descendants(pids: set[int]) -> set[int]:
@@ -67,14 +69,21 @@ def main() -> None:
     """See the module."""
     channel = socket.socket(fileno=0)
     victims: list[int] = []
+    held: dict[int, list[int]] = {}
     while True:
-        what, fds, _, _ = socket.recv_fds(channel, 1, _MOST_FDS)
-        if what == b"d":
+        message, fds, _, _ = socket.recv_fds(channel, _KEY.size, 1)
+        if message == b"d":
             return
-        if not what:
+        if not message:
             break
+        what, number = _KEY.unpack(message)
         if what == b"p":
             victims += fds
+        elif what == b"m":
+            held[number] = fds
+        else:
+            for fd in held.pop(number, []):
+                os.close(fd)
     end_all(victims)
 
 

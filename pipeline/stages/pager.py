@@ -40,6 +40,7 @@ _PATIENCE_S = 0.0002
 _DOUBT_S = 0.1
 #: how long memory may lack before it is asked for again
 _NO_MEMORY_S = 0.1
+_NO_ROOM = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 
 
 class Watched(NamedTuple):
@@ -53,14 +54,27 @@ class Watched(NamedTuple):
 
 @dataclass(eq=False)
 class _Memory:
-    """One address space: the image's `space`, or that of a child of it."""
+    """One address space: the image's `space`, or that of a child of it; `is_known`: its birth is not in doubt."""
 
     space: int
     fd: LocalFd
     missing: Missing
+    is_known: bool = True
+    is_watched: bool = True
     #: moves and births whose order to other events is in doubt, and until when; set: there are none
     recent: list[tuple[float, Moved | _Memory]] = field(default_factory=list)
     calm: trio.Event = field(default_factory=trio.Event)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing is missing, and nothing is in doubt."""
+        return self.is_known and not self.missing and not self.recent
+
+    def close(self) -> None:
+        """Watch it no longer."""
+        self.is_watched = False
+        os.close(self.fd)
+        LEDGER.give_back(ENTRY, self.fd)
 
     def doubt(self, what: Moved | _Memory) -> None:
         """Something was told that may have happened before what was told before it."""
@@ -134,7 +148,7 @@ class Pager:
                 self._listeners = nursery
                 for memory in self._memories:
                     nursery.start_soon(self._listen, memory)
-                self._look_whether_whole()
+                self._let_go_of_the_whole()
                 await self._all_there.wait()
                 nursery.cancel_scope.cancel()
         finally:
@@ -149,9 +163,7 @@ class Pager:
         else:
             self._guard.alarm()
         while self._memories:
-            memory = self._memories.pop()
-            os.close(memory.fd)
-            LEDGER.give_back(ENTRY, memory.fd)
+            self._memories.pop().close()
 
     # -- what is missing ------------------------------------------------------------------------
 
@@ -177,7 +189,13 @@ class Pager:
             if self._wanted.keys() <= told:
                 await self._news.wait()
 
-    def _look_whether_whole(self) -> None:
+    def _let_go_of_the_whole(self) -> None:
+        """Who misses nothing more is watched no longer: its children need not be, either."""
+        for memory in [memory for memory in self._memories if memory.is_whole]:
+            self._memories.remove(memory)
+            self._guard.let_go([memory.fd])
+            trio.lowlevel.notify_closing(memory.fd)
+            memory.close()
         if not any(memory.missing for memory in self._memories):
             self._all_there.set()
 
@@ -194,7 +212,7 @@ class Pager:
         self.bytes_done += sum(length for _, length in [*run.segments, *run.zeros])
         for one in [one for one in self._wanted if not self._places(one.space, one.address, one.address + 1)]:
             del self._wanted[one]
-        self._look_whether_whole()
+        self._let_go_of_the_whole()
 
     def _places(self, space: int, start: int, end: int) -> list[tuple[_Memory, Place]]:
         return [
@@ -238,7 +256,8 @@ class Pager:
                         paging.wake(memory.fd, start, PAGE_BYTES)
                         done = PAGE_BYTES
                     case errno.ESRCH:
-                        done = length
+                        memory.missing = Missing()
+                        return 0.0
                     case errno.ENOMEM:
                         return _NO_MEMORY_S
                     case _:
@@ -272,11 +291,23 @@ class Pager:
             # what it lacks is not known before
             with trio.move_on_after(_DOUBT_S):
                 await parent.calm.wait()
+            memory.is_known = True
         waiting: list[int] = []
-        while True:
+        while memory.is_watched:
             if not waiting and not memory.recent:
-                await trio.lowlevel.wait_readable(memory.fd)
-            events = paging.read_events(memory.fd)
+                try:
+                    await trio.lowlevel.wait_readable(memory.fd)
+                except trio.ClosedResourceError:
+                    return
+            try:
+                events = paging.read_events(memory.fd)
+            except OSError as error:
+                if error.errno not in _NO_ROOM:
+                    raise
+                # for the descriptor of a child, which waits to be born
+                self._let_go_of_the_dead()
+                await trio.sleep(_NO_MEMORY_S)
+                continue
             # the books first: what is missing at an address may have changed since somebody touched it
             for event in events:
                 self._take_in(memory, event)
@@ -290,9 +321,15 @@ class Pager:
             waiting += [event.address for event in events if isinstance(event, Fault)]
             waiting = [address for address in waiting if not self._answer(memory, address)]
             memory.look_whether_calm()
+            self._let_go_of_the_whole()
             if waiting or memory.recent:
                 await trio.sleep(_PATIENCE_S)
-            self._look_whether_whole()
+
+    def _let_go_of_the_dead(self) -> None:
+        for memory in self._memories:
+            if paging.is_gone(memory.fd):
+                memory.missing = Missing()
+        self._let_go_of_the_whole()
 
     def _answer(self, memory: _Memory, address: int) -> bool:
         """Ask for a page that somebody waits for, or give zeros where none is missing; False: not yet."""
@@ -324,7 +361,7 @@ class Pager:
 
     def _born(self, parent: _Memory, fd: LocalFd) -> None:
         LEDGER.take(ENTRY, fd)
-        child = _Memory(parent.space, fd, parent.missing.copy())
+        child = _Memory(parent.space, fd, parent.missing.copy(), is_known=False)
         for start, to, length in reversed(parent.moves()):
             child.missing.lack_too(child.missing, to, start, length)
         parent.doubt(child)

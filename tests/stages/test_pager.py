@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import itertools
 import mmap
 import os
 import signal
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import cast
 
 import pytest
@@ -19,7 +20,7 @@ import trio.testing
 
 from pipeline.ids import HostPid, LocalFd
 from pipeline.image.frames import PageRun
-from pipeline.kernel import paging
+from pipeline.kernel import paging, smaps
 from pipeline.kernel.pagemap import PAGE_BYTES
 from pipeline.kernel.paging import Dropped, Event, Forked, Moved
 from pipeline.kernel.syscalls import pidfd_getfd, pidfd_open
@@ -43,7 +44,7 @@ class _NoGuard:
     def hold(self, _: Iterable[int]) -> None:
         """Nothing is watched."""
 
-    watch_over = hold
+    watch_over = let_go = hold
 
     def dismiss(self) -> None:
         """Nobody was."""
@@ -132,11 +133,17 @@ class Subject:
         process = pidfd_open(self.pid)
         self.fd = pidfd_getfd(process, number)
         os.close(process)
+        os.write(self._tell, b"\n")
         LEDGER.take(ENTRY, self.fd)
         paging.begin(self.fd)
         paging.register(self.fd, AT, AT + SIZE)
 
     def _obey(self, mine: int, theirs: int) -> None:
+        for name in os.listdir("/proc/self/fd"):
+            # what watches others, too
+            if int(name) > 2 and int(name) not in (mine, theirs):
+                with suppress(OSError):
+                    os.close(int(name))
         libc = ctypes.CDLL(None, use_errno=True)
         for function in (libc.mmap, libc.mremap):
             function.restype = ctypes.c_void_p
@@ -147,7 +154,10 @@ class Subject:
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_FIXED_NOREPLACE
         assert libc.mmap(AT, SIZE, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0) == AT
         device = paging.open_device()
-        os.write(theirs, b"%d\n" % paging.make(device))
+        mine_too = paging.make(device)
+        os.write(theirs, b"%d\n" % mine_too)
+        os.read(mine, 1)
+        os.close(mine_too)
 
         def look(address: int) -> str:
             out, into = os.pipe()
@@ -187,8 +197,12 @@ class Subject:
         with open(f"/proc/{self.pid}/maps") as file:
             return any(line.startswith(f"{address:x}-") for line in file)
 
-    def close(self) -> None:
+    def end(self) -> None:
         os.kill(self.pid, signal.SIGKILL)
+        os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
+
+    def close(self) -> None:
+        self.end()
         os.waitpid(self.pid, 0)
         os.close(self._tell)
         os.close(self._ask)
@@ -203,9 +217,9 @@ def subject() -> Iterator[Subject]:
         subject.close()
 
 
-def page(number: int) -> PageRun:
+def page(number: int, space: int = 1) -> PageRun:
     content = memoryview(bytearray([number + 1]) * PAGE_BYTES)
-    return PageRun(1, ((AT + number * PAGE_BYTES, PAGE_BYTES),), content)
+    return PageRun(space, ((AT + number * PAGE_BYTES, PAGE_BYTES),), content)
 
 
 def paged(subject: Subject, scenario: Callable[[Pager], Awaitable[None]]) -> None:
@@ -284,5 +298,62 @@ def test_it_is_calm_when_everything_was_told(subject: Subject) -> None:
         assert paging.read_events is read_events
         await subject.answers("move: True")
         assert paging.is_calm(subject.fd)
+
+    paged(subject, scenario)
+
+
+def watched(subject: Subject, space: int) -> Watched:
+    return Watched(subject.pid, space, subject.fd, [(AT, AT + SIZE)])
+
+
+@pytest.mark.root
+def test_who_misses_nothing_more_is_watched_no_longer() -> None:
+    """Nor by the guard; and who has ended misses nothing."""
+
+    async def main(one: Subject, other: Subject, third: Subject) -> None:
+        pager = Pager([watched(one, 1), watched(other, 2), watched(third, 3)], [one.pid, other.pid], Guard())
+        with trio.fail_after(PATIENCE_S):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(pager.run)
+                for number in range(PAGES):
+                    await pager.bring(page(number))
+                while any("um" in mapping.flags for mapping in smaps.smaps(one.pid)):
+                    await trio.sleep(0.01)
+                assert any("um" in mapping.flags for mapping in smaps.smaps(other.pid))
+                third.end()
+                await pager.bring(page(0, 3))
+                assert pager.lacking().keys() == {2}
+                other.begin("look")
+                while not pager.requests:
+                    await trio.sleep(0.01)
+                for number in range(PAGES):
+                    await pager.bring(page(number, 2))
+                await other.answers("look: byte 1")
+                await pager.whole.wait()
+
+    subjects = [Subject() for _ in range(3)]
+    try:
+        trio.run(main, *subjects)
+    finally:
+        for one in subjects:
+            one.close()
+
+
+@pytest.mark.root
+def test_children_wait_to_be_born_where_there_are_too_many(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read_events, tries = paging.read_events, itertools.count()
+
+    def read_late(fd: LocalFd) -> list[Event]:
+        if next(tries) < 2:
+            raise OSError(errno.EMFILE, "too many open files")
+        return read_events(fd)
+
+    async def scenario(pager: Pager) -> None:
+        monkeypatch.setattr(paging, "read_events", read_late)
+        subject.begin("move")
+        await subject.answers("move: True")
+        assert next(tries) > 2
 
     paged(subject, scenario)

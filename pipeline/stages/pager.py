@@ -19,6 +19,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -60,19 +61,23 @@ class _Memory:
     fd: LocalFd
     missing: Missing
     is_known: bool = True
-    is_watched: bool = True
     #: moves and births whose order to other events is in doubt, and until when; set: there are none
     recent: list[tuple[float, Moved | _Memory]] = field(default_factory=list)
     calm: trio.Event = field(default_factory=trio.Event)
+    _is_closed: bool = False
 
     @property
     def is_whole(self) -> bool:
         """Whether nothing is missing, and nothing is in doubt."""
         return self.is_known and not self.missing and not self.recent
 
+    def is_watched(self) -> bool:
+        """False: its descriptor may be somebody else's by now."""
+        return not self._is_closed
+
     def close(self) -> None:
         """Watch it no longer."""
-        self.is_watched = False
+        self._is_closed = True
         os.close(self.fd)
         LEDGER.give_back(ENTRY, self.fd)
 
@@ -293,11 +298,11 @@ class Pager:
                 await parent.calm.wait()
             memory.is_known = True
         waiting: list[int] = []
-        while memory.is_watched:
+        while memory.is_watched():
             if not waiting and not memory.recent:
-                try:
+                with suppress(trio.ClosedResourceError):
                     await trio.lowlevel.wait_readable(memory.fd)
-                except trio.ClosedResourceError:
+                if not memory.is_watched():
                     return
             try:
                 events = paging.read_events(memory.fd)

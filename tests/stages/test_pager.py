@@ -7,6 +7,7 @@ import errno
 import itertools
 import mmap
 import os
+import select
 import signal
 import threading
 import time
@@ -337,6 +338,24 @@ def test_who_misses_nothing_more_is_watched_no_longer() -> None:
     finally:
         for one in subjects:
             one.close()
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("attempt", range(8))
+def test_who_is_let_go_of_when_there_are_news_is_not_listened_to(subject: Subject, attempt: int) -> None:
+    """Tasks take turns by chance: in half of the attempts the listener is woken, and comes second."""
+
+    async def scenario(pager: Pager) -> None:
+        await trio.testing.wait_all_tasks_blocked()
+        (memory,) = pager._memories
+        subject.begin("look")
+        select.select([subject.fd], [], [])  # the fault is there, and nobody was awake to hear of it
+        await trio.lowlevel.checkpoint()
+        memory.missing.settle(AT, AT + SIZE)
+        pager._let_go_of_the_whole()
+        await subject.answers("look: byte 0")
+
+    paged(subject, scenario)
 
 
 @pytest.mark.root

@@ -281,13 +281,14 @@ class Pager:
         Who comes while a mapping is being moved away waits for that, and then finds none. The next one is told that
         there are news.
         """
-        for is_last in (False, True):
-            try:
-                return paging.zero(fd, start, length) if content is None else paging.copy(fd, start, content)
-            except OSError as error:
-                if error.errno != errno.ENOENT or is_last:
-                    raise
-        raise AssertionError("it returns or raises")
+
+        def fill() -> int:
+            return paging.zero(fd, start, length) if content is None else paging.copy(fd, start, content)
+
+        try:
+            return fill()
+        except FileNotFoundError:
+            return fill()
 
     # -- what the kernel tells --------------------------------------------------------------------
 
@@ -331,6 +332,7 @@ class Pager:
                 await trio.sleep(_PATIENCE_S)
 
     def _let_go_of_the_dead(self) -> None:
+        """Who has ended, or executes another program, misses nothing."""
         for memory in self._memories:
             if paging.is_gone(memory.fd):
                 memory.missing = Missing()

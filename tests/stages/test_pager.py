@@ -223,11 +223,15 @@ def page(number: int, space: int = 1) -> PageRun:
     return PageRun(space, ((AT + number * PAGE_BYTES, PAGE_BYTES),), content)
 
 
+def watched(subject: Subject, space: int) -> Watched:
+    return Watched(subject.pid, space, subject.fd, [(AT, AT + SIZE)])
+
+
 def paged(subject: Subject, scenario: Callable[[Pager], Awaitable[None]]) -> None:
     """Play a scenario, then bring all pages."""
 
     async def main() -> None:
-        pager = Pager([Watched(subject.pid, 1, subject.fd, [(AT, AT + SIZE)])], [], cast(Guard, _NoGuard()))
+        pager = Pager([watched(subject, 1)], [], cast(Guard, _NoGuard()))
         with trio.fail_after(PATIENCE_S):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(pager.run)
@@ -301,10 +305,6 @@ def test_it_is_calm_when_everything_was_told(subject: Subject) -> None:
         assert paging.is_calm(subject.fd)
 
     paged(subject, scenario)
-
-
-def watched(subject: Subject, space: int) -> Watched:
-    return Watched(subject.pid, space, subject.fd, [(AT, AT + SIZE)])
 
 
 @pytest.mark.root

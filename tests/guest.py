@@ -61,7 +61,7 @@ exec switch_root /root /bin/sh /run/guest/start
 #: run by the shell of the files here, as the first process
 START = """
 mount --make-rshared /
-mount --bind {modules} /lib/modules
+mkdir -p /lib/modules && mount --bind {modules} /lib/modules
 ip link set lo up
 # of a program's memory only what it asks for: pages that a huge one brings along are compared, too
 echo madvise > /sys/kernel/mm/transparent_hugepage/enabled

@@ -88,11 +88,11 @@ def unless_gone(pid: HostPid) -> Iterator[None]:
     """Looking at a process that goes on running: what fails because it has ended meanwhile fails in silence.
 
     One that is ending, or has ended and was not waited for, still has its entry, in which `exe`, `cwd`, `fd` and others
-    are missing.
+    are missing, or may not be looked at by a plain user: without memory it is nobody's.
     """
     try:
         yield
-    except (FileNotFoundError, ProcessLookupError):
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
         try:
             ending = bool(stat(pid).flags & _PF_EXITING)
         except ProcessGone:

@@ -203,6 +203,8 @@ class Tcp(CompleteOnceCreated):
 
 def _check_listener(one: Seen, tree: TcpTree, scope: CaptureScope) -> Iterator[Blocker]:
     waiting = tree.waiting.get(one.index)
+    if not tree.is_listed:
+        yield _unlisted(one.view, "who waits to be accepted")
     if waiting is None or scope.policy.tcp == "close":
         return
     if waiting.reason:
@@ -221,6 +223,8 @@ def _check_connection(one: Seen, sock: socket.socket, tree: TcpTree) -> Iterator
     if state not in CONNECTED and state != State.SYN_SENT:
         yield _transient(view, f"TCP connection in flight ({_called(state)})")
         return
+    if state == State.SYN_SENT and tree.peer_of_connecting(one) is None and not tree.is_listed:
+        yield _unlisted(view, "where its connection goes that is being made")
     found = sockets.events(view.local, select.POLLPRI)
     if found & select.POLLPRI:
         yield _transient(view, "urgent data of its TCP connection was not read")
@@ -244,6 +248,12 @@ def _check_connection(one: Seen, sock: socket.socket, tree: TcpTree) -> Iterator
             f"moves, because this kernel has no nftables to be used here ({error.strerror})",
             "load nf_tables, or give --tcp close",
         )
+
+
+def _unlisted(view: FdView, what: str) -> Blocker:
+    return Blocker(
+        view.subject, f"this kernel does not tell {what} (CONFIG_INET_TCP_DIAG)", "load the module tcp_diag"
+    )
 
 
 def _transient(view: FdView, reason: str, remedy: str = "wait until it is over, or close it") -> Blocker:

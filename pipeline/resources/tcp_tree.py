@@ -80,6 +80,8 @@ class TcpTree:
         self._by_ends = {
             (one.netns, one.local, one.remote): one for one in self.seen.values() if one.remote is not None
         }
+        #: whether this kernel says who waits at a listener, and where a connection that is being made goes
+        self.is_listed = True
         self._connections: dict[Index, Connection] | None = None
         #: names of the locks of those that are locked
         self.locks: dict[Index, str] = {}
@@ -108,11 +110,14 @@ class TcpTree:
 
     @cached_property
     def _entries(self) -> dict[Index, list[TcpEntry]]:
-        found = {}
+        found: dict[Index, list[TcpEntry]] = defaultdict(list)
         for netns in {one.netns for one in self.seen.values()}:
             made = self._scope.in_network(netns, partial(socket_of, NETLINK_SOCK_DIAG))
             with Netlink(made) as diag:
-                found[netns] = list(tcpdiag.dump(diag))
+                try:
+                    found[netns] = list(tcpdiag.dump(diag))
+                except FileNotFoundError:
+                    self.is_listed = False
         return found
 
     def peer_of_connecting(self, one: Seen) -> Address | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import struct
@@ -10,6 +11,7 @@ from functools import partial
 import pytest
 
 from pipeline.errors import RebuildError, TargetError
+from pipeline.kernel import tcpdiag
 from pipeline.kernel.syscalls import CLONE, unshare
 from tests.resources.fdharness import Capture, Rebuilt, subject
 from tests.resources.sockharness import OTHER, of
@@ -156,6 +158,23 @@ def test_a_connection_that_was_reset_is_refused() -> None:
 
     with subject(setup) as child, Capture(child.pid) as capture:
         assert "an error of its TCP connection waits to be read" in capture.reasons(child.result[0])
+
+
+@pytest.mark.root
+def test_where_the_kernel_does_not_list_sockets_a_listener_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def setup() -> tuple[int, ...]:
+        return kept(socket.create_server(("127.0.0.1", 0)), socket.socket(socket.AF_INET, socket.SOCK_STREAM))
+
+    def unlisted(_: object) -> None:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+
+    monkeypatch.setattr(tcpdiag, "dump", unlisted)
+    with subject(setup) as child, Capture(child.pid) as capture:
+        listener, fresh = child.result
+        assert "does not tell who waits to be accepted" in capture.reasons(listener)
+        assert not capture.reasons(fresh)
 
 
 def test_other_sockets_are_refused_by_name_with_a_remedy() -> None:

@@ -48,6 +48,8 @@ _HUGE_BYTES = _HUGE_PAGES * PAGE_BYTES
 _READ_BYTES = 512 << 20
 #: from this size on, anonymous memory is scanned by itself
 _LARGE_BYTES = 1 << 20
+#: in pieces of so much; of a mapping of terabytes, in so many
+_PIECE_BYTES, _PIECES = 64 << 20, 16
 
 
 #: PM_SCAN_*: write-protect what matches; EPERM where a mapping is not watched
@@ -217,7 +219,8 @@ def populated(fd: LocalFd, ranges: Sequence[Range], anonymous: Sequence[Range] =
         ranges: ascending, disjoint, page aligned: the mappings to look at. They are scanned in one
             go from the first to the last; what lies between them is left out.
         anonymous: those of them that have no file behind them. Large ones are looked at by themselves: the kernel need
-            not be asked what each page belongs to, which takes it most of the time.
+            not be asked what each page belongs to, which takes it most of the time. And from their end: who reads smaps
+            meanwhile begins at the other, and two who walk side by side wait for each other at every page table.
 
     Returns:
         What lies inside of `ranges`. Pages of shared memory and of mapped files are not among it.
@@ -225,11 +228,9 @@ def populated(fd: LocalFd, ranges: Sequence[Range], anonymous: Sequence[Range] =
     if not ranges:
         return Populated([], [], [])
     try:
-        runs = [
-            run
-            for start, end, is_anonymous in _spans(ranges, anonymous)
-            for run in _scan_populated(fd, start, end, is_anonymous)
-        ]
+        spans = reversed(list(_spans(ranges, anonymous)))
+        scanned = [_scan_populated(fd, start, end, is_anonymous) for start, end, is_anonymous in spans]
+        runs = [run for found in reversed(scanned) for run in found]
     except OSError as error:
         if error.errno not in _NO_SCAN:
             raise
@@ -239,13 +240,10 @@ def populated(fd: LocalFd, ranges: Sequence[Range], anonymous: Sequence[Range] =
         if categories & _GUARD:
             found.guards.append((start, end))
             continue
-        if found.pages and found.pages[-1][1] == start:
-            found.pages[-1] = (found.pages[-1][0], end)
-        else:
-            found.pages.append((start, end))
+        found.pages.append((start, end))
         if categories & (_WATCHED | _WRITTEN) == _WATCHED:
             found.untouched.append((start, end))
-    return Populated(*(intersect(one, ranges) for one in found))
+    return Populated(*(intersect(merged(one), ranges) for one in found))
 
 
 def present(fd: LocalFd, ranges: Sequence[Range]) -> list[Range]:
@@ -272,7 +270,9 @@ def _spans(ranges: Sequence[Range], anonymous: Sequence[Range]) -> Iterator[tupl
         if end - start >= _LARGE_BYTES:
             if at < start:
                 yield at, start, False
-            yield start, end, True
+            piece = max(_PIECE_BYTES, (end - start) // _PIECES // PAGE_BYTES * PAGE_BYTES)
+            for at in range(start, end, piece):
+                yield at, min(at + piece, end), True
             at = end
     if at < last:
         yield at, last, False

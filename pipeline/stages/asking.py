@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 from pipeline.errors import Blocker
-from pipeline.ids import HostPid
+from pipeline.ids import HostPid, RemoteAddress
 from pipeline.image.schema import SemaphoreUndo
 from pipeline.kernel import procfs, ptrace, smaps
 from pipeline.kernel.arch import x86_64 as arch
@@ -34,7 +34,7 @@ class Slept(NamedTuple):
 
 
 class Answers(NamedTuple):
-    """What the threads of a process say; see `ask`."""
+    """What the threads of a process say; see `asked`."""
 
     #: in the order of the threads
     inquiries: list[Inquiry]
@@ -47,18 +47,29 @@ class Answers(NamedTuple):
     notices: dict[int, job_control.Notice]
     #: what stops it
     blockers: list[Blocker]
-    #: system calls that were run inside it
+    #: its first thread, to run further calls in
+    leader: LiveTask
+    #: system calls that were run inside it for these answers
     injected_calls: int
 
+    def brk(self) -> RemoteAddress:
+        """Its program break.
 
-def ask(
+        The call waits until nobody looks at the mappings of the process (mm/mmap.c), which takes a while where there
+        are many pages: to be asked when its smaps have been read.
+        """
+        return RemoteAddress(self.leader.syscall(arch.NR.brk, 0))
+
+
+@contextmanager
+def asked(
     pid: HostPid,
     tids: Sequence[HostPid],
     sleepers: Sleepers,
     semaphores: Sequence[Semaphores],
     children: collections.abc.Mapping[int, int],
-) -> Answers:
-    """Put the questions of every thread to it, by system calls inside it.
+) -> Iterator[Answers]:
+    """The answers of every thread to its questions, by system calls inside it; more can be asked within the block.
 
     Args:
         pid: a process, by the thread that it is looked at by.
@@ -92,13 +103,14 @@ def ask(
         if rings:
             leader.run(list(rings.values()))
         notices = job_control.notices(leader, children) if children else {}
-        return Answers(
+        yield Answers(
             inquiries,
             slept,
             undo,
             {at for at, call in rings.items() if not call.result},
             {children[seen]: notice for seen, notice in notices.items()},
             blockers,
+            leader,
             injected_calls + leader.injected_calls,
         )
     finally:

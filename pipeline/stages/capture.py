@@ -45,7 +45,13 @@ from pipeline.resources.cgroups.capture import CgroupCapture
 from pipeline.resources.held import Held
 from pipeline.resources.memory import aio
 from pipeline.resources.memory.alike import is_forked
-from pipeline.resources.memory.capture import Captured, capture_address_space, check_address_space
+from pipeline.resources.memory.capture import (
+    Captured,
+    Seen,
+    capture_address_space,
+    check_address_space,
+    scanned,
+)
 from pipeline.resources.memory.objects import MemoryObjects
 from pipeline.resources.memory.sharing import plan_copy_on_write
 from pipeline.resources.namespaces import clocks
@@ -65,7 +71,8 @@ from pipeline.resources.tasks import (
 from pipeline.resources.tasks.inquiry import Inquiry, thread_record
 from pipeline.resources.tasks.interrupted import Sleepers
 from pipeline.resources.tasks.refusals import check_stopped, check_task
-from pipeline.stages.asking import Slept, ask
+from pipeline.stages.ahead import MappingsAhead
+from pipeline.stages.asking import Answers, Slept, asked
 from pipeline.stages.freeze import FrozenProcess, FrozenTree
 from pipeline.stages.memory import FilePages, PageSource, ProcessPages, SharedPages
 from pipeline.stages.memory_layout import vdso_digest
@@ -236,6 +243,12 @@ class Capture:
             Records in order, each with the record of its kind where it is an open file; the sources of
             their pages in the order of the plan; and blockers: with any of them the rest is not to be used.
         """
+        with MappingsAhead(self.living) as mappings:
+            return self._take(frozen, mappings)
+
+    def _take(
+        self, frozen: FrozenTree, mappings: MappingsAhead
+    ) -> tuple[list[tuple[Record, Record | None]], list[PageSource], list[Blocker]]:
         draft = self._looks.is_draft
         self.files.collect(self.living, still=not draft)
         blockers = [*self.namespaces.blockers, *self._cgroups.blockers()]
@@ -275,7 +288,7 @@ class Capture:
                 else:
                     processes.append(zombie)
                 continue
-            record, found = self._process(process, captured)
+            record, found = self._process(process, captured, mappings)
             blockers += found
             processes.append(record)
         blockers += [
@@ -435,51 +448,45 @@ class Capture:
         )
 
     def _process(
-        self, frozen: FrozenProcess, captured: dict[int, tuple[HostPid, Captured]]
+        self, frozen: FrozenProcess, captured: dict[int, tuple[HostPid, Captured]], mappings: MappingsAhead
     ) -> tuple[Process, list[Blocker]]:
         """The record of a process, and what stops it; its memory is added to `captured`, by its space."""
         number, pid = frozen.pid, self._face(frozen.pid)
         shares = self._together.get(number, Together())
         tids = [HostPid(tid) for tid in sorted(frozen.tasks, key=lambda tid: (tid != pid, tid))]
-        answers = ask(pid, tids, self._sleepers, self.namespaces.semaphores(pid), self._children(pid))
-        self.injected_calls += answers.injected_calls
-        self._notices.update(answers.notices)
-        leader = answers.inquiries[0]
-        subject = f"pid {number}"
-        own_users = bool(self.namespaces.memberships[pid].user)
-        blockers = [
-            *answers.blockers,
-            *(b for inquiry in answers.inquiries for b in inquiry.blockers(subject, own_users)),
-        ]
-        blockers += [
-            Blocker(
-                f"pid {pid} thread {tid}",
-                "goes on with a sleep that was interrupted before, and fell asleep anew while it was looked at",
-                "try again",
-                transient=True,
-            )
-            for tid in tids
-            if interrupted.is_lost(tid, answers.slept[tid].call)
-        ]
-        memory = (
-            next(found for holder, found in captured.values() if holder == shares.vm) if shares.vm else None
-        )
-        if memory is None:
-            memory = capture_address_space(
-                pid,
-                self._objects,
-                brk=leader.brk(),
-                dumpable=leader.dumpable(),
-                thp_disable=leader.thp_disable(),
-                contexts=answers.rings,
-                tracked=self._looks.live and not self._looks.is_draft,
-            )
-            memory = dataclasses.replace(memory, space=replace(memory.space, **leader.of_memory()))
-            blockers += memory.blockers
-            captured[memory.space.space] = (number, memory)
-        stat, status = procfs.stat(number), procfs.status(number)
         members = self.namespaces.memberships[pid]
-        threads = [self._thread(pid, one, answers.slept[one.tid], members) for one in answers.inquiries]
+        subject = f"pid {number}"
+        with asked(
+            pid, tids, self._sleepers, self.namespaces.semaphores(pid), self._children(pid)
+        ) as answers:
+            self.injected_calls += answers.injected_calls
+            self._notices.update(answers.notices)
+            blockers = [
+                *answers.blockers,
+                *(b for inquiry in answers.inquiries for b in inquiry.blockers(subject, bool(members.user))),
+            ]
+            blockers += [
+                Blocker(
+                    f"pid {pid} thread {tid}",
+                    "goes on with a sleep that was interrupted before, and fell asleep anew while it was looked at",
+                    "try again",
+                    transient=True,
+                )
+                for tid in tids
+                if interrupted.is_lost(tid, answers.slept[tid].call)
+            ]
+            threads = [self._thread(pid, one, answers.slept[one.tid], members) for one in answers.inquiries]
+            memory = (
+                next(found for holder, found in captured.values() if holder == shares.vm)
+                if shares.vm
+                else None
+            )
+            if memory is None:
+                memory = self._memory(pid, answers, mappings)
+                blockers += memory.blockers
+                captured[memory.space.space] = (number, memory)
+        leader = answers.inquiries[0]
+        stat, status = procfs.stat(number), procfs.status(number)
         if pid != number:
             threads.insert(0, leaders.capture(number, threads[0]))
         is_root = number == self.tree.pids[0]
@@ -526,6 +533,22 @@ class Capture:
                 why = f"the root directory of its thread {thread.pids[0]} has been removed"
                 blockers.append(Blocker(subject, why, "end it"))
         return record, blockers
+
+    def _memory(self, pid: HostPid, answers: Answers, mappings: MappingsAhead) -> Captured:
+        """The memory of a process; its mappings are waited for last."""
+        seen = Seen(scanned(pid), mappings.of(pid))
+        leader = answers.inquiries[0]
+        memory = capture_address_space(
+            pid,
+            self._objects,
+            brk=answers.brk(),
+            dumpable=leader.dumpable(),
+            thp_disable=leader.thp_disable(),
+            contexts=answers.rings,
+            tracked=self._looks.live and not self._looks.is_draft,
+            seen=seen,
+        )
+        return dataclasses.replace(memory, space=replace(memory.space, **leader.of_memory()))
 
     def _thread(self, pid: HostPid, inquiry: Inquiry, slept: Slept, members: Memberships) -> Thread:
         record = thread_record(inquiry, members.user, self.tree.member, slept.slept_ns, slept.call)

@@ -17,6 +17,7 @@ import os
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from pipeline.errors import Blocker
 from pipeline.ids import HostPid, RemoteAddress
@@ -30,6 +31,8 @@ from pipeline.resources.memory.classify import Shape, classify
 from pipeline.resources.memory.objects import MemoryObjects, Place, place_of
 from pipeline.resources.memory.scope import CannotCarry
 
+#: a mapping above all addresses of a process
+_NOT_ITS_OWN = b"[vsyscall]"
 _WITHOUT_PAGES = KERNEL_KINDS | LATE_KINDS
 #: what smaps says of memory whose writes are tracked
 _TRACKED = frozenset({"uw"})
@@ -50,6 +53,30 @@ class Captured:
     blockers: list[Blocker]
 
 
+class Seen(NamedTuple):
+    """What the kernel tells of an address space: what there is of pages (`scanned`), and its mappings, with flags."""
+
+    pages: Populated
+    mappings: Sequence[Mapping]
+
+
+def scanned(pid: HostPid) -> Populated:
+    """What there is of pages in all mappings of a process, whatever these are.
+
+    Raises as `capture_address_space` does.
+    """
+    mappings = [one for one in smaps.maps(pid) if one.name != _NOT_ITS_OWN]
+    fd = open_pagemap(pid)
+    try:
+        return populated(
+            fd,
+            [(mapping.start, mapping.end) for mapping in mappings],
+            [(mapping.start, mapping.end) for mapping in mappings if mapping.anonymous],
+        )
+    finally:
+        os.close(fd)
+
+
 def capture_address_space(
     pid: HostPid,
     objects: MemoryObjects,
@@ -59,6 +86,7 @@ def capture_address_space(
     thp_disable: int = 0,
     contexts: Collection[int] | None = None,
     tracked: bool = False,
+    seen: Seen | None = None,
 ) -> Captured:
     """Capture the memory of process `pid`.
 
@@ -70,6 +98,7 @@ def capture_address_space(
         thp_disable: PR_GET_THP_DISABLE.
         contexts: where contexts of asynchronous I/O have their rings; None: every ring that is mapped is taken for one.
         tracked: the writes to it are tracked by the pipeline itself (`pipeline.resources.memory.tracking`).
+        seen: what the kernel tells of it, where that was asked already.
 
     Raises:
         ProcessGone: there is no such process (any more).
@@ -79,7 +108,8 @@ def capture_address_space(
     found: list[tuple[Mapping, Shape, Index | None]] = []
     rings: list[AioRing] = []
     place = place_of(pid)
-    for mapping in smaps.smaps(pid):
+    seen = seen or Seen(scanned(pid), smaps.smaps(pid))
+    for mapping in seen.mappings:
         try:
             shape = classify(mapping._replace(flags=mapping.flags - _TRACKED) if tracked else mapping)
             if shape.kind == "aio":
@@ -98,7 +128,7 @@ def capture_address_space(
         exe = objects.executable(pid, place)
     except CannotCarry as refusal:
         blockers.append(refusal.blocker(f"pid {pid} executable"))
-    runs, guards, untouched = _populated(pid, found)
+    runs, guards, untouched = _carried(seen.pages, found)
     stat = procfs.stat(pid)
     space = AddressSpace(
         space=objects.scope.space_of(("memory", pid)),
@@ -173,27 +203,20 @@ def _backing(
             return objects.shared_mapping(pid, mapping, shape.backing)
 
 
-def _populated(pid: HostPid, found: Sequence[tuple[Mapping, Shape, Index | None]]) -> Populated:
+def _carried(pages: Populated, found: Sequence[tuple[Mapping, Shape, Index | None]]) -> Populated:
     """Page runs to save and guard pages; untouched are those in mappings that are watched."""
     carried = [(mapping, shape) for mapping, shape, _ in found if shape.kind not in _WITHOUT_PAGES]
-    if not carried:
-        return Populated([], [], [])
-    fd = open_pagemap(pid)
-    try:
-        pages, guards, untouched = populated(
-            fd,
-            [(mapping.start, mapping.end) for mapping, _ in carried],
-            [(mapping.start, mapping.end) for mapping, _ in carried if mapping.anonymous],
-        )
-    finally:
-        os.close(fd)
     private = [(mapping.start, mapping.end) for mapping, shape in carried if shape.private]
     watched = [
         (mapping.start, mapping.end)
         for mapping, shape in carried
         if shape.private and mapping.flags & _TRACKED
     ]
-    return Populated(intersect(pages, private), guards, intersect(untouched, watched))
+    return Populated(
+        intersect(pages.pages, private),
+        intersect(pages.guards, [(mapping.start, mapping.end) for mapping, _ in carried]),
+        intersect(pages.untouched, watched),
+    )
 
 
 def _records(found: Sequence[tuple[Mapping, Shape, Index | None]], guards: Sequence[Range]) -> Iterator[Vma]:

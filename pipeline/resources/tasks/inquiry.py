@@ -23,7 +23,7 @@ from functools import cached_property
 from msgspec.structs import replace
 
 from pipeline.errors import Blocker, TargetError
-from pipeline.ids import HostPid, RemoteAddress
+from pipeline.ids import HostPid
 from pipeline.image.schema import PosixTimer, Rseq, SessionKeyring, SignalAction, Thread
 from pipeline.kernel import procfs, ptrace
 from pipeline.kernel.arch import x86_64 as arch
@@ -67,8 +67,6 @@ class Inquiry:
         self._thp_disable = self._number(PRCTL.GET_THP_DISABLE)
         self._permitted_features = self._ask(NR.arch_prctl, _ARCH_GET_XCOMP_PERM, Out(8))
         self._descriptor_table = self._call(NR.modify_ldt, 0, Out(8), 8)
-        self._brk = Call(NR.brk, (0,))
-        self.calls.append(self._brk)
 
     def _ask(self, number: int, *args: int | Out) -> Out:
         self._call(number, *args)
@@ -159,10 +157,6 @@ class Inquiry:
     def of_thread(self) -> dict[str, int | bytes]:
         """Further fields of `Thread`."""
         return self._attributes.of_thread()
-
-    def brk(self) -> RemoteAddress:
-        """The program break."""
-        return RemoteAddress(self._brk.check())
 
     def blockers(self, subject: str, own_users: bool = False) -> Iterator[Blocker]:
         """States that are not carried, which only the task itself could tell.

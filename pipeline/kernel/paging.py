@@ -107,6 +107,11 @@ def begin(fd: LocalFd) -> None:
     fcntl.ioctl(fd, _UFFDIO_API, bytearray(_API.pack(_API_VERSION, _FEATURES, 0)))
 
 
+def begin_filling(fd: LocalFd) -> None:
+    """The descriptor tells nothing: pages are only put by it. Raises OSError: EINVAL."""
+    fcntl.ioctl(fd, _UFFDIO_API, bytearray(_API.pack(_API_VERSION, 0, 0)))
+
+
 def register(fd: LocalFd, start: int, end: int) -> None:
     """Answer for the pages that are missing in [start, end).
 

@@ -221,24 +221,28 @@ def process_vm_readv(
     Raises:
         OSError: EFAULT if not even the first byte was readable, ESRCH, EPERM.
     """
-    return _process_vm(NR.process_vm_readv, pid, segments, buffer, offset)
-
-
-def process_vm_writev(
-    pid: HostPid, segments: Sequence[tuple[int, int]], buffer: bytearray | memoryview, offset: int = 0
-) -> int:
-    """Write `buffer` from `offset` on to up to `IOV_MAX` ranges of `pid`; returns bytes written."""
-    return _process_vm(NR.process_vm_writev, pid, segments, buffer, offset)
-
-
-def _process_vm(
-    number: NR, pid: HostPid, segments: Sequence[tuple[int, int]], buffer: bytearray | memoryview, offset: int
-) -> int:
     total = sum(length for _, length in segments)
-    window = (ctypes.c_char * total).from_buffer(buffer, offset)
-    local = struct.pack("<2Q", ctypes.addressof(window), total)
+    local = struct.pack("<2Q", _address_of(buffer, offset, total), total)
     remote = b"".join(struct.pack("<2Q", address, length) for address, length in segments)
-    return syscall(number, pid, local, 1, remote, len(segments), 0)
+    return syscall(NR.process_vm_readv, pid, local, 1, remote, len(segments), 0)
+
+
+def process_vm_writev(pid: HostPid, parts: Sequence[tuple[int, int, int]], buffer: memoryview) -> int:
+    """Write up to `IOV_MAX` parts (address, offset in `buffer`, length in bytes) of `buffer` to `pid`.
+
+    Returns the number of bytes written; short where a part may not be written.
+
+    Raises:
+        OSError: EFAULT if not even the first byte could be written, ESRCH, EPERM.
+    """
+    base = _address_of(buffer, 0, len(buffer))
+    local = b"".join(struct.pack("<2Q", base + at, length) for _, at, length in parts)
+    remote = b"".join(struct.pack("<2Q", address, length) for address, _, length in parts)
+    return syscall(NR.process_vm_writev, pid, local, len(parts), remote, len(parts), 0)
+
+
+def _address_of(buffer: bytearray | memoryview, offset: int, size_bytes: int) -> int:
+    return ctypes.addressof((ctypes.c_char * size_bytes).from_buffer(buffer, offset))
 
 
 def read_memory(pid: HostPid, address: RemoteAddress, size_bytes: int) -> bytes:

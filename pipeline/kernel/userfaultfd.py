@@ -17,10 +17,16 @@ import fcntl
 import functools
 import os
 import struct
+from collections.abc import Callable
+from contextlib import ExitStack
 
-from pipeline.ids import LocalFd
+from pipeline.ids import HostPid, LocalFd
+from pipeline.kernel import procfs
 from pipeline.kernel.arch.x86_64_numbers import NR
-from pipeline.kernel.syscalls import syscall
+from pipeline.kernel.syscalls import PIDFD_THREAD, pidfd_getfd, pidfd_open, syscall
+
+#: runs a system call inside a process
+Inside = Callable[..., int]
 
 #: flags of userfaultfd(2): what anybody may make, for faults of user space
 MAKE_FLAGS = 1 | os.O_CLOEXEC | os.O_NONBLOCK
@@ -49,6 +55,34 @@ def is_asynchronous() -> bool:
     except OSError:
         return False
     return True
+
+
+def make_inside(pid: HostPid, inside: Inside) -> LocalFd:
+    """A descriptor of the memory of a process that stands still; the caller owns it.
+
+    Nothing is left of it in the process: but for a descriptor that watches nothing, if we are killed just between the
+    calls that make it.
+
+    Args:
+        pid: the process, by any of its threads.
+        inside: runs a system call inside it; OSError if that fails.
+
+    Raises:
+        OSError: EINVAL, ENOSYS: this kernel cannot; EPERM: a sandbox forbids it.
+    """
+    number = inside(NR.userfaultfd, MAKE_FLAGS)
+    with ExitStack() as undo:
+        try:
+            process = pidfd_open(pid, 0 if procfs.status(pid).tgid == pid else PIDFD_THREAD)
+            try:
+                fd = LocalFd(pidfd_getfd(process, number))
+            finally:
+                os.close(process)
+            undo.callback(os.close, fd)
+        finally:
+            inside(NR.close, number)
+        undo.pop_all()
+    return fd
 
 
 def begin_tracking(fd: LocalFd) -> None:

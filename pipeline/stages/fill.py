@@ -5,104 +5,80 @@ plan: first the objects that several processes share, then process by process as
 are born. So there is no table of what is still missing: a run of another space says
 that the one before is complete.
 
-Private memory is written through /proc/PID/mem, which ignores the permissions of
-private mappings; shared objects by pwrite. Both run in a worker thread, while the next pages
-are read.
+They are written in a worker thread, while the next ones are read.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from typing import Protocol
 
 import trio
 
 from pipeline.errors import ImageError, ungrouped
 from pipeline.image.frames import PageRun
-from pipeline.image.packing import PAGE_BYTES, zero_pages
 from pipeline.progress import Progress
+from pipeline.stages.places import Place
 from pipeline.transport.buffers import LeasedRun
 
-_LOOK_BYTES = 256 << 10
-_ZERO_PAGE = bytes(PAGE_BYTES)
+#: runs that wait until those before them are written
+_AHEAD = 1
 
 
-def write_run(fd: int, run: PageRun) -> None:
-    """Write every segment of `run` to `fd`: a file, or the memory of a process by address; and its zeros.
-
-    Raises:
-        OSError: EIO, EFAULT: nothing is mapped there; ENOSPC.
-    """
-    for offset, length in run.zeros:
-        write_zeros(fd, offset, length)
-    at = 0
-    for offset, length in run.segments:
-        view = run.payload[at : at + length]
-        at += length
-        while view:
-            written = os.pwrite(fd, view, offset)
-            offset += written
-            view = view[written:]
-
-
-def write_zeros(fd: int, offset: int, length: int) -> None:
-    """Make a range of `fd` zero. Where it is zero already nothing is written, so that it takes no memory.
-
-    Raises:
-        OSError: as `write_run`.
-    """
-    end = offset + length
-    room = memoryview(bytearray(min(length, _LOOK_BYTES)))
-    while offset < end:
-        wanted = room[: min(len(room), end - offset)]
-        count = os.preadv(fd, [wanted], offset) // PAGE_BYTES * PAGE_BYTES
-        zero = set(zero_pages(wanted[:count]))
-        for page in range(len(wanted) // PAGE_BYTES):
-            if page not in zero:
-                os.pwrite(fd, _ZERO_PAGE, offset + page * PAGE_BYTES)
-        offset += len(wanted)
+def write_run(place: Place, run: PageRun) -> None:
+    """Write every segment of `run` to `place`, and its zeros; raises as `Place` says."""
+    for start, length in run.zeros:
+        place.zero(start, length)
+    place.write(run.segments, run.payload)
 
 
 @asynccontextmanager
-async def writing() -> AsyncIterator[Callable[[int, LeasedRun], Awaitable[None]]]:
-    """What is given to the function in the block, a descriptor and a run for it, is written when the block has ended.
+async def writing() -> AsyncIterator[Callable[[Place, LeasedRun], Awaitable[None]]]:
+    """What is given to the function in the block, a place and a run for it, is written when the block has ended.
 
-    One run at a time, in order, while the next is fetched: two at a time took longer (docs/performance.md). The leases
-    are owned from then on.
+    One run at a time, in order, while the next ones are fetched: two at a time took longer (docs/performance.md). The
+    leases are owned from then on.
 
     Raises:
         OSError: as `write_run`; where a run is given, of an earlier one, or at the end.
     """
-    room = trio.Semaphore(1)
+    send, receive = trio.open_memory_channel[tuple[Place, LeasedRun]](_AHEAD)
     failed: list[OSError] = []
 
-    async def write(fd: int, leased: LeasedRun) -> None:
+    async def give(place: Place, leased: LeasedRun) -> None:
         try:
-            await trio.to_thread.run_sync(write_run, fd, leased.run)
-        except OSError as error:
-            failed.append(error)
-        finally:
+            if failed:
+                raise failed[0]
+            await send.send((place, leased))
+        except BaseException:
             leased.lease.release()
-            room.release()
+            raise
 
-    with ungrouped():
+    with ungrouped(), receive:
         async with trio.open_nursery() as nursery:
-
-            async def give(fd: int, leased: LeasedRun) -> None:
-                try:
-                    await room.acquire()
-                    if failed:
-                        raise failed[0]
-                except BaseException:
-                    leased.lease.release()
-                    raise
-                nursery.start_soon(write, fd, leased)
-
-            yield give
+            nursery.start_soon(_write_all, receive, failed)
+            with send:
+                yield give
     if failed:
         raise failed[0]
+
+
+async def _write_all(runs: trio.MemoryReceiveChannel[tuple[Place, LeasedRun]], failed: list[OSError]) -> None:
+    """Write until there are no more; behind the first that fails, only give back."""
+    try:
+        async for place, leased in runs:
+            try:
+                if not failed:
+                    await trio.to_thread.run_sync(write_run, place, leased.run)
+            except OSError as error:
+                failed.append(error)
+            finally:
+                leased.lease.release()
+    finally:
+        with suppress(trio.WouldBlock, trio.EndOfChannel):
+            while True:
+                runs.receive_nowait()[1].lease.release()
 
 
 class Feed(Protocol):
@@ -110,8 +86,8 @@ class Feed(Protocol):
 
     bytes_done: int
 
-    async def fill(self, space: int, fd: int) -> None:
-        """Write all pages of `space` to `fd`: a file, or the memory of a process by address."""
+    async def fill(self, space: int, place: Place) -> None:
+        """Write all pages of `space` to `place`."""
 
     async def expect_end(self) -> None:
         """Every page was wanted by somebody; ImageError."""
@@ -133,12 +109,12 @@ class StoredFeed:
         self._progress = progress
         self.bytes_done = 0
 
-    async def fill(self, space: int, fd: int) -> None:
+    async def fill(self, space: int, place: Place) -> None:
         """See `Feed.fill`."""
         async with writing() as write, aclosing(self._runs(space)) as runs:
             async for leased in runs:
                 size = len(leased.run.payload)
-                await write(fd, leased)
+                await write(place, leased)
                 self.bytes_done += size
                 self._progress.advance(self.bytes_done, None)
 
@@ -181,8 +157,8 @@ class PageFeed:
                 self._ended = True
         return self._next
 
-    async def fill(self, space: int, fd: int) -> None:
-        """Write all pages of `space` to `fd`; returns when the stream goes on with another space.
+    async def fill(self, space: int, place: Place) -> None:
+        """Write all pages of `space` to `place`; returns when the stream goes on with another space.
 
         If that fails, the stream is at the border of a frame: a peer that is told so is listened to there.
         """
@@ -190,7 +166,7 @@ class PageFeed:
             while (leased := await self._peek()) is not None and leased.run.space == space:
                 self._next = None
                 size = len(leased.run.payload)
-                await write(fd, leased)
+                await write(place, leased)
                 self.bytes_done += size
                 self._progress.advance(self.bytes_done, self._total)
 

@@ -32,10 +32,11 @@ from pipeline.policy import RestorePolicy
 from pipeline.progress import Progress
 from pipeline.remote.births import Announcer, Here, Inside
 from pipeline.remote.init import Init
-from pipeline.remote.puppet import spawn_launcher
+from pipeline.remote.puppet import Puppet, spawn_launcher
 from pipeline.remote.tracer import Tracer
 from pipeline.resources.cgroups.making import CgroupMaking
 from pipeline.resources.given_ends import GivenEnds
+from pipeline.resources.memory.fresh import Fresh, fresh
 from pipeline.resources.memory.rebuild import find_hole
 from pipeline.resources.memory.watch import ENTRY, watch
 from pipeline.resources.namespaces import network_here
@@ -53,6 +54,7 @@ from pipeline.stages.fill import Feed
 from pipeline.stages.growth import Grown, Growth
 from pipeline.stages.late import Late
 from pipeline.stages.pager import Watched
+from pipeline.stages.places import FilePlace, MemoryPlace, Place
 from pipeline.userns.destination import Destination, Unmapped
 from pipeline.userns.externals import FLAGS, Externals, given_devices, given_namespaces, opened
 
@@ -104,6 +106,8 @@ class Rebuilding:
         self._stack = ExitStack()
         self._thawed = False
         self._watched: list[Watched] = []
+        #: by space, until it has all of its pages
+        self._fresh: dict[int, Fresh] = {}
         self._ids = Destination(image, terms.placing, terms.unmapped)
         self._planner = plan(
             list(image.processes.values()),
@@ -121,6 +125,7 @@ class Rebuilding:
         self._late = Late()
         self._stack.callback(self._late.close)
         self._stack.callback(self._close_watched)
+        self._stack.callback(self._close_fresh)
 
     # -- the steps ---------------------------------------------------------------------
 
@@ -304,13 +309,27 @@ class Rebuilding:
         """Grow until pages are wanted; None when the tree has grown."""
         return next(self._steps, None)
 
-    def memory_of(self, fill: Fill) -> int:
-        """Where the pages of a process are written: a descriptor of its memory, owned by its puppet."""
+    def memory_of(self, fill: Fill) -> Place:
+        """Where the pages of a process are written that has just been born; what it holds is owned here."""
+        space = self._image.spaces[fill.space]
+        if (found := fresh(self._puppet_of(fill.space), space)) is not None:
+            self._fresh[fill.space] = found
+        return self._memory(fill.space)
+
+    def _puppet_of(self, space: int) -> Puppet:
         return next(
-            self.growth.grown[process.pids[0]].puppet.memory
+            self.growth.grown[process.pids[0]].puppet
             for process in self._image.processes.values()
-            if process.space == fill.space
+            if process.space == space
         )
+
+    def _memory(self, space: int) -> Place:
+        puppet = self._puppet_of(space)
+        return MemoryPlace(puppet.pid, puppet.memory, self._fresh.get(space))
+
+    def _close_fresh(self) -> None:
+        while self._fresh:
+            self._fresh.popitem()[1].close()
 
     # -- a tree that was built from a draft -------------------------------------------------
 
@@ -321,6 +340,7 @@ class Rebuilding:
             ImageError: it is a tree that what was built here cannot become.
             Refused: it needs something by now that is not here.
         """
+        self._close_fresh()
         mending = draft.mending(self._image, image)
         if mending.reasons:
             raise ImageError(f"the tree is not that of its draft: {'; '.join(mending.reasons)}")
@@ -348,17 +368,17 @@ class Rebuilding:
             if process.space is not None and not process.together.vm:
                 self._body.change(process, grown, self._before.spaces[process.space])
 
-    def place_of(self, space: int) -> int:
-        """Where the pages of any space are written: a descriptor, owned here.
+    def place_of(self, space: int) -> Place:
+        """Where the pages of any space are written; in any thread. What it holds is owned here.
 
         Raises:
             RebuildError: there is no such space.
         """
         if space in self.contents:
-            return self.contents.fd(space)
+            return FilePlace(self.contents.fd(space))
         if space not in self._image.spaces:
             raise RebuildError(f"pages of space {space}, which nothing in the tree has")
-        return self.memory_of(Fill(space))
+        return self._memory(space)
 
     def last_fills(self) -> list[int]:
         """The spaces of the processes that stand, in the order in which their last pages come."""
@@ -367,6 +387,7 @@ class Rebuilding:
 
     def complete(self) -> None:
         """Everything but letting it run."""
+        self._close_fresh()
         image, growth = self._image, self.growth
         finish.make_threads(image, growth)
         for process, grown in finish.living(image, growth):
@@ -622,7 +643,7 @@ async def grown(
     try:
         await tracer.run(rebuilding.prepare)
         for space in [*image.shared_memory, *image.contents]:
-            await feed.fill(space, rebuilding.contents.fd(space))
+            await feed.fill(space, FilePlace(rebuilding.contents.fd(space)))
             await tracer.run(rebuilding.contents.finish_fill, space)
         rebuilding.contents.seal_early()
         await tracer.run(rebuilding.furnish)
@@ -642,7 +663,7 @@ async def bring_up_to_date(rebuilding: Rebuilding, image: Image, feed: Feed, tra
     try:
         await tracer.run(rebuilding.update, image)
         for space in [*image.shared_memory, *image.contents]:
-            await feed.fill(space, rebuilding.contents.fd(space))
+            await feed.fill(space, FilePlace(rebuilding.contents.fd(space)))
             await tracer.run(rebuilding.contents.finish_fill, space)
         await tracer.run(rebuilding.change)
         for space in rebuilding.last_fills():

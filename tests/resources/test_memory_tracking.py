@@ -25,10 +25,10 @@ from pipeline.kernel.pagemap import (
     total_bytes,
     written,
 )
+from pipeline.kernel.userfaultfd import Inside
 from pipeline.resources.memory import tracking
 from pipeline.resources.memory.classify import MAP_DROPPABLE
 from pipeline.resources.memory.tracking import (
-    Inside,
     SoftDirty,
     Tracking,
     TrackingLost,

@@ -15,6 +15,7 @@ from pipeline.image.frames import PageRun
 from pipeline.progress import NullProgress
 from pipeline.stages import fill
 from pipeline.stages.fill import PageFeed
+from pipeline.stages.places import FilePlace, Place
 from pipeline.transport.buffers import BufferPool, LeasedRun
 
 PAGE = 4096
@@ -63,14 +64,14 @@ async def test_the_next_pages_are_read_while_pages_are_written(
     stream = Stream()
     write = fill.write_run
 
-    def patient(fd: int, run: PageRun) -> None:
+    def patient(place: Place, run: PageRun) -> None:
         assert stream.read.wait(10), "nothing is read while this is written"
-        write(fd, run)
+        write(place, run)
 
     monkeypatch.setattr(fill, "write_run", patient)
     feed = PageFeed(await stream.run(0), stream.rest(), NullProgress())
     with (tmp_path / "memory").open("wb") as file:
-        await feed.fill(1, file.fileno())
+        await feed.fill(1, FilePlace(file.fileno()))
         await feed.expect_end()
     assert (tmp_path / "memory").read_bytes() == b"".join(bytes([n]) * PAGE for n in range(COUNT))
     assert feed.bytes_done == COUNT * PAGE
@@ -84,7 +85,7 @@ async def test_pages_that_cannot_be_written_leave_the_stream_at_a_border(tmp_pat
     fd = os.open(tmp_path / "memory", os.O_RDONLY)
     try:
         with pytest.raises(OSError) as refused:
-            await feed.fill(1, fd)
+            await feed.fill(1, FilePlace(fd))
     finally:
         os.close(fd)
         feed.close()

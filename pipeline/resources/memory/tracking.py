@@ -27,16 +27,14 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import NamedTuple
 
 from pipeline.ids import HostPid, LocalFd
 from pipeline.kernel import procfs, smaps, soft_dirty, userfaultfd
-from pipeline.kernel.arch.x86_64 import NR
 from pipeline.kernel.pagemap import PAGE_BYTES, Range, intersect, merged, open_pagemap, populated, written
 from pipeline.kernel.smaps import Mapping
-from pipeline.kernel.syscalls import PIDFD_THREAD, pidfd_getfd, pidfd_open
 from pipeline.ledger import LEDGER
 
 #: the kernel's own mappings have no pages that are carried
@@ -44,9 +42,6 @@ _KERNELS = frozenset({b"[vdso]", b"[vvar]", b"[vvar_vclock]", b"[vsyscall]"})
 
 #: nobody has anything mapped here
 _LAST_PAGE = 0x7FFF_FFFF_E000
-
-#: runs a system call inside a process
-Inside = Callable[..., int]
 
 
 class Written(NamedTuple):
@@ -118,7 +113,7 @@ def prepare(pids: Iterable[HostPid]) -> None:
             soft_dirty.split_huge_pages(pid)
 
 
-def begin(pid: HostPid, inside: Inside) -> Tracking:
+def begin(pid: HostPid, inside: userfaultfd.Inside) -> Tracking:
     """Begin to watch.
 
     Args:
@@ -144,28 +139,18 @@ class WriteProtected(Tracking):
         pid, inside: see `begin`.
 
     Raises:
-        OSError: EINVAL, ENOSYS: this kernel cannot; EPERM: a sandbox forbids it.
+        OSError: see `pipeline.kernel.userfaultfd.make_inside`.
 
-    Ownership: see `Tracking`; nor is anything left in the process if we are killed: but for a descriptor that watches
-    nothing, if that happens just between the calls that make it.
+    Ownership: see `Tracking`; nor is anything left in the process if we are killed, but for what is said there.
     """
 
-    def __init__(self, pid: HostPid, inside: Inside) -> None:
+    def __init__(self, pid: HostPid, inside: userfaultfd.Inside) -> None:
         self._pid = pid
-        self._fd = LocalFd(-1)
         #: what the last look could not tell: a part of it may have been protected nevertheless
         self._untold: list[Range] = []
-        number = inside(NR.userfaultfd, userfaultfd.MAKE_FLAGS)
+        self._fd = userfaultfd.make_inside(pid, inside)
+        LEDGER.take("watch of memory", self._fd)
         try:
-            try:
-                process = pidfd_open(pid, 0 if procfs.status(pid).tgid == pid else PIDFD_THREAD)
-                try:
-                    self._fd = pidfd_getfd(process, number)
-                    LEDGER.take("watch of memory", self._fd)
-                finally:
-                    os.close(process)
-            finally:
-                inside(NR.close, number)
             userfaultfd.begin_tracking(self._fd)
         except BaseException:
             self.close()

@@ -154,6 +154,38 @@ def test_large_anonymous_memory_is_looked_at_by_itself(tmp_path: Path, way: str)
         assert found == ([(at, at + PAGE) for at in sorted(written)], [], [])
 
 
+@pytest.mark.parametrize("pieces", [16, 3])
+def test_large_memory_is_looked_at_in_pieces_from_its_end(
+    monkeypatch: pytest.MonkeyPatch, way: str, pieces: int
+) -> None:
+    """Runs go on across the border of a piece; however large the memory is, there are not more of them than said."""
+    monkeypatch.setattr(pagemap, "_PIECE_BYTES", 64 * PAGE)
+    monkeypatch.setattr(pagemap, "_PIECES", pieces)
+    scanned: list[tuple[int, int]] = []
+    scan = pagemap._scan_populated
+
+    def counted(fd: LocalFd, start: int, end: int, is_anonymous: bool) -> list[tuple[int, int, int]]:
+        found = scan(fd, start, end, is_anonymous)
+        scanned.append((start, end))
+        return found
+
+    monkeypatch.setattr(pagemap, "_scan_populated", counted)
+    size = 600 * PAGE
+    with mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as area:
+        base = ctypes.addressof(ctypes.c_char.from_buffer(area))
+        area.madvise(mmap.MADV_NOHUGEPAGE)
+        written = [(0, 1), (60, 70), (127, 129), (190, 260), (599, 600)]
+        for page in (page for start, end in written for page in range(start, end)):
+            area[page * PAGE] = 1
+        fd = pagemap.open_pagemap(ME)
+        found = pagemap.populated(fd, [(base, base + size)], [(base, base + size)]).pages
+        os.close(fd)
+    assert found == [(base + a * PAGE, base + b * PAGE) for a, b in written]
+    # none where the kernel has no PAGEMAP_SCAN
+    assert len(scanned) in ((0,) if way == "entries" else (0, 10) if pieces == 16 else (0, 3))
+    assert scanned == sorted(scanned, reverse=True)
+
+
 def test_pagemap_scan_goes_on_where_its_vector_was_full(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pagemap, "_REGIONS", 7)
     with mmap.mmap(-1, 100 * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as area:

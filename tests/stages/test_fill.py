@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 
 from pipeline.image.frames import PageRun
 from pipeline.progress import NullProgress
@@ -92,4 +93,31 @@ async def test_pages_that_cannot_be_written_leave_the_stream_at_a_border(tmp_pat
     assert refused.value.errno == errno.EBADF
     assert stream.is_whole
     assert stream.read.is_set()
+    assert await stream.is_idle()
+
+
+async def test_whoever_is_cancelled_gives_back_what_waits_to_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = Stream()
+    begun, go_on = threading.Event(), threading.Event()
+    written: list[PageRun] = []
+
+    def patient(_: Place, run: PageRun) -> None:
+        begun.set()
+        assert go_on.wait(10)
+        written.append(run)
+
+    monkeypatch.setattr(fill, "write_run", patient)
+    feed = PageFeed(await stream.run(0), stream.rest(), NullProgress())
+    with (tmp_path / "memory").open("wb") as file:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(feed.fill, 1, FilePlace(file.fileno()))
+            await trio.to_thread.run_sync(begun.wait)
+            await trio.to_thread.run_sync(stream.read.wait)
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.cancel_scope.cancel()
+            go_on.set()
+    feed.close()
+    assert len(written) == 1
     assert await stream.is_idle()

@@ -49,7 +49,7 @@ class Answers(NamedTuple):
     blockers: list[Blocker]
     #: its first thread, to run further calls in
     leader: LiveTask
-    #: system calls that were run inside it for these answers
+    #: system calls that were run inside it, but for those that `leader` counts
     injected_calls: int
 
     def brk(self) -> RemoteAddress:
@@ -111,7 +111,7 @@ def asked(
             {children[seen]: notice for seen, notice in notices.items()},
             blockers,
             leader,
-            injected_calls + leader.injected_calls,
+            injected_calls,
         )
     finally:
         os.close(memory)

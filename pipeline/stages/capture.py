@@ -459,7 +459,6 @@ class Capture:
         with asked(
             pid, tids, self._sleepers, self.namespaces.semaphores(pid), self._children(pid)
         ) as answers:
-            self.injected_calls += answers.injected_calls
             self._notices.update(answers.notices)
             blockers = [
                 *answers.blockers,
@@ -485,6 +484,7 @@ class Capture:
                 memory = self._memory(pid, answers, mappings)
                 blockers += memory.blockers
                 captured[memory.space.space] = (number, memory)
+        self.injected_calls += answers.injected_calls + answers.leader.injected_calls
         leader = answers.inquiries[0]
         stat, status = procfs.stat(number), procfs.status(number)
         if pid != number:

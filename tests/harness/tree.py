@@ -27,7 +27,8 @@ PROGRAMS = ROOT / "tests" / "programs"
 STARTER = Path(__file__).with_name("starter.py")
 _POLL_S = 0.005
 #: only who waits in vain waits so long, on a machine that does much else
-PATIENCE_S = 60.0 * float(os.environ.get("PIPELINE_TEST_SLOW", "1"))
+SLOWNESS = os.environ.get("PIPELINE_TEST_SLOW", "1")
+PATIENCE_S = 60.0 * float(SLOWNESS)
 
 
 def find_python() -> str:
@@ -172,7 +173,12 @@ class Tree:
         ]
         with open(directory / "log", "ab") as log, open(os.devnull, "rb") as null:
             os.chmod(directory / "log", 0o666)
-            environment = {"PATH": "/usr/bin:/bin", "LANG": "C", "TEST_PROGRAM": program}
+            environment = {
+                "PATH": "/usr/bin:/bin",
+                "LANG": "C",
+                "TEST_PROGRAM": program,
+                "PIPELINE_TEST_SLOW": SLOWNESS,
+            }
             pid = os.posix_spawnp(
                 command[0],
                 command,

@@ -23,6 +23,7 @@ DIRECTORY = os.path.abspath(sys.argv[1])
 libc = ctypes.CDLL(None, use_errno=True)
 libc.syscall.restype = ctypes.c_long
 _POLL_S = 0.004
+_PATIENCE_S = 30.0 * float(os.environ.get("PIPELINE_TEST_SLOW", "1"))
 
 
 def syscall(number, *args):
@@ -62,7 +63,7 @@ def status(field, pid="self"):
     return None
 
 
-def wait_for(condition, what, timeout_s=30.0):
+def wait_for(condition, what, timeout_s=_PATIENCE_S):
     """Poll until `condition()` is true; its value. RuntimeError after `timeout_s`."""
     deadline = time.monotonic() + timeout_s
     while not (value := condition()):

@@ -111,7 +111,7 @@ class Carried:
         with self.output.open("wb") as output:
             os.chown(self.output, ALICE.uid, ALICE.gid)
             self._first = subprocess.Popen(
-                users.command(ALICE, *command),
+                users.command(ALICE, "env", f"TMPDIR={place}", *command),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,

@@ -83,16 +83,20 @@ class Tcp(CompleteOnceCreated):
         """What has no way back, in its state."""
         with sockets.borrowed(view.local) as sock:
             yield from sockets.check(view, sock, scope)
-            one = TcpTree.of(scope).seen.get(view.local)
+            tree = TcpTree.of(scope)
+            one = tree.seen.get(view.local)
             if one is None:
                 return
             state = one.info.state
-            if sock.getsockopt(socket.IPPROTO_TCP, tcp_read.REPAIR):
+            holds = state != State.CLOSE or one.netns != sockets.EXTERNAL_NETWORK
+            if holds and scope.policy.tcp != "close" and not tree.is_listed:
+                yield _unlisted(view)
+            elif sock.getsockopt(socket.IPPROTO_TCP, tcp_read.REPAIR):
                 yield _transient(
                     view, "it is in repair mode: somebody takes its connection elsewhere, or was killed at it"
                 )
             elif state == State.LISTEN:
-                yield from _check_listener(one, TcpTree.of(scope), scope)
+                yield from _check_listener(one, tree, scope)
             elif state == State.CLOSE:
                 if sockets.events(view.local, 0) & select.POLLERR:
                     yield _transient(view, "an error of its TCP connection waits to be read")
@@ -107,7 +111,7 @@ class Tcp(CompleteOnceCreated):
                     "close it, or give --tcp established or --tcp close",
                 )
             elif scope.policy.tcp == "established":
-                yield from _check_connection(one, sock, TcpTree.of(scope))
+                yield from _check_connection(one, sock, tree)
 
     def capture(self, view: FdView, scope: CaptureScope) -> TcpState:
         """Options, addresses, and what the state has.
@@ -202,10 +206,10 @@ class Tcp(CompleteOnceCreated):
 
 
 def _check_listener(one: Seen, tree: TcpTree, scope: CaptureScope) -> Iterator[Blocker]:
+    if scope.policy.tcp == "close":
+        return
     waiting = tree.waiting.get(one.index)
-    if not tree.is_listed:
-        yield _unlisted(one.view, "who waits to be accepted")
-    if waiting is None or scope.policy.tcp == "close":
+    if waiting is None:
         return
     if waiting.reason:
         if scope.still:  # a tree that runs accepts them
@@ -223,8 +227,6 @@ def _check_connection(one: Seen, sock: socket.socket, tree: TcpTree) -> Iterator
     if state not in CONNECTED and state != State.SYN_SENT:
         yield _transient(view, f"TCP connection in flight ({_called(state)})")
         return
-    if state == State.SYN_SENT and tree.peer_of_connecting(one) is None and not tree.is_listed:
-        yield _unlisted(view, "where its connection goes that is being made")
     found = sockets.events(view.local, select.POLLPRI)
     if found & select.POLLPRI:
         yield _transient(view, "urgent data of its TCP connection was not read")
@@ -250,9 +252,12 @@ def _check_connection(one: Seen, sock: socket.socket, tree: TcpTree) -> Iterator
         )
 
 
-def _unlisted(view: FdView, what: str) -> Blocker:
+def _unlisted(view: FdView) -> Blocker:
     return Blocker(
-        view.subject, f"this kernel does not tell {what} (CONFIG_INET_TCP_DIAG)", "load the module tcp_diag"
+        view.subject,
+        "this kernel does not list TCP connections (CONFIG_INET_TCP_DIAG): who waits to be accepted, and what was "
+        "closed and is still being sent, is not known",
+        "load the module tcp_diag, or give --tcp close",
     )
 
 

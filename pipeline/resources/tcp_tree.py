@@ -80,8 +80,6 @@ class TcpTree:
         self._by_ends = {
             (one.netns, one.local, one.remote): one for one in self.seen.values() if one.remote is not None
         }
-        #: whether this kernel says who waits at a listener, and where a connection that is being made goes
-        self.is_listed = True
         self._connections: dict[Index, Connection] | None = None
         #: names of the locks of those that are locked
         self.locks: dict[Index, str] = {}
@@ -109,20 +107,29 @@ class TcpTree:
     # -- who waits --------------------------------------------------------------------------
 
     @cached_property
-    def _entries(self) -> dict[Index, list[TcpEntry]]:
-        found: dict[Index, list[TcpEntry]] = defaultdict(list)
+    def _listed(self) -> dict[Index, list[TcpEntry]] | None:
+        """By network; None: this kernel does not tell."""
+        found = {}
         for netns in {one.netns for one in self.seen.values()}:
             made = self._scope.in_network(netns, partial(socket_of, NETLINK_SOCK_DIAG))
             with Netlink(made) as diag:
                 try:
                     found[netns] = list(tcpdiag.dump(diag))
                 except FileNotFoundError:
-                    self.is_listed = False
+                    return None
         return found
+
+    @property
+    def is_listed(self) -> bool:
+        """Whether this kernel says who waits, where a connection goes that is being made, and what still is sent."""
+        return self._listed is not None
+
+    def _entries(self, netns: Index) -> list[TcpEntry]:
+        return self._listed[netns] if self._listed is not None else []
 
     def peer_of_connecting(self, one: Seen) -> Address | None:
         """Where a socket in SYN_SENT wants to go; None if it has come there meanwhile, or was refused."""
-        for entry in self._entries[one.netns]:
+        for entry in self._entries(one.netns):
             if entry.inode == one.view.stat.st_ino and entry.state == State.SYN_SENT:
                 return Address(*entry.remote)
         return None
@@ -134,7 +141,7 @@ class TcpTree:
         for one in self.seen.values():
             if one.info.state != State.LISTEN:
                 continue
-            there = [entry for entry in self._entries[one.netns] if self._is_of(one, entry)]
+            there = [entry for entry in self._entries(one.netns) if self._is_of(one, entry)]
             begun = [entry for entry in there if entry.state in (State.SYN_RECV, State.NEW_SYN_RECV)]
             if one.info.waiting or begun:
                 found[one.index] = self._look(one, there, len(begun))
@@ -238,7 +245,7 @@ class TcpTree:
         while True:
             closed = [
                 (netns, entry)
-                for netns, entries in self._entries.items()
+                for netns, entries in (self._listed or {}).items()
                 for entry in entries
                 if netns != EXTERNAL_NETWORK and _is_closed_and_sends(entry)
             ]
@@ -251,7 +258,7 @@ class TcpTree:
                 )
                 raise Refused([Blocker(subject, reason, "wait until it is sent", transient=True)])
             time.sleep(_DRAIN_PAUSE_S)
-            self.__dict__.pop("_entries", None)
+            self.__dict__.pop("_listed", None)
 
     def _hold(self) -> TcpHolding:
         """Lock what has its other end outside, and the listeners as far as that is permitted."""
@@ -332,7 +339,7 @@ class TcpTree:
         raise OSError(errno.ENODATA, "what is on its way does not arrive")
 
     def _forget(self) -> None:
-        for name in ("_entries", "waiting", "waiting_clients"):
+        for name in ("_listed", "waiting", "waiting_clients"):
             self.__dict__.pop(name, None)
 
     def anybody_waits(self) -> bool:

@@ -11,7 +11,7 @@ They are written in a worker thread, while the next ones are read.
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from contextlib import aclosing, asynccontextmanager, suppress
+from contextlib import aclosing, asynccontextmanager
 from typing import Protocol
 
 import trio
@@ -20,7 +20,7 @@ from pipeline.errors import ImageError, ungrouped
 from pipeline.image.frames import PageRun
 from pipeline.progress import Progress
 from pipeline.stages.places import Place
-from pipeline.transport.buffers import LeasedRun
+from pipeline.transport.buffers import LeasedRun, left_in
 
 #: runs that wait until those before them are written
 _AHEAD = 1
@@ -76,9 +76,8 @@ async def _write_all(runs: trio.MemoryReceiveChannel[tuple[Place, LeasedRun]], f
             finally:
                 leased.lease.release()
     finally:
-        with suppress(trio.WouldBlock, trio.EndOfChannel):
-            while True:
-                runs.receive_nowait()[1].lease.release()
+        for _, leased in left_in(runs):
+            leased.lease.release()
 
 
 class Feed(Protocol):

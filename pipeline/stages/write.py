@@ -16,7 +16,7 @@ from pipeline.image.schema import Record
 from pipeline.progress import Progress
 from pipeline.stages.memory import BUFFER_BYTES, BUFFERS, PageSource, stream_memory
 from pipeline.stages.translate import into_forest
-from pipeline.transport.buffers import BufferPool, Lease
+from pipeline.transport.buffers import BufferPool, Lease, left_in
 from pipeline.transport.framing import FrameWriter
 from pipeline.userns.forest import Forest
 
@@ -86,17 +86,9 @@ async def write_pages(
                     page_bytes += packed.page_bytes
                     await writer.packed(packed, lease.release)
             finally:
-                _let_go(receive)
+                for _, lease in left_in(receive):
+                    lease.release()
     return page_bytes
-
-
-def _let_go(frames: trio.MemoryReceiveChannel[tuple[PackedRun, Lease]]) -> None:
-    """Give back what is still in a channel that nobody reads any more."""
-    while True:
-        try:
-            frames.receive_nowait()[1].release()
-        except (trio.WouldBlock, trio.EndOfChannel, trio.ClosedResourceError):
-            break
 
 
 async def translate_records(

@@ -7,13 +7,17 @@ for 4 MiB, in the thread that everything else waits for, while a tree stands sti
 from __future__ import annotations
 
 import mmap
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import TypeVar
 
 import trio
 
 from pipeline.image.frames import PageRun
 from pipeline.ledger import LEDGER
+
+T = TypeVar("T")
 
 
 class Lease:
@@ -61,6 +65,13 @@ def _mapped(size_bytes: int) -> mmap.mmap:
     with suppress(OSError):  # EINVAL: the kernel has no huge pages
         buffer.madvise(mmap.MADV_HUGEPAGE)
     return buffer
+
+
+def left_in(channel: trio.MemoryReceiveChannel[T]) -> Iterator[T]:
+    """What is still in a channel that nobody reads any more, to be given back."""
+    with suppress(trio.WouldBlock, trio.EndOfChannel, trio.ClosedResourceError):
+        while True:
+            yield channel.receive_nowait()
 
 
 @dataclass(frozen=True, slots=True)

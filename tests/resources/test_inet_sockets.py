@@ -7,12 +7,15 @@ import os
 import socket
 import struct
 from functools import partial
+from typing import Literal
 
 import pytest
 
 from pipeline.errors import RebuildError, TargetError
 from pipeline.kernel import tcpdiag
 from pipeline.kernel.syscalls import CLONE, unshare
+from pipeline.policy import DumpPolicy
+from pipeline.resources.sockets import EXTERNAL_NETWORK
 from tests.resources.fdharness import Capture, Rebuilt, subject
 from tests.resources.sockharness import OTHER, of
 
@@ -161,20 +164,28 @@ def test_a_connection_that_was_reset_is_refused() -> None:
 
 
 @pytest.mark.root
-def test_where_the_kernel_does_not_list_sockets_a_listener_is_refused(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("own_network", [False, True])
+@pytest.mark.parametrize("tcp", ["established", "close"])
+def test_where_the_kernel_does_not_list_connections_they_are_refused(
+    monkeypatch: pytest.MonkeyPatch, own_network: bool, tcp: Literal["established", "close"]
 ) -> None:
+    """What is closed and still sends would be lost with the network of the tree, and nobody would know."""
+
     def setup() -> tuple[int, ...]:
-        return kept(socket.create_server(("127.0.0.1", 0)), socket.socket(socket.AF_INET, socket.SOCK_STREAM))
+        listener = socket.create_server(("127.0.0.1", 0))
+        client = socket.create_connection(listener.getsockname())
+        server, _ = listener.accept()
+        return kept(listener, client, server, socket.socket(socket.AF_INET, socket.SOCK_STREAM))
 
     def unlisted(_: object) -> None:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
 
     monkeypatch.setattr(tcpdiag, "dump", unlisted)
-    with subject(setup) as child, Capture(child.pid) as capture:
-        listener, fresh = child.result
-        assert "does not tell who waits to be accepted" in capture.reasons(listener)
-        assert not capture.reasons(fresh)
+    monkeypatch.setattr(Capture, "own_network", lambda _: 1 if own_network else EXTERNAL_NETWORK)
+    with subject(setup) as child, Capture(child.pid, policy=DumpPolicy(tcp=tcp)) as capture:
+        *held, fresh = ["does not list TCP connections" in capture.reasons(fd) for fd in child.result]
+    assert held == [tcp == "established"] * 3
+    assert fresh == (own_network and tcp == "established")
 
 
 def test_other_sockets_are_refused_by_name_with_a_remedy() -> None:

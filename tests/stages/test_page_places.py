@@ -6,12 +6,14 @@ import errno
 import mmap
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import trio
 
+import pipeline
 from pipeline.ids import HostPid
 from pipeline.image.frames import PageRun
 from pipeline.image.schema import AddressSpace, Vma
@@ -25,6 +27,8 @@ from pipeline.resources.memory import fresh as fresh_memory
 from pipeline.resources.memory.fresh import Fresh, fresh
 from pipeline.stages.fill import write_run
 from pipeline.stages.places import MemoryPlace
+from tests.harness.settings import DEPTH_0, DEPTH_1, DEPTH_2, Setting
+from tests.harness.tree import Tree, dump
 
 PAGE = 4096
 SCRATCH, AT = 0x7000_0000, 0x1_0000_0000
@@ -242,3 +246,32 @@ def test_what_gets_huge_pages_by_itself_is_left_to_it(
         assert (found is not None) == is_put
         if found is not None:
             found.close()
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("codec", ["none", "zstd"])
+@pytest.mark.parametrize("setting", [DEPTH_0, DEPTH_1, DEPTH_2], ids=lambda one: one.name)
+def test_large_memory_is_put_below_every_number_of_user_namespaces(
+    start: Callable[..., Tree], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: Setting, codec: str
+) -> None:
+    """There are slower ways, by which it would arrive as well."""
+    put_bytes = 0
+    put = Fresh.put
+
+    def counted(found: Fresh, at: int, content: memoryview) -> int:
+        nonlocal put_bytes
+        done = put(found, at, content)
+        put_bytes += done
+        return done
+
+    monkeypatch.setattr(Fresh, "put", counted)
+    tree = start("large", setting, ("0", "20", "64", "64"))
+    dump(tree, tmp_path / "image", "--compress", codec)
+
+    async def restored() -> None:
+        (await pipeline.restore(str(tmp_path / "image"), detach=True)).close()
+
+    trio.run(restored)
+    assert not LEDGER.held()
+    tree.check()
+    assert put_bytes >= 64 << 20

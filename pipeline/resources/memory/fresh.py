@@ -27,12 +27,12 @@ from pipeline.kernel.pagemap import Range, intersect, open_pagemap, present, sub
 from pipeline.ledger import LEDGER
 from pipeline.remote.puppet import Puppet
 from pipeline.resources.memory import later
+from pipeline.resources.memory.classify import MADV_HUGEPAGE, MADV_NOHUGEPAGE
 
 _ENTRY = "fresh memory"
 #: of a mapping, from which on it is worth it
 _LARGE_BYTES = 8 << 20
 _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-_MADV_HUGEPAGE, _MADV_NOHUGEPAGE = 14, 15
 
 
 class Fresh:
@@ -117,8 +117,8 @@ def _worth_it(space: AddressSpace) -> Iterator[Range]:
     advised, always = _huge_pages()
     mappings = set(later.mappings(space))
     for vma in space.vmas:
-        is_huge = advised and not space.thp_disable and _MADV_NOHUGEPAGE not in vma.advice
-        if is_huge and (always or _MADV_HUGEPAGE in vma.advice):
+        is_huge = advised and not space.thp_disable and MADV_NOHUGEPAGE not in vma.advice
+        if is_huge and (always or MADV_HUGEPAGE in vma.advice):
             continue
         if (vma.start, vma.end) in mappings and vma.end - vma.start >= _LARGE_BYTES:
             yield vma.start, vma.end

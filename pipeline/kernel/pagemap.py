@@ -243,7 +243,7 @@ def populated(fd: LocalFd, ranges: Sequence[Range], anonymous: Sequence[Range] =
         found.pages.append((start, end))
         if categories & (_WATCHED | _WRITTEN) == _WATCHED:
             found.untouched.append((start, end))
-    return Populated(*(intersect(merged(one), ranges) for one in found))
+    return Populated(*(intersect(one, ranges) for one in found))
 
 
 def present(fd: LocalFd, ranges: Sequence[Range]) -> list[Range]:

@@ -51,6 +51,7 @@ class OPTION(IntFlag):
     TRACEVFORK = 1 << 2
     TRACECLONE = 1 << 3
     TRACEEXEC = 1 << 4
+    TRACEEXIT = 1 << 6
     EXITKILL = 1 << 20
     SUSPEND_SECCOMP = 1 << 21
 

@@ -2,8 +2,8 @@
 
 Repair mode belongs to the socket, not to who asks for it: while it is on, the program's own calls on the socket would
 fail. So it is on only while one socket is read, some microseconds, of a tree that stands still; and it is done by a
-shielded child, which goes on with that socket when we are killed, puts repair mode off, and ends. If the child is
-killed, we do that. The kernel lets the tree go only when we have ended, after our descriptors are closed.
+shielded child (see `shielded`): when we are killed, it goes on with that socket, puts repair mode off, and ends, and
+only then is the tree let go. If the child is killed, we put it off.
 
 Putting repair mode off sets SO_REUSEADDR back to 0: it is given its value again. SO_PEEK_OFF is off meanwhile, and
 given back likewise.

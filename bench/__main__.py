@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from bench import crowd, kept, live, plain, scale, services, small, standstill, wire
+from bench import crowd, kept, live, plain, scale, services, slowdown, small, standstill, wire
 from bench.criu import Criu
 from bench.extent import FULL, TINY, USUAL, Extent
 from bench.machine import ROOT, describe
@@ -24,7 +24,7 @@ from bench.matrix import Case, Results, Row, run
 from bench.page import page, told
 from tests.harness.leaks import become_subreaper
 
-SECTIONS = ("small", "standstill", "plain", "kept", "wire", "live", "services", "crowd", "scale")
+SECTIONS = ("small", "standstill", "plain", "kept", "wire", "live", "slowdown", "services", "crowd", "scale")
 
 
 def all_cases(extent: Extent, criu: Criu) -> list[Case]:
@@ -36,6 +36,7 @@ def all_cases(extent: Extent, criu: Criu) -> list[Case]:
         *kept.cases(extent),
         *wire.cases(extent),
         *live.cases(extent),
+        *slowdown.cases(extent),
         *services.cases(extent),
         *crowd.cases(extent),
         *scale.cases(extent),

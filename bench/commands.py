@@ -67,15 +67,18 @@ class Writer:
 
     @classmethod
     @contextmanager
-    def started(cls, folder: Path, mib: int, rate: float = 0, *, nested: bool = True) -> Iterator[Writer]:
+    def started(
+        cls, folder: Path, mib: int, rate: float = 0, *, nested: bool = True, busy: bool = False
+    ) -> Iterator[Writer]:
         """It runs, ready, until the end of the block.
 
         Args:
             rate: MB/s that it writes.
             nested: in a user namespace of its own.
+            busy: it computes where it would sleep.
         """
         log = folder / "writer.log"
-        command = [find_python(), "-S", "-E", str(_WRITING), str(mib), f"{rate:g}"]
+        command = [find_python(), "-S", "-E", str(_WRITING), str(mib), f"{rate:g}", *["busy"] * busy]
         with log.open("wb") as out:
             if nested:
                 pidfile = folder / "writer.pid"

@@ -15,6 +15,7 @@ class Extent:
         sizes: MiB of memory of programs that are dumped and restored.
         wires: MiB of programs that are moved at a stop, with TLS and without.
         live: MiB and MB/s of programs that write while they are moved.
+        slowdown: MiB and MB/s of programs that compute while they are moved in rounds.
         modes: by which they are moved.
         services: modes by which real programs are moved.
         processes: of a tree.
@@ -27,6 +28,7 @@ class Extent:
     sizes: tuple[int, ...]
     wires: tuple[int, ...]
     live: tuple[tuple[int, int], ...]
+    slowdown: tuple[tuple[int, int], ...]
     modes: tuple[str, ...]
     services: tuple[str, ...]
     processes: tuple[int, ...]
@@ -36,11 +38,12 @@ class Extent:
     rounds: int
 
 
-TINY = Extent((1,), (1,), ((1, 1),), ("stop", "precopy"), ("precopy",), (2,), (1,), (1,), 10, 1)
+TINY = Extent((1,), (1,), ((1, 1),), ((64, 1),), ("stop", "precopy"), ("precopy",), (2,), (1,), (1,), 10, 1)
 USUAL = Extent(
     sizes=(16, 256, 1024),
     wires=(1024,),
     live=((16, 5), (64, 20), (1024, 50)),
+    slowdown=((1024, 50),),
     modes=MODES,
     services=("stop", "precopy"),
     processes=(50, 500),
@@ -53,6 +56,7 @@ FULL = Extent(
     sizes=(16, 64, 256, 1024, 4096),
     wires=(16, 256, 1024, 4096),
     live=tuple((mib, rate) for mib in (16, 64, 256, 1024, 4096) for rate in (0, 50, 200, 500)),
+    slowdown=tuple((1024, rate) for rate in (0, 50, 200, 500)),
     modes=MODES,
     services=MODES,
     processes=(50, 500),

@@ -39,6 +39,12 @@ _CHARTS = {
     ],
     "wire": [_Chart("Rate on the wire", (("rate", "migrate"), ("bare-rate", "bare sockets")))],
     "live": [_Chart("Longest gap", (("gap-ms", "felt by the program"), ("downtime-ms", "told by migrate")))],
+    "slowdown": [
+        _Chart(
+            "The kernel's part of its time",
+            (("kernel-in-rounds-percent", "in rounds"), ("kernel-beside-percent", "beside a bare loop")),
+        )
+    ],
     "services": [_Chart("Longest gap", (("gap-ms", "moved"), ("gap-before-ms", "before that")))],
     "crowd": [_Chart("For each process", (("frozen-each-ms", "frozen"), ("restore-each-ms", "restore")))],
     "scale": [_Chart("Commands", (("dump-ms", "dump"), ("restore-ms", "restore")))],
@@ -55,6 +61,8 @@ def told(name: str, value: float) -> str:
             return size(value)
         case "rate":
             return f"{size(value)}/s"
+        case "percent":
+            return f"{value:.1f} %"
         case _:
             return f"{value:.2f}" if unit == "ratio" else f"{value:g}"
 

@@ -1,13 +1,16 @@
-"""MIB MB_A_SECOND: a program that writes to its memory, page by page at random, says what it feels and what it finds.
+"""MIB MB_A_SECOND [busy]: a program that writes to its memory, page by page at random, says what it feels and finds.
 
 On stdout: ``ready``; ``gap MS at TIME`` when it was not let run for longer than 4 ms; and, asked by SIGUSR1,
 ``checked PAGES wrong PAGES``: every page has its number, how often it was written, and the bytes it began with.
+A busy one computes where the other sleeps, and writes so much in a second of its processor time; each 5 ms it says
+``did STEPS in SECONDS kernel SECONDS at TIME``: of the processor, and those of them in the kernel.
 Standard library only: it runs in a user namespace, and under other tools.
 """
 
 import mmap
 import os
 import random
+import resource
 import signal
 import struct
 import sys
@@ -18,8 +21,9 @@ PAGE = 4096
 STAMP = struct.Struct("<QQ")
 STEP_S = 0.001
 GAP_S = 0.004
+TELL_S = 0.005
 
-size, rate = int(sys.argv[1]) << 20, 1e6 * float(sys.argv[2])
+size, rate, busy = int(sys.argv[1]) << 20, 1e6 * float(sys.argv[2]), sys.argv[3:] == ["busy"]
 pages = size // PAGE
 piece = os.urandom(min(size, 16 << 20))
 memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -51,8 +55,14 @@ def wrong():
 signal.signal(signal.SIGUSR1, ask)
 print("ready", flush=True)
 owed, last = 0.0, time.monotonic()
+steps, cpu, told = 0, time.process_time(), last
 while True:
-    owed += rate * STEP_S / PAGE
+    if busy:
+        used = time.process_time()
+        owed += rate * max(0.0, used - cpu) / PAGE  # it begins at 0 where a program has moved to
+        cpu = used
+    else:
+        owed += rate * STEP_S / PAGE
     while owed >= 1:
         owed -= 1
         page = int(random.random() * pages)
@@ -62,8 +72,20 @@ while True:
     if now - last > GAP_S:
         print(f"gap {1e3 * (now - last):.1f} at {time.time():.3f}", flush=True)
     last = now
-    time.sleep(STEP_S)
+    if busy:
+        sum(range(10_000))
+        steps += 1
+        if now - told >= TELL_S:
+            told = now
+            used = resource.getrusage(resource.RUSAGE_SELF)
+            print(
+                f"did {steps} in {used.ru_utime + used.ru_stime} kernel {used.ru_stime} at {time.time():.3f}",
+                flush=True,
+            )
+    else:
+        time.sleep(STEP_S)
     if asked:
         asked = False
         print(f"checked {pages} wrong {wrong()}", flush=True)
         last = time.monotonic()
+        cpu = time.process_time()

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
+from typing import NamedTuple
 
 import trio
 import xxhash
@@ -25,6 +26,7 @@ from pipeline.resources.memory.objects import SharedObject, Window
 from pipeline.resources.memory.pages import (
     ProcessMemory,
     Segment,
+    compact,
     cover,
     data_runs,
     pieces,
@@ -68,14 +70,24 @@ class LivePages:
     more: Callable[[], Sequence[Range]] = tuple
 
 
+class _Chunk(NamedTuple):
+    """What was sent of a chunk: where it had data, and the digests of that data, part by part."""
+
+    runs: list[Range]
+    digests: bytes
+
+
 class Sent:
-    """What was sent of an object, chunk by chunk, so that only chunks that have changed are sent again."""
+    """What was sent of an object, so that only parts that have changed are sent again.
+
+    It is looked at chunk by chunk, and compared in parts: a database writes pages of 8 KiB here and there.
+    """
 
     CHUNK_BYTES = 1 << 20
+    PART_BYTES = 64 << 10
 
     def __init__(self) -> None:
-        #: by offset: where a chunk had data, and the digest of that
-        self._chunks: dict[int, tuple[list[Range], int]] = {}
+        self._chunks: dict[int, _Chunk] = {}
 
     def chunks(self, runs: Sequence[Range], size_bytes: int) -> Iterator[tuple[int, list[Range]]]:
         """Every chunk that has data, or had when it was sent: its offset, and where it has data now; ascending."""
@@ -88,7 +100,7 @@ class Sent:
     def reading(
         self, offset: int, runs: list[Range], read: Callable[[Sequence[Segment], memoryview], int]
     ) -> _Fill:
-        """What reads a chunk, if it was not sent as it is now; what is a hole by now is sent as zeros.
+        """What reads of a chunk what was not sent as it is now; what is a hole by now is sent as zeros.
 
         Args:
             offset, runs: see `chunks`.
@@ -98,13 +110,15 @@ class Sent:
         def fill(view: memoryview) -> tuple[Sequence[Segment], int]:
             wanted = _segments(runs)
             count = read(wanted, view) if wanted else 0
-            digest = xxhash.xxh3_64_intdigest(view[:count])
-            before, known = self._chunks.get(offset, ([], None))
-            if (before, known) == (runs, digest):
+            now = _Chunk(runs, _digests(view[:count]))
+            before = self._chunks.get(offset, _NOT_SENT)
+            if before == now:
                 return [], 0
-            self._chunks[offset] = runs, digest
-            if subtract(before, runs):
-                wanted = _segments(union(before, runs))
+            self._chunks[offset] = now
+            if before.runs == runs and len(before.digests) == len(now.digests):
+                return _changed(wanted, view[:count], before.digests, now.digests)
+            if subtract(before.runs, runs):
+                wanted = _segments(union(before.runs, runs))
                 count = read(wanted, view)
             return wanted, count
 
@@ -113,20 +127,49 @@ class Sent:
     def ranges(self, size_bytes: int) -> list[Range]:
         """The pages that had data when it was sent, as far as they are within a size."""
         end = -(-size_bytes // PAGE_BYTES) * PAGE_BYTES
-        return intersect(sorted(run for runs, _ in self._chunks.values() for run in runs), [(0, end)])
+        return intersect(sorted(run for chunk in self._chunks.values() for run in chunk.runs), [(0, end)])
 
     def has_changed(self, fd: LocalFd, size_bytes: int) -> bool:
         """Whether a file is not what was sent of it."""
         view = memoryview(bytearray(self.CHUNK_BYTES))
         for offset, runs in self.chunks(data_runs(fd, size_bytes), size_bytes):
             count = _read_file(fd, _segments(runs), view) if runs else 0
-            if self._chunks.get(offset, ([], None)) != (runs, xxhash.xxh3_64_intdigest(view[:count])):
+            if self._chunks.get(offset, _NOT_SENT) != _Chunk(runs, _digests(view[:count])):
                 return True
         return False
 
 
+_NOT_SENT = _Chunk([], b"")
+
+
 def _segments(runs: Sequence[Range]) -> list[Segment]:
     return [(start, end - start) for start, end in runs]
+
+
+def _digests(content: memoryview) -> bytes:
+    step = Sent.PART_BYTES
+    return b"".join(xxhash.xxh3_64_digest(content[at : at + step]) for at in range(0, len(content), step))
+
+
+def _changed(
+    segments: Sequence[Segment], content: memoryview, before: bytes, now: bytes
+) -> tuple[list[Segment], int]:
+    """The parts of `segments` whose digests differ; their content is moved to the front of `content`, so many bytes."""
+    parts = [
+        (at // 8 * Sent.PART_BYTES, min((at // 8 + 1) * Sent.PART_BYTES, len(content)))
+        for at in range(0, len(now), 8)
+        if before[at : at + 8] != now[at : at + 8]
+    ]
+    return list(_within(segments, parts)), compact(content, parts)
+
+
+def _within(segments: Sequence[Segment], parts: Sequence[Range]) -> Iterator[Segment]:
+    """What of `segments`, whose content lies one behind the other, has its content in `parts`; both ascending."""
+    at = 0
+    for address, length in segments:
+        for start, end in intersect([(at, at + length)], parts):
+            yield address + start - at, end - start
+        at += length
 
 
 @dataclass(frozen=True, slots=True)

@@ -268,7 +268,7 @@ def read_shared(shared: SharedObject, buffer: bytearray | memoryview) -> Iterato
                 kept = nonzero_runs(buffer, length)
                 if not kept:
                     continue
-                yield [(offset + a, b - a) for a, b in kept], _compact(buffer, kept)
+                yield [(offset + a, b - a) for a, b in kept], compact(buffer, kept)
 
 
 def shared_bytes(shared: SharedObject) -> int:
@@ -323,7 +323,7 @@ def _refine(one: int, other: int, start: int, end: int, found: list[Range]) -> N
     _refine(one, other, middle, end, found)
 
 
-def _compact(buffer: bytearray | memoryview, kept: Sequence[Range]) -> int:
+def compact(buffer: bytearray | memoryview, kept: Sequence[Range]) -> int:
     """Move the kept runs of a buffer together, to its front; returns their bytes."""
     view, done = memoryview(buffer), 0
     for start, end in kept:

@@ -19,6 +19,7 @@ Sources: mmap(2), madvise(2), mlock2(2), prctl(2) PR_SET_VMA, mseal(2), shmat(2)
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -92,37 +93,49 @@ def inherit(parent: AddressSpace, child: AddressSpace, fds: Sources, segments: S
 
     `fds` needs only what `missing` names. Ranges of `child.dropped` are emptied.
     """
-    alike = list(overlaps(parent.vmas, child.vmas))
-    kept: list[Range] = [(o.start, o.end) for o in alike]
-    had = [(vma.start, vma.end) for vma in ordinary(parent.vmas)]
-    calls = [
-        Call(NR.munmap, (a, b - a), name=f"munmap {a:x}-{b:x}")
-        for a, b in subtract(merged(had), merged(kept))
-    ]
-    for pieces in _attachments(ordinary(child.vmas)):
-        new = [vma for vma in pieces if subtract([(vma.start, vma.end)], kept)]
-        if new and new != pieces:
-            raise RebuildError(f"segment at {new[0].start:x}: the child has more of it than its parent")
-        calls.extend(_attach(new, segments))
-    for vma in ordinary(child.vmas):
-        for start, end in subtract([(vma.start, vma.end)], kept):
-            calls.extend(_map(vma, start, end, fds))
-    calls.extend(
-        Call(NR.mprotect, (o.start, o.end - o.start, o.child.prot), name=f"mprotect {o.start:x}-{o.end:x}")
-        for o in alike
-        if o.parent.prot != o.child.prot
-    )
-    calls.extend(
+    calls: list[Call] = []
+    if parent.vmas != child.vmas:
+        alike = list(overlaps(parent.vmas, child.vmas))
+        kept: list[Range] = [(o.start, o.end) for o in alike]
+        had = [(vma.start, vma.end) for vma in ordinary(parent.vmas)]
+        calls += [
+            Call(NR.munmap, (a, b - a), name=f"munmap {a:x}-{b:x}")
+            for a, b in subtract(merged(had), merged(kept))
+        ]
+        for pieces in _attachments(ordinary(child.vmas)):
+            new = [vma for vma in pieces if subtract([(vma.start, vma.end)], kept)]
+            if new and new != pieces:
+                raise RebuildError(f"segment at {new[0].start:x}: the child has more of it than its parent")
+            calls += _attach(new, segments)
+        for vma, start, end in _outside(ordinary(child.vmas), kept):
+            calls += _map(vma, start, end, fds)
+        calls += [
+            Call(
+                NR.mprotect, (o.start, o.end - o.start, o.child.prot), name=f"mprotect {o.start:x}-{o.end:x}"
+            )
+            for o in alike
+            if o.parent.prot != o.child.prot
+        ]
+    calls += [
         Call(NR.madvise, (start, end - start, _MADV_DONTNEED), name=f"drop {start:x}-{end:x}")
         for start, end in child.dropped
-    )
+    ]
     return calls
 
 
 def missing(parent: AddressSpace, child: AddressSpace) -> list[Source]:
     """The descriptors that `inherit` will ask for."""
+    if parent.vmas == child.vmas:
+        return []
     kept: list[Range] = [(o.start, o.end) for o in overlaps(parent.vmas, child.vmas)]
-    return sources(vma for vma in ordinary(child.vmas) if subtract([(vma.start, vma.end)], kept))
+    return sources(vma for vma, _, _ in _outside(ordinary(child.vmas), kept))
+
+
+def _outside(vmas: Sequence[Vma], kept: Sequence[Range]) -> Iterator[tuple[Vma, int, int]]:
+    """The pieces of mappings that are not in `kept`: of which one, start, end; all of them ascending."""
+    starts = [vma.start for vma in vmas]
+    for start, end in subtract([(vma.start, vma.end) for vma in vmas], kept):
+        yield vmas[bisect_right(starts, start) - 1], start, end
 
 
 def _attachments(vmas: Iterable[Vma]) -> list[list[Vma]]:

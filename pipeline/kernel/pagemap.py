@@ -442,16 +442,20 @@ def union(one: Sequence[Range], other: Sequence[Range]) -> list[Range]:
 def intersect(one: Sequence[Range], other: Sequence[Range]) -> list[Range]:
     """What is in both; both ascending and disjoint, the result merged."""
     found: list[Range] = []
-    i = j = 0
-    while i < len(one) and j < len(other):
-        start = max(one[i][0], other[j][0])
-        end = min(one[i][1], other[j][1])
-        if start < end:
-            found.append((start, end))
-        if one[i][1] <= other[j][1]:
-            i += 1
-        else:
-            j += 1
+    if not one or not other:
+        return found
+    at = 0
+    low, high = other[0]
+    for start, end in one:
+        while high <= start or low < end:
+            if start < high:
+                found.append((max(start, low), min(end, high)))
+                if end < high:
+                    break
+            at += 1
+            if at == len(other):
+                return merged(found)
+            low, high = other[at]
     return merged(found)
 
 

@@ -12,6 +12,7 @@ Sources: proc_pid_maps(5), proc_pid_smaps(5); fs/proc/task_mmu.c.
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from typing import NamedTuple
@@ -25,6 +26,14 @@ _PAGE_SIZE = re.compile(rb"\nKernelPageSize: +(\d+) kB$", re.MULTILINE)
 _HUGE = re.compile(rb"\nAnonHugePages: +[1-9]")
 _SHARE = re.compile(rb"^Pss_Anon: +(\d+) kB$", re.MULTILINE)
 _KIB = 1024
+_PROT = {
+    bytes((r, w, x)): (r != 0x2D) | (w != 0x2D) << 1 | (x != 0x2D) << 2
+    for r in b"-r"
+    for w in b"-w"
+    for x in b"-x"
+}
+#: lines that are kept: forks, libraries, and the second look at a process show the same ones
+_KEPT_LINES = 1 << 14
 
 
 class Mapping(NamedTuple):
@@ -49,8 +58,22 @@ class Mapping(NamedTuple):
     @property
     def prot(self) -> int:
         """PROT_READ 1, PROT_WRITE 2, PROT_EXEC 4."""
-        perms = self.perms
-        return (perms[0] != 0x2D) | (perms[1] != 0x2D) << 1 | (perms[2] != 0x2D) << 2
+        return _PROT[self.perms[:3]]
+
+    @property
+    def readable(self) -> bool:
+        """PROT_READ."""
+        return self.perms[0] == 0x72
+
+    @property
+    def writable(self) -> bool:
+        """PROT_WRITE."""
+        return self.perms[1] == 0x77
+
+    @property
+    def executable(self) -> bool:
+        """PROT_EXEC."""
+        return self.perms[2] == 0x78
 
     @property
     def shared(self) -> bool:
@@ -68,21 +91,33 @@ class Mapping(NamedTuple):
         return f"{self.start:x}-{self.end:x}"
 
 
-def _parse_line(line: bytes, devices: dict[bytes, int]) -> tuple[int, int, bytes, int, int, int, bytes]:
+@functools.lru_cache(_KEPT_LINES)
+def _mapping(line: bytes, letters: bytes = b"", page_bytes: int = 4096, pkey: int = 0) -> Mapping:
     words = line.split(b" ", 5)
     start, _, end = words[0].partition(b"-")
-    device = devices.get(words[3])
-    if device is None:
-        major, _, minor = words[3].partition(b":")
-        device = devices[words[3]] = os.makedev(int(major, 16), int(minor, 16))
-    name = words[5].lstrip(b" ") if len(words) > 5 else b""
-    return int(start, 16), int(end, 16), words[1], int(words[2], 16), device, int(words[4]), name
+    major, _, minor = words[3].partition(b":")
+    return Mapping(
+        start=RemoteAddress(int(start, 16)),
+        end=RemoteAddress(int(end, 16)),
+        perms=words[1],
+        offset=int(words[2], 16),
+        device=os.makedev(int(major, 16), int(minor, 16)),
+        inode=int(words[4]),
+        name=words[5].lstrip(b" ") if len(words) > 5 else b"",
+        flags=_flags(letters),
+        page_bytes=page_bytes,
+        pkey=pkey,
+    )
+
+
+@functools.lru_cache
+def _flags(letters: bytes) -> frozenset[str]:
+    return frozenset(letters.decode().split())
 
 
 def parse_maps(content: bytes) -> list[Mapping]:
     """Parse /proc/PID/maps: ascending, without flags."""
-    devices: dict[bytes, int] = {}
-    return [Mapping._make((*_parse_line(line, devices), _NO_FLAGS, 4096, 0)) for line in content.splitlines()]
+    return list(map(_mapping, content.splitlines()))
 
 
 def parse_smaps(content: bytes) -> list[Mapping]:
@@ -92,24 +127,18 @@ def parse_smaps(content: bytes) -> list[Mapping]:
     that say something unusual; 20,000 entries take about 0.1 s.
     """
     found: list[Mapping] = []
-    devices: dict[bytes, int] = {}
-    known: dict[bytes, frozenset[str]] = {}
     entries = content.split(b"\nVmFlags: ")
     odd_pages = content.count(b"\nKernelPageSize:        4 kB\n") != len(entries) - 1
     odd_keys = _PKEY.search(content) is not None
     body = entries[0]
     for entry in entries[1:]:
         letters, _, following = entry.partition(b"\n")
-        flags = known.get(letters)
-        if flags is None:
-            flags = known[letters] = frozenset(letters.decode().split())
         page_bytes, pkey = 4096, 0
         if odd_pages and (match := _PAGE_SIZE.search(body)):
             page_bytes = int(match[1]) * _KIB
         if odd_keys and (match := _PKEY.search(body)):
             pkey = int(match[1])
-        line = body[: body.index(b"\n")]
-        found.append(Mapping._make((*_parse_line(line, devices), flags, page_bytes, pkey)))
+        found.append(_mapping(body[: body.index(b"\n")], letters, page_bytes, pkey))
         body = following
     return found
 

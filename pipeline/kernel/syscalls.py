@@ -20,6 +20,9 @@ from pipeline.kernel.arch.x86_64_numbers import NR
 _libc = ctypes.CDLL(None, use_errno=True)
 _syscall = _libc.syscall
 _syscall.restype = ctypes.c_long
+#: pointers take numbers as they are, modulo 2**64
+_syscall.argtypes = [ctypes.c_long, *[ctypes.c_void_p] * 6]
+_UNUSED = [(0,) * (6 - count) for count in range(7)]
 
 #: most remote ranges in one process_vm_readv (UIO_MAXIOV)
 IOV_MAX = 1024
@@ -31,8 +34,7 @@ def syscall(number: int, *args: int | bytes | ctypes.Array[ctypes.c_char] | None
     Raises:
         OSError: with the errno and the call's name.
     """
-    values = [ctypes.c_ulong(a & 0xFFFF_FFFF_FFFF_FFFF) if isinstance(a, int) else a for a in args]
-    result: int = _syscall(ctypes.c_long(number), *values)
+    result: int = _syscall(number, *args, *_UNUSED[len(args)])
     if result == -1:
         code = ctypes.get_errno()
         name = NR(number).name if number in NR.__members__.values() else f"system call {number}"

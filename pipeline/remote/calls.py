@@ -27,6 +27,7 @@ _ALIGN_BYTES = 16
 _RESULT = struct.Struct("<56xq")
 #: arguments that are not there, and the result
 _ZEROS = (0,) * 7
+_MASK = 0xFFFF_FFFF_FFFF_FFFF
 
 
 @dataclass(eq=False)
@@ -106,7 +107,7 @@ def lay_out(calls: Sequence[Call], base: RemoteAddress) -> Layout:
 
     def place(arg: Argument) -> int:
         if isinstance(arg, int):
-            return arg & 0xFFFF_FFFF_FFFF_FFFF
+            return arg & _MASK
         if isinstance(arg, bytes):
             return base + room(arg)
         if id(arg) in placed:
@@ -127,7 +128,7 @@ def lay_out(calls: Sequence[Call], base: RemoteAddress) -> Layout:
         if len(call.args) > 6:
             raise ValueError(f"a system call takes six arguments, not {len(call.args)}")
         table.append(call.number)
-        table.extend(map(place, call.args))
+        table.extend(arg & _MASK if isinstance(arg, int) else place(arg) for arg in call.args)
         table.extend(_ZEROS[len(call.args) :])
     struct.pack_into(f"<{len(table)}Q", image, 0, *table)
     return Layout(bytes(image), outs)

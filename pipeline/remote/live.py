@@ -28,6 +28,7 @@ from __future__ import annotations
 import os
 import signal
 import struct
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -35,6 +36,7 @@ from pipeline.errors import TargetError
 from pipeline.ids import HostPid, RemoteAddress
 from pipeline.kernel import ptrace
 from pipeline.kernel.arch import x86_64 as arch
+from pipeline.kernel.smaps import Mapping
 from pipeline.remote.calls import Argument, Call, lay_out, take_results
 
 _RED_ZONE_BYTES = 128
@@ -52,54 +54,51 @@ class Places:
     area: RemoteAddress
 
 
-@dataclass(frozen=True, slots=True)
-class Region:
-    """A mapping as far as finding room needs it."""
-
-    start: int
-    end: int
-    readable: bool
-    writable: bool
-    executable: bool
-    private: bool
-    name: bytes
-
-
 def find_places(
-    pid: HostPid, regions: Sequence[Region], stack_pointers: Sequence[int], memory: int
+    pid: HostPid, mappings: Sequence[Mapping], stack_pointers: Sequence[int], memory: int
 ) -> Places:
     """Find room for the stub and the data in `pid`.
 
     Args:
         pid: the process, all of its threads stopped.
-        regions: its mappings.
+        mappings: its own.
         stack_pointers: rsp of every thread, the leader's first.
         memory: descriptor of /proc/PID/mem.
 
     Raises:
         TargetError: there is no room.
     """
-    executable = [r for r in regions if r.executable and r.readable and r.private and r.name != b"[vsyscall]"]
-    executable.sort(key=lambda r: r.name != b"[vdso]")
-    for region in executable:
-        stub = RemoteAddress(region.end - len(arch.STUB) - 8)
+    for mapping in sorted(filter(_holds_code, mappings), key=lambda one: one.name != b"[vdso]"):
+        stub = RemoteAddress(mapping.end - len(arch.STUB) - 8)
         tail = os.pread(memory, len(arch.STUB) + 16, stub - 8)
         # a stub that is there already was left by somebody who was killed; its bytes are the same
         if tail[:8] + tail[-8:] == bytes(16) and tail[8:-8] in (bytes(len(arch.STUB)), arch.STUB):
             break
     else:
         raise TargetError(f"pid {pid}: no unused bytes in any executable mapping for the stub")
-    writable = [r for r in regions if r.readable and r.writable and r.private]
+    starts = [mapping.start for mapping in mappings]
     for pointer in stack_pointers:
-        for region in writable:
-            top = (pointer - _RED_ZONE_BYTES) & ~63
-            if region.start <= pointer < region.end and top - region.start >= AREA_BYTES:
-                return Places(stub, RemoteAddress(top - AREA_BYTES))
-    for region in writable:
+        mapping = mappings[bisect_right(starts, pointer) - 1]
+        top = (pointer - _RED_ZONE_BYTES) & ~63
+        if (
+            _holds_data(mapping)
+            and mapping.start <= pointer < mapping.end
+            and top - mapping.start >= AREA_BYTES
+        ):
+            return Places(stub, RemoteAddress(top - AREA_BYTES))
+    for mapping in filter(_holds_data, mappings):
         # the leader is on a stack of its own making: the far end of its first stack is dead
-        if region.name == b"[stack]" and region.end - region.start >= 2 * AREA_BYTES:
-            return Places(stub, RemoteAddress(region.start))
+        if mapping.name == b"[stack]" and mapping.end - mapping.start >= 2 * AREA_BYTES:
+            return Places(stub, RemoteAddress(mapping.start))
     raise TargetError(f"pid {pid}: no thread has {AREA_BYTES} bytes of unused stack")
+
+
+def _holds_code(mapping: Mapping) -> bool:
+    return mapping.executable and mapping.readable and not mapping.shared and mapping.name != b"[vsyscall]"
+
+
+def _holds_data(mapping: Mapping) -> bool:
+    return mapping.readable and mapping.writable and not mapping.shared
 
 
 class LiveTask:

@@ -13,7 +13,7 @@ from pipeline.kernel import procfs, ptrace, smaps
 from pipeline.kernel.arch import x86_64 as arch
 from pipeline.kernel.inside import open_file
 from pipeline.remote.calls import Argument
-from pipeline.remote.live import LiveTask, Region, find_places
+from pipeline.remote.live import LiveTask, find_places
 
 
 def syscall(tid: HostPid, number: int, *args: Argument) -> int:
@@ -25,11 +25,7 @@ def syscall(tid: HostPid, number: int, *args: Argument) -> int:
     """
     memory = open_file(tid, "mem", os.O_RDWR)
     try:
-        regions = [
-            Region(m.start, m.end, bool(m.prot & 1), bool(m.prot & 2), bool(m.prot & 4), not m.shared, m.name)
-            for m in smaps.maps(tid)
-        ]
-        places = find_places(tid, regions, [arch.Registers(ptrace.get_regs(tid))["rsp"]], memory)
+        places = find_places(tid, smaps.maps(tid), [arch.Registers(ptrace.get_regs(tid))["rsp"]], memory)
         return LiveTask(tid, places, memory, ~procfs.status(tid).caught).syscall(number, *args)
     finally:
         os.close(memory)

@@ -18,7 +18,7 @@ from pipeline.kernel import procfs, ptrace, smaps
 from pipeline.kernel.arch import x86_64 as arch
 from pipeline.kernel.inside import open_file
 from pipeline.kernel.smaps import Mapping
-from pipeline.remote.live import LiveTask, Places, Region, find_places
+from pipeline.remote.live import LiveTask, Places, find_places
 from pipeline.resources.memory import aio
 from pipeline.resources.namespaces.ipc import Semaphores
 from pipeline.resources.tasks import interrupted, job_control, semaphore_undo
@@ -47,6 +47,8 @@ class Answers(NamedTuple):
     notices: dict[int, job_control.Notice]
     #: what stops it
     blockers: list[Blocker]
+    #: its mappings, without flags
+    mappings: Sequence[Mapping]
     #: its first thread, to run further calls in
     leader: LiveTask
     #: system calls that were run inside it, but for those that `leader` counts
@@ -110,6 +112,7 @@ def asked(
             {at for at, call in rings.items() if not call.result},
             {children[seen]: notice for seen, notice in notices.items()},
             blockers,
+            mappings,
             leader,
             injected_calls,
         )
@@ -129,9 +132,5 @@ def inside(pid: HostPid, tids: Sequence[HostPid]) -> Iterator[LiveTask]:
 
 
 def _places(pid: HostPid, tids: Sequence[HostPid], mappings: Sequence[Mapping], memory: int) -> Places:
-    regions = [
-        Region(m.start, m.end, bool(m.prot & 1), bool(m.prot & 2), bool(m.prot & 4), not m.shared, m.name)
-        for m in mappings
-    ]
     pointers = [arch.Registers(ptrace.get_regs(tid))["rsp"] for tid in tids]
-    return find_places(pid, regions, pointers, memory)
+    return find_places(pid, mappings, pointers, memory)

@@ -509,7 +509,7 @@ class Capture:
             cwd=cwd,
             cwd_removed=cwd_removed,
             root=self.path(pid, procfs.read_link(pid, "root")),
-            umask=procfs.status(pid).umask or 0,
+            umask=(status if pid == number else procfs.status(pid)).umask or 0,
             actions=leader.actions(),
             pending=signals.pending(pid, shared=True, member=self.tree.member),
             limits=procfs.limits(pid),
@@ -536,7 +536,7 @@ class Capture:
 
     def _memory(self, pid: HostPid, answers: Answers, mappings: MappingsAhead) -> Captured:
         """The memory of a process; its mappings are waited for last."""
-        seen = Seen(scanned(pid), mappings.of(pid))
+        seen = Seen(scanned(pid, answers.mappings), mappings.of(pid))
         leader = answers.inquiries[0]
         memory = capture_address_space(
             pid,

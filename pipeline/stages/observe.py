@@ -174,6 +174,8 @@ class FileObserver:
         self._namespaces = namespaces
         self._open = OpenFiles()
         self._peers: dict[Any, Any] = {}
+        #: by our duplicate: what a file is does not change while it is looked at
+        self._kinds: dict[LocalFd, FileKind[Any]] = {}
         self.unseen = self.still = False
         self._content_of: dict[tuple[int, int], int] = {}
         #: files with a name whose content goes along
@@ -229,7 +231,11 @@ class FileObserver:
             )
 
     def _kind(self, view: FdView) -> FileKind[Any]:
-        return external_end.KIND if external_end.claims(view, self) else kind_of(view)
+        kind = self._kinds.get(view.local)
+        if kind is None:
+            kind = external_end.KIND if external_end.claims(view, self) else kind_of(view)
+            self._kinds[view.local] = kind
+        return kind
 
     def entries(self, pid: HostPid) -> list[FdEntry]:
         """The descriptor table of a process."""

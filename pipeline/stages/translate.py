@@ -11,6 +11,7 @@ forgotten here.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,9 @@ from pipeline.userns.forest import Forest, IdKind
 
 #: translates an id, of the kind that its field is of
 Change = Callable[[IdKind], Callable[[Id], Id]]
+#: as tuples: thousands of values are looked at while a tree stands still
+_LISTS, _PLAIN = (list, tuple), (int, bytes, str)
+_NESTED = (msgspec.Struct, *_LISTS)
 _GROUP_FIELDS = frozenset({"gid", "gids", "groups"})
 
 
@@ -35,16 +39,16 @@ def change_ids(value: Any, change: Change, kind: IdKind = "uid") -> Any:
         changes = {}
         for name in value.__struct_fields__:
             old = getattr(value, name)
-            if isinstance(old, msgspec.Struct | list | tuple):
+            if old and isinstance(old, _NESTED):
                 new = change_ids(old, change, "gid" if name in _GROUP_FIELDS else "uid")
                 if new is not old:
                     changes[name] = new
         return msgspec.structs.replace(value, **changes) if changes else value
-    if isinstance(value, list | tuple):
-        if not value or isinstance(value[0], int | bytes | str):
+    if isinstance(value, _LISTS):
+        if not value or isinstance(value[0], _PLAIN):
             return value
         changed = [change_ids(item, change, kind) for item in value]
-        if all(new is old for new, old in zip(changed, value, strict=True)):
+        if all(map(operator.is_, changed, value)):
             return value
         return type(value)(changed)
     return value

@@ -19,8 +19,9 @@ from pipeline.ids import HostPid
 from pipeline.kernel import ptrace
 from pipeline.kernel.arch import x86_64 as arch
 from pipeline.kernel.arch.x86_64 import NR
+from pipeline.kernel.smaps import maps
 from pipeline.remote.calls import Call, In, Out
-from pipeline.remote.live import LiveTask, Region, find_places
+from pipeline.remote.live import LiveTask, find_places
 
 COUNTER = """
 import sys, time
@@ -35,17 +36,6 @@ while True:
 """
 
 
-def regions(pid: int) -> list[Region]:
-    found = []
-    for line in Path(f"/proc/{pid}/maps").read_bytes().splitlines():
-        fields = line.split(None, 5)
-        start, end = (int(part, 16) for part in fields[0].split(b"-"))
-        flags = fields[1].decode()
-        name = fields[5] if len(fields) > 5 else b""
-        found.append(Region(start, end, "r" in flags, "w" in flags, "x" in flags, "p" in flags, name))
-    return found
-
-
 @contextmanager
 def stopped(pid: int) -> Iterator[LiveTask]:
     """`pid` (one thread) as a live task, released at the end."""
@@ -55,7 +45,7 @@ def stopped(pid: int) -> Iterator[LiveTask]:
         ptrace.interrupt(pid)
         ptrace.wait(pid)
         pointer = arch.Registers(ptrace.get_regs(pid))["rsp"]
-        places = find_places(HostPid(pid), regions(pid), [pointer], memory)
+        places = find_places(HostPid(pid), maps(HostPid(pid)), [pointer], memory)
         yield LiveTask(HostPid(pid), places, memory, ~0)
         ptrace.detach(pid)
     finally:
@@ -163,10 +153,10 @@ def test_no_room_is_said(counter: tuple[subprocess.Popen[bytes], Path]) -> None:
     process, _ = counter
     memory = os.open(f"/proc/{process.pid}/mem", os.O_RDONLY)
     try:
-        no_code = [r for r in regions(process.pid) if not r.executable]
+        no_code = [r for r in maps(HostPid(process.pid)) if not r.executable]
         with pytest.raises(TargetError, match="executable"):
             find_places(HostPid(process.pid), no_code, [], memory)
-        no_stack = [r for r in regions(process.pid) if not r.writable]
+        no_stack = [r for r in maps(HostPid(process.pid)) if not r.writable]
         with pytest.raises(TargetError, match="stack"):
             find_places(HostPid(process.pid), no_stack, [], memory)
     finally:

@@ -11,6 +11,7 @@ from pipeline.errors import ImageError
 from pipeline.image.frames import PageRun
 from pipeline.image.packing import Packer, page_digest
 from pipeline.image.schema import Layer, Stored
+from pipeline.resources.memory.missing import RangeSet
 from pipeline.stages.lineage import Lineage
 from pipeline.stages.stored_pages import Located, StoredPages
 from pipeline.transport.framing import FrameWriter
@@ -38,7 +39,7 @@ async def image_with(
         await writer.end(0, sum(len(one.payload) for one in layer))
         layers[0] = Located(await read_layer_index(of, "layer"), written, PARENT)
         records.layers[0] = Layer(index=0, name="pages", digest=writer.digest)
-        runs_there = [(start, start + length) for one in layer for start, length in one.segments]
+        runs_there = list(RangeSet((a, a + length) for one in layer for a, length in one.segments))
         records.stored[SPACE, 0] = Stored(space=SPACE, layer=0, number=THERE, runs=runs_there)
     return StoredPages(records, Located(index, image, PARENT), layers)
 

@@ -17,6 +17,7 @@ from pipeline.resources.memory.classify import MADV_HUGEPAGE, MADV_NOHUGEPAGE, M
 KERNEL_KINDS = frozenset({"vdso", "vvar", "vvar_vclock", "vsyscall"})
 #: mappings that are made when all children are born
 LATE_KINDS = frozenset({"aio"})
+_NOT_ORDINARY = KERNEL_KINDS | LATE_KINDS
 HUGE_ADVICE = frozenset({MADV_HUGEPAGE, MADV_NOHUGEPAGE})
 
 
@@ -31,7 +32,7 @@ class Overlap(NamedTuple):
 
 def ordinary(vmas: Sequence[Vma]) -> list[Vma]:
     """Without the kernel's own and those made late."""
-    return [vma for vma in vmas if vma.kind not in KERNEL_KINDS | LATE_KINDS]
+    return [vma for vma in vmas if vma.kind not in _NOT_ORDINARY]
 
 
 def is_forked(parent: Sequence[Vma], child: Sequence[Vma]) -> bool:
@@ -59,7 +60,7 @@ def is_alike(parent: Vma, child: Vma) -> bool:
         return False
     if parent.backing is not None and parent.offset - parent.start != child.offset - child.start:
         return False
-    return huge_advice(parent) == huge_advice(child)
+    return parent.advice == child.advice or huge_advice(parent) == huge_advice(child)
 
 
 def overlaps(parent: Sequence[Vma], child: Sequence[Vma]) -> Iterator[Overlap]:

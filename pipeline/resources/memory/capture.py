@@ -36,6 +36,7 @@ _NOT_ITS_OWN = b"[vsyscall]"
 _WITHOUT_PAGES = KERNEL_KINDS | LATE_KINDS
 #: what smaps says of memory whose writes are tracked
 _TRACKED = frozenset({"uw"})
+_NONE: frozenset[str] = frozenset()
 _SECOND_NODE = "/sys/devices/system/node/node1"
 
 
@@ -60,18 +61,18 @@ class Seen(NamedTuple):
     mappings: Sequence[Mapping]
 
 
-def scanned(pid: HostPid) -> Populated:
+def scanned(pid: HostPid, mappings: Sequence[Mapping]) -> Populated:
     """What there is of pages in all mappings of a process, whatever these are.
 
     Raises as `capture_address_space` does.
     """
-    mappings = [one for one in smaps.maps(pid) if one.name != _NOT_ITS_OWN]
+    own = [mapping for mapping in mappings if mapping.name != _NOT_ITS_OWN]
     fd = open_pagemap(pid)
     try:
         return populated(
             fd,
-            [(mapping.start, mapping.end) for mapping in mappings],
-            [(mapping.start, mapping.end) for mapping in mappings if mapping.anonymous],
+            [(mapping.start, mapping.end) for mapping in own],
+            [(mapping.start, mapping.end) for mapping in own if mapping.anonymous],
         )
     finally:
         os.close(fd)
@@ -108,10 +109,11 @@ def capture_address_space(
     found: list[tuple[Mapping, Shape, Index | None]] = []
     rings: list[AioRing] = []
     place = place_of(pid)
-    seen = seen or Seen(scanned(pid), smaps.smaps(pid))
+    seen = seen or Seen(scanned(pid, smaps.maps(pid)), smaps.smaps(pid))
+    ignored = _TRACKED if tracked else _NONE
     for mapping in seen.mappings:
         try:
-            shape = classify(mapping._replace(flags=mapping.flags - _TRACKED) if tracked else mapping)
+            shape = classify(mapping, ignored)
             if shape.kind == "aio":
                 if contexts is None or mapping.start in contexts:
                     rings.append(aio.capture(pid, mapping))

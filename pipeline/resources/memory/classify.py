@@ -68,6 +68,8 @@ _SPECIAL: dict[bytes, VmaKind] = {
     b"[vsyscall]": "vsyscall",
 }
 _DELETED = b" (deleted)"
+#: forks have the same mappings, and a second look at a process finds most of them as they were
+_KEPT_SHAPES = 1 << 14
 _RING = b"/[aio] (deleted)"
 
 SUPPORT = (
@@ -136,8 +138,12 @@ def kernel_shmem_device() -> int:
         os.close(fd)
 
 
-def classify(mapping: Mapping) -> Shape:
-    """Say what `mapping` is.
+@functools.lru_cache(_KEPT_SHAPES)
+def classify(mapping: Mapping, ignored: frozenset[str] = frozenset()) -> Shape:
+    """Say what `mapping` is; whoever asks again is given the same object.
+
+    Args:
+        ignored: flags that are not its own.
 
     Raises:
         CannotCarry: it is refused; says why.
@@ -149,10 +155,10 @@ def classify(mapping: Mapping) -> Shape:
         return Shape(special, "none", MAP_PRIVATE, [], "", False)
     if is_ring(mapping):
         kind, backing, name = "aio", "none", b""
-        _refuse_flags(mapping.flags - {"de"})
+        _refuse_flags(mapping.flags - ignored - {"de"})
     else:
         kind, backing, name = _behind(mapping)
-        _refuse_flags(mapping.flags)
+        _refuse_flags(mapping.flags - ignored)
     if mapping.pkey:
         raise CannotCarry(f"is under memory protection key {mapping.pkey}", "free the key (pkey_free)")
     flags = MAP_SHARED if mapping.shared else MAP_PRIVATE

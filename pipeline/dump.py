@@ -17,13 +17,12 @@ from __future__ import annotations
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
-from functools import partial
 from typing import Literal
 
 import trio
 from msgspec import Struct
 
-from pipeline.errors import UsageError
+from pipeline.errors import UsageError, ungrouped
 from pipeline.image.packing import Compression, Packer
 from pipeline.image.schema import FORMAT_VERSION
 from pipeline.policy import DumpPolicy
@@ -84,11 +83,33 @@ async def _store(
     return manifest
 
 
-async def _write(still: Standstill, precopy: Precopy | None, progress: Progress, writer: FrameWriter) -> int:
-    if precopy is None:
-        return await write_image(writer, still.records, still.sources, still.forest, progress)
-    records, sources = await trio.to_thread.run_sync(precopy.rest, still)
-    return await write_translated(writer, in_order(records), sources, progress)
+class _Storing:
+    """The image of a tree that stands still, on its way to where it is stored.
+
+    `all_read`: it needs the tree no longer. `complete`: it is stored, and `manifest` says what was.
+    """
+
+    def __init__(self, still: Standstill, precopy: Precopy | None, progress: Progress) -> None:
+        self._still = still
+        self._precopy = precopy
+        self._progress = progress
+        self.all_read = trio.Event()
+        self.complete = trio.Event()
+        self.manifest: Manifest | None = None
+
+    async def run(self, storage: Storage, packer: Packer) -> None:
+        """Store it; see `_store`."""
+        self.manifest = await _store(storage, packer, self._progress, self._write)
+        if self._precopy is not None:
+            self._precopy.keep()
+        self.complete.set()
+
+    async def _write(self, writer: FrameWriter) -> int:
+        still, progress, read = self._still, self._progress, self.all_read.set
+        if self._precopy is None:
+            return await write_image(writer, still.records, still.sources, still.forest, progress, read)
+        records, sources = await trio.to_thread.run_sync(self._precopy.rest, still)
+        return await write_translated(writer, in_order(records), sources, progress, read)
 
 
 async def dump(
@@ -110,7 +131,8 @@ async def dump(
     Args:
         pid: root of the tree, in the caller's pid namespace.
         to: a directory, a URL, or ``-``.
-        leave: what becomes of the tree when the image is complete.
+        leave: what becomes of the tree: ``end`` and ``stopped`` when the image is complete; ``running``: it runs on as
+            soon as all of it was read, while the rest is still on its way to where it is stored.
         mode: ``stop``: the tree stands still while its memory is written; ``precopy``: its memory is written in rounds
             while it runs, and it stands still for what is left after them.
         max_downtime: how long the tree may stand still after the rounds, in seconds; as far as they can do it.
@@ -152,19 +174,23 @@ async def dump(
             )
         progress.phase("freeze")
         looks = precopy.looks if precopy is not None else None
-        async with standstill(tracer, pid, externals, policy, place, looks) as still:
-            progress.phase("memory")
-            written = await _store(storage, packer, progress, partial(_write, still, precopy, progress))
-            if precopy is not None:
-                precopy.keep()
-            await still.let_go_of_files()
-            with trio.CancelScope(shield=True):
-                if leave == "end":
-                    await tracer.run(freeze.end, still.tree)
-                    await tracer.run(still.holdings.ended)
-                elif leave == "stopped":
-                    await tracer.run(freeze.hold_stopped, still.tree)
-        thawed = time.monotonic()
+        with ungrouped():
+            async with trio.open_nursery() as nursery:
+                async with standstill(tracer, pid, externals, policy, place, looks) as still:
+                    progress.phase("memory")
+                    storing = _Storing(still, precopy, progress)
+                    nursery.start_soon(storing.run, storage, packer)
+                    await (storing.all_read if leave == "running" else storing.complete).wait()
+                    await still.let_go_of_files()
+                    with trio.CancelScope(shield=True):
+                        if leave == "end":
+                            await tracer.run(freeze.end, still.tree)
+                            await tracer.run(still.holdings.ended)
+                        elif leave == "stopped":
+                            await tracer.run(freeze.hold_stopped, still.tree)
+                thawed = time.monotonic()
+        written = storing.manifest
+        assert written is not None
     figures: dict[str, float] = {}
     notes = still.holdings.complaints
     if precopy is not None:

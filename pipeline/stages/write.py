@@ -27,23 +27,34 @@ async def write_image(
     sources: Sequence[PageSource],
     forest: Forest,
     progress: Progress,
+    all_read: Callable[[], object] = lambda: None,
 ) -> int:
     """Run the stages that carry a captured tree to `writer`; returns the bytes of pages.
 
     Records first, so that the other side can begin to build; then pages as they are read; then the end.
+
+    Args:
+        all_read: called when nothing is to be read of the tree any more.
     """
     with ungrouped():
         async with trio.open_nursery() as nursery:
             send, receive = trio.open_memory_channel[Record](64)
             nursery.start_soon(translate_records, records, forest, send)
-            return await write_translated(writer, receive, sources, progress)
+            return await write_translated(writer, receive, sources, progress, all_read)
     raise AssertionError("a nursery swallows nothing")
 
 
 async def write_translated(
-    writer: FrameWriter, records: AsyncIterable[Record], sources: Sequence[PageSource], progress: Progress
+    writer: FrameWriter,
+    records: AsyncIterable[Record],
+    sources: Sequence[PageSource],
+    progress: Progress,
+    all_read: Callable[[], object] = lambda: None,
 ) -> int:
-    """Records that are translated, the pages of `sources`, and the end; returns the bytes of pages."""
+    """Records that are translated, the pages of `sources`, and the end; returns the bytes of pages.
+
+    `all_read`: see `write_image`.
+    """
     count = 0
 
     async def write_records() -> None:
@@ -52,7 +63,7 @@ async def write_translated(
             await writer.record(record)
             count += 1
 
-    page_bytes = await write_pages(writer, sources, progress, before=write_records)
+    page_bytes = await write_pages(writer, sources, progress, write_records, all_read)
     await writer.end(count, page_bytes)
     return page_bytes
 
@@ -72,14 +83,23 @@ async def write_pages(
     sources: Sequence[PageSource],
     progress: Progress,
     before: Callable[[], Awaitable[None]] = nothing,
+    all_read: Callable[[], object] = lambda: None,
 ) -> int:
-    """The pages of `sources`, read while `before` is written and then while others are on their way; their bytes."""
+    """The pages of `sources`, read while `before` is written and then while others are on their way; their bytes.
+
+    `all_read`: see `write_image`.
+    """
     pool = BufferPool(BUFFERS, BUFFER_BYTES)
     page_bytes = 0
+
+    async def read(send: trio.MemorySendChannel[tuple[PackedRun, Lease]]) -> None:
+        await stream_memory(sources, send, pool, writer.packer.pack, progress)
+        all_read()
+
     with ungrouped():
         async with trio.open_nursery() as nursery:
             send, receive = trio.open_memory_channel[tuple[PackedRun, Lease]](BUFFERS)
-            nursery.start_soon(stream_memory, sources, send, pool, writer.packer.pack, progress)
+            nursery.start_soon(read, send)
             try:
                 await before()
                 async for packed, lease in receive:

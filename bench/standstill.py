@@ -18,6 +18,7 @@ from bench.extent import Extent
 from bench.matrix import Case, Sample
 from pipeline.remote.tracer import tracer_thread
 from pipeline.standstill import refuse_early, standstill
+from pipeline.userns.limits import Limits
 
 _THREADED = (
     "import sys, threading, time\n"
@@ -41,10 +42,11 @@ async def _stand_still(pid: int) -> tuple[list[float], set[int]]:
     threads = set()
     async with tracer_thread() as tracer:
         for _ in range(_TIMES):
-            await refuse_early(pid)
-            async with standstill(tracer, pid) as still:
-                found.append(1e3 * (still.captured_s - still.begun_s))
-                threads.add(sum(len(process.tasks) for process in still.tree.processes.values()))
+            with Limits() as limits:
+                await refuse_early(pid, limits=limits)
+                async with standstill(tracer, pid, limits=limits) as still:
+                    found.append(1e3 * (still.captured_s - still.begun_s))
+                    threads.add(sum(len(process.tasks) for process in still.tree.processes.values()))
     return found, threads
 
 

@@ -37,6 +37,7 @@ from pipeline.transport.index import indexed
 from pipeline.transport.manifest import Manifest, write_manifest
 from pipeline.transport.storage import IMAGE, INDEX, DirectoryStorage, Storage, open_storage
 from pipeline.userns.externals import Externals
+from pipeline.userns.limits import Limits
 
 Leave = Literal["end", "running", "stopped"]
 Mode = Literal["stop", "precopy"]
@@ -163,20 +164,24 @@ async def dump(
     place = storage.place if isinstance(storage, DirectoryStorage) else ""
     packer = Packer(compress)
     progress.phase("setup")
-    await refuse_early(pid, externals, policy)
-    before_s = time.monotonic()
-    async with tracer_thread() as tracer, AsyncExitStack() as before:
+    async with AsyncExitStack() as before:
+        limits = before.enter_context(Limits())
+        await refuse_early(pid, externals, policy, limits)
+        before_s = time.monotonic()
+        tracer = await before.enter_async_context(tracer_thread())
         precopy: Precopy | None = None
         if mode == "precopy":
             rounds = Rounds(max_downtime, max_rounds)
             precopy = await before.enter_async_context(
-                stored_before(tracer, pid, storage, packer, rounds, externals, policy, parent, progress)
+                stored_before(
+                    tracer, pid, storage, packer, rounds, externals, policy, limits, parent, progress
+                )
             )
         progress.phase("freeze")
         looks = precopy.looks if precopy is not None else None
         with ungrouped():
             async with trio.open_nursery() as nursery:
-                async with standstill(tracer, pid, externals, policy, place, looks) as still:
+                async with standstill(tracer, pid, externals, policy, place, looks, limits) as still:
                     progress.phase("memory")
                     storing = _Storing(still, precopy, progress)
                     nursery.start_soon(storing.run, storage, packer)

@@ -44,6 +44,7 @@ from pipeline.transport.framing import FrameWriter
 from pipeline.transport.protocol import Begin
 from pipeline.transport.tcp import Channel
 from pipeline.userns.externals import Externals
+from pipeline.userns.limits import Limits
 
 OnTimeout = Literal["switch", "cancel", "postcopy"]
 
@@ -76,6 +77,7 @@ class LiveSource:
         tracer, pid, externals, policy: see `pipeline.migrate`.
         channel: to a destination that has accepted.
         rounds: how they are paced.
+        limits: see `pipeline.standstill.standstill`.
         progress: is told how far it is.
 
     Ownership: `close` lets go of everything; the tree runs on with nothing left in it.
@@ -89,6 +91,7 @@ class LiveSource:
         rounds: Rounds,
         externals: Externals | None,
         policy: DumpPolicy | None,
+        limits: Limits,
         progress: Progress,
     ) -> None:
         self._tracer = tracer
@@ -97,6 +100,7 @@ class LiveSource:
         self._rounds = rounds
         self._externals = externals
         self._policy = policy
+        self._limits = limits
         self._progress = progress
         self._later = rounds.later
         #: runs beside; whoever stops the tree lets go of it first
@@ -146,7 +150,7 @@ class LiveSource:
         await self.throttle.set(0)
         try:
             self.draft_s = await begin_tracking(
-                self._tracer, self._pid, self._externals, self._policy, self.memory
+                self._tracer, self._pid, self._externals, self._policy, self.memory, self._limits
             )
         except TrackingLost as error:
             self._drop_draft()

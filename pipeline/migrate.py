@@ -47,6 +47,7 @@ from pipeline.transport.protocol import Cancel, Commit, Completed, Decision, Hel
 from pipeline.transport.spread import SpreadWriter, beside
 from pipeline.transport.tcp import Channel, connect, parse_address
 from pipeline.userns.externals import Externals
+from pipeline.userns.limits import Limits
 
 Mode = Literal["stop", "precopy", "postcopy", "hybrid"]
 #: those in which it is sent while it runs
@@ -164,9 +165,9 @@ async def migrate(
     secret = identity.load_secret(secret_file)
     begin = time.monotonic()
     progress.phase("setup")
-    await refuse_early(pid, externals, policy)
     migration = secrets.token_hex(16)
-    with trio.CancelScope() as scope:
+    with Limits() as limits, trio.CancelScope() as scope:
+        await refuse_early(pid, externals, policy, limits)
         async with tracer_thread() as tracer, _greeted(host, port, secret, plaintext) as channel:
             packer = channel.writer.packer = Packer(compress)
             processes = len(freeze.walk(pid))  # type: ignore[arg-type]
@@ -175,7 +176,11 @@ async def migrate(
                 raise PeerError(f"{channel.peer} did not answer the offer")
             reconnect = partial(_greeted, host, port, secret, plaintext)
             told = _Decision(channel, migration, reconnect, give_up)
-            live = LiveSource(tracer, pid, channel, rounds, externals, policy, progress) if rounds else None
+            live = (
+                LiveSource(tracer, pid, channel, rounds, externals, policy, limits, progress)
+                if rounds
+                else None
+            )
             async with (
                 _joined(channel, migration, streams, reconnect),
                 told,
@@ -187,7 +192,7 @@ async def migrate(
                 looks = live.looks if live is not None else None
                 if live is not None:
                     await live.throttle.set(0)
-                async with standstill(tracer, pid, externals, policy, looks=looks) as still:
+                async with standstill(tracer, pid, externals, policy, looks=looks, limits=limits) as still:
                     progress.phase("memory")
                     lasting: Collection[HostPid] = ()
                     if lending is not None and (live is None or live.later):

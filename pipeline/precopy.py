@@ -37,6 +37,7 @@ from pipeline.transport.framing import FrameWriter
 from pipeline.transport.index import indexed
 from pipeline.transport.storage import LAYER, Storage, index_of, open_storage
 from pipeline.userns.externals import Externals
+from pipeline.userns.limits import Limits
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Precopy:
     Args:
         tracer, pid, externals, policy: see `pipeline.dump`.
         rounds: how they are paced.
+        limits: see `pipeline.standstill.standstill`.
         lineage: of an earlier image, with which pages are compared.
         progress: is told how far it is.
 
@@ -66,6 +68,7 @@ class Precopy:
         rounds: Rounds,
         externals: Externals | None,
         policy: DumpPolicy | None,
+        limits: Limits,
         lineage: Lineage | None,
         progress: Progress,
     ) -> None:
@@ -75,6 +78,7 @@ class Precopy:
         self._rounds = rounds
         self._externals = externals
         self._policy = policy
+        self._limits = limits
         self._progress = progress
         self.memory = LiveMemory(stored=True)
         self._digest = b""
@@ -106,7 +110,7 @@ class Precopy:
         self._progress.phase("draft")
         try:
             self.draft_s = await begin_tracking(
-                self._tracer, self._pid, self._externals, self._policy, self.memory
+                self._tracer, self._pid, self._externals, self._policy, self.memory, self._limits
             )
         except TrackingLost as error:
             self.close()
@@ -190,6 +194,7 @@ async def stored_before(
     rounds: Rounds,
     externals: Externals | None,
     policy: DumpPolicy | None,
+    limits: Limits,
     parent: str | None,
     progress: Progress,
 ) -> AsyncIterator[Precopy]:
@@ -199,14 +204,14 @@ async def stored_before(
         storage: where to.
         packer: what makes frames of pages.
         parent: where an earlier image is, to whose pages this one may refer.
-        tracer, pid, rounds, externals, policy, progress: see `Precopy`.
+        tracer, pid, rounds, externals, policy, limits, progress: see `Precopy`.
     """
     async with AsyncExitStack() as stack:
         lineage: Lineage | None = None
         if parent is not None:
             earlier = await stack.enter_async_context(stored_pages(open_storage(parent)))
             lineage = Lineage(earlier, storage)
-        precopy = Precopy(tracer, pid, rounds, externals, policy, lineage, progress)
+        precopy = Precopy(tracer, pid, rounds, externals, policy, limits, lineage, progress)
         try:
             await precopy.store_rounds(storage, packer)
             yield precopy

@@ -53,11 +53,19 @@ CapturedRecords = Sequence[tuple[Record, Record | None]]
 
 
 async def refuse_early(
-    pid: int, externals: Externals | None = None, policy: DumpPolicy | None = None
+    pid: int,
+    externals: Externals | None = None,
+    policy: DumpPolicy | None = None,
+    limits: Limits | None = None,
 ) -> None:
-    """Raise Refused with everything that stops the tree, all of it at once; nothing is touched."""
+    """Raise Refused with everything that stops the tree, all of it at once; nothing is touched.
+
+    `limits`: opens those of the tree's user namespaces, for whoever stops it then.
+    """
     for attempt in range(_TRANSIENT_TRIES):
-        blockers: Sequence[Blocker] = await trio.to_thread.run_sync(tree_blockers, pid, externals, policy)
+        blockers: Sequence[Blocker] = await trio.to_thread.run_sync(
+            tree_blockers, pid, externals, policy, limits
+        )
         if not blockers:
             return
         if attempt == _TRANSIENT_TRIES - 1 or not all(blocker.transient for blocker in blockers):
@@ -140,6 +148,7 @@ async def standstill(
     policy: DumpPolicy | None = None,
     image: str = "",
     looks: Looks | None = None,
+    limits: Limits | None = None,
 ) -> AsyncIterator[Standstill]:
     """The tree below `pid`, stopped and captured; runs on after the block, unless it was ended or held.
 
@@ -147,6 +156,7 @@ async def standstill(
         tracer, pid, externals, policy: see `pipeline.dump`.
         image: where the image comes to be, if that is a place of this host.
         looks: what it has in common with other stops of the same tree.
+        limits: has opened some of those of its user namespaces; stays the caller's.
 
     Raises:
         Refused: something that only showed when it stood still stops it; it runs on.
@@ -159,8 +169,8 @@ async def standstill(
             sleepers = Sleepers()
             await tracer.run(lambda now=sleepers: now.look(freeze.walk(HostPid(pid))))
             await tracer.run(_make_room_for_descriptors, HostPid(pid))
-            limits = stopped.enter_context(Limits())
-            await tracer.run(lambda now=limits: now.open(freeze.walk(HostPid(pid))))
+            opened = limits or stopped.enter_context(Limits())
+            await tracer.run(lambda now=opened: now.open(freeze.walk(HostPid(pid))))
             stopped.enter_context(garbage.held_off())
             begun_s = time.monotonic()
             try:
@@ -169,7 +179,7 @@ async def standstill(
                 holdings = await stopped.enter_async_context(_holding(tracer, image))
                 held = await stopped.enter_async_context(AsyncExitStack())
                 capture, records, sources = await held.enter_async_context(
-                    _captured(tracer, tree, sleepers, externals, policy, holdings, limits, looks)
+                    _captured(tracer, tree, sleepers, externals, policy, holdings, opened, looks)
                 )
             except Refused as refused:
                 last = attempt == _TRANSIENT_TRIES - 1
@@ -190,19 +200,21 @@ async def begin_tracking(
     externals: Externals | None,
     policy: DumpPolicy | None,
     memory: LiveMemory,
+    limits: Limits,
 ) -> float:
     """Stop the tree for a moment, look at it, and begin to track its memory; how long it stood still, in seconds.
 
     Args:
         tracer, pid, externals, policy: see `pipeline.dump`.
         memory: what tracks it, until it is closed by the caller.
+        limits: see `standstill`.
 
     Raises:
         TrackingLost: it cannot be tracked; the text says why.
     """
     await trio.to_thread.run_sync(_prepare_tracking, pid)
     try:
-        async with standstill(tracer, pid, externals, policy, looks=memory.looks) as still:
+        async with standstill(tracer, pid, externals, policy, looks=memory.looks, limits=limits) as still:
             await tracer.run(memory.begin, image_of(still.translated()), still.tree, still.sources)
             begun_s = still.begun_s
     except OSError as error:

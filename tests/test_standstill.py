@@ -54,7 +54,7 @@ def test_what_is_there_at_one_look_only_does_not_refuse_a_running_tree(
 ) -> None:
     looks = iter([["open 5", "stays"], ["open 6", "stays"], ["open 7"], ["open 8"]])
 
-    def look(pid: int, externals: object, policy: object) -> list[Blocker]:
+    def look(pid: int, *_: object) -> list[Blocker]:
         return [Blocker("pid 1", reason) for reason in next(looks)]
 
     monkeypatch.setattr(examine, "_look", look)

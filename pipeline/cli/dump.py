@@ -31,7 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pid", type=int, required=True, metavar="PID", help="the root of the tree")
     parser.add_argument("--to", required=True, metavar="IMAGE", help="a directory, a URL, or - for stdout")
     after = parser.add_mutually_exclusive_group()
-    after.add_argument("--leave-running", action="store_true", help="the tree goes on, as soon as all of it was read")
+    after.add_argument(
+        "--leave-running", action="store_true", help="the tree goes on, as soon as all of it was read"
+    )
     after.add_argument("--leave-stopped", action="store_true", help="the tree is left stopped (SIGSTOP)")
     parser.add_argument(
         "--mode",

@@ -20,6 +20,7 @@ from pipeline.userns import around
 from pipeline.userns.capture import LiveForest
 from pipeline.userns.cradle import is_privileged
 from pipeline.userns.externals import Externals
+from pipeline.userns.limits import Limits
 from pipeline.userns.lodgers import Lodgers
 from pipeline.userns.portrait import Portrait, Sitter, paint
 
@@ -40,7 +41,10 @@ def _learn_held(pid: HostPid, namespaces: NamespaceCapture) -> None:
 
 
 def tree_blockers(
-    pid: int, externals: Externals | None = None, policy: DumpPolicy | None = None
+    pid: int,
+    externals: Externals | None = None,
+    policy: DumpPolicy | None = None,
+    limits: Limits | None = None,
 ) -> list[Blocker]:
     """Every blocker of the tree below `pid`, which goes on running meanwhile.
 
@@ -51,11 +55,12 @@ def tree_blockers(
         pid: its root.
         externals: namespaces that are external instead of the pipeline's own.
         policy: decisions about states that have more than one good answer.
+        limits: opens those of its user namespaces, to be used again.
     """
     for _ in range(_LOOKS):
         try:
-            found = list(_look(pid, externals, policy))
-            again = set(_look(pid, externals, policy)) if found else set()
+            found = list(_look(pid, externals, policy, limits))
+            again = set(_look(pid, externals, policy, limits)) if found else set()
             return [blocker for blocker in found if blocker in again]
         except PermissionError as error:
             refused = error  # of a member that ended, the number may be somebody else's now
@@ -68,7 +73,9 @@ def tree_blockers(
     ]
 
 
-def _look(pid: int, externals: Externals | None, policy: DumpPolicy | None) -> Iterator[Blocker]:
+def _look(
+    pid: int, externals: Externals | None, policy: DumpPolicy | None, limits: Limits | None
+) -> Iterator[Blocker]:
     at_root = list(check_root(pid))
     yield from at_root
     if at_root:
@@ -93,7 +100,9 @@ def _look(pid: int, externals: Externals | None, policy: DumpPolicy | None) -> I
         with suppress(procfs.ProcessGone):
             if leaders.has_ended(member):
                 zombies.append(member)
-    with Capture(pids, zombies, externals=externals, policy=policy) as capture:
+    if limits is not None:
+        limits.open(pids)
+    with Capture(pids, zombies, externals=externals, policy=policy, limits=limits) as capture:
         yield from capture.blockers()
 
 

@@ -17,7 +17,7 @@ def test_a_number_that_is_somebody_elses_by_now_is_looked_at_again(
 ) -> None:
     looks = iter(range(200))
 
-    def look(_pid: int, _externals: object, _policy: object) -> Iterator[Blocker]:
+    def look(_pid: int, *_: object) -> Iterator[Blocker]:
         if next(looks) < denied:
             raise PermissionError(13, "Permission denied", "/proc/8883/ns/user")
         yield from ()

@@ -168,13 +168,18 @@ def _wait_for_puppets() -> None:
     """The kernel kills the puppets of a killed restorer; stand-ins for dead leaders are among them."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
-        children = [pid for pid in family_of(os.getpid())[1:] if _name(pid) == "memfd:puppet"]
+        children = [pid for pid in family_of(os.getpid())[1:] if _is_puppet(_name(pid))]
         if not children:
             return
         for pid in children:
             with suppress(ChildProcessError):
                 os.waitpid(pid, os.WNOHANG)
         time.sleep(0.01)
+
+
+def _is_puppet(name: str) -> bool:
+    """By how it was executed last: by a number of a descriptor, in /proc, or by that itself."""
+    return name == "memfd:puppet" or name.isdecimal()
 
 
 def _name(pid: int) -> str:

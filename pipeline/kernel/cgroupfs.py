@@ -28,7 +28,7 @@ def parse_places(content: bytes) -> dict[str, bytes]:
     The path of a cgroup that was removed under a zombie ends with `` (deleted)``; such a place is left out.
     """
     found: dict[str, bytes] = {}
-    for line in content.splitlines():
+    for line in filter(None, content.split(b"\n")):
         _, name, path = line.split(b":", 2)
         if not path.endswith(b" (deleted)"):
             found[name.decode()] = path

@@ -117,7 +117,7 @@ def _flags(letters: bytes) -> frozenset[str]:
 
 def parse_maps(content: bytes) -> list[Mapping]:
     """Parse /proc/PID/maps: ascending, without flags."""
-    return list(map(_mapping, content.splitlines()))
+    return [_mapping(line) for line in content.split(b"\n") if line]
 
 
 def parse_smaps(content: bytes) -> list[Mapping]:

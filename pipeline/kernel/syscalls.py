@@ -110,11 +110,11 @@ class PRCTL(IntEnum):
     SCHED_CORE = 62
     SET_MDWE = 65
     GET_MDWE = 66
-    SET_PTRACER = 0x59616D61
     SET_MEMORY_MERGE = 67
     GET_MEMORY_MERGE = 68
     TIMER_CREATE_RESTORE_IDS = 77
     SET_VMA = 0x53564D41
+    SET_PTRACER = 0x59616D61
 
 
 #: PR_SET_MM sub-operation (prctl(2)): set all of mm's bounds at once

@@ -3,9 +3,10 @@
 The kernel holds: a number for each kind of object (namespaces of each kind, inotify and fanotify instances and
 watches) that the users of a namespace may make in it. Only a process can join a user namespace, and a fork costs
 some milliseconds; but a file that was opened inside goes on to tell the value of now, to anybody. So those of the
-namespaces that are known before the freeze are opened before it (`Limits.open`), and read inside it.
+namespaces that are known before the freeze are opened before it (`Limits.open`), once for all stops of a tree, and
+read inside it. An open file keeps its namespace, by the credentials of who opened it: no other one gets its number.
 
-Source: namespaces(7), kernel/ucount.c (set_lookup).
+Source: namespaces(7), kernel/ucount.c (set_lookup), include/linux/fs.h (f_cred).
 """
 
 from __future__ import annotations

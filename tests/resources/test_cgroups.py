@@ -161,6 +161,11 @@ def hand_out(groups: Groups, uid: int) -> None:
     os.setxattr(directory, "trusted.invocation_id", b"0123")
 
 
+def test_a_cgroup_may_be_called_anything_but_two_lines() -> None:
+    places = cgroupfs.parse_places(b"1:cpu:/a\r:b\n0::/ended (deleted)\n")
+    assert places == {"cpu": b"/a\r:b"}
+
+
 @pytest.mark.parametrize("setting", [DEPTH_0, DEPTH_1, DEPTH_2], ids=lambda s: s.name)
 def test_membership_limits_and_owners(
     groups: Groups, start: Callable[..., Tree], tmp_path: Path, setting: Setting

@@ -48,13 +48,22 @@ one = threading.Thread(target=lend)
 one.start()
 one.join()
 """
+#: lets anybody of its user trace it, where Yama would not (PR_SET_PTRACER_ANY)
+WILLING = """
+import ctypes, time
+ctypes.CDLL(None).prctl(0x59616D61, ctypes.c_ulong(-1))
+print(flush=True)
+time.sleep(1000)
+"""
 _PATIENCE_S = 30
 
 
 @pytest.fixture
 def target() -> Iterator[HostPid]:
-    with subprocess.Popen(["sleep", "1000"]) as process:
+    with subprocess.Popen([sys.executable, "-c", WILLING], stdout=subprocess.PIPE) as process:
         try:
+            assert process.stdout is not None
+            process.stdout.readline()
             yield HostPid(process.pid)
         finally:
             process.kill()

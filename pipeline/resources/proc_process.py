@@ -86,7 +86,7 @@ def _innermost(directory: LocalFd) -> int:
     """The number that the process of a directory of /proc has in its own pid namespace."""
     fd = os.open("status", os.O_RDONLY | os.O_CLOEXEC, dir_fd=directory)
     try:
-        for line in os.read(fd, 1 << 16).splitlines():
+        for line in os.read(fd, 1 << 16).split(b"\n"):
             if line.startswith(b"NSpid:"):
                 return int(line.split()[-1])
     finally:

@@ -264,7 +264,7 @@ def _check_pages(segment: Segment, address: int) -> None:
     """A segment of huge pages lies on another file system than all others; its pages may not be there to be read."""
     device = kernel_shmem_device()
     number = f"{os.major(device):02x}:{os.minor(device):02x}"
-    for line in read_file("/proc/self/maps").splitlines():
+    for line in read_file("/proc/self/maps").rstrip().split(b"\n"):
         where, _, _, found, _ = line.decode(errors="replace").split(maxsplit=5)[:5]
         if where.startswith(f"{address:x}-") and found != number:
             raise OSError(errno.EOPNOTSUPP, f"segment {segment.id} consists of huge pages")

@@ -22,6 +22,8 @@ from tests.harness.carry import unharmed
 from tests.harness.settings import CONTAINER_2, DEPTH_0, DEPTH_1, DEPTH_2, Setting
 from tests.harness.tree import Tree, reap, restore
 
+pytestmark = pytest.mark.root
+
 Mode = Literal["stop", "precopy"]
 #: the module of that name: in the package it is the function
 MODULE = importlib.import_module("pipeline.dump")

@@ -35,7 +35,11 @@ def _of_obstore(fd: int, name: str) -> bool:
         return True
     if not name.startswith("socket:"):
         return False
-    with socket.socket(fileno=os.dup(fd)) as copy:
+    try:
+        duplicate = os.dup(fd)
+    except OSError:
+        return True  # its pool has closed it since it was listed
+    with socket.socket(fileno=duplicate) as copy:
         try:
             return copy.family in {socket.AF_INET, socket.AF_INET6} and bool(copy.getpeername())
         except OSError:

@@ -26,12 +26,6 @@ _PAGE_SIZE = re.compile(rb"\nKernelPageSize: +(\d+) kB$", re.MULTILINE)
 _HUGE = re.compile(rb"\nAnonHugePages: +[1-9]")
 _SHARE = re.compile(rb"^Pss_Anon: +(\d+) kB$", re.MULTILINE)
 _KIB = 1024
-_PROT = {
-    bytes((r, w, x)): (r != 0x2D) | (w != 0x2D) << 1 | (x != 0x2D) << 2
-    for r in b"-r"
-    for w in b"-w"
-    for x in b"-x"
-}
 #: lines that are kept: forks, libraries, and the second look at a process show the same ones
 _KEPT_LINES = 1 << 14
 
@@ -58,7 +52,8 @@ class Mapping(NamedTuple):
     @property
     def prot(self) -> int:
         """PROT_READ 1, PROT_WRITE 2, PROT_EXEC 4."""
-        return _PROT[self.perms[:3]]
+        perms = self.perms
+        return (perms[0] != 0x2D) | (perms[1] != 0x2D) << 1 | (perms[2] != 0x2D) << 2
 
     @property
     def readable(self) -> bool:

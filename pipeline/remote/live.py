@@ -61,7 +61,7 @@ def find_places(
 
     Args:
         pid: the process, all of its threads stopped.
-        mappings: its own.
+        mappings: all of its own, ascending.
         stack_pointers: rsp of every thread, the leader's first.
         memory: descriptor of /proc/PID/mem.
 

@@ -509,7 +509,7 @@ class Capture:
             cwd=cwd,
             cwd_removed=cwd_removed,
             root=self.path(pid, procfs.read_link(pid, "root")),
-            umask=(status if pid == number else procfs.status(pid)).umask or 0,
+            umask=procfs.status(pid).umask or 0,
             actions=leader.actions(),
             pending=signals.pending(pid, shared=True, member=self.tree.member),
             limits=procfs.limits(pid),

@@ -36,7 +36,6 @@ _NOT_ITS_OWN = b"[vsyscall]"
 _WITHOUT_PAGES = KERNEL_KINDS | LATE_KINDS
 #: what smaps says of memory whose writes are tracked
 _TRACKED = frozenset({"uw"})
-_NONE: frozenset[str] = frozenset()
 _SECOND_NODE = "/sys/devices/system/node/node1"
 
 
@@ -110,7 +109,7 @@ def capture_address_space(
     rings: list[AioRing] = []
     place = place_of(pid)
     seen = seen or Seen(scanned(pid, smaps.maps(pid)), smaps.smaps(pid))
-    ignored = _TRACKED if tracked else _NONE
+    ignored: frozenset[str] = _TRACKED if tracked else frozenset()
     for mapping in seen.mappings:
         try:
             shape = classify(mapping, ignored)

@@ -32,6 +32,7 @@ from pipeline.policy import RestorePolicy
 from pipeline.progress import NullProgress, Progress
 from pipeline.remote.guard import Guard
 from pipeline.remote.tracer import tracer_thread
+from pipeline.resources.identity import read_leases_ahead
 from pipeline.resources.memory.later import is_copied, may_wait
 from pipeline.resources.memory.watch import check_here
 from pipeline.stages.bringing import Bringing
@@ -42,6 +43,7 @@ from pipeline.stages.stored_pages import StoredPages, stored_pages
 from pipeline.transport.buffers import BufferPool, LeasedRun
 from pipeline.transport.framing import FrameReader, Message
 from pipeline.transport.manifest import read_manifest
+from pipeline.transport.spread import beside
 from pipeline.transport.storage import IMAGE, Storage, open_storage
 from pipeline.userns.cradle import owns_pid_namespace
 from pipeline.userns.destination import Unmapped
@@ -236,6 +238,10 @@ def _stored_feed(stored: StoredPages, later: Mapping[int, Sequence[Range]], prog
     return StoredFeed(lambda space: stored.sooner(space, later.get(space, ())), progress)
 
 
+async def _leases_ahead() -> None:
+    await trio.to_thread.run_sync(read_leases_ahead)
+
+
 def _quiet(_: str) -> None:
     """Nobody wants to be told."""
 
@@ -323,6 +329,7 @@ async def restore(
     try:
         async with AsyncExitStack() as stack:
             tracer = await stack.enter_async_context(tracer_thread())
+            await stack.enter_async_context(beside(_leases_ahead))
             read: StoredPages | FrameReader
             feed: Feed
             stored: StoredPages | None = None

@@ -67,12 +67,14 @@ def execute(arguments: argparse.Namespace) -> int:
         leave = "stopped"
     import pipeline
     from pipeline.cli import recipe
+    from pipeline.kernel import descriptor_table
     from pipeline.userns import externals
 
     outside = externals.parse(arguments.external)
     policy = policies.of_dump(arguments)
     with progress.listener("dump", arguments, pid=arguments.pid, to=arguments.to) as listener:
         place = within.enter("dump", arguments.pid)
+        descriptor_table.make_room_first()
         to = place.path(arguments.to)
         parent = place.path(arguments.parent) if arguments.parent is not None else None
         outside = {kind: place.path(path) for kind, path in outside.items()}

@@ -61,6 +61,7 @@ def execute(arguments: argparse.Namespace) -> int:
 
     import pipeline
     from pipeline.cli import recipe
+    from pipeline.kernel import descriptor_table
     from pipeline.userns import externals
 
     outside = externals.parse(arguments.external)
@@ -68,6 +69,7 @@ def execute(arguments: argparse.Namespace) -> int:
     subject = {"pid": arguments.pid, "to": arguments.to, "mode": arguments.mode}
     with progress.listener("migrate", arguments, **subject) as listener:
         place = within.enter("migrate", arguments.pid)
+        descriptor_table.make_room_first()
         outside = {kind: place.path(path) for kind, path in outside.items()}
         secret_file = arguments.secret_file and place.path(arguments.secret_file)
         insisted = trio.Event()

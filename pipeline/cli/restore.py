@@ -90,9 +90,11 @@ def execute(arguments: argparse.Namespace) -> int:
     policy = policies.of_restore(arguments)
     import trio
 
+    from pipeline.kernel import descriptor_table
     from pipeline.userns import cradle
 
-    # a plain user rebuilds in a user namespace of their own, entered before there are threads
+    # before there are threads: behind them the table would wait, and a plain user could not enter a user namespace
+    descriptor_table.make_room_first()
     cradle.enter()
     return trio.run(_main, arguments, policy)
 

@@ -45,10 +45,12 @@ def execute(arguments: argparse.Namespace) -> int:
     policy = policies.of_restore(arguments)
     import pipeline
     from pipeline.cli import recipe
+    from pipeline.kernel import descriptor_table
     from pipeline.userns import cradle, externals
 
     outside = externals.parse(arguments.external)
-    # a plain user rebuilds in a user namespace of their own, entered before there are threads
+    # before there are threads: behind them the table would wait, and a plain user could not enter a user namespace
+    descriptor_table.make_room_first()
     cradle.enter()
     with progress.listener("serve", arguments, listen=arguments.listen) as listener:
 

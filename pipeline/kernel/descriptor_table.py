@@ -23,6 +23,12 @@ def raise_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
+def make_room_first() -> None:
+    """Before this process has threads: room that costs nothing, for a tree with few open files."""
+    raise_limit()
+    make_room(_SPARE // _EACH)
+
+
 def make_room(files: int) -> None:
     """Let the table have room now for what a tree with so many open files takes here, as far as the limit goes."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)

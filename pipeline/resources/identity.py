@@ -32,6 +32,9 @@ _READ: dict[tuple[int, ...], bytes] = {}
 _MAX_READ = 4096
 #: a file that was changed just now could change again with the same times, where those are coarse
 _SETTLED_NS = 2_000_000_000
+#: how long the leases of `read_leases_ahead` are good: what somebody takes in between could as well be taken between a
+#: look and what follows it
+_AHEAD_S = 0.1
 _KINDS = {
     stat.S_IFREG: "a regular file",
     stat.S_IFDIR: "a directory",
@@ -80,12 +83,41 @@ def _in_notes(notes: bytes) -> bytes:
     return b""
 
 
+class _Leases:
+    """Lines of /proc/locks.
+
+    For who has not just looked, the kernel waits for a grace period of RCU, some 10 ms: locks_start() in fs/locks.c.
+    """
+
+    def __init__(self) -> None:
+        self._lines: list[bytes] = []
+        self._good_until_s = 0.0
+
+    def read_ahead(self) -> None:
+        self._lines = self._read()
+        self._good_until_s = time.monotonic() + _AHEAD_S
+
+    def lines(self) -> list[bytes]:
+        return self._lines if time.monotonic() < self._good_until_s else self._read()
+
+    def _read(self) -> list[bytes]:
+        with suppress(OSError), open("/proc/locks", "rb") as table:
+            return [line for line in table if b" LEASE " in line]
+        return []
+
+
+_LEASES = _Leases()
+
+
+def read_leases_ahead() -> None:
+    """Let `is_leased` not wait for the kernel in the next moment; for a thread beside other work."""
+    _LEASES.read_ahead()
+
+
 def is_leased(fd: int) -> bool:
     """Whether somebody has a lease on the file behind local descriptor `fd`, which opening it could break."""
     inode = b":%d " % os.fstat(fd).st_ino
-    with suppress(OSError), open("/proc/locks", "rb") as table:
-        return any(b" LEASE " in line and inode in line for line in table)
-    return False
+    return any(inode in line for line in _LEASES.lines())
 
 
 def _build_id_by_reader(fd: int, found: os.stat_result) -> bytes:
@@ -139,7 +171,7 @@ def difference(fd: int, wanted: FileIdentity, *, may_grow: bool = False) -> str 
     wrong = _other_type(os.fstat(fd).st_mode, wanted)
     if wrong or not stat.S_ISREG(wanted.mode):
         return wrong
-    found = identity(fd, look_inside=not may_grow)
+    found = identity(fd, look_inside=bool(wanted.build_id) and not may_grow)
     if may_grow:
         shrunk = found.size_bytes < wanted.size_bytes
         return f"it has {found.size_bytes} bytes, and had {wanted.size_bytes}" if shrunk else None

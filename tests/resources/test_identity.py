@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 from pathlib import Path
@@ -44,3 +45,42 @@ def test_build_id_is_read_once_where_nothing_changes() -> None:
     key = (result.st_dev, result.st_ino, result.st_size, result.st_mtime_ns, result.st_ctime_ns)
     assert subject._READ[key] == found
     assert _identity(path) == found
+
+
+def test_leases_read_ahead_are_good_for_a_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"")
+    fd = os.open(path, os.O_RDONLY)
+    leased = os.open(path, os.O_RDONLY)
+    try:
+        assert not subject.is_leased(fd)
+        fcntl.fcntl(leased, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+        assert subject.is_leased(fd)
+        monkeypatch.setattr(subject, "_AHEAD_S", 3600)
+        subject.read_leases_ahead()
+        fcntl.fcntl(leased, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+        assert subject.is_leased(fd)
+        monkeypatch.setattr(subject, "_AHEAD_S", 0)
+        subject.read_leases_ahead()
+        assert not subject.is_leased(fd)
+    finally:
+        os.close(leased)
+        os.close(fd)
+
+
+def test_no_file_is_opened_for_a_build_id_that_nobody_compares(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"text")
+    fd = os.open(path, os.O_PATH)
+    try:
+        found = subject.identity(fd)
+        assert not found.build_id
+        monkeypatch.setattr(subject, "is_leased", lambda _: pytest.fail("it is about to be opened"))
+        monkeypatch.setattr(subject, "_READ", {})
+        assert subject.difference(fd, found) is None
+        path.write_bytes(b"other text")
+        assert "has 10 bytes" in (subject.difference(fd, found) or "")
+    finally:
+        os.close(fd)

@@ -31,7 +31,8 @@ from pipeline.progress import NullProgress, Progress
 from pipeline.remote.tracer import tracer_thread
 from pipeline.stages import freeze
 from pipeline.stages.write import in_order, write_image, write_translated
-from pipeline.standstill import Standstill, refuse_early, standstill
+from pipeline.standstill import Standstill, refuse_early, standstill, warm
+from pipeline.transport.buffers import BUFFER_BYTES, BUFFERS, BufferPool
 from pipeline.transport.framing import FrameWriter
 from pipeline.transport.index import indexed
 from pipeline.transport.manifest import Manifest, write_manifest
@@ -59,17 +60,21 @@ class DumpResult(Struct, frozen=True):
 
 
 async def _store(
-    storage: Storage, packer: Packer, progress: Progress, write: Callable[[FrameWriter], Awaitable[int]]
+    storage: Storage,
+    packer: Packer,
+    pool: BufferPool,
+    progress: Progress,
+    write: Callable[[FrameWriter], Awaitable[int]],
 ) -> Manifest:
     """Write the image and its index, then the manifest that says they are complete; none is left if that fails.
 
     Args:
         storage: where to.
-        packer: what makes frames of pages.
+        packer, pool: see `FrameWriter`.
         write: writes records and pages, to their end; returns the bytes of pages.
     """
     try:
-        async with indexed(storage, IMAGE, packer) as writer:
+        async with indexed(storage, IMAGE, packer, pool) as writer:
             page_bytes = await write(writer)
             progress.phase("write")
         # the end of an upload is not cancelled: here is the last moment
@@ -98,9 +103,9 @@ class _Storing:
         self.complete = trio.Event()
         self.manifest: Manifest | None = None
 
-    async def run(self, storage: Storage, packer: Packer) -> None:
+    async def run(self, storage: Storage, packer: Packer, pool: BufferPool) -> None:
         """Store it; see `_store`."""
-        self.manifest = await _store(storage, packer, self._progress, self._write)
+        self.manifest = await _store(storage, packer, pool, self._progress, self._write)
         if self._precopy is not None:
             self._precopy.keep()
         self.complete.set()
@@ -163,6 +168,7 @@ async def dump(
     await storage.require_free()
     place = storage.place if isinstance(storage, DirectoryStorage) else ""
     packer = Packer(compress)
+    pool = BufferPool(BUFFERS, BUFFER_BYTES)
     progress.phase("setup")
     async with AsyncExitStack() as before:
         limits = before.enter_context(Limits())
@@ -174,9 +180,11 @@ async def dump(
             rounds = Rounds(max_downtime, max_rounds)
             precopy = await before.enter_async_context(
                 stored_before(
-                    tracer, pid, storage, packer, rounds, externals, policy, limits, parent, progress
+                    tracer, pid, storage, packer, pool, rounds, externals, policy, limits, parent, progress
                 )
             )
+        else:
+            await warm(pool, pid)
         progress.phase("freeze")
         looks = precopy.looks if precopy is not None else None
         with ungrouped():
@@ -184,13 +192,12 @@ async def dump(
                 async with standstill(tracer, pid, externals, policy, place, looks, limits) as still:
                     progress.phase("memory")
                     storing = _Storing(still, precopy, progress)
-                    nursery.start_soon(storing.run, storage, packer)
+                    nursery.start_soon(storing.run, storage, packer, pool)
                     await (storing.all_read if leave == "running" else storing.complete).wait()
                     await still.let_go_of_files()
                     with trio.CancelScope(shield=True):
                         if leave == "end":
-                            await tracer.run(freeze.end, still.tree)
-                            await tracer.run(still.holdings.ended)
+                            await tracer.run(still.end)
                         elif leave == "stopped":
                             await tracer.run(freeze.hold_stopped, still.tree)
                 thawed = time.monotonic()

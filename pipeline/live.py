@@ -17,9 +17,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from typing import Literal
 
+import msgspec
 import trio
 from msgspec.structs import replace
 
@@ -57,8 +57,7 @@ _TELLING_BYTES = 1 << 20
 _FINISH_S = 0.03
 
 
-@dataclass(frozen=True)
-class Rounds:
+class Rounds(msgspec.Struct, frozen=True):
     """How a live migration is paced; see `pipeline.migrate`."""
 
     max_downtime_s: float
@@ -219,7 +218,7 @@ class LiveSource:
         sources = await trio.to_thread.run_sync(lambda: memory.take(first=True))
         records = list(memory.image.records())
         self.page_bytes += await write_translated(
-            self._channel.writer, in_order(records), sources, self._progress
+            self._channel.writer, in_order(records), sources, self._progress, eager=True
         )
         memory.let_go_of_objects()
         self.rounds_done += 1
@@ -314,4 +313,5 @@ async def send_stopped(
             else record
             for record in records
         ]
-    return await write_translated(writer, in_order(records), sources, progress), lent
+    sent = await write_translated(writer, in_order(records), sources, progress, eager=True)
+    return sent, lent

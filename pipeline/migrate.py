@@ -41,7 +41,7 @@ from pipeline.stages import freeze
 from pipeline.stages.lending import Lending, Lent
 from pipeline.stages.outliving import large_memories
 from pipeline.stages.write import write_image
-from pipeline.standstill import refuse_early, standstill
+from pipeline.standstill import refuse_early, standstill, warm
 from pipeline.transport import identity, protocol
 from pipeline.transport.protocol import Cancel, Commit, Completed, Decision, Hello, Join, Offer
 from pipeline.transport.spread import SpreadWriter, beside
@@ -187,6 +187,8 @@ async def migrate(
                 _rounds_sent(tracer, live),
                 _lending(later, migration, reconnect, progress) as lending,
             ):
+                if live is None:
+                    await warm(channel.writer.pool, pid)
                 switch_s = time.monotonic()
                 progress.phase("freeze")
                 looks = live.looks if live is not None else None
@@ -216,7 +218,7 @@ async def migrate(
                         )
                     else:
                         page_bytes = await write_image(
-                            channel.writer, still.records, still.sources, still.forest, progress
+                            channel.writer, still.records, still.sources, still.forest, progress, eager=True
                         )
                     if lending is not None:
                         lending.lend(lent)
@@ -230,8 +232,7 @@ async def migrate(
                     await still.let_go_of_files()
                     # the decision: from the first kill on the tree is the destination's, and this goes to its end
                     scope.shield = told.committed = True
-                    await tracer.run(freeze.end, still.tree)
-                    await tracer.run(still.holdings.ended)
+                    await tracer.run(still.end)
                     completed = await told.commit(None if lending is None else progress)
                     done_s = time.monotonic()
                     await tracer.run(still.holdings.settled)

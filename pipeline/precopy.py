@@ -14,8 +14,8 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
 
+import msgspec
 import trio
 
 from pipeline.image.codec import image_of
@@ -33,6 +33,7 @@ from pipeline.stages.pacing import Pacing
 from pipeline.stages.stored_pages import stored_pages
 from pipeline.stages.write import write_pages
 from pipeline.standstill import Standstill, begin_tracking, look_again
+from pipeline.transport.buffers import BufferPool
 from pipeline.transport.framing import FrameWriter
 from pipeline.transport.index import indexed
 from pipeline.transport.storage import LAYER, Storage, index_of, open_storage
@@ -40,8 +41,7 @@ from pipeline.userns.externals import Externals
 from pipeline.userns.limits import Limits
 
 
-@dataclass(frozen=True)
-class Rounds:
+class Rounds(msgspec.Struct, frozen=True):
     """How the rounds of a dump are paced: see `pipeline.dump`."""
 
     max_downtime_s: float = 0.3
@@ -90,7 +90,7 @@ class Precopy:
         self.draft_s = 0.0
         self.notes: list[str] = []
 
-    async def store_rounds(self, storage: Storage, packer: Packer) -> None:
+    async def store_rounds(self, storage: Storage, packer: Packer, pool: BufferPool) -> None:
         """Store the memory of the tree, as far as that can be done while it runs, as a layer."""
         packer.digests = True
         if not await self._begin():
@@ -98,7 +98,7 @@ class Precopy:
         if self._lineage is not None:
             await trio.to_thread.run_sync(self._lineage.begin, self.memory.image)
             packer.unchanged = self._lineage.unchanged
-        async with indexed(storage, LAYER, packer) as writer:
+        async with indexed(storage, LAYER, packer, pool) as writer:
             await self._write_rounds(writer)
             await writer.end(0, self.page_bytes)
             self._digest = writer.digest
@@ -191,6 +191,7 @@ async def stored_before(
     pid: int,
     storage: Storage,
     packer: Packer,
+    pool: BufferPool,
     rounds: Rounds,
     externals: Externals | None,
     policy: DumpPolicy | None,
@@ -202,7 +203,7 @@ async def stored_before(
 
     Args:
         storage: where to.
-        packer: what makes frames of pages.
+        packer, pool: see `FrameWriter`.
         parent: where an earlier image is, to whose pages this one may refer.
         tracer, pid, rounds, externals, policy, limits, progress: see `Precopy`.
     """
@@ -213,7 +214,7 @@ async def stored_before(
             lineage = Lineage(earlier, storage)
         precopy = Precopy(tracer, pid, rounds, externals, policy, limits, lineage, progress)
         try:
-            await precopy.store_rounds(storage, packer)
+            await precopy.store_rounds(storage, packer, pool)
             yield precopy
         except BaseException:
             with trio.CancelScope(shield=True):

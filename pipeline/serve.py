@@ -18,9 +18,11 @@ import os
 import signal
 import threading
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 
+import msgspec
 import trio
 
 from pipeline import garbage
@@ -38,7 +40,7 @@ from pipeline.stages.borrowing import Borrowing
 from pipeline.stages.fill import writing
 from pipeline.stages.rebuild import Rebuilding, Terms, bring_up_to_date, grown, rebuilt
 from pipeline.transport import identity, protocol, tcp
-from pipeline.transport.buffers import LeasedRun
+from pipeline.transport.buffers import BufferPool, LeasedRun
 from pipeline.transport.framing import Item, Message
 from pipeline.transport.protocol import (
     Accept,
@@ -189,12 +191,17 @@ class _Server:
             except OSError as error:
                 await self._refuse(channel, _no_paging(error))
                 return
-        async with self._accompanied(channel, offer):
+        async with self._warming(channel.reader.pool, offer), self._accompanied(channel, offer):
             await self._take(channel, offer)
+
+    @staticmethod
+    def _warming(pool: BufferPool, offer: Offer) -> AbstractAsyncContextManager[None]:
+        """The buffers of a tree that is sent while it stands still are touched first, beside; rounds would do that."""
+        return nullcontext() if offer.live else beside(partial(pool.warm, pool.count * pool.size_bytes))
 
     async def _take(self, channel: Channel, offer: Offer) -> None:
         try:
-            terms = replace(self._terms, live=offer.live, later=offer.later)
+            terms = msgspec.structs.replace(self._terms, live=offer.live, later=offer.later)
             arriving = self._live_tree(channel, terms) if offer.live else self._tree(channel, terms)
             async with self._borrowing(offer), arriving as (rebuilding, page_bytes):
                 await channel.say(Prepared())
@@ -257,7 +264,7 @@ class _Server:
                         await self._tracer.run(rebuilding.complete)
                         yield rebuilding, page_bytes + feed.bytes_done
                         return
-        async with self._tree(channel, replace(terms, live=False)) as tree:
+        async with self._tree(channel, msgspec.structs.replace(terms, live=False)) as tree:
             yield tree
 
     async def _round(self, channel: Channel, rebuilding: Rebuilding) -> tuple[int, str]:

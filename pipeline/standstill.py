@@ -39,6 +39,7 @@ from pipeline.stages.memory import PageSource
 from pipeline.stages.observe import Looks
 from pipeline.stages.outliving import Outliving, large_memories
 from pipeline.stages.translate import into_forest
+from pipeline.transport.buffers import BufferPool
 from pipeline.userns.cradle import is_privileged
 from pipeline.userns.externals import Externals
 from pipeline.userns.forest import Forest
@@ -129,6 +130,11 @@ class Standstill:
     async def let_go_of_files(self) -> None:
         """Close what is held of the tree's open files, so that with the tree they end; idempotent."""
         await self._held.aclose()
+
+    def end(self) -> None:
+        """Kill every process of the tree, and tell those that hold something of it; in the tracer's thread."""
+        freeze.end(self.tree)
+        self.holdings.ended()
 
     async def let_memory_outlive(self, lasting: Collection[HostPid] = ()) -> None:
         """Let the end of the tree not wait for its memory, which is given back at the end of the standstill.
@@ -242,6 +248,19 @@ async def look_again(tracer: Tracer, pid: int, memory: LiveMemory) -> int:
         return await tracer.run(memory.look)
 
 
+async def warm(pool: BufferPool, pid: int) -> None:
+    """Touch the buffers that the memory of the tree below `pid` goes through, before it stands still."""
+
+    def resident_bytes() -> int:
+        total = 0
+        for one in freeze.walk(HostPid(pid)):
+            with suppress(OSError, procfs.ProcessGone):
+                total += procfs.resident_bytes(one)
+        return total
+
+    await pool.warm(await trio.to_thread.run_sync(resident_bytes))
+
+
 def _make_room_for_descriptors(root: HostPid) -> None:
     """Once, before the tree stands still; for what can be seen of it from here."""
     count = 0
@@ -290,8 +309,9 @@ async def _outliving() -> AsyncIterator[Outliving]:
     try:
         yield outliving
     finally:
-        with trio.CancelScope(shield=True):
-            await trio.to_thread.run_sync(outliving.close)
+        if not outliving.is_empty:
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(outliving.close)
 
 
 @asynccontextmanager
@@ -300,8 +320,9 @@ async def _holding(tracer: Tracer, image: str) -> AsyncIterator[Held]:
     try:
         yield held
     finally:
-        with trio.CancelScope(shield=True):
-            await tracer.run(held.close)
+        if not held.is_empty:
+            with trio.CancelScope(shield=True):
+                await tracer.run(held.close)
 
 
 @asynccontextmanager

@@ -28,6 +28,7 @@ from pipeline.migrate import Mode
 from pipeline.progress import NullProgress
 from pipeline.stages import borrowing, fill
 from pipeline.stages.rebuild import Terms
+from pipeline.transport.buffers import BufferPool
 from pipeline.transport.protocol import Begin
 from pipeline.transport.tcp import Channel
 
@@ -70,7 +71,7 @@ class World:
         assert not (self.source_runs and self.there == "runs"), "two"
         assert self.source_runs or self.there != "nothing", "none"
 
-    def end(self, _: object) -> None:
+    def end(self) -> None:
         self.source_runs = False
         self.check()
 
@@ -201,15 +202,15 @@ def play(
         yield SimpleNamespace(
             records=(), translated=tuple, sources=(), forest=None, processes=1, injected_calls=0,
             begun_s=0.0, frozen_s=0.0, captured_s=0.0,
-            tree=None, let_go_of_files=nothing, let_memory_outlive=nothing,
-            holdings=SimpleNamespace(ended=lambda: None, settled=lambda: None, complaints=[]),
+            end=world.end, let_go_of_files=nothing, let_memory_outlive=nothing,
+            holdings=SimpleNamespace(settled=lambda: None, complaints=[]),
         )  # fmt: skip
 
     async def write_pages(writer: Any) -> None:
         for number in range(5 if streams > 1 else 0):
             await writer.pages(PageRun(1, [(number << 12, 4096)], memoryview(bytes(4095) + b"x")))
 
-    async def write_image(writer: Any, *_: Any) -> int:
+    async def write_image(writer: Any, *_: Any, **__: Any) -> int:
         await write_pages(writer)
         await writer.end(0, 0)
         return 0
@@ -268,7 +269,7 @@ def play(
             source_recipe,
             {
                 "standstill": standstill, "write_image": write_image, "refuse_early": nothing,
-                "tracer_thread": _tracer_thread, "freeze": SimpleNamespace(walk=lambda _: [1], end=world.end),
+                "tracer_thread": _tracer_thread, "freeze": SimpleNamespace(walk=lambda _: [1]), "warm": nothing,
                 "identity": SimpleNamespace(load_secret=lambda _: b""), "LiveSource": LiveSource,
                 "large_memories": lambda *_: (),
             },
@@ -283,6 +284,7 @@ def play(
             },
         ),
         (borrowing, {"Guard": Guard}),
+        (BufferPool, {"warm": nothing}),
         (fill, {"write_run": lambda *_: None}),
     ):  # fmt: skip
         for name, value in names.items():

@@ -19,8 +19,9 @@ import re
 import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import NamedTuple
+
+import msgspec
 
 from pipeline.ids import HostPid
 
@@ -114,8 +115,7 @@ def _gone_or(error: OSError, pid: int, name: str) -> OSError:
 # -- status ---------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Status:
+class Status(msgspec.Struct, frozen=True):
     """/proc/PID/status.
 
     Ids of `uids`, `gids` (real, effective, saved, filesystem) and `groups` are as the
@@ -347,6 +347,11 @@ def parse_limits(content: bytes) -> list[tuple[int, int]]:
         )
         found[line[:_LIMIT_NAME_WIDTH].rstrip()] = (soft, hard)
     return [found[name] for name in LIMIT_NAMES]
+
+
+def resident_bytes(pid: HostPid) -> int:
+    """The memory of a process that is there, shared and private."""
+    return int(read_file(pid, "statm").split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def limits(pid: HostPid) -> list[tuple[int, int]]:

@@ -39,6 +39,11 @@ class Held:
         #: what could not be done, in words
         self.complaints: list[str] = []
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is held any more."""
+        return not self._holdings and not self._kept
+
     def add(self, holding: Holding) -> None:
         """Hold something more."""
         self._holdings.append(holding)

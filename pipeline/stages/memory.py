@@ -8,11 +8,11 @@ on their way out. The pool bounds the memory, however large the tree is.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
 from typing import NamedTuple
 
+import msgspec
 import trio
 import xxhash
 
@@ -37,14 +37,11 @@ from pipeline.resources.memory.pages import (
 from pipeline.transport.buffers import BufferPool, Lease
 
 #: bytes of one page run, and how many of them may be on their way at once
-BUFFER_BYTES = 4 << 20
-BUFFERS = 6
 #: chunks of shared memory that are looked at in one go for one that has changed; some 10 ms
 _LOOKED_AT = 64
 
 
-@dataclass(frozen=True, slots=True)
-class ProcessPages:
+class ProcessPages(msgspec.Struct, frozen=True):
     """Private pages of a process: `runs` are [start, end) addresses.
 
     `untouched`: among others those of them that were not written since the writes to them were tracked last.
@@ -56,8 +53,7 @@ class ProcessPages:
     untouched: Sequence[Range] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class LivePages:
+class LivePages(msgspec.Struct, frozen=True):
     """Private pages of a process that runs; what cannot be read any more is added to `missed`.
 
     `more`: asked when all that comes before is read, for further runs.
@@ -172,8 +168,7 @@ def _within(segments: Sequence[Segment], parts: Sequence[Range]) -> Iterator[Seg
         at += length
 
 
-@dataclass(frozen=True, slots=True)
-class SharedPages:
+class SharedPages(msgspec.Struct, frozen=True):
     """The data of a shared memory object; with `sent`, what has changed of it since."""
 
     space: int
@@ -181,8 +176,7 @@ class SharedPages:
     sent: Sent | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class FilePages:
+class FilePages(msgspec.Struct, frozen=True):
     """The data of a file without a name; with `sent`, what has changed of it since.
 
     `fd` is an open file description of our own. `early`: a namespace is made with it, before there are processes.

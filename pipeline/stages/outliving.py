@@ -93,6 +93,11 @@ class Outliving:
     def __init__(self) -> None:
         self._held: list[LastingMemory] = []
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is held."""
+        return not self._held
+
     def hold(self, memories: Iterable[Memory]) -> None:
         """Let them last, as far as this user may do so; in any thread."""
         for memory in memories:

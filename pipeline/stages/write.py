@@ -14,9 +14,9 @@ from pipeline.errors import ungrouped
 from pipeline.image.packing import PackedRun
 from pipeline.image.schema import Record
 from pipeline.progress import Progress
-from pipeline.stages.memory import BUFFER_BYTES, BUFFERS, PageSource, stream_memory
+from pipeline.stages.memory import PageSource, stream_memory
 from pipeline.stages.translate import into_forest
-from pipeline.transport.buffers import BufferPool, Lease, left_in
+from pipeline.transport.buffers import Lease, left_in
 from pipeline.transport.framing import FrameWriter
 from pipeline.userns.forest import Forest
 
@@ -28,6 +28,8 @@ async def write_image(
     forest: Forest,
     progress: Progress,
     all_read: Callable[[], object] = lambda: None,
+    *,
+    eager: bool = False,
 ) -> int:
     """Run the stages that carry a captured tree to `writer`; returns the bytes of pages.
 
@@ -35,12 +37,13 @@ async def write_image(
 
     Args:
         all_read: called when nothing is to be read of the tree any more.
+        eager: somebody reads the records while the first pages are read here.
     """
     with ungrouped():
         async with trio.open_nursery() as nursery:
             send, receive = trio.open_memory_channel[Record](64)
             nursery.start_soon(translate_records, records, forest, send)
-            return await write_translated(writer, receive, sources, progress, all_read)
+            return await write_translated(writer, receive, sources, progress, all_read, eager=eager)
     raise AssertionError("a nursery swallows nothing")
 
 
@@ -50,10 +53,12 @@ async def write_translated(
     sources: Sequence[PageSource],
     progress: Progress,
     all_read: Callable[[], object] = lambda: None,
+    *,
+    eager: bool = False,
 ) -> int:
     """Records that are translated, the pages of `sources`, and the end; returns the bytes of pages.
 
-    `all_read`: see `write_image`.
+    `all_read`, `eager`: see `write_image`.
     """
     count = 0
 
@@ -62,6 +67,8 @@ async def write_translated(
         async for record in records:
             await writer.record(record)
             count += 1
+        if eager:
+            await writer.flush()
 
     page_bytes = await write_pages(writer, sources, progress, write_records, all_read)
     await writer.end(count, page_bytes)
@@ -89,16 +96,15 @@ async def write_pages(
 
     `all_read`: see `write_image`.
     """
-    pool = BufferPool(BUFFERS, BUFFER_BYTES)
     page_bytes = 0
 
     async def read(send: trio.MemorySendChannel[tuple[PackedRun, Lease]]) -> None:
-        await stream_memory(sources, send, pool, writer.packer.pack, progress)
+        await stream_memory(sources, send, writer.pool, writer.packer.pack, progress)
         all_read()
 
     with ungrouped():
         async with trio.open_nursery() as nursery:
-            send, receive = trio.open_memory_channel[tuple[PackedRun, Lease]](BUFFERS)
+            send, receive = trio.open_memory_channel[tuple[PackedRun, Lease]](writer.pool.count)
             nursery.start_soon(read, send)
             try:
                 await before()

@@ -1,7 +1,8 @@
 """A bounded pool of large buffers: the only memory that pages of a tree take in this process.
 
-They are mappings, which nobody touches before pages are read into them. A bytearray is filled with zeros first: 1 ms
-for 4 MiB, in the thread that everything else waits for, while a tree stands still.
+They are mappings, which nobody touches before pages are read into them: a bytearray is filled with zeros first. What
+the kernel does at the first touch takes 1 ms for 4 MiB, and 13 ms in a virtual machine that has given free memory back
+to its host; so buffers are used that were used before, and `BufferPool.warm` touches them before a tree stands still.
 """
 
 from __future__ import annotations
@@ -9,13 +10,18 @@ from __future__ import annotations
 import mmap
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import TypeVar
 
+import msgspec
 import trio
 
 from pipeline.image.frames import PageRun
+from pipeline.kernel.syscalls import populate
 from pipeline.ledger import LEDGER
+
+#: for pages that go out of this process
+BUFFER_BYTES = 4 << 20
+BUFFERS = 6
 
 T = TypeVar("T")
 
@@ -46,6 +52,7 @@ class BufferPool:
     """
 
     def __init__(self, count: int, size_bytes: int) -> None:
+        self.count = count
         self.size_bytes = size_bytes
         self._free: list[mmap.mmap] = []
         self._room = trio.Semaphore(count)
@@ -54,6 +61,18 @@ class BufferPool:
         """A free buffer, as soon as there is one."""
         await self._room.acquire()
         return Lease(self, self._free.pop() if self._free else _mapped(self.size_bytes))
+
+    async def warm(self, size_bytes: int) -> None:
+        """Touch as many buffers as `size_bytes` fill, so that whoever uses them later does not wait for the kernel."""
+        leases: list[Lease] = []
+        try:
+            for _ in range(min(self.count, -(-size_bytes // self.size_bytes))):
+                leases.append(await self.lease())
+                with suppress(OSError):  # this kernel cannot: then they are touched when they are used
+                    await trio.to_thread.run_sync(populate, leases[-1].view)
+        finally:
+            for lease in leases:
+                lease.release()
 
     def _take_back(self, buffer: mmap.mmap) -> None:
         self._free.append(buffer)
@@ -74,8 +93,7 @@ def left_in(channel: trio.MemoryReceiveChannel[T]) -> Iterator[T]:
             yield channel.receive_nowait()
 
 
-@dataclass(frozen=True, slots=True)
-class LeasedRun:
+class LeasedRun(msgspec.Struct, frozen=True):
     """Pages on their way; whoever gets it releases the lease when the payload is no longer needed."""
 
     run: PageRun

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+import msgspec
 import trio
 import xxhash
 
@@ -22,7 +22,7 @@ from pipeline.image import codec, frames
 from pipeline.image.frames import Codec, FrameHead, Kind, PageRun
 from pipeline.image.packing import PackedRun, Packer, uncompress
 from pipeline.image.schema import AnyRecord, End, Record
-from pipeline.transport.buffers import BufferPool, LeasedRun
+from pipeline.transport.buffers import BUFFER_BYTES, BUFFERS, BufferPool, LeasedRun
 
 #: payloads from this size on are summed in a worker thread, so that others get their turn
 _LARGE_BYTES = 256 << 10
@@ -44,8 +44,7 @@ class ByteSource(Protocol):
         """Read at least one byte into `view`; 0 only at the end."""
 
 
-@dataclass(frozen=True, slots=True)
-class Message:
+class Message(msgspec.Struct, frozen=True):
     """A protocol message, still packed (see `pipeline.transport.protocol`)."""
 
     content: bytes
@@ -87,12 +86,20 @@ class FrameWriter:
         sink: where to.
         packer: what makes frames of pages; without one they are not compressed.
         index: gets the frames without their payloads: see `pipeline.transport.index`.
+        pool: what pages are read into on their way here; without one, it has its own.
     """
 
-    def __init__(self, sink: ByteSink, packer: Packer | None = None, index: ByteSink | None = None) -> None:
+    def __init__(
+        self,
+        sink: ByteSink,
+        packer: Packer | None = None,
+        index: ByteSink | None = None,
+        pool: BufferPool | None = None,
+    ) -> None:
         self._out = _Gathering(sink)
         self._index = _Gathering(index) if index is not None else None
         self.packer = packer or Packer()
+        self.pool = pool or BufferPool(BUFFERS, BUFFER_BYTES)
         self._digest = xxhash.xxh3_128()
         #: that of the end record, once it is written
         self.digest = b""
@@ -255,7 +262,7 @@ class FrameReader:
 
     def __init__(self, source: ByteSource, pool: BufferPool, name: str) -> None:
         self._heads = FrameHeads(source, name)
-        self._pool = pool
+        self.pool = pool
 
     @property
     def bytes_read(self) -> int:
@@ -280,7 +287,7 @@ class FrameReader:
         return await self._pages(frame)
 
     async def _pages(self, frame: Frame) -> LeasedRun:
-        lease = await self._pool.lease()
+        lease = await self.pool.lease()
         try:
             payload = lease.view[: frame.head.payload_bytes]
             await self._heads.fill(payload, frame.where)

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+
+import msgspec
 
 from pipeline.errors import ImageError
 from pipeline.image import frames
@@ -21,6 +22,7 @@ from pipeline.image.codec import Image
 from pipeline.image.frames import HEAD, FrameHead, Kind, PagesHeader
 from pipeline.image.packing import Packer
 from pipeline.image.schema import AnyRecord, End
+from pipeline.transport.buffers import BufferPool
 from pipeline.transport.framing import ByteSink, ByteSource, FrameHeads, FrameWriter
 from pipeline.transport.storage import RangeSource, Storage, index_of
 
@@ -28,8 +30,7 @@ from pipeline.transport.storage import RangeSource, Storage, index_of
 _WINDOW_BYTES = 16 << 10
 
 
-@dataclass(frozen=True, slots=True)
-class StoredFrame:
+class StoredFrame(msgspec.Struct, frozen=True):
     """A frame of pages: `payload_at` is where its payload is in the image, in bytes."""
 
     head: FrameHead
@@ -42,8 +43,7 @@ class StoredFrame:
         return frames.decode_pages(self.header, self.head.payload_bytes, self.where)
 
 
-@dataclass(frozen=True, slots=True)
-class Index:
+class Index(msgspec.Struct, frozen=True):
     """What an index says: the frames of pages in their order, the end, and how long image (or layer) and index are."""
 
     frames: list[StoredFrame]
@@ -53,14 +53,20 @@ class Index:
 
 
 @asynccontextmanager
-async def indexed(storage: Storage, name: str, packer: Packer) -> AsyncIterator[FrameWriter]:
-    """Write an object of frames, and its index where there is a place for one; both exist when the block ends well."""
+async def indexed(
+    storage: Storage, name: str, packer: Packer, pool: BufferPool
+) -> AsyncIterator[FrameWriter]:
+    """Write an object of frames, and its index where there is a place for one; both exist when the block ends well.
+
+    Args:
+        packer, pool: see `FrameWriter`.
+    """
     async with AsyncExitStack() as stack:
         index: ByteSink | None = None
         if storage.has_manifest:
             index = await stack.enter_async_context(storage.create(index_of(name)))
         sink = await stack.enter_async_context(storage.create(name))
-        yield FrameWriter(sink, packer, index)
+        yield FrameWriter(sink, packer, index, pool)
 
 
 async def read_index(source: ByteSource, name: str) -> tuple[Image, Index]:

@@ -50,6 +50,7 @@ class SpreadWriter(FrameWriter):
         self._idle = trio.Event()
         self._idle.set()
         self.packer = first.packer
+        self.pool = first.pool
         first.packer = Packer()  # how long a run takes is told by `run`, of all connections together
 
     def total_bytes(self) -> int:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
 import trio
+from msgspec.structs import replace
 from trio.testing import MockClock
 
 from pipeline.errors import ImageError, StorageError

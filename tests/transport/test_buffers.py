@@ -1,0 +1,72 @@
+"""Buffers that pages go through: their memory is there before a tree stands still, and stays the same."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+
+import trio
+import trio.testing
+
+from pipeline.ids import HostPid
+from pipeline.kernel import pagemap
+from pipeline.ledger import LEDGER
+from pipeline.transport.buffers import BUFFER_BYTES, BufferPool, Lease
+from pipeline.transport.framing import FrameWriter
+from pipeline.transport.spread import SpreadWriter
+from tests.harness.made_images import Memory
+
+SIZE = 1 << 20
+
+
+def touched_bytes(lease: Lease) -> int:
+    """How much of a buffer has memory behind it."""
+    start = ctypes.addressof(ctypes.c_char.from_buffer(lease.view))
+    fd = pagemap.open_pagemap(HostPid(os.getpid()))
+    try:
+        return pagemap.total_bytes(pagemap.populated(fd, [(start, start + len(lease.view))]).pages)
+    finally:
+        os.close(fd)
+
+
+async def lent(pool: BufferPool) -> list[int]:
+    """How much of each buffer has memory, all of them lent at once."""
+    leases = [await pool.lease() for _ in range(pool.count)]
+    found = [touched_bytes(lease) for lease in leases]
+    for lease in leases:
+        lease.release()
+    return found
+
+
+async def test_warm_touches_as_many_buffers_as_are_needed():
+    pool = BufferPool(3, SIZE)
+    held = LEDGER.held()
+    await pool.warm(SIZE + 1)
+    assert LEDGER.held() == held
+    assert sorted(await lent(pool)) == [0, SIZE, SIZE]
+    await pool.warm(100 * SIZE)
+    assert await lent(pool) == [SIZE] * 3
+
+
+async def test_a_buffer_that_was_used_is_used_again_first():
+    pool = BufferPool(3, SIZE)
+    await pool.warm(SIZE)
+    for _ in range(5):
+        lease = await pool.lease()
+        assert touched_bytes(lease) == SIZE
+        lease.release()
+
+
+async def test_who_waits_for_a_buffer_gets_it_behind_warm():
+    pool = BufferPool(1, SIZE)
+    with trio.fail_after(30):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(pool.warm, SIZE)
+            await trio.testing.wait_all_tasks_blocked()
+            (await pool.lease()).release()
+
+
+async def test_all_connections_of_a_migration_have_the_same_buffers():
+    first, other = FrameWriter(Memory()), FrameWriter(Memory())
+    assert first.pool.size_bytes == BUFFER_BYTES
+    assert SpreadWriter(first, [other]).pool is first.pool

@@ -24,11 +24,11 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
 
 import msgpack
+import msgspec
 import xxhash
 
 from pipeline.errors import ImageError
@@ -63,8 +63,7 @@ class Codec(IntEnum):
     ZSTD = 2
 
 
-@dataclass(frozen=True, slots=True)
-class PageRun:
+class PageRun(msgspec.Struct, frozen=True):
     """Pages of one space: segments of (address or offset, length) in bytes, and their bytes one after the other.
 
     `zeros`: ranges of the space that are zero, whatever is there now; nothing of them is in the payload.
@@ -76,8 +75,7 @@ class PageRun:
     zeros: Sequence[tuple[int, int]] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class FrameHead:
+class FrameHead(msgspec.Struct, frozen=True):
     """A parsed head: what follows it, and what it must add up to."""
 
     kind: Kind
@@ -137,8 +135,7 @@ def check_sum(content: bytes | memoryview, expected: int, where: str) -> None:
         raise ImageError(f"{where}: the checksum does not fit: the data is damaged")
 
 
-@dataclass(frozen=True, slots=True)
-class PagesHeader:
+class PagesHeader(msgspec.Struct, frozen=True):
     """The header of a PAGES frame: see `PageRun`; `page_bytes` is what the payload holds when it is unpacked.
 
     `digests`: `DIGEST_BYTES` of the SHA-256 of each page of the payload, one after the other; or nothing.

@@ -21,6 +21,8 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Literal
 
+import msgspec
+
 from pipeline.errors import ImageError
 from pipeline.image import frames
 from pipeline.image.choice import Chooser
@@ -176,8 +178,7 @@ def sift(run: PageRun, zeros: Iterable[int], unchanged: Iterable[int] = ()) -> P
     return PageRun(run.space, segments, content[:kept], found)
 
 
-@dataclass(frozen=True, slots=True)
-class PackedRun:
+class PackedRun(msgspec.Struct, frozen=True):
     """A PAGES frame ready to be written; `payload` is what follows `head`.
 
     Args:

@@ -12,7 +12,8 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+
+import msgspec
 
 from pipeline.ids import HostPid
 from pipeline.kernel import procfs
@@ -45,8 +46,7 @@ def is_outside(path: bytes) -> bool:
     return path == b"/.." or path.startswith(b"/../")
 
 
-@dataclass(frozen=True, slots=True)
-class Hierarchy:
+class Hierarchy(msgspec.Struct, frozen=True):
     """A mounted hierarchy: its `name`, where it is mounted, and the path of what is seen there."""
 
     name: str

@@ -8,7 +8,8 @@ from __future__ import annotations
 import socket
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass, field
+
+import msgspec
 
 from pipeline.kernel.rtnetlink import Netlink, attributes, socket_of
 
@@ -20,12 +21,11 @@ _GROUP_NAME, _GROUP_ID = 1, 2
 _HEADER_BYTES = 4
 
 
-@dataclass(frozen=True, slots=True)
-class Family:
+class Family(msgspec.Struct, frozen=True):
     """One family: its number, and the numbers of its groups by name."""
 
     number: int
-    groups: dict[str, int] = field(default_factory=dict)
+    groups: dict[str, int] = msgspec.field(default_factory=dict)
 
 
 def families(made: Callable[[Callable[[], socket.socket]], socket.socket]) -> dict[str, Family]:

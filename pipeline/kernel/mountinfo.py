@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from functools import lru_cache
+
+import msgspec
 
 from pipeline.ids import HostPid
 from pipeline.kernel import procfs
@@ -18,8 +20,7 @@ from pipeline.kernel import procfs
 _ESCAPE = re.compile(rb"\\([0-7]{3})")
 
 
-@dataclass(frozen=True, slots=True)
-class Mount:
+class Mount(msgspec.Struct, frozen=True):
     """One mount.
 
     Args:
@@ -64,6 +65,7 @@ def parse_mountinfo(content: bytes) -> list[Mount]:
     return [_parse_line(line) for line in content.split(b"\n") if line]
 
 
+@lru_cache(maxsize=1024)
 def _parse_line(line: bytes) -> Mount:
     words = line.split(b" ")
     separator = words.index(b"-", 6)

@@ -63,20 +63,31 @@ def keys(pid: HostPid) -> dict[str, NamespaceKey]:
     """
     found = {}
     for kind in KINDS:
-        try:
-            result = os.stat(f"/proc/{pid}/ns/{kind}")
-        except ProcessLookupError:
-            raise ProcessGone(pid) from None
-        except PermissionError:
-            if is_exiting(pid):  # with its memory goes who may look at it
-                raise ProcessGone(pid) from None
-            raise
-        except FileNotFoundError:
-            continue
-        found[kind] = NamespaceKey(result.st_dev, result.st_ino)
+        identity = key(pid, kind)
+        if identity is not None:
+            found[kind] = identity
     if not found:
         raise ProcessGone(pid)
     return found
+
+
+def key(pid: HostPid, kind: str) -> NamespaceKey | None:
+    """Identity of one namespace of task `pid`, by its link's name; None where `keys` leaves it out.
+
+    Raises:
+        ProcessGone, PermissionError: see `keys`.
+    """
+    try:
+        result = os.stat(f"/proc/{pid}/ns/{kind}")
+    except ProcessLookupError:
+        raise ProcessGone(pid) from None
+    except PermissionError:
+        if is_exiting(pid):  # with its memory goes who may look at it
+            raise ProcessGone(pid) from None
+        raise
+    except FileNotFoundError:
+        return None
+    return NamespaceKey(result.st_dev, result.st_ino)
 
 
 def open_namespace(pid: HostPid, kind: str) -> LocalFd:

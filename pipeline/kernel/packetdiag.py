@@ -10,7 +10,8 @@ from __future__ import annotations
 import socket
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
+
+import msgspec
 
 from pipeline.kernel.rtnetlink import Netlink, attributes, socket_of
 
@@ -26,8 +27,7 @@ _INFO, _MCLIST, _RX_RING, _TX_RING, _FANOUT = range(5)
 _MEMBERSHIP = struct.Struct("<IIHH32s")
 
 
-@dataclass(frozen=True, slots=True)
-class Member:
+class Member(msgspec.Struct, frozen=True):
     """A PACKET_ADD_MEMBERSHIP: interface index, how many times, PACKET_MR_*, hardware address."""
 
     interface: int
@@ -36,8 +36,7 @@ class Member:
     address: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class PacketSocket:
+class PacketSocket(msgspec.Struct, frozen=True):
     """One packet socket. `interface`: 0 for all, -1 for one that is gone. `fanout`: whether it shares with others."""
 
     interface: int

@@ -37,7 +37,8 @@ Range = tuple[int, int]
 _PAGEMAP_SCAN = 0xC0606610
 _ARG = struct.Struct("<12Q")
 _REGION = struct.Struct("<3Q")
-_REGIONS = 16384
+#: how many runs one call tells: the first, of what mostly has few, and any after it
+_FIRST_REGIONS, _REGIONS = 1024, 16384
 _ENTRY = struct.Struct("<Q")
 _ENTRY_BYTES = _ENTRY.size
 _FRAME_NUMBER = (1 << 55) - 1
@@ -112,11 +113,12 @@ def scan(
         OSError: ENOTTY or EINVAL: this kernel has no PAGEMAP_SCAN, or not this category;
             EPERM: PM_SCAN_CHECK_WPASYNC on a range without it; ESRCH: the memory is gone.
     """
-    regions = min(_REGIONS, (end - start) // PAGE_BYTES + 1)
-    vector = ctypes.create_string_buffer(_REGION.size * regions)
-    address = ctypes.addressof(vector)
+    regions = min(_FIRST_REGIONS, _REGIONS)
     found: list[tuple[int, int, int]] = []
     while start < end:
+        regions = min(regions, (end - start) // PAGE_BYTES + 1)
+        vector = ctypes.create_string_buffer(_REGION.size * regions)
+        address = ctypes.addressof(vector)
         argument = bytearray(
             _ARG.pack(_ARG.size, flags, start, end, 0, address, regions, 0, inverted, mask, anyof, returned)
         )
@@ -130,6 +132,7 @@ def scan(
         if walked <= start:
             break
         start = walked
+        regions = _REGIONS
     return found
 
 

@@ -11,8 +11,9 @@ import errno
 import os
 import signal
 import struct
-from dataclasses import dataclass
 from enum import IntEnum, IntFlag
+
+import msgspec
 
 from pipeline.kernel.arch.x86_64_numbers import NR
 from pipeline.kernel.syscalls import syscall
@@ -73,8 +74,7 @@ _PEEK_SHARED = 1
 _XSTATE_MAX_BYTES = 1 << 14
 
 
-@dataclass(frozen=True, slots=True)
-class Stop:
+class Stop(msgspec.Struct, frozen=True):
     """What `wait` saw. Exactly one of the three: exited (wait status), event, or signal delivery."""
 
     status: int

@@ -14,10 +14,11 @@ import os
 import socket
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
 from enum import IntEnum
 from types import TracebackType
 from typing import Self
+
+import msgspec
 
 _NETLINK_SOCK_DIAG = 4
 _SOCK_DIAG_BY_FAMILY = 20
@@ -45,8 +46,7 @@ class State(IntEnum):
     LISTEN = 10
 
 
-@dataclass(frozen=True, slots=True)
-class UnixSocket:
+class UnixSocket(msgspec.Struct, frozen=True):
     """One unix socket.
 
     Args:

@@ -11,7 +11,8 @@ from __future__ import annotations
 import socket
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+
+import msgspec
 
 from pipeline.kernel.rtnetlink import Netlink
 
@@ -22,8 +23,7 @@ _ALL_STATES = 0xFFFF_FFFF
 _MESSAGE = struct.Struct("=4B2s2s16s16sI8s5I")
 
 
-@dataclass(frozen=True, slots=True)
-class TcpEntry:
+class TcpEntry(msgspec.Struct, frozen=True):
     """One TCP socket. Ends are (packed address, port); `received`: bytes to be read, for a listener waiting clients.
 
     `inode`: 0 for one that has no descriptor: it waits to be accepted, or was closed.

@@ -19,6 +19,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import msgspec
+
 from pipeline.ids import RemoteAddress
 
 CALL_BYTES = 64
@@ -85,8 +87,7 @@ class Remote(Protocol):
         """Run one call; OSError with its errno if it fails."""
 
 
-@dataclass(frozen=True, slots=True)
-class Layout:
+class Layout(msgspec.Struct, frozen=True):
     """Memory image of a batch: `image` goes to the base address, each `Out` is at its offset."""
 
     image: bytes

@@ -30,7 +30,8 @@ import signal
 import struct
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+import msgspec
 
 from pipeline.errors import TargetError
 from pipeline.ids import HostPid, RemoteAddress
@@ -46,8 +47,7 @@ AREA_BYTES = 32 * 1024
 _CANDIDATES = (signal.SIGURG, signal.SIGWINCH, signal.SIGCHLD, signal.SIGCONT)
 
 
-@dataclass(frozen=True, slots=True)
-class Places:
+class Places(msgspec.Struct, frozen=True):
     """Where a process lends us room: `stub` for the code, `area` for `AREA_BYTES` of data."""
 
     stub: RemoteAddress

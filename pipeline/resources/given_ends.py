@@ -17,7 +17,6 @@ import os
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 
 import msgspec
 
@@ -36,8 +35,7 @@ PUMP = COMM.decode()
 _JOB = "restore --shell-job, from an interactive shell"
 
 
-@dataclass(frozen=True)
-class _End:
+class _End(msgspec.Struct, frozen=True):
     file: OpenFile
     record: ExternalState
     holders: tuple[tuple[int, int], ...]

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from pipeline.errors import Blocker, Refused
 from pipeline.ids import LocalFd

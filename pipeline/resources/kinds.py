@@ -19,8 +19,9 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+import msgspec
 
 from pipeline.errors import Blocker
 from pipeline.ids import HostPid, LocalFd
@@ -42,8 +43,7 @@ class Inject(Protocol):
         """Number and arguments as `pipeline.remote.calls` says."""
 
 
-@dataclass(frozen=True, slots=True)
-class FdView:
+class FdView(msgspec.Struct, frozen=True):
     """One descriptor of the target, looked at from outside; nothing in the target is changed.
 
     Args:

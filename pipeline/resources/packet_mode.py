@@ -10,7 +10,8 @@ Source: ioctl_tty(2); drivers/tty/pty.c `pty_set_termios`, drivers/tty/n_tty.c `
 from __future__ import annotations
 
 import termios
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from pipeline.ids import LocalFd
 from pipeline.resources import terminal

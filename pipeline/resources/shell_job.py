@@ -31,7 +31,8 @@ import struct
 import threading
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from pipeline.errors import Blocker, ImageError, Refused, UsageError
 from pipeline.ids import HostPid, LocalFd

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 from typing import Literal
+
+import msgspec
 
 SOL_NETLINK = 270
 SOL_PACKET = 263
@@ -25,8 +26,7 @@ LONGEST_HEADERS_BYTES = 1024
 Device = Literal["", "host order", "network order"]
 
 
-@dataclass(frozen=True, slots=True)
-class Identity:
+class Identity(msgspec.Struct, frozen=True):
     """What socket(2) was called with: `family` AF_*, `type` SOCK_* without flags, `protocol`."""
 
     family: int
@@ -34,8 +34,7 @@ class Identity:
     protocol: int
 
 
-@dataclass(frozen=True, slots=True)
-class Option:
+class Option(msgspec.Struct, frozen=True):
     """One option.
 
     Args:

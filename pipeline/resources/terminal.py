@@ -11,8 +11,9 @@ import os
 import select
 import struct
 import termios
-from dataclasses import dataclass
 from typing import Self
+
+import msgspec
 
 from pipeline.ids import LocalFd
 
@@ -41,8 +42,7 @@ def _set(fd: int, request: int, value: int) -> None:
     fcntl.ioctl(fd, request, struct.pack("<i", value))
 
 
-@dataclass(frozen=True, slots=True)
-class Settings:
+class Settings(msgspec.Struct, frozen=True):
     """`struct termios2`: modes, line discipline, control characters, speeds."""
 
     iflag: int

@@ -11,10 +11,10 @@ from __future__ import annotations
 import errno
 import socket
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from itertools import islice
 
 from msgspec import Struct, msgpack
+from msgspec.structs import replace
 
 from pipeline.errors import Blocker, Refused
 from pipeline.ids import LocalFd

@@ -29,9 +29,11 @@ import struct
 import termios
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from functools import cache
 from typing import Literal
+
+import msgspec
+from msgspec.structs import replace
 
 from pipeline.errors import Blocker, Refused
 from pipeline.ids import HostPid
@@ -53,8 +55,7 @@ _LOOK = socket.MSG_PEEK | socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
 Mark = Literal["", "urgent", "passed"]
 
 
-@dataclass(frozen=True, slots=True)
-class Unread:
+class Unread(msgspec.Struct, frozen=True):
     """One unread message, or unread bytes of a stream; all ids as they are seen here.
 
     Args:

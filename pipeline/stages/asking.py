@@ -87,18 +87,16 @@ def asked(
         for tid in tids:
             interrupted.shorten(tid, slept[tid].slept_ns)
         places = _places(pid, tids, mappings, memory)
-        uncaught = ~procfs.status(pid).caught
         timers = procfs.timers(pid)
-        inquiries = []
+        inquiries = [Inquiry(tid, leader=tid == pid, timers=timers) for tid in tids]
+        uncaught = ~inquiries[0].status.caught
         injected_calls = 0
-        for tid in tids:
-            inquiry = Inquiry(tid, leader=tid == pid, timers=timers)
-            task = LiveTask(tid, places, memory, uncaught)
+        for inquiry in inquiries:
+            task = LiveTask(inquiry.tid, places, memory, uncaught)
             task.run(inquiry.calls)
             if further := inquiry.further():
                 task.run(further)
             injected_calls += task.injected_calls
-            inquiries.append(inquiry)
         leader = LiveTask(pid, places, memory, uncaught)
         undo, blockers = semaphore_undo.capture(pid, tids, semaphores, leader.syscall)
         rings = {m.start: aio.question(m) for m in mappings if m.name == aio.NAME}

@@ -9,7 +9,6 @@ The same objects, over a tree that runs, tell `check` what stops it (`tree_block
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import time
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -355,7 +354,7 @@ class Capture:
         settled, blockers = aio.settle(rings, (view for _, view in self.files.files()))
         for number, found in settled.items():
             pid, memory = captured[number]
-            captured[number] = (pid, dataclasses.replace(memory, space=replace(memory.space, rings=found)))
+            captured[number] = (pid, replace(memory, space=replace(memory.space, rings=found)))
         return blockers
 
     def _arrange(
@@ -486,7 +485,8 @@ class Capture:
                 captured[memory.space.space] = (number, memory)
         self.injected_calls += answers.injected_calls + answers.leader.injected_calls
         leader = answers.inquiries[0]
-        stat, status = procfs.stat(number), procfs.status(number)
+        stat = procfs.stat(number)
+        status = leader.status if pid == number else procfs.status(number)
         if pid != number:
             threads.insert(0, leaders.capture(number, threads[0]))
         is_root = number == self.tree.pids[0]
@@ -509,7 +509,7 @@ class Capture:
             cwd=cwd,
             cwd_removed=cwd_removed,
             root=self.path(pid, procfs.read_link(pid, "root")),
-            umask=procfs.status(pid).umask or 0,
+            umask=leader.status.umask or 0,
             actions=leader.actions(),
             pending=signals.pending(pid, shared=True, member=self.tree.member),
             limits=procfs.limits(pid),
@@ -548,7 +548,7 @@ class Capture:
             tracked=self._looks.live and not self._looks.is_draft,
             seen=seen,
         )
-        return dataclasses.replace(memory, space=replace(memory.space, **leader.of_memory()))
+        return replace(memory, space=replace(memory.space, **leader.of_memory()))
 
     def _thread(self, pid: HostPid, inquiry: Inquiry, slept: Slept, members: Memberships) -> Thread:
         record = thread_record(inquiry, members.user, self.tree.member, slept.slept_ns, slept.call)
@@ -573,11 +573,10 @@ class Capture:
 
     def _children(self, pid: HostPid) -> dict[int, int]:
         """The living children of a process in the tree: by the pid that it knows them by, their pids."""
-        depth = len(procfs.status(pid).ns_pid)
         living = set(self.tree.pids) - self._zombies
-        return {
-            procfs.status(child).ns_pid[depth - 1]: child for child in procfs.children(pid) if child in living
-        }
+        children = [child for child in procfs.children(pid) if child in living]
+        depth = len(procfs.status(pid).ns_pid) if children else 0
+        return {procfs.status(child).ns_pid[depth - 1]: child for child in children}
 
     def _head(self, root: HostPid, processes: Sequence[Process]) -> Head:
         xstate = next(thread.xstate for process in processes for thread in process.threads)

@@ -14,10 +14,12 @@ import struct
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Self
 
+import msgspec
 import trio
+from msgspec.structs import replace
 
 from pipeline.errors import InDoubt, PeerError, PeerRefused, PipelineError, ungrouped
 from pipeline.ids import HostPid, RemoteAddress
@@ -44,8 +46,7 @@ _PAUSE_S = 1.0
 _ASK_S = 0.2
 
 
-@dataclass(frozen=True)
-class Lent:
+class Lent(msgspec.Struct, frozen=True):
     """What of a process comes later: `runs` by address."""
 
     space: int

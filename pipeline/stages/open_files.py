@@ -160,14 +160,14 @@ class OpenFiles:
     def _opened_here(self, pid: HostPid, info: dict[str, list[str]]) -> bool:
         """Whether a process of another mount namespace has a file that was opened in ours."""
         if pid not in self._apart:
-            self._apart[pid] = nsfs.keys(pid).get("mnt") != self._own_mounts[0]
+            self._apart[pid] = nsfs.key(pid, "mnt") != self._own_mounts[0]
         return self._apart[pid] and int(info.get("mnt_id", ["-1"])[0]) in self._own_mounts[1]
 
     @cached_property
     def _own_mounts(self) -> tuple[NamespaceKey | None, frozenset[int]]:
         """Our mount namespace, and the numbers of the mounts in it."""
         me = HostPid(os.getpid())
-        return nsfs.keys(me).get("mnt"), frozenset(mount.id for mount in mountinfo(me))
+        return nsfs.key(me, "mnt"), frozenset(mount.id for mount in mountinfo(me))
 
     def _find(self, group: Sequence[int], local: LocalFd) -> tuple[int, bool]:
         """Where in the sorted `group` the open file of `local` is or belongs."""

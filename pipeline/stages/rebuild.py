@@ -12,8 +12,8 @@ import os
 from collections import defaultdict
 from collections.abc import AsyncIterator, Collection, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager
-from dataclasses import dataclass, field
 
+import msgspec
 import trio
 from msgspec.structs import replace
 
@@ -61,8 +61,7 @@ from pipeline.userns.externals import FLAGS, Externals, given_devices, given_nam
 _LOWEST_CHANNEL_FD = 200
 
 
-@dataclass(frozen=True)
-class Terms:
+class Terms(msgspec.Struct, frozen=True):
     """How a tree is rebuilt.
 
     Args:
@@ -79,8 +78,8 @@ class Terms:
     new_pidns: bool = False
     placing: str = "same"
     unmapped: Unmapped = "refuse"
-    externals: Externals = field(default_factory=dict)
-    policy: RestorePolicy = field(default_factory=RestorePolicy)
+    externals: Externals = msgspec.field(default_factory=dict)
+    policy: RestorePolicy = msgspec.field(default_factory=RestorePolicy)
     job_terminal: str | None = None
     strict_ends: bool = False
     live: bool = False

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import get_args
 
@@ -53,10 +54,10 @@ class LiveForest:
     def learn_members(self, pids: Iterable[HostPid]) -> None:
         """Remember one process of every user namespace, to read maps from."""
         for pid in pids:
-            try:
-                self._members.setdefault(nsfs.keys(pid)["user"], pid)
-            except (procfs.ProcessGone, KeyError):
-                continue
+            with suppress(procfs.ProcessGone):
+                key = nsfs.key(pid, "user")
+                if key is not None:
+                    self._members.setdefault(key, pid)
 
     def number_of(self, fd: LocalFd) -> int:
         """The number of the user namespace behind `fd`; it and its ancestors are registered on first sight.

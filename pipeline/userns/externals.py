@@ -19,7 +19,8 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+
+import msgspec
 
 from pipeline.errors import UsageError
 from pipeline.ids import LocalFd
@@ -41,8 +42,7 @@ _DEVICE = re.compile(rf"(?P<kind>\w+):(?:(?P<network>\d{{1,8}})/)?(?P<name>{_NAM
 _OTHER = re.compile(rf"(?P<other>{_NAME})(?:@(?P<bridge>{_NAME}))?")
 
 
-@dataclass(frozen=True, slots=True)
-class GivenDevice:
+class GivenDevice(msgspec.Struct, frozen=True):
     """What a device of the tree shall hang on.
 
     Args:

@@ -55,10 +55,10 @@ class Limits:
 
     def open(self, pids: Iterable[HostPid]) -> None:
         """Open the files of the user namespaces of these processes; what cannot be is visited when it is wanted."""
-        own = nsfs.keys(HostPid(os.getpid())).get("user")
+        own = nsfs.key(HostPid(os.getpid()), "user")
         for pid in pids:
             with suppress(ProcessGone, OSError):
-                key = nsfs.keys(pid).get("user")
+                key = nsfs.key(pid, "user")
                 if key is None or key == own or key in self._files or len(self._files) >= _MAX_NAMESPACES:
                     continue
                 namespace = open_file(pid, "ns/user", os.O_RDONLY)

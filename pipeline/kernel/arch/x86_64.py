@@ -7,7 +7,8 @@ x86-64 psABI, arch/x86/include/uapi/asm/sigcontext.h, asm/ptrace.h, elf(5).
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+
+import msgspec
 
 from pipeline.kernel.arch.x86_64_numbers import NR
 
@@ -182,8 +183,7 @@ def resumed_elsewhere(regs: Registers) -> Registers:
     return regs.replace(orig_rax=-1)
 
 
-@dataclass(frozen=True, slots=True)
-class Frame:
+class Frame(msgspec.Struct, frozen=True):
     """A signal frame to be put at `address` (64-byte aligned); the stub's rsp is `ucontext`."""
 
     image: bytes

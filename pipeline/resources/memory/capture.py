@@ -16,8 +16,10 @@ from __future__ import annotations
 import os
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
 from typing import NamedTuple
+
+import msgspec
+from msgspec.structs import replace
 
 from pipeline.errors import Blocker
 from pipeline.ids import HostPid, RemoteAddress
@@ -39,8 +41,7 @@ _TRACKED = frozenset({"uw"})
 _SECOND_NODE = "/sys/devices/system/node/node1"
 
 
-@dataclass(frozen=True, slots=True)
-class Captured:
+class Captured(msgspec.Struct, frozen=True):
     """An address space: its record, and the page runs to save of it ([start, end), ascending).
 
     `untouched`: those of `runs` that were not written since the writes to them were tracked last. If there are

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import functools
 import os
-from dataclasses import dataclass
 from typing import Literal
+
+import msgspec
 
 from pipeline.image.schema import VmaKind
 from pipeline.kernel.smaps import Mapping
@@ -105,8 +106,7 @@ SUPPORT = (
 Backing = Literal["none", "file", "anon_shared", "memfd", "sysv"]
 
 
-@dataclass(frozen=True, slots=True)
-class Shape:
+class Shape(msgspec.Struct, frozen=True):
     """What a mapping is, as far as its line in smaps tells.
 
     `name` is the name that PR_SET_VMA gave it; `backing` says where to look next.

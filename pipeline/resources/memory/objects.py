@@ -55,8 +55,7 @@ InodeKey = tuple[int, int]
 Place = tuple[int, bytes]
 
 
-@dataclass(frozen=True, slots=True)
-class Window:
+class Window(msgspec.Struct, frozen=True):
     """A mapping through which shared memory can be read: [start, end) in `pid` shows it from `offset` on."""
 
     pid: HostPid

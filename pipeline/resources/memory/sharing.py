@@ -15,7 +15,8 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+
+import msgspec
 
 from pipeline.ids import HostPid, LocalFd
 from pipeline.image.schema import AddressSpace
@@ -33,8 +34,7 @@ _SAME_MASK = 0xC07F_FFFF_FFFF_FFFF
 _EQUAL = re.compile(rb"\0+")
 
 
-@dataclass(frozen=True, slots=True)
-class CopyOnWrite:
+class CopyOnWrite(msgspec.Struct, frozen=True):
     """How the memory of a child relates to its parent's.
 
     Args:

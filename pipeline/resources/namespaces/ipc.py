@@ -19,9 +19,9 @@ import errno
 import os
 import struct
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Annotated
 
+import msgspec
 from msgspec import Meta, Struct
 
 from pipeline.errors import ImageError
@@ -132,8 +132,7 @@ class IpcState(Record, frozen=True, kw_only=True):
     posix: Annotated[list[PosixQueue], Meta(max_length=1 << 16)] = []
 
 
-@dataclass(frozen=True)
-class Numbers:
+class Numbers(msgspec.Struct, frozen=True):
     """The ids of an object as the user namespace of the visitor knows them."""
 
     uid: int

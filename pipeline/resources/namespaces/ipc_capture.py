@@ -9,7 +9,8 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from pipeline.errors import Blocker
 from pipeline.ids import HostPid, LocalFd

@@ -17,7 +17,6 @@ import errno
 import os
 import struct
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import msgspec
@@ -67,8 +66,7 @@ class _Found(Struct, array_like=True):
     telling: list[bytes]
 
 
-@dataclass(frozen=True)
-class IpcView:
+class IpcView(msgspec.Struct, frozen=True):
     """An ipc namespace. `attachments`: how many mappings of it each segment has, by identifier."""
 
     state: IpcState

@@ -15,9 +15,9 @@ import os
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Annotated, Protocol
 
+import msgspec
 from msgspec import Meta, Struct
 
 from pipeline.errors import RebuildError
@@ -108,8 +108,7 @@ class Outside(Protocol):
         """
 
 
-@dataclass(frozen=True, slots=True)
-class Making:
+class Making(msgspec.Struct, frozen=True):
     """Makes the devices of all networks of the tree.
 
     Args:

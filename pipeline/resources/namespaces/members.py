@@ -20,7 +20,6 @@ import os
 import socket
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from functools import cached_property
 
 import msgspec
@@ -73,8 +72,7 @@ def _kind_of(namespace: LocalFd) -> str:
     return next(name for name, known in FLAGS.items() if known == flag)
 
 
-@dataclass(frozen=True, slots=True)
-class _Seat:
+class _Seat(msgspec.Struct, frozen=True):
     """Where a namespace was seen first: by a link of `pid` below /proc, which opens it."""
 
     pid: HostPid

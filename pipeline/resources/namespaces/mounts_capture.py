@@ -9,9 +9,9 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
 from functools import cached_property
 
+import msgspec
 from msgspec.structs import replace
 
 from pipeline.errors import Blocker
@@ -29,8 +29,7 @@ from pipeline.userns.forest import Forest
 from pipeline.userns.visit import Way, as_owner, fetch, visit
 
 
-@dataclass(frozen=True)
-class MountSeat:
+class MountSeat(msgspec.Struct, frozen=True):
     """A mount namespace of the tree.
 
     `index`, `owner`: of its record. `pid`: a process in it, if possible one whose root is that of the namespace.

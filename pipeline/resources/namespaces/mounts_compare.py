@@ -15,6 +15,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+import msgspec
+
 from pipeline.kernel.mountinfo import Mount
 
 
@@ -45,8 +47,7 @@ def parents_first(mounts: Sequence[Mount]) -> list[Mount]:
     return found
 
 
-@dataclass(frozen=True)
-class Comparison:
+class Comparison(msgspec.Struct, frozen=True):
     """Two mount namespaces, the original and what may be its copy.
 
     `original`: all mounts of the first. `kept`: pairs of a mount of the second and that of the first.

@@ -11,7 +11,8 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+
+import msgspec
 
 from pipeline.kernel.mountinfo import Mount
 from pipeline.resources.namespaces.mounts_sources import Sources
@@ -54,8 +55,7 @@ def mount_flags(mount: Mount) -> int:
     return flags if flags & _ATIME else flags | _STRICTATIME
 
 
-@dataclass(frozen=True)
-class Options:
+class Options(msgspec.Struct, frozen=True):
     """The options of the mounts of one namespace.
 
     Args:

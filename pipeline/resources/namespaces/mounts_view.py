@@ -19,8 +19,8 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
 
+import msgspec
 from msgspec import structs
 
 from pipeline.errors import Blocker
@@ -54,8 +54,7 @@ _WHY_NOT_LISTED = {
 }
 
 
-@dataclass(frozen=True)
-class Surroundings:
+class Surroundings(msgspec.Struct, frozen=True):
     """What a mount namespace of a tree is looked at with.
 
     Args:
@@ -108,7 +107,7 @@ class MountsView:
         self._around = surroundings
         self.blockers: list[Blocker] = []
         if not comparison.same_root:
-            comparison = replace(comparison, kept=[], added=parents_first(mountinfo(pid)), gone=[])
+            comparison = structs.replace(comparison, kept=[], added=parents_first(mountinfo(pid)), gone=[])
         self._kept = comparison.kept
         self._added = comparison.added
         self._gone = comparison.gone

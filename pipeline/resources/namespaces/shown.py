@@ -13,7 +13,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+
+import msgspec
 
 from pipeline.ids import HostPid
 from pipeline.image.schema import NamespaceKind
@@ -28,8 +29,7 @@ from pipeline.userns.visit import Way, visit
 _CLOEXEC, _FSCONFIG_CMD_CREATE = 1, 6
 
 
-@dataclass(frozen=True)
-class Shown:
+class Shown(msgspec.Struct, frozen=True):
     """Finds the namespace of the tree behind a mount; the answers are `Namespace` indexes, None where it is not one.
 
     Args:
@@ -46,7 +46,7 @@ class Shown:
     way: Callable[[int, ExitStack], Way]
     held: Callable[[HostPid, bytes, bool], tuple[str, int] | None]
     #: where the mounts that a process sees begin, seen from a cgroup namespace: one visit tells of all
-    _roots: dict[tuple[int, HostPid], dict[int, bytes]] = field(default_factory=dict)
+    _roots: dict[tuple[int, HostPid], dict[int, bytes]] = msgspec.field(default_factory=dict)
 
     def pids(self, path: str) -> int | None:
         """The pid namespace that the proc at a path shows: that of its process 1."""

@@ -23,7 +23,6 @@ import errno
 import os
 import stat
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Annotated, NamedTuple
 
 import msgspec
@@ -71,8 +70,7 @@ Entries = Annotated[list[Entry], Meta(max_length=_MAX_ENTRIES)]
 _PACKED = msgspec.msgpack.Decoder(Entries)
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(msgspec.Struct, frozen=True):
     """Where a tmpfs is mounted; `covers`: where other mounts lie on it or above it, the last one first."""
 
     point: bytes

@@ -41,7 +41,8 @@ import struct
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+
+import msgspec
 
 from pipeline.ids import HostPid, RemoteAddress
 from pipeline.image.schema import Thread
@@ -92,8 +93,7 @@ Read = Callable[[int, int], bytes]
 # -- before the freeze -------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class _Asleep:
+class _Asleep(msgspec.Struct, frozen=True):
     """A thread seen sleeping in `call`: since how long, in nanoseconds, and how often it had gone to sleep before.
 
     `slept_ns` is None where the scheduler's clock is not known.

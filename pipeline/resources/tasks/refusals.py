@@ -41,7 +41,8 @@ def check_task(pid: HostPid) -> Iterator[Blocker]:
     Raises:
         procfs.ProcessGone: it has ended.
     """
-    number = procfs.status(pid).tgid
+    of_first = procfs.status(pid)
+    number = of_first.tgid
     subject = f"pid {number}"
     threads = procfs.tasks(pid)
     yield from _process(subject, pid, len(threads))
@@ -56,7 +57,7 @@ def check_task(pid: HostPid) -> Iterator[Blocker]:
                     "run the pipeline as root",
                 )
                 continue
-            status = procfs.status(tid)
+            status = of_first if tid == pid else procfs.status(tid)
             if status.state in "ZX":
                 continue
             yield from check_seccomp(name, status)

@@ -17,8 +17,8 @@ from bench.commands import TOOL, kill, wait_for
 from bench.extent import Extent
 from bench.matrix import Case, Sample
 from pipeline.remote.tracer import tracer_thread
+from pipeline.stages.beforehand import Beforehand
 from pipeline.standstill import refuse_early, standstill
-from pipeline.userns.limits import Limits
 
 _THREADED = (
     "import sys, threading, time\n"
@@ -42,9 +42,9 @@ async def _stand_still(pid: int) -> tuple[list[float], set[int]]:
     threads = set()
     async with tracer_thread() as tracer:
         for _ in range(_TIMES):
-            with Limits() as limits:
-                await refuse_early(pid, limits=limits)
-                async with standstill(tracer, pid, limits=limits) as still:
+            with Beforehand() as known:
+                await refuse_early(pid, known=known)
+                async with standstill(tracer, pid, known=known) as still:
                     found.append(1e3 * (still.captured_s - still.begun_s))
                     threads.add(sum(len(process.tasks) for process in still.tree.processes.values()))
     return found, threads

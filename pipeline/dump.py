@@ -30,6 +30,7 @@ from pipeline.precopy import Precopy, Rounds, stored_before
 from pipeline.progress import NullProgress, Progress
 from pipeline.remote.tracer import tracer_thread
 from pipeline.stages import freeze
+from pipeline.stages.beforehand import Beforehand
 from pipeline.stages.write import in_order, write_image, write_translated
 from pipeline.standstill import Standstill, refuse_early, standstill, warm
 from pipeline.transport.buffers import BUFFER_BYTES, BUFFERS, BufferPool
@@ -38,7 +39,6 @@ from pipeline.transport.index import indexed
 from pipeline.transport.manifest import Manifest, write_manifest
 from pipeline.transport.storage import IMAGE, INDEX, DirectoryStorage, Storage, open_storage
 from pipeline.userns.externals import Externals
-from pipeline.userns.limits import Limits
 
 Leave = Literal["end", "running", "stopped"]
 Mode = Literal["stop", "precopy"]
@@ -171,8 +171,8 @@ async def dump(
     pool = BufferPool(BUFFERS, BUFFER_BYTES)
     progress.phase("setup")
     async with AsyncExitStack() as before:
-        limits = before.enter_context(Limits())
-        await refuse_early(pid, externals, policy, limits)
+        known = before.enter_context(Beforehand())
+        await refuse_early(pid, externals, policy, known)
         before_s = time.monotonic()
         tracer = await before.enter_async_context(tracer_thread())
         precopy: Precopy | None = None
@@ -180,7 +180,7 @@ async def dump(
             rounds = Rounds(max_downtime, max_rounds)
             precopy = await before.enter_async_context(
                 stored_before(
-                    tracer, pid, storage, packer, pool, rounds, externals, policy, limits, parent, progress
+                    tracer, pid, storage, packer, pool, rounds, externals, policy, known, parent, progress
                 )
             )
         else:
@@ -189,7 +189,7 @@ async def dump(
         looks = precopy.looks if precopy is not None else None
         with ungrouped():
             async with trio.open_nursery() as nursery:
-                async with standstill(tracer, pid, externals, policy, place, looks, limits) as still:
+                async with standstill(tracer, pid, externals, policy, place, looks, known) as still:
                     progress.phase("memory")
                     storing = _Storing(still, precopy, progress)
                     nursery.start_soon(storing.run, storage, packer, pool)

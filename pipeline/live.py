@@ -32,6 +32,7 @@ from pipeline.progress import Progress, Round
 from pipeline.remote.tracer import Tracer
 from pipeline.resources.memory.tracking import TrackingLost
 from pipeline.stages import draft
+from pipeline.stages.beforehand import Beforehand
 from pipeline.stages.lending import Lent, split
 from pipeline.stages.live_memory import LiveMemory
 from pipeline.stages.memory import PageSource
@@ -44,7 +45,6 @@ from pipeline.transport.framing import FrameWriter
 from pipeline.transport.protocol import Begin
 from pipeline.transport.tcp import Channel
 from pipeline.userns.externals import Externals
-from pipeline.userns.limits import Limits
 
 OnTimeout = Literal["switch", "cancel", "postcopy"]
 
@@ -76,7 +76,7 @@ class LiveSource:
         tracer, pid, externals, policy: see `pipeline.migrate`.
         channel: to a destination that has accepted.
         rounds: how they are paced.
-        limits: see `pipeline.standstill.standstill`.
+        known: see `pipeline.standstill.standstill`.
         progress: is told how far it is.
 
     Ownership: `close` lets go of everything; the tree runs on with nothing left in it.
@@ -90,7 +90,7 @@ class LiveSource:
         rounds: Rounds,
         externals: Externals | None,
         policy: DumpPolicy | None,
-        limits: Limits,
+        known: Beforehand,
         progress: Progress,
     ) -> None:
         self._tracer = tracer
@@ -99,7 +99,7 @@ class LiveSource:
         self._rounds = rounds
         self._externals = externals
         self._policy = policy
-        self._limits = limits
+        self._known = known
         self._progress = progress
         self._later = rounds.later
         #: runs beside; whoever stops the tree lets go of it first
@@ -149,7 +149,7 @@ class LiveSource:
         await self.throttle.set(0)
         try:
             self.draft_s = await begin_tracking(
-                self._tracer, self._pid, self._externals, self._policy, self.memory, self._limits
+                self._tracer, self._pid, self._externals, self._policy, self.memory, self._known
             )
         except TrackingLost as error:
             self._drop_draft()

@@ -38,6 +38,7 @@ from pipeline.policy import DumpPolicy
 from pipeline.progress import NullProgress, Progress
 from pipeline.remote.tracer import Tracer, tracer_thread
 from pipeline.stages import freeze
+from pipeline.stages.beforehand import Beforehand
 from pipeline.stages.lending import Lending, Lent
 from pipeline.stages.outliving import large_memories
 from pipeline.stages.write import write_image
@@ -47,7 +48,6 @@ from pipeline.transport.protocol import Cancel, Commit, Completed, Decision, Hel
 from pipeline.transport.spread import SpreadWriter, beside
 from pipeline.transport.tcp import Channel, connect, parse_address
 from pipeline.userns.externals import Externals
-from pipeline.userns.limits import Limits
 
 Mode = Literal["stop", "precopy", "postcopy", "hybrid"]
 #: those in which it is sent while it runs
@@ -166,8 +166,8 @@ async def migrate(
     begin = time.monotonic()
     progress.phase("setup")
     migration = secrets.token_hex(16)
-    with Limits() as limits, trio.CancelScope() as scope:
-        await refuse_early(pid, externals, policy, limits)
+    with Beforehand() as known, trio.CancelScope() as scope:
+        await refuse_early(pid, externals, policy, known)
         async with tracer_thread() as tracer, _greeted(host, port, secret, plaintext) as channel:
             packer = channel.writer.packer = Packer(compress)
             processes = len(freeze.walk(pid))  # type: ignore[arg-type]
@@ -177,7 +177,7 @@ async def migrate(
             reconnect = partial(_greeted, host, port, secret, plaintext)
             told = _Decision(channel, migration, reconnect, give_up)
             live = (
-                LiveSource(tracer, pid, channel, rounds, externals, policy, limits, progress)
+                LiveSource(tracer, pid, channel, rounds, externals, policy, known, progress)
                 if rounds
                 else None
             )
@@ -194,7 +194,7 @@ async def migrate(
                 looks = live.looks if live is not None else None
                 if live is not None:
                     await live.throttle.set(0)
-                async with standstill(tracer, pid, externals, policy, looks=looks, limits=limits) as still:
+                async with standstill(tracer, pid, externals, policy, looks=looks, known=known) as still:
                     progress.phase("memory")
                     lasting: Collection[HostPid] = ()
                     if lending is not None and (live is None or live.later):

@@ -25,6 +25,7 @@ from pipeline.policy import DumpPolicy
 from pipeline.progress import Progress, Round
 from pipeline.remote.tracer import Tracer
 from pipeline.resources.memory.tracking import TrackingLost
+from pipeline.stages.beforehand import Beforehand
 from pipeline.stages.lineage import Lineage
 from pipeline.stages.live_memory import LiveMemory
 from pipeline.stages.memory import PageSource
@@ -38,7 +39,6 @@ from pipeline.transport.framing import FrameWriter
 from pipeline.transport.index import indexed
 from pipeline.transport.storage import LAYER, Storage, index_of, open_storage
 from pipeline.userns.externals import Externals
-from pipeline.userns.limits import Limits
 
 
 class Rounds(msgspec.Struct, frozen=True):
@@ -54,7 +54,7 @@ class Precopy:
     Args:
         tracer, pid, externals, policy: see `pipeline.dump`.
         rounds: how they are paced.
-        limits: see `pipeline.standstill.standstill`.
+        known: see `pipeline.standstill.standstill`.
         lineage: of an earlier image, with which pages are compared.
         progress: is told how far it is.
 
@@ -68,7 +68,7 @@ class Precopy:
         rounds: Rounds,
         externals: Externals | None,
         policy: DumpPolicy | None,
-        limits: Limits,
+        known: Beforehand,
         lineage: Lineage | None,
         progress: Progress,
     ) -> None:
@@ -78,7 +78,7 @@ class Precopy:
         self._rounds = rounds
         self._externals = externals
         self._policy = policy
-        self._limits = limits
+        self._known = known
         self._progress = progress
         self.memory = LiveMemory(stored=True)
         self._digest = b""
@@ -110,7 +110,7 @@ class Precopy:
         self._progress.phase("draft")
         try:
             self.draft_s = await begin_tracking(
-                self._tracer, self._pid, self._externals, self._policy, self.memory, self._limits
+                self._tracer, self._pid, self._externals, self._policy, self.memory, self._known
             )
         except TrackingLost as error:
             self.close()
@@ -195,7 +195,7 @@ async def stored_before(
     rounds: Rounds,
     externals: Externals | None,
     policy: DumpPolicy | None,
-    limits: Limits,
+    known: Beforehand,
     parent: str | None,
     progress: Progress,
 ) -> AsyncIterator[Precopy]:
@@ -205,14 +205,14 @@ async def stored_before(
         storage: where to.
         packer, pool: see `FrameWriter`.
         parent: where an earlier image is, to whose pages this one may refer.
-        tracer, pid, rounds, externals, policy, limits, progress: see `Precopy`.
+        tracer, pid, rounds, externals, policy, known, progress: see `Precopy`.
     """
     async with AsyncExitStack() as stack:
         lineage: Lineage | None = None
         if parent is not None:
             earlier = await stack.enter_async_context(stored_pages(open_storage(parent)))
             lineage = Lineage(earlier, storage)
-        precopy = Precopy(tracer, pid, rounds, externals, policy, limits, lineage, progress)
+        precopy = Precopy(tracer, pid, rounds, externals, policy, known, lineage, progress)
         try:
             await precopy.store_rounds(storage, packer, pool)
             yield precopy

@@ -31,6 +31,7 @@ from pipeline.resources.tasks import leaders
 from pipeline.resources.tasks.interrupted import Sleepers
 from pipeline.resources.tcp_doors import Doors
 from pipeline.stages import freeze
+from pipeline.stages.beforehand import Beforehand
 from pipeline.stages.capture import Capture
 from pipeline.stages.examine import tree_blockers
 from pipeline.stages.freeze import FrozenTree
@@ -43,7 +44,6 @@ from pipeline.transport.buffers import BufferPool
 from pipeline.userns.cradle import is_privileged
 from pipeline.userns.externals import Externals
 from pipeline.userns.forest import Forest
-from pipeline.userns.limits import Limits
 
 #: how often what may go away by itself is looked at again, before and behind the freeze
 _TRANSIENT_TRIES = 5
@@ -57,15 +57,15 @@ async def refuse_early(
     pid: int,
     externals: Externals | None = None,
     policy: DumpPolicy | None = None,
-    limits: Limits | None = None,
+    known: Beforehand | None = None,
 ) -> None:
     """Raise Refused with everything that stops the tree, all of it at once; nothing is touched.
 
-    `limits`: opens those of the tree's user namespaces, for whoever stops it then.
+    `known`: remembers what is read, for whoever stops it then.
     """
     for attempt in range(_TRANSIENT_TRIES):
         blockers: Sequence[Blocker] = await trio.to_thread.run_sync(
-            tree_blockers, pid, externals, policy, limits
+            tree_blockers, pid, externals, policy, known
         )
         if not blockers:
             return
@@ -154,7 +154,7 @@ async def standstill(
     policy: DumpPolicy | None = None,
     image: str = "",
     looks: Looks | None = None,
-    limits: Limits | None = None,
+    known: Beforehand | None = None,
 ) -> AsyncIterator[Standstill]:
     """The tree below `pid`, stopped and captured; runs on after the block, unless it was ended or held.
 
@@ -162,7 +162,7 @@ async def standstill(
         tracer, pid, externals, policy: see `pipeline.dump`.
         image: where the image comes to be, if that is a place of this host.
         looks: what it has in common with other stops of the same tree.
-        limits: has opened some of those of its user namespaces; stays the caller's.
+        known: what all looks at the tree have in common; stays the caller's.
 
     Raises:
         Refused: something that only showed when it stood still stops it; it runs on.
@@ -175,8 +175,8 @@ async def standstill(
             sleepers = Sleepers()
             await tracer.run(lambda now=sleepers: now.look(freeze.walk(HostPid(pid))))
             await tracer.run(_make_room_for_descriptors, HostPid(pid))
-            opened = limits or stopped.enter_context(Limits())
-            await tracer.run(lambda now=opened: now.open(freeze.walk(HostPid(pid))))
+            before = known or stopped.enter_context(Beforehand())
+            await tracer.run(lambda now=before: now.refresh(freeze.walk(HostPid(pid))))
             stopped.enter_context(garbage.held_off())
             begun_s = time.monotonic()
             try:
@@ -185,7 +185,7 @@ async def standstill(
                 holdings = await stopped.enter_async_context(_holding(tracer, image))
                 held = await stopped.enter_async_context(AsyncExitStack())
                 capture, records, sources = await held.enter_async_context(
-                    _captured(tracer, tree, sleepers, externals, policy, holdings, opened, looks)
+                    _captured(tracer, tree, sleepers, externals, policy, holdings, before, looks)
                 )
             except Refused as refused:
                 last = attempt == _TRANSIENT_TRIES - 1
@@ -206,21 +206,21 @@ async def begin_tracking(
     externals: Externals | None,
     policy: DumpPolicy | None,
     memory: LiveMemory,
-    limits: Limits,
+    known: Beforehand,
 ) -> float:
     """Stop the tree for a moment, look at it, and begin to track its memory; how long it stood still, in seconds.
 
     Args:
         tracer, pid, externals, policy: see `pipeline.dump`.
         memory: what tracks it, until it is closed by the caller.
-        limits: see `standstill`.
+        known: see `standstill`.
 
     Raises:
         TrackingLost: it cannot be tracked; the text says why.
     """
     await trio.to_thread.run_sync(_prepare_tracking, pid)
     try:
-        async with standstill(tracer, pid, externals, policy, looks=memory.looks, limits=limits) as still:
+        async with standstill(tracer, pid, externals, policy, looks=memory.looks, known=known) as still:
             await tracer.run(memory.begin, image_of(still.translated()), still.tree, still.sources)
             begun_s = still.begun_s
     except OSError as error:
@@ -333,10 +333,10 @@ async def _captured(
     externals: Externals | None,
     policy: DumpPolicy | None,
     held: Held,
-    limits: Limits,
+    known: Beforehand,
     looks: Looks | None,
 ) -> AsyncIterator[tuple[Capture, CapturedRecords, Sequence[PageSource]]]:
-    capture = await tracer.run(_open_capture, tree, sleepers, externals, policy, held, limits, looks)
+    capture = await tracer.run(_open_capture, tree, sleepers, externals, policy, held, known, looks)
     try:
         records, sources, blockers = await tracer.run(capture.take, tree)
         if blockers:
@@ -353,8 +353,8 @@ def _open_capture(
     externals: Externals | None,
     policy: DumpPolicy | None,
     held: Held,
-    limits: Limits,
+    known: Beforehand,
     looks: Looks | None,
 ) -> Capture:
     zombies = [process.pid for process in tree.processes.values() if process.zombie]
-    return Capture(tree.pids(), zombies, sleepers, externals, policy, held, limits, looks)
+    return Capture(tree.pids(), zombies, sleepers, externals, policy, held, known, looks)

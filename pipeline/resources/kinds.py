@@ -31,6 +31,7 @@ from pipeline.remote.calls import Argument
 from pipeline.resources.held import Held
 
 if TYPE_CHECKING:
+    from pipeline.resources.outside import Outsiders
     from pipeline.resources.unix_unread import Unread
 
 T = TypeVar("T")
@@ -159,6 +160,9 @@ class CaptureScope(Protocol):
 
     def look_in_network(self, netns: Index, look: Callable[[], bytes]) -> bytes:
         """What `look` returns in a network namespace of the tree, or the external one; it makes system calls only."""
+
+    def outsiders(self) -> Outsiders:
+        """Who else has descriptors on this host, as it is at this capture."""
 
     def peers(self) -> dict[Any, Any]:
         """A scratch dictionary shared by all kinds during one capture (socket tables, inode groups)."""

@@ -5,15 +5,20 @@ Their /proc/PID/fd links are compared, as far as this process may read them; the
 pipeline itself does not count, because it holds duplicates of everything it looks at.
 What another user's process holds stays invisible to a plain user.
 
-Sources: proc_pid_fd(5), kcmp(2).
+A host may have many thousand descriptors, which take longer to read than a tree should stand still. So they are read
+before it does, and inside only those of processes that are new, or have another number of descriptors than before.
+Somebody who has closed one meanwhile, and got one of the tree in its place, is not found out; no more is who gets it
+right behind the look, or has it on the way to him in a socket.
+
+Sources: proc_pid_fd(5) (the size of the directory is their number since Linux 6.2), kcmp(2).
 """
 
 from __future__ import annotations
 
 import os
-from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import cache
 
 from pipeline.errors import Blocker
 from pipeline.ids import HostPid
@@ -22,24 +27,71 @@ from pipeline.resources.kinds import CaptureScope, FdView
 
 #: (process here, descriptor number there)
 Holder = tuple[HostPid, int]
+_GONE = (PermissionError, FileNotFoundError, ProcessLookupError)
 
 
-def _table(scope: CaptureScope) -> dict[bytes, list[Holder]]:
-    """Link text -> descriptors outside the tree; read once a capture."""
-    cached: dict[bytes, list[Holder]] | None = scope.peers().get("outside")
-    if cached is not None:
-        return cached
-    table: dict[bytes, list[Holder]] = defaultdict(list)
-    for name in os.listdir("/proc"):
-        if not name.isdecimal() or int(name) == os.getpid() or scope.member(int(name)):
-            continue
-        pid = HostPid(int(name))
-        with suppress(PermissionError, FileNotFoundError, ProcessLookupError):
-            for entry in os.listdir(f"/proc/{pid}/fd"):
-                with suppress(PermissionError, FileNotFoundError, ProcessLookupError):
-                    table[os.readlink(f"/proc/{pid}/fd/{entry}".encode())].append((pid, int(entry)))
-    scope.peers()["outside"] = table
-    return table
+class Outsiders:
+    """The descriptors of every process of this host but our own, as they were at the last look."""
+
+    def __init__(self) -> None:
+        #: what /proc/PID/fd itself was (its inode, how many are in it), and what the links in it were
+        self._seen: dict[HostPid, tuple[tuple[int, int], list[bytes]]] = {}
+        self._holders: dict[bytes, dict[HostPid, list[int]]] = {}
+
+    def look_anew(self) -> None:
+        """Before a tree stands still: read all of them, if anybody has ever asked."""
+        if self._seen:
+            self._seen.clear()
+            self._holders.clear()
+            self.look()
+
+    def look(self) -> None:
+        """Read what has changed."""
+        own = os.getpid()
+        gone = set(self._seen)
+        for name in os.listdir("/proc"):
+            if name.isdecimal() and int(name) != own:
+                pid = HostPid(int(name))
+                gone.discard(pid)
+                with suppress(*_GONE):
+                    self._look_at(pid)
+        for pid in gone:
+            self._forget(pid)
+
+    def _look_at(self, pid: HostPid) -> None:
+        found = os.stat(f"/proc/{pid}/fd")
+        state = found.st_ino, found.st_size
+        before = self._seen.get(pid)
+        if before is not None and before[0] == state and _are_counted():
+            return
+        self._forget(pid)
+        links: list[bytes] = []
+        self._seen[pid] = state, links
+        for entry in os.listdir(f"/proc/{pid}/fd"):
+            with suppress(*_GONE):
+                link = os.readlink(f"/proc/{pid}/fd/{entry}".encode())
+                self._holders.setdefault(link, {}).setdefault(pid, []).append(int(entry))
+                links.append(link)
+
+    def _forget(self, pid: HostPid) -> None:
+        _, links = self._seen.pop(pid, (None, ()))
+        for link in links:
+            holders = self._holders.get(link, {})
+            holders.pop(pid, None)
+            if not holders:
+                self._holders.pop(link, None)
+
+    def of(self, link: bytes) -> Iterator[Holder]:
+        """The descriptors whose link read `link`."""
+        for pid, numbers in self._holders.get(link, {}).items():
+            for number in numbers:
+                yield pid, number
+
+
+@cache
+def _are_counted() -> bool:
+    """Whether this kernel says how many descriptors a process has."""
+    return os.stat("/proc/self/fd").st_size > 0
 
 
 def name_of(pid: HostPid) -> str:
@@ -49,10 +101,20 @@ def name_of(pid: HostPid) -> str:
     return f"pid {pid}"
 
 
+def of_link(link: bytes, scope: CaptureScope) -> list[Holder]:
+    """Descriptors outside the tree whose link reads `link`: of another open file than those at hand."""
+    found = []
+    for pid, fd in _outside(link, scope):
+        with suppress(OSError):
+            if os.readlink(f"/proc/{pid}/fd/{fd}".encode()) == link:
+                found.append((pid, fd))
+    return found
+
+
 def same_link(view: FdView, scope: CaptureScope) -> list[Holder]:
     """Descriptors outside the tree of the same inode, for links that name the inode or a path."""
     found = []
-    for pid, fd in _table(scope).get(view.link, []):
+    for pid, fd in _outside(view.link, scope):
         with suppress(OSError):
             stat = os.stat(f"/proc/{pid}/fd/{fd}")
             if (stat.st_dev, stat.st_ino) == (view.stat.st_dev, view.stat.st_ino):
@@ -64,11 +126,15 @@ def same_file(view: FdView, scope: CaptureScope) -> list[Holder]:
     """Descriptors outside the tree of the same open file description, where kcmp(2) may compare them."""
     found = []
     holder, number = view.seat
-    for pid, fd in _table(scope).get(view.link, []):
+    for pid, fd in _outside(view.link, scope):
         with suppress(OSError):
             if kcmp(holder, pid, KCMP.FILE, number, fd) == 0:
                 found.append((pid, fd))
     return found
+
+
+def _outside(link: bytes, scope: CaptureScope) -> Iterator[Holder]:
+    return (holder for holder in scope.outsiders().of(link) if not scope.member(holder[0]))
 
 
 def blockers(
@@ -81,8 +147,3 @@ def blockers(
             f" and {len(pids) - 4} more" if len(pids) > 4 else ""
         )
         yield Blocker(view.subject, f"{what} {named} outside the tree", remedy)
-
-
-def of_link(link: bytes, scope: CaptureScope) -> list[Holder]:
-    """Descriptors outside the tree whose link reads `link`: of another open file than those at hand."""
-    return _table(scope).get(link, [])

@@ -55,6 +55,7 @@ from pipeline.resources.memory.objects import MemoryObjects
 from pipeline.resources.memory.sharing import plan_copy_on_write
 from pipeline.resources.namespaces import clocks
 from pipeline.resources.namespaces.members import NamespaceCapture
+from pipeline.resources.outside import Outsiders
 from pipeline.resources.pty_session import check_controlling_terminal
 from pipeline.resources.tasks import (
     attributes,
@@ -72,6 +73,7 @@ from pipeline.resources.tasks.interrupted import Sleepers
 from pipeline.resources.tasks.refusals import check_stopped, check_task
 from pipeline.stages.ahead import MappingsAhead
 from pipeline.stages.asking import Answers, Slept, asked
+from pipeline.stages.beforehand import Beforehand
 from pipeline.stages.freeze import FrozenProcess, FrozenTree
 from pipeline.stages.memory import FilePages, PageSource, ProcessPages, SharedPages
 from pipeline.stages.memory_layout import vdso_digest
@@ -80,7 +82,6 @@ from pipeline.userns.capture import LiveForest
 from pipeline.userns.cradle import is_privileged
 from pipeline.userns.externals import Externals
 from pipeline.userns.forest import Forest
-from pipeline.userns.limits import Limits
 from pipeline.userns.lodgers import Lodgers
 
 
@@ -103,7 +104,7 @@ class Capture:
         externals: namespaces that are external instead of the pipeline's own.
         policy: decisions about states that have more than one good answer.
         held: takes what is held until the tree runs on or has ended.
-        limits: has opened the limits of the tree's user namespaces before it was stopped.
+        known: what was read before it was stopped.
         looks: what it has in common with others.
     """
 
@@ -115,7 +116,7 @@ class Capture:
         externals: Externals | None = None,
         policy: DumpPolicy | None = None,
         held: Held | None = None,
-        limits: Limits | None = None,
+        known: Beforehand | None = None,
         looks: Looks | None = None,
     ) -> None:
         self._looks = looks or Looks()
@@ -129,7 +130,7 @@ class Capture:
         self._faces = leaders.faces(pid for pid in pids if pid not in self._zombies)
         self.living = [self._face(pid) for pid in pids if pid not in self._zombies]
         self._spaces = Spaces(self._looks.spaces)
-        self._forest = LiveForest(limits=limits)
+        self._forest = LiveForest(limits=known.limits if known is not None else None)
         with ExitStack() as stack:
             stack.callback(self._spaces.close)
             lodgers = stack.enter_context(Lodgers())
@@ -149,6 +150,7 @@ class Capture:
                     self.namespaces,
                     self.policy,
                     held or Held(),
+                    known.outsiders if known is not None else Outsiders(),
                 )
             )
             self._stack = stack.pop_all()

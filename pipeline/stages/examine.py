@@ -13,6 +13,7 @@ from pipeline.policy import DumpPolicy
 from pipeline.resources.namespace_file import LINKS
 from pipeline.resources.namespaces.members import NamespaceCapture, check_visible
 from pipeline.resources.tasks import credentials, leaders, tracing
+from pipeline.stages.beforehand import Beforehand
 from pipeline.stages.capture import Capture
 from pipeline.stages.freeze import check_root, walk
 from pipeline.stages.translate import in_forest
@@ -20,7 +21,6 @@ from pipeline.userns import around
 from pipeline.userns.capture import LiveForest
 from pipeline.userns.cradle import is_privileged
 from pipeline.userns.externals import Externals
-from pipeline.userns.limits import Limits
 from pipeline.userns.lodgers import Lodgers
 from pipeline.userns.portrait import Portrait, Sitter, paint
 
@@ -44,7 +44,7 @@ def tree_blockers(
     pid: int,
     externals: Externals | None = None,
     policy: DumpPolicy | None = None,
-    limits: Limits | None = None,
+    known: Beforehand | None = None,
 ) -> list[Blocker]:
     """Every blocker of the tree below `pid`, which goes on running meanwhile.
 
@@ -55,12 +55,12 @@ def tree_blockers(
         pid: its root.
         externals: namespaces that are external instead of the pipeline's own.
         policy: decisions about states that have more than one good answer.
-        limits: opens those of its user namespaces, to be used again.
+        known: remembers what is read once for all looks.
     """
     for _ in range(_LOOKS):
         try:
-            found = list(_look(pid, externals, policy, limits))
-            again = set(_look(pid, externals, policy, limits)) if found else set()
+            found = list(_look(pid, externals, policy, known))
+            again = set(_look(pid, externals, policy, known)) if found else set()
             return [blocker for blocker in found if blocker in again]
         except PermissionError as error:
             refused = error  # of a member that ended, the number may be somebody else's now
@@ -74,7 +74,7 @@ def tree_blockers(
 
 
 def _look(
-    pid: int, externals: Externals | None, policy: DumpPolicy | None, limits: Limits | None
+    pid: int, externals: Externals | None, policy: DumpPolicy | None, known: Beforehand | None
 ) -> Iterator[Blocker]:
     at_root = list(check_root(pid))
     yield from at_root
@@ -100,9 +100,9 @@ def _look(
         with suppress(procfs.ProcessGone):
             if leaders.has_ended(member):
                 zombies.append(member)
-    if limits is not None:
-        limits.open(pids)
-    with Capture(pids, zombies, externals=externals, policy=policy, limits=limits) as capture:
+    if known is not None:
+        known.limits.open(pids)
+    with Capture(pids, zombies, externals=externals, policy=policy, known=known) as capture:
         yield from capture.blockers()
 
 

@@ -36,6 +36,7 @@ from pipeline.resources import (
 from pipeline.resources.held import Held
 from pipeline.resources.kinds import FdView, FileKind
 from pipeline.resources.namespaces.members import NamespaceCapture
+from pipeline.resources.outside import Outsiders
 from pipeline.resources.registry import kind_of
 from pipeline.resources.taken import Takings
 from pipeline.resources.unix_unread import Unread
@@ -153,6 +154,7 @@ class FileObserver:
         memory: registers the shared memory behind a descriptor and returns its space.
         namespaces: of the tree.
         policy, held: see `CaptureScope`.
+        outsiders: what was read of them before.
     """
 
     def __init__(
@@ -164,8 +166,11 @@ class FileObserver:
         namespaces: NamespaceCapture,
         policy: DumpPolicy,
         held: Held,
+        outsiders: Outsiders,
     ) -> None:
         self.policy = policy
+        self._outsiders = outsiders
+        self._has_looked_outside = False
         self.held = held
         self._tree = tree
         self._spaces = spaces
@@ -331,6 +336,13 @@ class FileObserver:
     def look_in_network(self, netns: int, look: Callable[[], bytes]) -> bytes:
         """See `CaptureScope.look_in_network`."""
         return self._namespaces.look_in_network(netns, look)
+
+    def outsiders(self) -> Outsiders:
+        """See `CaptureScope.outsiders`."""
+        if not self._has_looked_outside:
+            self._has_looked_outside = True
+            self._outsiders.look()
+        return self._outsiders
 
     def peers(self) -> dict[Any, Any]:
         """See `CaptureScope.peers`."""

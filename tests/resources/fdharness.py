@@ -55,6 +55,7 @@ from pipeline.resources import (
 )
 from pipeline.resources.held import Held
 from pipeline.resources.kinds import FdView, Inject
+from pipeline.resources.outside import Outsiders
 from pipeline.resources.sockets import EXTERNAL_NETWORK
 from pipeline.resources.unix_unread import Unread
 from pipeline.stages.late import Late
@@ -283,6 +284,13 @@ class Capture:
 
     def look_in_network(self, netns: int, look: Callable[[], bytes]) -> bytes:
         return look()
+
+    def outsiders(self) -> Outsiders:
+        found = self._peers.get("outsiders")
+        if found is None:
+            found = self._peers["outsiders"] = Outsiders()
+            found.look()
+        return found
 
     def peers(self) -> dict[Any, Any]:
         return self._peers

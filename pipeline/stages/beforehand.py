@@ -1,0 +1,34 @@
+"""What is read of a tree, and of the host around it, before it stands still, so that inside it is only checked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Self
+
+from pipeline.ids import HostPid
+from pipeline.resources.outside import Outsiders
+from pipeline.userns.limits import Limits
+
+
+class Beforehand:
+    """A context manager, for all looks at one tree.
+
+    Attributes:
+        limits: of its user namespaces.
+        outsiders: who else has descriptors on this host.
+    """
+
+    def __init__(self) -> None:
+        self.limits = Limits()
+        self.outsiders = Outsiders()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.limits.close()
+
+    def refresh(self, pids: Sequence[HostPid]) -> None:
+        """Right before the processes `pids` of the tree are stopped; in any thread."""
+        self.limits.open(pids)
+        self.outsiders.look_anew()

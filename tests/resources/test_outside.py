@@ -1,0 +1,136 @@
+"""Who else has descriptors: what is read again at a second look, and what is not."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from pipeline.resources import outside
+from pipeline.resources.outside import Outsiders
+
+
+@contextmanager
+def outsider() -> Iterator[tuple[int, Callable[[str], int]]]:
+    """A process with nothing but two pipes to us, and what lets it open ("o") and close ("c") a descriptor."""
+    orders, to_it = os.pipe()
+    from_it, answers = os.pipe()
+    pid = os.fork()
+    if not pid:
+        os.dup2(orders, 0)
+        os.dup2(answers, 1)
+        os.closerange(2, 1 << 16)
+        opened: list[int] = []
+        while order := os.read(0, 1):
+            if order == b"o":
+                opened.append(os.open("/dev/zero", os.O_RDONLY))
+            elif order == b"c":
+                os.close(opened.pop())
+            else:  # another file in its place
+                os.dup2(os.open("/dev/full", os.O_WRONLY), opened[-1])
+                os.close(opened[-1] + 1)
+            os.write(1, bytes([opened[-1] if opened else 0]))
+        os._exit(0)
+    os.close(orders)
+    os.close(answers)
+
+    def order(what: str) -> int:
+        os.write(to_it, what.encode())
+        return os.read(from_it, 1)[0]
+
+    try:
+        yield pid, order
+    finally:
+        os.close(to_it)
+        os.close(from_it)
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+def _held(outsiders: Outsiders, link: bytes, pid: int) -> list[int]:
+    return [fd for holder, fd in outsiders.of(link) if holder == pid]
+
+
+def test_descriptors_that_come_and_go_are_seen() -> None:
+    outsiders = Outsiders()
+    with outsider() as (pid, order):
+        outsiders.look()
+        assert not _held(outsiders, b"/dev/zero", pid)
+        first, second = order("o"), order("o")
+        assert not _held(outsiders, b"/dev/zero", pid)
+        outsiders.look()
+        assert _held(outsiders, b"/dev/zero", pid) == [first, second]
+        order("c")
+        outsiders.look()
+        assert _held(outsiders, b"/dev/zero", pid) == [first]
+    outsiders.look()
+    assert not _held(outsiders, b"/dev/zero", pid)
+    assert pid not in outsiders._seen
+
+
+def test_a_process_that_is_new_is_read() -> None:
+    outsiders = Outsiders()
+    outsiders.look()
+    with outsider() as (pid, order):
+        fd = order("o")
+        outsiders.look()
+        assert _held(outsiders, b"/dev/zero", pid) == [fd]
+
+
+def test_our_own_are_none() -> None:
+    outsiders = Outsiders()
+    with open("/dev/zero", "rb"):
+        outsiders.look()
+        assert os.getpid() not in {pid for pid, _ in outsiders.of(b"/dev/zero")}
+
+
+def test_only_what_has_changed_is_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not outside._are_counted():
+        pytest.skip("this kernel does not say how many descriptors a process has")
+    read: list[str] = []
+    readlink = os.readlink
+
+    def counted(path: bytes) -> bytes:
+        read.append(os.fsdecode(path).split("/")[2])
+        return readlink(path)
+
+    monkeypatch.setattr(os, "readlink", counted)
+    outsiders = Outsiders()
+    with outsider() as (pid, order):
+        order("o")
+        outsiders.look()
+        assert read.count(str(pid)) == 3
+        outsiders.look()
+        assert read.count(str(pid)) == 3
+        order("o")
+        outsiders.look()
+        assert read.count(str(pid)) == 3 + 4
+
+
+def test_all_is_read_anew_before_a_tree_is_stopped() -> None:
+    """One that has taken another's place is found then, and only if somebody has asked at all."""
+    outsiders = Outsiders()
+    outsiders.look_anew()
+    assert not outsiders._seen
+    with outsider() as (pid, order):
+        fd = order("o")
+        outsiders.look()
+        order("r")
+        assert _held(outsiders, b"/dev/zero", pid) == [fd]
+        outsiders.look_anew()
+        assert not _held(outsiders, b"/dev/zero", pid)
+        assert _held(outsiders, b"/dev/full", pid) == [fd]
+
+
+def test_where_they_are_not_counted_all_are_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outside, "_are_counted", lambda: False)
+    outsiders = Outsiders()
+    with outsider() as (pid, order):
+        fd = order("o")
+        outsiders.look()
+        order("r")
+        outsiders.look()
+        assert _held(outsiders, b"/dev/full", pid) == [fd]

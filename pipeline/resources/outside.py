@@ -1,4 +1,4 @@
-"""Who else holds an open file: processes that are not part of the tree.
+"""Who else holds an open file, or is in a process group or session: processes that are not part of the tree.
 
 A pipe, an eventfd or a memfd whose other user stays behind would lose its meaning.
 Their /proc/PID/fd links are compared, as far as this process may read them; the
@@ -19,9 +19,11 @@ import os
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import cache
+from typing import NamedTuple
 
 from pipeline.errors import Blocker
 from pipeline.ids import HostPid
+from pipeline.kernel.procfs import ProcessGone, stat
 from pipeline.kernel.syscalls import KCMP, kcmp
 from pipeline.resources.kinds import CaptureScope, FdView
 
@@ -30,19 +32,27 @@ Holder = tuple[HostPid, int]
 _GONE = (PermissionError, FileNotFoundError, ProcessLookupError)
 
 
+class _Seen(NamedTuple):
+    """A process: what /proc/PID/fd itself was (its inode, and how many are in it), the links in it; its groups."""
+
+    state: tuple[int, int]
+    links: list[bytes]
+    groups: set[int]
+
+
 class Outsiders:
     """The descriptors of every process of this host but our own, as they were at the last look."""
 
     def __init__(self) -> None:
-        #: what /proc/PID/fd itself was (its inode, how many are in it), and what the links in it were
-        self._seen: dict[HostPid, tuple[tuple[int, int], list[bytes]]] = {}
+        self._seen: dict[HostPid, _Seen] = {}
         self._holders: dict[bytes, dict[HostPid, list[int]]] = {}
+        self._groups: dict[int, set[HostPid]] = {}
 
     def look_anew(self) -> None:
         """Before a tree stands still: read all of them, if anybody has ever asked."""
         if self._seen:
-            self._seen.clear()
-            self._holders.clear()
+            for known in (self._seen, self._holders, self._groups):
+                known.clear()
             self.look()
 
     def look(self) -> None:
@@ -53,7 +63,7 @@ class Outsiders:
             if name.isdecimal() and int(name) != own:
                 pid = HostPid(int(name))
                 gone.discard(pid)
-                with suppress(*_GONE):
+                with suppress(*_GONE, ProcessGone):
                     self._look_at(pid)
         for pid in gone:
             self._forget(pid)
@@ -62,11 +72,15 @@ class Outsiders:
         found = os.stat(f"/proc/{pid}/fd")
         state = found.st_ino, found.st_size
         before = self._seen.get(pid)
-        if before is not None and before[0] == state and _are_counted():
+        if before is not None and before.state == state and _are_counted():
             return
         self._forget(pid)
+        task = stat(pid)
+        groups = {task.pgrp, task.session}
         links: list[bytes] = []
-        self._seen[pid] = state, links
+        self._seen[pid] = _Seen(state, links, groups)
+        for group in groups:
+            self._groups.setdefault(group, set()).add(pid)
         for entry in os.listdir(f"/proc/{pid}/fd"):
             with suppress(*_GONE):
                 link = os.readlink(f"/proc/{pid}/fd/{entry}".encode())
@@ -74,8 +88,12 @@ class Outsiders:
                 links.append(link)
 
     def _forget(self, pid: HostPid) -> None:
-        _, links = self._seen.pop(pid, (None, ()))
-        for link in links:
+        seen = self._seen.pop(pid, None)
+        if seen is None:
+            return
+        for group in seen.groups:
+            self._groups[group].discard(pid)
+        for link in seen.links:
             holders = self._holders.get(link, {})
             holders.pop(pid, None)
             if not holders:
@@ -86,6 +104,10 @@ class Outsiders:
         for pid, numbers in self._holders.get(link, {}).items():
             for number in numbers:
                 yield pid, number
+
+    def in_group(self, number: int) -> Iterator[HostPid]:
+        """Who was in a process group or a session of this number."""
+        yield from self._groups.get(number, ())
 
 
 @cache
@@ -116,8 +138,8 @@ def same_link(view: FdView, scope: CaptureScope) -> list[Holder]:
     found = []
     for pid, fd in _outside(view.link, scope):
         with suppress(OSError):
-            stat = os.stat(f"/proc/{pid}/fd/{fd}")
-            if (stat.st_dev, stat.st_ino) == (view.stat.st_dev, view.stat.st_ino):
+            found_there = os.stat(f"/proc/{pid}/fd/{fd}")
+            if (found_there.st_dev, found_there.st_ino) == (view.stat.st_dev, view.stat.st_ino):
                 found.append((pid, fd))
     return found
 

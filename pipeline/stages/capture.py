@@ -124,7 +124,7 @@ class Capture:
         self._sleepers = sleepers or Sleepers()
         self._together: dict[HostPid, Together] = {}
         self._notices: dict[int, job_control.Notice] = {}
-        self.tree = Tree(pids)
+        self.tree = Tree(pids, known.outsiders if known is not None else Outsiders())
         self._zombies = set(zombies)
         #: where the first thread has ended and others run: by whom the process is looked at
         self._faces = leaders.faces(pid for pid in pids if pid not in self._zombies)
@@ -150,7 +150,6 @@ class Capture:
                     self.namespaces,
                     self.policy,
                     held or Held(),
-                    known.outsiders if known is not None else Outsiders(),
                 )
             )
             self._stack = stack.pop_all()

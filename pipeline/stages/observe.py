@@ -16,6 +16,7 @@ import socket
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Self
 
 from pipeline.errors import Blocker
@@ -55,14 +56,22 @@ class Tree:
 
     Args:
         pids: its processes, parents before children.
+        outsiders: what was read of them before.
     """
 
-    def __init__(self, pids: Sequence[HostPid]) -> None:
+    def __init__(self, pids: Sequence[HostPid], outsiders: Outsiders) -> None:
         self.pids = list(pids)
+        self._outsiders = outsiders
         self._members: set[int] = set(pids)
         for pid in pids:
             with suppress(procfs.ProcessGone):
                 self._members.update(procfs.tasks(pid))
+
+    @cached_property
+    def outsiders(self) -> Outsiders:
+        """Who does not belong to it, as of now."""
+        self._outsiders.look()
+        return self._outsiders
 
     def member(self, pid: int) -> int:
         """The level-0 pid of a member; 0 for anybody outside the tree."""
@@ -76,13 +85,9 @@ class Tree:
 
     def _confined(self, pgid: int) -> bool:
         """Whether a leaderless group or session has members in the tree only."""
-        for name in os.listdir("/proc"):
-            if name.isdigit() and int(name) not in self._members:
-                with suppress(procfs.ProcessGone):
-                    found = procfs.stat(HostPid(int(name)))
-                    if pgid in (found.pgrp, found.session):
-                        return False
-        return True
+        if pgid in (os.getpgrp(), os.getsid(0)):
+            return False
+        return self._members.issuperset(self.outsiders.in_group(pgid))
 
 
 class Numbering:
@@ -154,7 +159,6 @@ class FileObserver:
         memory: registers the shared memory behind a descriptor and returns its space.
         namespaces: of the tree.
         policy, held: see `CaptureScope`.
-        outsiders: what was read of them before.
     """
 
     def __init__(
@@ -166,11 +170,8 @@ class FileObserver:
         namespaces: NamespaceCapture,
         policy: DumpPolicy,
         held: Held,
-        outsiders: Outsiders,
     ) -> None:
         self.policy = policy
-        self._outsiders = outsiders
-        self._has_looked_outside = False
         self.held = held
         self._tree = tree
         self._spaces = spaces
@@ -339,10 +340,7 @@ class FileObserver:
 
     def outsiders(self) -> Outsiders:
         """See `CaptureScope.outsiders`."""
-        if not self._has_looked_outside:
-            self._has_looked_outside = True
-            self._outsiders.look()
-        return self._outsiders
+        return self._tree.outsiders
 
     def peers(self) -> dict[Any, Any]:
         """See `CaptureScope.peers`."""

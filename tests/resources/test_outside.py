@@ -80,6 +80,21 @@ def test_a_process_that_is_new_is_read() -> None:
         assert _held(outsiders, b"/dev/zero", pid) == [fd]
 
 
+def test_groups_and_sessions_of_others() -> None:
+    outsiders = Outsiders()
+    with outsider() as (pid, _):
+        assert pid not in outsiders.in_group(os.getpgrp())
+        outsiders.look()
+        assert pid in outsiders.in_group(os.getpgrp())
+        assert pid in outsiders.in_group(os.getsid(0))
+        os.setpgid(pid, pid)
+        outsiders.look_anew()
+        assert pid in outsiders.in_group(os.getsid(0))
+        assert list(outsiders.in_group(pid)) == [pid]
+    outsiders.look()
+    assert not list(outsiders.in_group(pid))
+
+
 def test_our_own_are_none() -> None:
     outsiders = Outsiders()
     with open("/dev/zero", "rb"):

@@ -99,5 +99,5 @@ class PidsView:
         for name in os.listdir("/proc"):
             if name.isdigit():
                 with suppress(OSError, procfs.ProcessGone):
-                    if nsfs.keys(HostPid(int(name))).get("pid") == key:
+                    if nsfs.key(HostPid(int(name)), "pid") == key:
                         yield HostPid(int(name))

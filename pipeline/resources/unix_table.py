@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import socket
+from collections.abc import Collection
 from functools import partial
 
 from pipeline.errors import Blocker, Refused
@@ -23,7 +24,7 @@ class Table:
 
     def __init__(self, scope: CaptureScope) -> None:
         self.members: dict[int, tuple[Index, FdView]] = {}
-        self._known: dict[int, UnixSocket | None] = {}
+        self._known: dict[int, UnixSocket | Refused | None] = {}
         self._scope = scope
         self._networks = {EXTERNAL_NETWORK}
         for index, view in scope.files():
@@ -42,13 +43,21 @@ class Table:
             Refused: it is a listener at which too many wait.
         """
         if inode not in self._known:
-            self._known[inode] = None
-            for netns in self._networks:  # each knows its own only
-                with UnixDiag(partial(self._scope.in_network, netns)) as diag:
-                    self._known[inode] = self._known[inode] or self._ask(diag, inode)
-        return self._known[inode]
+            self._ask({inode, *self.members} - self._known.keys())
+        found = self._known[inode]
+        if isinstance(found, Refused):
+            raise found
+        return found
 
-    def _ask(self, diag: UnixDiag, inode: int) -> UnixSocket | None:
+    def _ask(self, inodes: Collection[int]) -> None:
+        """Of all at once, because it takes a while to get into a network."""
+        self._known |= dict.fromkeys(inodes)
+        for netns in self._networks:  # each knows its own only
+            with UnixDiag(partial(self._scope.in_network, netns)) as diag:
+                for inode in inodes:
+                    self._known[inode] = self._known[inode] or self._answer(diag, inode)
+
+    def _answer(self, diag: UnixDiag, inode: int) -> UnixSocket | Refused | None:
         try:
             return diag.find(inode)
         except OSError as error:
@@ -56,7 +65,7 @@ class Table:
                 raise
             subject = self.members[inode][1].subject if inode in self.members else f"unix socket {inode}"
             why = "more clients wait to be accepted than the kernel lists"
-            raise Refused([Blocker(subject, why, "wait until some are accepted", transient=True)]) from error
+            return Refused([Blocker(subject, why, "wait until some are accepted", transient=True)])
 
     def listener_of(self, inode: int) -> int | None:
         """Inode of the listener in the tree at which socket `inode` waits to be accepted."""

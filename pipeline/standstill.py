@@ -93,8 +93,10 @@ class Standstill:
         held: AsyncExitStack,
         holdings: Held,
         outliving: Outliving,
+        known: Beforehand,
     ) -> None:
         self.tree = tree
+        self._known = known
         self.records = records
         self.sources = sources
         self.forest: Forest = capture.forest()
@@ -128,8 +130,9 @@ class Standstill:
         return sorted(map(os.fsdecode, names))
 
     async def let_go_of_files(self) -> None:
-        """Close what is held of the tree's open files, so that with the tree they end; idempotent."""
+        """Close what is held of the tree's open files, and leave its networks: with the tree they end; idempotent."""
         await self._held.aclose()
+        self._known.networks.close()
 
     def end(self) -> None:
         """Kill every process of the tree, and tell those that hold something of it; in the tracer's thread."""
@@ -194,7 +197,7 @@ async def standstill(
             else:
                 outliving = await stopped.enter_async_context(_outliving())
                 yield Standstill(
-                    tree, capture, records, sources, begun_s, frozen_s, held, holdings, outliving
+                    tree, capture, records, sources, begun_s, frozen_s, held, holdings, outliving, before
                 )
                 return
         await trio.sleep(_TRANSIENT_PAUSE_S)

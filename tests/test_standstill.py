@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -9,11 +10,14 @@ import pytest
 import trio
 
 from pipeline.errors import Blocker, Refused
+from pipeline.kernel.syscalls import CLONE
 from pipeline.ledger import LEDGER
 from pipeline.remote.tracer import tracer_thread
 from pipeline.stages import examine
+from pipeline.stages.beforehand import Beforehand
 from pipeline.stages.capture import Capture
-from pipeline.standstill import standstill
+from pipeline.standstill import refuse_early, standstill
+from tests.harness.settings import DEPTH_1
 from tests.harness.tree import Tree
 
 pytestmark = pytest.mark.root
@@ -60,6 +64,32 @@ def test_what_is_there_at_one_look_only_does_not_refuse_a_running_tree(
     monkeypatch.setattr(examine, "_look", look)
     assert examine.tree_blockers(1) == [Blocker("pid 1", "stays")]
     assert examine.tree_blockers(1) == []
+
+
+def test_nobody_of_us_is_in_a_network_of_the_tree_when_it_ends(start: Callable[..., Tree]) -> None:
+    """It would keep the addresses that are those of the tree elsewhere."""
+    tree = start("quiet", DEPTH_1.with_kinds("network", CLONE.NEWNET))
+
+    def inside() -> int:
+        own = os.stat("/proc/self/ns/net").st_ino
+        found = [os.stat(f"/proc/self/task/{tid}/ns/net").st_ino for tid in os.listdir("/proc/self/task")]
+        return sum(one != own for one in found)
+
+    async def main() -> None:
+        with Beforehand() as known:
+            await refuse_early(tree.pid, known=known)
+            assert inside() == 1
+            async with tracer_thread() as tracer:
+                async with standstill(tracer, tree.pid, known=known):
+                    assert inside() == 1
+                async with standstill(tracer, tree.pid, known=known) as still:
+                    await still.let_go_of_files()
+                    assert inside() == 0
+                    assert {what for what, _ in LEDGER.held()}.isdisjoint({"sysctl", "visitor"})
+
+    trio.run(main)
+    assert not LEDGER.held()
+    tree.check()
 
 
 @pytest.mark.parametrize("transient", [True, False])

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Self
 
 from pipeline.ids import HostPid
+from pipeline.resources.namespaces.kept_networks import KeptNetworks
 from pipeline.resources.outside import Outsiders
 from pipeline.userns.limits import Limits
 
@@ -16,17 +17,20 @@ class Beforehand:
     Attributes:
         limits: of its user namespaces.
         outsiders: who else has descriptors on this host.
+        networks: who of us is in those of the tree, and has to be out before it ends.
     """
 
     def __init__(self) -> None:
         self.limits = Limits()
         self.outsiders = Outsiders()
+        self.networks = KeptNetworks()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:
         self.limits.close()
+        self.networks.close()
 
     def refresh(self, pids: Sequence[HostPid]) -> None:
         """Right before the processes `pids` of the tree are stopped; in any thread."""

@@ -138,7 +138,13 @@ class Capture:
                 map(self._face, pids) if self.policy.cgroup == "keep" else (), self.tree.member
             )
             self.namespaces = NamespaceCapture(
-                self.living, self._forest, is_privileged(), lodgers, externals, self._cgroups
+                self.living,
+                self._forest,
+                is_privileged(),
+                lodgers,
+                externals,
+                self._cgroups,
+                known.networks if known is not None else None,
             )
             self._objects = stack.enter_context(MemoryObjects(self))
             self.files = stack.enter_context(

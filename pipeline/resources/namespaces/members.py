@@ -36,6 +36,7 @@ from pipeline.resources.namespaces import cgroups, clocks, names, posix_view
 from pipeline.resources.namespaces.flags import FLAGS, KINDS
 from pipeline.resources.namespaces.ipc import Semaphores
 from pipeline.resources.namespaces.ipc_capture import IpcCapture
+from pipeline.resources.namespaces.kept_networks import KeptNetworks
 from pipeline.resources.namespaces.mounts_capture import MountsCapture, MountSeat
 from pipeline.resources.namespaces.network_view import NetworkView
 from pipeline.resources.namespaces.pids_view import PidsView
@@ -43,7 +44,7 @@ from pipeline.resources.namespaces.shown import Shown
 from pipeline.userns.capture import LiveForest, OutsideError, outside_blocker
 from pipeline.userns.externals import Externals, opened
 from pipeline.userns.lodgers import Lodgers
-from pipeline.userns.visit import Way, as_owner, fetch, visit
+from pipeline.userns.visit import Way, as_owner
 
 #: opens the network namespace of a socket (include/uapi/linux/sockios.h)
 _SIOCGSKNS = 0x894C
@@ -98,6 +99,7 @@ class NamespaceCapture:
         lodgers: sit in mount namespaces that nobody of the tree is in.
         externals: namespaces that are external instead of the pipeline's own.
         groups: the cgroups of the tree.
+        kept: who is in its networks already.
     """
 
     def __init__(
@@ -108,8 +110,10 @@ class NamespaceCapture:
         lodgers: Lodgers,
         externals: Externals | None = None,
         groups: CgroupCapture | None = None,
+        kept: KeptNetworks | None = None,
     ) -> None:
         self._forest = forest
+        self._kept = kept or KeptNetworks(0)
         self._cgroups = groups or CgroupCapture(pids, set(pids).__contains__)
         self._privileged = privileged
         self._lodgers = lodgers
@@ -202,13 +206,13 @@ class NamespaceCapture:
         """Make a socket in a network namespace of the tree or the external one; the caller owns it."""
         with ExitStack() as fds:
             way = self._way_to_network(netns, fds)
-            return socket.socket(fileno=fetch(way, lambda: make().detach())) if way else make()
+            return self._kept.socket(way, make) if way else make()
 
     def look_in_network(self, netns: int, look: Callable[[], bytes]) -> bytes:
         """See `CaptureScope.look_in_network`."""
         with ExitStack() as fds:
             way = self._way_to_network(netns, fds)
-            return visit(way, look) if way else look()
+            return self._kept.look(way, look) if way else look()
 
     def _way_to_network(self, netns: int, fds: ExitStack) -> Way:
         """Empty where it is the pipeline's own."""
@@ -405,6 +409,7 @@ class NamespaceCapture:
                 self.external("net"),
                 lambda one, kind: forest.innermost(one, namespace.owner, kind),
                 as_owner(LocalFd(way[-1][0]), FLAGS["net"], namespace.owner != 0, fds),
+                self._kept,
             )
 
     def semaphores(self, pid: HostPid) -> Sequence[Semaphores]:

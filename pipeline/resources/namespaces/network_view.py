@@ -26,11 +26,12 @@ from pipeline.kernel import rtnetlink
 from pipeline.kernel.rtnetlink import IFLA, RTM, Netlink, attribute, attributes
 from pipeline.kernel.syscalls import CLONE, unshare
 from pipeline.resources.namespaces import nftables
+from pipeline.resources.namespaces.kept_networks import KeptNetworks, walk
 from pipeline.resources.namespaces.links import Link
 from pipeline.resources.namespaces.links_view import LinksView, number
 from pipeline.resources.namespaces.network import FRA_UID_RANGE, PING_GROUPS, SYSCTLS, NetState, set_sysctl
-from pipeline.userns.forest import IdKind
-from pipeline.userns.visit import Way, fetch, read_file, visit
+from pipeline.userns.forest import OVERFLOW_ID, IdKind
+from pipeline.userns.visit import Way, read_file, visit
 
 _NETLINK_NETFILTER = 12
 _DEFAULT_QDISCS = {b"noqueue", b"pfifo_fast", b"fq_codel", b"fq", b"mq", b"pfifo", b"sfq"}
@@ -71,6 +72,7 @@ class NetworkView:
         index: its own.
         identify: an id as we know it, in the forest.
         as_owner: what a visitor joins to be in it with the ids of the user namespace that owns it.
+        kept: who is in it already.
     """
 
     def __init__(
@@ -82,8 +84,10 @@ class NetworkView:
         external: int,
         identify: Callable[[int, IdKind], Id],
         as_owner: Way,
+        kept: KeptNetworks,
     ) -> None:
         self._subject = subject
+        self._kept = kept
         self._way = way
         self._as_owner = as_owner
         self.blockers: list[Blocker] = []
@@ -113,8 +117,7 @@ class NetworkView:
         self._check_iptables()
 
     def _netlink(self, protocol: int = socket.NETLINK_ROUTE) -> Netlink:
-        made = fetch(self._way, lambda: rtnetlink.socket_of(protocol).detach())
-        return Netlink(socket.socket(fileno=made))
+        return Netlink(self._kept.socket(self._way, partial(rtnetlink.socket_of, protocol)))
 
     def _refuse(self, what: str, remedy: str = "") -> None:
         self.blockers.append(Blocker(self._subject, f"its network namespace has {what}", remedy))
@@ -201,43 +204,62 @@ class NetworkView:
                     found.append(read_file(f"/proc/thread-self/net/{name}").strip())
             return b" ".join(filter(None, found))
 
-        if tables := visit(self._way, look):
+        if tables := self._kept.look(self._way, look):
             self._refuse(f"iptables rules ({tables.decode()}), which are not carried", "flush them")
 
     def _sysctls(self, devices: list[str]) -> dict[str, bytes]:
         """What differs from a fresh namespace; a device's from what a fresh device gets."""
         # what another user namespace owns shows less, and takes less
-        known = None if any(flag & CLONE.NEWUSER for _, flag in self._way) else _fresh_sysctls()
-
-        def look() -> bytes:
-            if known is not None:
-                fresh = known
-                here = dict(_walk(lambda name: _of_a_fresh_device(name, devices, known) in known))
-            else:
-                here = dict(_walk(_is_written))
-                unshare(CLONE.NEWNET)
-                fresh = dict(_walk(_is_written))
-            differ = {}
-            for name, value in here.items():
-                default = fresh.get(_of_a_fresh_device(name, devices, fresh))
-                if default is not None and default != value:
-                    differ[name] = value
-            tried = differ
-            if known is not None:
-                tried = {name: value for name, value in differ.items() if (name, value) not in _TAKEN}
-                if tried:
-                    unshare(CLONE.NEWNET)
-            packed: bytes = msgpack.packb((differ, _refused_values(tried, fresh)))
-            return packed
-
-        differ, refused = msgpack.unpackb(visit(self._way, look))
-        kept: dict[str, bytes] = differ
+        of_others = any(flag & CLONE.NEWUSER for _, flag in self._way)
+        differ, refused = self._of_others(devices) if of_others else self._of_ours(devices)
         for name in refused:
             self._refuse(f"/proc/sys/net/{name} set to a value that cannot be set again")
-        if known is not None:
-            _TAKEN.update((name, value) for name, value in kept.items() if name not in refused)
-        groups = visit(self._as_owner, _ping_groups_here)
-        return kept | ({PING_GROUPS: groups} if groups else {})
+        groups = b"" if not of_others and self._has_fresh_ping_groups() else self._ping_groups()
+        return differ | ({PING_GROUPS: groups} if groups else {})
+
+    def _of_ours(self, devices: list[str]) -> tuple[dict[str, bytes], list[str]]:
+        """What differs, and which of it a fresh namespace does not take, where it is owned by our user namespace."""
+        fresh = _fresh_sysctls()
+
+        def is_wanted(name: str) -> bool:
+            return _is_kept(name) and _of_a_fresh_device(name, devices, fresh) in fresh
+
+        here = self._kept.sysctls(self._way, devices, is_wanted)
+        if here is None:
+            here = msgpack.unpackb(visit(self._way, lambda: _packed(dict(walk(is_wanted)))))
+        differ = _differing(here, fresh, devices)
+        tried = {name: value for name, value in differ.items() if (name, value) not in _TAKEN}
+
+        def try_them() -> bytes:
+            unshare(CLONE.NEWNET)
+            return _packed(_refused_values(tried, fresh))
+
+        refused: list[str] = msgpack.unpackb(visit(self._way, try_them)) if tried else []
+        _TAKEN.update((name, value) for name, value in differ.items() if name not in refused)
+        return differ, refused
+
+    def _of_others(self, devices: list[str]) -> tuple[dict[str, bytes], list[str]]:
+        """Likewise; what another user namespace owns shows less, and takes less."""
+
+        def look() -> bytes:
+            here = dict(walk(_is_written))
+            unshare(CLONE.NEWNET)
+            fresh = dict(walk(_is_written))
+            differ = _differing(here, fresh, devices)
+            return _packed((differ, _refused_values(differ, fresh)))
+
+        differ, refused = msgpack.unpackb(visit(self._way, look))
+        return differ, refused
+
+    def _has_fresh_ping_groups(self) -> bool:
+        """Whether they are those of a fresh one, as we read them, and we have a number for these."""
+        fresh = _fresh_ping_groups()
+        here = self._kept.look(self._way, lambda: read_file(os.path.join(SYSCTLS, PING_GROUPS)))
+        return here == fresh and b"%d" % OVERFLOW_ID not in fresh
+
+    def _ping_groups(self) -> bytes:
+        """As its owner reads them; empty if they are those of a fresh one."""
+        return visit(self._as_owner, _ping_groups_here)
 
 
 def _rules_of(family: int, route: Netlink) -> Iterator[bytes]:
@@ -281,20 +303,19 @@ def _kept_address(content: bytes) -> bytes:
     return head + b"".join(attribute(kind, value) for kind, value in told.items())
 
 
-def _walk(is_wanted: Callable[[str], bool]) -> Iterator[tuple[str, bytes]]:
-    """Sysctls of the network namespace of the caller that can be read; `is_wanted` is asked by their names."""
-    for folder, _, names in os.walk(SYSCTLS):
-        inside = folder.removeprefix(SYSCTLS).lstrip("/")
-        for last in names:
-            name = f"{inside}/{last}" if inside else last
-            if last not in _NOT_KEPT and last != _PING_GROUPS and is_wanted(name):
-                with suppress(OSError):
-                    yield name, read_file(f"{folder}/{last}").strip()
+def _packed(found: object) -> bytes:
+    packed: bytes = msgpack.packb(found)
+    return packed
+
+
+def _is_kept(name: str) -> bool:
+    last = os.path.basename(name)
+    return last not in _NOT_KEPT and last != _PING_GROUPS
 
 
 def _is_written(name: str) -> bool:
-    """Whether a sysctl can be set."""
-    return bool(os.stat(os.path.join(SYSCTLS, name)).st_mode & 0o200)
+    """Whether a sysctl is kept, and can be set."""
+    return _is_kept(name) and bool(os.stat(os.path.join(SYSCTLS, name)).st_mode & 0o200)
 
 
 @functools.cache
@@ -303,11 +324,30 @@ def _fresh_sysctls() -> dict[str, bytes]:
 
     def look() -> bytes:
         unshare(CLONE.NEWNET)
-        packed: bytes = msgpack.packb(dict(_walk(_is_written)))
-        return packed
+        return _packed(dict(walk(_is_written)))
 
     found: dict[str, bytes] = msgpack.unpackb(visit([], look))
     return found
+
+
+@functools.cache
+def _fresh_ping_groups() -> bytes:
+    """The gids that may make ping sockets in a fresh namespace of ours, as we read them."""
+
+    def look() -> bytes:
+        unshare(CLONE.NEWNET)
+        return read_file(os.path.join(SYSCTLS, PING_GROUPS))
+
+    return visit([], look)
+
+
+def _differing(here: Mapping[str, bytes], fresh: Mapping[str, bytes], devices: list[str]) -> dict[str, bytes]:
+    differ = {}
+    for name, value in here.items():
+        default = fresh.get(_of_a_fresh_device(name, devices, fresh))
+        if default is not None and default != value:
+            differ[name] = value
+    return differ
 
 
 def _ping_groups_here() -> bytes:

@@ -12,7 +12,7 @@ import os
 import sys
 from typing import Literal
 
-from pipeline.cli import pacing, placing, policies, progress, render, within
+from pipeline.cli import pacing, placing, policies, progress, render
 from pipeline.errors import UsageError
 
 EXAMPLE = (
@@ -66,7 +66,7 @@ def execute(arguments: argparse.Namespace) -> int:
     elif arguments.leave_stopped:
         leave = "stopped"
     import pipeline
-    from pipeline.cli import recipe
+    from pipeline.cli import recipe, within
     from pipeline.kernel import descriptor_table
     from pipeline.userns import externals
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 
-from pipeline.cli import pacing, placing, policies, progress, render, within
+from pipeline.cli import pacing, placing, policies, progress, render
 
 EXAMPLE = "  python -m pipeline migrate --pid 4242 --to other.example:7000 --secret-file secret"
 
@@ -60,7 +60,7 @@ def execute(arguments: argparse.Namespace) -> int:
     import trio
 
     import pipeline
-    from pipeline.cli import recipe
+    from pipeline.cli import recipe, within
     from pipeline.kernel import descriptor_table
     from pipeline.userns import externals
 

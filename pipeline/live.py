@@ -67,6 +67,8 @@ class Rounds(msgspec.Struct, frozen=True):
     auto_converge: bool = False
     #: what is left after the rounds comes when the tree runs (`pipeline.stages.lending`)
     later: bool = False
+    #: there are none: the destination gets a draft to build by, without the pages that may come later
+    only_draft: bool = False
 
 
 class LiveSource:
@@ -153,7 +155,8 @@ class LiveSource:
             )
         except TrackingLost as error:
             self._drop_draft()
-            self.notes.append(f"the tree was sent while it stood still: {error}")
+            if not self._rounds.only_draft:
+                self.notes.append(f"the tree was sent while it stood still: {error}")
             return False
         self._has_draft = True
         await self.throttle.set(percentage)
@@ -174,6 +177,8 @@ class LiveSource:
         while True:
             begun_s, written_before = time.monotonic(), self._channel.writer.total_bytes()
             await (self._first_round() if not pacing.rounds else self._next_round(pacing.rounds))
+            if self._rounds.only_draft:
+                return True
             seconds = time.monotonic() - begun_s
             sent = self._channel.writer.total_bytes() - written_before
             if not rate or sent > _TELLING_BYTES:
@@ -215,7 +220,8 @@ class LiveSource:
     async def _first_round(self) -> None:
         memory = self.memory
         await self._channel.say(Begin("draft"))
-        sources = await trio.to_thread.run_sync(lambda: memory.take(first=True))
+        without_later = self._rounds.only_draft
+        sources = await trio.to_thread.run_sync(lambda: memory.take(first=True, without_later=without_later))
         records = list(memory.image.records())
         self.page_bytes += await write_translated(
             self._channel.writer, in_order(records), sources, self._progress, eager=True
@@ -254,7 +260,7 @@ class LiveSource:
         else:
             await self._channel.say(Begin("rest"))
             sources, records = lacking
-        sent, lent = await send_stopped(
+        sent, lent = await _send_stopped(
             self._channel.writer, records, sources, self._progress, lasting=lasting
         )
         self.page_bytes += sent
@@ -288,7 +294,7 @@ class LiveSource:
         self.memory.close()
 
 
-async def send_stopped(
+async def _send_stopped(
     writer: FrameWriter,
     records: Sequence[Record],
     sources: Sequence[PageSource],

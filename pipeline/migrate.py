@@ -33,7 +33,7 @@ from pipeline.ids import HostPid
 from pipeline.image.codec import image_of
 from pipeline.image.packing import Compression, Packer
 from pipeline.kernel.arch import x86_64 as arch
-from pipeline.live import LiveSource, OnTimeout, Rounds, send_stopped
+from pipeline.live import LiveSource, OnTimeout, Rounds
 from pipeline.policy import DumpPolicy
 from pipeline.progress import NullProgress, Progress
 from pipeline.remote.tracer import Tracer, tracer_thread
@@ -160,6 +160,8 @@ async def migrate(
     rounds = None
     if mode in _LIVE:
         rounds = Rounds(max_downtime_s, max_rounds, on_timeout, auto_converge, later=mode == "hybrid")
+    elif mode == "postcopy":
+        rounds = Rounds(max_downtime_s, max_rounds, "switch", later=True, only_draft=True)
     later = mode in ("postcopy", "hybrid") or (rounds is not None and on_timeout == "postcopy")
     host, port = parse_address(to)
     secret = identity.load_secret(secret_file)
@@ -187,7 +189,7 @@ async def migrate(
                 _rounds_sent(tracer, live),
                 _lending(later, migration, reconnect, progress) as lending,
             ):
-                if live is None:
+                if rounds is None or rounds.only_draft:
                     await warm(channel.writer.pool, pid)
                 switch_s = time.monotonic()
                 progress.phase("freeze")
@@ -208,14 +210,6 @@ async def migrate(
                     if live is not None:
                         lent = await live.send_rest(still, lasting)
                         page_bytes = live.page_bytes
-                    elif lasting:
-                        page_bytes, lent = await send_stopped(
-                            channel.writer,
-                            still.translated(),
-                            still.sources,
-                            progress,
-                            lasting=lasting,
-                        )
                     else:
                         page_bytes = await write_image(
                             channel.writer, still.records, still.sources, still.forest, progress, eager=True

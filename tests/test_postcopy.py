@@ -136,6 +136,24 @@ def test_a_tree_waits_while_the_network_is_gone(
     assert_whole(large, destination, family)
 
 
+def test_the_destination_builds_before_a_tree_stands_still(
+    hosts: tuple[Host, Host], secret: Path, large: Tree, tmp_path: Path
+) -> None:
+    """By a draft, without the pages that come later."""
+    source, destination = hosts
+    family = large.pids()
+    with serving(destination, secret, "--once") as server:
+        with migrating(source, large, secret, server.address, tmp_path) as migration:
+            figures = migration.ends_well()
+        server.has_served()
+    phases = migration.phases()
+    assert phases.index("draft") < phases.index("freeze") < phases.index("postcopy")
+    assert figures["dirty-sync-count"] == 1
+    assert figures["postcopy-bytes"] >= 40 << 20
+    assert figures["page-bytes"] < 8 << 20
+    assert_whole(large, destination, family)
+
+
 @pytest.mark.parametrize("setting", [DEPTH_0, DEPTH_1, DEPTH_2], ids=lambda s: s.name)
 def test_mappings_change_while_their_pages_are_missing(
     hosts: tuple[Host, Host], secret: Path, start_on: Callable[..., Tree], tmp_path: Path, setting: Setting

@@ -32,6 +32,7 @@ from pipeline.ledger import LEDGER
 from pipeline.resources.memory import devices, tracking
 from pipeline.resources.memory.alike import overlaps, private_ranges
 from pipeline.resources.memory.capture import watched_by_others
+from pipeline.resources.memory.later import is_copied, may_wait
 from pipeline.resources.memory.tracking import Tracking, TrackingLost
 from pipeline.stages import freeze
 from pipeline.stages.asking import inside
@@ -121,10 +122,10 @@ class _Space:
         kept = subtract(subtract(kept, self.parent.pending), self.parent.unwatched)
         return subtract(self.inherited, kept)
 
-    def take(self) -> list[Range]:
-        """What to send now of what is pending."""
-        now = intersect(self.pending, self.ranges)
-        self.pending = subtract(self.pending, self.ranges)
+    def take(self, later: Sequence[Range] = ()) -> list[Range]:
+        """What to send now of what is pending, without what comes `later`."""
+        now = subtract(intersect(self.pending, self.ranges), later)
+        self.pending = subtract(self.pending, now)
         self.sent = union(self.sent, now)
         return now
 
@@ -285,13 +286,18 @@ class LiveMemory:
                         found += smaps.anonymous_share(pid)
         return found
 
-    def take(self, *, first: bool) -> list[PageSource]:
-        """What to send now; the `first` time in the order of the growth plan, with what is shared."""
+    def take(self, *, first: bool, without_later: bool = False) -> list[PageSource]:
+        """What to send now; the `first` time in the order of the growth plan, with what is shared.
+
+        Args:
+            without_later: not what may come when the tree runs elsewhere (`pipeline.resources.memory.later`).
+        """
         found: list[PageSource] = list(self._objects) if first else []
         for number, space in self._spaces.items():
             if space.is_lost:
                 continue
-            runs = space.take()
+            later = without_later and not is_copied(self.image, number)
+            runs = space.take(may_wait(self.image, self.image.spaces[number]) if later else ())
             if first:
                 found.append(LivePages(number, space.pid, runs, space.missed, space.differing))
             elif runs:

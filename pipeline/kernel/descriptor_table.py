@@ -14,6 +14,8 @@ import resource
 
 #: descriptors of this process for each open file of a tree, and for what else there is
 _EACH, _SPARE = 3, 1024
+#: in a tree that is to find room at once
+_FEW = 300
 
 
 def raise_limit() -> None:
@@ -26,13 +28,13 @@ def raise_limit() -> None:
 def make_room_first() -> None:
     """Before this process has threads: room that costs nothing, for a tree with few open files."""
     raise_limit()
-    make_room(_SPARE // _EACH)
+    make_room(_FEW)
 
 
 def make_room(files: int) -> None:
     """Let the table have room now for what a tree with so many open files takes here, as far as the limit goes."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = min(_EACH * files + _SPARE, soft) - 1
+    wanted = min(len(os.listdir("/proc/self/fd")) + _EACH * files + _SPARE, soft) - 1
     fd = os.open("/", os.O_PATH | os.O_CLOEXEC)
     try:
         if wanted > fd:

@@ -14,6 +14,7 @@ from pipeline.ids import LocalFd
 from pipeline.kernel import nsfs
 from pipeline.kernel.syscalls import CLONE, unshare
 from pipeline.ledger import LEDGER
+from pipeline.resources.namespaces import kept_networks
 from pipeline.resources.namespaces.kept_networks import KeptNetworks, walk
 from pipeline.userns.visit import Way, fetch, visit
 
@@ -101,7 +102,9 @@ def test_devices_that_come_and_go() -> None:
         assert kept.sysctls(way, ["lo"], wanted) == there(way)
 
 
-def test_who_may_open_few_files_reads_them_all_the_same() -> None:
+@pytest.mark.parametrize("part", [0, 8], ids=["tries", "knows"])
+def test_who_may_open_few_files_reads_them_all_the_same(monkeypatch: pytest.MonkeyPatch, part: int) -> None:
+    monkeypatch.setattr(kept_networks, "_PART", part)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with network() as way, closing(KeptNetworks()) as kept:
         resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 20, hard))

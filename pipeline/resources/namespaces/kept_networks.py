@@ -11,6 +11,7 @@ longer be read when the device is gone that the table was of.
 from __future__ import annotations
 
 import os
+import resource
 import socket
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
@@ -27,6 +28,8 @@ from pipeline.userns.visit import Visitor, Way, fetch, read_file, visit
 T = TypeVar("T")
 #: those kept at the most: each takes a thread, and a descriptor for each sysctl
 _MOST = 4
+#: of the descriptors that this process may have, one in so many may be such a one, for each network
+_PART = 8
 _VALUE_BYTES = 1 << 16
 
 
@@ -89,7 +92,10 @@ class KeptNetworks:
                 return visitor.do(lambda: {name: _read(fd) for name, fd in known.files.items()})
         self._close_files(key)
         found = visitor.do(lambda: dict(walk(is_wanted)))
-        with suppress(OSError):  # more files than this process may open: they are read like this each time
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if _PART * len(found) > soft:
+            return found  # what we open, nobody else in this process may: they are read like this each time
+        with suppress(OSError):  # one has gone meanwhile, or there are no more files
             files = visitor.do(lambda: _opened(found))
             self._open[key] = _Open(frozenset(devices), files)
             for fd in files.values():

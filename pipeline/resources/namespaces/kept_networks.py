@@ -13,6 +13,8 @@ from __future__ import annotations
 import os
 import resource
 import socket
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from typing import NamedTuple, TypeVar
@@ -20,7 +22,7 @@ from typing import NamedTuple, TypeVar
 from pipeline.ids import LocalFd
 from pipeline.kernel import nsfs
 from pipeline.kernel.nsfs import NamespaceKey
-from pipeline.kernel.syscalls import CLONE, setns
+from pipeline.kernel.syscalls import CLONE
 from pipeline.ledger import LEDGER
 from pipeline.resources.namespaces.network import SYSCTLS
 from pipeline.userns.visit import Visitor, Way, fetch, read_file, visit
@@ -58,8 +60,10 @@ class KeptNetworks:
             self._close_files(key)
         while self._visitors:
             _, visitor = self._visitors.popitem()
-            with visitor:
-                visitor.do(_go_home)
+            tid = visitor.do(threading.get_native_id)
+            visitor.close()
+            while os.path.exists(f"/proc/self/task/{tid}"):  # a moment longer than it takes to wait for it
+                time.sleep(0.0001)
 
     def look(self, way: Way, look: Callable[[], bytes]) -> bytes:
         """What `look` returns in a network, which it does not leave; see `pipeline.userns.visit.visit`."""
@@ -115,15 +119,6 @@ class KeptNetworks:
         for fd in known.files.values() if known is not None else ():
             os.close(fd)
             LEDGER.give_back("sysctl", fd)
-
-
-def _go_home() -> None:
-    """Into the network of the process: the thread that calls may end a moment after it was waited for."""
-    fd = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        setns(fd, CLONE.NEWNET)
-    finally:
-        os.close(fd)
 
 
 def walk(is_wanted: Callable[[str], bool]) -> Iterator[tuple[str, bytes]]:

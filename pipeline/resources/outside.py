@@ -62,9 +62,9 @@ class Outsiders:
         for name in os.listdir("/proc"):
             if name.isdecimal() and int(name) != own:
                 pid = HostPid(int(name))
-                gone.discard(pid)
                 with suppress(*_GONE, ProcessGone):
                     self._look_at(pid)
+                    gone.discard(pid)
         for pid in gone:
             self._forget(pid)
 
@@ -81,7 +81,10 @@ class Outsiders:
         self._seen[pid] = _Seen(state, links, groups)
         for group in groups:
             self._groups.setdefault(group, set()).add(pid)
-        for entry in os.listdir(f"/proc/{pid}/fd"):
+        entries: list[str] = []
+        with suppress(*_GONE):  # it is somebody else's, or has ended and was not collected: its groups count
+            entries = os.listdir(f"/proc/{pid}/fd")
+        for entry in entries:
             with suppress(*_GONE):
                 link = os.readlink(f"/proc/{pid}/fd/{entry}".encode())
                 self._holders.setdefault(link, {}).setdefault(pid, []).append(int(entry))
@@ -93,6 +96,8 @@ class Outsiders:
             return
         for group in seen.groups:
             self._groups[group].discard(pid)
+            if not self._groups[group]:
+                del self._groups[group]
         for link in seen.links:
             holders = self._holders.get(link, {})
             holders.pop(pid, None)

@@ -95,6 +95,30 @@ def test_groups_and_sessions_of_others() -> None:
     assert not list(outsiders.in_group(pid))
 
 
+def test_who_has_ended_is_in_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the list of processes and the look at each, too; a zombie still is in its group."""
+    outsiders = Outsiders()
+    pid = os.fork()
+    if not pid:
+        os.setpgid(0, 0)
+        signal.pause()
+    while os.getpgid(pid) != pid:
+        pass
+    outsiders.look()
+    assert list(outsiders.in_group(pid)) == [pid]
+    os.kill(pid, signal.SIGKILL)
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    outsiders.look_anew()
+    assert list(outsiders.in_group(pid)) == [pid]
+    os.waitpid(pid, 0)
+    listdir = os.listdir
+    monkeypatch.setattr(
+        os, "listdir", lambda path: [*listdir(path), str(pid)] if path == "/proc" else listdir(path)
+    )
+    outsiders.look()
+    assert not list(outsiders.in_group(pid))
+
+
 def test_our_own_are_none() -> None:
     outsiders = Outsiders()
     with open("/dev/zero", "rb"):

@@ -48,10 +48,13 @@ async def test_warm_touches_as_many_buffers_as_are_needed():
     assert await lent(pool) == [SIZE] * 3
 
 
-async def test_a_buffer_that_was_used_is_used_again_first():
-    pool = BufferPool(3, SIZE)
-    await pool.warm(SIZE)
-    for _ in range(5):
+async def test_the_buffer_that_was_used_last_is_used_first():
+    pool = BufferPool(2, SIZE)
+    early, late = await pool.lease(), await pool.lease()
+    late.view[:] = bytes(SIZE)
+    early.release()
+    late.release()
+    for _ in range(3):
         lease = await pool.lease()
         assert touched_bytes(lease) == SIZE
         lease.release()

@@ -13,7 +13,6 @@ from __future__ import annotations
 import os
 import resource
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
@@ -60,9 +59,9 @@ class KeptNetworks:
             self._close_files(key)
         while self._visitors:
             _, visitor = self._visitors.popitem()
-            tid = visitor.do(threading.get_native_id)
+            task = visitor.do(lambda: os.readlink("/proc/thread-self"))
             visitor.close()
-            while os.path.exists(f"/proc/self/task/{tid}"):  # a moment longer than it takes to wait for it
+            while os.path.exists(f"/proc/{task}"):  # a moment longer than it takes to wait for it
                 time.sleep(0.0001)
 
     def look(self, way: Way, look: Callable[[], bytes]) -> bytes:

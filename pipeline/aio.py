@@ -284,6 +284,7 @@ async def serve(
     policy: RestorePolicy | None = None,
     plaintext: bool = False,
     progress: Progress | None = None,
+    give_up: Callable[[], bool] | None = None,
 ) -> None:
     """`pipeline.serve` for asyncio; cancel the task to stop it."""
     loop = asyncio.get_running_loop()
@@ -303,6 +304,7 @@ async def serve(
             on_restored=on_restored and _in_loop(loop, on_restored),
             on_message=on_message and _in_loop(loop, on_message),
             progress=listener,
+            give_up=give_up,
         )
     )
 

@@ -170,6 +170,7 @@ def serve(
     policy: RestorePolicy | None = None,
     plaintext: bool = False,
     progress: Progress | None = None,
+    give_up: Callable[[], bool] | None = None,
 ) -> None:
     """`pipeline.serve`, blocking until Ctrl-C or, with `once`, until one tree has arrived."""
     trio.run(
@@ -187,6 +188,7 @@ def serve(
             on_restored=on_restored,
             on_message=on_message,
             progress=progress,
+            give_up=give_up,
         )
     )
 

@@ -25,6 +25,7 @@ from msgspec import Struct
 from pipeline.errors import UsageError, ungrouped
 from pipeline.image.packing import Compression, Packer
 from pipeline.image.schema import FORMAT_VERSION
+from pipeline.interrupts import interruptible
 from pipeline.policy import DumpPolicy
 from pipeline.precopy import Precopy, Rounds, stored_before
 from pipeline.progress import NullProgress, Progress
@@ -118,6 +119,7 @@ class _Storing:
         return await write_translated(writer, in_order(records), sources, progress, read)
 
 
+@interruptible
 async def dump(
     pid: int,
     to: str,
@@ -154,7 +156,7 @@ async def dump(
         Refused: the tree cannot be carried; nothing was touched.
         PipelineError: it failed; the tree runs on.
 
-    Cancellation: the tree runs on, and no image is left.
+    Cancellation, and Ctrl-C: the tree runs on, and no image is left.
     """
     progress = progress or NullProgress()
     begin = time.monotonic()

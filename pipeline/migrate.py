@@ -32,6 +32,7 @@ from pipeline.errors import InDoubt, PeerError, PeerRefused, UsageError
 from pipeline.ids import HostPid
 from pipeline.image.codec import image_of
 from pipeline.image.packing import Compression, Packer
+from pipeline.interrupts import insisted, interruptible
 from pipeline.kernel.arch import x86_64 as arch
 from pipeline.live import LiveSource, OnTimeout, Rounds
 from pipeline.policy import DumpPolicy
@@ -100,6 +101,7 @@ async def _greeted(host: str, port: int, secret: bytes, plaintext: bool) -> Asyn
         yield channel
 
 
+@interruptible
 async def migrate(
     pid: int,
     to: str,
@@ -139,14 +141,15 @@ async def migrate(
         streams: connections that pages are spread over; one only where pages come later.
         progress: is told how far it is.
         give_up: is asked now and then when the tree is over there and pages are still here: whether not to wait any
-            more for a destination that cannot be reached; the tree is lost then.
+            more for a destination that cannot be reached; the tree is lost then. Where Ctrl-C would raise
+            KeyboardInterrupt, by default: whether it was pressed again.
 
     Raises:
         Refused: the tree cannot be carried; nothing was touched.
         InDoubt: the tree is ended here, and the destination could not be told, or lacks pages.
         PipelineError: it failed; the tree runs on here.
 
-    Cancellation: before the decision the tree runs on; after it the migration completes.
+    Cancellation, and Ctrl-C: before the decision the tree runs on; after it the migration completes.
     """
     if not 1 <= streams <= MAX_STREAMS:
         raise UsageError(f"--streams is a number from 1 to {MAX_STREAMS}")
@@ -157,6 +160,7 @@ async def migrate(
     if secret_file is None:
         raise UsageError("migrate needs --secret-file, the secret that `serve` was given or printed")
     progress = progress or NullProgress()
+    give_up = give_up or insisted
     rounds = None
     if mode in _LIVE:
         rounds = Rounds(max_downtime_s, max_rounds, on_timeout, auto_converge, later=mode == "hybrid")
@@ -224,12 +228,16 @@ async def migrate(
                         raise PeerError(f"{channel.peer} did not get ready")
                     prepared_s = time.monotonic()
                     await still.let_go_of_files()
-                    # the decision: from the first kill on the tree is the destination's, and this goes to its end
+                    # what came while that could not be interrupted has ended those beside us already
+                    await trio.lowlevel.checkpoint_if_cancelled()
+                    # the decision: from the first kill on the tree is the destination's, and this goes to its end,
+                    # whoever beside us fails
                     scope.shield = told.committed = True
-                    await tracer.run(still.end)
-                    completed = await told.commit(None if lending is None else progress)
-                    done_s = time.monotonic()
-                    await tracer.run(still.holdings.settled)
+                    with trio.CancelScope(shield=True):
+                        await tracer.run(still.end)
+                        completed = await told.commit(None if lending is None else progress)
+                        done_s = time.monotonic()
+                        await tracer.run(still.holdings.settled)
                 parts = {
                     "freeze": 1e3 * (still.frozen_s - still.begun_s),
                     "collect": 1e3 * (still.captured_s - still.frozen_s),

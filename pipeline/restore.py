@@ -25,6 +25,7 @@ from pipeline.errors import ImageError, RebuildError, ungrouped
 from pipeline.image.codec import Image
 from pipeline.image.frames import MAX_PAYLOAD_BYTES
 from pipeline.image.schema import End
+from pipeline.interrupts import interruptible
 from pipeline.kernel.pagemap import Range, intersect
 from pipeline.kernel.paging import DEVICE
 from pipeline.ledger import LEDGER
@@ -280,6 +281,7 @@ async def _pages_later(
                 await trio.to_thread.run_sync(guard.dismiss)
 
 
+@interruptible
 async def restore(
     source: str,
     *,
@@ -314,7 +316,7 @@ async def restore(
         Refused: ids of the tree have no place here.
         RebuildError: this host cannot make the tree again; nothing is left of it.
 
-    Cancellation: nothing is left.
+    Cancellation, and Ctrl-C: nothing is left.
     """
     progress = progress or NullProgress()
     begin = time.monotonic()

@@ -26,8 +26,9 @@ import msgspec
 import trio
 
 from pipeline import garbage
-from pipeline.errors import ImageError, PeerError, RebuildError, Refused
+from pipeline.errors import ImageError, PeerError, RebuildError, Refused, ungrouped
 from pipeline.ids import HostPid
+from pipeline.interrupts import insisted, interruptible
 from pipeline.kernel.arch import x86_64 as arch
 from pipeline.kernel.paging import DEVICE
 from pipeline.policy import RestorePolicy
@@ -63,12 +64,17 @@ from pipeline.userns.cradle import owns_pid_namespace
 from pipeline.userns.destination import Unmapped, check_options
 from pipeline.userns.externals import Externals
 
+#: between two questions whether to wait no more
+_ASK_S = 0.2
+
 
 @dataclass
 class _Held:
-    """A tree in doubt: waits for somebody to decide."""
+    """A tree that stands here, prepared, until its source has decided; in doubt, until somebody has."""
 
     migration: str
+    peer: str
+    in_doubt: bool = False
     decided: trio.Event = field(default_factory=trio.Event)
     committed: bool = False
     running: trio.Event = field(default_factory=trio.Event)
@@ -79,6 +85,11 @@ class _Held:
         if not self.decided.is_set():
             self.committed = committed
             self.decided.set()
+
+    @property
+    def is_given_up(self) -> bool:
+        """It is decided that the tree does not run here."""
+        return self.decided.is_set() and not self.committed
 
 
 @dataclass
@@ -118,11 +129,49 @@ class _Server:
         self._borrowings: dict[str, Borrowing] = {}
         #: migrations of which no page is missing any more
         self._whole: set[str] = set()
+        #: migrations that may be cancelled: their trees run at their sources
+        self._on_their_way: set[trio.CancelScope] = set()
+        self._winding_down = False
+
+    async def wind_down(self, give_up: Callable[[], bool]) -> None:
+        """Give up what is on its way or in doubt, and wait for what only this process can bring to its end.
+
+        That are trees whose sources have been told that all is prepared, and may have ended theirs already; and trees
+        that run here while pages of them are missing.
+
+        Args:
+            give_up: is asked now and then whether to wait no more; those trees may be lost then.
+        """
+        self._winding_down = True
+        for scope in self._on_their_way:
+            scope.cancel()
+        self.decide_all(committed=False)
+        if waited_for := self._waited_for():
+            self._said(
+                f"waiting for {', and for '.join(waited_for)}. ^C again waits no more, and may lose a tree"
+            )
+        while self._waited_for() and not give_up():
+            await trio.sleep(_ASK_S)
+
+    def _waited_for(self) -> list[str]:
+        """What cannot be given up without the danger that a tree runs nowhere."""
+        deciding = {
+            one.migration: f"the word of {one.peer}, whose tree stands here (migration {one.migration})"
+            for one in self._held.values()
+            if not (one.is_given_up or one.running.is_set())
+        }
+        lacking = {
+            migration: f"missing pages of the tree of pid {self._settled[migration]} (migration {migration})"
+            for migration, borrowing in self._borrowings.items()
+            if borrowing.begun and migration in self._settled
+        }
+        return [*deciding.values(), *lacking.values()]
 
     def decide_all(self, committed: bool) -> None:
-        """A person decides about everything that is in doubt."""
+        """A person decides about everything that is in doubt; what is not, is its source's to decide."""
         for held in self._held.values():
-            held.decide(committed)
+            if held.in_doubt:
+                held.decide(committed)
 
     async def handle(self, channel: Channel) -> None:
         """One connection: a migration, or the decision about an earlier one."""
@@ -191,20 +240,29 @@ class _Server:
             except OSError as error:
                 await self._refuse(channel, _no_paging(error))
                 return
-        async with self._warming(channel.reader.pool, offer), self._accompanied(channel, offer):
-            await self._take(channel, offer)
+        if self._winding_down:
+            await self._refuse(channel, "this `serve` is about to end")
+            return
+        with trio.CancelScope() as way:
+            self._on_their_way.add(way)
+            try:
+                async with self._warming(channel.reader.pool, offer), self._accompanied(channel, offer):
+                    await self._take(channel, offer, way)
+            finally:
+                self._on_their_way.discard(way)
 
     @staticmethod
     def _warming(pool: BufferPool, offer: Offer) -> AbstractAsyncContextManager[None]:
         """The buffers of a tree that is sent while it stands still are touched first, beside; rounds would do that."""
         return nullcontext() if offer.live else beside(partial(pool.warm, pool.count * pool.size_bytes))
 
-    async def _take(self, channel: Channel, offer: Offer) -> None:
+    async def _take(self, channel: Channel, offer: Offer, way: trio.CancelScope) -> None:
         try:
             terms = msgspec.structs.replace(self._terms, live=offer.live, later=offer.later)
             arriving = self._live_tree(channel, terms) if offer.live else self._tree(channel, terms)
             async with self._borrowing(offer), arriving as (rebuilding, page_bytes):
-                await channel.say(Prepared())
+                await trio.lowlevel.checkpoint_if_cancelled()
+                self._on_their_way.discard(way)
                 await self._await_commit(channel, offer, rebuilding, page_bytes)
             if offer.later and channel.conversation.state == "completed":
                 await self._borrowings[offer.migration].take_all(channel)
@@ -298,8 +356,10 @@ class _Server:
     async def _await_commit(
         self, channel: Channel, offer: Offer, rebuilding: Rebuilding, page_bytes: int
     ) -> None:
-        held = self._held[offer.migration] = _Held(offer.migration)
+        held = self._held[offer.migration] = _Held(offer.migration, channel.peer)
         try:
+            # if that cannot be said, it is not heard: the source runs on
+            await channel.say(Prepared())
             try:
                 word = await channel.hear()
             except PeerError as lost:
@@ -315,20 +375,22 @@ class _Server:
                     await channel.say(Completed(root))
             else:
                 self._said(f"{channel.peer} keeps its tree")
+        except trio.Cancelled:
+            self._said(
+                f"migration {offer.migration}: ended while it was not decided; the tree is given up here"
+            )
+            raise
         finally:
             del self._held[offer.migration]
 
     async def _in_doubt(self, channel: Channel, offer: Offer, held: _Held, lost: PeerError) -> None:
+        held.in_doubt = True
         self._said(
             f"in doubt: {lost}. The tree of pid {offer.root} of {channel.peer} stands here, stopped "
             f"(migration {offer.migration}). If it runs on over there, press ^C here; if it is gone there, "
             f"let it run here: kill -USR1 {os.getpid()}"
         )
-        try:
-            await held.decided.wait()
-        except trio.Cancelled:
-            self._said(f"migration {offer.migration}: ended while in doubt; the tree is given up here")
-            raise
+        await held.decided.wait()
 
     async def _run(self, held: _Held, rebuilding: Rebuilding, page_bytes: int) -> HostPid:
         tree = RestoredTree(rebuilding.root_pid, rebuilding.child_pid, {"page-bytes": page_bytes})
@@ -438,6 +500,7 @@ async def _drain(channel: Channel) -> None:
             item.lease.release()
 
 
+@interruptible
 async def serve(
     listen: str,
     *,
@@ -453,6 +516,7 @@ async def serve(
     on_restored: Callable[[RestoredTree], None] | None = None,
     on_message: Callable[[str], None] | None = None,
     progress: Progress | None = None,
+    give_up: Callable[[], bool] | None = None,
 ) -> None:
     """Receive trees until cancelled.
 
@@ -467,12 +531,17 @@ async def serve(
         on_restored: given each tree that runs; it is waited for here.
         on_message: told what went wrong with a peer, and what is in doubt.
         progress: is told how far it is.
+        give_up: once cancelled: is asked now and then whether not to wait any more for what is said below. Where Ctrl-C
+            would raise KeyboardInterrupt, by default: whether it was pressed again.
 
     Raises:
         UsageError: the address or the secret cannot be used.
 
-    Cancellation: a tree that is on its way is given up here, and runs on at its source.
+    Cancellation, and Ctrl-C: a tree that is on its way is given up here, and runs on at its source. If its source has
+    been told that all is prepared, its word is waited for, because it may have ended its tree already; and where a tree
+    runs here of which pages are missing, those are waited for. Who is not waited for may be lost.
     """
+    give_up = give_up or insisted
     host, port = parse_address(listen)
     check_options(map, unmapped)
     made = identity.generate_secret() if secret_file is None else None
@@ -484,37 +553,51 @@ async def serve(
     def quiet(*_: object) -> None:
         """Nobody wants to know."""
 
-    async with tracer_thread() as tracer:
-        async with trio.open_nursery() as nursery:
-            server = _Server(
-                tracer,
-                Terms(
-                    new_pidns, map, unmapped, externals or {}, replace(policy or RestorePolicy(), moves=True)
-                ),
-                progress or NullProgress(),
-                on_restored or quiet,
-                on_message or quiet,
-                arrived,
-                nursery,
-            )
-            if threading.current_thread() is threading.main_thread():
-                nursery.start_soon(_listen_to_person, server)
+    terms = Terms(new_pidns, map, unmapped, externals or {}, replace(policy or RestorePolicy(), moves=True))
+    with ungrouped():
+        async with tracer_thread() as tracer, trio.open_nursery() as heeding:
+            with trio.CancelScope(shield=True):
+                async with trio.open_nursery() as nursery:
+                    server = _Server(
+                        tracer,
+                        terms,
+                        progress or NullProgress(),
+                        on_restored or quiet,
+                        on_message or quiet,
+                        arrived,
+                        nursery,
+                    )
+                    heeding.start_soon(_wind_down_when_cancelled, server, give_up, nursery.cancel_scope)
+                    if threading.current_thread() is threading.main_thread():
+                        nursery.start_soon(_listen_to_person, server)
 
-            async def run() -> None:
-                await tcp.listen(
-                    host,
-                    port,
-                    secret,
-                    server.handle,
-                    plaintext=plaintext,
-                    listening=lambda h, p: on_listening(h, p, made),
-                    failed=on_message or quiet,
-                )
+                    async def run() -> None:
+                        await tcp.listen(
+                            host,
+                            port,
+                            secret,
+                            server.handle,
+                            plaintext=plaintext,
+                            listening=lambda h, p: on_listening(h, p, made),
+                            failed=on_message or quiet,
+                        )
 
-            nursery.start_soon(run)
-            if once:
-                await arrived.wait()
-                nursery.cancel_scope.cancel()
+                    nursery.start_soon(run)
+                    if once:
+                        await arrived.wait()
+                        heeding.cancel_scope.cancel()
+
+
+async def _wind_down_when_cancelled(
+    server: _Server, give_up: Callable[[], bool], work: trio.CancelScope
+) -> None:
+    """Wait to be cancelled, and then let `work` end in an orderly way."""
+    try:
+        await trio.sleep_forever()
+    finally:
+        with trio.CancelScope(shield=True):
+            await server.wind_down(give_up)
+        work.cancel()
 
 
 async def _listen_to_person(server: _Server) -> None:

@@ -99,8 +99,11 @@ class World:
 
 class _Tracer:
     async def run(self, act: Callable[..., Any], *args: Any) -> Any:
-        await trio.lowlevel.checkpoint()
-        return act(*args)
+        await trio.lowlevel.checkpoint_if_cancelled()
+        await trio.lowlevel.cancel_shielded_checkpoint()
+        result = act(*args)
+        await trio.lowlevel.cancel_shielded_checkpoint()
+        return result
 
 
 @asynccontextmanager
@@ -112,21 +115,29 @@ class Network:
     """Connections from the source to the server, each with its fate; those beyond the list are fine, or refused."""
 
     def __init__(
-        self, fates: Sequence[Fate], server: Any, nursery: trio.Nursery, world: World, comes_back: bool
+        self,
+        fates: Sequence[Fate],
+        server: Any,
+        serving: trio.Nursery,
+        nursery: trio.Nursery,
+        world: World,
+        comes_back: bool,
     ) -> None:
         self._fates = list(fates)
         self._last = Fate("fine" if comes_back else "refused")
-        self._server, self._nursery, self._world = server, nursery, world
+        self._server, self._serving, self._nursery, self._world = server, serving, nursery, world
+        #: somebody listens
+        self.is_there = True
 
     @asynccontextmanager
     async def connect(self, *_: Any, **__: Any) -> AsyncIterator[Channel]:
         fate = self._fates.pop(0) if self._fates else self._last
-        if fate.how == "refused":
+        if fate.how == "refused" or not self.is_there:
             raise PeerError("nobody listens")
         end_here, wire_here = trio.testing.memory_stream_pair()
         end_there, wire_there = trio.testing.memory_stream_pair()
         self._nursery.start_soon(self._wire, fate, wire_here, wire_there)
-        self._nursery.start_soon(self._answer, end_there)
+        self._serving.start_soon(self._answer, end_there)
         try:
             yield Channel(end_here, "source", "there")
         finally:
@@ -189,11 +200,22 @@ def play(
     patch: pytest.MonkeyPatch,
     fates: Sequence[Fate],
     comes_back: bool,
-    cancel_at_s: float | None,
+    cancel_at_s: float | None = None,
     streams: int = 1,
     mode: Mode = "stop",
+    end_at_s: float | None = None,
+    word_at_s: float | None = None,
 ) -> tuple[World, BaseException | None, int]:
-    """One migration in such a network; the world afterwards, how it ended, and how many trees are in doubt."""
+    """One migration in such a network; the world afterwards, how it ended, and how many trees are in doubt.
+
+    Args:
+        fates: of the connections, in their order.
+        comes_back: those behind them are fine.
+        cancel_at_s: `migrate` is cancelled then.
+        streams, mode: of the migration.
+        end_at_s: `serve` is cancelled then, by somebody who settles nothing that is in doubt.
+        word_at_s: a person says then that what is in doubt shall run at the destination.
+    """
     world = World()
     ended: list[BaseException | None] = [None]
 
@@ -202,7 +224,7 @@ def play(
         yield SimpleNamespace(
             records=(), translated=tuple, sources=(), forest=None, processes=1, injected_calls=0,
             begun_s=0.0, frozen_s=0.0, captured_s=0.0,
-            end=world.end, let_go_of_files=nothing, let_memory_outlive=nothing,
+            end=world.end, let_go_of_files=uninterrupted, let_memory_outlive=nothing,
             holdings=SimpleNamespace(settled=lambda: None, complaints=[]),
         )  # fmt: skip
 
@@ -235,6 +257,10 @@ def play(
 
     async def nothing(*_: Any) -> None:
         await trio.lowlevel.checkpoint()
+
+    async def uninterrupted(*_: Any) -> None:
+        with trio.CancelScope(shield=True):
+            await trio.sleep(0.1)
 
     class LiveSource:
         """Two drafts, with a round each, and the rest; without records, and without pages on one connection."""
@@ -304,7 +330,7 @@ def play(
             await trio.sleep(PATIENCE_S)
             given_up.set()
 
-        async with trio.open_nursery() as nursery:
+        async with trio.open_nursery() as nursery, trio.open_nursery() as serving:
             server = destination_recipe._Server(
                 _Tracer(),
                 Terms(),
@@ -312,11 +338,27 @@ def play(
                 lambda _: None,
                 world.messages.append,
                 trio.Event(),
-                nursery,
+                serving,
             )  # type: ignore[arg-type]
-            network = Network(fates, server, nursery, world, comes_back)
+            network = Network(fates, server, serving, nursery, world, comes_back)
+
+            async def end_serve(at_s: float) -> None:
+                await trio.sleep(at_s)
+                if not any(held.in_doubt for held in server._held.values()):
+                    await server.wind_down(lambda: False)
+                    network.is_there = False
+                    serving.cancel_scope.cancel()
+
+            async def say_word(at_s: float) -> None:
+                await trio.sleep(at_s)
+                server.decide_all(committed=True)
+
+            if word_at_s is not None:
+                nursery.start_soon(say_word, word_at_s)
+            if end_at_s is not None:
+                nursery.start_soon(end_serve, end_at_s)
             patch.setattr(source_recipe, "connect", network.connect)
-            with trio.CancelScope() as scope:
+            with trio.CancelScope(shield=True) as scope:
                 if cancel_at_s is not None:
                     scope.deadline = trio.current_time() + cancel_at_s
                 try:
@@ -328,7 +370,8 @@ def play(
                     ended[0] = error
             if scope.cancelled_caught:
                 ended[0] = KeyboardInterrupt()
-            await trio.sleep(10 * SILENCE_S)
+            with trio.CancelScope(shield=True):
+                await trio.sleep(10 * SILENCE_S)
             world.check()
             found = replace(world)  # ending serve gives up what is in doubt: that is a person's decision
             world.source_runs = True
@@ -345,6 +388,7 @@ def play(
     fates=st.lists(FATES, max_size=5),
     comes_back=st.booleans(),
     cancel_at_s=st.none() | st.floats(0, 1) | st.floats(0, 200),
+    end_at_s=st.none() | st.floats(0, 1) | st.floats(0, 200),
     how=st.sampled_from(
         [(1, "stop"), (1, "precopy"), (1, "postcopy"), (1, "hybrid"), (2, "stop"), (4, "stop")]
     ),
@@ -353,11 +397,12 @@ def test_one_tree_whatever_the_network_does(
     fates: list[Fate],
     comes_back: bool,
     cancel_at_s: float | None,
+    end_at_s: float | None,
     how: tuple[int, Mode],
 ) -> None:
     before = LEDGER.held()
     with pytest.MonkeyPatch.context() as patch:
-        world, error, held = play(patch, fates, comes_back, cancel_at_s, *how)
+        world, error, held = play(patch, fates, comes_back, cancel_at_s, *how, end_at_s)
     assert LEDGER.held() == before
     if error is None:
         assert not world.source_runs
@@ -369,8 +414,7 @@ def test_one_tree_whatever_the_network_does(
         # whoever could be told holds nothing
         assert (world.there, held) == ("nothing", 0) or not comes_back
     else:
-        # cancelled while it was telling
-        assert world.there == "runs" or held == 1
+        pytest.fail("cancelled behind the decision")
 
 
 @pytest.mark.parametrize(
@@ -421,3 +465,33 @@ def test_a_further_connection_broken_after_every_byte(how: Any, direction: Any) 
         assert (world.there == "runs") == (error is None)
     assert ends <= {(True, "nothing"), (False, "runs")}
     assert (True, "nothing") in ends
+
+
+@pytest.mark.parametrize("who", ["migrate", "serve"])
+@pytest.mark.parametrize(
+    ("streams", "mode"), [(1, "stop"), (3, "stop"), (1, "precopy"), (1, "postcopy"), (1, "hybrid")]
+)
+def test_either_side_cancelled_in_every_moment(streams: int, mode: Any, who: str) -> None:
+    """What only one side can bring to its end is brought to its end, and nobody is in doubt."""
+    ends = set()
+    for hundredths in range(0, 70, 3):
+        moment_s = hundredths / 100
+        times = {"cancel_at_s" if who == "migrate" else "end_at_s": moment_s}
+        with pytest.MonkeyPatch.context() as patch:
+            world, error, held = play(patch, [], True, streams=streams, mode=mode, **times)
+        assert (world.source_runs, world.there, held) in {(True, "nothing", 0), (False, "runs", 0)}, moment_s
+        assert (error is None) == (world.there == "runs"), moment_s
+        ends.add(world.there)
+    assert ends == {"nothing", "runs"}
+
+
+def test_a_word_about_others_says_nothing_about_what_is_not_in_doubt_yet() -> None:
+    """It stands there while its source decides; a moment later that is cancelled, and cannot say so."""
+    ends = set()
+    for after in range(300, 420, 5):
+        with pytest.MonkeyPatch.context() as patch:
+            fates = [Fate("silence", "there", after)]
+            world, error, held = play(patch, fates, False, cancel_at_s=0.2, word_at_s=0.15)
+        assert isinstance(error, KeyboardInterrupt)
+        ends.add((world.source_runs, world.there, held))
+    assert ends == {(True, "nothing", 0), (True, "stands", 1)}

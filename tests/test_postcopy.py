@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -15,7 +14,7 @@ import pytest
 
 from pipeline.ids import HostPid
 from pipeline.kernel import smaps
-from tests.harness.hosts import Host, Server, serving, terminate
+from tests.harness.hosts import Host, Server, kill_inside, serving, terminate
 from tests.harness.running import Running
 from tests.harness.settings import DEPTH_0, DEPTH_1, DEPTH_2, Setting
 from tests.harness.tree import Tree, reap, said
@@ -72,14 +71,6 @@ def under_way(
     ):
         migration.wait_for("postcopy")
         yield server, wire, migration
-
-
-def kill_inside(process: subprocess.Popen[str], number: int) -> None:
-    """Send a signal to the command that `Host.command` runs."""
-    (inside,) = (
-        int(word) for word in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    )
-    os.kill(inside, number)
 
 
 def assert_gone(destination: Host) -> None:
@@ -205,6 +196,23 @@ def test_a_program_that_changes_its_mappings_while_pages_are_missing(
     assert_whole(tree, destination, family)
 
 
+def test_a_server_that_is_interrupted_waits_for_missing_pages(
+    hosts: tuple[Host, Host], secret: Path, large: Tree, tmp_path: Path
+) -> None:
+    _, destination = hosts
+    family = large.pids()
+    with under_way(hosts, large, secret, tmp_path, SLOW, options=()) as (server, wire, migration):
+        kill_inside(server.process, signal.SIGINT)
+        wire.cut()
+        migration.wait_for("postcopy-paused")
+        wire.mend()
+        migration.ends_well()
+        _, err = server.process.communicate(timeout=20)
+        assert "waiting for missing pages of the tree of pid 5000" in err
+        assert server.process.returncode == 130
+    assert_whole(large, destination, family)
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=lambda number: number.name)
 def test_a_tree_is_ended_rather_than_shown_zeros(
     hosts: tuple[Host, Host], secret: Path, large: Tree, tmp_path: Path, number: signal.Signals
@@ -213,6 +221,10 @@ def test_a_tree_is_ended_rather_than_shown_zeros(
     _, destination = hosts
     with under_way(hosts, large, secret, tmp_path, SLOW, options=()) as (server, _, migration):
         kill_inside(server.process, number)
+        if number == signal.SIGINT:  # it waits, until it is told once more
+            time.sleep(0.5)
+            assert server.process.poll() is None
+            kill_inside(server.process, number)
         assert_gone(destination)
         if number == signal.SIGINT:
             assert "pages of it were missing" in server.process.communicate(timeout=20)[1]

@@ -1,7 +1,6 @@
 """Running a recipe under Trio so that SIGINT and SIGTERM cancel it and roll it back.
 
-The recipe gives back what it took while it is being cancelled; only then does the
-command end, with 128 plus the signal. A recipe that was past its point of no
+Only when it is rolled back does the command end, with 128 plus the signal. A recipe that was past its point of no
 return completes instead, and the command reports that; where that may take for ever,
 a second signal gives it up.
 """
@@ -15,24 +14,11 @@ from typing import TypeVar
 import trio
 
 from pipeline.cli.render import say
+from pipeline.interrupts import heeding
 
 T = TypeVar("T")
 
 _CANCELLING = (signal.SIGINT, signal.SIGTERM)
-
-
-async def _listen(
-    scope: trio.CancelScope, caught: list[int], insisted: trio.Event, task_status: trio.TaskStatus[None]
-) -> None:
-    with trio.open_signal_receiver(*_CANCELLING) as signals:
-        task_status.started()
-        async for number in signals:
-            if not caught:
-                say(f"cancelling on {signal.Signals(number).name}: rolling back")
-            else:
-                insisted.set()
-            caught.append(number)
-            scope.cancel()
 
 
 async def cancellable(recipe: Callable[[], Awaitable[T]], insisted: trio.Event | None = None) -> T:
@@ -47,24 +33,18 @@ async def cancellable(recipe: Callable[[], Awaitable[T]], insisted: trio.Event |
         PipelineError: what the recipe says; taken out of exception groups where it is the only one there.
     """
     caught: list[int] = []
-    outcome: list[T] = []
-    failure: list[BaseException] = []
-    async with trio.open_nursery() as nursery:
-        scope = trio.CancelScope()
-        insist = trio.Event() if insisted is None else insisted
-        await nursery.start(lambda task_status: _listen(scope, caught, insist, task_status))
-        with scope:
-            # Kept aside, so that a nursery's exception group does not hide which error it was.
-            try:
-                outcome.append(await recipe())
-            except Exception as error:  # noqa: BLE001 (raised again below)
-                failure.append(_only(error))
-        nursery.cancel_scope.cancel()
-    if failure:
-        raise failure[0] from None
-    if outcome:
-        return outcome[0]
-    raise SystemExit(128 + caught[0])
+
+    def told(number: int) -> None:
+        if not caught:
+            say(f"cancelling on {signal.Signals(number).name}: rolling back")
+        elif insisted is not None:
+            insisted.set()
+        caught.append(number)
+
+    results = await heeding(recipe, _CANCELLING, told)
+    if not results:
+        raise SystemExit(128 + caught[0])
+    return results[0]
 
 
 def run(recipe: Callable[[], Awaitable[T]], insisted: trio.Event | None = None) -> T:
@@ -76,9 +56,3 @@ def past_cancelling() -> None:
     """What was to be done is done: the exit code says so, whoever presses ^C while it is being told."""
     for number in _CANCELLING:
         signal.signal(number, signal.SIG_IGN)
-
-
-def _only(error: BaseException) -> BaseException:
-    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
-        error = error.exceptions[0]
-    return error

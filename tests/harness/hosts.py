@@ -235,6 +235,14 @@ def assert_same_tree(before: dict[str, object], after: dict[str, object], root: 
     assert_same(before, after)
 
 
+def kill_inside(process: subprocess.Popen[str], number: int) -> None:
+    """Send a signal to the command that `Host.command` runs."""
+    (inside,) = (
+        int(word) for word in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    )
+    os.kill(inside, number)
+
+
 def terminate(process: subprocess.Popen[str]) -> Sequence[str]:
     """End a command that was started with `Host.command`, and what it said."""
     for child in children_of(process.pid):

@@ -83,16 +83,18 @@ def body(program):
         prctl(PR_SET_NO_NEW_PRIVS, 1)
         deny(SYS_GETPPID, 77)
         deny(SYS_GETPGID, 66)
-        asked, answers, broken = threading.Event(), [], []
+        filtered, asked, answers, broken = threading.Event(), threading.Event(), [], []
 
         def run():
             deny(SYS_UNAME, 44, SECCOMP_FILTER_FLAG_LOG)
+            filtered.set()
             while True:
                 asked.wait()
                 asked.clear()
                 answers.append(deny(SYS_SYSINFO, 40 + len(answers), SECCOMP_FILTER_FLAG_TSYNC))
 
         threading.Thread(target=run, daemon=True).start()
+        filtered.wait()
 
         def synchronize():
             before = len(answers)

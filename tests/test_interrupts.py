@@ -1,0 +1,139 @@
+"""Ctrl-C cancels a recipe, and KeyboardInterrupt comes when it has given back what it took."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import trio
+
+import pipeline
+from pipeline.errors import UsageError
+from pipeline.interrupts import insisted, interruptible
+
+
+def press() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+@contextmanager
+def handled() -> Iterator[list[int]]:
+    """Somebody else has a use for it."""
+    seen: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: seen.append(number))
+    try:
+        yield seen
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(autouse=True)
+def _as_in_a_terminal() -> Iterator[None]:
+    """Whoever has started us may have let it be ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_it_comes_when_all_is_given_back() -> None:
+    steps: list[str] = []
+
+    @interruptible
+    async def recipe() -> None:
+        try:
+            press()
+            steps.append("not torn apart")
+            await trio.sleep_forever()
+        finally:
+            with trio.CancelScope(shield=True):
+                await trio.sleep(0.01)
+            steps.append("given back")
+
+    with pytest.raises(KeyboardInterrupt):
+        trio.run(recipe)
+    assert steps == ["not torn apart", "given back"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_what_completes_all_the_same_is_returned() -> None:
+    @interruptible
+    async def recipe() -> int:
+        with trio.CancelScope(shield=True):
+            press()
+            await trio.sleep(0.01)
+        return 5
+
+    assert trio.run(recipe) == 5
+
+
+def test_who_insists_is_heard() -> None:
+    heard: list[bool] = []
+
+    @interruptible
+    async def recipe() -> None:
+        with trio.CancelScope(shield=True):
+            for _ in range(2):
+                press()
+                await trio.sleep(0.01)
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(ask)
+
+    async def ask() -> None:
+        heard.append(insisted())
+
+    trio.run(recipe)
+    assert heard == [False, True]
+    assert not insisted()
+
+
+def test_its_error_comes_as_itself() -> None:
+    @interruptible
+    async def recipe() -> None:
+        async with trio.open_nursery():
+            raise UsageError("not so")
+
+    with pytest.raises(UsageError, match="not so"):
+        trio.run(recipe)
+
+
+def test_it_can_be_cancelled_from_outside() -> None:
+    async def main() -> bool:
+        with trio.move_on_after(0.01) as scope:
+            await interruptible(trio.sleep_forever)()
+        return scope.cancelled_caught
+
+    assert trio.run(main)
+
+
+def test_who_has_another_use_for_it_keeps_it() -> None:
+    @interruptible
+    async def recipe() -> int:
+        press()
+        await trio.sleep(0.01)
+        return 5
+
+    with handled() as seen:
+        assert trio.run(recipe) == 5
+        assert seen == [signal.SIGINT]
+
+
+def test_in_another_thread_nobody_hears_of_it() -> None:
+    async def main() -> int:
+        return await trio.to_thread.run_sync(trio.run, interruptible(five))
+
+    async def five() -> int:
+        return 5
+
+    assert trio.run(main) == 5
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [pipeline.dump, pipeline.restore, pipeline.migrate, pipeline.serve],
+    ids=lambda one: one.__name__,
+)
+def test_every_recipe_is_so(recipe: object) -> None:
+    assert recipe.__code__ is interruptible(recipe).__code__  # type: ignore[attr-defined,arg-type]

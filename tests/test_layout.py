@@ -13,7 +13,19 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "pipeline"
 
 #: pure modules that everybody may import
-PURE = {"", "amounts", "errors", "events", "garbage", "ids", "leftovers", "ledger", "policy", "progress"}
+PURE = {
+    "",
+    "amounts",
+    "errors",
+    "events",
+    "garbage",
+    "ids",
+    "interrupts",
+    "leftovers",
+    "ledger",
+    "policy",
+    "progress",
+}
 #: pure modules of other rooms that the pure ones may import
 PURE_ELSEWHERE = {"pipeline.userns.idmap", "pipeline.userns.forest"}
 #: what each room may import besides itself and `PURE`

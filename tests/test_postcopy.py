@@ -243,7 +243,7 @@ def test_a_source_that_is_killed_leaves_a_tree_that_waits(
 ) -> None:
     _, destination = hosts
     family = large.pids()
-    with under_way(hosts, large, secret, tmp_path, SLOW, options=()) as (_, _, migration):
+    with under_way(hosts, large, secret, tmp_path, SLOW, options=()) as (server, _, migration):
         kill_inside(migration.process, signal.SIGKILL)
         migration.process.wait(_DEADLINE_S)
         assert not reap(family), "the source still runs"
@@ -252,6 +252,9 @@ def test_a_source_that_is_killed_leaves_a_tree_that_waits(
         refused = destination.engine("dump", "--pid", "5000", "--to", tmp_path / "image")
         assert refused.returncode == 3, said(refused)
         assert "userfaultfd" in refused.stderr
+        kill_inside(server.process, signal.SIGTERM)
+        time.sleep(0.5)
+        assert destination.outer_pid(5000), "it waits on, until it is told once more"
 
 
 def test_a_host_that_cannot_answer_page_faults_refuses(

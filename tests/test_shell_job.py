@@ -131,9 +131,9 @@ class Shell:
         self.expect(b"status=")
         return int(self.expect(_PROMPT).split()[0])
 
-    def pipeline(self, *words: str | Path) -> str:
+    def pipeline(self, *words: str | Path, program: str | Path = "-m pipeline") -> str:
         path = ":".join([str(ROOT), *(entry for entry in sys.path if "site-packages" in entry)])
-        return f"PYTHONPATH={path} {self.python} -m pipeline {' '.join(map(str, words))}"
+        return f"PYTHONPATH={path} {self.python} {program} {' '.join(map(str, words))}"
 
     def close(self) -> None:
         family = family_of(self.pid)
@@ -336,6 +336,47 @@ def test_a_job_in_a_user_namespace_that_is_in_the_group_of_whoever_has_made_that
         assert second.quit_key() != b"\x05"
         second.type(b"fg\n")
         second.expect(b"--shell-job")
+        second.wait_for_quit_key(b"\x05")
+    second.type(b"q")
+    second.expect(b"[end 1]")
+    second.expect(_PROMPT)
+    assert second.status() == 0
+
+
+#: the pipeline, slow behind giving the terminal to the tree
+_SLOWLY = """
+import sys, time
+from pipeline.cli.main import main
+from pipeline.resources.shell_job import JobTerminal
+
+give = JobTerminal._give
+
+def slowly(self):
+    give(self)
+    time.sleep(0.5)
+
+JobTerminal._give = slowly
+sys.exit(main())
+"""
+
+
+def test_a_job_that_is_stopped_once_more_at_once_stays_stopped(shells: list[Shell], tmp_path: Path) -> None:
+    """The shell has continued all of the group; the restorer, which comes a moment later, does not do so again."""
+    first, second = shells
+    pid = begin_in_user_namespace(first, tmp_path)
+    done = engine("dump", "--pid", pid, "--to", tmp_path / "image", "--shell-job")
+    assert done.returncode == 0, said(done)
+    first.expect(_PROMPT)
+    script = tmp_path / "slowly.py"
+    script.write_text(_SLOWLY)
+    words = ("restore", "--from", tmp_path / "image", "--shell-job")
+    second.type(second.pipeline(*words, program=script).encode() + b"\n")
+    second.expect(b"[drawn]")
+    for _ in range(2):
+        second.type(b"\x1a")
+        second.expect(b"Stopped")
+        second.expect(_PROMPT)
+        second.type(b"fg\n")
         second.wait_for_quit_key(b"\x05")
     second.type(b"q")
     second.expect(b"[end 1]")

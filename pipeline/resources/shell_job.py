@@ -155,14 +155,13 @@ class JobTerminal:
     def look(self) -> None:
         """Do what a shell would: follow a tree that has stopped, and one that shall be in the foreground."""
         try:
-            stopped = procfs.stat(HostPid(self._root)).state == "T"
+            stopped = self._is_stopped()
         except procfs.ProcessGone:
             return
         with suppress(OSError):  # the terminal is hung up
             self._see()
             if self._wanted and self._lent is None and self._is_ours():  # the shell has put it there
-                self._give()
-                self._continue()
+                self._resume(stopped)
             elif stopped:
                 self._suspend()
 
@@ -270,14 +269,23 @@ class JobTerminal:
         finally:
             signal.signal(signal.SIGTSTP, self._on_signal)
         self._wanted = True
+        with suppress(procfs.ProcessGone):
+            self._resume(self._is_stopped())
+
+    def _resume(self, stopped: bool) -> None:
+        """Let the tree, `stopped` or not, have the terminal if the shell has put us in the foreground, and go on."""
         if self._is_ours():
             self._give()
-        self._continue()
-
-    def _continue(self) -> None:
-        for group in {_group_of(self._root), self._group if self._lent is not None else 0} - {0}:
+        groups = {_group_of(self._root), self._group if self._lent is not None else 0} - {0}
+        if self._shared and not stopped:
+            # it was continued with us; once more could undo the next ^Z
+            groups.discard(os.getpgrp())
+        for group in groups:
             with suppress(ProcessLookupError):
                 os.killpg(group, signal.SIGCONT)
+
+    def _is_stopped(self) -> bool:
+        return procfs.stat(HostPid(self._root)).state == "T"
 
 
 def _group_of(pid: int) -> int:

@@ -20,6 +20,7 @@ from pipeline.ids import LocalFd
 from pipeline.kernel import soft_dirty, userfaultfd
 from pipeline.kernel.arch import x86_64 as arch
 from pipeline.kernel.arch.x86_64 import NR
+from pipeline.kernel.forking import fork_deaf
 from pipeline.kernel.syscalls import (
     CLONE,
     KCMP,
@@ -83,7 +84,7 @@ def _capabilities() -> int:
 
 def _in_child(act: Callable[[], object]) -> OSError | None:
     """Run `act` in a forked child; the OSError it ended with, if any."""
-    pid = os.fork()
+    pid = fork_deaf()
     if pid == 0:
         code = 255
         try:

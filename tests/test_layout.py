@@ -113,6 +113,15 @@ def test_records_and_protocol_know_no_loop_no_system_calls_and_no_sockets(path: 
     assert not names & FORBIDDEN_IN_PURE
 
 
+#: where there are no threads yet, or the child is one of `fork_deaf`
+_MAY_FORK = {"kernel/forking.py", "cli/within.py", "run.py", "userns/cradle.py", "resources/pump.py"}
+
+
+@pytest.mark.parametrize("path", modules(), ids=name_of)
+def test_children_are_forked_deaf(path: Path) -> None:
+    assert "os.fork()" not in path.read_text(encoding="utf-8") or name_of(path) in _MAY_FORK
+
+
 @pytest.mark.parametrize("path", modules(), ids=name_of)
 def test_heavy_libraries_are_imported_where_they_are_used(path: Path) -> None:
     names = {name.split(".")[0] for name in imports(ast.parse(path.read_text(encoding="utf-8")), late=False)}

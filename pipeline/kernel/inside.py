@@ -19,6 +19,7 @@ from contextlib import ExitStack
 
 from pipeline.ids import HostPid, LocalFd
 from pipeline.kernel import nsfs
+from pipeline.kernel.forking import fork_deaf
 from pipeline.kernel.syscalls import CLONE, setns
 
 
@@ -54,7 +55,7 @@ def opened(pid: HostPid, act: Callable[[], int]) -> LocalFd:
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             stack.enter_context(ours)
             with theirs:
-                child = os.fork()
+                child = fork_deaf()
                 if child == 0:
                     _hand_over(namespace, act, theirs)
             stack.callback(os.waitpid, child, 0)

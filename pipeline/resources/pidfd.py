@@ -26,6 +26,7 @@ from msgspec import Meta, Struct
 from pipeline.errors import Blocker, RebuildError
 from pipeline.ids import HostPid, LocalFd
 from pipeline.image.schema import Index, OpenFile, Pid, Record
+from pipeline.kernel.forking import fork_deaf
 from pipeline.kernel.syscalls import PIDFD_THREAD, pidfd_open
 from pipeline.resources import outside
 from pipeline.resources.kinds import CaptureScope, CreateScope, FdView
@@ -150,7 +151,7 @@ class Pidfd(CompleteOnceCreated):
 
 def _ended(gone: Gone) -> list[LocalFd]:
     """Pidfds of a process that ends as `gone` did and is collected; the caller owns them."""
-    child = os.fork()
+    child = fork_deaf()
     if child == 0:
         try:
             if os.WIFSIGNALED(gone.status):

@@ -16,11 +16,11 @@ from __future__ import annotations
 import errno
 import os
 import select
-import signal
 from contextlib import suppress
 
 from pipeline.errors import RebuildError
 from pipeline.ids import LocalFd
+from pipeline.kernel.forking import fork_deaf
 from pipeline.kernel.syscalls import PRCTL, prctl
 from pipeline.ledger import LEDGER
 
@@ -47,7 +47,7 @@ class Pump:
             RebuildError: no process can be made.
         """
         try:
-            between = os.fork()
+            between = fork_deaf()
         except OSError as error:
             raise _no_process(error) from error
         if between:
@@ -80,7 +80,6 @@ def _no_process(error: OSError) -> RebuildError:
 def _become_pump(source: LocalFd, sink: LocalFd) -> None:
     with suppress(OSError):
         os.setsid()
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP, signal.SIGTERM})
         os.chdir("/")
         prctl(PRCTL.SET_NAME, COMM + b"\0")
         kept = sorted((source, sink))

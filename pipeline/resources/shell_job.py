@@ -39,6 +39,7 @@ from pipeline.ids import HostPid, LocalFd
 from pipeline.image.schema import ShellJob
 from pipeline.kernel import procfs
 from pipeline.kernel.arch.x86_64_numbers import NR
+from pipeline.kernel.forking import fork_deaf
 from pipeline.kernel.syscalls import syscall
 from pipeline.ledger import LEDGER
 from pipeline.resources import pty_sides, terminal
@@ -322,10 +323,9 @@ class _Guard:
 
     def __init__(self, tty: LocalFd) -> None:
         reader, self._writer = os.pipe2(os.O_CLOEXEC)
-        self._pid = os.fork()
+        self._pid = fork_deaf()
         if self._pid == 0:
             try:
-                signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
                 os.setpgid(0, 0)
                 os.dup2(tty, 0)
                 os.dup2(reader, 1)

@@ -11,12 +11,12 @@ for the tracer before exit_notify, in which exit_ptrace lets tracees go).
 from __future__ import annotations
 
 import os
-import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from pipeline.kernel import ptrace
+from pipeline.kernel.forking import fork_deaf
 from pipeline.kernel.syscalls import PRCTL, prctl
 
 
@@ -32,11 +32,10 @@ def shielded(act: Callable[[], bytes]) -> bytes:
     caller = threading.get_native_id()
     reader, writer = os.pipe2(os.O_CLOEXEC)
     with _children_may_trace_us():
-        pid = os.fork()
+        pid = fork_deaf()
         if pid == 0:
             code = 255
             try:
-                signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
                 os.setsid()
                 os.close(reader)
                 with _kept_from_ending(caller):

@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Self
 
 from pipeline.ids import HostPid
+from pipeline.kernel.forking import fork_deaf
 from pipeline.kernel.syscalls import PRCTL, prctl, setns
 from pipeline.ledger import LEDGER
 from pipeline.userns.visit import Way
@@ -56,7 +57,7 @@ def _send(way: Way) -> tuple[HostPid, int]:
     """A child at the end of `way`, and the pipe that it waits at."""
     wait, go = os.pipe()
     told, tell = os.pipe()
-    pid = os.fork()
+    pid = fork_deaf()
     if pid == 0:
         _sit(way, wait, tell)
     os.close(wait)

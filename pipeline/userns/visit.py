@@ -20,6 +20,7 @@ from typing import Self, TypeVar
 
 from pipeline.ids import LocalFd
 from pipeline.kernel import nsfs
+from pipeline.kernel.forking import fork_deaf
 from pipeline.kernel.syscalls import CLONE, setns, unshare
 from pipeline.ledger import LEDGER
 
@@ -176,7 +177,7 @@ def _by_thread(namespaces: Way, look: Callable[[], bytes]) -> bytes:
 
 def _by_child(namespaces: Way, look: Callable[[], bytes]) -> bytes:
     reader, writer = os.pipe()
-    child = os.fork()
+    child = fork_deaf()
     if child == 0:
         code = 255
         try:

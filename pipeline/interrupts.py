@@ -12,9 +12,9 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, ParamSpec, TypeVar
 
 import trio
@@ -24,11 +24,18 @@ from pipeline.errors import ungrouped
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_interrupts: ContextVar[Sequence[int]] = ContextVar("interrupts", default=())
+#: the signals that the recipe has heard in which this runs; None outside of one
+_caught: ContextVar[list[int] | None] = ContextVar("caught", default=None)
+#: who is to be told of a signal, by its number: several recipes may run side by side
+_hearers: dict[int, list[Callable[[], object]]] = {}
+#: what handled these signals before
+_handlers: dict[int, Any] = {}
 
 
 async def heeding(
-    recipe: Callable[[], Awaitable[T]], numbers: Sequence[int], told: Callable[[int], None]
+    recipe: Callable[[], Awaitable[T]],
+    numbers: Sequence[int],
+    told: Callable[[int], object] | None = None,
 ) -> list[T]:
     """Await a recipe that is cancelled by the first of these signals; what it returned, or nothing if it was cancelled.
 
@@ -41,56 +48,42 @@ async def heeding(
         what the recipe raises; taken out of exception groups where it is the only one there.
     """
     results: list[T] = []
+    caught: list[int] = []
     scope = trio.CancelScope()
 
     def heard(number: int) -> None:
         if not results:
-            told(number)
+            if told is not None:
+                told(number)
+            caught.append(number)
             scope.cancel()
 
-    # Not in a nursery: at the end of one a completed recipe could be told that it is cancelled from outside.
-    with _calling(heard, numbers), scope, ungrouped():
-        results.append(await recipe())
+    token = _caught.set(caught)
+    try:
+        # Not in a nursery: at the end of one a completed recipe could be told that it is cancelled from outside.
+        with _hearing(heard, numbers), ungrouped(), scope:
+            results.append(await recipe())
+    finally:
+        _caught.reset(token)
     return results
 
 
-@contextmanager
-def _calling(heard: Callable[[int], None], numbers: Sequence[int]) -> Iterator[None]:
-    """In the block `heard` is called in the Trio loop when one of these signals has come."""
-    token = trio.lowlevel.current_trio_token()
-
-    def handle(number: int, _: object) -> None:
-        token.run_sync_soon(heard, number)
-
-    before = {number: signal.signal(number, handle) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def insisted() -> bool:
-    """Whether Ctrl-C was pressed again since the `interruptible` recipe began that runs."""
-    return len(_interrupts.get()) > 1
+    """Whether a second signal has come for the recipe in which this runs."""
+    return len(_caught.get() or ()) > 1
 
 
 def interruptible(recipe: Callable[P, Awaitable[T]]) -> Callable[P, Coroutine[Any, Any, T]]:
     """A recipe that Ctrl-C cancels where it would raise KeyboardInterrupt otherwise; that comes when all is given back.
 
-    What completes all the same is returned, without KeyboardInterrupt.
+    What completes all the same is returned, without KeyboardInterrupt. Of recipes side by side all are cancelled.
     """
 
     @wraps(recipe)
     async def called(*args: P.args, **kwargs: P.kwargs) -> T:
-        if not _is_keyboard_interrupt():
+        if _caught.get() is not None or not _is_keyboard_interrupt():
             return await recipe(*args, **kwargs)
-        interrupts: list[int] = []
-        token = _interrupts.set(interrupts)
-        try:
-            results = await heeding(lambda: recipe(*args, **kwargs), [signal.SIGINT], interrupts.append)
-        finally:
-            _interrupts.reset(token)
+        results = await heeding(lambda: recipe(*args, **kwargs), [signal.SIGINT])
         if not results:
             raise KeyboardInterrupt
         return results[0]
@@ -99,7 +92,38 @@ def interruptible(recipe: Callable[P, Awaitable[T]]) -> Callable[P, Coroutine[An
 
 
 def _is_keyboard_interrupt() -> bool:
-    """Whether it is Trio that hears of Ctrl-C."""
+    """Whether Ctrl-C is Trio's here, or that of recipes that would let Trio have it."""
     if threading.current_thread() is not threading.main_thread():
         return False
-    return getattr(signal.getsignal(signal.SIGINT), "__module__", "").startswith("trio._core.")
+    handler = signal.getsignal(signal.SIGINT)
+    return handler is _handle or getattr(handler, "__module__", "").startswith("trio._core.")
+
+
+@contextmanager
+def _hearing(heard: Callable[[int], object], numbers: Sequence[int]) -> Iterator[None]:
+    """In the block `heard` is called in this Trio loop when one of these signals has come."""
+    token = trio.lowlevel.current_trio_token()
+    with ExitStack() as stack:
+        for number in numbers:
+            stack.enter_context(_among_hearers(number, partial(token.run_sync_soon, heard, number)))
+        yield
+
+
+@contextmanager
+def _among_hearers(number: int, hear: Callable[[], object]) -> Iterator[None]:
+    if number not in _hearers:
+        _hearers[number] = []
+        _handlers[number] = signal.signal(number, _handle)
+    _hearers[number].append(hear)
+    try:
+        yield
+    finally:
+        _hearers[number].remove(hear)
+        if not _hearers[number]:
+            signal.signal(number, _handlers.pop(number))
+            del _hearers[number]
+
+
+def _handle(number: int, _: object) -> None:
+    for hear in list(_hearers.get(number, ())):
+        hear()

@@ -531,8 +531,8 @@ async def serve(
         on_restored: given each tree that runs; it is waited for here.
         on_message: told what went wrong with a peer, and what is in doubt.
         progress: is told how far it is.
-        give_up: once cancelled: is asked now and then whether not to wait any more for what is said below. Where Ctrl-C
-            would raise KeyboardInterrupt, by default: whether it was pressed again.
+        give_up: once cancelled: is asked now and then whether not to wait any more for what is said below. By default:
+            whether Ctrl-C was pressed again.
 
     Raises:
         UsageError: the address or the secret cannot be used.

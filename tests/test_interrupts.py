@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 from collections.abc import Iterator
@@ -89,10 +90,71 @@ def test_who_insists_is_heard() -> None:
     assert not insisted()
 
 
+def test_of_recipes_side_by_side_all_are_cancelled() -> None:
+    """Also by what is pressed when the first of them is done already."""
+    given_back: list[str] = []
+
+    @interruptible
+    async def recipe(name: str, seconds: float) -> None:
+        try:
+            await trio.sleep(seconds)
+        finally:
+            with trio.CancelScope(shield=True):
+                await trio.sleep(0.01)
+            given_back.append(name)
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(recipe, "short", 0.01)
+            nursery.start_soon(recipe, "long", math.inf)
+            nursery.start_soon(recipe, "as long", math.inf)
+            await trio.sleep(0.1)
+            press()
+
+    with pytest.raises(BaseExceptionGroup) as caught:
+        trio.run(main)
+    assert {type(one) for one in caught.value.exceptions} == {KeyboardInterrupt}
+    assert given_back[0] == "short"
+    assert sorted(given_back[1:]) == ["as long", "long"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_within_another_that_one_is_cancelled() -> None:
+    inner = interruptible(trio.sleep_forever)
+    seen: list[BaseException] = []
+
+    @interruptible
+    async def outer() -> None:
+        press()
+        try:
+            await inner()
+        except BaseException as error:
+            seen.append(error)
+            raise
+
+    with pytest.raises(KeyboardInterrupt):
+        trio.run(outer)
+    assert [type(error) for error in seen] == [trio.Cancelled]
+
+
 def test_its_error_comes_as_itself() -> None:
     @interruptible
     async def recipe() -> None:
         async with trio.open_nursery():
+            raise UsageError("not so")
+
+    with pytest.raises(UsageError, match="not so"):
+        trio.run(recipe)
+
+
+def test_its_error_comes_as_itself_beside_what_was_cancelled() -> None:
+    @interruptible
+    async def recipe() -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(trio.sleep_forever)
+            with trio.CancelScope(shield=True):
+                press()
+                await trio.sleep(0.01)
             raise UsageError("not so")
 
     with pytest.raises(UsageError, match="not so"):

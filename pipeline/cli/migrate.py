@@ -57,8 +57,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(arguments: argparse.Namespace) -> int:
-    import trio
-
     import pipeline
     from pipeline.cli import recipe, within
     from pipeline.kernel import descriptor_table
@@ -72,7 +70,6 @@ def execute(arguments: argparse.Namespace) -> int:
         descriptor_table.make_room_first()
         outside = {kind: place.path(path) for kind, path in outside.items()}
         secret_file = arguments.secret_file and place.path(arguments.secret_file)
-        insisted = trio.Event()
         result = recipe.run(
             lambda: pipeline.migrate(
                 place.pid,
@@ -89,9 +86,7 @@ def execute(arguments: argparse.Namespace) -> int:
                 compress=arguments.compress,
                 streams=arguments.streams,
                 progress=listener,
-                give_up=insisted.is_set,
-            ),
-            insisted,
+            )
         )
         recipe.past_cancelling()
         listener.completed(result.root_pid, result.figures, result.notes)

@@ -21,12 +21,8 @@ T = TypeVar("T")
 _CANCELLING = (signal.SIGINT, signal.SIGTERM)
 
 
-async def cancellable(recipe: Callable[[], Awaitable[T]], insisted: trio.Event | None = None) -> T:
+async def cancellable(recipe: Callable[[], Awaitable[T]]) -> T:
     """Await a recipe inside a Trio program that has no other use for these signals until it is done.
-
-    Args:
-        recipe: what is cancelled by the first signal.
-        insisted: is set by the second one.
 
     Raises:
         SystemExit: SIGINT or SIGTERM came, and everything is given back; the code is 128 plus the signal.
@@ -37,8 +33,6 @@ async def cancellable(recipe: Callable[[], Awaitable[T]], insisted: trio.Event |
     def told(number: int) -> None:
         if not caught:
             say(f"cancelling on {signal.Signals(number).name}: rolling back")
-        elif insisted is not None:
-            insisted.set()
         caught.append(number)
 
     results = await heeding(recipe, _CANCELLING, told)
@@ -47,9 +41,9 @@ async def cancellable(recipe: Callable[[], Awaitable[T]], insisted: trio.Event |
     return results[0]
 
 
-def run(recipe: Callable[[], Awaitable[T]], insisted: trio.Event | None = None) -> T:
+def run(recipe: Callable[[], Awaitable[T]]) -> T:
     """`cancellable` in a Trio loop of its own."""
-    return trio.run(cancellable, recipe, insisted)
+    return trio.run(cancellable, recipe)
 
 
 def past_cancelling() -> None:

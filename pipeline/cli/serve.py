@@ -43,8 +43,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def execute(arguments: argparse.Namespace) -> int:
     # before anything here opens files, whose numbers somebody could mean
     policy = policies.of_restore(arguments)
-    import trio
-
     import pipeline
     from pipeline.cli import recipe
     from pipeline.kernel import descriptor_table
@@ -64,7 +62,6 @@ def execute(arguments: argparse.Namespace) -> int:
             listener.restored(tree.root_pid, tree.figures, tree.notes)
             _restored(tree)
 
-        insisted = trio.Event()
         recipe.run(
             lambda: pipeline.serve(
                 arguments.listen,
@@ -80,9 +77,7 @@ def execute(arguments: argparse.Namespace) -> int:
                 on_message=lambda text: render.say(f"serve: {text}"),
                 plaintext=arguments.plaintext,
                 progress=listener,
-                give_up=insisted.is_set,
-            ),
-            insisted,
+            )
         )
         listener.completed()
     return 0

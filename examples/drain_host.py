@@ -2,7 +2,8 @@
 
     python examples/drain_host.py HOST:PORT SECRET_FILE PID [PID...]
 
-Trees that cannot be moved stay where they are and run on; they are listed at the end.
+Trees that cannot be moved stay where they are and run on; they are listed at the end. Ctrl-C lets those stay that are
+not moved yet.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ AT_ONCE = 2
 
 
 async def move(
-    pid: int, to: str, secret_file: str, limit: trio.CapacityLimiter, left: dict[int, str]
+    pid: int, to: str, secret_file: str, limit: trio.CapacityLimiter, moved: set[int], left: dict[int, str]
 ) -> None:
     """Move one tree; a failure is noted and stops nobody else."""
     async with limit:
@@ -29,11 +30,13 @@ async def move(
         except pipeline.PipelineError as error:
             left[pid] = str(error)
         else:
+            moved.add(pid)
             print(f"pid {pid} moved: {result.figures}", flush=True)
 
 
 async def main(to: str, secret_file: str, pids: list[int]) -> int:
     """Look at all of them before any is touched, then move those that can be."""
+    moved: set[int] = set()
     left: dict[int, str] = {}
     ready = []
     for pid in pids:
@@ -48,9 +51,12 @@ async def main(to: str, secret_file: str, pids: list[int]) -> int:
         else:
             ready.append(pid)
     limit = trio.CapacityLimiter(AT_ONCE)
-    async with trio.open_nursery() as nursery:
-        for pid in ready:
-            nursery.start_soon(move, pid, to, secret_file, limit, left)
+    try:
+        async with trio.open_nursery() as nursery:
+            for pid in ready:
+                nursery.start_soon(move, pid, to, secret_file, limit, moved, left)
+    except* KeyboardInterrupt:
+        left.update((pid, "interrupted") for pid in ready if pid not in left and pid not in moved)
     for pid, reason in left.items():
         print(f"pid {pid} stays: {reason}", file=sys.stderr)
     return 1 if left else 0

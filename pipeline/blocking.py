@@ -1,7 +1,8 @@
 """The public API for plain, blocking code: each call runs its recipe to the end in this thread.
 
 Ctrl-C in the main thread cancels the recipe, which gives back what it took, and
-then raises KeyboardInterrupt. Not for use inside a running Trio loop: await the
+then raises KeyboardInterrupt; a recipe that is past its point of no return, such as
+the decision of a migration, completes, and its result is returned. Not for use inside a running Trio loop: await the
 recipes themselves there; from asyncio use `pipeline.aio`.
 """
 
@@ -10,9 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Literal
 
-import trio
-
 import pipeline
+from pipeline.interrupts import run
 
 if TYPE_CHECKING:
     from pipeline.check import CheckReport
@@ -40,7 +40,7 @@ class Tree:
 
     def wait(self) -> int:
         """Wait for the tree's root; returns its wait status (as `os.waitstatus_to_exitcode` reads it)."""
-        return trio.run(self._tree.wait)
+        return run(self._tree.wait)
 
     def send_signal(self, signal: int) -> None:
         """Send a signal to the tree's root."""
@@ -66,7 +66,7 @@ def dump(
     progress: Progress | None = None,
 ) -> DumpResult:
     """`pipeline.dump`, blocking."""
-    return trio.run(
+    return run(
         lambda: pipeline.dump(
             pid,
             to,
@@ -98,7 +98,7 @@ def restore(
 ) -> Tree:
     """`pipeline.restore`, blocking; returns when the tree runs."""
     return Tree(
-        trio.run(
+        run(
             lambda: pipeline.restore(
                 source,
                 detach=detach,
@@ -134,7 +134,7 @@ def migrate(
     give_up: Callable[[], bool] | None = None,
 ) -> MigrateResult:
     """`pipeline.migrate`, blocking."""
-    return trio.run(
+    return run(
         lambda: pipeline.migrate(
             pid,
             to,
@@ -173,7 +173,7 @@ def serve(
     give_up: Callable[[], bool] | None = None,
 ) -> None:
     """`pipeline.serve`, blocking until Ctrl-C or, with `once`, until one tree has arrived."""
-    trio.run(
+    run(
         lambda: pipeline.serve(
             listen,
             secret_file=secret_file,
@@ -195,9 +195,9 @@ def serve(
 
 def check(pid: int | None = None, policy: DumpPolicy | None = None) -> CheckReport:
     """`pipeline.check`, blocking."""
-    return trio.run(lambda: pipeline.check(pid, policy))
+    return run(lambda: pipeline.check(pid, policy))
 
 
 def inspect(source: str) -> Inspection:
     """`pipeline.inspect`, blocking."""
-    return trio.run(lambda: pipeline.inspect(source))
+    return run(lambda: pipeline.inspect(source))

@@ -76,19 +76,48 @@ def insisted() -> bool:
 def interruptible(recipe: Callable[P, Awaitable[T]]) -> Callable[P, Coroutine[Any, Any, T]]:
     """A recipe that Ctrl-C cancels where it would raise KeyboardInterrupt otherwise; that comes when all is given back.
 
-    What completes all the same is returned, without KeyboardInterrupt. Of recipes side by side all are cancelled.
+    Of recipes side by side all are cancelled. If none of them was, because they were past their points of no return,
+    KeyboardInterrupt comes when the main task waits next.
     """
 
     @wraps(recipe)
     async def called(*args: P.args, **kwargs: P.kwargs) -> T:
         if _caught.get() is not None or not _is_keyboard_interrupt():
             return await recipe(*args, **kwargs)
-        results = await heeding(lambda: recipe(*args, **kwargs), [signal.SIGINT])
-        if not results:
-            raise KeyboardInterrupt
-        return results[0]
+        result, caught = await _interrupted(lambda: recipe(*args, **kwargs))
+        if caught and signal.SIGINT not in _hearers:
+            _press_again()
+        return result
 
     return called
+
+
+def run(recipe: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    """`trio.run` for one recipe that Ctrl-C cancels, if it is Python's; what completes all the same is returned.
+
+    Raises:
+        KeyboardInterrupt: it was cancelled, and everything is given back.
+    """
+
+    async def main() -> T:
+        return (await _interrupted(recipe))[0] if _is_keyboard_interrupt() else await recipe()
+
+    return trio.run(main)
+
+
+async def _interrupted(recipe: Callable[[], Awaitable[T]]) -> tuple[T, list[int]]:
+    """What a recipe returns, and whether it was cancelled all the same."""
+    caught: list[int] = []
+    results = await heeding(recipe, [signal.SIGINT], caught.append)
+    if not results:
+        raise KeyboardInterrupt
+    return results[0], caught
+
+
+@trio.lowlevel.enable_ki_protection
+def _press_again() -> None:
+    """Nobody was stopped: Trio raises it in the main task, when that waits next."""
+    signal.raise_signal(signal.SIGINT)
 
 
 def _is_keyboard_interrupt() -> bool:

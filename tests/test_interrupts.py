@@ -13,7 +13,7 @@ import trio
 
 import pipeline
 from pipeline.errors import UsageError
-from pipeline.interrupts import insisted, interruptible
+from pipeline.interrupts import insisted, interruptible, run
 
 
 def press() -> None:
@@ -59,15 +59,37 @@ def test_it_comes_when_all_is_given_back() -> None:
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_what_completes_all_the_same_is_returned() -> None:
-    @interruptible
-    async def recipe() -> int:
-        with trio.CancelScope(shield=True):
-            press()
-            await trio.sleep(0.01)
-        return 5
+@interruptible
+async def past_its_point() -> int:
+    with trio.CancelScope(shield=True):
+        press()
+        await trio.sleep(0.01)
+    return 5
 
-    assert trio.run(recipe) == 5
+
+def test_what_completes_all_the_same_is_returned_first() -> None:
+    seen: list[int] = []
+
+    async def main() -> None:
+        seen.append(await past_its_point())
+        await trio.sleep_forever()
+
+    with pytest.raises(KeyboardInterrupt):
+        trio.run(main)
+    assert seen == [5]
+
+
+def test_what_runs_by_itself_and_completes_is_returned() -> None:
+    assert run(past_its_point) == 5
+
+
+def test_what_runs_by_itself_and_does_not_is_interrupted() -> None:
+    async def recipe() -> None:
+        press()
+        await trio.sleep_forever()
+
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe)
 
 
 def test_who_insists_is_heard() -> None:
@@ -85,7 +107,7 @@ def test_who_insists_is_heard() -> None:
     async def ask() -> None:
         heard.append(insisted())
 
-    trio.run(recipe)
+    run(recipe)
     assert heard == [False, True]
     assert not insisted()
 

@@ -330,6 +330,7 @@ async def restore(
     storage = open_storage(source)
     try:
         async with AsyncExitStack() as stack:
+            way = stack.enter_context(trio.CancelScope())
             tracer = await stack.enter_async_context(tracer_thread())
             await stack.enter_async_context(beside(_leases_ahead))
             read: StoredPages | FrameReader
@@ -371,6 +372,9 @@ async def restore(
                     if terminal is not None:
                         terminal.lend(tree.root_pid, rebuilding.foreground)
                     begin_paging(rebuilding)
+                    await trio.lowlevel.checkpoint_if_cancelled()
+                    # it runs from now on, and so it is said; but while pages are missing it can be given up
+                    way.shield = not lazy
                     await tracer.run(rebuilding.thaw)
                 started = time.monotonic()
     except BaseException:

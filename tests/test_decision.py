@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+import trio
 
 import pipeline
-from tests.harness.cancelling import cancelled_at
+from pipeline.progress import NullProgress
+from pipeline.restore import opened
+from pipeline.transport.framing import FrameReader
+from pipeline.transport.storage import Storage
+from tests.harness.cancelling import CancelAt, cancelled_at
 from tests.harness.hosts import Host, kill_inside, serving
 from tests.harness.settings import DEPTH_1
-from tests.harness.tree import PATIENCE_S, ROOT, Tree, reap, restore, said
+from tests.harness.tree import PATIENCE_S, ROOT, Tree, dump, reap, restore, said
 
 pytestmark = pytest.mark.root
 
@@ -97,4 +104,45 @@ def test_a_dump_is_cancelled_or_goes_to_its_end(
     else:
         assert not (image / "manifest").exists()
         assert len([pid for pid in family if os.path.exists(f"/proc/{pid}")]) == len(family)
+    tree.check()
+
+
+@asynccontextmanager
+async def left_slowly(storage: Storage) -> AsyncIterator[FrameReader]:
+    async with opened(storage) as reader:
+        yield reader
+        await trio.sleep(0.05)
+
+
+@pytest.mark.parametrize("options", [{}, {"lazy": True}], ids=["whole", "lazy"])
+@pytest.mark.parametrize("step", range(1, STEPS + 1))
+def test_a_restore_is_cancelled_or_goes_to_its_end(
+    start: Callable[..., Tree],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    step: int,
+    options: dict[str, bool],
+) -> None:
+    """Also where the image is left slowly."""
+    monkeypatch.setattr(importlib.import_module("pipeline.restore"), "opened", left_slowly)
+    tree = start("threads", DEPTH_1)
+    family = tree.pids()
+    image = tmp_path / "image"
+    dump(tree, image)
+    instrument = CancelAt(step)
+
+    class ArmsAtTheEnd(NullProgress):
+        def phase(self, name: str) -> None:
+            instrument.is_armed |= name == "thaw"
+
+    async def recipe() -> None:
+        restored = await pipeline.restore(str(image), detach=True, progress=ArmsAtTheEnd(), **options)
+        restored.close()
+
+    instrument.run(recipe)
+    assert instrument.is_armed
+    if instrument.scope.cancelled_caught:
+        reap(family)
+        assert not [pid for pid in family if os.path.exists(f"/proc/{pid}")], "what was cancelled runs"
+        restore(tree, image)
     tree.check()

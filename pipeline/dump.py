@@ -65,6 +65,7 @@ async def _store(
     packer: Packer,
     pool: BufferPool,
     progress: Progress,
+    way: trio.CancelScope,
     write: Callable[[FrameWriter], Awaitable[int]],
 ) -> Manifest:
     """Write the image and its index, then the manifest that says they are complete; none is left if that fails.
@@ -72,6 +73,7 @@ async def _store(
     Args:
         storage: where to.
         packer, pool: see `FrameWriter`.
+        way: is shielded before the manifest is written: from then on the dump goes to its end.
         write: writes records and pages, to their end; returns the bytes of pages.
     """
     try:
@@ -80,6 +82,7 @@ async def _store(
             progress.phase("write")
         # the end of an upload is not cancelled: here is the last moment
         await trio.lowlevel.checkpoint_if_cancelled()
+        way.shield = True
         manifest = Manifest(FORMAT_VERSION, writer.bytes_written, page_bytes, writer.index_bytes)
         await write_manifest(storage, manifest)
     except BaseException:
@@ -96,7 +99,10 @@ class _Storing:
     `all_read`: it needs the tree no longer. `complete`: it is stored, and `manifest` says what was.
     """
 
-    def __init__(self, still: Standstill, precopy: Precopy | None, progress: Progress) -> None:
+    def __init__(
+        self, still: Standstill, precopy: Precopy | None, progress: Progress, way: trio.CancelScope
+    ) -> None:
+        self._way = way
         self._still = still
         self._precopy = precopy
         self._progress = progress
@@ -106,7 +112,7 @@ class _Storing:
 
     async def run(self, storage: Storage, packer: Packer, pool: BufferPool) -> None:
         """Store it; see `_store`."""
-        self.manifest = await _store(storage, packer, pool, self._progress, self._write)
+        self.manifest = await _store(storage, packer, pool, self._progress, self._way, self._write)
         if self._precopy is not None:
             self._precopy.keep()
         self.complete.set()
@@ -156,7 +162,7 @@ async def dump(
         Refused: the tree cannot be carried; nothing was touched.
         PipelineError: it failed; the tree runs on.
 
-    Cancellation, and Ctrl-C: the tree runs on, and no image is left.
+    Cancellation, and Ctrl-C: the tree runs on, and no image is left; a dump whose image is complete goes to its end.
     """
     progress = progress or NullProgress()
     begin = time.monotonic()
@@ -173,6 +179,7 @@ async def dump(
     pool = BufferPool(BUFFERS, BUFFER_BYTES)
     progress.phase("setup")
     async with AsyncExitStack() as before:
+        way = before.enter_context(trio.CancelScope())
         known = before.enter_context(Beforehand())
         await refuse_early(pid, externals, policy, known)
         before_s = time.monotonic()
@@ -193,7 +200,7 @@ async def dump(
             async with trio.open_nursery() as nursery:
                 async with standstill(tracer, pid, externals, policy, place, looks, known) as still:
                     progress.phase("memory")
-                    storing = _Storing(still, precopy, progress)
+                    storing = _Storing(still, precopy, progress, way)
                     nursery.start_soon(storing.run, storage, packer, pool)
                     await (storing.all_read if leave == "running" else storing.complete).wait()
                     await still.let_go_of_files()

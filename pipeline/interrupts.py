@@ -36,6 +36,8 @@ async def heeding(
     recipe: Callable[[], Awaitable[T]],
     numbers: Sequence[int],
     told: Callable[[int], object] | None = None,
+    *,
+    deaf_then: bool = False,
 ) -> list[T]:
     """Await a recipe that is cancelled by the first of these signals; what it returned, or nothing if it was cancelled.
 
@@ -43,6 +45,7 @@ async def heeding(
         recipe: any.
         numbers: of the signals, for which there is no other use until it is done; in the main thread.
         told: is called with the number of each that comes.
+        deaf_then: once it has returned, these signals are ignored, whatever was to be done before.
 
     Raises:
         what the recipe raises; taken out of exception groups where it is the only one there.
@@ -63,6 +66,8 @@ async def heeding(
         # Not in a nursery: at the end of one a completed recipe could be told that it is cancelled from outside.
         with _hearing(heard, numbers), ungrouped(), scope:
             results.append(await recipe())
+            if deaf_then:
+                _handlers.update(dict.fromkeys(numbers, signal.SIG_IGN))
     finally:
         _caught.reset(token)
     return results

@@ -239,6 +239,12 @@ def _stored_feed(stored: StoredPages, later: Mapping[int, Sequence[Range]], prog
     return StoredFeed(lambda space: stored.sooner(space, later.get(space, ())), progress)
 
 
+def _is_cancelled_only(error: BaseException) -> bool:
+    if isinstance(error, BaseExceptionGroup):
+        return error.split(trio.Cancelled)[1] is None
+    return isinstance(error, trio.Cancelled)
+
+
 async def _leases_ahead() -> None:
     await trio.to_thread.run_sync(read_leases_ahead)
 
@@ -253,7 +259,7 @@ async def _pages_later(
     later: dict[int, list[Range]],
     progress: Progress,
     on_message: Callable[[str], None],
-) -> AsyncIterator[Callable[[Rebuilding], None]]:
+) -> AsyncIterator[Callable[[Rebuilding], Pager | None]]:
     """Gives what is to be called before the tree runs; the end of the block waits for the last page.
 
     If the pages cannot be brought, the tree is killed.
@@ -267,12 +273,13 @@ async def _pages_later(
         with ungrouped():
             async with trio.open_nursery() as nursery:
 
-                def begin(rebuilding: Rebuilding) -> None:
+                def begin(rebuilding: Rebuilding) -> Pager:
                     nonlocal begun
                     begun = True
                     pager = Pager(rebuilding.take_watched(), rebuilding.victims(), guard)
                     nursery.start_soon(pager.run)
                     nursery.start_soon(Bringing(stored, pager, later, progress, on_message).run)
+                    return pager
 
                 yield begin
     finally:
@@ -362,21 +369,33 @@ async def restore(
             terms = Terms(
                 new_pidns, map, unmapped, externals or {}, policy, name, strict_ends=True, later=lazy
             )
-            async with _pages_later(
-                stored if lazy else None, later, progress, on_message or _quiet
-            ) as begin_paging:
-                async with rebuilt(image, feed, tracer, progress, terms) as rebuilding:
-                    progress.phase("thaw")
-                    # before it runs: it may end at once, and somebody else's process have its number
-                    tree = RestoredTree(rebuilding.root_pid, rebuilding.child_pid, {}, terminal)
-                    if terminal is not None:
-                        terminal.lend(tree.root_pid, rebuilding.foreground)
-                    begin_paging(rebuilding)
-                    await trio.lowlevel.checkpoint_if_cancelled()
-                    # it runs from now on, and so it is said; but while pages are missing it can be given up
-                    way.shield = not lazy
-                    await tracer.run(rebuilding.thaw)
-                started = time.monotonic()
+            pager: Pager | None = None
+            started: float | None = None
+            try:
+                async with _pages_later(
+                    stored if lazy else None, later, progress, on_message or _quiet
+                ) as begin_paging:
+                    async with rebuilt(image, feed, tracer, progress, terms) as rebuilding:
+                        progress.phase("thaw")
+                        # before it runs: it may end at once, and somebody else's process have its number
+                        tree = RestoredTree(rebuilding.root_pid, rebuilding.child_pid, {}, terminal)
+                        if terminal is not None:
+                            terminal.lend(tree.root_pid, rebuilding.foreground)
+                        pager = begin_paging(rebuilding)
+                        await trio.lowlevel.checkpoint_if_cancelled()
+                        # it runs from now on, and so it is said
+                        way.shield = True
+                        await tracer.run(rebuilding.thaw)
+                        started = time.monotonic()
+                    # but while pages are missing it can be given up, which ends it
+                    way.shield = pager is None
+            except BaseException as error:
+                whole = started is not None and pager is not None and pager.whole.is_set()
+                if not (whole and _is_cancelled_only(error)):
+                    raise
+            way.shield = True
+            assert tree is not None
+            assert started is not None
     except BaseException:
         if tree is not None:
             tree.close()

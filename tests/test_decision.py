@@ -107,6 +107,36 @@ def test_a_dump_is_cancelled_or_goes_to_its_end(
     tree.check()
 
 
+class Arms(NullProgress):
+    """Arms an instrument when a phase begins."""
+
+    def __init__(self, instrument: CancelAt, phase: str) -> None:
+        self._instrument, self._phase = instrument, phase
+
+    def phase(self, name: str) -> None:
+        self._instrument.is_armed |= name == self._phase
+
+
+@pytest.mark.parametrize("mode", ["stop", "precopy"])
+@pytest.mark.parametrize("step", range(1, 2 * STEPS + 1))
+def test_a_dump_is_cancelled_or_there_is_an_image(
+    start: Callable[..., Tree], tmp_path: Path, step: int, mode: pipeline.Mode
+) -> None:
+    tree = start("threads", DEPTH_1)
+    image = tmp_path / "image"
+    instrument = CancelAt(step)
+
+    async def recipe() -> object:
+        return await pipeline.dump(
+            tree.pid, str(image), leave="running", mode=mode, progress=Arms(instrument, "write")
+        )
+
+    done = instrument.run(recipe)
+    assert instrument.is_armed
+    assert (image / "manifest").exists() == bool(done)
+    tree.check()
+
+
 @asynccontextmanager
 async def left_slowly(storage: Storage) -> AsyncIterator[FrameReader]:
     async with opened(storage) as reader:
@@ -131,18 +161,17 @@ def test_a_restore_is_cancelled_or_goes_to_its_end(
     dump(tree, image)
     instrument = CancelAt(step)
 
-    class ArmsAtTheEnd(NullProgress):
-        def phase(self, name: str) -> None:
-            instrument.is_armed |= name == "thaw"
-
     async def recipe() -> None:
-        restored = await pipeline.restore(str(image), detach=True, progress=ArmsAtTheEnd(), **options)
+        restored = await pipeline.restore(
+            str(image), detach=True, progress=Arms(instrument, "thaw"), **options
+        )
         restored.close()
 
     instrument.run(recipe)
     assert instrument.is_armed
     if instrument.scope.cancelled_caught:
-        reap(family)
+        left = reap(family)
+        assert not left, [Path(f"/proc/{pid}/status").read_text() for pid in left]
         assert not [pid for pid in family if os.path.exists(f"/proc/{pid}")], "what was cancelled runs"
         restore(tree, image)
     tree.check()

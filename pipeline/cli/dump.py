@@ -91,9 +91,9 @@ def execute(arguments: argparse.Namespace) -> int:
                 policy=policy,
                 compress=arguments.compress,
                 progress=listener,
-            )
+            ),
+            deaf_then=True,
         )
-        recipe.past_cancelling()
         listener.completed(arguments.pid, result.figures, result.notes)
     if arguments.json:
         render.document({**render.plain(result), "root_pid": arguments.pid})

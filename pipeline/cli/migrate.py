@@ -86,9 +86,9 @@ def execute(arguments: argparse.Namespace) -> int:
                 compress=arguments.compress,
                 streams=arguments.streams,
                 progress=listener,
-            )
+            ),
+            deaf_then=True,
         )
-        recipe.past_cancelling()
         listener.completed(result.root_pid, result.figures, result.notes)
     if arguments.json:
         render.document(result)

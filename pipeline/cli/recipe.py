@@ -21,8 +21,12 @@ T = TypeVar("T")
 _CANCELLING = (signal.SIGINT, signal.SIGTERM)
 
 
-async def cancellable(recipe: Callable[[], Awaitable[T]]) -> T:
+async def cancellable(recipe: Callable[[], Awaitable[T]], deaf_then: bool = False) -> T:
     """Await a recipe inside a Trio program that has no other use for these signals until it is done.
+
+    Args:
+        recipe: what is cancelled by the first signal.
+        deaf_then: what was to be done is done then: the exit code says so, whoever presses ^C while it is being told.
 
     Raises:
         SystemExit: SIGINT or SIGTERM came, and everything is given back; the code is 128 plus the signal.
@@ -35,18 +39,12 @@ async def cancellable(recipe: Callable[[], Awaitable[T]]) -> T:
             say(f"cancelling on {signal.Signals(number).name}: rolling back")
         caught.append(number)
 
-    results = await heeding(recipe, _CANCELLING, told)
+    results = await heeding(recipe, _CANCELLING, told, deaf_then=deaf_then)
     if not results:
         raise SystemExit(128 + caught[0])
     return results[0]
 
 
-def run(recipe: Callable[[], Awaitable[T]]) -> T:
+def run(recipe: Callable[[], Awaitable[T]], *, deaf_then: bool = False) -> T:
     """`cancellable` in a Trio loop of its own."""
-    return trio.run(cancellable, recipe)
-
-
-def past_cancelling() -> None:
-    """What was to be done is done: the exit code says so, whoever presses ^C while it is being told."""
-    for number in _CANCELLING:
-        signal.signal(number, signal.SIG_IGN)
+    return trio.run(cancellable, recipe, deaf_then)

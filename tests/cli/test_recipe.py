@@ -68,6 +68,29 @@ def test_a_recipe_past_its_point_of_no_return_completes() -> None:
     assert (process.returncode, out) == (0, "done\n")
 
 
+def test_what_is_done_is_told_whoever_presses_then() -> None:
+    """Also while Trio ends its loop."""
+    program = """
+        import os, signal, sys, trio
+        from pipeline.cli import recipe
+
+        class Last(trio.abc.Instrument):
+            def after_run(self):
+                os.kill(os.getpid(), signal.SIGINT)
+
+        async def work():
+            trio.lowlevel.add_instrument(Last())
+            return "done"
+
+        print(recipe.run(work, deaf_then=sys.argv[1] == "deaf"), flush=True)
+        os.kill(os.getpid(), signal.SIGTERM)
+    """
+    for how, expected in (("deaf", (0, "done\n")), ("as ever", (-signal.SIGINT, ""))):
+        command = [sys.executable, "-c", textwrap.dedent(program), how]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        assert (done.returncode, done.stdout) == expected, done.stderr
+
+
 def test_one_error_comes_out_of_its_groups() -> None:
     import trio
 

@@ -101,6 +101,7 @@ class RegularFile:
                 view.subject,
                 f"the file cannot be opened again by name: {wrong}",
                 "close it, have it in a directory that is open to this user, or rename it back",
+                transient=True,  # a running program removes and renames files while we look
             )
         yield from taken.check(view, scope)
         yield from locks.check(view, scope)

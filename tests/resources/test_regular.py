@@ -497,3 +497,16 @@ def test_a_deleted_file_called_like_a_memfd_is_a_deleted_file(path: Path) -> Non
             view.position,
         )
         assert kind_of(disguised).name == "unnamed"
+
+
+@pytest.mark.parametrize("what", ["removed", "replaced"])
+def test_a_file_whose_name_goes_away_while_it_is_looked_at_is_looked_at_again(path: Path, what: str) -> None:
+    """Journals of databases do that; what stays so is refused all the same, a moment later."""
+    with subject(lambda: os.open(path, os.O_RDWR)) as child, Capture(child.pid) as capture:
+        assert capture.view(child.result).link == os.fsencode(path)
+        path.rename(path.with_name("moved"))
+        if what == "replaced":
+            path.write_bytes(b"another")
+        (blocker,) = capture.blockers(child.result)
+        assert "cannot be opened again by name" in str(blocker)
+        assert blocker.transient

@@ -2,8 +2,8 @@
 
 Ctrl-C in the main thread cancels the recipe, which gives back what it took, and
 then raises KeyboardInterrupt; a recipe that is past its point of no return, such as
-the decision of a migration, completes, and its result is returned. Not for use inside a running Trio loop: await the
-recipes themselves there; from asyncio use `pipeline.aio`.
+the decision of a migration, completes, and its result is returned. Not for use inside
+a running Trio loop: await the recipes themselves there; from asyncio use `pipeline.aio`.
 """
 
 from __future__ import annotations

@@ -141,8 +141,8 @@ async def migrate(
         streams: connections that pages are spread over; one only where pages come later.
         progress: is told how far it is.
         give_up: is asked now and then when the tree is over there and pages are still here: whether not to wait any
-            more for a destination that cannot be reached; the tree is lost then. By default:
-            whether Ctrl-C was pressed again.
+            more for a destination that cannot be reached; the tree is lost then. By default: whether Ctrl-C was
+            pressed again.
 
     Raises:
         Refused: the tree cannot be carried; nothing was touched.

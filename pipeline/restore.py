@@ -323,7 +323,7 @@ async def restore(
         Refused: ids of the tree have no place here.
         RebuildError: this host cannot make the tree again; nothing is left of it.
 
-    Cancellation, and Ctrl-C: nothing is left.
+    Cancellation, and Ctrl-C: nothing is left; a tree that runs already, and of which no page is missing, is returned.
     """
     progress = progress or NullProgress()
     begin = time.monotonic()

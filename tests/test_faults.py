@@ -13,10 +13,10 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-import trio
 
 import pipeline
 from pipeline.ledger import LEDGER
+from tests.harness.cancelling import CancelAt
 from tests.harness.settings import CONTAINER_2, DEPTH_2
 from tests.harness.tree import ROOT, Tree, dump, family_of, reap, restore
 
@@ -26,29 +26,11 @@ pytestmark = pytest.mark.root
 MOMENTS = 24
 
 
-class _CancelAt(trio.abc.Instrument):
-    """Cancels a scope at the Nth step that any task of the run makes; counts them."""
-
-    def __init__(self, step: int | None) -> None:
-        self.steps = 0
-        self.scope = trio.CancelScope()
-        self._step = step
-
-    def before_task_step(self, task: trio.lowlevel.Task) -> None:
-        self.steps += 1
-        if self.steps == self._step:
-            self.scope.cancel()
-
-
 def run_cancelled(recipe: Callable[[], Awaitable[object]], step: int | None) -> tuple[int, bool]:
     """Run a recipe and cancel it at a step; returns how many steps were made and whether it was cancelled."""
-    instrument = _CancelAt(step)
-
-    async def main() -> None:
-        with instrument.scope:
-            await recipe()
-
-    trio.run(main, instruments=[instrument])
+    instrument = CancelAt(step)
+    instrument.is_armed = True
+    instrument.run(recipe)
     return instrument.steps, instrument.scope.cancelled_caught
 
 

@@ -31,7 +31,7 @@ T = TypeVar("T")
 class CancelAt(trio.abc.Instrument):
     """Cancels a scope at the Nth step that any task of the run makes once it is armed; counts them."""
 
-    def __init__(self, step: int) -> None:
+    def __init__(self, step: int | None) -> None:
         self.steps = 0
         self.scope = trio.CancelScope()
         self.is_armed = False

@@ -16,7 +16,7 @@ processes, the draft is void, and another one begins; a few times.
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Literal
 
 import msgspec
@@ -25,8 +25,9 @@ from msgspec.structs import replace
 
 from pipeline.errors import PipelineError
 from pipeline.ids import HostPid
-from pipeline.image.codec import image_of
-from pipeline.image.schema import AddressSpace, Record
+from pipeline.image.codec import Image, image_of
+from pipeline.image.schema import Absent, AddressSpace, Record
+from pipeline.kernel.pagemap import Range
 from pipeline.policy import DumpPolicy
 from pipeline.progress import Progress, Round
 from pipeline.remote.tracer import Tracer
@@ -39,9 +40,8 @@ from pipeline.stages.memory import PageSource
 from pipeline.stages.observe import Looks
 from pipeline.stages.pacing import Pacing
 from pipeline.stages.throttle import Throttle
-from pipeline.stages.write import in_order, write_pages, write_translated
+from pipeline.stages.write import in_order, write_pages, write_records, write_translated
 from pipeline.standstill import Standstill, begin_tracking, look_again
-from pipeline.transport.framing import FrameWriter
 from pipeline.transport.protocol import Begin
 from pipeline.transport.tcp import Channel
 from pipeline.userns.externals import Externals
@@ -250,74 +250,68 @@ class LiveSource:
             lasting: whose memory lasts, so that its pages may come later.
         """
         records = still.translated()
-        lacking = await self._lacking(records, still) if self._has_draft else None
-        if lacking is None:
-            if self._has_draft:
-                await self._tracer.run(still.plan_anew)
-                records = still.translated()
-            await self._channel.say(Begin("whole"))
-            sources: Sequence[PageSource] = still.sources
-        else:
-            await self._channel.say(Begin("rest"))
-            sources, records = lacking
-        sent, lent = await _send_stopped(
-            self._channel.writer, records, sources, self._progress, lasting=lasting
-        )
-        self.page_bytes += sent
+        if self._has_draft:
+            # the destination begins with them while it is reckoned here what it lacks
+            await self._channel.say(Begin("still", len(records)))
+            await write_records(self._channel.writer, in_order(records), eager=True)
+            now = image_of(records)
+            if (lacking := await self._lacking(now, still)) is not None:
+                return await self._send_lacking(now, len(records), *lacking, lasting)
+            await self._tracer.run(still.plan_anew)
+            records = still.translated()
+        await self._channel.say(Begin("whole"))
+        sources, lent = split(image_of(records), still.sources, lasting)
+        later = {one.space: list(one.runs) for one in lent}
+        records = [
+            replace(record, later=later[record.space])
+            if isinstance(record, AddressSpace) and record.space in later
+            else record
+            for record in records
+        ]
+        await self._send(records, sources)
         return lent
 
+    async def _send_lacking(
+        self,
+        now: Image,
+        before: int,
+        sources: Sequence[PageSource],
+        dropped: Mapping[int, list[Range]],
+        lasting: Collection[HostPid],
+    ) -> list[Lent]:
+        """Send what is left of the tree, of which `before` records are sent; returns what comes later."""
+        await self._channel.say(Begin("rest"))
+        sources, lent = split(now, sources, lasting)
+        later = {one.space: list(one.runs) for one in lent}
+        absent = [
+            Absent(space=space, dropped=dropped.get(space, []), later=later.get(space, []))
+            for space in now.spaces
+            if dropped.get(space) or later.get(space)
+        ]
+        await self._send(absent, sources, before)
+        return lent
+
+    async def _send(self, records: Sequence[Record], sources: Sequence[PageSource], before: int = 0) -> None:
+        self.page_bytes += await write_translated(
+            self._channel.writer, in_order(records), sources, self._progress, eager=True, before=before
+        )
+
     async def _lacking(
-        self, records: list[Record], still: Standstill
-    ) -> tuple[Sequence[PageSource], list[Record]] | None:
-        now = image_of(records)
+        self, now: Image, still: Standstill
+    ) -> tuple[list[PageSource], dict[int, list[Range]]] | None:
+        """What the destination lacks of the tree that stands still, see `LiveMemory.finish`; None: all of it."""
         mending = draft.mending(self.memory.image, now)
         reasons = list(mending.reasons)
         if not reasons:
             try:
-                sources, dropped = await trio.to_thread.run_sync(
+                return await trio.to_thread.run_sync(
                     self.memory.finish, now, still.sources, mending.new_spaces
                 )
             except TrackingLost as lost:
                 reasons = [str(lost)]
-        if reasons:
-            self.notes.append(f"the tree was sent whole in the end: {'; '.join(reasons)}")
-            return None
-        return sources, [
-            replace(record, dropped=dropped[record.space])
-            if isinstance(record, AddressSpace) and dropped.get(record.space)
-            else record
-            for record in records
-        ]
+        self.notes.append(f"the tree was sent whole in the end: {'; '.join(reasons)}")
+        return None
 
     def close(self) -> None:
         """Let go; idempotent."""
         self.memory.close()
-
-
-async def _send_stopped(
-    writer: FrameWriter,
-    records: Sequence[Record],
-    sources: Sequence[PageSource],
-    progress: Progress,
-    *,
-    lasting: Collection[HostPid],
-) -> tuple[int, list[Lent]]:
-    """Send a tree that stands still, or what the destination lacks of it; the bytes of pages, and what comes later.
-
-    Args:
-        records: of the tree, translated.
-        sources: of the pages that the destination lacks.
-        lasting: whose memory lasts, so that its pages may come later.
-    """
-    lent: list[Lent] = []
-    if lasting:
-        sources, lent = split(image_of(records), sources, lasting)
-        runs = {one.space: list(one.runs) for one in lent}
-        records = [
-            replace(record, later=runs[record.space])
-            if isinstance(record, AddressSpace) and record.space in runs
-            else record
-            for record in records
-        ]
-    sent = await write_translated(writer, in_order(records), sources, progress, eager=True)
-    return sent, lent

@@ -24,7 +24,7 @@ import trio
 from pipeline.errors import ImageError, RebuildError, ungrouped
 from pipeline.image.codec import Image
 from pipeline.image.frames import MAX_PAYLOAD_BYTES
-from pipeline.image.schema import End
+from pipeline.image.schema import AnyRecord, End
 from pipeline.interrupts import interruptible
 from pipeline.kernel.pagemap import Range, intersect
 from pipeline.kernel.paging import DEVICE
@@ -127,23 +127,51 @@ async def read_records(reader: FrameReader) -> tuple[Image, LeasedRun | None]:
         ImageError: records are damaged, missing, or do not fit together.
     """
     image = Image()
-    while True:
-        item = await reader.next()
-        if item is None:
-            raise ImageError("the image ends before its end record: it is truncated")
-        if isinstance(item, Message):
-            raise ImageError("a protocol message stands among the records")
+    first = await read_further(reader, image)
+    try:
+        image.check_references()
+    except BaseException:
+        if first is not None:
+            first.lease.release()
+        raise
+    return image, first
+
+
+async def read_further(reader: FrameReader, image: Image) -> LeasedRun | None:
+    """Read all records that are left of `image`, to where the pages begin; returns and raises as `read_records`."""
+    while not isinstance(item := await _next(reader), End):
         if isinstance(item, LeasedRun):
-            try:
-                image.check_references()
-            except BaseException:
-                item.lease.release()
-                raise
-            return image, item
+            return item
         image.add(item)
-        if isinstance(item, End):
-            image.check_references()
-            return image, None
+    image.add(item)
+    return None
+
+
+async def read_some(reader: FrameReader, count: int) -> Image:
+    """Read `count` records, which are those of an image but for its end.
+
+    Raises:
+        ImageError: see `read_records`; or they are less.
+    """
+    image = Image()
+    for _ in range(count):
+        item = await _next(reader)
+        if isinstance(item, LeasedRun):
+            item.lease.release()
+        if isinstance(item, LeasedRun | End):
+            raise ImageError(f"fewer records came than the {count} that were announced")
+        image.add(item)
+    image.check_references()
+    return image
+
+
+async def _next(reader: FrameReader) -> AnyRecord | LeasedRun:
+    item = await reader.next()
+    if item is None:
+        raise ImageError("the image ends before its end record: it is truncated")
+    if isinstance(item, Message):
+        raise ImageError("a protocol message stands among the records")
+    return item
 
 
 def page_feed(reader: FrameReader, image: Image, first: LeasedRun | None, progress: Progress) -> PageFeed:

@@ -36,7 +36,7 @@ from pipeline.progress import NullProgress, Progress
 from pipeline.remote.tracer import Tracer, tracer_thread
 from pipeline.resources.memory.watch import check_here
 from pipeline.resources.registry import kinds
-from pipeline.restore import RestoredTree, page_feed, read_records
+from pipeline.restore import RestoredTree, page_feed, read_further, read_records, read_some
 from pipeline.stages.borrowing import Borrowing
 from pipeline.stages.fill import writing
 from pipeline.stages.rebuild import Rebuilding, Terms, bring_up_to_date, grown, rebuilt
@@ -299,33 +299,37 @@ class _Server:
     @asynccontextmanager
     async def _live_tree(self, channel: Channel, terms: Terms) -> AsyncIterator[tuple[Rebuilding, int]]:
         """A tree that is sent while it runs, as `_tree`."""
-        what = await _beginning(channel, await channel.reader.next())
-        while what != "whole":
-            if what != "draft":
-                raise PeerError(f"{channel.peer} sends a {what} of nothing")
+        begin = await _beginning(channel, await channel.reader.next())
+        while begin.what != "whole":
+            if begin.what != "draft":
+                raise PeerError(f"{channel.peer} sends a {begin.what} of nothing")
             image, first = await read_records(channel.reader)
             image.check_machine(arch.MACHINE)
             feed = page_feed(channel.reader, image, first, self._progress)
             async with grown(image, feed, self._tracer, self._progress, terms) as rebuilding:
                 page_bytes = feed.bytes_done
-                what = await _beginning(channel, await channel.reader.next())
-                while what == "round":
+                begin = await _beginning(channel, await channel.reader.next())
+                while begin.what == "round":
                     self._progress.phase("round")
-                    count, what = await self._round(channel, rebuilding)
+                    count, begin = await self._round(channel, rebuilding)
                     page_bytes += count
-                if what == "rest":
+                if begin.what == "still":
                     with garbage.held_off():
-                        image, first = await read_records(channel.reader)
-                        feed = page_feed(channel.reader, image, first, self._progress)
                         self._progress.phase("finish")
-                        await bring_up_to_date(rebuilding, image, feed, self._tracer)
-                        await self._tracer.run(rebuilding.complete)
-                        yield rebuilding, page_bytes + feed.bytes_done
-                        return
+                        image = await read_some(channel.reader, begin.records)
+                        is_draft_of_it = await self._tracer.run(rebuilding.update, image)
+                        begin = await _beginning(channel, await channel.reader.next())
+                        if begin.what == "rest" and is_draft_of_it:
+                            first = await read_further(channel.reader, image)
+                            feed = page_feed(channel.reader, image, first, self._progress)
+                            await bring_up_to_date(rebuilding, image, feed, self._tracer)
+                            await self._tracer.run(rebuilding.complete)
+                            yield rebuilding, page_bytes + feed.bytes_done
+                            return
         async with self._tree(channel, msgspec.structs.replace(terms, live=False)) as tree:
             yield tree
 
-    async def _round(self, channel: Channel, rebuilding: Rebuilding) -> tuple[int, str]:
+    async def _round(self, channel: Channel, rebuilding: Rebuilding) -> tuple[int, Begin]:
         """Take in the pages of a round; their bytes, and what comes behind it."""
         count = 0
         try:
@@ -480,7 +484,7 @@ def _no_paging(error: OSError) -> str:
     return f"{why}; run `serve` as root of the machine, or send the tree with --mode precopy"
 
 
-async def _beginning(channel: Channel, item: Item | None) -> str:
+async def _beginning(channel: Channel, item: Item | None) -> Begin:
     """What comes next of a tree that is sent while it runs.
 
     Raises:
@@ -490,7 +494,7 @@ async def _beginning(channel: Channel, item: Item | None) -> str:
     message = channel.understand(item)
     if not isinstance(message, Begin):
         raise ImageError(f"{channel.peer} has given up")
-    return message.what
+    return message
 
 
 async def _drain(channel: Channel) -> None:

@@ -87,6 +87,9 @@ class World:
     def place_of(self, _: int) -> int:
         return -1
 
+    def update(self, _: object) -> bool:
+        return True
+
     def complete(self) -> None:
         assert self.there == "stands"
 
@@ -237,11 +240,14 @@ def play(
         await writer.end(0, 0)
         return 0
 
-    async def read_records(reader: Any) -> tuple[Any, None]:
+    async def read_further(reader: Any, _: Any) -> None:
         while not isinstance(item := await reader.next(), End):
             if item is None:
                 raise ImageError("the image is cut")
             item.lease.release()
+
+    async def read_records(reader: Any) -> tuple[Any, None]:
+        await read_further(reader, None)
         return SimpleNamespace(check_machine=lambda _: None), None
 
     @asynccontextmanager
@@ -280,6 +286,7 @@ def play(
                 await write_pages(self._channel.writer)
 
         async def send_rest(self, _still: Any, _lasting: Any) -> list[Any]:
+            await self._channel.say(Begin("still"))
             await self._send("rest")
             return []
 
@@ -303,7 +310,8 @@ def play(
         (
             destination_recipe,
             {
-                "read_records": read_records, "rebuilt": rebuilt, "grown": rebuilt, "bring_up_to_date": nothing,
+                "read_records": read_records, "read_some": nothing, "read_further": read_further,
+                "rebuilt": rebuilt, "grown": rebuilt, "bring_up_to_date": nothing,
                 "check_here": lambda: None,
                 "page_feed": lambda *_: SimpleNamespace(bytes_done=0),
                 "RestoredTree": lambda *_: SimpleNamespace(wait=nothing, close=lambda: None, notes=[]),

@@ -12,10 +12,12 @@ from typing import Any
 
 import msgpack
 import msgspec
+from msgspec.structs import replace
 
 from pipeline.errors import ImageError
 from pipeline.image.schema import (
     FORMAT_VERSION,
+    Absent,
     AddressSpace,
     AnyRecord,
     Cgroup,
@@ -178,6 +180,13 @@ class Image:
             case AddressSpace():
                 self._check_mappings(record)
                 self._put(self.spaces, record.space, record)
+            case Absent():
+                self._require(
+                    record.space in self.spaces, f"space {record.space} has absent pages, and is missing"
+                )
+                self.spaces[record.space] = replace(
+                    self.spaces[record.space], dropped=record.dropped, later=record.later
+                )
             case Process():
                 self._put(self.processes, record.pids[0], record)
             case OpenFile():

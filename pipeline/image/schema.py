@@ -324,6 +324,17 @@ class AddressSpace(Record, frozen=True, kw_only=True, tag="mm"):
     rings: Annotated[list[AioRing], Meta(max_length=1 << 16)] = []
 
 
+class Absent(Record, frozen=True, kw_only=True, tag="absent"):
+    """What is to be said of an address space when its record is on its way already: see its `dropped` and `later`.
+
+    The destination of a live migration begins with the records while it is reckoned which pages it lacks.
+    """
+
+    space: Index
+    dropped: list[tuple[U64, U64]] = []
+    later: list[tuple[U64, U64]] = []
+
+
 class SignalAction(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """`struct kernel_sigaction`: handler address, SA_* flags, restorer address, mask."""
 
@@ -645,6 +656,7 @@ AnyRecord = (
     | TakenFile
     | SharedMemory
     | AddressSpace
+    | Absent
     | Process
     | OpenFile
     | Content

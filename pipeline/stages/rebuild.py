@@ -332,17 +332,21 @@ class Rebuilding:
 
     # -- a tree that was built from a draft -------------------------------------------------
 
-    def update(self, image: Image) -> None:
-        """The tree is as `image` says by now. What outlives a process is made; then its pages, then `change`.
+    def update(self, image: Image) -> bool:
+        """The tree is as `image` says by now, but for what is absent.
+
+        What outlives a process is made; then its pages come, then `change`.
+
+        Returns:
+            Whether what was built here can become that tree; else nothing has changed.
 
         Raises:
-            ImageError: it is a tree that what was built here cannot become.
-            Refused: it needs something by now that is not here.
+            RebuildError, Refused: it needs something by now that is not here.
         """
         self._close_fresh()
         mending = draft.mending(self._image, image)
         if mending.reasons:
-            raise ImageError(f"the tree is not that of its draft: {'; '.join(mending.reasons)}")
+            return False
         ids = Destination(image, self._terms.placing, self._terms.unmapped)
         ids.refuse_unplaced()
         blockers = list(check_here(list(image.processes.values())))
@@ -350,6 +354,7 @@ class Rebuilding:
             raise RebuildError("this host cannot take the tree: " + "; ".join(map(str, blockers)))
         self.contents.update(image, self._launcher, ids.uid_here, ids.gid_here)
         self._before, self._image, self._ids, self._mending = self._image, image, ids, mending
+        return True
 
     def change(self) -> None:
         """Turn the mappings of every process into those of the updated image, but for those that are new.
@@ -655,12 +660,11 @@ async def grown(
 
 
 async def bring_up_to_date(rebuilding: Rebuilding, image: Image, feed: Feed, tracer: Tracer) -> None:
-    """Turn a tree that was grown from a draft into that of `image`, whose last pages `feed` brings.
+    """Turn a tree that was grown from a draft, and is updated, into that of `image`; `feed` brings its last pages.
 
     Raises as `grown` does.
     """
     try:
-        await tracer.run(rebuilding.update, image)
         for space in [*image.shared_memory, *image.contents]:
             await feed.fill(space, FilePlace(rebuilding.contents.fd(space)))
             await tracer.run(rebuilding.contents.finish_fill, space)

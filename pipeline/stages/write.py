@@ -55,24 +55,32 @@ async def write_translated(
     all_read: Callable[[], object] = lambda: None,
     *,
     eager: bool = False,
+    before: int = 0,
 ) -> int:
     """Records that are translated, the pages of `sources`, and the end; returns the bytes of pages.
 
-    `all_read`, `eager`: see `write_image`.
+    `all_read`, `eager`: see `write_image`. `before`: records of the image that are written already.
     """
-    count = 0
+    count = before
 
-    async def write_records() -> None:
+    async def write() -> None:
         nonlocal count
-        async for record in records:
-            await writer.record(record)
-            count += 1
-        if eager:
-            await writer.flush()
+        count += await write_records(writer, records, eager=eager)
 
-    page_bytes = await write_pages(writer, sources, progress, write_records, all_read)
+    page_bytes = await write_pages(writer, sources, progress, write, all_read)
     await writer.end(count, page_bytes)
     return page_bytes
+
+
+async def write_records(writer: FrameWriter, records: AsyncIterable[Record], *, eager: bool) -> int:
+    """Records that are translated; returns their number. `eager`: somebody waits for them."""
+    count = 0
+    async for record in records:
+        await writer.record(record)
+        count += 1
+    if eager:
+        await writer.flush()
+    return count
 
 
 async def in_order(records: Sequence[Record]) -> AsyncIterator[Record]:

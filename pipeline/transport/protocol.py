@@ -26,7 +26,7 @@ from pipeline.errors import ImageError, PeerError
 from pipeline.image.codec import unpack
 from pipeline.image.schema import U64
 
-VERSION = 3
+VERSION = 4
 _MAX_MESSAGE_BYTES = 1 << 20
 
 Role = Literal["source", "destination"]
@@ -88,11 +88,12 @@ class Begin(Message, frozen=True, tag="begin"):
     """What comes next of a tree that is sent while it runs.
 
     ``draft``: an image of it as it was a moment ago, to build from; one that came before is void. ``round``: pages
-    that were written since. ``rest``: its records as it stands still now, and the pages that are lacking. ``whole``:
-    an image of it as it stands still, to be built anew.
+    that were written since. ``still``: its records as it stands still now, so many of them; behind them either
+    ``rest``, the pages that are lacking, or ``whole``, an image of it as it stands still, to be built anew.
     """
 
-    what: Literal["draft", "round", "rest", "whole"]
+    what: Literal["draft", "round", "still", "rest", "whole"]
+    records: U64 = 0
 
 
 class Attend(Message, frozen=True, tag="attend"):

@@ -280,7 +280,6 @@ class LiveSource:
         lasting: Collection[HostPid],
     ) -> list[Lent]:
         """Send what is left of the tree, of which `before` records are sent; returns what comes later."""
-        await self._channel.say(Begin("rest"))
         sources, lent = split(now, sources, lasting)
         later = {one.space: list(one.runs) for one in lent}
         absent = [
@@ -288,6 +287,7 @@ class LiveSource:
             for space in now.spaces
             if dropped.get(space) or later.get(space)
         ]
+        await self._channel.say(Begin("rest", len(absent)))
         await self._send(absent, sources, before)
         return lent
 

@@ -127,33 +127,27 @@ async def read_records(reader: FrameReader) -> tuple[Image, LeasedRun | None]:
         ImageError: records are damaged, missing, or do not fit together.
     """
     image = Image()
-    first = await read_further(reader, image)
-    try:
-        image.check_references()
-    except BaseException:
-        if first is not None:
-            first.lease.release()
-        raise
-    return image, first
-
-
-async def read_further(reader: FrameReader, image: Image) -> LeasedRun | None:
-    """Read all records that are left of `image`, to where the pages begin; returns and raises as `read_records`."""
-    while not isinstance(item := await _next(reader), End):
+    while True:
+        item = await _next(reader)
         if isinstance(item, LeasedRun):
-            return item
+            try:
+                image.check_references()
+            except BaseException:
+                item.lease.release()
+                raise
+            return image, item
         image.add(item)
-    image.add(item)
-    return None
+        if isinstance(item, End):
+            image.check_references()
+            return image, None
 
 
-async def read_some(reader: FrameReader, count: int) -> Image:
-    """Read `count` records, which are those of an image but for its end.
+async def read_counted(reader: FrameReader, image: Image, count: int) -> None:
+    """Read the next `count` records of `image`, none of which is the end.
 
     Raises:
         ImageError: see `read_records`; or they are less.
     """
-    image = Image()
     for _ in range(count):
         item = await _next(reader)
         if isinstance(item, LeasedRun):
@@ -161,8 +155,6 @@ async def read_some(reader: FrameReader, count: int) -> Image:
         if isinstance(item, LeasedRun | End):
             raise ImageError(f"fewer records came than the {count} that were announced")
         image.add(item)
-    image.check_references()
-    return image
 
 
 async def _next(reader: FrameReader) -> AnyRecord | LeasedRun:
@@ -175,7 +167,7 @@ async def _next(reader: FrameReader) -> AnyRecord | LeasedRun:
 
 
 def page_feed(reader: FrameReader, image: Image, first: LeasedRun | None, progress: Progress) -> PageFeed:
-    """The pages behind the records, for whoever fills a space; it owns `first`, the run already read.
+    """The pages behind the records, for whoever fills a space; it owns `first`, a run already read.
 
     Raises:
         ImageError: there are more of them, in layers, which no stream brings.
@@ -188,7 +180,7 @@ def page_feed(reader: FrameReader, image: Image, first: LeasedRun | None, progre
 
 
 class PageRuns:
-    """The page runs behind `first`, to the end record, which is checked; may be left at any point.
+    """The page runs behind `first`, to the end record unless that was read, which is checked; may be left anywhere.
 
     Iterating raises ImageError: the stream is cut, or more or fewer pages came than were sent.
     """
@@ -196,7 +188,7 @@ class PageRuns:
     def __init__(self, reader: FrameReader, image: Image, first: LeasedRun | None) -> None:
         self._reader, self._image = reader, image
         self._total = len(first.run.payload) if first is not None else 0
-        self._more = first is not None
+        self._more = image.end is None
 
     def __aiter__(self) -> Self:
         return self

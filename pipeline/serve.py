@@ -25,7 +25,7 @@ from functools import partial
 import msgspec
 import trio
 
-from pipeline import garbage
+from pipeline.arriving import arrived, arrived_live
 from pipeline.errors import ImageError, PeerError, RebuildError, Refused, ungrouped
 from pipeline.ids import HostPid
 from pipeline.interrupts import insisted, interruptible
@@ -36,17 +36,15 @@ from pipeline.progress import NullProgress, Progress
 from pipeline.remote.tracer import Tracer, tracer_thread
 from pipeline.resources.memory.watch import check_here
 from pipeline.resources.registry import kinds
-from pipeline.restore import RestoredTree, page_feed, read_further, read_records, read_some
+from pipeline.restore import RestoredTree
 from pipeline.stages.borrowing import Borrowing
-from pipeline.stages.fill import writing
-from pipeline.stages.rebuild import Rebuilding, Terms, bring_up_to_date, grown, rebuilt
+from pipeline.stages.rebuild import Rebuilding, Terms
 from pipeline.transport import identity, protocol, tcp
-from pipeline.transport.buffers import BufferPool, LeasedRun
-from pipeline.transport.framing import Item, Message
+from pipeline.transport.buffers import BufferPool
+from pipeline.transport.framing import Message
 from pipeline.transport.protocol import (
     Accept,
     Attend,
-    Begin,
     Commit,
     Completed,
     Decision,
@@ -259,8 +257,11 @@ class _Server:
     async def _take(self, channel: Channel, offer: Offer, way: trio.CancelScope) -> None:
         try:
             terms = msgspec.structs.replace(self._terms, live=offer.live, later=offer.later)
-            arriving = self._live_tree(channel, terms) if offer.live else self._tree(channel, terms)
-            async with self._borrowing(offer), arriving as (rebuilding, page_bytes):
+            arriving = arrived_live if offer.live else arrived
+            async with (
+                self._borrowing(offer),
+                arriving(channel, self._tracer, self._progress, terms) as (rebuilding, page_bytes),
+            ):
                 await trio.lowlevel.checkpoint_if_cancelled()
                 self._on_their_way.discard(way)
                 await self._await_commit(channel, offer, rebuilding, page_bytes)
@@ -286,66 +287,6 @@ class _Server:
                 del self._borrowings[offer.migration]
                 with trio.CancelScope(shield=True):
                     await trio.to_thread.run_sync(borrowing.give_up)
-
-    @asynccontextmanager
-    async def _tree(self, channel: Channel, terms: Terms) -> AsyncIterator[tuple[Rebuilding, int]]:
-        """The next image of a connection, complete and stopped, and how many bytes of pages it had."""
-        image, first = await read_records(channel.reader)
-        image.check_machine(arch.MACHINE)
-        feed = page_feed(channel.reader, image, first, self._progress)
-        async with rebuilt(image, feed, self._tracer, self._progress, terms) as rebuilding:
-            yield rebuilding, feed.bytes_done
-
-    @asynccontextmanager
-    async def _live_tree(self, channel: Channel, terms: Terms) -> AsyncIterator[tuple[Rebuilding, int]]:
-        """A tree that is sent while it runs, as `_tree`."""
-        begin = await _beginning(channel, await channel.reader.next())
-        while begin.what != "whole":
-            if begin.what != "draft":
-                raise PeerError(f"{channel.peer} sends a {begin.what} of nothing")
-            image, first = await read_records(channel.reader)
-            image.check_machine(arch.MACHINE)
-            feed = page_feed(channel.reader, image, first, self._progress)
-            async with grown(image, feed, self._tracer, self._progress, terms) as rebuilding:
-                page_bytes = feed.bytes_done
-                begin = await _beginning(channel, await channel.reader.next())
-                while begin.what == "round":
-                    self._progress.phase("round")
-                    count, begin = await self._round(channel, rebuilding)
-                    page_bytes += count
-                if begin.what == "still":
-                    with garbage.held_off():
-                        self._progress.phase("finish")
-                        image = await read_some(channel.reader, begin.records)
-                        is_draft_of_it = await self._tracer.run(rebuilding.update, image)
-                        begin = await _beginning(channel, await channel.reader.next())
-                        if begin.what == "rest" and is_draft_of_it:
-                            first = await read_further(channel.reader, image)
-                            feed = page_feed(channel.reader, image, first, self._progress)
-                            await bring_up_to_date(rebuilding, image, feed, self._tracer)
-                            await self._tracer.run(rebuilding.complete)
-                            yield rebuilding, page_bytes + feed.bytes_done
-                            return
-        async with self._tree(channel, msgspec.structs.replace(terms, live=False)) as tree:
-            yield tree
-
-    async def _round(self, channel: Channel, rebuilding: Rebuilding) -> tuple[int, Begin]:
-        """Take in the pages of a round; their bytes, and what comes behind it."""
-        count = 0
-        try:
-            async with writing() as write:
-                while isinstance(item := await channel.reader.next(), LeasedRun):
-                    try:
-                        place = rebuilding.place_of(item.run.space)
-                    except BaseException:
-                        item.lease.release()
-                        raise
-                    count += len(item.run.payload)
-                    await write(place, item)
-                    self._progress.advance(count, None)
-        except OSError as error:
-            raise ImageError(f"pages of a round have no place: {error}") from error
-        return count, await _beginning(channel, item)
 
     @staticmethod
     async def _refuse(channel: Channel, reason: str) -> None:
@@ -482,19 +423,6 @@ def _no_paging(error: OSError) -> str:
     """Why pages cannot come later, and what to do."""
     why = f"page faults of programs cannot be answered here: {DEVICE}: {error.strerror}"
     return f"{why}; run `serve` as root of the machine, or send the tree with --mode precopy"
-
-
-async def _beginning(channel: Channel, item: Item | None) -> Begin:
-    """What comes next of a tree that is sent while it runs.
-
-    Raises:
-        PeerError: `item` does not say so.
-        ImageError: the source has given up.
-    """
-    message = channel.understand(item)
-    if not isinstance(message, Begin):
-        raise ImageError(f"{channel.peer} has given up")
-    return message
 
 
 async def _drain(channel: Channel) -> None:

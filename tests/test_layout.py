@@ -41,8 +41,8 @@ ROOMS: dict[str, set[str]] = {
 }
 LOWER = set(ROOMS)
 RECIPES = {
-    "check", "dump", "inspect", "live", "migrate", "precopy", "restore", "run", "serve", "standstill", "aio",
-    "blocking",
+    "arriving", "check", "dump", "inspect", "live", "migrate", "precopy", "restore", "run", "serve", "standstill",
+    "aio", "blocking",
 }  # fmt: skip
 TOP = {"cli", "demo", "__main__"}
 

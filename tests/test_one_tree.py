@@ -20,6 +20,7 @@ import trio.testing
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pipeline import arriving
 from pipeline.errors import ImageError, InDoubt, PeerError, PipelineError
 from pipeline.image.frames import PageRun
 from pipeline.image.schema import End
@@ -89,6 +90,9 @@ class World:
 
     def update(self, _: object) -> bool:
         return True
+
+    def equip_early(self) -> None:
+        assert self.there == "stands"
 
     def complete(self) -> None:
         assert self.there == "stands"
@@ -240,15 +244,27 @@ def play(
         await writer.end(0, 0)
         return 0
 
-    async def read_further(reader: Any, _: Any) -> None:
+    async def read_to_end(reader: Any) -> None:
         while not isinstance(item := await reader.next(), End):
             if item is None:
                 raise ImageError("the image is cut")
             item.lease.release()
 
+    class EmptyImage:
+        shared_memory = contents = ()
+
+        def check_machine(self, _: str) -> None:
+            pass
+
+        def check_references(self) -> None:
+            pass
+
     async def read_records(reader: Any) -> tuple[Any, None]:
-        await read_further(reader, None)
-        return SimpleNamespace(check_machine=lambda _: None), None
+        await read_to_end(reader)
+        return EmptyImage(), None
+
+    async def bring_up_to_date(_rebuilding: Any, _image: Any, feed: Any, *_: Any) -> None:
+        await read_to_end(feed.reader)
 
     @asynccontextmanager
     async def rebuilt(*_: Any, **__: Any) -> AsyncIterator[Any]:
@@ -308,12 +324,17 @@ def play(
             },
         ),
         (
+            arriving,
+            {
+                "read_records": read_records, "read_counted": nothing, "Image": EmptyImage,
+                "rebuilt": rebuilt, "grown": rebuilt, "bring_up_to_date": bring_up_to_date,
+                "page_feed": lambda reader, *_: SimpleNamespace(bytes_done=0, reader=reader),
+            },
+        ),
+        (
             destination_recipe,
             {
-                "read_records": read_records, "read_some": nothing, "read_further": read_further,
-                "rebuilt": rebuilt, "grown": rebuilt, "bring_up_to_date": nothing,
                 "check_here": lambda: None,
-                "page_feed": lambda *_: SimpleNamespace(bytes_done=0),
                 "RestoredTree": lambda *_: SimpleNamespace(wait=nothing, close=lambda: None, notes=[]),
             },
         ),

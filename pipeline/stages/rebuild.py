@@ -105,6 +105,8 @@ class Rebuilding:
         self._stack = ExitStack()
         self._thawed = False
         self._watched: list[Watched] = []
+        #: the open files of the tree, where they are made already
+        self._descriptors: Descriptors | None = None
         #: by space, until it has all of its pages
         self._fresh: dict[int, Fresh] = {}
         self._ids = Destination(image, terms.placing, terms.unmapped)
@@ -389,9 +391,16 @@ class Rebuilding:
         standing = {self._image.processes[pid].space for pid in self.growth.grown}
         return [space for space in fill_order(self._planner.steps) if space in standing]
 
-    def complete(self) -> None:
-        """Everything but letting it run."""
-        self._close_fresh()
+    def equip_early(self) -> None:
+        """Begin with what `complete` does, beside the last pages of processes: if those that stand are all.
+
+        What outlives a process has its pages.
+        """
+        if not self._mending.ended and not self._mending.births.steps:
+            self._descriptors = self._equip()
+
+    def _equip(self) -> Descriptors:
+        """Threads, and open files that nobody has yet: whatever does not touch the memory of processes."""
         image, growth = self._image, self.growth
         finish.make_threads(image, growth)
         for process, grown in finish.living(image, growth):
@@ -400,7 +409,6 @@ class Rebuilding:
         self._keepers.check_mounted()
         for mntns in list(self._untaken):
             self._make_files(mntns)
-        self.contents.seal_late()
         puppets = {pid: grown.puppet for pid, grown in growth.grown.items()}
         for process, grown in finish.living(image, growth):
             tasks = [thread.pids[0] for thread in process.threads]
@@ -423,8 +431,17 @@ class Rebuilding:
             self._late,
             self._clocks,
         )
+        self._stack.callback(descriptors.close)
+        descriptors.create()
+        return descriptors
+
+    def complete(self) -> None:
+        """Everything but letting it run."""
+        self._close_fresh()
+        descriptors = self._descriptors or self._equip()
+        image, growth = self._image, self.growth
+        self.contents.seal_late()
         try:
-            descriptors.create()
             descriptors.install()
             finish.complete_memory(image, growth)
             finish.set_directories(image, growth, descriptors.directory)
@@ -659,15 +676,18 @@ async def grown(
             await tracer.run(rebuilding.close)
 
 
-async def bring_up_to_date(rebuilding: Rebuilding, image: Image, feed: Feed, tracer: Tracer) -> None:
+async def bring_up_to_date(
+    rebuilding: Rebuilding, image: Image, feed: Feed, tracer: Tracer, filled: trio.Event
+) -> None:
     """Turn a tree that was grown from a draft, and is updated, into that of `image`; `feed` brings its last pages.
 
-    Raises as `grown` does.
+    `filled` is set when what outlives a process has its pages. Raises as `grown` does.
     """
     try:
         for space in [*image.shared_memory, *image.contents]:
             await feed.fill(space, FilePlace(rebuilding.contents.fd(space)))
             await tracer.run(rebuilding.contents.finish_fill, space)
+        filled.set()
         await tracer.run(rebuilding.change)
         for space in rebuilding.last_fills():
             await feed.fill(space, rebuilding.place_of(space))

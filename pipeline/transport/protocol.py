@@ -88,11 +88,12 @@ class Begin(Message, frozen=True, tag="begin"):
     """What comes next of a tree that is sent while it runs.
 
     ``draft``: an image of it as it was a moment ago, to build from; one that came before is void. ``round``: pages
-    that were written since. ``still``: its records as it stands still now, so many of them; behind them either
-    ``rest``, the pages that are lacking, or ``whole``, an image of it as it stands still, to be built anew.
+    that were written since. ``still``: records of it as it stands still now; behind them either ``rest``, further
+    records and the pages that are lacking, or ``whole``, an image of it as it stands still, to be built anew.
     """
 
     what: Literal["draft", "round", "still", "rest", "whole"]
+    #: how many there are, with ``still`` and ``rest``
     records: U64 = 0
 
 

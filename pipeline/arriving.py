@@ -1,0 +1,153 @@
+"""A tree that comes over a connection, at its destination: what `pipeline.migrate` and `pipeline.live` send.
+
+Of a tree that is sent while it runs a draft is built first, into which the rounds write their pages. When it stands
+still at its source, its records come before it is known there which pages are lacking: so what was built becomes the
+tree that they tell of, and its open files are made, while the source reckons and reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import trio
+from msgspec.structs import replace
+
+from pipeline import garbage
+from pipeline.errors import ImageError, PeerError, PipelineError, ungrouped
+from pipeline.image.codec import Image
+from pipeline.kernel.arch import x86_64 as arch
+from pipeline.progress import Progress
+from pipeline.remote.tracer import Tracer
+from pipeline.restore import page_feed, read_counted, read_records
+from pipeline.stages.fill import writing
+from pipeline.stages.rebuild import Rebuilding, Terms, bring_up_to_date, grown, rebuilt
+from pipeline.transport.buffers import LeasedRun
+from pipeline.transport.framing import Item
+from pipeline.transport.protocol import Begin
+from pipeline.transport.tcp import Channel
+
+
+@asynccontextmanager
+async def arrived(
+    channel: Channel, tracer: Tracer, progress: Progress, terms: Terms
+) -> AsyncIterator[tuple[Rebuilding, int]]:
+    """The next image of a connection, complete and stopped, and how many bytes of pages it had.
+
+    The tree is gone behind the block unless it was thawed.
+
+    Raises:
+        ImageError, PeerError: what came is no tree.
+        RebuildError, Refused: it cannot be made here.
+    """
+    image, first = await read_records(channel.reader)
+    image.check_machine(arch.MACHINE)
+    feed = page_feed(channel.reader, image, first, progress)
+    async with rebuilt(image, feed, tracer, progress, terms) as rebuilding:
+        yield rebuilding, feed.bytes_done
+
+
+@asynccontextmanager
+async def arrived_live(
+    channel: Channel, tracer: Tracer, progress: Progress, terms: Terms
+) -> AsyncIterator[tuple[Rebuilding, int]]:
+    """A tree that is sent while it runs, as `arrived`."""
+    begin = await _beginning(channel, await channel.reader.next())
+    while begin.what != "whole":
+        if begin.what != "draft":
+            raise PeerError(f"{channel.peer} sends a {begin.what} of nothing")
+        image, first = await read_records(channel.reader)
+        image.check_machine(arch.MACHINE)
+        feed = page_feed(channel.reader, image, first, progress)
+        async with grown(image, feed, tracer, progress, terms) as rebuilding:
+            page_bytes = feed.bytes_done
+            begin = await _beginning(channel, await channel.reader.next())
+            while begin.what == "round":
+                progress.phase("round")
+                count, begin = await _round(channel, rebuilding, progress)
+                page_bytes += count
+            if begin.what == "still":
+                with garbage.held_off():
+                    progress.phase("finish")
+                    count, begin = await _come_to_rest(channel, rebuilding, begin.records, tracer, progress)
+                    if begin.what == "rest":
+                        await tracer.run(rebuilding.complete)
+                        yield rebuilding, page_bytes + count
+                        return
+    async with arrived(channel, tracer, progress, replace(terms, live=False)) as tree:
+        yield tree
+
+
+async def _round(channel: Channel, rebuilding: Rebuilding, progress: Progress) -> tuple[int, Begin]:
+    """Take in the pages of a round; their bytes, and what comes behind it."""
+    count = 0
+    try:
+        async with writing() as write:
+            while isinstance(item := await channel.reader.next(), LeasedRun):
+                try:
+                    place = rebuilding.place_of(item.run.space)
+                except BaseException:
+                    item.lease.release()
+                    raise
+                count += len(item.run.payload)
+                await write(place, item)
+                progress.advance(count, None)
+    except OSError as error:
+        raise ImageError(f"pages of a round have no place: {error}") from error
+    return count, await _beginning(channel, item)
+
+
+async def _come_to_rest(
+    channel: Channel, rebuilding: Rebuilding, records: int, tracer: Tracer, progress: Progress
+) -> tuple[int, Begin]:
+    """Turn what was built of a draft into the tree as it stands still, of which so many records come first.
+
+    Returns:
+        Bytes of its pages, and what the source says behind the records: ``rest``, which is taken in here, or anything
+        else, which is not.
+    """
+    image = Image()
+    await read_counted(channel.reader, image, records)
+    image.check_references()
+    is_draft_of_it = await tracer.run(rebuilding.update, image)
+    filled = trio.Event()
+    if not image.shared_memory and not image.contents:
+        filled.set()
+    failed: list[PipelineError] = []
+
+    async def equip() -> None:
+        await filled.wait()
+        try:
+            await tracer.run(rebuilding.equip_early)
+        except PipelineError as error:  # raised where a peer can be told: behind a whole frame
+            failed.append(error)
+
+    with ungrouped():
+        async with trio.open_nursery() as nursery:
+            if is_draft_of_it:
+                nursery.start_soon(equip)
+            begin = await _beginning(channel, await channel.reader.next())
+            if begin.what != "rest":
+                nursery.cancel_scope.cancel()
+                return 0, begin
+            if not is_draft_of_it:
+                raise ImageError(f"{channel.peer} leaves out what was in no draft")
+            await read_counted(channel.reader, image, begin.records)
+            feed = page_feed(channel.reader, image, None, progress)
+            await bring_up_to_date(rebuilding, image, feed, tracer, filled)
+    if failed:
+        raise failed[0]
+    return feed.bytes_done, begin
+
+
+async def _beginning(channel: Channel, item: Item | None) -> Begin:
+    """What comes next of a tree that is sent while it runs.
+
+    Raises:
+        PeerError: `item` does not say so.
+        ImageError: the source has given up.
+    """
+    message = channel.understand(item)
+    if not isinstance(message, Begin):
+        raise ImageError(f"{channel.peer} has given up")
+    return message

@@ -224,10 +224,10 @@ async def migrate(
                     sent_s = time.monotonic()
                     progress.phase("prepare")
                     await still.let_memory_outlive(lasting)
+                    await still.let_go_of_files()
                     if not isinstance(await channel.hear(), protocol.Prepared):
                         raise PeerError(f"{channel.peer} did not get ready")
                     prepared_s = time.monotonic()
-                    await still.let_go_of_files()
                     # what came while that could not be interrupted has ended those beside us already
                     await trio.lowlevel.checkpoint_if_cancelled()
                     # the decision: from the first kill on the tree is the destination's, and this goes to its end,

@@ -30,7 +30,7 @@ from pipeline.progress import NullProgress
 from pipeline.stages import borrowing, fill
 from pipeline.stages.rebuild import Terms
 from pipeline.transport.buffers import BufferPool
-from pipeline.transport.protocol import Begin
+from pipeline.transport.protocol import AnyMessage, Begin, Prepared
 from pipeline.transport.tcp import Channel
 
 source_recipe = importlib.import_module("pipeline.migrate")  # the package gives the function under this name
@@ -118,6 +118,21 @@ async def _tracer_thread() -> AsyncIterator[_Tracer]:
     yield _Tracer()
 
 
+async def _uninterrupted() -> None:
+    with trio.CancelScope(shield=True):
+        await trio.sleep(0.1)
+
+
+class _SlowToHear(Channel):
+    """The destination is prepared for a while before the source decides."""
+
+    async def hear(self) -> AnyMessage:
+        message = await super().hear()
+        if isinstance(message, Prepared):
+            await _uninterrupted()
+        return message
+
+
 class Network:
     """Connections from the source to the server, each with its fate; those beyond the list are fine, or refused."""
 
@@ -146,7 +161,7 @@ class Network:
         self._nursery.start_soon(self._wire, fate, wire_here, wire_there)
         self._serving.start_soon(self._answer, end_there)
         try:
-            yield Channel(end_here, "source", "there")
+            yield _SlowToHear(end_here, "source", "there")
         finally:
             with trio.CancelScope(shield=True):
                 await trio.aclose_forcefully(end_here)
@@ -231,7 +246,7 @@ def play(
         yield SimpleNamespace(
             records=(), translated=tuple, sources=(), forest=None, processes=1, injected_calls=0,
             begun_s=0.0, frozen_s=0.0, captured_s=0.0,
-            end=world.end, let_go_of_files=uninterrupted, let_memory_outlive=nothing,
+            end=world.end, let_go_of_files=_uninterrupted, let_memory_outlive=nothing,
             holdings=SimpleNamespace(settled=lambda: None, complaints=[]),
         )  # fmt: skip
 
@@ -279,10 +294,6 @@ def play(
 
     async def nothing(*_: Any) -> None:
         await trio.lowlevel.checkpoint()
-
-    async def uninterrupted(*_: Any) -> None:
-        with trio.CancelScope(shield=True):
-            await trio.sleep(0.1)
 
     class LiveSource:
         """Two drafts, with a round each, and the rest; without records, and without pages on one connection."""

@@ -24,6 +24,7 @@ import re
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from enum import IntFlag
+from itertools import chain
 from typing import NamedTuple
 
 from pipeline.ids import HostPid, LocalFd
@@ -417,6 +418,9 @@ def entries_of(fd: LocalFd, start: int, end: int) -> Iterator[tuple[int, bytes]]
 
 # -- arithmetic of ranges ------------------------------------------------------------------
 
+#: behind every address
+_BEYOND = (1 << 65, 1 << 65)
+
 
 def merged(ranges: Iterable[Range]) -> list[Range]:
     """Join neighbours that touch; the input is ascending and disjoint."""
@@ -443,23 +447,29 @@ def union(one: Sequence[Range], other: Sequence[Range]) -> list[Range]:
 
 
 def intersect(one: Sequence[Range], other: Sequence[Range]) -> list[Range]:
-    """What is in both; both ascending and disjoint, the result merged."""
+    """What is in both; both ascending and disjoint, the result merged.
+
+    In the pause of a tree this is asked several times for each process: it calls nothing but append.
+    """
     found: list[Range] = []
-    if not one or not other:
-        return found
-    at = 0
-    low, high = other[0]
+    begun = reached = -1
+    rest = chain(other, [_BEYOND])
+    low, high = next(rest)
     for start, end in one:
         while high <= start or low < end:
             if start < high:
-                found.append((max(start, low), min(end, high)))
+                first = max(low, start)
+                if first != reached:
+                    if begun >= 0:
+                        found.append((begun, reached))
+                    begun = first
+                reached = min(high, end)
                 if end < high:
                     break
-            at += 1
-            if at == len(other):
-                return merged(found)
-            low, high = other[at]
-    return merged(found)
+            low, high = next(rest)
+    if begun >= 0:
+        found.append((begun, reached))
+    return found
 
 
 def subtract(one: Sequence[Range], other: Sequence[Range]) -> list[Range]:

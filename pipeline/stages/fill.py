@@ -5,7 +5,7 @@ plan: first the objects that several processes share, then process by process as
 are born. So there is no table of what is still missing: a run of another space says
 that the one before is complete.
 
-They are written in a worker thread, while the next ones are read.
+They are written in a worker thread, while the next ones are read; few of them at once.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pipeline.image.frames import PageRun
 from pipeline.progress import Progress
 from pipeline.stages.places import Place
 from pipeline.transport.buffers import LeasedRun, left_in
+from pipeline.transport.handover import worked
 
 #: runs that wait until those before them are written
 _AHEAD = 1
@@ -64,13 +65,17 @@ async def writing() -> AsyncIterator[Callable[[Place, LeasedRun], Awaitable[None
         raise failed[0]
 
 
+def _size_bytes(run: PageRun) -> int:
+    return len(run.payload) + sum(length for _, length in run.zeros)
+
+
 async def _write_all(runs: trio.MemoryReceiveChannel[tuple[Place, LeasedRun]], failed: list[OSError]) -> None:
     """Write until there are no more; behind the first that fails, only give back."""
     try:
         async for place, leased in runs:
             try:
                 if not failed:
-                    await trio.to_thread.run_sync(write_run, place, leased.run)
+                    await worked(_size_bytes(leased.run), write_run, place, leased.run)
             except OSError as error:
                 failed.append(error)
             finally:

@@ -35,6 +35,7 @@ from pipeline.resources.memory.pages import (
     shared_bytes,
 )
 from pipeline.transport.buffers import BufferPool, Lease
+from pipeline.transport.handover import worked
 
 #: bytes of one page run, and how many of them may be on their way at once
 #: chunks of shared memory that are looked at in one go for one that has changed; some 10 ms
@@ -224,14 +225,18 @@ async def stream_memory(
     Ownership: whoever receives a frame releases its lease. Cancellation: at any send; the lease in hand is
     released, the worker thread ends with its current read.
     """
-    total = await trio.to_thread.run_sync(page_bytes, sources)
+    if all(isinstance(source, ProcessPages | LivePages) for source in sources):
+        total = page_bytes(sources)
+    else:
+        total = await trio.to_thread.run_sync(page_bytes, sources)
     done = 0
 
     async def emit_news(space: int, fills: Iterator[_Fill]) -> None:
         for first in fills:
             await emit(space, _first_of(chain([first], islice(fills, _LOOKED_AT - 1))))
 
-    async def emit(space: int, fill: _Fill) -> None:
+    async def emit(space: int, fill: _Fill, size_bytes: int = pool.size_bytes) -> None:
+        """`size_bytes`: of memory that stands still, where there is less of it than a buffer takes."""
         nonlocal done
         lease = await pool.lease()
 
@@ -240,7 +245,7 @@ async def stream_memory(
             return count, pack(PageRun(space, tuple(segments), lease.view[:count])) if count else None
 
         try:
-            count, packed = await trio.to_thread.run_sync(read)
+            count, packed = await worked(size_bytes, read)
             if packed is not None:
                 await send.send((packed, lease))
                 done += count
@@ -257,7 +262,7 @@ async def stream_memory(
                 case ProcessPages(space, pid, runs, _):
                     with ProcessMemory(pid) as memory:
                         for piece in pieces(runs, pool.size_bytes):
-                            await emit(space, _reading(memory, piece))
+                            await emit(space, _reading(memory, piece), sum(length for _, length in piece))
                 case LivePages(space, pid, runs, missed, more):
                     runs = union(runs, await trio.to_thread.run_sync(more))
                     try:

@@ -14,7 +14,6 @@ from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import msgspec
-import trio
 import xxhash
 
 from pipeline.errors import ImageError
@@ -23,9 +22,8 @@ from pipeline.image.frames import Codec, FrameHead, Kind, PageRun
 from pipeline.image.packing import PackedRun, Packer, uncompress
 from pipeline.image.schema import AnyRecord, End, Record
 from pipeline.transport.buffers import BUFFER_BYTES, BUFFERS, BufferPool, LeasedRun
+from pipeline.transport.handover import worked
 
-#: payloads from this size on are summed in a worker thread, so that others get their turn
-_LARGE_BYTES = 256 << 10
 #: frames and payloads below this size are copied, to be written together and read ahead
 _SMALL_BYTES = 64 << 10
 
@@ -129,9 +127,7 @@ class FrameWriter:
 
     async def pack(self, run: PageRun) -> PackedRun:
         """What `packed` is to write of `run`, while another one is written."""
-        if len(run.payload) >= _LARGE_BYTES:
-            return await trio.to_thread.run_sync(self.packer.pack, run)
-        return self.packer.pack(run)
+        return await worked(len(run.payload), self.packer.pack, run)
 
     def total_bytes(self) -> int:
         """Bytes written, on all connections where there are several."""
@@ -305,9 +301,7 @@ async def unpacked(head: FrameHead, header: bytes, payload: memoryview, where: s
     Raises:
         ImageError: they are damaged.
     """
-    if len(payload) >= _LARGE_BYTES:
-        return await trio.to_thread.run_sync(_page_run, head, header, payload, where)
-    return _page_run(head, header, payload, where)
+    return await worked(len(payload), _page_run, head, header, payload, where)
 
 
 def _page_run(head: FrameHead, header: bytes, payload: memoryview, where: str) -> PageRun:

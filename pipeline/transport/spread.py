@@ -242,7 +242,10 @@ class SpreadReader(FrameReader):
         return item
 
     async def _of_other(self, index: int) -> Item:
-        item = await self._queues[index].receive()
+        try:
+            item = await self._queues[index].receive()
+        except trio.ClosedResourceError:  # `run` has ended: whoever drains the connection goes on behind that
+            raise PeerError("the further connections of the migration are not read any more") from None
         if isinstance(item, Exception):
             raise item
         if item is None:

@@ -15,6 +15,7 @@ from pipeline.image import codec
 from pipeline.image.codec import Image
 from pipeline.image.schema import (
     FORMAT_VERSION,
+    Absent,
     AddressSpace,
     AnyRecord,
     Content,
@@ -61,7 +62,11 @@ def space(*vmas: tuple[int, int]) -> AddressSpace:
     )
 
 
-@pytest.mark.parametrize("record", RECORDS, ids=lambda record: type(record).__name__)
+@pytest.mark.parametrize(
+    "record",
+    [*RECORDS, Absent(space=3, dropped=[(0, 4096)], later=[(1 << 63, (1 << 64) - 1)])],
+    ids=lambda record: type(record).__name__,
+)
 def test_a_record_comes_back_as_it_was(record: AnyRecord):
     assert codec.decode(codec.encode(record)) == record
 
@@ -78,6 +83,14 @@ def test_a_changed_byte_is_a_record_or_refused(position: int, change: int):
     raw[position % len(raw)] ^= change
     with suppress(ImageError):
         codec.decode(bytes(raw))
+
+
+def test_what_is_absent_is_said_behind_the_record_of_its_space():
+    image = codec.image_of([HEAD, space((0x1000, 0x9000))])
+    image.add(Absent(space=1, dropped=[(0x1000, 0x2000)], later=[(0x3000, 0x5000)]))
+    assert (image.spaces[1].dropped, image.spaces[1].later) == ([(0x1000, 0x2000)], [(0x3000, 0x5000)])
+    with pytest.raises(ImageError, match="space 2"):
+        image.add(Absent(space=2))
 
 
 @pytest.mark.parametrize(

@@ -136,3 +136,21 @@ async def test_a_connection_that_breaks_while_it_is_written_fails_the_writer():
             nursery.start_soon(send)
     assert len(given_back) == len(set(given_back)) == max(given_back) + 1
     assert max(given_back) < 99
+
+
+async def test_who_drains_a_connection_whose_further_ones_are_not_read_any_more_is_told_so():
+    """`serve` is ended while it refuses a tree: what its source still sends is read behind that."""
+    memories = await write("ppp", 2)
+    pool = BufferPool(8, 1 << 20)
+    held = LEDGER.held()
+    one, other = (FrameReader(memory, pool, "wire") for memory in memories)
+    reader = SpreadReader(one, [other])
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(reader.run)
+        first = await reader.next()
+        assert isinstance(first, LeasedRun)
+        first.lease.release()
+        nursery.cancel_scope.cancel()
+    with pytest.raises(PeerError, match="not read any more"):
+        await reader.next()
+    assert LEDGER.held() == held

@@ -56,7 +56,7 @@ class Inquiry:
         self._timer_slack = self._number(PRCTL.GET_TIMERSLACK)
         self._cpuid = self._call(NR.arch_prctl, _ARCH_GET_CPUID, 0)
         self._attributes = Attributes(self.leader, self._call)
-        self._keyrings = Keyrings(self.tid, self.leader, self._call)
+        self._keyrings = Keyrings(self.status.uids, self.leader, self._call)
         if not self.leader:
             return
         self._actions = [self._ask(NR.rt_sigaction, signal, 0, Out(32), 8) for signal in signals.SIGNALS]

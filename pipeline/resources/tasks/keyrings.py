@@ -18,13 +18,11 @@ from __future__ import annotations
 
 import errno
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 
 from pipeline.errors import Blocker, RebuildError
-from pipeline.ids import HostPid
 from pipeline.image.schema import Id, Key, Process, SessionKeyring
-from pipeline.kernel import procfs
 from pipeline.kernel.arch.x86_64 import NR
 from pipeline.kernel.syscalls import PRCTL, syscall
 from pipeline.remote.calls import Call, Out
@@ -58,11 +56,12 @@ class Keyrings:
     """The questions to one task.
 
     Args:
-        tid: of the task; `leader`: whether it also answers for its process.
+        users: its uids, as they are seen from here.
+        leader: whether it also answers for its process.
         ask: adds a call that may fail to those that the task will run.
     """
 
-    def __init__(self, tid: HostPid, leader: bool, ask: Callable[..., Call]) -> None:
+    def __init__(self, users: Collection[int], leader: bool, ask: Callable[..., Call]) -> None:
         self._own = {
             name: ask(NR.keyctl, _GET_KEYRING_ID, number, 0)
             for name, number in _OWN.items()
@@ -72,7 +71,7 @@ class Keyrings:
         self._content: dict[int, tuple[Call, Out]] = {}
         #: of each key in the session keyring, and of that itself: what it is, and what it holds
         self._keys: dict[int, tuple[tuple[Call, Out], tuple[Call, Out]]] = {}
-        if leader and _may_have_keys(tid):
+        if leader and _may_have_keys(users):
             for number in (_SESSION, _USER, _USER_SESSION):
                 self._numbers[number] = ask(NR.keyctl, _GET_KEYRING_ID, number, 0)
                 room = Out(_READ_BYTES)
@@ -175,11 +174,11 @@ class Keyrings:
         return kind, int(uid), int(gid), int(permissions, 16), name
 
 
-def _may_have_keys(tid: HostPid) -> bool:
-    """Whether a user whose ids the task has owns any key; who it is may not be to be seen from here."""
+def _may_have_keys(users: Collection[int]) -> bool:
+    """Whether one of these users owns any key; who does may not be to be seen from here."""
     with suppress(OSError), open("/proc/key-users", "rb") as file:
-        users = {int(line.split(b":")[0]) for line in file}
-        return bool({OVERFLOW_ID, *users} & set(procfs.status(tid).uids))
+        owners = {int(line.split(b":")[0]) for line in file}
+        return not {OVERFLOW_ID, *owners}.isdisjoint(users)
     return False
 
 

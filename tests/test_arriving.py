@@ -1,0 +1,154 @@
+"""What comes of a tree that stands still by now: records first, then what is lacking, read to the border of a frame."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import trio
+
+from pipeline import arriving
+from pipeline.errors import ImageError, RebuildError
+from pipeline.image.codec import Image
+from pipeline.image.schema import Absent
+from pipeline.ledger import LEDGER
+from pipeline.progress import NullProgress
+from pipeline.stages import fill
+from pipeline.transport import protocol
+from pipeline.transport.buffers import BufferPool
+from pipeline.transport.framing import FrameReader, FrameWriter
+from pipeline.transport.protocol import Begin, Commit
+from tests.cli import test_inspect
+from tests.harness.made_images import PAGE, SPACE, Memory, run
+
+_PAGES = [run(0x1000 + at * PAGE, b"x" * PAGE) for at in range(3)]
+
+
+class _Tree:
+    """What was built of a draft; remembers what became of it."""
+
+    def __init__(self, *, is_draft_of_it: bool = True, fails: bool = False) -> None:
+        self.is_draft_of_it, self.fails = is_draft_of_it, fails
+        self.image: Image | None = None
+        self.equipped = 0
+        self.contents = SimpleNamespace(fd=lambda space: space, finish_fill=lambda _: None)
+
+    def update(self, image: Image) -> bool:
+        assert not any(space.dropped for space in image.spaces.values()), "nobody knows that yet"
+        self.image = image
+        return self.is_draft_of_it
+
+    def equip_early(self) -> None:
+        self.equipped += 1
+        if self.fails:
+            raise RebuildError("its address is taken")
+
+    def change(self) -> None:
+        assert self.image is not None
+        self.dropped = self.image.spaces[SPACE].dropped
+
+    def last_fills(self) -> list[int]:
+        return [SPACE]
+
+    def place_of(self, space: int) -> int:
+        return space
+
+    def next_fill(self) -> None:
+        return None
+
+
+async def _run(act: Callable[..., Any], *args: Any) -> Any:
+    await trio.lowlevel.checkpoint()
+    return act(*args)
+
+
+@pytest.fixture(autouse=True)
+def written(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bytes]]:
+    """The pages that found their place."""
+    found: list[tuple[int, bytes]] = []
+    monkeypatch.setattr(
+        fill, "write_run", lambda _, one: found.append((one.segments[0][0], bytes(one.payload)))
+    )
+    monkeypatch.setattr("pipeline.stages.rebuild.FilePlace", lambda fd: fd)
+    return found
+
+
+async def _sent(*, rest: Begin, absent: list[Absent] | None = None, lost: int = 0) -> tuple[Any, int]:
+    """A connection over which a source has sent its tree, all but `lost` records; and how many there should be."""
+    wire = Memory()
+    writer = FrameWriter(wire)
+    records = list(test_inspect.image().image.records())
+    for record in records[: len(records) - lost]:
+        await writer.record(record)
+    await writer.message(protocol.encode(rest))
+    for one in absent or []:
+        await writer.record(one)
+    for pages in _PAGES:
+        await writer.pages(pages)
+    await writer.end(len(records), sum(len(one.payload) for one in _PAGES))
+    await writer.message(protocol.encode(Commit()))
+    return _channel(wire), len(records)
+
+
+def _channel(wire: Memory) -> Any:
+    reader = FrameReader(wire, BufferPool(2, 1 << 20), "wire")
+    return SimpleNamespace(reader=reader, peer="there", understand=lambda item: protocol.decode(item.content))
+
+
+async def _come(tree: _Tree, channel: Any, records: int) -> tuple[int, Begin]:
+    tracer: Any = SimpleNamespace(run=_run)
+    return await arriving._come_to_rest(channel, tree, records, tracer, NullProgress())  # type: ignore[arg-type]
+
+
+async def test_the_rest_is_taken_in_and_what_is_absent_is_known_before_mappings_change(written: list[Any]):
+    gone = [(0x9000, 0xA000)]
+    channel, records = await _sent(rest=Begin("rest", 1), absent=[Absent(space=SPACE, dropped=gone)])
+    tree = _Tree()
+    count, begin = await _come(tree, channel, records)
+    assert (count, begin.what) == (3 * PAGE, "rest")
+    assert written == [(0x1000 + at * PAGE, b"x" * PAGE) for at in range(3)]
+    assert tree.dropped == gone
+    assert tree.equipped == 1
+
+
+async def test_what_comes_whole_is_left_to_who_builds_it():
+    channel, records = await _sent(rest=Begin("whole"))
+    tree = _Tree(is_draft_of_it=False)
+    assert await _come(tree, channel, records) == (0, Begin("whole"))
+    assert tree.equipped == 0
+
+
+async def test_what_a_source_leaves_out_was_in_the_draft():
+    channel, records = await _sent(rest=Begin("rest"))
+    with pytest.raises(ImageError, match="no draft"):
+        await _come(_Tree(is_draft_of_it=False), channel, records)
+
+
+async def test_what_fails_beside_the_pages_is_said_where_the_peer_can_be_heard(written: list[Any]):
+    """Else what is in the connection behind that could not be told apart any more."""
+    channel, records = await _sent(rest=Begin("rest"))
+    held = LEDGER.held()
+    with pytest.raises(RebuildError, match="address is taken"):
+        await _come(_Tree(fails=True), channel, records)
+    assert len(written) == len(_PAGES)
+    assert channel.understand(await channel.reader.next()) == Commit()
+    assert LEDGER.held() == held
+
+
+@pytest.mark.parametrize("lost", [1, 2])
+async def test_fewer_records_than_were_announced(lost: int):
+    channel, records = await _sent(rest=Begin("rest"), lost=lost)
+    held = LEDGER.held()
+    with pytest.raises(ImageError, match="a protocol message stands among the records"):
+        await _come(_Tree(), channel, records)
+    assert LEDGER.held() == held
+
+
+async def test_pages_where_records_were_announced():
+    channel, records = await _sent(rest=Begin("rest", 1))
+    held = LEDGER.held()
+    with pytest.raises(ImageError, match="fewer records came than the 1"):
+        await _come(_Tree(), channel, records)
+    assert LEDGER.held() == held

@@ -111,7 +111,7 @@ async def _come_to_rest(
     image.check_references()
     is_draft_of_it = await tracer.run(rebuilding.update, image)
     filled = trio.Event()
-    if not image.shared_memory and not image.contents:
+    if not rebuilding.lacks_files:
         filled.set()
     failed: list[PipelineError] = []
 

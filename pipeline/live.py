@@ -16,7 +16,7 @@ processes, the draft is void, and another one begins; a few times.
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Literal
 
 import msgspec
@@ -249,16 +249,12 @@ class LiveSource:
             still: the tree.
             lasting: whose memory lasts, so that its pages may come later.
         """
-        records = still.translated()
         if self._has_draft:
-            # the destination begins with them while it is reckoned here what it lacks
-            await self._channel.say(Begin("still", len(records)))
-            await write_records(self._channel.writer, in_order(records), eager=True)
-            now = image_of(records)
+            now = await self._send_records(still)
             if (lacking := await self._lacking(now, still)) is not None:
-                return await self._send_lacking(now, len(records), *lacking, lasting)
+                return await self._send_lacking(now, len(still.records), *lacking, lasting)
             await self._tracer.run(still.plan_anew)
-            records = still.translated()
+        records: Sequence[Record] = list(still.translated())
         await self._channel.say(Begin("whole"))
         sources, lent = split(image_of(records), still.sources, lasting)
         later = {one.space: list(one.runs) for one in lent}
@@ -270,6 +266,19 @@ class LiveSource:
         ]
         await self._send(records, sources)
         return lent
+
+    async def _send_records(self, still: Standstill) -> Image:
+        """What the tree is: the destination begins with that while it is reckoned here what it lacks."""
+        now = Image()
+
+        def translated() -> Iterator[Record]:
+            for record in still.translated():
+                now.add(record)  # type: ignore[arg-type]
+                yield record
+
+        await self._channel.say(Begin("still", len(still.records)))
+        await write_records(self._channel.writer, in_order(translated()), eager=True)
+        return now
 
     async def _send_lacking(
         self,

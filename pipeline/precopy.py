@@ -154,9 +154,9 @@ class Precopy:
             Refused: somebody else has begun to watch its memory; it cannot grow.
         """
         if not self._digest:
-            return still.translated(), still.sources
+            return list(still.translated()), still.sources
         still.plan_anew()
-        records = still.translated()
+        records = list(still.translated())
         lacking, kept = self.memory.kept(image_of(records), still.sources)
         layers = [Layer(index=0, name=LAYER, digest=self._digest)]
         stored: list[Stored] = []

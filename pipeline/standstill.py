@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Collection, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 
 import trio
@@ -110,9 +110,10 @@ class Standstill:
         self._outliving = outliving
         self.holdings = holdings
 
-    def translated(self) -> list[Record]:
-        """The records, their ids in the forest of the image."""
-        return [into_forest(record, state, self.forest) for record, state in self.records]
+    def translated(self) -> Iterator[Record]:
+        """The records, one by one, their ids in the forest of the image."""
+        for record, state in self.records:
+            yield into_forest(record, state, self.forest)
 
     def plan_anew(self) -> None:
         """Let `records` and `sources` be those of a tree that grows from nothing, where they were not; in any thread.

@@ -33,6 +33,8 @@ class _Tree:
         self.is_draft_of_it, self.fails = is_draft_of_it, fails
         self.image: Image | None = None
         self.equipped = 0
+        #: files that came along are not made yet
+        self.lacks_files = False
         self.contents = SimpleNamespace(fd=lambda space: space, finish_fill=lambda _: None)
 
     def update(self, image: Image) -> bool:

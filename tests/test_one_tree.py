@@ -88,6 +88,8 @@ class World:
     def place_of(self, _: int) -> int:
         return -1
 
+    lacks_files = False
+
     def update(self, _: object) -> bool:
         return True
 

@@ -391,16 +391,21 @@ class Rebuilding:
         standing = {self._image.processes[pid].space for pid in self.growth.grown}
         return [space for space in fill_order(self._planner.steps) if space in standing]
 
-    def equip_early(self) -> None:
-        """Begin with what `complete` does, beside the last pages of processes: if those that stand are all.
+    @property
+    def lacks_files(self) -> bool:
+        """Whether files that came along are not made yet: that takes their contents."""
+        return bool(self._untaken)
 
-        What outlives a process has its pages.
+    def equip_early(self) -> None:
+        """Begin with what `complete` does, beside the last pages, if the processes that stand are all.
+
+        Where it `lacks_files`, what outlives a process has its pages.
         """
         if not self._mending.ended and not self._mending.births.steps:
             self._descriptors = self._equip()
 
     def _equip(self) -> Descriptors:
-        """Threads, and open files that nobody has yet: whatever does not touch the memory of processes."""
+        """Threads, and open files that nobody has yet: whatever touches neither memory nor the bytes of files."""
         image, growth = self._image, self.growth
         finish.make_threads(image, growth)
         for process, grown in finish.living(image, growth):

@@ -6,7 +6,7 @@ read and made into frames by one task, and written by another at the same time, 
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Sequence
 
 import trio
 
@@ -83,8 +83,8 @@ async def write_records(writer: FrameWriter, records: AsyncIterable[Record], *, 
     return count
 
 
-async def in_order(records: Sequence[Record]) -> AsyncIterator[Record]:
-    """Records that are translated already."""
+async def in_order(records: Iterable[Record]) -> AsyncIterator[Record]:
+    """Records that are translated already, or one by one."""
     for record in records:
         yield record
 

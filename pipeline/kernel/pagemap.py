@@ -24,7 +24,6 @@ import re
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from enum import IntFlag
-from itertools import chain
 from typing import NamedTuple
 
 from pipeline.ids import HostPid, LocalFd
@@ -453,19 +452,21 @@ def intersect(one: Sequence[Range], other: Sequence[Range]) -> list[Range]:
     """
     found: list[Range] = []
     begun = reached = -1
-    rest = chain(other, [_BEYOND])
+    rest = iter([*other, _BEYOND])
     low, high = next(rest)
     for start, end in one:
-        while high <= start or low < end:
-            if start < high:
-                first = max(low, start)
-                if first != reached:
-                    if begun >= 0:
-                        found.append((begun, reached))
-                    begun = first
-                reached = min(high, end)
-                if end < high:
-                    break
+        while high <= start:
+            low, high = next(rest)
+        while low < end:
+            first = start if start > low else low
+            if first != reached:
+                if begun >= 0:
+                    found.append((begun, reached))
+                begun = first
+            if end < high:
+                reached = end
+                break
+            reached = high
             low, high = next(rest)
     if begun >= 0:
         found.append((begun, reached))

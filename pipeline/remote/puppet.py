@@ -544,7 +544,11 @@ def _data_bytes(call: Call) -> int:
             return arg.size_bytes + 16
         return 16 + sum(8 + (len(p) if isinstance(p, bytes) else size(p)) for p in arg.parts)
 
-    return sum(size(arg) for arg in call.args)
+    found = 0
+    for arg in call.args:
+        if not isinstance(arg, int):  # most are
+            found += size(arg)
+    return found
 
 
 def _write_all(fd: int, content: bytes, address: int) -> None:

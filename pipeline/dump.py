@@ -94,31 +94,44 @@ async def _store(
 
 
 class _Storing:
-    """The image of a tree that stands still, on its way to where it is stored.
+    """The image of a tree on its way to where it is stored; `begin` says when the tree stands still.
 
     `all_read`: it needs the tree no longer. `complete`: it is stored, and `manifest` says what was.
     """
 
-    def __init__(
-        self, still: Standstill, precopy: Precopy | None, progress: Progress, way: trio.CancelScope
-    ) -> None:
+    def __init__(self, precopy: Precopy | None, progress: Progress, way: trio.CancelScope) -> None:
         self._way = way
-        self._still = still
+        self._still: Standstill | None = None
+        self._stands_still = trio.Event()
         self._precopy = precopy
         self._progress = progress
         self.all_read = trio.Event()
         self.complete = trio.Event()
         self.manifest: Manifest | None = None
 
-    async def run(self, storage: Storage, packer: Packer, pool: BufferPool) -> None:
-        """Store it; see `_store`."""
-        self.manifest = await _store(storage, packer, pool, self._progress, self._way, self._write)
+    def begin(self, still: Standstill) -> None:
+        """This is what is stored."""
+        self._still = still
+        self._stands_still.set()
+
+    async def run(
+        self, storage: Storage, packer: Packer, pool: BufferPool, task_status: trio.TaskStatus[None]
+    ) -> None:
+        """Store it, see `_store`; started when there is room made for it."""
+
+        async def write(writer: FrameWriter) -> int:
+            task_status.started()
+            return await self._write(writer)
+
+        self.manifest = await _store(storage, packer, pool, self._progress, self._way, write)
         if self._precopy is not None:
             self._precopy.keep()
         self.complete.set()
 
     async def _write(self, writer: FrameWriter) -> int:
+        await self._stands_still.wait()
         still, progress, read = self._still, self._progress, self.all_read.set
+        assert still is not None
         if self._precopy is None:
             return await write_image(writer, still.records, still.sources, still.forest, progress, read)
         records, sources = await trio.to_thread.run_sync(self._precopy.rest, still)
@@ -198,10 +211,11 @@ async def dump(
         looks = precopy.looks if precopy is not None else None
         with ungrouped():
             async with trio.open_nursery() as nursery:
+                storing = _Storing(precopy, progress, way)
+                await nursery.start(storing.run, storage, packer, pool)
                 async with standstill(tracer, pid, externals, policy, place, looks, known) as still:
                     progress.phase("memory")
-                    storing = _Storing(still, precopy, progress, way)
-                    nursery.start_soon(storing.run, storage, packer, pool)
+                    storing.begin(still)
                     await (storing.all_read if leave == "running" else storing.complete).wait()
                     await still.let_go_of_files()
                     with trio.CancelScope(shield=True):

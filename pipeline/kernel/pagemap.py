@@ -458,7 +458,7 @@ def intersect(one: Sequence[Range], other: Sequence[Range]) -> list[Range]:
         while high <= start:
             low, high = next(rest)
         while low < end:
-            first = start if start > low else low
+            first = max(low, start)
             if first != reached:
                 if begun >= 0:
                     found.append((begun, reached))

@@ -73,9 +73,11 @@ async def write_translated(
 
 
 async def write_records(writer: FrameWriter, records: AsyncIterable[Record], *, eager: bool) -> int:
-    """Records that are translated; returns their number. `eager`: somebody waits for them."""
+    """Records that are translated; returns their number. `eager`: somebody waits for them; else for others."""
     count = 0
     async for record in records:
+        if not eager:
+            await trio.lowlevel.checkpoint()
         await writer.record(record)
         count += 1
     if eager:

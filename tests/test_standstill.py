@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
 
-from pipeline.errors import Blocker, Refused
+from pipeline import blocking
+from pipeline.errors import Blocker, Refused, StorageError
 from pipeline.kernel.syscalls import CLONE
 from pipeline.ledger import LEDGER
 from pipeline.remote.tracer import tracer_thread
-from pipeline.stages import examine
+from pipeline.stages import examine, freeze
 from pipeline.stages.beforehand import Beforehand
 from pipeline.stages.capture import Capture
 from pipeline.standstill import refuse_early, standstill
+from pipeline.transport.storage import DirectoryStorage
 from tests.harness.settings import DEPTH_1
 from tests.harness.tree import Tree
 
@@ -99,5 +102,42 @@ def test_what_stays_is_refused_and_the_tree_runs_on(
     tree = start("quiet")
     with pytest.raises(Refused):
         looks_until_still(tree.pid, monkeypatch, Blocker("pid 1", "stays", "", transient=transient), 100)
+    assert not LEDGER.held()
+    tree.check()
+
+
+def test_a_dump_that_is_refused_while_the_tree_stands_still_leaves_no_image(
+    start: Callable[..., Tree], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Where it was to go is open by then."""
+    tree = start("quiet")
+    blocker = Blocker("pid 1", "stays")
+    monkeypatch.setattr(Capture, "take", lambda *_: ([], [], [blocker]))
+    with pytest.raises(Refused):
+        blocking.dump(tree.pid, str(tmp_path / "image"))
+    assert not list(tmp_path.iterdir())
+    assert not LEDGER.held()
+    tree.check()
+
+
+def test_a_place_that_takes_no_image_is_found_before_the_tree_stands_still(
+    start: Callable[..., Tree], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    tree = start("quiet")
+    stops: list[int] = []
+    monkeypatch.setattr(freeze, "freeze", lambda pid, _: stops.append(pid))
+    above = tmp_path / "above"
+    above.mkdir()
+    free = DirectoryStorage.require_free
+
+    async def freed(storage: DirectoryStorage) -> None:
+        await free(storage)
+        above.rmdir()
+        above.write_bytes(b"")
+
+    monkeypatch.setattr(DirectoryStorage, "require_free", freed)
+    with pytest.raises(StorageError, match="Not a directory"):
+        blocking.dump(tree.pid, str(above / "image"))
+    assert not stops
     assert not LEDGER.held()
     tree.check()

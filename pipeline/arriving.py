@@ -16,6 +16,7 @@ from msgspec.structs import replace
 from pipeline import garbage
 from pipeline.errors import ImageError, PeerError, PipelineError, ungrouped
 from pipeline.image.codec import Image
+from pipeline.image.schema import Absent
 from pipeline.kernel.arch import x86_64 as arch
 from pipeline.progress import Progress
 from pipeline.remote.tracer import Tracer
@@ -132,7 +133,7 @@ async def _come_to_rest(
                 return 0, begin
             if not is_draft_of_it:
                 raise ImageError(f"{channel.peer} leaves out what was in no draft")
-            await read_counted(channel.reader, image, begin.records)
+            await read_counted(channel.reader, image, begin.records, Absent)
             feed = page_feed(channel.reader, image, None, progress)
             await bring_up_to_date(rebuilding, image, feed, tracer, filled)
     if failed:

@@ -228,7 +228,7 @@ async def migrate(
                     if not isinstance(await channel.hear(), protocol.Prepared):
                         raise PeerError(f"{channel.peer} did not get ready")
                     prepared_s = time.monotonic()
-                    # what came while that could not be interrupted has ended those beside us already
+                    # what came while that was heard has ended those beside us already
                     await trio.lowlevel.checkpoint_if_cancelled()
                     # the decision: from the first kill on the tree is the destination's, and this goes to its end,
                     # whoever beside us fails

@@ -24,7 +24,7 @@ import trio
 from pipeline.errors import ImageError, RebuildError, ungrouped
 from pipeline.image.codec import Image
 from pipeline.image.frames import MAX_PAYLOAD_BYTES
-from pipeline.image.schema import AnyRecord, End
+from pipeline.image.schema import AnyRecord, End, Record
 from pipeline.interrupts import interruptible
 from pipeline.kernel.pagemap import Range, intersect
 from pipeline.kernel.paging import DEVICE
@@ -142,11 +142,11 @@ async def read_records(reader: FrameReader) -> tuple[Image, LeasedRun | None]:
             return image, None
 
 
-async def read_counted(reader: FrameReader, image: Image, count: int) -> None:
-    """Read the next `count` records of `image`, none of which is the end.
+async def read_counted(reader: FrameReader, image: Image, count: int, kind: type[Record] = Record) -> None:
+    """Read the next `count` records of `image`, all of one kind, none of which is the end.
 
     Raises:
-        ImageError: see `read_records`; or they are less.
+        ImageError: see `read_records`; or they are less, or others.
     """
     for _ in range(count):
         item = await _next(reader)
@@ -154,6 +154,10 @@ async def read_counted(reader: FrameReader, image: Image, count: int) -> None:
             item.lease.release()
         if isinstance(item, LeasedRun | End):
             raise ImageError(f"fewer records came than the {count} that were announced")
+        if not isinstance(item, kind):
+            raise ImageError(
+                f"a record of kind {type(item).__name__} stands among those of kind {kind.__name__}"
+            )
         image.add(item)
 
 
@@ -180,7 +184,9 @@ def page_feed(reader: FrameReader, image: Image, first: LeasedRun | None, progre
 
 
 class PageRuns:
-    """The page runs behind `first`, to the end record unless that was read, which is checked; may be left anywhere.
+    """The page runs behind `first`, to the end record, which is checked; may be left at any point.
+
+    Where nothing was read behind the records, `first` is None, and the image has no end yet.
 
     Iterating raises ImageError: the stream is cut, or more or fewer pages came than were sent.
     """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +12,7 @@ import trio
 from pipeline import arriving
 from pipeline.errors import ImageError, RebuildError
 from pipeline.image.codec import Image
-from pipeline.image.schema import Absent
+from pipeline.image.schema import Absent, Record, UserNamespace
 from pipeline.ledger import LEDGER
 from pipeline.progress import NullProgress
 from pipeline.stages import fill
@@ -77,7 +77,7 @@ def written(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bytes]]:
     return found
 
 
-async def _sent(*, rest: Begin, absent: list[Absent] | None = None, lost: int = 0) -> tuple[Any, int]:
+async def _sent(*, rest: Begin, absent: Sequence[Record] = (), lost: int = 0) -> tuple[Any, int]:
     """A connection over which a source has sent its tree, all but `lost` records; and how many there should be."""
     wire = Memory()
     writer = FrameWriter(wire)
@@ -85,7 +85,7 @@ async def _sent(*, rest: Begin, absent: list[Absent] | None = None, lost: int = 
     for record in records[: len(records) - lost]:
         await writer.record(record)
     await writer.message(protocol.encode(rest))
-    for one in absent or []:
+    for one in absent:
         await writer.record(one)
     for pages in _PAGES:
         await writer.pages(pages)
@@ -146,6 +146,13 @@ async def test_fewer_records_than_were_announced(lost: int):
     with pytest.raises(ImageError, match="a protocol message stands among the records"):
         await _come(_Tree(), channel, records)
     assert LEDGER.held() == held
+
+
+async def test_only_what_is_absent_comes_behind_the_records():
+    """What refers to others would not be checked any more."""
+    channel, records = await _sent(rest=Begin("rest", 1), absent=[UserNamespace(index=9, parent=77)])
+    with pytest.raises(ImageError, match="UserNamespace stands among those of kind Absent"):
+        await _come(_Tree(), channel, records)
 
 
 async def test_pages_where_records_were_announced():

@@ -405,7 +405,7 @@ class Rebuilding:
             self._descriptors = self._equip()
 
     def _equip(self) -> Descriptors:
-        """Threads, and open files that nobody has yet: whatever touches neither memory nor the bytes of files."""
+        """Threads, and open files that nobody has yet: what touches no memory, nor bytes but those of `lacks_files`."""
         image, growth = self._image, self.growth
         finish.make_threads(image, growth)
         for process, grown in finish.living(image, growth):

@@ -73,7 +73,7 @@ async def write_translated(
 
 
 async def write_records(writer: FrameWriter, records: AsyncIterable[Record], *, eager: bool) -> int:
-    """Records that are translated; returns their number. `eager`: somebody waits for them; else for others."""
+    """Records that are translated; returns their number. `eager`: somebody waits; else others get their turn."""
     count = 0
     async for record in records:
         if not eager:

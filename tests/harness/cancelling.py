@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any, TypeVar
 
 import pytest
@@ -24,6 +24,8 @@ import trio
 import pipeline
 from pipeline import blocking
 from pipeline.standstill import Standstill
+from pipeline.transport.protocol import AnyMessage, Prepared
+from pipeline.transport.tcp import Channel
 
 T = TypeVar("T")
 
@@ -56,9 +58,13 @@ class CancelAt(trio.abc.Instrument):
         return results
 
 
+#: awaits something in a moment of a recipe
+Moment = Callable[[Callable[[], Awaitable[object]]], AbstractContextManager[None]]
+
+
 @contextmanager
-def before_the_end(act: Callable[[], Awaitable[object]]) -> Iterator[None]:
-    """`act` is awaited when all that is left to do is to end the tree here."""
+def stored(act: Callable[[], Awaitable[object]]) -> Iterator[None]:
+    """`act` is awaited when all that is left for a dump to do is to end the tree."""
     original = Standstill.let_go_of_files
 
     async def also(still: Standstill) -> None:
@@ -70,14 +76,30 @@ def before_the_end(act: Callable[[], Awaitable[object]]) -> Iterator[None]:
         yield
 
 
-def cancelled_at(step: int, recipe: Callable[[], Awaitable[T]]) -> list[T]:
-    """What a recipe returned that is cancelled at that step behind `before_the_end`, or nothing."""
+@contextmanager
+def prepared(act: Callable[[], Awaitable[object]]) -> Iterator[None]:
+    """`act` is awaited when all that is left for a migration to do is to end the tree here."""
+    original = Channel.hear
+
+    async def also(channel: Channel) -> AnyMessage:
+        message = await original(channel)
+        if isinstance(message, Prepared):
+            await act()
+        return message
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Channel, "hear", also)
+        yield
+
+
+def cancelled_at(step: int, recipe: Callable[[], Awaitable[T]], moment: Moment = stored) -> list[T]:
+    """What a recipe returned that is cancelled at that step behind a moment, or nothing."""
     instrument = CancelAt(step)
 
     async def arm() -> None:
         instrument.is_armed = True
 
-    with before_the_end(arm):
+    with moment(arm):
         return instrument.run(recipe)
 
 
@@ -88,6 +110,8 @@ async def _ask() -> None:
 
 async def _interrupt() -> None:
     os.kill(os.getpid(), signal.SIGINT)
+    with trio.CancelScope(shield=True):
+        await trio.sleep(0.1)  # until it is heard
 
 
 @contextmanager
@@ -108,11 +132,11 @@ def _main(when: str, pid: str, to: str, secret: str, mode: Any) -> None:
     arguments, options = (int(pid), to), {"secret_file": secret, "mode": mode}
     done: object = None
     if when.isdigit():
-        done = cancelled_at(int(when), lambda: pipeline.migrate(*arguments, **options))
+        done = cancelled_at(int(when), lambda: pipeline.migrate(*arguments, **options), prepared)
     else:
         moments = {
-            "asked": before_the_end(_ask),
-            "before": before_the_end(_interrupt),
+            "asked": prepared(_ask),
+            "before": prepared(_interrupt),
             "behind": _interrupted_behind_the_end(),
         }
         with suppress(KeyboardInterrupt), moments[when]:

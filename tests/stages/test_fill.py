@@ -20,21 +20,24 @@ from pipeline.stages.places import FilePlace, Place
 from pipeline.transport.buffers import BufferPool, LeasedRun
 
 PAGE = 4096
+#: what is written in a thread
+LARGE = 256 << 10
 COUNT = 3
 
 
 class Stream:
-    """`COUNT` runs of a page each, of space 1; `read` is set when the second one is read."""
+    """`COUNT` runs of `size` bytes each, of space 1; `read` is set when the second one is read."""
 
-    def __init__(self) -> None:
-        self.pool = BufferPool(2, PAGE)
+    def __init__(self, size: int = LARGE) -> None:
+        self.size = size
+        self.pool = BufferPool(2, size)
         self.read = threading.Event()
         self.is_whole = True
 
     async def run(self, number: int) -> LeasedRun:
         lease = await self.pool.lease()
         try:
-            lease.view[:] = bytes([number]) * PAGE
+            lease.view[:] = bytes([number]) * self.size
             self.is_whole = False
             for _ in range(10):
                 await trio.lowlevel.checkpoint()
@@ -42,7 +45,7 @@ class Stream:
         except BaseException:
             lease.release()
             raise
-        return LeasedRun(PageRun(1, ((number * PAGE, PAGE),), lease.view), lease)
+        return LeasedRun(PageRun(1, ((number * self.size, self.size),), lease.view), lease)
 
     async def rest(self) -> AsyncIterator[LeasedRun]:
         for number in range(1, COUNT):
@@ -74,13 +77,14 @@ async def test_the_next_pages_are_read_while_pages_are_written(
     with (tmp_path / "memory").open("wb") as file:
         await feed.fill(1, FilePlace(file.fileno()))
         await feed.expect_end()
-    assert (tmp_path / "memory").read_bytes() == b"".join(bytes([n]) * PAGE for n in range(COUNT))
-    assert feed.bytes_done == COUNT * PAGE
+    assert (tmp_path / "memory").read_bytes() == b"".join(bytes([n]) * LARGE for n in range(COUNT))
+    assert feed.bytes_done == COUNT * LARGE
     assert await stream.is_idle()
 
 
-async def test_pages_that_cannot_be_written_leave_the_stream_at_a_border(tmp_path: Path) -> None:
-    stream = Stream()
+@pytest.mark.parametrize("size", [PAGE, LARGE])
+async def test_pages_that_cannot_be_written_leave_the_stream_at_a_border(tmp_path: Path, size: int) -> None:
+    stream = Stream(size)
     feed = PageFeed(await stream.run(0), stream.rest(), NullProgress())
     (tmp_path / "memory").touch()
     fd = os.open(tmp_path / "memory", os.O_RDONLY)

@@ -23,7 +23,7 @@ if child == 0:
     os._exit(7)
 assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
 threading.Timer(1, os.kill, (child, signal.SIGKILL)).start()
-print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 os._exit(0)
 """
 

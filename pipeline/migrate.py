@@ -89,6 +89,7 @@ async def greet(channel: Channel) -> Hello:
     hello = await channel.hear()
     if not isinstance(hello, Hello):
         raise PeerError(f"{channel.peer} does not greet")
+    protocol.require_version(hello, channel.peer)
     if hello.machine != arch.MACHINE:
         raise PeerError(f"{channel.peer} is a {hello.machine}; this tree needs {arch.MACHINE}")
     return hello

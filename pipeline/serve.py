@@ -174,9 +174,10 @@ class _Server:
     async def handle(self, channel: Channel) -> None:
         """One connection: a migration, or the decision about an earlier one."""
         hello = await channel.hear()
-        if not isinstance(hello, Hello) or hello.version != protocol.VERSION:
-            raise PeerError(f"{channel.peer} speaks another protocol")
+        if not isinstance(hello, Hello):
+            raise PeerError(f"{channel.peer} does not greet")
         await channel.say(Hello(protocol.VERSION, arch.MACHINE, os.uname().release))
+        protocol.require_version(hello, channel.peer)
         match await channel.hear():
             case Offer() as offer:
                 await self._receive(channel, offer)

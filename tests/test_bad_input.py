@@ -20,6 +20,7 @@ import pytest
 
 from pipeline.image.codec import unpack
 from pipeline.image.frames import HEAD, Kind, decode_head, encode
+from pipeline.transport import protocol
 from tests.harness.carry import unharmed
 from tests.harness.settings import CONTAINER_2, DEPTH_1, Setting
 from tests.harness.tree import ROOT, Tree, dump, engine, family_of, has_kernel_threads, reap, restore, said
@@ -449,6 +450,43 @@ def test_migrate_with_the_wrong_secret(start: Start, secret: Path, tmp_path: Pat
         with unharmed(tree):
             assert_refused(migrate(tree, port, other), 1)
         assert process.poll() is None, "a stranger must not end the server"
+
+
+_OLDER = """
+import sys
+from pipeline.cli.main import main
+from pipeline.transport import protocol
+protocol.VERSION -= 1
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_migrate_from_another_version(start: Start, secret: Path) -> None:
+    tree = start("quiet")
+    with served(secret) as (server, port), unharmed(tree):
+        command = [
+            "migrate",
+            "--pid",
+            str(tree.pid),
+            "--to",
+            f"127.0.0.1:{port}",
+            "--secret-file",
+            str(secret),
+        ]
+        done = subprocess.run(
+            [sys.executable, "-c", _OLDER, *command],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert_refused(
+            done, 1, f"version {protocol.VERSION} of the protocol", "the same version of the pipeline"
+        )
+        server.terminate()
+        _, err = server.communicate()
+        assert f"speaks version {protocol.VERSION - 1} of the protocol" in err
 
 
 def test_migrate_to_a_destination_that_is_killed(start: Start, secret: Path) -> None:

@@ -222,6 +222,15 @@ DESTINATION_SAYS: dict[tuple[State, type[Message]], State] = {
 }
 
 
+def require_version(hello: Hello, peer: str) -> None:
+    """Raise PeerError if the other side speaks another version."""
+    if hello.version != VERSION:
+        raise PeerError(
+            f"{peer} speaks version {hello.version} of the protocol, and this side version {VERSION}: "
+            "use the same version of the pipeline on both"
+        )
+
+
 class Conversation:
     """Where two sides are with each other, seen from either of them.
 

@@ -21,12 +21,11 @@ from typing import Literal
 
 import msgspec
 import trio
-from msgspec.structs import replace
 
 from pipeline.errors import PipelineError
 from pipeline.ids import HostPid
 from pipeline.image.codec import Image, image_of
-from pipeline.image.schema import Absent, AddressSpace, Record
+from pipeline.image.schema import Absent, Record
 from pipeline.kernel.pagemap import Range
 from pipeline.policy import DumpPolicy
 from pipeline.progress import Progress, Round
@@ -254,17 +253,10 @@ class LiveSource:
             if (lacking := await self._lacking(now, still)) is not None:
                 return await self._send_lacking(now, len(still.records), *lacking, lasting)
             await self._tracer.run(still.plan_anew)
-        records: Sequence[Record] = list(still.translated())
+        records = list(still.translated())
         await self._channel.say(Begin("whole"))
         sources, lent = split(image_of(records), still.sources, lasting)
-        later = {one.space: list(one.runs) for one in lent}
-        records = [
-            replace(record, later=later[record.space])
-            if isinstance(record, AddressSpace) and record.space in later
-            else record
-            for record in records
-        ]
-        await self._send(records, sources)
+        await self._send([*records, *_absent({}, lent)], sources)
         return lent
 
     async def _send_records(self, still: Standstill) -> Image:
@@ -290,12 +282,7 @@ class LiveSource:
     ) -> list[Lent]:
         """Send what is left of the tree, of which `before` records are sent; returns what comes later."""
         sources, lent = split(now, sources, lasting)
-        later = {one.space: list(one.runs) for one in lent}
-        absent = [
-            Absent(space=space, dropped=dropped.get(space, []), later=later.get(space, []))
-            for space in now.spaces
-            if dropped.get(space) or later.get(space)
-        ]
+        absent = _absent(dropped, lent)
         await self._channel.say(Begin("rest", len(absent)))
         await self._send(absent, sources, before)
         return lent
@@ -324,3 +311,13 @@ class LiveSource:
     def close(self) -> None:
         """Let go; idempotent."""
         self.memory.close()
+
+
+def _absent(dropped: Mapping[int, list[Range]], lent: Sequence[Lent]) -> list[Absent]:
+    """What is to be said of address spaces beyond their records, by their numbers."""
+    later = {one.space: list(one.runs) for one in lent}
+    return [
+        Absent(space=space, dropped=dropped.get(space, []), later=later.get(space, []))
+        for space in sorted(dropped.keys() | later.keys())
+        if dropped.get(space) or later.get(space)
+    ]

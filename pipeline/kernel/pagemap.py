@@ -458,7 +458,7 @@ def intersect(one: Sequence[Range], other: Sequence[Range]) -> list[Range]:
         while high <= start:
             low, high = next(rest)
         while low < end:
-            first = max(low, start)
+            first = start if start > low else low  # noqa: FURB136 (a call: twice as long in all)
             if first != reached:
                 if begun >= 0:
                     found.append((begun, reached))

@@ -37,7 +37,6 @@ from pipeline.resources.memory.pages import (
 from pipeline.transport.buffers import BufferPool, Lease
 from pipeline.transport.handover import worked
 
-#: bytes of one page run, and how many of them may be on their way at once
 #: chunks of shared memory that are looked at in one go for one that has changed; some 10 ms
 _LOOKED_AT = 64
 

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -31,7 +31,13 @@ _DEADLINE_S = 40.0
 
 @contextmanager
 def migrating(
-    source: Host, tree: Tree, secret: Path, address: str, directory: Path, *options: str
+    source: Host,
+    tree: Tree,
+    secret: Path,
+    address: str,
+    directory: Path,
+    *options: str,
+    tool: Sequence[str] = ("-m", "pipeline"),
 ) -> Iterator[Running]:
     events = directory / "events"
     command = [
@@ -40,7 +46,7 @@ def migrating(
         *options,
     ]
     process = subprocess.Popen(
-        source.command(sys.executable, "-m", "pipeline", *command),
+        source.command(sys.executable, *tool, *command),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -292,6 +298,35 @@ def test_what_is_left_after_the_rounds_comes_later(
         server.has_served()
     assert figures["dirty-sync-count"] >= 1
     assert figures["postcopy-bytes"] > 0
+    assert_whole(tree, destination, family)
+
+
+#: what has changed of a tree cannot be told in the end: it is sent whole
+_LOST = """
+import sys
+from pipeline.cli.main import main
+from pipeline.resources.memory.tracking import TrackingLost
+from pipeline.stages.live_memory import LiveMemory
+
+def finish(*_):
+    raise TrackingLost("nobody knows")
+
+LiveMemory.finish = finish
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("setting", [DEPTH_0, DEPTH_1, DEPTH_2], ids=lambda setting: setting.name)
+def test_pages_of_a_tree_that_is_sent_whole_come_later_too(
+    hosts: tuple[Host, Host], secret: Path, start_on: Callable[..., Tree], tmp_path: Path, setting: Setting
+) -> None:
+    source, destination = hosts
+    tree = start_on(source, "anonymous", setting)
+    family = tree.pids()
+    with serving(destination, secret, "--once") as server:
+        with migrating(source, tree, secret, server.address, tmp_path, tool=("-c", _LOST)) as migration:
+            assert migration.ends_well()["postcopy-bytes"] > 0
+        server.has_served()
     assert_whole(tree, destination, family)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import object_store
+from tests.harness import huge_pages, object_store
 from tests.harness.hosts import Host, two_hosts, write_secret
 from tests.harness.leaks import Inventory, become_subreaper
 from tests.harness.settings import DEPTH_0, Setting
@@ -109,6 +109,7 @@ def start(nothing_left_behind: None, workshop: Workshop) -> Iterator[Callable[..
     with ExitStack() as stack:
 
         def start(program: str, setting: Setting = DEPTH_0, arguments: Sequence[str] = ()) -> Tree:
+            huge_pages.skip_without(program, arguments)
             tree = Tree.start(workshop, program, setting, arguments)
             stack.callback(tree.kill)
             return tree
@@ -140,6 +141,7 @@ def start_on(nothing_left_behind: None, workshop: Workshop) -> Iterator[Callable
         def start_on(
             host: Host, program: str, setting: Setting = DEPTH_0, arguments: Sequence[str] = ()
         ) -> Tree:
+            huge_pages.skip_without(program, arguments)
             tree = host.start(workshop, program, setting, 5000, arguments)
             stack.callback(tree.kill)
             return tree

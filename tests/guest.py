@@ -33,6 +33,8 @@ TOOLS = ("qemu-system-x86_64", "cpio", "depmod", "modprobe", BUSYBOX)
 #: what it takes to mount the root of the guest
 MODULES = ("virtio_pci", "virtiofs", "overlay", "virtio-rng")
 SIZE = "6G"
+#: of hugetlbfs, of 2 MiB
+HUGE_PAGES = 340
 _WAIT_S = 10.0
 
 #: the guest has its own
@@ -65,6 +67,7 @@ mkdir -p /lib/modules && mount --bind {modules} /lib/modules
 ip link set lo up
 # of a program's memory only what it asks for: pages that a huge one brings along are compared, too
 echo madvise > /sys/kernel/mm/transparent_hugepage/enabled
+echo {huge_pages} > /proc/sys/vm/nr_hugepages
 cd {directory}
 echo "$(uname -r), $(nproc) processors" > /dev/console
 setsid env {environment} {command} < /dev/null > /run/guest/output 2>&1
@@ -176,6 +179,7 @@ def run(kernel: Path, command: list[str]) -> int:
         }
         (work / "guest/start").write_text(
             START.format(
+                huge_pages=HUGE_PAGES,
                 modules=shlex.quote(str(kernel / "lib/modules")),
                 directory=shlex.quote(os.getcwd()),
                 environment=shlex.join(f"{name}={value}" for name, value in environment.items()),

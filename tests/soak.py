@@ -22,14 +22,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.soak", description=__doc__)
     parser.add_argument("--times", type=int, default=200, help="migrations in each mode")
     parser.add_argument("--mode", choices=MODES, action="append", help="all, if none is given")
+    parser.add_argument(
+        "--huge", action="store_true", help="most of its memory consists of huge pages of hugetlbfs"
+    )
     arguments = parser.parse_args()
+    options = ("forks", "huge") if arguments.huge else ("forks",)
     workshop = Workshop()
     with ExitStack() as stack:
         stack.callback(workshop.remove)
         source, destination = stack.enter_context(two_hosts())
         secret = write_secret(workshop.path / "secret")
         for mode in arguments.mode or MODES:
-            tree = source.start(workshop, "rewriting", DEPTH_2, 5000, ("forks",))
+            tree = source.start(workshop, "rewriting", DEPTH_2, 5000, options)
             try:
                 begin, longest_ms = time.monotonic(), 0.0
                 for number in range(1, arguments.times + 1):

@@ -75,7 +75,7 @@ def test_state_is_carried_live(
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("arguments", [(), ("forks",)], ids=["alone", "forks"])
+@pytest.mark.parametrize("arguments", [(), ("forks",), ("huge",)], ids=["alone", "forks", "huge"])
 def test_no_page_is_ever_wrong(
     hosts: tuple[Host, Host],
     secret: Path,

@@ -249,6 +249,7 @@ class SharedMemory(Record, frozen=True, kw_only=True, tag="shm"):
     mode: U32 = 0o777
     uid: Id | None = None
     gid: Id | None = None
+    #: bytes of a page where it consists of huge pages of hugetlbfs
     hugetlb: U32 = 0
     #: memfd only: how the restorer opens it for mappings
     exec_sealed: bool = False

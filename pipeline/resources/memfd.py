@@ -5,8 +5,8 @@ position and flags. The memory itself is a `SharedMemory` of the image, the same
 that mappings of it refer to; the engine makes and fills it and applies the seals last.
 Here it is opened again, once per open file description.
 
-Not preserved: nothing that a program can see but the inode number. Refused: huge
-pages, a memfd that a process outside the tree holds too. Source: memfd_create(2).
+Not preserved: nothing that a program can see but the inode number. Refused: a memfd
+that a process outside the tree holds too. Source: memfd_create(2).
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from collections.abc import Iterator, Sequence
 from pipeline.errors import Blocker, RebuildError
 from pipeline.ids import LocalFd
 from pipeline.image.schema import Index, OpenFile, Record
+from pipeline.kernel import hugetlb
 from pipeline.resources import locks, outside
 from pipeline.resources.kinds import CaptureScope, CreateScope, FdView
 from pipeline.resources.locks import Lock
-from pipeline.resources.paths import DELETED, Magic, describe, filesystem, open_again, seek
+from pipeline.resources.paths import DELETED, describe, open_again, seek
 
 _PREFIX = b"/memfd:"
 
@@ -52,7 +53,7 @@ def is_memfd(view: FdView) -> bool:
         return False
     if view.flags & os.O_PATH or view.stat.st_nlink:
         return False
-    return view.stat.st_dev == _memfd_device() or filesystem(view.local) == Magic.HUGETLBFS
+    return view.stat.st_dev == _memfd_device() or view.stat.st_dev in hugetlb.devices()
 
 
 class Memfd:
@@ -62,11 +63,12 @@ class Memfd:
     record: type[MemfdState] = MemfdState
     carried: Sequence[str] = (
         "name, bytes, size, seals, mode, access mode, position; shared with its mappings",
-        "locks",
+        "locks; huge pages",
     )
-    refused: Sequence[str] = ("huge pages", "a memfd shared with a process outside the tree")
+    refused: Sequence[str] = ("a memfd shared with a process outside the tree",)
     shown_by: Sequence[str] = (
         "programs/sharing.py",
+        "programs/huge_pages.py",
         "resources/test_places.py",
     )
 
@@ -75,11 +77,7 @@ class Memfd:
         return is_memfd(view)
 
     def check(self, view: FdView, scope: CaptureScope) -> Iterator[Blocker]:
-        """Small pages, and nobody else."""
-        if filesystem(view.local) == Magic.HUGETLBFS:
-            yield Blocker(
-                view.subject, "a memfd of huge pages (MFD_HUGETLB) is not carried", "use small pages"
-            )
+        """Nobody else has it."""
         yield from outside.blockers(view, outside.same_link(view, scope), "the memfd is held by")
         yield from locks.check(view, scope)
 

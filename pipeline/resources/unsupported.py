@@ -105,7 +105,10 @@ def _reason(view: FdView) -> tuple[str, str]:
     if magic == Magic.SECRETMEM:
         return "secret memory cannot be read from outside", "use memfd_create instead"
     if magic == Magic.HUGETLBFS:
-        return "files of hugetlbfs are not carried", "use small pages"
+        return (
+            "files of hugetlbfs are not carried",
+            "use huge pages without a file (MAP_ANONYMOUS, or a memfd)",
+        )
     return "this kind of open file is not known", "close it"
 
 

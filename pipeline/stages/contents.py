@@ -6,6 +6,7 @@ and handed to mappings and descriptors. Each is one local descriptor, owned here
 * MAP_SHARED|MAP_ANONYMOUS memory is mapped once by the launcher and then held through
   /proc/PID/map_files, so that it keeps its kind and name. Who may not open map_files
   (a plain user) gets a memfd instead: same behaviour, another name in /proc/PID/maps.
+* Huge pages of hugetlbfs are made by the same calls; no page of them is taken before it is filled.
 * Seals that forbid writing are put on when the pages are in: F_SEAL_WRITE before
   anything maps the memory (it was sealed before its mappings were made, else the
   kernel had refused it), F_SEAL_FUTURE_WRITE and F_SEAL_SEAL after.
@@ -25,9 +26,11 @@ from pipeline.errors import RebuildError
 from pipeline.ids import LocalFd
 from pipeline.image.codec import Image
 from pipeline.image.schema import Content, Id, SharedMemory
+from pipeline.kernel import hugetlb
 from pipeline.kernel.arch.x86_64 import NR
 from pipeline.ledger import LEDGER
 from pipeline.remote.puppet import Puppet
+from pipeline.stages.places import FilePlace, HugeFilePlace, Place
 
 _F_ADD_SEALS = 1033
 _F_SEAL_SEAL = 0x1
@@ -46,6 +49,7 @@ class Contents:
         self._read_only: dict[int, LocalFd] = {}
         self._seals: dict[int, int] = {}
         self._sizes: dict[int, int] = {}
+        self._huge_page_bytes: dict[int, int] = {}
         self._sealed: set[int] = set()
 
     def make(
@@ -62,6 +66,8 @@ class Contents:
                 continue
             fd = self._make_shared(shared, launcher)
             self._keep(shared.space, fd, shared.size_bytes)
+            if shared.hugetlb:
+                self._huge_page_bytes[shared.space] = shared.hugetlb
             if shared.kind == "memfd" and shared.uid is not None and shared.gid is not None:
                 _give(fd, uid(shared.uid), gid(shared.gid))
         for content in image.contents.values():
@@ -92,7 +98,14 @@ class Contents:
             except PermissionError:
                 pass
         name = shared.name[:_MEMFD_NAME_BYTES] if shared.kind == "memfd" else b"dev-zero"
-        fd = LocalFd(os.memfd_create(os.fsdecode(name), os.MFD_CLOEXEC | _MFD_ALLOW_SEALING))
+        flags = os.MFD_CLOEXEC | _MFD_ALLOW_SEALING
+        if shared.hugetlb:
+            flags |= hugetlb.memfd_flags(shared.hugetlb)
+        try:
+            fd = LocalFd(os.memfd_create(os.fsdecode(name), flags))
+        except OSError as error:
+            of = f" of huge pages of {shared.hugetlb // 1024} kB" if shared.hugetlb else ""
+            raise RebuildError(f"a memfd{of} cannot be made here: {error.strerror}") from error
         try:
             os.ftruncate(fd, shared.size_bytes)
             if shared.kind == "memfd":
@@ -106,7 +119,10 @@ class Contents:
     @staticmethod
     def _anonymous(shared: SharedMemory, launcher: Puppet) -> LocalFd:
         size = shared.size_bytes
-        address = launcher.syscall(NR.mmap, 0, size, 3, _MAP_SHARED_ANONYMOUS_NORESERVE, -1, 0)
+        flags = _MAP_SHARED_ANONYMOUS_NORESERVE
+        if shared.hugetlb:
+            flags |= hugetlb.mapping_flags(shared.hugetlb)
+        address = launcher.syscall(NR.mmap, 0, size, 3, flags, -1, 0)
         try:
             return LocalFd(
                 os.open(
@@ -138,6 +154,12 @@ class Contents:
             LEDGER.take("content", fd)
             self._read_only[space] = fd
         return self._read_only[space]
+
+    def place(self, space: int) -> Place:
+        """Where the pages of `space` are written."""
+        if space in self._huge_page_bytes:
+            return HugeFilePlace(self.fd(space), self._huge_page_bytes[space])
+        return FilePlace(self.fd(space))
 
     def __contains__(self, space: int) -> bool:
         return space in self._fds

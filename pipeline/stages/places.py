@@ -11,8 +11,12 @@ As long as pages are put in the first way, the others fail at those that are mis
 
 from __future__ import annotations
 
+import ctypes
+import errno
+import mmap
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 from pipeline.ids import HostPid
@@ -56,6 +60,47 @@ class FilePlace:
 
     def zero(self, start: int, length: int) -> None:
         _zero_through(self._fd, start, length)
+
+
+class HugeFilePlace:
+    """A file of huge pages of hugetlbfs, which can be written only through a mapping. See `Place`.
+
+    Args:
+        fd: it stays the caller's.
+        page_bytes: of a huge page.
+    """
+
+    def __init__(self, fd: int, page_bytes: int) -> None:
+        self._fd = fd
+        self._page_bytes = page_bytes
+
+    def write(self, segments: Sequence[Segment], content: memoryview) -> None:
+        """See `Place`; ENOMEM: the pool has no pages."""
+        if content.readonly:
+            content = memoryview(bytearray(content))
+        for offset, at, length in _parts(segments):
+            with self._window(offset, length) as address:
+                # another process may write here, so may we; and are told where an assignment would end us
+                if process_vm_writev(HostPid(os.getpid()), [(address, at, length)], content) < length:
+                    raise OSError(errno.ENOMEM, "a huge page could not be had")
+
+    def zero(self, start: int, length: int) -> None:
+        room = memoryview(bytearray(min(length, _LOOK_BYTES)))
+        for offset in range(start, start + length, len(room)):
+            part = room[: min(len(room), start + length - offset)]
+            count = os.preadv(self._fd, [part], offset)  # a hole takes no page by this
+            zero = set(zero_pages(part[:count]))
+            for page in range(count // PAGE_BYTES):
+                if page not in zero:
+                    self.write([(offset + page * PAGE_BYTES, PAGE_BYTES)], memoryview(_ZERO_PAGE))
+
+    @contextmanager
+    def _window(self, offset: int, length: int) -> Iterator[int]:
+        """The address here of a part of the file; the pages that it needs are reserved as it is mapped."""
+        first = offset - offset % self._page_bytes
+        size = -(-(offset + length - first) // self._page_bytes) * self._page_bytes
+        with mmap.mmap(self._fd, size, offset=first) as mapped:
+            yield ctypes.addressof(ctypes.c_char.from_buffer(mapped)) + offset - first
 
 
 class MemoryPlace:

@@ -36,6 +36,7 @@ from pipeline.remote.puppet import Puppet, spawn_launcher
 from pipeline.remote.tracer import Tracer
 from pipeline.resources.cgroups.making import CgroupMaking
 from pipeline.resources.given_ends import GivenEnds
+from pipeline.resources.memory import huge_pages
 from pipeline.resources.memory.fresh import Fresh, fresh
 from pipeline.resources.memory.rebuild import find_hole
 from pipeline.resources.memory.watch import ENTRY, watch
@@ -54,7 +55,7 @@ from pipeline.stages.fill import Feed
 from pipeline.stages.growth import Grown, Growth
 from pipeline.stages.late import Late
 from pipeline.stages.pager import Watched
-from pipeline.stages.places import FilePlace, MemoryPlace, Place
+from pipeline.stages.places import MemoryPlace, Place
 from pipeline.userns.destination import Destination, Unmapped
 from pipeline.userns.externals import FLAGS, Externals, given_devices, given_namespaces, opened
 
@@ -156,6 +157,8 @@ class Rebuilding:
         blockers = list(check_here(list(image.processes.values())))
         if blockers:
             raise RebuildError("this host cannot take the tree: " + "; ".join(map(str, blockers)))
+        if lacking := list(huge_pages.lacking(image)):
+            raise Refused(lacking)
         hole = find_hole([space.vmas for space in image.spaces.values()], memory_layout.HOLE_BYTES)
         self._launcher = spawn_launcher(hole, self._channel_fd(), self._reserved_pids())
         self._stack.callback(self._end_launcher)
@@ -381,7 +384,7 @@ class Rebuilding:
             RebuildError: there is no such space.
         """
         if space in self.contents:
-            return FilePlace(self.contents.fd(space))
+            return self.contents.place(space)
         if space not in self._image.spaces:
             raise RebuildError(f"pages of space {space}, which nothing in the tree has")
         return self._memory(space)
@@ -669,7 +672,7 @@ async def grown(
     try:
         await tracer.run(rebuilding.prepare)
         for space in [*image.shared_memory, *image.contents]:
-            await feed.fill(space, FilePlace(rebuilding.contents.fd(space)))
+            await feed.fill(space, rebuilding.contents.place(space))
             await tracer.run(rebuilding.contents.finish_fill, space)
         rebuilding.contents.seal_early()
         await tracer.run(rebuilding.furnish)
@@ -690,7 +693,7 @@ async def bring_up_to_date(
     """
     try:
         for space in [*image.shared_memory, *image.contents]:
-            await feed.fill(space, FilePlace(rebuilding.contents.fd(space)))
+            await feed.fill(space, rebuilding.contents.place(space))
             await tracer.run(rebuilding.contents.finish_fill, space)
         filled.set()
         await tracer.run(rebuilding.change)

@@ -34,6 +34,7 @@ STATUS_MAY_DIFFER = {
     "RssAnon": "see VmRSS",
     "RssFile": "see VmRSS",
     "RssShmem": "see VmRSS",
+    "HugetlbPages": "what of shared memory the process itself has touched",
     "VmPTE": "page tables follow the pages",
     "VmSwap": "what the kernel swaps out is its business",
     "SigQ": "counts the signals of all processes of the user",

@@ -1,13 +1,14 @@
 /* Threads that write, drop, move, unmap and map memory without pause, and know what has to be in every page; and a
  * child that still has the pages it was forked with.
  *
- * The first argument after the directory, if any, is "forks": children come and go, too. */
+ * Arguments after the directory: "forks": children come and go, too; "huge": private memory, but what is written slowly,
+ * consists of huge pages of hugetlbfs. */
 #include "support.h"
 
 #include <pthread.h>
 #include <sys/prctl.h>
 
-enum { THREADS = 3, PAGES = 2048, WORDS = 512, PAGE = 4096, CHUNK = 64 };
+enum { THREADS = 3, PAGES = 2048, WORDS = 512, PAGE = 4096, IN_A_HUGE_PAGE = 512 };
 
 struct arena {
     uint64_t *pages;
@@ -23,6 +24,9 @@ static struct arena arenas[ARENAS];
 static const char *volatile wrong;
 static char wrong_text[200];
 static int forks;
+static int huge_flags;
+/* so many pages are dropped, moved, unmapped at once */
+static int chunk_pages = 64;
 /* shared with the child: what it has found wrong */
 static char *witnessed;
 
@@ -74,30 +78,31 @@ static uint64_t *map(void *at, size_t pages, int kind) {
 }
 
 static void forget(struct arena *arena, int first) {
-    memset(arena->written + first, 0, CHUNK * sizeof *arena->written);
+    memset(arena->written + first, 0, chunk_pages * sizeof *arena->written);
 }
 
 static void drop(struct arena *arena, int first) {
-    if (madvise(arena->pages + (size_t)first * WORDS, CHUNK * PAGE, MADV_DONTNEED))
+    if (madvise(arena->pages + (size_t)first * WORDS, chunk_pages * PAGE, MADV_DONTNEED))
         die("madvise");
     forget(arena, first);
 }
 
 static void change_mappings(struct arena *arena) {
-    int first = dice(arena) % (PAGES / CHUNK) * CHUNK;
+    int first = dice(arena) % (PAGES / chunk_pages) * chunk_pages;
     uint64_t *chunk = arena->pages + (size_t)first * WORDS;
+    size_t size = (size_t)chunk_pages * PAGE;
     switch (dice(arena) % 4) {
     case 0:
         drop(arena, first);
         break;
     case 1:
-        if (munmap(chunk, CHUNK * PAGE))
+        if (munmap(chunk, size))
             die("munmap");
-        map(chunk, CHUNK, MAP_PRIVATE);
+        map(chunk, chunk_pages, MAP_PRIVATE | huge_flags);
         forget(arena, first);
         break;
     case 2:
-        if (mprotect(chunk, CHUNK * PAGE, PROT_READ) || mprotect(chunk, CHUNK * PAGE, PROT_READ | PROT_WRITE))
+        if (mprotect(chunk, size, PROT_READ) || mprotect(chunk, size, PROT_READ | PROT_WRITE))
             die("mprotect");
         break;
     case 3: {
@@ -106,8 +111,8 @@ static void change_mappings(struct arena *arena) {
         uint64_t *to = place(arena);
         if (to == arena->pages)
             break;
-        for (int at = 0; at < PAGES; at += CHUNK) {
-            if (mremap(arena->pages + (size_t)at * WORDS, CHUNK * PAGE, CHUNK * PAGE, MREMAP_MAYMOVE | MREMAP_FIXED,
+        for (int at = 0; at < PAGES; at += chunk_pages) {
+            if (mremap(arena->pages + (size_t)at * WORDS, size, size, MREMAP_MAYMOVE | MREMAP_FIXED,
                        to + (size_t)at * WORDS) == MAP_FAILED)
                 die("mremap");
             nap(1);
@@ -148,7 +153,7 @@ static void *work(void *argument) {
         if (is_quick && dice(arena) % 12 == 0)
             change_mappings(arena);
         if (arena == &arenas[SLOW] && dice(arena) % 64 == 0)
-            drop(arena, dice(arena) % (PAGES / CHUNK) * CHUNK);
+            drop(arena, dice(arena) % (PAGES / chunk_pages) * chunk_pages);
         if (forks && is_quick && dice(arena) % 256 == 0)
             bear(arena);
         pthread_mutex_unlock(&arena->lock);
@@ -192,16 +197,26 @@ static void spoil_pages(void) {
     pthread_mutex_unlock(&arenas[0].lock);
 }
 
+static int kind_of(int number) {
+    return number == SHARED ? MAP_SHARED : number == SLOW ? MAP_PRIVATE : MAP_PRIVATE | huge_flags;
+}
+
 int main(int argc, char **argv) {
     static const struct check checks[] = {{"pages", check_pages, spoil_pages}};
     open_directory(argc, argv);
-    forks = argc > 2 && !strcmp(argv[2], "forks");
+    for (int number = 2; number < argc; number++) {
+        forks |= !strcmp(argv[number], "forks");
+        if (!strcmp(argv[number], "huge")) {
+            huge_flags = MAP_HUGETLB | 21 << MAP_HUGE_SHIFT;
+            chunk_pages = IN_A_HUGE_PAGE;
+        }
+    }
     witnessed = mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     for (int number = 0; number < ARENAS; number++) {
         struct arena *arena = &arenas[number];
         arena->state = number + 1;
         pthread_mutex_init(&arena->lock, NULL);
-        arena->pages = map(place(arena), PAGES, number == SHARED ? MAP_SHARED : MAP_PRIVATE);
+        arena->pages = map(place(arena), PAGES, kind_of(number));
         for (int page = 0; page < PAGES; page++)
             put(arena, page);
     }

@@ -582,6 +582,15 @@ def test_epoll_of_a_file_that_nobody_here_has_is_refused() -> None:
 # -- refused --------------------------------------------------------------------------------
 
 
+def file_of_hugetlbfs() -> int:
+    """On a mount of its own."""
+    new_mounts, private_and_below = 0x20000, 0x44000
+    syscall(NR.unshare, new_mounts)
+    syscall(NR.mount, 0, b"/", 0, private_and_below, 0)
+    syscall(NR.mount, b"none", b"/mnt", b"hugetlbfs", 0, 0)
+    return os.open("/mnt/file", os.O_RDWR | os.O_CREAT)
+
+
 @pytest.mark.parametrize(
     ("opening", "words"),
     [
@@ -592,7 +601,7 @@ def test_epoll_of_a_file_that_nobody_here_has_is_refused() -> None:
         ),
         (lambda: syscall(NR.memfd_secret, 0), "secret memory"),
         (lambda: syscall(NR.landlock_create_ruleset, (1).to_bytes(8, "little"), 8, 0), "Landlock"),
-        (lambda: os.memfd_create("huge", os.MFD_HUGETLB), "huge pages"),
+        (file_of_hugetlbfs, "files of hugetlbfs"),
     ],
 )
 def test_what_is_refused_is_refused_by_name(opening: Callable[[], int], words: str) -> None:

@@ -344,8 +344,13 @@ fd = call(447, 0); os.ftruncate(fd, P); address = mmap(1, flags=SHARED, fd=fd)
 attr = bytearray(128); attr[0:8] = (1).to_bytes(4, "little") + (128).to_bytes(4, "little")
 fd = call(298, (ctypes.c_char * 128).from_buffer(attr), 0, -1, -1, 0); address = mmap(2, flags=SHARED, fd=fd)
 """,
-    "huge pages of hugetlbfs": """
-address = mmap(512, flags=PRIVATE | ANON | NORESERVE | 0x40000)
+    "maps a file of hugetlbfs": """
+call(272, 0x20000); call(165, 0, b"/", 0, 0x44000, 0); call(165, b"none", b"/mnt", b"hugetlbfs", 0, 0)
+fd = os.open("/mnt/file", os.O_RDWR | os.O_CREAT)
+address = mmap(512, flags=PRIVATE | NORESERVE, fd=fd)
+""",
+    "a System V segment of huge pages": """
+i = call(29, 0, 512 * P, 0o14600); address = call(30, i, 0, 0); call(31, i, 0, 0)
 """,
 }
 

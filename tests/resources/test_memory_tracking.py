@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.ids import HostPid, LocalFd
-from pipeline.kernel import smaps, soft_dirty
+from pipeline.kernel import hugetlb, smaps, soft_dirty
 from pipeline.kernel.pagemap import (
     PAGE_BYTES,
     Protected,
@@ -37,6 +37,7 @@ from pipeline.resources.memory.tracking import (
 )
 from pipeline.stages import freeze
 from pipeline.stages.asking import inside
+from tests.harness.huge_pages import skip_without_pages
 
 pytestmark = pytest.mark.root
 
@@ -166,7 +167,7 @@ def _tracked(
             assert subject.pages(found.runs) == list(range(PAGES // 2)), (
                 "the first time, all that has content"
             )
-            assert not found.unwatched
+            assert not subject.pages(found.unwatched)
             yield subject, watch
         finally:
             watch.close()
@@ -434,6 +435,57 @@ def test_one_write_into_a_huge_page_is_one_page(tracked: Tracked) -> None:
     with tracked(first=map_huge, write=write_each) as (subject, tracking):
         subject.do("write")
         assert total_bytes(collect(subject, tracking).runs) < 1 << 20
+
+
+def map_of_hugetlbfs(memory: mmap.mmap) -> list[mmap.mmap]:
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | hugetlb.mapping_flags(HUGE_BYTES)
+    return [mmap.mmap(-1, 4 * HUGE_BYTES, flags=flags)]
+
+
+def test_one_write_into_a_page_of_hugetlbfs_is_that_page(tracked: Tracked) -> None:
+    """Or the mapping is said not to be watched."""
+    skip_without_pages(8)
+    made: list[mmap.mmap] = []
+
+    def map_pages(memory: mmap.mmap) -> None:
+        made.extend(map_of_hugetlbfs(memory))
+        for at in range(0, 3 * HUGE_BYTES, HUGE_BYTES):
+            made[0][at] = 1
+
+    def write_one(memory: mmap.mmap) -> None:
+        made[0][HUGE_BYTES + 5 * PAGE_BYTES] = 1
+
+    def write_hole(memory: mmap.mmap) -> None:
+        made[0][3 * HUGE_BYTES] = 1
+
+    with tracked(first=map_pages, one=write_one, hole=write_hole) as (subject, tracking):
+        (start, end) = next((m.start, m.end) for m in smaps.smaps(subject.pid) if "ht" in m.flags)
+        for act, page in (("one", 1), ("hole", 3)):
+            subject.do(act)
+            runs, unwatched = collect(subject, tracking)
+            at = start + page * HUGE_BYTES
+            untouched = intersect(tracking.untouched(), [(start, end)])
+            if isinstance(tracking, WriteProtected):
+                assert intersect(runs, [(start, end)]) == [(at, at + HUGE_BYTES)]
+                assert not unwatched
+                assert total_bytes(untouched) == (3 if act == "one" else 4) * HUGE_BYTES
+            else:
+                assert unwatched == [(start, end)]
+                assert not untouched
+
+
+def test_pages_that_cannot_be_protected_are_said_not_to_be_watched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages of hugetlbfs of more than 2 MiB: not every kernel protects them, and none says so."""
+    skip_without_pages(4)
+    monkeypatch.setattr(tracking, "_PROTECTABLE_BYTES", HUGE_BYTES // 2)
+    made: list[mmap.mmap] = []
+
+    def map_pages(memory: mmap.mmap) -> None:
+        made.extend(map_of_hugetlbfs(memory))
+
+    with _tracked(by_write_protection, first=map_pages) as (subject, watch):
+        (start, end) = next((m.start, m.end) for m in smaps.smaps(subject.pid) if "ht" in m.flags)
+        assert collect(subject, watch).unwatched == [(start, end)]
 
 
 def test_who_looks_at_its_own_bits_is_left_alone() -> None:

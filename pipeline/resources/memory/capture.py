@@ -25,6 +25,7 @@ from pipeline.errors import Blocker
 from pipeline.ids import HostPid, RemoteAddress
 from pipeline.image.schema import AddressSpace, AioRing, Index, Vma
 from pipeline.kernel import procfs, smaps
+from pipeline.kernel.hugetlb import MAP_HUGETLB
 from pipeline.kernel.pagemap import Populated, Range, intersect, open_pagemap, populated
 from pipeline.kernel.smaps import Mapping
 from pipeline.resources.memory import aio
@@ -237,7 +238,8 @@ def _records(found: Sequence[tuple[Mapping, Shape, Index | None]], guards: Seque
             kind=shape.kind,
             prot=mapping.prot,
             flags=shape.flags,
-            offset=mapping.offset if backing is not None else 0,
+            # huge pages without a path lie in a file of their own, which maps shows
+            offset=mapping.offset if backing is not None or shape.flags & MAP_HUGETLB else 0,
             backing=backing,
             name=shape.name,
             advice=shape.advice,

@@ -17,6 +17,7 @@ from typing import Literal
 import msgspec
 
 from pipeline.image.schema import VmaKind
+from pipeline.kernel import hugetlb
 from pipeline.kernel.smaps import Mapping
 from pipeline.resources.memory.scope import CannotCarry
 from pipeline.resources.support import Support
@@ -43,6 +44,8 @@ ADVICE = {
     "dd": 16,  # MADV_DONTDUMP
     "wf": 18,  # MADV_WIPEONFORK
 }
+#: what huge pages of the kernel's own file systems set by themselves
+_HUGE_BRINGS = frozenset({"ht", "de"})
 #: what MAP_DROPPABLE sets by itself
 _DROPPABLE_BRINGS = {"wf", "dd", "nr"}
 #: flags that are carried, or that follow from what is carried
@@ -50,7 +53,7 @@ _CARRIED = frozenset(
     {"rd", "wr", "ex", "sh", "mr", "mw", "me", "ms", "gd", "lo", "lf", "ac", "nr", "sd", "sl", "dp", "gu"}
 ) | set(ADVICE)
 _REFUSED = {
-    "ht": ("consists of huge pages of hugetlbfs", "use transparent huge pages (madvise MADV_HUGEPAGE)"),
+    "ht": ("maps a file of hugetlbfs", "use huge pages without a file (MAP_ANONYMOUS, or a memfd)"),
     "pf": ("maps device memory or the kernel's own (VM_PFNMAP)", "close the device"),
     "io": ("maps device memory (VM_IO)", "close the device"),
     "mm": ("maps pages of a driver (VM_MIXEDMAP)", "close the device"),
@@ -69,6 +72,7 @@ _SPECIAL: dict[bytes, VmaKind] = {
     b"[vsyscall]": "vsyscall",
 }
 _DELETED = b" (deleted)"
+_NOTHING: frozenset[str] = frozenset()
 #: forks have the same mappings, and a second look at a process finds most of them as they were
 _KEPT_SHAPES = 1 << 14
 _RING = b"/[aio] (deleted)"
@@ -79,11 +83,18 @@ SUPPORT = (
         carried=(
             "private pages, shared copy-on-write with the parent where they were; heap, growing stacks, names",
             "shared memory (MAP_SHARED, memfd, System V) with holes; guard regions, droppable memory",
+            "huge pages of hugetlbfs without a file: private, shared, memfd",
         ),
         refused=(
-            "huge pages of hugetlbfs; secret memory; memory of drivers; a policy for NUMA nodes, of several",
+            "files of hugetlbfs, System V segments of huge pages; secret memory; memory of drivers",
+            "a policy for NUMA nodes, of several",
         ),
-        shown_by=("programs/mappings.py", "programs/sharing.py", "programs/sysv.py"),
+        shown_by=(
+            "programs/mappings.py",
+            "programs/sharing.py",
+            "programs/sysv.py",
+            "programs/huge_pages.py",
+        ),
     ),
     Support(
         kind="mapped files",
@@ -153,12 +164,13 @@ def classify(mapping: Mapping, ignored: frozenset[str] = frozenset()) -> Shape:
     special = _SPECIAL.get(mapping.name) if mapping.inode == 0 else None
     if special is not None:
         return Shape(special, "none", MAP_PRIVATE, [], "", False)
+    huge_page_bytes = hugetlb.devices().get(mapping.device, 0)
     if is_ring(mapping):
         kind, backing, name = "aio", "none", b""
         _refuse_flags(mapping.flags - ignored - {"de"})
     else:
         kind, backing, name = _behind(mapping)
-        _refuse_flags(mapping.flags - ignored)
+        _refuse_flags(mapping.flags - ignored - (_HUGE_BRINGS if huge_page_bytes else _NOTHING))
     if mapping.pkey:
         raise CannotCarry(f"is under memory protection key {mapping.pkey}", "free the key (pkey_free)")
     flags = MAP_SHARED if mapping.shared else MAP_PRIVATE
@@ -169,6 +181,8 @@ def classify(mapping: Mapping, ignored: frozenset[str] = frozenset()) -> Shape:
         flags |= MAP_GROWSDOWN
     if "nr" in mapping.flags and "nr" not in implied:
         flags |= MAP_NORESERVE
+    if huge_page_bytes:
+        flags |= hugetlb.mapping_flags(huge_page_bytes)
     return Shape(
         kind=kind,
         backing=backing,
@@ -212,6 +226,8 @@ def _behind(mapping: Mapping) -> tuple[VmaKind, Backing, bytes]:
         return "shared", "anon_shared", name[12:-1]
     if mapping.device == kernel_shmem_device():
         return _on_kernel_shmem(name)
+    if mapping.device in hugetlb.devices():
+        return _on_kernel_hugetlbfs(name, mapping.shared)
     _refuse_name(name)
     return "file", "file", b""
 
@@ -223,6 +239,16 @@ def _on_kernel_shmem(name: bytes) -> tuple[VmaKind, Backing, bytes]:
         return "shared", "memfd", b""
     if name.startswith(b"/SYSV"):
         return "sysv", "sysv", b""
+    raise CannotCarry(f"is memory of a kernel driver, {os.fsdecode(name)}", "close the device")
+
+
+def _on_kernel_hugetlbfs(name: bytes, shared: bool) -> tuple[VmaKind, Backing, bytes]:
+    if name == b"/anon_hugepage" + _DELETED:
+        return ("shared", "anon_shared", b"") if shared else ("anon", "none", b"")
+    if name.startswith(b"/memfd:") and name.endswith(_DELETED):
+        return "shared", "memfd", b""
+    if name.startswith(b"/SYSV"):
+        raise CannotCarry("is a System V segment of huge pages", "use huge pages of mmap or of a memfd")
     raise CannotCarry(f"is memory of a kernel driver, {os.fsdecode(name)}", "close the device")
 
 

@@ -21,11 +21,12 @@ from pipeline.image.codec import Image
 from pipeline.image.schema import AddressSpace, Thread, Vma
 from pipeline.kernel.arch import x86_64 as arch
 from pipeline.kernel.arch.x86_64 import NR
+from pipeline.kernel.hugetlb import MAP_HUGETLB
 from pipeline.kernel.pagemap import PAGE_BYTES, Range, merged, subtract
 from pipeline.resources.memory.missing import RangeSet
 
-#: MAP_TYPE, MAP_GROWSDOWN, MAP_HUGETLB: of what is left only MAP_PRIVATE will do (MAP_DROPPABLE is a type, too)
-_TELLING, _MAP_PRIVATE = 0xF | 0x100 | 0x40000, 0x2
+#: MAP_TYPE, MAP_GROWSDOWN: of what is left only MAP_PRIVATE will do (MAP_DROPPABLE is a type, too)
+_TELLING, _MAP_PRIVATE = 0xF | 0x100 | MAP_HUGETLB, 0x2
 _MADV_WIPEONFORK = 18
 #: arg_start and env_end of `AddressSpace.layout`
 _ARG_START, _ENV_END = 7, 10

@@ -29,7 +29,7 @@ import msgspec
 
 from pipeline.ids import HostPid, LocalFd
 from pipeline.image.schema import Index, MappedFile, SharedMemory
-from pipeline.kernel import procfs
+from pipeline.kernel import hugetlb, procfs
 from pipeline.kernel.inside import open_file
 from pipeline.kernel.smaps import Mapping, exact_name
 from pipeline.ledger import LEDGER
@@ -139,7 +139,7 @@ class MemoryObjects:
                 fd = LocalFd(os.open(f"/proc/{pid}/map_files/{mapping.range_name}", _READ))
             except OSError as error:
                 if error.errno == errno.ENXIO:  # what a child of fork(2) has of a ring of asynchronous I/O
-                    self._register_unopened(key)
+                    self._register_unopened(key, mapping)
                 elif not isinstance(error, PermissionError):
                     raise
                 elif backing == "memfd" and mapping.name != _RESTORED_ANON:
@@ -148,7 +148,7 @@ class MemoryObjects:
                         "run the pipeline as root, or keep the memfd open",
                     ) from None
                 else:
-                    self._register_unopened(key)
+                    self._register_unopened(key, mapping)
             else:
                 self._register_open(key, fd, b"" if backing == "anon_shared" else exact_name(pid, mapping))
         shared = self._shared[key]
@@ -158,8 +158,13 @@ class MemoryObjects:
             shared.record = msgspec.structs.replace(shared.record, size_bytes=reach)
         return shared.record.space
 
-    def _register_unopened(self, key: InodeKey) -> None:
-        record = SharedMemory(space=self.scope.space_of(("shared", *key)), kind="anon", size_bytes=0)
+    def _register_unopened(self, key: InodeKey, mapping: Mapping) -> None:
+        record = SharedMemory(
+            space=self.scope.space_of(("shared", *key)),
+            kind="anon",
+            size_bytes=0,
+            hugetlb=hugetlb.devices().get(mapping.device, 0),
+        )
         self._shared[key] = SharedObject(record, None)
 
     def _register_open(self, key: InodeKey, fd: LocalFd, link: bytes) -> None:
@@ -178,6 +183,7 @@ class MemoryObjects:
                 mode=stat.S_IMODE(result.st_mode),
                 uid=self.scope.user(result.st_uid),
                 gid=self.scope.group(result.st_gid),
+                hugetlb=hugetlb.devices().get(result.st_dev, 0),
                 exec_sealed=bool(seals & _F_SEAL_EXEC),
             )
         except BaseException:

@@ -11,6 +11,9 @@ Three steps, because the kernel wants them apart:
 
 Only MADV_HUGEPAGE and MADV_NOHUGEPAGE belong to step 1: they decide how pages are made.
 
+Huge pages of hugetlbfs are the exception to both: nobody may write to them against the permissions of their mapping,
+which are given in step 3 therefore; and they can only be dropped whole.
+
 Not preserved: copy-on-write sharing of locked pages (mlock gives each process its own),
 names of anonymous memory on a kernel without CONFIG_ANON_VMA_NAME.
 
@@ -26,13 +29,15 @@ from typing import NamedTuple
 from pipeline.errors import RebuildError
 from pipeline.ids import RemoteAddress, RemoteFd
 from pipeline.image.schema import AddressSpace, Index, Vma
+from pipeline.kernel import hugetlb
 from pipeline.kernel.arch import x86_64 as arch
 from pipeline.kernel.arch.x86_64 import NR
-from pipeline.kernel.pagemap import PAGE_BYTES, Range, merged, subtract
+from pipeline.kernel.pagemap import PAGE_BYTES, Range, intersect, merged, subtract
 from pipeline.kernel.syscalls import PRCTL
 from pipeline.remote.calls import Call
 from pipeline.resources.memory.alike import HUGE_ADVICE, KERNEL_KINDS, huge_advice, ordinary, overlaps
-from pipeline.resources.memory.classify import MAP_ANONYMOUS, MAP_FIXED_NOREPLACE
+from pipeline.resources.memory.classify import MAP_ANONYMOUS, MAP_FIXED_NOREPLACE, MAP_SHARED
+from pipeline.resources.memory.missing import RangeSet
 from pipeline.resources.namespaces.ipc import Segment
 
 _MADV_DONTNEED = 4
@@ -40,6 +45,7 @@ _MADV_GUARD_INSTALL = 102
 _MLOCK_ONFAULT = 1
 _PR_SET_VMA_ANON_NAME = 0
 _SHM_RDONLY = 0o10000
+_PROT_WRITE = 2
 #: above the page of the puppet program
 _LOWEST = 0x100_0000
 #: a growing stack above a hole needs room (stack_guard_gap is 256 pages)
@@ -111,16 +117,40 @@ def inherit(parent: AddressSpace, child: AddressSpace, fds: Sources, segments: S
             calls += _map(vma, start, end, fds)
         calls += [
             Call(
-                NR.mprotect, (o.start, o.end - o.start, o.child.prot), name=f"mprotect {o.start:x}-{o.end:x}"
+                NR.mprotect,
+                (o.start, o.end - o.start, _prot_while_filled(o.child)),
+                name=f"mprotect {o.start:x}-{o.end:x}",
             )
             for o in alike
-            if o.parent.prot != o.child.prot
+            if _prot_while_filled(o.parent) != _prot_while_filled(o.child)
         ]
     calls += [
         Call(NR.madvise, (start, end - start, _MADV_DONTNEED), name=f"drop {start:x}-{end:x}")
-        for start, end in child.dropped
+        for start, end in _whole_pages(child.vmas, child.dropped)
     ]
     return calls
+
+
+def _prot_while_filled(vma: Vma) -> int:
+    """The permissions of a mapping between steps 1 and 3."""
+    return vma.prot | _PROT_WRITE if _is_private_huge(vma) else vma.prot
+
+
+def _is_private_huge(vma: Vma) -> bool:
+    return bool(hugetlb.page_bytes(vma.flags)) and not vma.flags & MAP_SHARED
+
+
+def _whole_pages(vmas: Sequence[Vma], ranges: Sequence[Range]) -> list[Range]:
+    """Ranges in which nothing is any more, with all of the huge pages of which they are a part."""
+    huge = [vma for vma in vmas if _is_private_huge(vma)]
+    if not huge:
+        return list(ranges)
+    whole = RangeSet(ranges)
+    for vma in huge:
+        size = hugetlb.page_bytes(vma.flags)
+        for start, end in intersect(ranges, [(vma.start, vma.end)]):
+            whole.add(start - start % size, end + -end % size)
+    return list(whole)
 
 
 def missing(parent: AddressSpace, child: AddressSpace) -> list[Source]:
@@ -171,16 +201,18 @@ def _attach(pieces: Sequence[Vma], segments: Segments) -> Iterator[Call]:
 def _map(vma: Vma, start: int, end: int, fds: Sources) -> Iterator[Call]:
     if vma.kind == "sysv":
         return
-    name = f"mmap {start:x}-{end:x}"
+    name = f"mmap {start:x}-{end:x}" + (" of huge pages" if hugetlb.page_bytes(vma.flags) else "")
     source = source_of(vma)
+    prot = _prot_while_filled(vma)
     flags = vma.flags | MAP_FIXED_NOREPLACE
+    # of small anonymous pages it means nothing
+    offset = vma.offset + start - vma.start
     if source is None:
-        yield Call(NR.mmap, (start, end - start, vma.prot, flags | MAP_ANONYMOUS, -1, 0), name=name)
+        yield Call(NR.mmap, (start, end - start, prot, flags | MAP_ANONYMOUS, -1, offset), name=name)
     else:
         if source not in fds:
             raise RebuildError(f"{name}: there is no descriptor of {source.kind} {source.number}")
-        offset = vma.offset + start - vma.start
-        yield Call(NR.mmap, (start, end - start, vma.prot, flags, fds[source], offset), name=name)
+        yield Call(NR.mmap, (start, end - start, prot, flags, fds[source], offset), name=name)
     for advice in huge_advice(vma):
         yield Call(NR.madvise, (start, end - start, advice), name=f"madvise {advice} {start:x}-{end:x}")
 
@@ -203,6 +235,8 @@ def complete(space: AddressSpace) -> list[Call]:
 def _finish(vma: Vma) -> Iterator[Call]:
     start, size = vma.start, vma.end - vma.start
     where = f"{start:x}-{vma.end:x}"
+    if _prot_while_filled(vma) != vma.prot:
+        yield Call(NR.mprotect, (start, size, vma.prot), name=f"mprotect {where}")
     for advice in vma.advice:
         if advice not in HUGE_ADVICE:
             yield Call(NR.madvise, (start, size, advice), name=f"madvise {advice} {where}")

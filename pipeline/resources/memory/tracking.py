@@ -18,7 +18,9 @@ pages behind the page tables: O_DIRECT and asynchronous I/O pin pages, and what 
 (the kernel has no pin in mind when it write-protects). Whoever uses the answers sends such memory once more, whole,
 when the tree stands still.
 
-Shared memory is not tracked: it can be written by whoever has it open.
+Shared memory is not tracked: it can be written by whoever has it open. Nor are huge pages of hugetlbfs, but those of 2
+MiB by userfaultfd: kernels before "use huge_page_size() in pagemap_scan_hugetlb_entry()" (2026) protect no larger
+ones, and do not say so; and none has a soft-dirty bit.
 
 Source: Documentation/admin-guide/mm/pagemap.rst, mm/userfaultfd.c, fs/proc/task_mmu.c (make_uffd_wp_pte).
 """
@@ -32,13 +34,16 @@ from contextlib import suppress
 from typing import NamedTuple
 
 from pipeline.ids import HostPid, LocalFd
-from pipeline.kernel import procfs, smaps, soft_dirty, userfaultfd
+from pipeline.kernel import hugetlb, procfs, smaps, soft_dirty, userfaultfd
 from pipeline.kernel.pagemap import PAGE_BYTES, Range, intersect, merged, open_pagemap, populated, written
 from pipeline.kernel.smaps import Mapping
 from pipeline.ledger import LEDGER
 
 #: the kernel's own mappings have no pages that are carried
 _KERNELS = frozenset({b"[vdso]", b"[vvar]", b"[vvar_vclock]", b"[vsyscall]"})
+
+#: of huge pages of hugetlbfs, those that every PAGEMAP_SCAN write-protects
+_PROTECTABLE_BYTES = 2 << 20
 
 #: nobody has anything mapped here
 _LAST_PAGE = 0x7FFF_FFFF_E000
@@ -165,6 +170,9 @@ class WriteProtected(Tracking):
         unwatched: list[Range] = []
         try:
             for mapping in _private(smaps.maps(self._pid)):
+                if hugetlb.devices().get(mapping.device, _PROTECTABLE_BYTES) != _PROTECTABLE_BYTES:
+                    unwatched.append((mapping.start, mapping.end))
+                    continue
                 is_untold = bool(intersect([(mapping.start, mapping.end)], self._untold))
                 found = self._written(pagemap, mapping, whole=is_untold)
                 if found is None:
@@ -247,24 +255,26 @@ class SoftDirty(Tracking):
             raise
 
     def collect(self) -> Written:
+        found = self._mappings()
+        unwatched: list[Range] = [(one.start, one.end) for one in found if one.device in hugetlb.devices()]
         if self._is_first:
-            found = self._mappings()
             anonymous = [(one.start, one.end) for one in found if one.anonymous]
             runs = populated(self._pagemap, [(one.start, one.end) for one in found], anonymous).pages
             self._is_first = False
-            return Written(runs, [])
-        runs = self._look().written
+            return Written(runs, unwatched)
+        runs = self._look(found).written
         try:
             soft_dirty.clear(self._pid)
         except ProcessLookupError:
             raise _lost(self._pid) from None
-        return Written(runs, [])
+        return Written(runs, unwatched)
 
     def untouched(self) -> list[Range]:
-        return self._look().clean
+        return self._look(self._mappings()).clean
 
-    def _look(self) -> soft_dirty.Bits:
-        return soft_dirty.look(self._pagemap, [(one.start, one.end) for one in self._mappings()])
+    def _look(self, mappings: Sequence[Mapping]) -> soft_dirty.Bits:
+        watched = [(one.start, one.end) for one in mappings if one.device not in hugetlb.devices()]
+        return soft_dirty.look(self._pagemap, watched)
 
     def _mappings(self) -> list[Mapping]:
         try:

@@ -77,7 +77,12 @@ class Memfd:
         return is_memfd(view)
 
     def check(self, view: FdView, scope: CaptureScope) -> Iterator[Blocker]:
-        """Nobody else has it."""
+        """It can be read, and nobody else has it."""
+        try:
+            # mappings of it are known by this, for who may not open what is mapped
+            scope.memory(view)
+        except OSError as error:
+            yield Blocker(view.subject, f"the memfd may not be read: {error.strerror}", "run as root")
         yield from outside.blockers(view, outside.same_link(view, scope), "the memfd is held by")
         yield from locks.check(view, scope)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.harness import huge_pages
 from tests.harness.tree import Workshop, family_of, reap, said
 from tests.harness.users import User, Users
 
@@ -43,6 +44,19 @@ while True:
     time.sleep(0.01)
 """
 COUNT = "i=0; while sleep 0.02; do i=$((i+1)); echo $i; done"
+
+COUNT_IN_A_MEMFD = """
+import mmap, os, struct, time
+fd = os.memfd_create("number")
+os.ftruncate(fd, 4096)
+memory = mmap.mmap(fd, 4096)
+for number in range(1 << 30):
+    struct.pack_into("<q", memory, 0, number)
+    if os.pread(fd, 8, 0) != struct.pack("<q", number):
+        raise SystemExit("file and mapping are not the same")
+    print(number, flush=True)
+    time.sleep(0.02)
+"""
 
 WATCH = """import ctypes, os
 libc = ctypes.CDLL(None)
@@ -75,6 +89,8 @@ COUNTING: dict[str, Sequence[str]] = {
         TALK,
     ],
     "setpriv": [*ROOT_INSIDE, "setpriv", "--no-new-privs", "--bounding-set=-all", "sh", "-c", COUNT],
+    # which a plain user may open by a descriptor only
+    "a memfd that is mapped": ["python3", "-u", "-c", COUNT_IN_A_MEMFD],
     # a watch of inotify on a file that is deleted, but open
     "tail -f": ["sh", "-c", f"f=$(mktemp); ({COUNT}) >$f & tail -f $f & sleep 0.2; rm $f; wait"],
     # and on a directory, whose name a plain user has to search for
@@ -207,12 +223,16 @@ def test_a_connection_in_the_network_of_the_host_is_refused(
     program.goes_on()
 
 
-def test_rare_states_of_files_are_the_same_inside(
-    carried: Callable[[Sequence[str]], Carried], workshop: Workshop
+@pytest.mark.parametrize(
+    ("program", "roles"), [("file_states", ("main", "ranges")), ("huge_pages", ("main", "child"))]
+)
+def test_rare_states_are_the_same_inside(
+    carried: Callable[[Sequence[str]], Carried], workshop: Workshop, program: str, roles: tuple[str, str]
 ) -> None:
-    """What programs/file_states.py checks, with an engine that has no privileges outside."""
+    """What a test program checks, with an engine that has no privileges outside."""
+    huge_pages.skip_without(program)
     place = workshop.directory()
-    tree = carried([*ROOT_INSIDE, *workshop.command("file_states"), str(place)])
+    tree = carried([*ROOT_INSIDE, *workshop.command(program), str(place)])
     deadline = time.monotonic() + 60
     while not (place / "ready.main").exists():
         assert time.monotonic() < deadline, tree.output.read_text()
@@ -220,7 +240,7 @@ def test_rare_states_of_files_are_the_same_inside(
     tree.carry("--new-pidns")
     (place / ".request").write_text("check")
     (place / ".request").rename(place / "request.1")
-    while not all((place / f"answer.1.{role}").exists() for role in ("main", "ranges")):
+    while not all((place / f"answer.1.{role}").exists() for role in roles):
         assert time.monotonic() < deadline + 20, tree.output.read_text()
         time.sleep(0.01)
-    assert [(place / f"answer.1.{role}").read_text() for role in ("main", "ranges")] == ["", ""]
+    assert [(place / f"answer.1.{role}").read_text() for role in roles] == ["", ""]

@@ -96,7 +96,8 @@ async def _store(
 class _Storing:
     """The image of a tree on its way to where it is stored; `begin` says when the tree stands still.
 
-    `all_read`: it needs the tree no longer. `complete`: it is stored, and `manifest` says what was.
+    `all_read`: it needs the tree no longer. `may_encode`: somebody waits for records to be written, or nobody for the
+    interpreter. `complete`: it is stored, and `manifest` says what was.
     """
 
     def __init__(self, precopy: Precopy | None, progress: Progress, way: trio.CancelScope) -> None:
@@ -107,6 +108,7 @@ class _Storing:
         self._progress = progress
         self.all_read = trio.Event()
         self.complete = trio.Event()
+        self.may_encode = trio.Event()
         self.manifest: Manifest | None = None
 
     def begin(self, still: Standstill) -> None:
@@ -130,12 +132,15 @@ class _Storing:
 
     async def _write(self, writer: FrameWriter) -> int:
         await self._stands_still.wait()
-        still, progress, read = self._still, self._progress, self.all_read.set
+        still, progress, read, turn = self._still, self._progress, self.all_read.set, self.may_encode.wait
         assert still is not None
+        writer.pool.on_shortage = self.may_encode.set
         if self._precopy is None:
-            return await write_image(writer, still.records, still.sources, still.forest, progress, read)
+            return await write_image(
+                writer, still.records, still.sources, still.forest, progress, read, turn=turn
+            )
         records, sources = await trio.to_thread.run_sync(self._precopy.rest, still)
-        return await write_translated(writer, in_order(records), sources, progress, read)
+        return await write_translated(writer, in_order(records), sources, progress, read, turn=turn)
 
 
 @interruptible
@@ -216,14 +221,21 @@ async def dump(
                 async with standstill(tracer, pid, externals, policy, place, looks, known) as still:
                     progress.phase("memory")
                     storing.begin(still)
-                    await (storing.all_read if leave == "running" else storing.complete).wait()
-                    await still.let_go_of_files()
-                    with trio.CancelScope(shield=True):
-                        if leave == "end":
-                            await tracer.run(still.end)
-                        elif leave == "stopped":
-                            await tracer.run(freeze.hold_stopped, still.tree)
-                thawed = time.monotonic()
+                    if leave == "running":
+                        await storing.all_read.wait()  # records wait, too, as far as pages have room
+                        thawed = await tracer.run(still.go_on)
+                        storing.may_encode.set()
+                        await still.let_go_of_files()
+                    else:
+                        storing.may_encode.set()
+                        await storing.complete.wait()
+                        await still.let_go_of_files()
+                        with trio.CancelScope(shield=True):
+                            if leave == "end":
+                                await tracer.run(still.end)
+                            else:
+                                await tracer.run(freeze.hold_stopped, still.tree)
+                        thawed = time.monotonic()
         written = storing.manifest
         assert written is not None
     figures: dict[str, float] = {}

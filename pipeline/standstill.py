@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import AsyncIterator, Collection, Iterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
 
 import trio
 
@@ -129,6 +129,18 @@ class Standstill:
         """Names of the ends outside of the tree, in order."""
         names = {state.name for _, state in self.records if isinstance(state, ExternalState)}
         return sorted(map(os.fsdecode, names))
+
+    def go_on(self) -> float:
+        """Let the tree run on, before all else is given back; in the tracer's thread.
+
+        Returns:
+            When that was, on the clock of time.monotonic.
+        """
+        self.holdings.close()
+        freeze.release(self.tree)
+        since_s = time.monotonic()
+        self._capture.close()
+        return since_s
 
     async def let_go_of_files(self) -> None:
         """Close what is held of the tree's open files, and leave its networks: with the tree they end; idempotent."""
@@ -340,18 +352,17 @@ async def _captured(
     known: Beforehand,
     looks: Looks | None,
 ) -> AsyncIterator[tuple[Capture, CapturedRecords, Sequence[PageSource]]]:
-    capture = await tracer.run(_open_capture, tree, sleepers, externals, policy, held, known, looks)
+    capture, records, sources = await tracer.run(
+        _capture, tree, sleepers, externals, policy, held, known, looks
+    )
     try:
-        records, sources, blockers = await tracer.run(capture.take, tree)
-        if blockers:
-            raise Refused(blockers)
         yield capture, records, sources
     finally:
         with trio.CancelScope(shield=True):
-            await tracer.run(capture.__exit__, None, None, None)
+            await tracer.run(capture.close)
 
 
-def _open_capture(
+def _capture(
     tree: FrozenTree,
     sleepers: Sleepers,
     externals: Externals | None,
@@ -359,6 +370,14 @@ def _open_capture(
     held: Held,
     known: Beforehand,
     looks: Looks | None,
-) -> Capture:
+) -> tuple[Capture, CapturedRecords, Sequence[PageSource]]:
+    """In the tracer's thread; whoever gets the capture closes it there."""
     zombies = [process.pid for process in tree.processes.values() if process.zombie]
-    return Capture(tree.pids(), zombies, sleepers, externals, policy, held, known, looks)
+    with ExitStack() as stack:
+        capture = Capture(tree.pids(), zombies, sleepers, externals, policy, held, known, looks)
+        stack.callback(capture.close)
+        records, sources, blockers = capture.take(tree)
+        if blockers:
+            raise Refused(blockers)
+        stack.pop_all()
+    return capture, records, sources

@@ -14,8 +14,10 @@ import trio
 import pipeline
 from pipeline.errors import PipelineError
 from pipeline.ids import HostPid
+from pipeline.image.schema import Record
 from pipeline.kernel import procfs
 from pipeline.ledger import LEDGER
+from pipeline.transport.framing import FrameWriter
 from pipeline.transport.manifest import Manifest
 from pipeline.transport.storage import Storage
 from tests.harness.carry import unharmed
@@ -61,6 +63,24 @@ def test_it_runs_on_before_the_image_is_complete(
     tree.kill()
     restore(tree, image)
     tree.check()
+
+
+def test_records_are_encoded_when_it_runs(
+    start: Callable[..., Tree], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where there is room for all its pages meanwhile."""
+    tree = start("sharing", DEPTH_1)
+    stood = []
+    write = FrameWriter.record
+
+    async def record(writer: FrameWriter, record: Record) -> None:
+        stood.append(stand_still(tree))
+        await write(writer, record)
+
+    monkeypatch.setattr(FrameWriter, "record", record)
+    trio.run(partial(pipeline.dump, tree.pid, str(tmp_path / "image"), leave="running", mode="precopy"))
+    assert len(stood) > len(tree.pids())
+    assert not any(stood)
 
 
 @pytest.mark.parametrize("mode", ["stop", "precopy"])

@@ -167,6 +167,10 @@ class Capture:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give back everything; idempotent."""
         self._stack.close()
 
     def forest(self) -> Forest:

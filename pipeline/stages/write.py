@@ -30,6 +30,7 @@ async def write_image(
     all_read: Callable[[], object] = lambda: None,
     *,
     eager: bool = False,
+    turn: Callable[[], Awaitable[object]] = trio.lowlevel.checkpoint,
 ) -> int:
     """Run the stages that carry a captured tree to `writer`; returns the bytes of pages.
 
@@ -38,12 +39,15 @@ async def write_image(
     Args:
         all_read: called when nothing is to be read of the tree any more.
         eager: somebody reads the records while the first pages are read here.
+        turn: awaited before each record; unless `eager`, when nobody waits for them, and others come first.
     """
     with ungrouped():
         async with trio.open_nursery() as nursery:
             send, receive = trio.open_memory_channel[Record](64)
             nursery.start_soon(translate_records, records, forest, send)
-            return await write_translated(writer, receive, sources, progress, all_read, eager=eager)
+            return await write_translated(
+                writer, receive, sources, progress, all_read, eager=eager, turn=turn
+            )
     raise AssertionError("a nursery swallows nothing")
 
 
@@ -55,29 +59,36 @@ async def write_translated(
     all_read: Callable[[], object] = lambda: None,
     *,
     eager: bool = False,
+    turn: Callable[[], Awaitable[object]] = trio.lowlevel.checkpoint,
     before: int = 0,
 ) -> int:
     """Records that are translated, the pages of `sources`, and the end; returns the bytes of pages.
 
-    `all_read`, `eager`: see `write_image`. `before`: records of the image that are written already.
+    `all_read`, `eager`, `turn`: see `write_image`. `before`: records of the image that are written already.
     """
     count = before
 
     async def write() -> None:
         nonlocal count
-        count += await write_records(writer, records, eager=eager)
+        count += await write_records(writer, records, eager=eager, turn=turn)
 
     page_bytes = await write_pages(writer, sources, progress, write, all_read)
     await writer.end(count, page_bytes)
     return page_bytes
 
 
-async def write_records(writer: FrameWriter, records: AsyncIterable[Record], *, eager: bool) -> int:
-    """Records that are translated; returns their number. `eager`: somebody waits; else others get their turn."""
+async def write_records(
+    writer: FrameWriter,
+    records: AsyncIterable[Record],
+    *,
+    eager: bool,
+    turn: Callable[[], Awaitable[object]] = trio.lowlevel.checkpoint,
+) -> int:
+    """Records that are translated; returns their number. `eager`, `turn`: see `write_image`."""
     count = 0
     async for record in records:
         if not eager:
-            await trio.lowlevel.checkpoint()
+            await turn()
         await writer.record(record)
         count += 1
     if eager:

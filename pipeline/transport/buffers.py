@@ -8,7 +8,7 @@ to its host; so buffers are used that were used before, and `BufferPool.warm` to
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import TypeVar
 
@@ -56,9 +56,13 @@ class BufferPool:
         self.size_bytes = size_bytes
         self._free: list[mmap.mmap] = []
         self._room = trio.Semaphore(count)
+        #: called when somebody has to wait for a buffer
+        self.on_shortage: Callable[[], object] = lambda: None
 
     async def lease(self) -> Lease:
         """A free buffer, as soon as there is one."""
+        if not self._room.value:
+            self.on_shortage()
         await self._room.acquire()
         return Lease(self, self._free.pop() if self._free else _mapped(self.size_bytes))
 

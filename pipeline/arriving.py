@@ -21,8 +21,9 @@ from pipeline.kernel.arch import x86_64 as arch
 from pipeline.progress import Progress
 from pipeline.remote.tracer import Tracer
 from pipeline.restore import page_feed, read_counted, read_records
+from pipeline.stages.building import bring_up_to_date, grown, rebuilt
 from pipeline.stages.fill import writing
-from pipeline.stages.rebuild import Rebuilding, Terms, bring_up_to_date, grown, rebuilt
+from pipeline.stages.rebuild import Rebuilding, Terms
 from pipeline.transport.buffers import LeasedRun
 from pipeline.transport.framing import Item
 from pipeline.transport.protocol import Begin

@@ -37,9 +37,10 @@ from pipeline.resources.identity import read_leases_ahead
 from pipeline.resources.memory.later import is_copied, may_wait
 from pipeline.resources.memory.watch import check_here
 from pipeline.stages.bringing import Bringing
+from pipeline.stages.building import rebuilt
 from pipeline.stages.fill import Feed, PageFeed, StoredFeed
 from pipeline.stages.pager import Pager
-from pipeline.stages.rebuild import Rebuilding, Terms, rebuilt
+from pipeline.stages.rebuild import Rebuilding, Terms
 from pipeline.stages.stored_pages import StoredPages, stored_pages
 from pipeline.transport.buffers import BufferPool, LeasedRun
 from pipeline.transport.framing import FrameReader, Message

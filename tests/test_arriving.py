@@ -35,7 +35,7 @@ class _Tree:
         self.equipped = 0
         #: files that came along are not made yet
         self.lacks_files = False
-        self.contents = SimpleNamespace(fd=lambda space: space, finish_fill=lambda _: None)
+        self.contents = SimpleNamespace(place=lambda space: space, finish_fill=lambda _: None)
 
     def update(self, image: Image) -> bool:
         assert not any(space.dropped for space in image.spaces.values()), "nobody knows that yet"
@@ -73,7 +73,6 @@ def written(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bytes]]:
     monkeypatch.setattr(
         fill, "write_run", lambda _, one: found.append((one.segments[0][0], bytes(one.payload)))
     )
-    monkeypatch.setattr("pipeline.stages.rebuild.FilePlace", lambda fd: fd)
     return found
 
 

@@ -1,8 +1,8 @@
-"""The rebuild stage: from an image and its pages to a tree that stands ready, all of it stopped.
+"""The rebuild stage: what there is of a tree until it stands ready, all of it stopped, and each step to it.
 
-What is taken is taken in one place, `Rebuilding`, and given back in reverse order however
-it ends. Until `thaw`, ending means that nothing is left; after it, that nothing of the
-tree is ours any more.
+In which order the steps come, and the pages with them, is said in `pipeline.stages.building`. What is taken is taken
+in one place, `Rebuilding`, and given back in reverse order however it ends. Until `thaw`, ending means that nothing
+is left; after it, that nothing of the tree is ours any more.
 """
 
 from __future__ import annotations
@@ -10,11 +10,10 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections import defaultdict
-from collections.abc import AsyncIterator, Collection, Iterator
-from contextlib import ExitStack, asynccontextmanager, contextmanager
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager
 
 import msgspec
-import trio
 from msgspec.structs import replace
 
 from pipeline.errors import ImageError, RebuildError, Refused
@@ -29,11 +28,9 @@ from pipeline.kernel.arch.x86_64 import NR
 from pipeline.kernel.syscalls import RESOLVE, openat2
 from pipeline.ledger import LEDGER
 from pipeline.policy import RestorePolicy
-from pipeline.progress import Progress
 from pipeline.remote.births import Announcer, Here, Inside
 from pipeline.remote.init import Init
 from pipeline.remote.puppet import Puppet, spawn_launcher
-from pipeline.remote.tracer import Tracer
 from pipeline.resources.cgroups.making import CgroupMaking
 from pipeline.resources.given_ends import GivenEnds
 from pipeline.resources.memory import huge_pages
@@ -51,7 +48,6 @@ from pipeline.stages import draft, files_here, finish, memory_layout
 from pipeline.stages.body import Embodiment, MappedFiles
 from pipeline.stages.contents import Contents
 from pipeline.stages.descriptors import Descriptors
-from pipeline.stages.fill import Feed
 from pipeline.stages.growth import Grown, Growth
 from pipeline.stages.late import Late
 from pipeline.stages.pager import Watched
@@ -653,69 +649,3 @@ class Rebuilding:
             for process in self._image.processes.values():
                 reserved[0] |= {process.sid, process.pgid}
         return reserved
-
-
-@asynccontextmanager
-async def grown(
-    image: Image, feed: Feed, tracer: Tracer, progress: Progress, terms: Terms
-) -> AsyncIterator[Rebuilding]:
-    """The processes of `image` with their memory, not complete; gone after the block unless they were thawed.
-
-    Raises:
-        RebuildError: the kernel refuses a step.
-        ImageError: records or pages do not fit together.
-    """
-    progress.phase("rebuild")
-    if image.head.machine != arch.MACHINE:
-        image.check_machine(arch.MACHINE)
-    rebuilding = Rebuilding(image, terms)
-    try:
-        await tracer.run(rebuilding.prepare)
-        for space in [*image.shared_memory, *image.contents]:
-            await feed.fill(space, rebuilding.contents.place(space))
-            await tracer.run(rebuilding.contents.finish_fill, space)
-        rebuilding.contents.seal_early()
-        await tracer.run(rebuilding.furnish)
-        await _fill_growing(rebuilding, feed, tracer)
-        yield rebuilding
-    finally:
-        with trio.CancelScope(shield=True):
-            feed.close()
-            await tracer.run(rebuilding.close)
-
-
-async def bring_up_to_date(
-    rebuilding: Rebuilding, image: Image, feed: Feed, tracer: Tracer, filled: trio.Event
-) -> None:
-    """Turn a tree that was grown from a draft, and is updated, into that of `image`; `feed` brings its last pages.
-
-    `filled` is set when what outlives a process has its pages. Raises as `grown` does.
-    """
-    try:
-        for space in [*image.shared_memory, *image.contents]:
-            await feed.fill(space, rebuilding.contents.place(space))
-            await tracer.run(rebuilding.contents.finish_fill, space)
-        filled.set()
-        await tracer.run(rebuilding.change)
-        for space in rebuilding.last_fills():
-            await feed.fill(space, rebuilding.place_of(space))
-        await _fill_growing(rebuilding, feed, tracer)
-    finally:
-        feed.close()
-
-
-async def _fill_growing(rebuilding: Rebuilding, feed: Feed, tracer: Tracer) -> None:
-    """Let processes be born, each with its pages, until all are there."""
-    while (fill := await tracer.run(rebuilding.next_fill)) is not None:
-        await feed.fill(fill.space, await tracer.run(rebuilding.memory_of, fill))
-    await feed.expect_end()
-
-
-@asynccontextmanager
-async def rebuilt(
-    image: Image, feed: Feed, tracer: Tracer, progress: Progress, terms: Terms
-) -> AsyncIterator[Rebuilding]:
-    """The tree of `image`, complete and stopped; gone after the block unless it was thawed. Raises as `grown` does."""
-    async with grown(image, feed, tracer, progress, terms) as rebuilding:
-        await tracer.run(rebuilding.complete)
-        yield rebuilding

@@ -14,7 +14,7 @@ import pipeline
 from pipeline.errors import RebuildError
 from pipeline.ledger import LEDGER
 from pipeline.resources.namespaces.keepers import Keepers
-from pipeline.stages import rebuild
+from pipeline.stages import building, rebuild
 from tests.harness.tree import Tree, dump, restore
 
 pytestmark = pytest.mark.root
@@ -47,7 +47,7 @@ def test_foreign_head_is_refused(
         await pipeline.restore(str(tmp_path / "image"), detach=True)
 
     with monkeypatch.context() as patch:
-        patch.setattr(rebuild, "Rebuilding", Foreign)
+        patch.setattr(building, "Rebuilding", Foreign)
         with pytest.raises(RebuildError, match=words):
             trio.run(attempt)
     assert not LEDGER.held()

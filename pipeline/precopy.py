@@ -12,8 +12,9 @@ an earlier image, if there is one to compare with (`pipeline.stages.lineage`).
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from itertools import chain
 
 import msgspec
 import trio
@@ -147,17 +148,18 @@ class Precopy:
         """What the last stop has in common with the first; None if nothing was stored."""
         return self.memory.looks if self._digest else None
 
-    def rest(self, still: Standstill) -> tuple[list[Record], Sequence[PageSource]]:
+    def rest(self, still: Standstill) -> tuple[Iterable[Record], Sequence[PageSource]]:
         """What the image holds of the tree that stands still now: its records, and what the layer lacks. In any thread.
+
+        Records are translated as they are taken, which needs the tree no longer.
 
         Raises:
             Refused: somebody else has begun to watch its memory; it cannot grow.
         """
         if not self._digest:
-            return list(still.translated()), still.sources
+            return still.translated(), still.sources
         still.plan_anew()
-        records = list(still.translated())
-        lacking, kept = self.memory.kept(image_of(records), still.sources)
+        lacking, kept = self.memory.kept(image_of(record for record, _ in still.records), still.sources)
         layers = [Layer(index=0, name=LAYER, digest=self._digest)]
         stored: list[Stored] = []
         for space, runs in kept.items():
@@ -168,7 +170,7 @@ class Precopy:
                 stored.append(Stored(space=space, layer=0, number=space, runs=runs))
         if self._lineage is not None:
             layers += self._lineage.layers(stored)
-        return [*records, *layers, *stored], lacking
+        return chain(still.translated(), layers, stored), lacking
 
     def keep(self) -> None:
         """The image is complete: what was stored belongs to it, whatever comes."""

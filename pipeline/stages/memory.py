@@ -39,6 +39,8 @@ from pipeline.transport.handover import worked
 
 #: chunks of shared memory that are looked at in one go for one that has changed; some 10 ms
 _LOOKED_AT = 64
+#: up to so many bytes share a buffer with others: many processes have some last pages each
+_SMALL_BYTES = 512 << 10
 
 
 class ProcessPages(msgspec.Struct, frozen=True):
@@ -237,7 +239,7 @@ async def stream_memory(
     async def emit(space: int, fill: _Fill, size_bytes: int = pool.size_bytes) -> None:
         """`size_bytes`: of memory that stands still, where there is less of it than a buffer takes."""
         nonlocal done
-        lease = await pool.lease()
+        lease = await (pool.lease() if size_bytes > _SMALL_BYTES else pool.lease_part(size_bytes))
 
         def read() -> tuple[int, PackedRun | None]:
             segments, count = fill(lease.view)

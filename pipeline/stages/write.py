@@ -6,6 +6,7 @@ read and made into frames by one task, and written by another at the same time, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Sequence
 
 import trio
@@ -125,7 +126,8 @@ async def write_pages(
 
     with ungrouped():
         async with trio.open_nursery() as nursery:
-            send, receive = trio.open_memory_channel[tuple[PackedRun, Lease]](writer.pool.count)
+            # how many there may be is up to the pool
+            send, receive = trio.open_memory_channel[tuple[PackedRun, Lease]](math.inf)
             nursery.start_soon(read, send)
             try:
                 await before()

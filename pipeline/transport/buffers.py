@@ -26,21 +26,48 @@ BUFFERS = 6
 T = TypeVar("T")
 
 
-class Lease:
-    """A buffer of the pool, until `release`."""
+class _Shared:
+    """A buffer of which parts are lent, one behind the other; it is free again when all of them are given back."""
 
     def __init__(self, pool: BufferPool, buffer: mmap.mmap) -> None:
         self._pool = pool
-        self._buffer: mmap.mmap | None = buffer
-        self.view = memoryview(buffer)
+        self._buffer = buffer
+        self._lent_bytes = 0
+        self._users = 0
         LEDGER.take("buffer", id(buffer))
 
+    def has(self, size_bytes: int) -> bool:
+        """Whether so much of it is not lent yet."""
+        return self._users > 0 and self._lent_bytes + size_bytes <= len(self._buffer)
+
+    def lend(self, size_bytes: int) -> Lease:
+        """The next part of it."""
+        start, self._lent_bytes = (
+            self._lent_bytes,
+            self._lent_bytes + size_bytes + -size_bytes % mmap.PAGESIZE,
+        )
+        self._users += 1
+        return Lease(memoryview(self._buffer)[start : start + size_bytes], self._give_back)
+
+    def _give_back(self) -> None:
+        self._users -= 1
+        if not self._users:
+            LEDGER.give_back("buffer", id(self._buffer))
+            self._pool._take_back(self._buffer)
+
+
+class Lease:
+    """A buffer of the pool, or a part of one, until `release`."""
+
+    def __init__(self, view: memoryview, give_back: Callable[[], object]) -> None:
+        self.view = view
+        self._give_back: Callable[[], object] | None = give_back
+
     def release(self) -> None:
-        """Give the buffer back; nothing may use `view` after this. Idempotent."""
-        if self._buffer is not None:
-            buffer, self._buffer = self._buffer, None
-            LEDGER.give_back("buffer", id(buffer))
-            self._pool._take_back(buffer)
+        """Give it back; nothing may use `view` after this. Idempotent."""
+        if self._give_back is not None:
+            give_back, self._give_back = self._give_back, None
+            give_back()
 
 
 class BufferPool:
@@ -56,15 +83,26 @@ class BufferPool:
         self.size_bytes = size_bytes
         self._free: list[mmap.mmap] = []
         self._room = trio.Semaphore(count)
+        #: parts of it may be lent
+        self._shared: _Shared | None = None
         #: called when somebody has to wait for a buffer
         self.on_shortage: Callable[[], object] = lambda: None
 
     async def lease(self) -> Lease:
         """A free buffer, as soon as there is one."""
+        return (await self._free_one()).lend(self.size_bytes)
+
+    async def lease_part(self, size_bytes: int) -> Lease:
+        """Room for so many bytes, as soon as there is: a part of a buffer of which others have parts."""
+        if self._shared is None or not self._shared.has(size_bytes):
+            self._shared = await self._free_one()
+        return self._shared.lend(size_bytes)
+
+    async def _free_one(self) -> _Shared:
         if not self._room.value:
             self.on_shortage()
         await self._room.acquire()
-        return Lease(self, self._free.pop() if self._free else _mapped(self.size_bytes))
+        return _Shared(self, self._free.pop() if self._free else _mapped(self.size_bytes))
 
     async def warm(self, size_bytes: int) -> None:
         """Touch as many buffers as `size_bytes` fill, so that whoever uses them later does not wait for the kernel."""

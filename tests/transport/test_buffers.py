@@ -73,3 +73,39 @@ async def test_all_connections_of_a_migration_have_the_same_buffers():
     first, other = FrameWriter(Memory()), FrameWriter(Memory())
     assert first.pool.size_bytes == BUFFER_BYTES
     assert SpreadWriter(first, [other]).pool is first.pool
+
+
+async def test_small_parts_share_a_buffer_that_is_free_when_all_are_given_back():
+    pool = BufferPool(2, SIZE)
+    held = LEDGER.held()
+    first, second = await pool.lease_part(SIZE // 2), await pool.lease_part(SIZE // 4)
+    first.view[:] = b"1" * (SIZE // 2)
+    second.view[:] = b"2" * (SIZE // 4)
+    assert bytes(first.view) == b"1" * (SIZE // 2)
+    whole = await pool.lease()  # there is another one
+    first.release()
+    first.release()
+    with trio.move_on_after(0.01) as no_room:
+        await pool.lease()
+    assert no_room.cancelled_caught
+    third = await pool.lease_part(SIZE // 4 - 4096)  # behind the second: the first is not lent again
+    third.view[:] = b"3" * len(third.view)
+    assert bytes(second.view) == b"2" * (SIZE // 4)
+    second.release()
+    third.release()
+    (await pool.lease_part(1)).release()
+    whole.release()
+    assert LEDGER.held() == held
+
+
+async def test_parts_that_do_not_fit_into_one_buffer_take_another():
+    pool = BufferPool(2, SIZE)
+    shortages: list[int] = []
+    pool.on_shortage = lambda: shortages.append(1)
+    one, other = await pool.lease_part(SIZE - 4096), await pool.lease_part(5000)
+    assert not shortages
+    with trio.move_on_after(0.01):
+        await pool.lease_part(SIZE)
+    assert shortages == [1]
+    one.release()
+    other.release()

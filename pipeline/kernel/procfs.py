@@ -290,6 +290,11 @@ def stat(pid: HostPid) -> Stat:
     return parse_stat(read_file(pid, "stat"))
 
 
+def thread_stat(tid: HostPid) -> Stat:
+    """The same of a thread alone; `ProcessGone`. What `stat` tells is added up over all threads, which takes long."""
+    return parse_stat(read_file(tid, f"task/{tid}/stat"))
+
+
 def state(pid: HostPid, tid: HostPid) -> str:
     """The state of a thread of `pid`, a letter of /proc/PID/stat: "R" runs or could run; `ProcessGone`."""
     content = read_file(pid, f"task/{tid}/stat")
@@ -299,7 +304,7 @@ def state(pid: HostPid, tid: HostPid) -> str:
 def is_exiting(tid: HostPid) -> bool:
     """Whether a task is on its way out or gone: it runs nothing of its program any more (PF_EXITING)."""
     try:
-        return bool(stat(tid).flags & _PF_EXITING)
+        return bool(thread_stat(tid).flags & _PF_EXITING)
     except ProcessGone:
         return True
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import collections.abc
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -70,6 +70,7 @@ def asked(
     sleepers: Sleepers,
     semaphores: Sequence[Semaphores],
     children: collections.abc.Mapping[int, int],
+    status_of: Callable[[HostPid], procfs.Status],
 ) -> Iterator[Answers]:
     """The answers of every thread to its questions, by system calls inside it; more can be asked within the block.
 
@@ -79,6 +80,7 @@ def asked(
         sleepers: has looked at them before they were stopped.
         semaphores: the sets of its ipc namespace.
         children: its living children in the tree: by the pid that it knows them by, their pids.
+        status_of: remembers /proc/TID/status of stopped tasks.
     """
     memory = open_file(pid, "mem", os.O_RDWR)
     try:
@@ -88,7 +90,7 @@ def asked(
             interrupted.shorten(tid, slept[tid].slept_ns)
         places = _places(pid, tids, mappings, memory)
         timers = procfs.timers(pid)
-        inquiries = [Inquiry(tid, leader=tid == pid, timers=timers) for tid in tids]
+        inquiries = [Inquiry(tid, leader=tid == pid, timers=timers, known=status_of(tid)) for tid in tids]
         uncaught = ~inquiries[0].status.caught
         injected_calls = 0
         for inquiry in inquiries:

@@ -9,6 +9,7 @@ The same objects, over a tree that runs, tell `check` what stops it (`tree_block
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -159,6 +160,8 @@ class Capture:
                 )
             )
             self._stack = stack.pop_all()
+        #: what /proc/TID/status says of a task that stands still
+        self._status_of = functools.cache(procfs.status)
         #: system calls run inside the target
         self.injected_calls = 0
         self._found: _Found | None = None
@@ -260,13 +263,13 @@ class Capture:
         self, frozen: FrozenTree, mappings: MappingsAhead
     ) -> tuple[list[tuple[Record, Record | None]], list[PageSource], list[Blocker]]:
         draft = self._looks.is_draft
-        self.files.collect(self.living, still=not draft)
+        self.files.collect(self.living, not draft, self._status_of)
         blockers = [*self.namespaces.blockers, *self._cgroups.blockers()]
         if not draft:
             blockers += self.files.blockers()
         for pid in self.living:
             blockers += [
-                *check_task(pid),
+                *check_task(pid, self._status_of),
                 *directories.check(pid),
                 *check_controlling_terminal(pid, self.files),
             ]
@@ -467,7 +470,7 @@ class Capture:
         members = self.namespaces.memberships[pid]
         subject = f"pid {number}"
         with asked(
-            pid, tids, self._sleepers, self.namespaces.semaphores(pid), self._children(pid)
+            pid, tids, self._sleepers, self.namespaces.semaphores(pid), self._children(pid), self._status_of
         ) as answers:
             self._notices.update(answers.notices)
             blockers = [
@@ -497,7 +500,7 @@ class Capture:
         self.injected_calls += answers.injected_calls + answers.leader.injected_calls
         leader = answers.inquiries[0]
         stat = procfs.stat(number)
-        status = leader.status if pid == number else procfs.status(number)
+        status = self._status_of(number)
         if pid != number:
             threads.insert(0, leaders.capture(number, threads[0]))
         is_root = number == self.tree.pids[0]
@@ -522,7 +525,7 @@ class Capture:
             root=self.path(pid, procfs.read_link(pid, "root")),
             umask=leader.status.umask or 0,
             actions=leader.actions(),
-            pending=signals.pending(pid, shared=True, member=self.tree.member),
+            pending=signals.pending(pid, shared=True, member=self.tree.member, status=leader.status),
             limits=procfs.limits(pid),
             itimers=leader.itimers(),
             timers=leader.posix_timers(self.tree.member),
@@ -586,8 +589,8 @@ class Capture:
         """The living children of a process in the tree: by the pid that it knows them by, their pids."""
         living = set(self.tree.pids) - self._zombies
         children = [child for child in procfs.children(pid) if child in living]
-        depth = len(procfs.status(pid).ns_pid) if children else 0
-        return {procfs.status(child).ns_pid[depth - 1]: child for child in children}
+        depth = len(self._status_of(pid).ns_pid) if children else 0
+        return {self._status_of(child).ns_pid[depth - 1]: child for child in children}
 
     def _head(self, root: HostPid, processes: Sequence[Process]) -> Head:
         xstate = next(thread.xstate for process in processes for thread in process.threads)

@@ -198,10 +198,18 @@ class FileObserver:
 
     # -- the whole ------------------------------------------------------------------
 
-    def collect(self, pids: Sequence[HostPid], still: bool) -> None:
-        """Look at every descriptor of these processes; where they stand `still`, at what is in flight, too."""
+    def collect(
+        self,
+        pids: Sequence[HostPid],
+        still: bool,
+        status_of: Callable[[HostPid], procfs.Status] = procfs.status,
+    ) -> None:
+        """Look at every descriptor of these processes; where they stand `still`, at what is in flight, too.
+
+        `status_of`: reads /proc/TID/status, or remembers it.
+        """
         self.still = still
-        self._open.collect(pids, still)
+        self._open.collect(pids, still, status_of)
         self.unseen = not still and any(in_flight.count(view) for view in self._open.views)
 
     def blockers(self) -> Iterator[Blocker]:

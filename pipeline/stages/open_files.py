@@ -16,7 +16,7 @@ import errno
 import fcntl
 import os
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import cached_property
 from typing import Self
@@ -64,16 +64,19 @@ class OpenFiles:
             os.close(view.local)
             LEDGER.give_back("duplicate", view.local)
 
-    def collect(self, pids: Sequence[HostPid], still: bool) -> None:
+    def collect(
+        self, pids: Sequence[HostPid], still: bool, status_of: Callable[[HostPid], procfs.Status]
+    ) -> None:
         """Look at every descriptor of these processes (none of them a zombie).
 
         Args:
             pids: the processes.
             still: they are stopped: what is in flight between them is looked at, too.
+            status_of: reads /proc/TID/status, or remembers it.
         """
         for pid in pids:
             with suppress(ProcessLookupError, procfs.ProcessGone):
-                self._collect(pid)
+                self._collect(pid, status_of(pid).tgid)
         if still:
             for found in in_flight.gather(self.views, self._adopt):
                 if isinstance(found, Blocker):
@@ -82,8 +85,7 @@ class OpenFiles:
                     index, unread = found
                     self.unread[index] = unread
 
-    def _collect(self, pid: HostPid) -> None:
-        number = procfs.status(pid).tgid
+    def _collect(self, pid: HostPid, number: int) -> None:
         try:
             pidfd = pidfd_open(pid, 0 if number == pid else PIDFD_THREAD)
         except OSError as error:

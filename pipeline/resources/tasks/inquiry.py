@@ -41,11 +41,15 @@ _XFEATURE_TILE_DATA = 18
 
 @dataclass
 class Inquiry:
-    """One batch of questions to a task; `leader` also answers for its process."""
+    """One batch of questions to a task; `leader` also answers for its process.
+
+    `known`: its /proc/TID/status, where that was read in the same stop.
+    """
 
     tid: HostPid
     leader: bool
     timers: Sequence[procfs.Timer] = ()
+    known: procfs.Status | None = None
     calls: list[Call] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -83,7 +87,7 @@ class Inquiry:
     @cached_property
     def status(self) -> procfs.Status:
         """/proc/TID/status, which stays what it is while the task is stopped."""
-        return procfs.status(self.tid)
+        return self.known or procfs.status(self.tid)
 
     def further(self) -> list[Call]:
         """What follows from the first answers, and is to be run, too."""

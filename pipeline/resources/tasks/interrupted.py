@@ -160,7 +160,7 @@ class Sleepers:
         if call not in _SLEEPS | _TIMED:
             return None
         since, switches = _scheduler(tid)
-        clock = self._clock(procfs.stat(tid).processor)
+        clock = self._clock(procfs.thread_stat(tid).processor)
         known = clock is not None and since
         return _Asleep(max(0, (clock or 0) + time.monotonic_ns() - since) if known else None, switches, call)
 
@@ -192,7 +192,7 @@ def _scheduler(tid: int | str) -> tuple[int, int]:
         ValueError: this kernel does not say.
         OSError: the task is gone, or has no such file.
     """
-    with open(f"/proc/{tid}/sched", "rb") as file:
+    with open(f"/proc/{tid}/sched", "rb", buffering=0) as file:
         content = file.read()
     start, switches = _EXEC_START.search(content), _SWITCHES.search(content)
     if start is None or switches is None:

@@ -82,7 +82,7 @@ def _states(pid: HostPid) -> dict[HostPid, str]:
     states: dict[HostPid, str] = {}
     for tid in procfs.tasks(pid):
         with suppress(procfs.ProcessGone):
-            states[tid] = procfs.stat(tid).state
+            states[tid] = procfs.thread_stat(tid).state
     return states
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 
 from pipeline.errors import Blocker
@@ -32,21 +32,24 @@ _ELFCLASS32 = 1
 _NAMESPACES = ("user", "mnt", "uts", "ipc", "net", "cgroup", "time")
 
 
-def check_task(pid: HostPid) -> Iterator[Blocker]:
+def check_task(
+    pid: HostPid, status_of: Callable[[HostPid], procfs.Status] = procfs.status
+) -> Iterator[Blocker]:
     """Everything about a process and its threads that is not carried, as far as it shows from outside.
 
     Args:
         pid: the process, or the thread that it is looked at by (`leaders.face`).
+        status_of: reads /proc/TID/status, or remembers it.
 
     Raises:
         procfs.ProcessGone: it has ended.
     """
-    of_first = procfs.status(pid)
+    of_first = status_of(pid)
     number = of_first.tgid
     subject = f"pid {number}"
     threads = procfs.tasks(pid)
     yield from _process(subject, pid, len(threads))
-    namespaces = _namespaces(pid)
+    namespaces = _namespaces(pid) if len(threads) > 1 else []
     for tid in threads:
         name = subject + (f" thread {tid}" if tid != number else "")
         with suppress(procfs.ProcessGone, ProcessLookupError):  # a thread that has ended is not in the way
@@ -57,7 +60,7 @@ def check_task(pid: HostPid) -> Iterator[Blocker]:
                     "run the pipeline as root",
                 )
                 continue
-            status = of_first if tid == pid else procfs.status(tid)
+            status = of_first if tid == pid else status_of(tid)
             if status.state in "ZX":
                 continue
             yield from check_seccomp(name, status)
@@ -127,7 +130,7 @@ def _thread(subject: str, tid: HostPid, status: procfs.Status) -> Iterator[Block
     if branches.startswith(b"conditional") and b"disabled" in branches:
         yield Blocker(subject, "has indirect branch speculation switched off (PR_SET_SPECULATION_CTRL)")
     flusher = _PF_MEMALLOC_NOIO | _PF_LOCAL_THROTTLE
-    if procfs.stat(tid).flags & flusher == flusher:
+    if procfs.thread_stat(tid).flags & flusher == flusher:
         yield Blocker(subject, "is an I/O flusher (PR_SET_IO_FLUSHER)")
 
 

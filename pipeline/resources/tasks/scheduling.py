@@ -18,8 +18,10 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import functools
 import os
 import struct
+import time
 from collections.abc import Callable, Iterator
 
 from pipeline.errors import Blocker
@@ -61,11 +63,17 @@ def _attributes(tid: int) -> tuple[int, ...]:
     return _ATTR.unpack(buffer.raw)
 
 
-def online_processors() -> set[int]:
-    """The numbers of the processors that run."""
-    with open(_ONLINE, encoding="ascii") as file:
-        pairs = [part.split("-") for part in file.read().strip().split(",")]
-    return {number for pair in pairs for number in range(int(pair[0]), int(pair[-1]) + 1)}
+def online_processors() -> frozenset[int]:
+    """The numbers of the processors that run, or did within this second: every thread is compared with them."""
+    return _online_in(int(time.monotonic()))
+
+
+@functools.lru_cache(1)
+def _online_in(second: int) -> frozenset[int]:
+    del second
+    with open(_ONLINE, "rb", buffering=0) as file:
+        pairs = [part.split(b"-") for part in file.read().strip().split(b",")]
+    return frozenset(number for pair in pairs for number in range(int(pair[0]), int(pair[-1]) + 1))
 
 
 def scheduling(tid: HostPid) -> Scheduling:

@@ -7,10 +7,13 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
+from pipeline.ids import RemoteFd
 from pipeline.image.codec import Image
 from pipeline.image.schema import AddressSpace, Vma
 from pipeline.kernel import hugetlb
-from pipeline.resources.memory import huge_pages
+from pipeline.kernel.arch.x86_64 import NR
+from pipeline.remote.calls import Call
+from pipeline.resources.memory import huge_pages, rebuild
 
 HUGE = 2 << 20
 PRIVATE, SHARED, NORESERVE = 2, 1, 0x4000
@@ -102,3 +105,44 @@ def test_a_kernel_without_that_size_has_none(tmp_path: Path, monkeypatch: pytest
 def test_flags_tell_the_size(size: int) -> None:
     assert hugetlb.page_bytes(hugetlb.mapping_flags(size) | PRIVATE) == size
     assert not hugetlb.page_bytes(PRIVATE)
+
+
+# -- the calls that make such memory -------------------------------------------------------
+
+
+def called(calls: list[Call], number: NR) -> list[tuple[object, ...]]:
+    return [call.args for call in calls if call.number == number]
+
+
+def test_what_may_not_be_written_may_be_until_it_is_filled() -> None:
+    """Nobody writes to huge pages against the permissions of their mapping, in kernels from 6.2 to 6.13."""
+    read_only = replace(mapping(1, 2, PRIVATE), prot=1, offset=HUGE)
+    shared = replace(mapping(5, 1, SHARED, backing=7), prot=1)
+    one = space(1, read_only, shared)
+    fds = {source: RemoteFd(9) for source in rebuild.sources(one.vmas)}
+    made = called(rebuild.create(one, fds, {}), NR.mmap)
+    # of private memory the offset is seen, too: it is a file of the kernel's
+    assert [(args[0], args[2], args[4], args[5]) for args in made] == [
+        (HUGE, 3, -1, HUGE),
+        (5 * HUGE, 1, 9, 0),
+    ]
+    assert called(rebuild.complete(one), NR.mprotect) == [(HUGE, 2 * HUGE, 1)]
+
+
+def test_a_child_may_write_to_what_its_parent_may_not_and_the_other_way_round() -> None:
+    fixed = replace(mapping(1, 2, PRIVATE), prot=1)
+    written = mapping(1, 2, PRIVATE)
+    for parent, child in ((fixed, written), (written, fixed)):
+        one, other = space(1, parent), space(2, child, copy_of=1)
+        assert not rebuild.inherit(one, other, {}, {})
+        assert len(called(rebuild.complete(other), NR.mprotect)) == (child is fixed)
+
+
+def test_a_part_of_a_page_that_is_none_any_more_drops_it_whole() -> None:
+    """The kernel drops no part, and does not always say so."""
+    huge, small = mapping(1, 3, PRIVATE), replace(mapping(6, 1, PRIVATE), flags=PRIVATE)
+    one = space(1, huge, small)
+    dropped = [(HUGE + 4096, HUGE + 8192), (2 * HUGE, 2 * HUGE + 4096), (6 * HUGE, 6 * HUGE + 4096)]
+    other = replace(space(2, huge, small, copy_of=1), dropped=dropped)
+    found = called(rebuild.inherit(one, other, {}, {}), NR.madvise)
+    assert [args[:2] for args in found] == [(HUGE, 2 * HUGE), (6 * HUGE, 4096)]

@@ -83,14 +83,14 @@ def set_directories(image: Image, growth: Growth, open_directory: OpenDirectory)
 def _put(puppet: Puppet, open_directory: OpenDirectory, place: Place, process: Process) -> None:
     if place.root.path != b"/":
         root = partial(open_directory, place.root, None)
-        _enter(puppet, root, place.root, process, "root directory")
-        puppet.syscall(NR.chroot, b".\0")
+        _enter(puppet, root, place.root, process, "root directory", Call(NR.chroot, (b".\0",), name="chroot"))
     cwd = partial(open_directory, place.cwd, place.cwd_removed)
-    _enter(puppet, cwd, place.cwd, process, "working directory")
-    puppet.syscall(NR.umask, place.umask)
+    _enter(puppet, cwd, place.cwd, process, "working directory", Call(NR.umask, (place.umask,)))
 
 
-def _enter(puppet: Puppet, opened: Callable[[], LocalFd], path: PathRef, process: Process, what: str) -> None:
+def _enter(
+    puppet: Puppet, opened: Callable[[], LocalFd], path: PathRef, process: Process, what: str, then: Call
+) -> None:
     try:
         directory = opened()
     except OSError as error:
@@ -101,7 +101,9 @@ def _enter(puppet: Puppet, opened: Callable[[], LocalFd], path: PathRef, process
         (number,) = puppet.send_fds([directory])
     finally:
         os.close(directory)
-    puppet.run_checked([Call(NR.fchdir, (number,), name=f"fchdir to its {what}"), Call(NR.close, (number,))])
+    puppet.run_checked(
+        [Call(NR.fchdir, (number,), name=f"fchdir to its {what}"), then, Call(NR.close, (number,))]
+    )
 
 
 def end_zombies(image: Image, growth: Growth, give_ids: Callable[[Process, Grown], None]) -> None:

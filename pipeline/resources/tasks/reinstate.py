@@ -77,37 +77,62 @@ def reinstate(
         puppet.stop_with(stop_signal)
     _write_process_files(process, space, leader)
     attributes.set_autogroup(process, leader)
-    _run(subject, leader, _process_calls(process))
+    calls = _Calls(subject, puppets)
+    calls.add(leader, _process_calls(process))
     for thread, puppet in pairs:
-        _run(subject, puppet, _thread_calls(thread, puppet))
+        calls.add(puppet, _thread_calls(thread, puppet))
     filtered = any(thread.seccomp.filters for thread in threads)
     suspended = filtered and seccomp.suspend(puppets)
     if suspended:
+        calls.run()
         seccomp.install_filters(process, puppets)
     for thread, puppet in pairs:
-        _run(subject, puppet, credentials.after_join(thread.credentials, uid, gid, procfs.status(puppet.tid)))
-    _run(subject, leader, _memory_calls(space))
-    for thread, puppet in pairs:
-        _run(subject, puppet, _last_calls(thread))
-        credentials.check_result(thread, puppet, uid, gid)
+        now = procfs.status(puppet.tid)
+        calls.add(puppet, credentials.after_join(thread.credentials, uid, gid, now))
+        calls.add(puppet, _last_calls(thread))
+    calls.add(leader, _memory_calls(space))
     for index, puppet in enumerate(puppets):
-        _run(subject, puppet, signals.queue_calls(process, index, uid))
-    _run(subject, leader, timers.timer_calls(process))
-    _run(subject, leader, limits.limit_calls(process, leader))
+        calls.add(puppet, signals.queue_calls(process, index, uid))
+    calls.add(leader, timers.timer_calls(process))
+    calls.run()
+    for thread, puppet in pairs:
+        credentials.check_result(thread, puppet, uid, gid)
+    calls.add(leader, limits.limit_calls(process, leader))
+    calls.run()
     registers = [_fall_asleep(thread, puppet) for thread, puppet in pairs]
     if filtered and not suspended:
         seccomp.install_filters(process, puppets)
     return registers
 
 
-def _run(subject: str, puppet: Puppet, calls: Iterator[Call]) -> None:
-    batch = list(calls)
-    if not batch:
-        return
-    try:
-        puppet.run_checked(batch)
-    except OSError as error:
-        raise RebuildError(f"{subject}: {error.strerror}") from error
+class _Calls:
+    """Calls for each thread of a process, all of which are run at once: each change to a puppet takes its time.
+
+    Args:
+        subject: what a failure is said of.
+        puppets: one a thread, the leader's first.
+    """
+
+    def __init__(self, subject: str, puppets: Sequence[Puppet]) -> None:
+        self._subject = subject
+        self._waiting: dict[Puppet, list[Call]] = {puppet: [] for puppet in puppets}
+
+    def add(self, puppet: Puppet, calls: Iterator[Call]) -> None:
+        """Run these behind those that wait."""
+        self._waiting[puppet] += calls
+
+    def run(self) -> None:
+        """Run what waits; the leader's last: what is said of the memory is reset when any thread changes its ids.
+
+        Raises:
+            RebuildError: the kernel refuses one of them.
+        """
+        for puppet in reversed(self._waiting):
+            calls, self._waiting[puppet] = self._waiting[puppet], []
+            try:
+                puppet.run_checked(calls)
+            except OSError as error:
+                raise RebuildError(f"{self._subject}: {error.strerror}") from error
 
 
 def _process_calls(process: Process) -> Iterator[Call]:

@@ -83,19 +83,16 @@ async def arrived_live(
 async def _round(channel: Channel, rebuilding: Rebuilding, progress: Progress) -> tuple[int, Begin]:
     """Take in the pages of a round; their bytes, and what comes behind it."""
     count = 0
-    try:
-        async with writing() as write:
-            while isinstance(item := await channel.reader.next(), LeasedRun):
-                try:
-                    place = rebuilding.place_of(item.run.space)
-                except BaseException:
-                    item.lease.release()
-                    raise
-                count += len(item.run.payload)
-                await write(place, item)
-                progress.advance(count, None)
-    except OSError as error:
-        raise ImageError(f"pages of a round have no place: {error}") from error
+    async with writing() as write:
+        while isinstance(item := await channel.reader.next(), LeasedRun):
+            try:
+                place = rebuilding.place_of(item.run.space)
+            except BaseException:
+                item.lease.release()
+                raise
+            count += len(item.run.payload)
+            await write(place, item)
+            progress.advance(count, None)
     return count, await _beginning(channel, item)
 
 

@@ -16,7 +16,7 @@ from typing import Protocol
 
 import trio
 
-from pipeline.errors import ImageError, ungrouped
+from pipeline.errors import ImageError, RebuildError, ungrouped
 from pipeline.image.frames import PageRun
 from pipeline.progress import Progress
 from pipeline.stages.places import Place
@@ -42,10 +42,10 @@ async def writing() -> AsyncIterator[Callable[[Place, LeasedRun], Awaitable[None
     leases are owned from then on.
 
     Raises:
-        OSError: as `write_run`; where a run is given, of an earlier one, or at the end.
+        RebuildError: one cannot be written; where a run is given, of an earlier one, or at the end.
     """
     send, receive = trio.open_memory_channel[tuple[Place, LeasedRun]](_AHEAD)
-    failed: list[OSError] = []
+    failed: list[RebuildError] = []
 
     async def give(place: Place, leased: LeasedRun) -> None:
         try:
@@ -69,7 +69,9 @@ def _size_bytes(run: PageRun) -> int:
     return len(run.payload) + sum(length for _, length in run.zeros)
 
 
-async def _write_all(runs: trio.MemoryReceiveChannel[tuple[Place, LeasedRun]], failed: list[OSError]) -> None:
+async def _write_all(
+    runs: trio.MemoryReceiveChannel[tuple[Place, LeasedRun]], failed: list[RebuildError]
+) -> None:
     """Write until there are no more; behind the first that fails, only give back."""
     try:
         async for place, leased in runs:
@@ -77,7 +79,8 @@ async def _write_all(runs: trio.MemoryReceiveChannel[tuple[Place, LeasedRun]], f
                 if not failed:
                     await worked(_size_bytes(leased.run), write_run, place, leased.run)
             except OSError as error:
-                failed.append(error)
+                why = f"its pages cannot be written: {error.strerror}"
+                failed.append(RebuildError(f"{place.subject}: {why}"))
             finally:
                 leased.lease.release()
     finally:
@@ -91,7 +94,7 @@ class Feed(Protocol):
     bytes_done: int
 
     async def fill(self, space: int, place: Place) -> None:
-        """Write all pages of `space` to `place`."""
+        """Write all pages of `space` to `place`; RebuildError: that fails."""
 
     async def expect_end(self) -> None:
         """Every page was wanted by somebody; ImageError."""

@@ -22,6 +22,7 @@ from typing import Protocol
 from pipeline.ids import HostPid
 from pipeline.image.packing import PAGE_BYTES, zero_pages
 from pipeline.kernel.syscalls import IOV_MAX, process_vm_writev
+from pipeline.resources.memory import huge_pages
 from pipeline.resources.memory.fresh import Fresh
 
 #: (address or offset, length) in bytes
@@ -36,8 +37,11 @@ _ZERO_PAGE = bytes(PAGE_BYTES)
 class Place(Protocol):
     """Where the pages of a space are written. Its methods may be called in any thread, one at a time.
 
-    They raise OSError: EIO, EFAULT: nothing is mapped there; ENOSPC.
+    They raise OSError: EIO, EFAULT: nothing is mapped there, or a page cannot be had; ENOSPC, ENOMEM.
     """
+
+    #: what a failure is said of
+    subject: str
 
     def write(self, segments: Sequence[Segment], content: memoryview) -> None:
         """Write to `segments`, whose content lies one behind the other."""
@@ -48,6 +52,8 @@ class Place(Protocol):
 
 class FilePlace:
     """A file that is open; the descriptor stays the caller's. See `Place`."""
+
+    subject = "shared memory, or a file without a name"
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
@@ -71,6 +77,7 @@ class HugeFilePlace:
     """
 
     def __init__(self, fd: int, page_bytes: int) -> None:
+        self.subject = f"shared memory{huge_pages.remark([page_bytes])}"
         self._fd = fd
         self._page_bytes = page_bytes
 
@@ -82,7 +89,7 @@ class HugeFilePlace:
             with self._window(offset, length) as address:
                 # another process may write here, so may we; and are told where an assignment would end us
                 if process_vm_writev(HostPid(os.getpid()), [(address, at, length)], content) < length:
-                    raise OSError(errno.ENOMEM, "a huge page could not be had")
+                    raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
 
     def zero(self, start: int, length: int) -> None:
         room = memoryview(bytearray(min(length, _LOOK_BYTES)))
@@ -110,9 +117,11 @@ class MemoryPlace:
         pid: the process.
         fd: its /proc/PID/mem; it stays the caller's.
         fresh: its mappings in which pages may be missing; stays the caller's, too.
+        subject: what a failure is said of.
     """
 
-    def __init__(self, pid: HostPid, fd: int, fresh: Fresh | None = None) -> None:
+    def __init__(self, pid: HostPid, fd: int, fresh: Fresh | None = None, subject: str = "memory") -> None:
+        self.subject = subject
         self._pid = pid
         self._fd = fd
         self._fresh = fresh

@@ -325,7 +325,10 @@ class Rebuilding:
 
     def _memory(self, space: int) -> Place:
         puppet = self._puppet_of(space)
-        return MemoryPlace(puppet.pid, puppet.memory, self._fresh.get(space))
+        subject = f"memory of pid {puppet.pid}" + huge_pages.remark(
+            huge_pages.sizes(self._image.spaces[space])
+        )
+        return MemoryPlace(puppet.pid, puppet.memory, self._fresh.get(space), subject)
 
     def _close_fresh(self) -> None:
         while self._fresh:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +15,11 @@ import trio
 
 import pipeline
 from pipeline.errors import RebuildError
+from pipeline.image.frames import PageRun
 from pipeline.ledger import LEDGER
 from pipeline.resources.namespaces.keepers import Keepers
-from pipeline.stages import building, rebuild
+from pipeline.stages import building, fill, rebuild
+from pipeline.stages.places import Place
 from tests.harness.tree import Tree, dump, restore
 
 pytestmark = pytest.mark.root
@@ -73,4 +78,24 @@ def test_a_connection_that_fails_when_the_tree_is_let_run_is_said(
     with monkeypatch.context() as patch:
         patch.setattr(Keepers, "connect_networks", fails)
         assert trio.run(attempt) == ["a connection with the surroundings: no such cable"]
+    tree.check()
+
+
+def test_pages_that_cannot_be_written_are_said_and_nothing_is_left(
+    start: Callable[..., Tree], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree = start("quiet")
+    dump(tree, tmp_path / "image")
+
+    def fails(place: Place, run: PageRun) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fill, "write_run", fails)
+        with pytest.raises(
+            RebuildError, match=r"memory of pid \d+: its pages cannot be written: Input/output"
+        ):
+            trio.run(partial(pipeline.restore, str(tmp_path / "image"), detach=True))
+    assert not LEDGER.held()
+    restore(tree, tmp_path / "image")
     tree.check()

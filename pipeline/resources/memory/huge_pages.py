@@ -10,7 +10,7 @@ Source: Documentation/mm/hugetlbfs_reserv.rst.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from pipeline.errors import Blocker
 from pipeline.image.codec import Image
@@ -53,6 +53,17 @@ def reserved(image: Image) -> Counter[int]:
     for (size, _), ranges in shared.items():
         found[size] += ranges.total() // size
     return found
+
+
+def remark(sizes: Iterable[int]) -> str:
+    """What to add where memory with such pages cannot be filled: of what there may be no more; sizes in bytes."""
+    names = [f"{size // _KIB} kB" for size in sorted(sizes)]
+    return f" (with huge pages of {' and '.join(names)}, which may have run out here)" if names else ""
+
+
+def sizes(space: AddressSpace) -> set[int]:
+    """The sizes of huge pages in an address space, in bytes."""
+    return {hugetlb.page_bytes(vma.flags) for vma in space.vmas} - {0}
 
 
 def _inherited(image: Image, space: AddressSpace) -> list[Range]:

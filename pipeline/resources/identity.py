@@ -192,6 +192,13 @@ def refusal(fd: int, wanted: FileIdentity, files: Files, *, may_grow: bool = Fal
     return difference(fd, wanted, may_grow=may_grow)
 
 
+def is_newer(fd: int, wanted: FileIdentity) -> bool:
+    """Whether the file behind `fd` may be `wanted`, written to since; programs and libraries are not."""
+    found = os.fstat(fd)
+    is_same_type = stat.S_IFMT(found.st_mode) == stat.S_IFMT(wanted.mode)
+    return is_same_type and not wanted.build_id and found.st_mtime_ns > wanted.mtime_ns
+
+
 def _other_type(mode: int, wanted: FileIdentity) -> str | None:
     if stat.S_IFMT(mode) != stat.S_IFMT(wanted.mode):
         return f"it is {kind_of(mode)}, and was {kind_of(wanted.mode)}"

@@ -27,7 +27,7 @@ from pipeline.ledger import LEDGER
 from pipeline.policy import RestorePolicy
 from pipeline.remote.calls import Call
 from pipeline.remote.puppet import Puppet
-from pipeline.resources import identity, other_names
+from pipeline.resources import other_names
 from pipeline.resources.cgroups.making import CgroupMaking
 from pipeline.resources.memory import rebuild
 from pipeline.resources.memory.rebuild import Source
@@ -38,6 +38,7 @@ from pipeline.resources.tasks import credentials, loginuid
 from pipeline.resources.tasks.keyrings import SessionKeyrings
 from pipeline.stages import memory_layout
 from pipeline.stages.contents import Contents
+from pipeline.stages.files_here import Written
 from pipeline.stages.growth import Grown
 from pipeline.userns.destination import Destination
 
@@ -79,8 +80,10 @@ class MappedFiles:
         contents: Contents,
         open_path: Callable[[PathRef, int], LocalFd],
         policy: RestorePolicy,
+        written: Written,
     ) -> None:
         self._policy = policy
+        self._written = written
         self._image = image
         self._contents = contents
         self._open_path = open_path
@@ -115,7 +118,7 @@ class MappedFiles:
                 f"mapped file {name}: {error.strerror}; bring it to this host first"
             ) from error
         try:
-            reason = identity.refusal(fd, file.identity, self._policy.files)
+            reason = self._written.refusal(file, self._policy.files, fd)
             if reason:
                 raise RebuildError(f"mapped file {name} is not the same here: {reason}")
         except BaseException:

@@ -19,10 +19,10 @@ import msgspec
 from pipeline.errors import Blocker, ImageError
 from pipeline.ids import LocalFd
 from pipeline.image.codec import Image
-from pipeline.image.schema import PathRef
-from pipeline.policy import RestorePolicy
+from pipeline.image.schema import MappedFile, PathRef
+from pipeline.policy import Files, RestorePolicy
 from pipeline.resources import directory, opath, regular
-from pipeline.resources.identity import refusal
+from pipeline.resources.identity import is_newer, refusal
 
 _NAMED: dict[str, Any] = {kind.name: kind for kind in (regular.KIND, directory.KIND, opath.KIND)}
 _REMEDY = (
@@ -34,14 +34,44 @@ _REMEDY += "image (dump --with-files)"
 Open = Callable[[PathRef, int], LocalFd]
 
 
+class Written:
+    """Mapped files that are newer here than a draft says: the tree runs on, and may have written to them since.
+
+    They are compared once more when it stands still: `check`.
+
+    Args:
+        live: there is a draft; else nothing is excused.
+    """
+
+    def __init__(self, *, live: bool) -> None:
+        self._is_live = live
+        self._files: set[int] = set()
+
+    def refusal(self, file: MappedFile, files: Files, fd: LocalFd) -> str | None:
+        """`identity.refusal`, but for what that may be."""
+        wrong = refusal(fd, file.identity, files)
+        if wrong and self._is_live and is_newer(fd, file.identity):
+            self._files.add(file.index)
+            return None
+        return wrong
+
+    def check(self, image: Image, open_path: Open, policy: RestorePolicy) -> Iterator[Blocker]:
+        """Those of them that are not what `image` says of the tree that stands still."""
+        for file in image.mapped_files.values():
+            if file.index in self._files:
+                same = partial(refusal, wanted=file.identity, files=policy.files)
+                yield from _look("mapped file", file.path, open_path, same)
+
+
 def check(
-    image: Image, namespaces: Collection[int], open_path: Open, policy: RestorePolicy
+    image: Image, namespaces: Collection[int], open_path: Open, policy: RestorePolicy, written: Written
 ) -> Iterator[Blocker]:
     """Whatever is lacking here, or is not what it was.
 
     Args:
         namespaces: the mount namespaces in which to look.
         open_path: see `Open`.
+        written: excuses what the tree may have written since.
 
     Raises:
         ImageError: the record of an open file is damaged.
@@ -59,7 +89,7 @@ def check(
 
     for mapped in image.mapped_files.values():
         if mapped.content is None and is_new(mapped.path, mapped.identity):
-            same = partial(refusal, wanted=mapped.identity, files=policy.files)
+            same = partial(written.refusal, mapped, policy.files)
             yield from _look("mapped file", mapped.path, open_path, same)
     for file in image.files.values():
         kind = _NAMED.get(file.kind)

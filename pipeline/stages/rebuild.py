@@ -48,6 +48,7 @@ from pipeline.stages import draft, files_here, finish, memory_layout
 from pipeline.stages.body import Embodiment, MappedFiles
 from pipeline.stages.contents import Contents
 from pipeline.stages.descriptors import Descriptors
+from pipeline.stages.files_here import Written
 from pipeline.stages.growth import Grown, Growth
 from pipeline.stages.late import Late
 from pipeline.stages.pager import Watched
@@ -120,6 +121,7 @@ class Rebuilding:
         #: files that came along and are not made yet, by mount namespace
         self._untaken: dict[int, list[TakenFile]] = defaultdict(list)
         self._roots: dict[int, LocalFd] = {}
+        self._written = Written(live=terms.live)
         self._late = Late()
         self._stack.callback(self._late.close)
         self._stack.callback(self._close_watched)
@@ -183,7 +185,7 @@ class Rebuilding:
         self._cgroups.open()
         self._stack.callback(self.contents.close)
         self.contents.make(image, self._launcher, self._ids.uid_here, self._ids.gid_here)
-        files = MappedFiles(image, self.contents, self._open_path, self.policy)
+        files = MappedFiles(image, self.contents, self._open_path, self.policy, self._written)
         self._stack.callback(files.close)
         self._stack.callback(self._close_roots)
         self._terminals = ControllingTerminals(image.files.values(), self._open_path)
@@ -219,15 +221,14 @@ class Rebuilding:
         """
         taken = [file for mntns in where for file in self._untaken.get(mntns, [])]
         blockers = [
-            *files_here.check(self._image, where, self._path_here, self.policy),
+            *files_here.check(self._image, where, self._path_here, self.policy, self._written),
             *self._making.check(taken),
         ]
         if blockers:
             raise Refused(blockers)
         if self.policy.files == "any":
-            accepted = files_here.check(
-                self._image, where, self._path_here, dataclasses.replace(self.policy, files="same")
-            )
+            strictly = dataclasses.replace(self.policy, files="same")
+            accepted = files_here.check(self._image, where, self._path_here, strictly, self._written)
             self._body.notes += [f"{one.subject}: {one.reason}; it is used all the same" for one in accepted]
 
     def _make_cgroups(self) -> CgroupMaking:
@@ -356,6 +357,8 @@ class Rebuilding:
         blockers = list(check_here(list(image.processes.values())))
         if blockers:
             raise RebuildError("this host cannot take the tree: " + "; ".join(map(str, blockers)))
+        if changed := list(self._written.check(image, self._path_here, self.policy)):
+            raise Refused(changed)
         self.contents.update(image, self._launcher, ids.uid_here, ids.gid_here)
         self._before, self._image, self._ids, self._mending = self._image, image, ids, mending
         return True
@@ -366,7 +369,7 @@ class Rebuilding:
         The pages that differ come then, and by further steps of `next_fill` those that are new.
         """
         self.contents.seal_early()
-        files = MappedFiles(self._image, self.contents, self._open_path, self.policy)
+        files = MappedFiles(self._image, self.contents, self._open_path, self.policy, Written(live=False))
         self._stack.callback(files.close)
         self._body.update(self._image, files, self._ids)
         self.growth.mend(self._mending.ended, self._mending.births)

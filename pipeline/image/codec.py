@@ -174,6 +174,9 @@ class Image:
             case TakenFile():
                 self._put(self.taken_files, record.index, record)
             case SharedMemory():
+                size = record.hugetlb
+                if size & size - 1 or record.size_bytes % (size or 1):
+                    raise ImageError(f"space {record.space}: {record.size_bytes} bytes in pages of {size}")
                 self._put(self.shared_memory, record.space, record)
             case Content():
                 self._put(self.contents, record.space, record)

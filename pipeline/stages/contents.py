@@ -20,7 +20,8 @@ from __future__ import annotations
 import fcntl
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from pipeline.errors import RebuildError
 from pipeline.ids import LocalFd
@@ -60,11 +61,15 @@ class Contents:
         Args:
             launcher: maps anonymous memory.
             uid, gid: translate owners to ids here.
+
+        Raises:
+            RebuildError: this kernel makes none such, as with huge pages of a size that it does not have.
         """
         for shared in image.shared_memory.values():
             if shared.space in self._fds:
                 continue
-            fd = self._make_shared(shared, launcher)
+            with _told(shared):
+                fd = self._make_shared(shared, launcher)
             self._keep(shared.space, fd, shared.size_bytes)
             if shared.hugetlb:
                 self._huge_page_bytes[shared.space] = shared.hugetlb
@@ -77,13 +82,16 @@ class Contents:
     def update(
         self, image: Image, launcher: Puppet, uid: Callable[[Id], int], gid: Callable[[Id], int]
     ) -> None:
-        """Make what a later look at the same tree has found, too; what has another size by now gets it."""
-        sizes = {shared.space: shared.size_bytes for shared in image.shared_memory.values()}
-        sizes |= {content.space: content.size_bytes for content in image.contents.values()}
-        for space, size in sizes.items():
-            if space in self._fds and size != self._sizes[space]:
-                os.ftruncate(self._fds[space], size)
-                self._sizes[space] = size
+        """Make what a later look at the same tree has found, too; what has another size by now gets it.
+
+        Raises as `make` does.
+        """
+        objects: list[SharedMemory | Content] = [*image.shared_memory.values(), *image.contents.values()]
+        for one in objects:
+            if one.space in self._fds and one.size_bytes != self._sizes[one.space]:
+                with _told(one):
+                    os.ftruncate(self._fds[one.space], one.size_bytes)
+                self._sizes[one.space] = one.size_bytes
         self.make(image, launcher, uid, gid)
 
     def _keep(self, space: int, fd: LocalFd, size_bytes: int) -> None:
@@ -101,11 +109,7 @@ class Contents:
         flags = os.MFD_CLOEXEC | _MFD_ALLOW_SEALING
         if shared.hugetlb:
             flags |= hugetlb.memfd_flags(shared.hugetlb)
-        try:
-            fd = LocalFd(os.memfd_create(os.fsdecode(name), flags))
-        except OSError as error:
-            of = f" of huge pages of {shared.hugetlb // 1024} kB" if shared.hugetlb else ""
-            raise RebuildError(f"a memfd{of} cannot be made here: {error.strerror}") from error
+        fd = LocalFd(os.memfd_create(os.fsdecode(name), flags))
         try:
             os.ftruncate(fd, shared.size_bytes)
             if shared.kind == "memfd":
@@ -188,6 +192,20 @@ class Contents:
                 _, fd = fds.popitem()
                 os.close(fd)
                 LEDGER.give_back("content", fd)
+
+
+@contextmanager
+def _told(one: SharedMemory | Content) -> Iterator[None]:
+    """Say what could not be made."""
+    try:
+        yield
+    except OSError as error:
+        what = "a file without a name"
+        if isinstance(one, SharedMemory):
+            what = "a memfd" if one.kind == "memfd" else "shared memory"
+            what += f" of huge pages of {one.hugetlb >> 10} kB" if one.hugetlb else ""
+        size = f"{one.size_bytes} bytes"
+        raise RebuildError(f"{what}, of {size}, cannot be made here: {error.strerror}") from error
 
 
 def _give(fd: LocalFd, uid: int, gid: int) -> None:

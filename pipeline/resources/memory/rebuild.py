@@ -11,8 +11,8 @@ Three steps, because the kernel wants them apart:
 
 Only MADV_HUGEPAGE and MADV_NOHUGEPAGE belong to step 1: they decide how pages are made.
 
-Huge pages of hugetlbfs are the exception to both: nobody may write to them against the permissions of their mapping,
-which are given in step 3 therefore; and they can only be dropped whole.
+Huge pages of hugetlbfs are the exception: in some kernels (6.2 to 6.13) nobody may write to them against the
+permissions of their mapping, so what takes writing away is given in step 3; and they can only be dropped whole.
 
 Not preserved: copy-on-write sharing of locked pages (mlock gives each process its own),
 names of anonymous memory on a kernel without CONFIG_ANON_VMA_NAME.

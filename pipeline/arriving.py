@@ -16,6 +16,7 @@ from msgspec.structs import replace
 from pipeline import garbage
 from pipeline.errors import ImageError, PeerError, PipelineError, ungrouped
 from pipeline.image.codec import Image
+from pipeline.image.delta import Draft
 from pipeline.image.schema import Absent
 from pipeline.kernel.arch import x86_64 as arch
 from pipeline.progress import Progress
@@ -60,6 +61,7 @@ async def arrived_live(
             raise PeerError(f"{channel.peer} sends a {begin.what} of nothing")
         image, first = await read_records(channel.reader)
         image.check_machine(arch.MACHINE)
+        draft = Draft(image)
         feed = page_feed(channel.reader, image, first, progress)
         async with grown(image, feed, tracer, progress, terms) as rebuilding:
             page_bytes = feed.bytes_done
@@ -71,7 +73,9 @@ async def arrived_live(
             if begin.what == "still":
                 with garbage.held_off():
                     progress.phase("finish")
-                    count, begin = await _come_to_rest(channel, rebuilding, begin.records, tracer, progress)
+                    count, begin = await _come_to_rest(
+                        channel, rebuilding, draft, begin.records, tracer, progress
+                    )
                     if begin.what == "rest":
                         await tracer.run(rebuilding.complete)
                         yield rebuilding, page_bytes + count
@@ -97,7 +101,7 @@ async def _round(channel: Channel, rebuilding: Rebuilding, progress: Progress) -
 
 
 async def _come_to_rest(
-    channel: Channel, rebuilding: Rebuilding, records: int, tracer: Tracer, progress: Progress
+    channel: Channel, rebuilding: Rebuilding, draft: Draft, records: int, tracer: Tracer, progress: Progress
 ) -> tuple[int, Begin]:
     """Turn what was built of a draft into the tree as it stands still, of which so many records come first.
 
@@ -106,32 +110,50 @@ async def _come_to_rest(
         else, which is not.
     """
     image = Image()
-    await read_counted(channel.reader, image, records)
+    await read_counted(channel.reader, image, records, draft)
     image.check_references()
-    is_draft_of_it = await tracer.run(rebuilding.update, image)
-    filled = trio.Event()
-    if not rebuilding.lacks_files:
-        filled.set()
+    updated, filled = trio.Event(), trio.Event()
+    is_draft_of_it = False
+    #: raised where a peer can be told: behind a whole frame; and behind all pages, where they can be taken in
+    refused: list[PipelineError] = []
     failed: list[PipelineError] = []
 
-    async def equip() -> None:
-        await filled.wait()
+    def update() -> bool:
+        fits = rebuilding.update(image)
+        if fits and not rebuilding.lacks_files:
+            equip()
+        return fits
+
+    def equip() -> None:
         try:
-            await tracer.run(rebuilding.equip_early)
-        except PipelineError as error:  # raised where a peer can be told: behind a whole frame
+            rebuilding.equip_early()
+        except PipelineError as error:
             failed.append(error)
+
+    async def update_and_equip() -> None:
+        nonlocal is_draft_of_it
+        try:
+            is_draft_of_it = await tracer.run(update)
+        except PipelineError as error:
+            refused.append(error)
+        updated.set()
+        if is_draft_of_it and rebuilding.lacks_files:
+            await filled.wait()
+            await tracer.run(equip)
 
     with ungrouped():
         async with trio.open_nursery() as nursery:
-            if is_draft_of_it:
-                nursery.start_soon(equip)
+            nursery.start_soon(update_and_equip)
             begin = await _beginning(channel, await channel.reader.next())
+            await updated.wait()
+            if refused:
+                raise refused[0]
             if begin.what != "rest":
                 nursery.cancel_scope.cancel()
                 return 0, begin
             if not is_draft_of_it:
                 raise ImageError(f"{channel.peer} leaves out what was in no draft")
-            await read_counted(channel.reader, image, begin.records, Absent)
+            await read_counted(channel.reader, image, begin.records, draft, Absent)
             feed = page_feed(channel.reader, image, None, progress)
             await bring_up_to_date(rebuilding, image, feed, tracer, filled)
     if failed:

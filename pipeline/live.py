@@ -25,6 +25,7 @@ import trio
 from pipeline.errors import PipelineError
 from pipeline.ids import HostPid
 from pipeline.image.codec import Image, image_of
+from pipeline.image.delta import Draft, condensed
 from pipeline.image.schema import Absent, Record
 from pipeline.kernel.pagemap import Range
 from pipeline.policy import DumpPolicy
@@ -107,6 +108,7 @@ class LiveSource:
         self.throttle = Throttle(tracer, HostPid(pid))
         self.memory = LiveMemory()
         self._has_draft = False
+        self._draft: Draft | None = None
         self.begun_s = time.monotonic()
         self.page_bytes = 0
         self.rounds_done = 0
@@ -221,6 +223,7 @@ class LiveSource:
         await self._channel.say(Begin("draft"))
         without_later = self._rounds.only_draft
         sources = await trio.to_thread.run_sync(lambda: memory.take(first=True, without_later=without_later))
+        self._draft = Draft(memory.image)
         records = list(memory.image.records())
         self.page_bytes += await write_translated(
             self._channel.writer, in_order(records), sources, self._progress, eager=True
@@ -261,15 +264,17 @@ class LiveSource:
 
     async def _send_records(self, still: Standstill) -> Image:
         """What the tree is: the destination begins with that while it is reckoned here what it lacks."""
-        now = Image()
+        now, draft = Image(), self._draft
+        assert draft is not None
 
-        def translated() -> Iterator[Record]:
-            for record in still.translated():
+        def translated() -> Iterator[tuple[Record, int | None]]:
+            for found in still.translated():
+                record, number = draft.known(found)
                 now.add(record)  # type: ignore[arg-type]
-                yield record
+                yield record, number
 
         await self._channel.say(Begin("still", len(still.records)))
-        await write_records(self._channel.writer, in_order(translated()), eager=True)
+        await write_records(self._channel.writer, in_order(condensed(translated())), eager=True)
         return now
 
     async def _send_lacking(

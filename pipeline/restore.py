@@ -23,6 +23,7 @@ import trio
 
 from pipeline.errors import ImageError, RebuildError, ungrouped
 from pipeline.image.codec import Image
+from pipeline.image.delta import Draft
 from pipeline.image.frames import MAX_PAYLOAD_BYTES
 from pipeline.image.schema import AnyRecord, End, Record
 from pipeline.interrupts import interruptible
@@ -143,13 +144,19 @@ async def read_records(reader: FrameReader) -> tuple[Image, LeasedRun | None]:
             return image, None
 
 
-async def read_counted(reader: FrameReader, image: Image, count: int, kind: type[Record] = Record) -> None:
+async def read_counted(
+    reader: FrameReader, image: Image, count: int, draft: Draft, kind: type[Record] = Record
+) -> None:
     """Read the next `count` records of `image`, all of one kind, none of which is the end.
+
+    Args:
+        draft: what is unchanged since then is not sent again.
 
     Raises:
         ImageError: see `read_records`; or they are less, or others.
     """
-    for _ in range(count):
+    missing = count
+    while missing:
         item = await _next(reader)
         if isinstance(item, LeasedRun):
             item.lease.release()
@@ -159,7 +166,12 @@ async def read_counted(reader: FrameReader, image: Image, count: int, kind: type
             raise ImageError(
                 f"a record of kind {type(item).__name__} stands among those of kind {kind.__name__}"
             )
-        image.add(item)
+        records = draft.expanded(item)
+        missing -= len(records)
+        if missing < 0:
+            raise ImageError(f"more records came than the {count} that were announced")
+        for record in records:
+            image.add(record)  # type: ignore[arg-type]
 
 
 async def _next(reader: FrameReader) -> AnyRecord | LeasedRun:

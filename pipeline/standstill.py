@@ -27,10 +27,11 @@ from pipeline.resources.external_state import ExternalState
 from pipeline.resources.held import Held
 from pipeline.resources.memory import tracking
 from pipeline.resources.memory.tracking import TrackingLost
+from pipeline.resources.registry import kinds
 from pipeline.resources.tasks import leaders
 from pipeline.resources.tasks.interrupted import Sleepers
 from pipeline.resources.tcp_doors import Doors
-from pipeline.stages import freeze
+from pipeline.stages import freeze, translate
 from pipeline.stages.beforehand import Beforehand
 from pipeline.stages.capture import Capture
 from pipeline.stages.examine import tree_blockers
@@ -39,7 +40,6 @@ from pipeline.stages.live_memory import LiveMemory
 from pipeline.stages.memory import PageSource
 from pipeline.stages.observe import Looks
 from pipeline.stages.outliving import Outliving, large_memories
-from pipeline.stages.translate import into_forest
 from pipeline.transport.buffers import BufferPool
 from pipeline.userns.cradle import is_privileged
 from pipeline.userns.externals import Externals
@@ -113,7 +113,7 @@ class Standstill:
     def translated(self) -> Iterator[Record]:
         """The records, one by one, their ids in the forest of the image."""
         for record, state in self.records:
-            yield into_forest(record, state, self.forest)
+            yield translate.into_forest(record, state, self.forest)
 
     def plan_anew(self) -> None:
         """Let `records` and `sources` be those of a tree that grows from nothing, where they were not; in any thread.
@@ -183,6 +183,7 @@ async def standstill(
     Raises:
         Refused: something that only showed when it stood still stops it; it runs on.
     """
+    translate.prepare(kind.record for kind in kinds())
     for attempt in range(_TRANSIENT_TRIES):
         async with AsyncExitStack() as stopped:
             if attempt:

@@ -12,7 +12,8 @@ import trio
 from pipeline import arriving
 from pipeline.errors import ImageError, RebuildError
 from pipeline.image.codec import Image
-from pipeline.image.schema import Absent, Record, UserNamespace
+from pipeline.image.delta import Draft
+from pipeline.image.schema import Absent, Record, Unchanged, UserNamespace
 from pipeline.ledger import LEDGER
 from pipeline.progress import NullProgress
 from pipeline.stages import fill
@@ -35,6 +36,7 @@ class _Tree:
         self.equipped = 0
         #: files that came along are not made yet
         self.lacks_files = False
+        self.has_births = False
         self.contents = SimpleNamespace(place=lambda space: space, finish_fill=lambda _: None)
 
     def update(self, image: Image) -> bool:
@@ -57,9 +59,6 @@ class _Tree:
     def place_of(self, space: int) -> int:
         return space
 
-    def next_fill(self) -> None:
-        return None
-
 
 async def _run(act: Callable[..., Any], *args: Any) -> Any:
     await trio.lowlevel.checkpoint()
@@ -76,21 +75,25 @@ def written(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bytes]]:
     return found
 
 
-async def _sent(*, rest: Begin, absent: Sequence[Record] = (), lost: int = 0) -> tuple[Any, int]:
-    """A connection over which a source has sent its tree, all but `lost` records; and how many there should be."""
+_RECORDS = list(test_inspect.image().image.records())
+
+
+async def _sent(
+    *, rest: Begin, absent: Sequence[Record] = (), records: Sequence[Record] = _RECORDS
+) -> tuple[Any, int]:
+    """A connection over which a source has sent `records` of its tree; and how many there should be."""
     wire = Memory()
     writer = FrameWriter(wire)
-    records = list(test_inspect.image().image.records())
-    for record in records[: len(records) - lost]:
+    for record in records:
         await writer.record(record)
     await writer.message(protocol.encode(rest))
     for one in absent:
         await writer.record(one)
     for pages in _PAGES:
         await writer.pages(pages)
-    await writer.end(len(records), sum(len(one.payload) for one in _PAGES))
+    await writer.end(len(_RECORDS), sum(len(one.payload) for one in _PAGES))
     await writer.message(protocol.encode(Commit()))
-    return _channel(wire), len(records)
+    return _channel(wire), len(_RECORDS)
 
 
 def _channel(wire: Memory) -> Any:
@@ -99,8 +102,8 @@ def _channel(wire: Memory) -> Any:
 
 
 async def _come(tree: _Tree, channel: Any, records: int) -> tuple[int, Begin]:
-    tracer: Any = SimpleNamespace(run=_run)
-    return await arriving._come_to_rest(channel, tree, records, tracer, NullProgress())  # type: ignore[arg-type]
+    tracer, draft = SimpleNamespace(run=_run), Draft(test_inspect.image().image)
+    return await arriving._come_to_rest(channel, tree, draft, records, tracer, NullProgress())  # type: ignore[arg-type]
 
 
 async def test_the_rest_is_taken_in_and_what_is_absent_is_known_before_mappings_change(written: list[Any]):
@@ -140,11 +143,35 @@ async def test_what_fails_beside_the_pages_is_said_where_the_peer_can_be_heard(w
 
 @pytest.mark.parametrize("lost", [1, 2])
 async def test_fewer_records_than_were_announced(lost: int):
-    channel, records = await _sent(rest=Begin("rest"), lost=lost)
+    channel, records = await _sent(rest=Begin("rest"), records=_RECORDS[:-lost])
     held = LEDGER.held()
     with pytest.raises(ImageError, match="a protocol message stands among the records"):
         await _come(_Tree(), channel, records)
     assert LEDGER.held() == held
+
+
+async def test_what_is_unchanged_is_that_of_the_draft():
+    unchanged = Unchanged(first=1, count=len(_RECORDS) - 1)
+    channel, records = await _sent(rest=Begin("rest"), records=[_RECORDS[0], unchanged])
+    tree = _Tree()
+    count, _ = await _come(tree, channel, records)
+    assert tree.image is not None
+    assert count == 3 * PAGE
+    assert list(tree.image.records()) == _RECORDS
+
+
+@pytest.mark.parametrize(
+    ("unchanged", "why"),
+    [
+        (Unchanged(first=1, count=len(_RECORDS)), "of a draft are said to be unchanged, which has"),
+        (Unchanged(first=0, count=len(_RECORDS)), "more records came than the"),
+        (Unchanged(first=0, count=1), "two heads"),
+    ],
+)
+async def test_what_is_said_to_be_unchanged_is_in_the_draft(unchanged: Unchanged, why: str):
+    channel, records = await _sent(rest=Begin("rest"), records=[_RECORDS[0], unchanged])
+    with pytest.raises(ImageError, match=why):
+        await _come(_Tree(), channel, records)
 
 
 async def test_only_what_is_absent_comes_behind_the_records():

@@ -336,6 +336,16 @@ class Absent(Record, frozen=True, kw_only=True, tag="absent"):
     later: list[tuple[U64, U64]] = []
 
 
+class Unchanged(Record, frozen=True, kw_only=True, tag="unchanged"):
+    """In place of `count` records: they are those of the draft from number `first` on, in its order, from 0.
+
+    Only of a live migration (see `pipeline.image.delta`): never in an image.
+    """
+
+    first: Index
+    count: Annotated[int, Meta(ge=1, le=1 << 24)]
+
+
 class SignalAction(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """`struct kernel_sigaction`: handler address, SA_* flags, restorer address, mask."""
 
@@ -658,6 +668,7 @@ AnyRecord = (
     | SharedMemory
     | AddressSpace
     | Absent
+    | Unchanged
     | Process
     | OpenFile
     | Content

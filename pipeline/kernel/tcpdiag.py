@@ -1,9 +1,12 @@
-"""The TCP sockets of a network namespace, as sock_diag(7) lists them: two questions for all of them.
+"""The TCP sockets of a network namespace, as sock_diag(7) lists them: one question for all of them.
 
 It names what no descriptor tells: the peer of a connection that is still being made, and the
 connections that wait to be accepted (they have no inode yet).
 
-Source: include/uapi/linux/inet_diag.h; net/ipv4/inet_diag.c.
+It is asked in the older of two forms, which alone has an answer for both families: for each question the kernel walks
+through the table of connections of the whole host, 0.3 ms and more.
+
+Source: include/uapi/linux/inet_diag.h (struct inet_diag_req); net/ipv4/inet_diag.c, inet_diag_dump_compat().
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import msgspec
 from pipeline.kernel.rtnetlink import Netlink
 
 NETLINK_SOCK_DIAG = 4
-_SOCK_DIAG_BY_FAMILY = 20
+_TCPDIAG_GETSOCK = 18
 _ALL_STATES = 0xFFFF_FFFF
 #: family, state, timer, retransmissions; ports; addresses; interface; cookie; expires, queues, uid, inode
 _MESSAGE = struct.Struct("=4B2s2s16s16sI8s5I")
@@ -39,10 +42,8 @@ class TcpEntry(msgspec.Struct, frozen=True):
 
 def dump(diag: Netlink) -> Iterator[TcpEntry]:
     """Every TCP socket of the network in which the socket of `diag` was made. OSError: what the kernel says."""
-    for family in (socket.AF_INET, socket.AF_INET6):
-        request = struct.pack("=4BI48x", family, socket.IPPROTO_TCP, 0, 0, _ALL_STATES)
-        for content in diag.dump(_SOCK_DIAG_BY_FAMILY, request):
-            yield _typed(content)
+    for content in diag.dump(_TCPDIAG_GETSOCK, struct.pack("=52xII", _ALL_STATES, 0)):
+        yield _typed(content)
 
 
 def _typed(content: bytes) -> TcpEntry:

@@ -16,7 +16,7 @@ import ctypes
 import errno
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import IntEnum
 
 from pipeline.errors import RebuildError
@@ -89,13 +89,17 @@ def same_inode(one: os.stat_result, other: os.stat_result) -> bool:
     return (one.st_dev, one.st_ino) == (other.st_dev, other.st_ino)
 
 
+def _is_in_our_mounts(pid: HostPid) -> bool:
+    return os.readlink(f"/proc/{pid}/ns/mnt") == os.readlink("/proc/self/ns/mnt")
+
+
 def _start(pid: HostPid, link: bytes) -> tuple[bytes, bytes]:
     """A directory of /proc to resolve in, and the path of `link` below it.
 
     Raises:
         OSError: ENOENT where the name cannot be reached in the mount namespace of `pid`.
     """
-    if os.readlink(f"/proc/{pid}/ns/mnt") == os.readlink("/proc/self/ns/mnt"):
+    if _is_in_our_mounts(pid):
         return b"/proc/self/root", link
     root = os.readlink(f"/proc/{pid}/root".encode())
     if root == b"/":
@@ -147,6 +151,9 @@ def open_place(pid: HostPid, link: bytes, flags: int = os.O_PATH) -> LocalFd:
 
 def look_up(pid: HostPid, link: bytes) -> os.stat_result:
     """fstat of what `open_place` finds, which raises as it does."""
+    if link.startswith(b"/") and _is_in_our_mounts(pid):
+        with suppress(PermissionError):  # it may be permitted from inside
+            return os.stat(link, follow_symlinks=False)
     found = open_place(pid, link)
     try:
         return os.fstat(found)

@@ -8,6 +8,7 @@ from typing import Self
 from pipeline.ids import HostPid
 from pipeline.resources.namespaces.kept_networks import KeptNetworks
 from pipeline.resources.outside import Outsiders
+from pipeline.stages.ahead import MappingReader
 from pipeline.userns.limits import Limits
 
 
@@ -18,12 +19,14 @@ class Beforehand:
         limits: of its user namespaces.
         outsiders: who else has descriptors on this host.
         networks: who of us is in those of the tree, and has to be out before it ends.
+        mappings: who reads its mappings beside everything else.
     """
 
     def __init__(self) -> None:
         self.limits = Limits()
         self.outsiders = Outsiders()
         self.networks = KeptNetworks()
+        self.mappings = MappingReader()
 
     def __enter__(self) -> Self:
         return self
@@ -31,8 +34,10 @@ class Beforehand:
     def __exit__(self, *exc: object) -> None:
         self.limits.close()
         self.networks.close()
+        self.mappings.close()
 
     def refresh(self, pids: Sequence[HostPid]) -> None:
         """Right before the processes `pids` of the tree are stopped; in any thread."""
+        self.mappings.start()
         self.limits.open(pids)
         self.outsiders.look_anew()

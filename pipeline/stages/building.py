@@ -40,6 +40,7 @@ async def grown(
         rebuilding.contents.seal_early()
         await tracer.run(rebuilding.furnish)
         await _fill_growing(rebuilding, feed, tracer)
+        await feed.expect_end()
         yield rebuilding
     finally:
         with trio.CancelScope(shield=True):
@@ -62,7 +63,9 @@ async def bring_up_to_date(
         await tracer.run(rebuilding.change)
         for space in rebuilding.last_fills():
             await feed.fill(space, rebuilding.place_of(space))
-        await _fill_growing(rebuilding, feed, tracer)
+        if rebuilding.has_births:
+            await _fill_growing(rebuilding, feed, tracer)
+        await feed.expect_end()
     finally:
         feed.close()
 
@@ -71,7 +74,6 @@ async def _fill_growing(rebuilding: Rebuilding, feed: Feed, tracer: Tracer) -> N
     """Let processes be born, each with its pages, until all are there."""
     while (fill := await tracer.run(rebuilding.next_fill)) is not None:
         await feed.fill(fill.space, await tracer.run(rebuilding.memory_of, fill))
-    await feed.expect_end()
 
 
 @asynccontextmanager

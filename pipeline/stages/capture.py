@@ -72,7 +72,7 @@ from pipeline.resources.tasks import (
 from pipeline.resources.tasks.inquiry import Inquiry, thread_record
 from pipeline.resources.tasks.interrupted import Sleepers
 from pipeline.resources.tasks.refusals import check_stopped, check_task
-from pipeline.stages.ahead import MappingsAhead
+from pipeline.stages.ahead import MappingReader, MappingsAhead
 from pipeline.stages.asking import Answers, Slept, asked
 from pipeline.stages.beforehand import Beforehand
 from pipeline.stages.freeze import FrozenProcess, FrozenTree
@@ -147,6 +147,7 @@ class Capture:
                 self._cgroups,
                 known.networks if known is not None else None,
             )
+            self._mappings = known.mappings if known is not None else stack.enter_context(MappingReader())
             self._objects = stack.enter_context(MemoryObjects(self))
             self.files = stack.enter_context(
                 FileObserver(
@@ -256,7 +257,7 @@ class Capture:
             Records in order, each with the record of its kind where it is an open file; the sources of
             their pages in the order of the plan; and blockers: with any of them the rest is not to be used.
         """
-        with MappingsAhead(self.living) as mappings:
+        with self._mappings.ahead(self.living) as mappings:
             return self._take(frozen, mappings)
 
     def _take(
@@ -310,7 +311,7 @@ class Capture:
         ]
         if blockers:
             return [], [], blockers
-        self._found = _Found(self._head(frozen.root, processes), processes, captured, file_records)
+        self._found = _Found(self._head(frozen.root, processes, captured), processes, captured, file_records)
         if self._looks.live and not draft:
             return *self._without_plan(), []
         return self.planned()
@@ -592,8 +593,16 @@ class Capture:
         depth = len(self._status_of(pid).ns_pid) if children else 0
         return {self._status_of(child).ns_pid[depth - 1]: child for child in children}
 
-    def _head(self, root: HostPid, processes: Sequence[Process]) -> Head:
+    def _head(
+        self,
+        root: HostPid,
+        processes: Sequence[Process],
+        captured: Mapping[int, tuple[HostPid, Captured]],
+    ) -> Head:
         xstate = next(thread.xstate for process in processes for thread in process.threads)
+        first = next((process.space for process in processes if process.pids[0] == root), None)
+        vmas = captured[first][1].space.vmas if first is not None else ()
+        vdso = next(((vma.start, vma.end) for vma in vmas if vma.kind == "vdso"), None)
         offsets = clocks.own_offsets_ns()
         return Head(
             version=FORMAT_VERSION,
@@ -601,7 +610,7 @@ class Capture:
             page_size_bytes=arch.PAGE_BYTES,
             xfeatures=arch.xfeatures(xstate),
             xstate_size_bytes=len(xstate),
-            vdso=vdso_digest(root),
+            vdso=vdso_digest(self._face(root), vdso),
             kernel=os.uname().release,
             created_ns=time.time_ns(),
             root=root,

@@ -38,20 +38,23 @@ def kernel_mappings(pid: int) -> dict[str, tuple[int, int]]:
     """Where [vvar], [vvar_vclock] and [vdso] of a process are: name -> (start, end)."""
     found = {}
     with open(f"/proc/{pid}/maps", "rb") as file:
-        for line in file:
-            name = line.split(None, 5)[5].strip() if line.count(b" ") >= 5 and b"[v" in line else b""
+        for line in file.read().splitlines():
+            name = line.split(None, 5)[-1] if b" [v" in line else b""
             if name.startswith(b"[") and name[1:-1].decode() in _KERNEL_MAPPINGS:
                 start, end = line.split(None, 1)[0].split(b"-")
                 found[name[1:-1].decode()] = (int(start, 16), int(end, 16))
     return found
 
 
-def vdso_digest(pid: HostPid) -> bytes:
-    """SHA-256 of a process's vdso, without what `pipeline.remote.live` may have left in it; zeros if it has none."""
-    found = kernel_mappings(pid).get("vdso")
-    if found is None:
+def vdso_digest(pid: HostPid, at: tuple[int, int] | None) -> bytes:
+    """SHA-256 of a process's vdso, without what `pipeline.remote.live` may have left in it.
+
+    Args:
+        at: its [start, end); None: it has none, and the digest is zeros.
+    """
+    if at is None:
         return bytes(hashlib.sha256().digest_size)
-    code = read_memory(pid, RemoteAddress(found[0]), found[1] - found[0])
+    code = read_memory(pid, RemoteAddress(at[0]), at[1] - at[0])
     return hashlib.sha256(code.replace(arch.STUB, bytes(len(arch.STUB)))).digest()
 
 

@@ -281,7 +281,9 @@ class Rebuilding:
                 f"this processor keeps other extended state than the source's (XCR0 {arch.xfeatures(xstate):#x} "
                 f"in {len(xstate)} bytes; the tree has {head.xfeatures:#x} in {head.xstate_size_bytes})"
             )
-        if any(head.vdso) and head.vdso != memory_layout.vdso_digest(self._launcher.pid):
+        launcher = self._launcher.pid
+        vdso = memory_layout.kernel_mappings(launcher).get("vdso")
+        if any(head.vdso) and head.vdso != memory_layout.vdso_digest(launcher, vdso):
             raise RebuildError(
                 f"the vdso of this kernel ({os.uname().release}) is not that of the source's ({head.kernel}); "
                 "code of the tree holds addresses in it: restore under the same kernel build"
@@ -376,8 +378,11 @@ class Rebuilding:
         self._steps = self.growth.grow()
         for pid, grown in self.growth.grown.items():
             process = self._image.processes[pid]
-            if process.space is not None and not process.together.vm:
-                self._body.change(process, grown, self._before.spaces[process.space])
+            if process.space is None or process.together.vm:
+                continue
+            before = self._before.spaces[process.space]
+            if self._image.spaces[process.space] != before:
+                self._body.change(process, grown, before)
 
     def place_of(self, space: int) -> Place:
         """Where the pages of any space are written; in any thread. What it holds is owned here.
@@ -390,6 +395,11 @@ class Rebuilding:
         if space not in self._image.spaces:
             raise RebuildError(f"pages of space {space}, which nothing in the tree has")
         return self._memory(space)
+
+    @property
+    def has_births(self) -> bool:
+        """Whether there are processes that are born behind the last pages of those that stand."""
+        return bool(self._mending.births.steps)
 
     def last_fills(self) -> list[int]:
         """The spaces of the processes that stand, in the order in which their last pages come."""
@@ -406,7 +416,7 @@ class Rebuilding:
 
         Where it `lacks_files`, what outlives a process has its pages.
         """
-        if not self._mending.ended and not self._mending.births.steps:
+        if not self._mending.ended and not self.has_births:
             self._descriptors = self._equip()
 
     def _equip(self) -> Descriptors:

@@ -6,26 +6,64 @@ Coming in (restore), ids stay where they are: the forest's maps are what changes
 puppet sets the id that its own namespace knows.
 
 Because ids are found by type and not by a list of fields, a new record cannot be
-forgotten here.
+forgotten here. What a type says that it has no ids in is not looked through.
 """
 
 from __future__ import annotations
 
+import functools
 import operator
-from collections.abc import Callable
-from typing import Any
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, get_args
 
 import msgspec
 
-from pipeline.image.schema import Credentials, Id, Process, Record
+from pipeline.image.schema import AnyRecord, Credentials, Id, Process, Record
 from pipeline.userns.forest import Forest, IdKind
 
 #: translates an id, of the kind that its field is of
 Change = Callable[[IdKind], Callable[[Id], Id]]
-#: as tuples: thousands of values are looked at while a tree stands still
-_LISTS, _PLAIN = (list, tuple), (int, bytes, str)
-_NESTED = (msgspec.Struct, *_LISTS)
 _GROUP_FIELDS = frozenset({"gid", "gids", "groups"})
+_NAME = re.compile(r"\w+")
+
+
+def prepare(states: Iterable[type[msgspec.Struct]]) -> None:
+    """Look through the types of records, and of the `states` of open files: before a tree stands still."""
+    for kind in (*get_args(AnyRecord), *states):
+        _fields_with_ids(kind)
+
+
+@functools.cache
+def _fields_with_ids(kind: type[msgspec.Struct]) -> list[tuple[str, IdKind]]:
+    """The fields of a type that may hold ids, at whatever depth, and of which kind these are.
+
+    To have all annotations evaluated takes ten times as long as to look up the names in them.
+    """
+    found: list[tuple[str, IdKind]] = []
+    for base in kind.__mro__:
+        scope = vars(sys.modules[base.__module__])
+        for name, text in vars(base).get("__annotations__", {}).items():
+            hints = [scope[word] for word in _NAME.findall(text) if word in scope]
+            if any(_may_be_id(part) for hint in hints for part in _parts(hint)):
+                found.append((name, "gid" if name in _GROUP_FIELDS else "uid"))
+    return found
+
+
+def _parts(hint: Any) -> Iterator[Any]:
+    """A type, and the types that it is made of."""
+    yield hint
+    for part in get_args(hint):
+        yield from _parts(part)
+
+
+def _may_be_id(kind: Any) -> bool:
+    if kind is Any:
+        return True
+    if not isinstance(kind, type):
+        return False
+    return issubclass(kind, Id) or (issubclass(kind, msgspec.Struct) and bool(_fields_with_ids(kind)))
 
 
 def change_ids(value: Any, change: Change, kind: IdKind = "uid") -> Any:
@@ -37,16 +75,13 @@ def change_ids(value: Any, change: Change, kind: IdKind = "uid") -> Any:
         return change(kind)(value)
     if isinstance(value, msgspec.Struct):
         changes = {}
-        for name in value.__struct_fields__:
+        for name, field in _fields_with_ids(type(value)):
             old = getattr(value, name)
-            if old and isinstance(old, _NESTED):
-                new = change_ids(old, change, "gid" if name in _GROUP_FIELDS else "uid")
-                if new is not old:
-                    changes[name] = new
+            new = change_ids(old, change, field) if old else old
+            if new is not old:
+                changes[name] = new
         return msgspec.structs.replace(value, **changes) if changes else value
-    if isinstance(value, _LISTS):
-        if not value or isinstance(value[0], _PLAIN):
-            return value
+    if isinstance(value, list | tuple):
         changed = [change_ids(item, change, kind) for item in value]
         if all(map(operator.is_, changed, value)):
             return value

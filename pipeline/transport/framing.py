@@ -199,13 +199,12 @@ class FrameHeads:
             ImageError: the stream is cut, damaged, or no stream of ours.
         """
         where = f"{self._name}: frame {self._frames} at byte {self.bytes_read}"
-        raw = bytearray(frames.HEAD.size)
-        if not await self.fill(memoryview(raw), where, may_end=True):
+        raw = await self._take(frames.HEAD.size, where, may_end=True)
+        if raw is None:
             return None
-        head = frames.decode_head(bytes(raw), where)
-        read = bytearray(head.header_bytes)
-        await self.fill(memoryview(read), where)
-        header = bytes(read)
+        head = frames.decode_head(raw, where)
+        header = await self._take(head.header_bytes, where)
+        assert header is not None
         frames.check_sum(header, head.header_sum, where)
         self._frames += 1
         record = self._record(header, where) if head.kind == Kind.RECORD else None
@@ -220,6 +219,15 @@ class FrameHeads:
         if isinstance(record, End) and record.digest != self._digest.digest():
             raise ImageError(f"{where}: frames before the end are missing, double or out of order")
         return record
+
+    async def _take(self, count: int, where: str, may_end: bool = False) -> bytes | None:
+        """The next `count` bytes; None if nothing comes, where that may be. Raises as `fill`."""
+        if count <= len(self._ready):
+            taken, self._ready = bytes(self._ready[:count]), self._ready[count:]
+            self.bytes_read += count
+            return taken
+        read = bytearray(count)
+        return bytes(read) if await self.fill(memoryview(read), where, may_end) else None
 
     async def fill(self, view: memoryview, where: str, may_end: bool = False) -> bool:
         """Fill `view` with what comes next; False if nothing does, where that may be.

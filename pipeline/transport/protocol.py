@@ -26,7 +26,7 @@ from pipeline.errors import ImageError, PeerError
 from pipeline.image.codec import unpack
 from pipeline.image.schema import U64
 
-VERSION = 4
+VERSION = 5
 _MAX_MESSAGE_BYTES = 1 << 20
 
 Role = Literal["source", "destination"]
@@ -93,7 +93,7 @@ class Begin(Message, frozen=True, tag="begin"):
     """
 
     what: Literal["draft", "round", "still", "rest", "whole"]
-    #: how many there are, with ``still`` and ``rest``
+    #: how many there are, with ``still`` and ``rest``; those that are as in the draft are not sent again, but counted
     records: U64 = 0
 
 

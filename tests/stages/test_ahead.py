@@ -10,7 +10,7 @@ import pytest
 from pipeline.ids import HostPid
 from pipeline.kernel import procfs
 from pipeline.kernel.smaps import smaps
-from pipeline.stages.ahead import MappingsAhead
+from pipeline.stages.ahead import MappingReader
 
 
 def readers() -> list[str]:
@@ -33,7 +33,7 @@ def test_every_process_is_read_who_is_there(child: HostPid) -> None:
         os._exit(0)
     os.waitpid(ended, 0)
     try:
-        with MappingsAhead([child, HostPid(ended)]) as ahead:
+        with MappingReader() as reader, reader.ahead([child, HostPid(ended)]) as ahead:
             assert [one[:7] for one in ahead.of(child)] == [one[:7] for one in smaps(child)]
             with pytest.raises(procfs.ProcessGone):
                 ahead.of(HostPid(ended))
@@ -45,6 +45,13 @@ def test_every_process_is_read_who_is_there(child: HostPid) -> None:
 
 
 def test_whoever_fails_meanwhile_leaves_no_reader() -> None:
-    with pytest.raises(KeyError), MappingsAhead([HostPid(os.getpid())] * 3) as ahead:
-        ahead.of(HostPid(0))
+    pids = [HostPid(os.getpid()), HostPid(os.getppid())] * 3
+    with MappingReader() as reader:
+        reader.start()
+        with pytest.raises(KeyError), reader.ahead(pids) as ahead:
+            ahead.of(HostPid(0))
+        assert all(one.done() for one in ahead._read.values())
+        with reader.ahead(pids) as again:
+            assert again.of(pids[0])
+        assert len(readers()) == 1
     assert not readers()

@@ -18,6 +18,7 @@ Sources: time_namespaces(7); kernel/time/namespace.c (timens_install, proc_timen
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from contextlib import suppress
@@ -105,6 +106,7 @@ def begin(state: TimeState, puppet: Puppet) -> dict[str, int]:
     return ahead
 
 
+@functools.cache
 def boot_id() -> str:
     """Which boot of which host this is; empty where it is hidden, as from some containers."""
     with suppress(OSError), open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:

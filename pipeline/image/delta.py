@@ -2,15 +2,26 @@
 
 While the tree stands still, each of its records is encoded, sent, decoded and checked; most of them the destination has
 from the draft. Both sides number the records of the draft alike: in the order in which they were sent.
+
+What the memory of a process had in common with its parent's mattered when it was made: a later look does not say it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+from msgspec.structs import replace
+
 from pipeline.errors import ImageError
 from pipeline.image.codec import Image, key_of
-from pipeline.image.schema import Record, Unchanged
+from pipeline.image.schema import AddressSpace, Record, Unchanged
+
+
+def grown(record: Record) -> Record:
+    """A record of a draft, as a later look says it of what has not changed since."""
+    if isinstance(record, AddressSpace) and (record.copy_of is not None or record.dropped):
+        return replace(record, copy_of=None, dropped=[])
+    return record
 
 
 class Draft:
@@ -21,7 +32,7 @@ class Draft:
     """
 
     def __init__(self, image: Image) -> None:
-        self._records = list(image.records())
+        self._records = list(map(grown, image.records()))
         self._numbers = {(type(record), key_of(record)): n for n, record in enumerate(self._records)}
 
     def known(self, record: Record) -> tuple[Record, int | None]:

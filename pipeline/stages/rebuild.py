@@ -18,6 +18,7 @@ from msgspec.structs import replace
 
 from pipeline.errors import ImageError, RebuildError, Refused
 from pipeline.ids import HostPid, LocalFd
+from pipeline.image import delta
 from pipeline.image.codec import Image
 from pipeline.image.plan import fill_order, plan
 from pipeline.image.schema import PathRef, Process, TakenFile
@@ -381,7 +382,7 @@ class Rebuilding:
             if process.space is None or process.together.vm:
                 continue
             before = self._before.spaces[process.space]
-            if self._image.spaces[process.space] != before:
+            if self._image.spaces[process.space] != delta.grown(before):
                 self._body.change(process, grown, before)
 
     def place_of(self, space: int) -> Place:

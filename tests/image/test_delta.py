@@ -9,8 +9,8 @@ from msgspec.structs import replace
 
 from pipeline.errors import ImageError
 from pipeline.image.codec import Image, image_of
-from pipeline.image.delta import Draft, condensed
-from pipeline.image.schema import Content, Head, Record, SharedMemory, Unchanged
+from pipeline.image.delta import Draft, condensed, grown
+from pipeline.image.schema import AddressSpace, Content, Head, Record, SharedMemory, Unchanged
 from tests.image.test_codec import HEAD
 
 
@@ -83,3 +83,13 @@ def test_no_image_refers_to_a_draft():
     image = image_of(_tree({}))
     with pytest.raises(ImageError, match="there is none"):
         image.add(Unchanged(first=0, count=1))
+
+
+def test_what_a_child_has_had_of_its_parent_is_not_asked_again():
+    child = AddressSpace(space=2, vmas=[], exe=0, layout=[0] * 11, auxv=b"")
+    drafted = replace(child, copy_of=1, dropped=[(0x1000, 0x2000)])
+    known = Draft(image_of([HEAD, replace(child, space=1), drafted]))
+    again, number = known.known(child)
+    assert (again, number) == (child, 2)
+    assert grown(drafted) == child
+    assert known.known(replace(child, dropped=[(0x3000, 0x4000)]))[1] is None

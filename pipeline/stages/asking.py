@@ -23,14 +23,7 @@ from pipeline.resources.memory import aio
 from pipeline.resources.namespaces.ipc import Semaphores
 from pipeline.resources.tasks import interrupted, job_control, semaphore_undo
 from pipeline.resources.tasks.inquiry import Inquiry
-from pipeline.resources.tasks.interrupted import Sleepers
-
-
-class Slept(NamedTuple):
-    """How long a thread had slept when it was stopped, and in which system call; None: it did not, or nobody knows."""
-
-    slept_ns: int | None
-    call: int | None
+from pipeline.resources.tasks.interrupted import Sleepers, Slept
 
 
 class Answers(NamedTuple):
@@ -85,7 +78,7 @@ def asked(
     memory = open_file(pid, "mem", os.O_RDWR)
     try:
         mappings = smaps.maps(pid)
-        slept = {tid: Slept(sleepers.slept_ns(tid), sleepers.call(tid)) for tid in tids}
+        slept = {tid: sleepers.slept(tid) for tid in tids}
         for tid in tids:
             interrupted.shorten(tid, slept[tid].slept_ns)
         places = _places(pid, tids, mappings, memory)

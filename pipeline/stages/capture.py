@@ -70,10 +70,10 @@ from pipeline.resources.tasks import (
     together,
 )
 from pipeline.resources.tasks.inquiry import Inquiry, thread_record
-from pipeline.resources.tasks.interrupted import Sleepers
+from pipeline.resources.tasks.interrupted import Sleepers, Slept
 from pipeline.resources.tasks.refusals import check_stopped, check_task
 from pipeline.stages.ahead import MappingReader, MappingsAhead
-from pipeline.stages.asking import Answers, Slept, asked
+from pipeline.stages.asking import Answers, asked
 from pipeline.stages.beforehand import Beforehand
 from pipeline.stages.freeze import FrozenProcess, FrozenTree
 from pipeline.stages.memory import FilePages, PageSource, ProcessPages, SharedPages

@@ -130,7 +130,7 @@ def test_epoll_wait_does_not_start_its_time_again(stops: int) -> None:
                 sleepers = Sleepers()
                 sleepers.look([HostPid(pid)])
                 tree = freeze(HostPid(pid), suspend_seccomp=False)
-                interrupted.shorten(HostPid(pid), sleepers.slept_ns(HostPid(pid)))
+                interrupted.shorten(HostPid(pid), sleepers.slept(HostPid(pid)).slept_ns)
                 release(tree)
             result, lasted_s = eval(os.read(answer, 100))
             assert result == 0
@@ -192,7 +192,7 @@ def test_time_left_of_a_sleep(name: str) -> None:
         sleepers.look([HostPid(pid)])
         looked = time.monotonic_ns()
         with frozen(pid) as regs:
-            slept_ns = sleepers.slept_ns(HostPid(pid))
+            slept_ns = sleepers.slept(HostPid(pid)).slept_ns
             left_ns = interrupted.sleep_left_ns(regs, slept_ns, interrupted.reader(HostPid(pid)))
             stopped = time.monotonic_ns()
         assert slept_ns is not None
@@ -215,7 +215,7 @@ def test_a_sleep_that_began_after_the_look_is_not_mistaken() -> None:
         sleepers.look([HostPid(pid)])
         time.sleep(0.1)
         with frozen(pid):
-            assert sleepers.slept_ns(HostPid(pid)) is None
+            assert sleepers.slept(HostPid(pid)).slept_ns is None
 
 
 def test_looking_puts_our_own_affinity_back() -> None:

@@ -41,6 +41,7 @@ import struct
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from typing import NamedTuple
 
 import msgspec
 
@@ -108,6 +109,13 @@ _EXEC_START = re.compile(rb"^se\.exec_start\s*:\s*(\d+)\.(\d{6})", re.MULTILINE)
 _SWITCHES = re.compile(rb"^nr_voluntary_switches\s*:\s*(\d+)", re.MULTILINE)
 
 
+class Slept(NamedTuple):
+    """How long a thread had slept when it was stopped, and in which system call; None: it did not, or nobody knows."""
+
+    slept_ns: int | None
+    call: int | None
+
+
 class Sleepers:
     """Threads that sleep for a time, looked at while the tree runs, and again when it is stopped.
 
@@ -128,29 +136,18 @@ class Sleepers:
                         if seen is not None:
                             self._seen[tid] = seen
 
-    def slept_ns(self, tid: HostPid) -> int | None:
-        """How long the call had lasted that `tid` was stopped in, at least.
+    def slept(self, tid: HostPid) -> Slept:
+        """The call that a thread was stopped in, if it is one that has a time, and how long that had lasted, at least.
 
-        Asked after the stop and before anything is run inside the thread.
-
-        Returns:
-            None if it was not seen, or has been awake since by itself.
+        Asked after the stop and before anything is run inside the thread. Nothing is known of one that was not seen,
+        or has been awake since by itself.
         """
-        seen = self._still(tid)
-        return seen.slept_ns if seen is not None else None
-
-    def call(self, tid: HostPid) -> int | None:
-        """The call that `tid` was stopped in, if it is one that has a time. As `slept_ns`."""
-        seen = self._still(tid)
-        return seen.call if seen is not None else None
-
-    def _still(self, tid: HostPid) -> _Asleep | None:
         seen = self._seen.get(tid)
         if seen is not None:
             with suppress(OSError, ValueError):
                 if _scheduler(tid)[1] == seen.switches + 1:
-                    return seen
-        return None
+                    return Slept(seen.slept_ns, seen.call)
+        return Slept(None, None)
 
     def _look_at(self, tid: HostPid) -> _Asleep | None:
         words = procfs.read_file(tid, "syscall").split()

@@ -392,6 +392,8 @@ class _Decision:
                 answer = await self._channel.hear()
                 if isinstance(answer, Completed):
                     return answer
+        except PeerRefused as refused:
+            raise self._lost(refused) from refused
         except (PeerError, trio.TooSlowError) as error:
             reason = str(error) or reason
         deadline = trio.current_time() + (_SETTLE_S if waiting is None else math.inf)
@@ -403,6 +405,8 @@ class _Decision:
                 answer = await self._decide(_COMPLETE_S)
                 if isinstance(answer, Completed):
                     return answer
+            except PeerRefused as refused:
+                raise self._lost(refused) from refused
             except (PeerError, trio.TooSlowError) as error:
                 reason = str(error) or reason
         raise InDoubt(
@@ -410,6 +414,10 @@ class _Decision:
             f"there, it holds the tree of migration {self._migration}, stopped: send SIGUSR1 to that serve process "
             "to let it run"
         )
+
+    @staticmethod
+    def _lost(refused: PeerRefused) -> InDoubt:
+        return InDoubt(f"the tree is ended here, and does not run there: {refused}")
 
     def _is_given_up(self) -> bool:
         return self._give_up is not None and self._give_up()

@@ -123,6 +123,8 @@ class _Server:
         self._arrived = arrived
         self._held: dict[str, _Held] = {}
         self._settled: dict[str, int] = {}
+        #: migrations whose trees have come to an end here before they ran: why
+        self._lost: dict[str, str] = {}
         self._companies: dict[str, _Company] = {}
         self._borrowings: dict[str, Borrowing] = {}
         #: migrations of which no page is missing any more
@@ -347,7 +349,9 @@ class _Server:
                 self._nursery.start_soon(self._bring_pages, held.migration, borrowing, rebuilding.root_pid)
             with trio.CancelScope(shield=True):
                 root = await self._tracer.run(rebuilding.thaw)
-        except BaseException:
+        except BaseException as error:
+            self._lost[held.migration] = str(error)
+            held.running.set()
             if borrowing is not None and borrowing.begun:
                 borrowing.stop()
             tree.close()
@@ -394,7 +398,8 @@ class _Server:
                 await held.running.wait()
         root = self._settled.get(decision.migration)
         if root is None:
-            await channel.say(Refuse(f"nothing is known here of migration {decision.migration}"))
+            unknown = f"nothing is known here of migration {decision.migration}"
+            await channel.say(Refuse(self._lost.get(decision.migration, unknown)))
         else:
             await channel.say(Completed(root))
 

@@ -36,7 +36,7 @@ async def cancellable(recipe: Callable[[], Awaitable[T]], deaf_then: bool = Fals
 
     def told(number: int) -> None:
         if not caught:
-            say(f"cancelling on {signal.Signals(number).name}: rolling back")
+            say(f"cancelling on {signal.Signals(number).name}: rolling back, unless it is too late for that")
         caught.append(number)
 
     results = await heeding(recipe, _CANCELLING, told, deaf_then=deaf_then)

@@ -7,8 +7,8 @@ msgpack with a cap on every length, then the types and bounds of
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
-from typing import Any, get_args
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any, TypeVar, get_args
 
 import msgpack
 import msgspec
@@ -38,6 +38,8 @@ from pipeline.image.schema import (
     UserNamespace,
 )
 from pipeline.userns.idmap import IdMap, MapError
+
+T = TypeVar("T")
 
 #: no record is larger; 2**20 mappings of 40 bytes fit
 MAX_RECORD_BYTES = 64 << 20
@@ -78,6 +80,12 @@ def unpack(content: bytes | memoryview) -> Any:
         raise ImageError(f"not a valid msgpack record: {error}") from None
 
 
+def kind_of(unpacked: Any, kinds: Mapping[object, type[T]]) -> type[T] | None:
+    """The type among `kinds` whose tag an unpacked struct has; None: it has none of them."""
+    tag = unpacked.get("type") if isinstance(unpacked, dict) else None
+    return kinds.get(tag) if isinstance(tag, str) else None
+
+
 def decode(content: bytes | memoryview) -> AnyRecord:
     """One record, typed and bounded.
 
@@ -85,10 +93,8 @@ def decode(content: bytes | memoryview) -> AnyRecord:
         ImageError: it does not fit its type; says where.
     """
     unpacked = unpack(content)
-    tag = unpacked.get("type") if isinstance(unpacked, dict) else None
-    kind = _KINDS.get(tag) if isinstance(tag, str) else None
     try:
-        record: AnyRecord = msgspec.convert(unpacked, kind or AnyRecord)  # type: ignore[assignment]
+        record: AnyRecord = msgspec.convert(unpacked, kind_of(unpacked, _KINDS) or AnyRecord)  # type: ignore[assignment]
     except msgspec.ValidationError as error:
         raise ImageError(f"not a valid record: {error}") from None
     return record

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import signal
 from collections import defaultdict
 from collections.abc import Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 
 import msgspec
 from msgspec.structs import replace
 
-from pipeline.errors import ImageError, RebuildError, Refused
+from pipeline.errors import ImageError, PipelineError, RebuildError, Refused
 from pipeline.ids import HostPid, LocalFd
 from pipeline.image import delta
 from pipeline.image.codec import Image
@@ -124,6 +125,9 @@ class Rebuilding:
         self._roots: dict[int, LocalFd] = {}
         self._written = Written(live=terms.live)
         self._late = Late()
+        #: our child that was let run and is to be collected
+        self._collected: HostPid | None = None
+        self._stack.callback(self._collect)
         self._stack.callback(self._late.close)
         self._stack.callback(self._close_watched)
         self._stack.callback(self._close_fresh)
@@ -533,24 +537,46 @@ class Rebuilding:
         """Let the tree run; returns the pid of its root here. There is no way back.
 
         What goes wrong with its connections now is said by `notes`.
+
+        Raises:
+            RebuildError: somebody has killed it, or a part of it, just now: nothing of it is left.
         """
         root = self.root_pid
         self._thawed = True
-        self._cgroups.keep()
-        self._making.keep()
         try:
             self._keepers.connect_networks()
         except (OSError, RebuildError) as error:  # the source may be gone already: the tree runs all the same
             self._body.notes.append(str(error))
         self._body.notes += self._late.run()
-        if self._init is not None:
-            self._init.set_free(procfs.status(root).ns_pid[1], leaves_session=self._image.head.job is None)
-        finish.thaw(self._image, self.growth)
+        try:
+            if self._init is not None:
+                self._init.set_free(
+                    procfs.status(root).ns_pid[1], leaves_session=self._image.head.job is None
+                )
+            finish.thaw(self._image, self.growth)
+        except (OSError, PipelineError) as error:
+            self._end_all()
+            raise RebuildError(f"the tree was ended when it was about to run ({error})") from error
+        self._cgroups.keep()
+        self._making.keep()
         try:
             self._ends.start()
         except RebuildError as error:
             self._body.notes.append(str(error))
         return root
+
+    def _end_all(self) -> None:
+        """End what runs already; the rest is ended, and all of it collected, by `close`."""
+        self._thawed = False
+        for pid in self.victims():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self._collected = self.child_pid
+
+    def _collect(self) -> None:
+        if self._collected is not None:
+            with suppress(ChildProcessError):  # it was still a puppet
+                os.waitpid(self._collected, 0)
 
     @property
     def notes(self) -> list[str]:

@@ -16,14 +16,13 @@ The tables below say who may send what in which state; anything else is a `PeerE
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
-import msgpack
 import msgspec
 from msgspec import Meta, Struct
 
 from pipeline.errors import ImageError, PeerError
-from pipeline.image.codec import unpack
+from pipeline.image.codec import kind_of, unpack
 from pipeline.image.schema import U64
 
 VERSION = 5
@@ -263,10 +262,14 @@ class Conversation:
         self.state = table[key]
 
 
+#: by their tags: see `pipeline.image.codec`
+_KINDS: dict[object, type[AnyMessage]] = {kind.__struct_config__.tag: kind for kind in get_args(AnyMessage)}
+_ENCODER = msgspec.msgpack.Encoder()
+
+
 def encode(message: Message) -> bytes:
     """A message as msgpack."""
-    packed: bytes = msgpack.packb(msgspec.to_builtins(message))
-    return packed
+    return _ENCODER.encode(message)
 
 
 def decode(content: bytes) -> AnyMessage:
@@ -278,7 +281,8 @@ def decode(content: bytes) -> AnyMessage:
     if len(content) > _MAX_MESSAGE_BYTES:
         raise PeerError(f"a message of {len(content)} bytes")
     try:
-        message: AnyMessage = msgspec.convert(unpack(content), AnyMessage)
+        unpacked = unpack(content)
+        message: AnyMessage = msgspec.convert(unpacked, kind_of(unpacked, _KINDS) or AnyMessage)
     except (ImageError, msgspec.ValidationError) as error:
         raise PeerError(f"a message that cannot be understood: {error}") from None
     return message

@@ -39,7 +39,7 @@ def test_a_signal_cancels_and_waits_for_the_roll_back(number: signal.Signals, co
         out, err = process.communicate(timeout=30)
     assert process.returncode == code
     assert out == "rolled back\n"
-    assert err == f"cancelling on {number.name}: rolling back\n"
+    assert err == f"cancelling on {number.name}: rolling back, unless it is too late for that\n"
 
 
 def test_a_recipe_past_its_point_of_no_return_completes() -> None:

@@ -171,15 +171,21 @@ _NUMBERS = itertools.cycle((12_000, 19_000, 26_000))
 
 
 @contextmanager
-def serving(host: Host, secret: Path, *options: str | Path, within: Sequence[str] = ()) -> Iterator[Server]:
-    """`serve` in a host, and in what the command `within` enters before; ended at the end.
+def serving(
+    host: Host,
+    secret: Path,
+    *options: str | Path,
+    within: Sequence[str] = (),
+    tool: Sequence[str] = ("pipeline",),
+) -> Iterator[Server]:
+    """`serve` in a host, and in what the command `within` enters before; ended at the end. `tool`: its module.
 
     It and its helpers have no numbers that processes may have which are born in the tree until it is here.
     """
     host.go_on_from(next(_NUMBERS))
     serve = ["serve", "--listen", "127.0.0.1:0", "--secret-file", secret, *options]
     process = subprocess.Popen(
-        [*within, *host.command(sys.executable, "-m", "pipeline", *serve)],
+        [*within, *host.command(sys.executable, "-m", *tool, *serve)],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

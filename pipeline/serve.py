@@ -17,6 +17,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import traceback
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -275,6 +276,13 @@ class _Server:
         except (RebuildError, ImageError, Refused) as error:
             self._said(f"{channel.peer}: {error}")
             await self._refuse(channel, str(error))
+        except PeerError:
+            raise
+        except Exception as error:  # noqa: BLE001 (a mistake in here must not cost others their trees)
+            self._said(
+                f"{channel.peer}: an error of this program:\n{''.join(traceback.format_exception(error))}"
+            )
+            await self._refuse(channel, f"an error of `serve`: {error!r}")
 
     @asynccontextmanager
     async def _borrowing(self, offer: Offer) -> AsyncIterator[None]:

@@ -151,8 +151,12 @@ class MemoryPlace:
             return 0
 
     def _write_one(self, part: _Part, content: memoryview) -> int:
+        """OSError, ESRCH: the process has ended, which the kernel does not say in another way."""
         start, at, length = part
-        return os.pwrite(self._fd, content[at : at + length], start)
+        done = os.pwrite(self._fd, content[at : at + length], start)
+        if not done:
+            raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
+        return done
 
     def zero(self, start: int, length: int) -> None:
         end = start + length

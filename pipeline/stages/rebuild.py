@@ -11,8 +11,10 @@ import dataclasses
 import os
 import signal
 from collections import defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import wraps
+from typing import Concatenate, ParamSpec, TypeVar
 
 import msgspec
 from msgspec.structs import replace
@@ -58,6 +60,9 @@ from pipeline.stages.places import MemoryPlace, Place
 from pipeline.userns.destination import Destination, Unmapped
 from pipeline.userns.externals import FLAGS, Externals, given_devices, given_namespaces, opened
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 _LOWEST_CHANNEL_FD = 200
 
 
@@ -84,6 +89,25 @@ class Terms(msgspec.Struct, frozen=True):
     strict_ends: bool = False
     live: bool = False
     later: bool = False
+
+
+def _step(act: Callable[Concatenate[Rebuilding, P], T]) -> Callable[Concatenate[Rebuilding, P], T]:
+    """A step of a rebuild: where the kernel refuses what nobody has foreseen, it is a RebuildError that says why."""
+
+    @wraps(act)
+    def acted(self: Rebuilding, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return act(self, *args, **kwargs)
+        except OSError as error:
+            killed = self.killed()
+            why = (
+                f"process {killed[0]} was killed while it was built"
+                if killed
+                else "a step of the rebuild failed"
+            )
+            raise RebuildError(f"{why}: {error}") from error
+
+    return acted
 
 
 class Rebuilding:
@@ -134,6 +158,7 @@ class Rebuilding:
 
     # -- the steps ---------------------------------------------------------------------
 
+    @_step
     def prepare(self) -> None:
         """Launcher, namespaces, shared objects: all that stands before the first process."""
         descriptor_table.raise_limit()
@@ -294,6 +319,7 @@ class Rebuilding:
                 "code of the tree holds addresses in it: restore under the same kernel build"
             )
 
+    @_step
     def furnish(self) -> None:
         """What the namespaces of the tree hold, and its mounts; `contents` are filled."""
         self._keepers.furnish(self.contents.fd)
@@ -313,10 +339,12 @@ class Rebuilding:
             made = self._making.make(self._untaken.pop(mntns))
             self._body.notes += [f"{name} was made: it came along" for name in made]
 
+    @_step
     def next_fill(self) -> Fill | None:
         """Grow until pages are wanted; None when the tree has grown."""
         return next(self._steps, None)
 
+    @_step
     def memory_of(self, fill: Fill) -> Place:
         """Where the pages of a process are written that has just been born; what it holds is owned here."""
         space = self._image.spaces[fill.space]
@@ -344,6 +372,7 @@ class Rebuilding:
 
     # -- a tree that was built from a draft -------------------------------------------------
 
+    @_step
     def update(self, image: Image) -> bool:
         """The tree is as `image` says by now, but for what is absent.
 
@@ -370,6 +399,7 @@ class Rebuilding:
         self._before, self._image, self._ids, self._mending = self._image, image, ids, mending
         return True
 
+    @_step
     def change(self) -> None:
         """Turn the mappings of every process into those of the updated image, but for those that are new.
 
@@ -416,6 +446,7 @@ class Rebuilding:
         """Whether files that came along are not made yet: that takes their contents."""
         return bool(self._untaken)
 
+    @_step
     def equip_early(self) -> None:
         """Begin with what `complete` does, beside the last pages, if the processes that stand are all.
 
@@ -460,6 +491,7 @@ class Rebuilding:
         descriptors.create()
         return descriptors
 
+    @_step
     def complete(self) -> None:
         """Everything but letting it run."""
         self._close_fresh()
@@ -521,6 +553,12 @@ class Rebuilding:
         """Whose end is the end of the tree: every process of it, and the first one around it."""
         found = [grown.puppet.pid for _, grown in finish.living(self._image, self.growth)]
         return found if self._init is None else [self._init.puppet.pid, *found]
+
+    def killed(self) -> list[HostPid]:
+        """Processes of what was built that have ended, which no step of ours lets them."""
+        puppets = list(self.growth.puppets()) if hasattr(self, "growth") else []
+        puppets += [self._init.puppet] if self._init is not None else []
+        return [puppet.pid for puppet in puppets if procfs.is_exiting(HostPid(puppet.tid))]
 
     def _as_our_child(self, process: Process) -> Process:
         """Without the signal at the end of its parent, if that is us and we end before it."""

@@ -1,0 +1,98 @@
+"""A tree of which somebody kills a part while it is built, or when it is about to run: the kernel, for want of memory.
+
+Nothing of it is left, it is said, and who served it goes on. Its source runs on unless it has ended its tree by then.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pipeline import blocking
+from pipeline.errors import RebuildError
+from tests.harness.hosts import Host, Server, inner_pid, serving
+from tests.harness.killing import PARTS, killed
+from tests.harness.settings import DEPTH_1
+from tests.harness.tree import Tree, dump, reap, restore, said
+
+pytestmark = pytest.mark.root
+
+_WHY = {
+    "memory_of": r"its pages cannot be written: No such process|was killed while it was built",
+    "complete": "was killed while it was built",
+    "thaw": "was ended when it was about to run",
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"lazy": True}, {"new_pidns": True}], ids=["whole", "lazy", "pidns"])
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("step", _WHY)
+def test_a_restore(
+    start: Callable[..., Tree], tmp_path: Path, step: str, part: str, options: dict[str, bool]
+) -> None:
+    tree = start("processes", DEPTH_1)
+    family = tree.pids()
+    dump(tree, tmp_path / "image")
+    with killed(step, part), pytest.raises(RebuildError, match=_WHY[step]):
+        blocking.restore(str(tmp_path / "image"), detach=True, **options)
+    assert not reap(family)
+    assert not [pid for pid in family if os.path.exists(f"/proc/{pid}")]
+    restore(tree, tmp_path / "image")
+    tree.check()
+
+
+def _goes_on(server: Server, source: Host, destination: Host, tree: Tree, *options: str) -> None:
+    """The tree can be moved to a destination by the same `serve`."""
+    assert server.process.poll() is None
+    root, family = inner_pid(tree.pid), tree.pids()
+    done = source.engine("migrate", "--pid", str(root), *options)
+    assert done.returncode == 0, said(done)
+    assert not reap(family)
+    tree.pid = destination.outer_pid(root)
+    tree.check()
+
+
+@pytest.mark.parametrize("mode", ["stop", "precopy", "postcopy"])
+@pytest.mark.parametrize("part", ["first", "last"])
+def test_a_migration_that_is_decided(
+    hosts: tuple[Host, Host], secret: Path, start_on: Callable[..., Tree], part: str, mode: str
+) -> None:
+    source, destination = hosts
+    lost = start_on(source, "processes", DEPTH_1)
+    family = lost.pids()
+    with serving(destination, secret, tool=("tests.harness.killing", "thaw", part)) as server:
+        options = ("--to", server.address, "--secret-file", str(secret), "--mode", mode)
+        done = source.engine("migrate", "--pid", str(inner_pid(lost.pid)), *options)
+        assert done.returncode == 4, said(done)
+        assert "the tree is ended here, and does not run there" in done.stderr
+        assert _WHY["thaw"] in done.stderr
+        assert not reap(family)
+        _goes_on(server, source, destination, start_on(source, "threads", DEPTH_1), *options)
+
+
+@pytest.mark.parametrize(
+    ("mode", "step"),
+    [
+        ("stop", "complete"),
+        ("precopy", "equip_early"),
+        ("precopy", "complete"),
+        ("hybrid", "change"),
+        ("postcopy", "complete"),
+    ],
+)
+@pytest.mark.parametrize("part", ["first", "last"])
+def test_a_migration_that_is_not(
+    hosts: tuple[Host, Host], secret: Path, start_on: Callable[..., Tree], part: str, mode: str, step: str
+) -> None:
+    source, destination = hosts
+    tree = start_on(source, "processes", DEPTH_1)
+    with serving(destination, secret, tool=("tests.harness.killing", step, part)) as server:
+        options = ("--to", server.address, "--secret-file", str(secret), "--mode", mode)
+        done = source.engine("migrate", "--pid", str(inner_pid(tree.pid)), *options)
+        assert done.returncode == 1, said(done)
+        assert re.search(_WHY["memory_of"], done.stderr)
+        _goes_on(server, source, destination, tree, *options)

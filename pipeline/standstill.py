@@ -16,7 +16,7 @@ from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
 import trio
 
 from pipeline import garbage
-from pipeline.errors import Blocker, PipelineError, Refused
+from pipeline.errors import Blocker, PipelineError, Refused, TargetError, ungrouped
 from pipeline.ids import HostPid
 from pipeline.image.codec import image_of
 from pipeline.image.schema import Record
@@ -120,8 +120,13 @@ class Standstill:
 
         Raises:
             Refused: it cannot grow.
+            TargetError: somebody has killed a process of it.
         """
-        self.records, self.sources, blockers = self._capture.planned()
+        try:
+            self.records, self.sources, blockers = self._capture.planned()
+        except OSError as error:
+            why = "the tree cannot be looked at any more; was a process of it killed while it stood still?"
+            raise TargetError(f"{why} ({error})") from error
         if blockers:
             raise Refused(blockers)
 
@@ -210,9 +215,10 @@ async def standstill(
                     raise
             else:
                 outliving = await stopped.enter_async_context(_outliving())
-                yield Standstill(
-                    tree, capture, records, sources, begun_s, frozen_s, held, holdings, outliving, before
-                )
+                async with _told_of_the_killed(tracer, tree):
+                    yield Standstill(
+                        tree, capture, records, sources, begun_s, frozen_s, held, holdings, outliving, before
+                    )
                 return
         await trio.sleep(_TRANSIENT_PAUSE_S)
 
@@ -242,7 +248,7 @@ async def begin_tracking(
             begun_s = still.begun_s
     except OSError as error:
         raise TrackingLost(f"its writes cannot be tracked here ({error.strerror})") from None
-    except Refused as error:
+    except (Refused, TargetError) as error:
         raise TrackingLost(str(error)) from None
     return time.monotonic() - begun_s
 
@@ -321,6 +327,26 @@ async def _doors_closed(
 
 
 @asynccontextmanager
+async def _told_of_the_killed(tracer: Tracer, tree: FrozenTree) -> AsyncIterator[None]:
+    """What fails in the block because somebody has killed a process of the tree is a TargetError that says so."""
+    try:
+        with ungrouped():
+            yield
+    except OSError as error:
+        with trio.CancelScope(shield=True):
+            gone = await tracer.run(freeze.killed, tree)
+        if not gone:
+            raise
+        raise TargetError(
+            f"pid {gone[0]} was killed while it stood still; what is left of the tree runs on"
+        ) from error
+
+
+def _was_killed(pid: HostPid) -> Blocker:
+    return Blocker(f"pid {pid}", "was killed while it was looked at", "try again", transient=True)
+
+
+@asynccontextmanager
 async def _outliving() -> AsyncIterator[Outliving]:
     outliving = Outliving()
     try:
@@ -375,9 +401,15 @@ def _capture(
     """In the tracer's thread; whoever gets the capture closes it there."""
     zombies = [process.pid for process in tree.processes.values() if process.zombie]
     with ExitStack() as stack:
-        capture = Capture(tree.pids(), zombies, sleepers, externals, policy, held, known, looks)
-        stack.callback(capture.close)
-        records, sources, blockers = capture.take(tree)
+        try:
+            capture = Capture(tree.pids(), zombies, sleepers, externals, policy, held, known, looks)
+            stack.callback(capture.close)
+            records, sources, blockers = capture.take(tree)
+        except (OSError, TargetError) as error:
+            if gone := freeze.killed(tree):
+                raise Refused(list(map(_was_killed, gone))) from error
+            raise
+        blockers += map(_was_killed, freeze.killed(tree))
         if blockers:
             raise Refused(blockers)
         stack.pop_all()

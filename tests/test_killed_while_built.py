@@ -22,7 +22,7 @@ from tests.harness.tree import Tree, dump, reap, restore, said
 pytestmark = pytest.mark.root
 
 _WHY = {
-    "memory_of": r"its pages cannot be written: No such process|was killed while it was built",
+    "fill": r"its pages cannot be written: No such process|was killed while it was built",
     "complete": "was killed while it was built",
     "thaw": "was ended when it was about to run",
 }
@@ -94,5 +94,5 @@ def test_a_migration_that_is_not(
         options = ("--to", server.address, "--secret-file", str(secret), "--mode", mode)
         done = source.engine("migrate", "--pid", str(inner_pid(tree.pid)), *options)
         assert done.returncode == 1, said(done)
-        assert re.search(_WHY["memory_of"], done.stderr)
+        assert re.search(_WHY["fill"], done.stderr)
         _goes_on(server, source, destination, tree, *options)

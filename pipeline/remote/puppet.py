@@ -458,7 +458,8 @@ class Puppet:
         """Let the puppet be killed by signal `number` (default action, no core); returns its wait status."""
         ptrace.set_sigmask(self.tid, _ALL_SIGNALS & ~(1 << (number - 1)))
         os.kill(self.pid, number)
-        ptrace.cont(self.tid)
+        with suppress(ProcessLookupError):  # SIGKILL takes it out of its stop
+            ptrace.cont(self.tid)
         return self.wait_exit()
 
     def kill_and_reap(self) -> None:

@@ -104,6 +104,11 @@ def walk(root: HostPid) -> list[HostPid]:
     return found
 
 
+def killed(tree: FrozenTree) -> list[HostPid]:
+    """The processes of a stopped tree that somebody has killed since; in the tracer's thread."""
+    return [process.pid for process in tree.living() if not any(map(ptrace.is_stopped, process.tasks))]
+
+
 def check_root(pid: int) -> Iterator[Blocker]:
     """Why `pid` cannot be the root of a tree to be frozen."""
     subject = f"pid {pid}"

@@ -8,6 +8,7 @@ on their way out. The pool bounds the memory, however large the tree is.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import chain, islice
 from typing import NamedTuple
@@ -16,11 +17,12 @@ import msgspec
 import trio
 import xxhash
 
+from pipeline.errors import TargetError
 from pipeline.ids import HostPid, LocalFd
 from pipeline.image.frames import PageRun
 from pipeline.image.packing import PackedRun
 from pipeline.kernel.pagemap import PAGE_BYTES, Range, intersect, subtract, total_bytes, union
-from pipeline.kernel.procfs import ProcessGone
+from pipeline.kernel.procfs import ProcessGone, is_exiting
 from pipeline.progress import Progress
 from pipeline.resources.memory.objects import SharedObject, Window
 from pipeline.resources.memory.pages import (
@@ -261,7 +263,7 @@ async def stream_memory(
         for source in sources:
             match source:
                 case ProcessPages(space, pid, runs, _):
-                    with ProcessMemory(pid) as memory:
+                    with _told_if_killed(pid), ProcessMemory(pid) as memory:
                         for piece in pieces(runs, pool.size_bytes):
                             await emit(space, _reading(memory, piece), sum(length for _, length in piece))
                 case LivePages(space, pid, runs, missed, more):
@@ -288,6 +290,19 @@ async def stream_memory(
                     scratch = bytearray(pool.size_bytes)
                     for segments, count in read_shared(shared, scratch):
                         await emit(space, _copying(scratch, segments, count))
+
+
+@contextmanager
+def _told_if_killed(pid: HostPid) -> Iterator[None]:
+    """TargetError: what fails in the block fails because the process, which stands still, was killed."""
+    try:
+        yield
+    except OSError as error:
+        if not is_exiting(pid):
+            raise
+        raise TargetError(
+            f"pid {pid} was killed while its memory was read; the rest of the tree runs on"
+        ) from error
 
 
 def _reading(memory: ProcessMemory, piece: Sequence[Segment]) -> _Fill:

@@ -67,7 +67,7 @@ def session_leader(program):
 
 
 def zombies(program):
-    """Four children that ended and are not reaped: exit codes, a signal, and one that is in a group of its own."""
+    """Children that ended and are not reaped: exit codes, signals, and one that is in a group of its own."""
     expected = {}
     for code in (0, 7, 255):
         pid = os.fork()
@@ -75,12 +75,13 @@ def zombies(program):
             prctl(15, b"dead %d" % code)
             os._exit(code)
         expected[pid] = code << 8
-    pid = os.fork()
-    if pid == 0:
-        os.setpgid(0, 0)
-        os.kill(os.getpid(), signal.SIGTERM)
-        os._exit(1)
-    expected[pid] = signal.SIGTERM
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        pid = os.fork()
+        if pid == 0:
+            os.setpgid(0, 0)
+            os.kill(os.getpid(), number)
+            os._exit(1)
+        expected[pid] = number
     wait_for(lambda: all(relations(p)[1] == "Z" for p in expected), "zombies")
     ids = sorted(expected)
     program.same("as /proc shows them", lambda: [relations(p) for p in ids], lambda: os.waitpid(ids[0], 0))

@@ -276,6 +276,9 @@ def play(
         def check_references(self) -> None:
             pass
 
+        def records(self) -> tuple[()]:
+            return ()
+
     async def read_records(reader: Any) -> tuple[Any, None]:
         await read_to_end(reader)
         return EmptyImage(), None

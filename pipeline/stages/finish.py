@@ -106,12 +106,16 @@ def _enter(
     )
 
 
-def end_zombies(image: Image, growth: Growth, give_ids: Callable[[Process, Grown], None]) -> None:
+def end_zombies(image: Image, growth: Growth, give_ids: Callable[[Process, Grown], None]) -> list[str]:
     """Let the zombies die as they did, unseen: their parents' SIGCHLD was before the dump.
 
     Args:
         give_ids: gives one the ids it died with.
+
+    Returns:
+        In words, which of them did not die in quite the same way.
     """
+    notes = []
     for process in image.processes.values():
         if process.state != "zombie":
             continue
@@ -121,12 +125,18 @@ def end_zombies(image: Image, growth: Growth, give_ids: Callable[[Process, Grown
         puppet.syscall(NR.prctl, PRCTL.SET_NAME, process.comm + b"\0")
         status = process.exit_status
         if os.WIFSIGNALED(status):
-            _die_of(puppet, os.WTERMSIG(status))
+            here = _die_of(puppet, os.WTERMSIG(status))
         else:
-            puppet.run_to_exit(NR.exit_group, os.WEXITSTATUS(status))
+            here = puppet.run_to_exit(NR.exit_group, os.WEXITSTATUS(status))
+        if here != status:
+            why = ": it has left a core dump, which is not left again" if os.WCOREDUMP(status) else ""
+            notes.append(
+                f"pid {process.pids[0]}: has ended with wait status {status:#x}, and has {here:#x} now{why}"
+            )
         parent = growth.grown.get(process.parent)
         if parent is not None:
             parent.puppet.forget_child_signals()
+    return notes
 
 
 def stop_stopped(image: Image, growth: Growth) -> None:
@@ -137,14 +147,14 @@ def stop_stopped(image: Image, growth: Growth) -> None:
         job_control.stop(process, grown.threads, parent)
 
 
-def _die_of(puppet: Puppet, number: int) -> None:
+def _die_of(puppet: Puppet, number: int) -> int:
     no_core = bytes(16)
     rlimit_core = 4
     puppet.syscall(NR.prlimit64, 0, rlimit_core, no_core, 0)
     default = bytes(32)
     if number not in (signal.SIGKILL, signal.SIGSTOP):
         puppet.syscall(NR.rt_sigaction, number, default, 0, 8)
-    puppet.die_of(number)
+    return puppet.die_of(number)
 
 
 def put_on(image: Image, growth: Growth, registers: Callable[[Process, int], bytes]) -> None:

@@ -105,8 +105,9 @@ def walk(root: HostPid) -> list[HostPid]:
 
 
 def killed(tree: FrozenTree) -> list[HostPid]:
-    """The processes of a stopped tree that somebody has killed since; in the tracer's thread."""
-    return [process.pid for process in tree.living() if not any(map(ptrace.is_stopped, process.tasks))]
+    """The processes of a stopped tree that somebody has killed since; none of one that was let go, or ended."""
+    held = [process for process in tree.living() if process.tasks]
+    return [process.pid for process in held if not any(map(ptrace.is_stopped, process.tasks))]
 
 
 def check_root(pid: int) -> Iterator[Blocker]:

@@ -508,7 +508,7 @@ class Rebuilding:
         finally:
             descriptors.close()
         growth.look_ahead()
-        finish.end_zombies(image, growth, self._give_ids)
+        self._body.notes += finish.end_zombies(image, growth, self._give_ids)
         finish.stop_stopped(image, growth)
         self._watch_missing()
         registers: dict[int, list[bytes]] = {}

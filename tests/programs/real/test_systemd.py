@@ -186,7 +186,8 @@ class Container:
         root = Path(POINTS[""]) / self.above / self.name
         assert list(root.rglob("counter.service"))
         os.kill(next(pid for pid in family_of(self.pid) if _counts(pid)), signal.SIGKILL)
-        self.wait(lambda: not list(root.rglob("counter.service")))
+        # os.walk passes over what is removed while it looks
+        self.wait(lambda: not any("counter.service" in names for _, names, _ in os.walk(root)))
 
     def close(self) -> None:
         for pid in (getattr(self, "pid", 0), self._around.pid):

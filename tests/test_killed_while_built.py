@@ -5,6 +5,7 @@ Nothing of it is left, it is said, and who served it goes on. Its source runs on
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import pytest
 
 from pipeline import blocking
 from pipeline.errors import RebuildError
+from pipeline.stages import finish
 from tests.harness.hosts import Host, Server, inner_pid, serving
 from tests.harness.killing import PARTS, killed
 from tests.harness.settings import DEPTH_1
@@ -43,6 +45,23 @@ def test_a_restore(
     assert not [pid for pid in family if os.path.exists(f"/proc/{pid}")]
     restore(tree, tmp_path / "image")
     tree.check()
+
+
+def test_who_was_to_end_is_not_blamed(
+    start: Callable[..., Tree], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Zombies of the tree are dead by then."""
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "no room")
+
+    tree = start("processes", DEPTH_1)
+    family = tree.pids()
+    dump(tree, tmp_path / "image")
+    monkeypatch.setattr(finish, "put_on", full)
+    with pytest.raises(RebuildError, match=r"a step of the rebuild failed: .*no room"):
+        blocking.restore(str(tmp_path / "image"), detach=True)
+    assert not [pid for pid in family if os.path.exists(f"/proc/{pid}")]
 
 
 def _goes_on(server: Server, source: Host, destination: Host, tree: Tree, *options: str) -> None:

@@ -464,7 +464,7 @@ class Puppet:
 
     def kill_and_reap(self) -> None:
         """End the puppet and collect it, as far as it is our child; idempotent."""
-        if self.stage.alive.get(self.tid) is not self:
+        if not self.is_held:
             return
         with suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGKILL)
@@ -517,6 +517,11 @@ class Puppet:
         """Detach: the puppet is a process like any other now, and runs."""
         ptrace.detach(self.tid, deliver)
         self._struck_out()
+
+    @property
+    def is_held(self) -> bool:
+        """Whether it was neither set free nor ended by us."""
+        return self.stage.alive.get(self.tid) is self
 
     def _struck_out(self) -> None:
         self._forget_memory()

@@ -555,10 +555,10 @@ class Rebuilding:
         return found if self._init is None else [self._init.puppet.pid, *found]
 
     def killed(self) -> list[HostPid]:
-        """Processes of what was built that have ended, which no step of ours lets them."""
+        """Processes of what was built that have ended, and not by a step of ours."""
         puppets = list(self.growth.puppets()) if hasattr(self, "growth") else []
         puppets += [self._init.puppet] if self._init is not None else []
-        return [puppet.pid for puppet in puppets if procfs.is_exiting(HostPid(puppet.tid))]
+        return [one.pid for one in puppets if one.is_held and procfs.is_exiting(HostPid(one.tid))]
 
     def _as_our_child(self, process: Process) -> Process:
         """Without the signal at the end of its parent, if that is us and we end before it."""

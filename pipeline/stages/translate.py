@@ -44,7 +44,7 @@ def _fields_with_ids(kind: type[msgspec.Struct]) -> list[tuple[str, IdKind]]:
     found: list[tuple[str, IdKind]] = []
     for base in kind.__mro__:
         scope = vars(sys.modules[base.__module__])
-        for name, text in vars(base).get("__annotations__", {}).items():
+        for name, text in getattr(base, "__annotations__", {}).items():
             hints = [scope[word] for word in _NAME.findall(text) if word in scope]
             if any(_may_be_id(part) for hint in hints for part in _parts(hint)):
                 found.append((name, "gid" if name in _GROUP_FIELDS else "uid"))

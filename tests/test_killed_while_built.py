@@ -16,8 +16,8 @@ import pytest
 from pipeline import blocking
 from pipeline.errors import RebuildError
 from pipeline.stages import finish
-from tests.harness.hosts import Host, Server, inner_pid, serving
-from tests.harness.killing import PARTS, killed
+from tests.harness.hosts import Host, Server, inner_pid, serving, terminate
+from tests.harness.killing import MISTAKE, PARTS, killed
 from tests.harness.settings import DEPTH_1
 from tests.harness.tree import Tree, dump, reap, restore, said
 
@@ -115,3 +115,25 @@ def test_a_migration_that_is_not(
         assert done.returncode == 1, said(done)
         assert re.search(_WHY["fill"], done.stderr)
         _goes_on(server, source, destination, tree, *options)
+
+
+@pytest.mark.parametrize(("step", "code"), [("complete", 1), ("thaw", 4)])
+def test_a_mistake_of_ours_ends_no_server(
+    hosts: tuple[Host, Host], secret: Path, start_on: Callable[..., Tree], step: str, code: int
+) -> None:
+    """It is told as such, on both sides."""
+    source, destination = hosts
+    tree = start_on(source, "threads", DEPTH_1)
+    family = tree.pids()
+    with serving(destination, secret, tool=("tests.harness.killing", step, "nothing")) as server:
+        options = ("--to", server.address, "--secret-file", str(secret))
+        done = source.engine("migrate", "--pid", str(inner_pid(tree.pid)), *options)
+        assert done.returncode == code, said(done)
+        assert "an error of `serve`" in done.stderr
+        assert MISTAKE in done.stderr
+        if code == 4:
+            assert not reap(family)
+            tree = start_on(source, "threads", DEPTH_1)
+        _goes_on(server, source, destination, tree, *options)
+        _, err = terminate(server.process)
+        assert "Traceback" in err

@@ -80,7 +80,7 @@ def unpack(content: bytes | memoryview) -> Any:
         raise ImageError(f"not a valid msgpack record: {error}") from None
 
 
-def kind_of(unpacked: Any, kinds: Mapping[object, type[T]]) -> type[T] | None:
+def type_by_tag(unpacked: Any, kinds: Mapping[object, type[T]]) -> type[T] | None:
     """The type among `kinds` whose tag an unpacked struct has; None: it has none of them."""
     tag = unpacked.get("type") if isinstance(unpacked, dict) else None
     return kinds.get(tag) if isinstance(tag, str) else None
@@ -94,7 +94,7 @@ def decode(content: bytes | memoryview) -> AnyRecord:
     """
     unpacked = unpack(content)
     try:
-        record: AnyRecord = msgspec.convert(unpacked, kind_of(unpacked, _KINDS) or AnyRecord)  # type: ignore[assignment]
+        record: AnyRecord = msgspec.convert(unpacked, type_by_tag(unpacked, _KINDS) or AnyRecord)  # type: ignore[assignment]
     except msgspec.ValidationError as error:
         raise ImageError(f"not a valid record: {error}") from None
     return record

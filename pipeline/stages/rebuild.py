@@ -595,6 +595,9 @@ class Rebuilding:
         except (OSError, PipelineError) as error:
             self._end_all()
             raise RebuildError(f"the tree was ended when it was about to run ({error})") from error
+        except BaseException:
+            self._end_all()
+            raise
         self._cgroups.keep()
         self._making.keep()
         try:

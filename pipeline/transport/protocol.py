@@ -22,7 +22,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from pipeline.errors import ImageError, PeerError
-from pipeline.image.codec import kind_of, unpack
+from pipeline.image.codec import type_by_tag, unpack
 from pipeline.image.schema import U64
 
 VERSION = 5
@@ -282,7 +282,7 @@ def decode(content: bytes) -> AnyMessage:
         raise PeerError(f"a message of {len(content)} bytes")
     try:
         unpacked = unpack(content)
-        message: AnyMessage = msgspec.convert(unpacked, kind_of(unpacked, _KINDS) or AnyMessage)
+        message: AnyMessage = msgspec.convert(unpacked, type_by_tag(unpacked, _KINDS) or AnyMessage)
     except (ImageError, msgspec.ValidationError) as error:
         raise PeerError(f"a message that cannot be understood: {error}") from None
     return message

@@ -1,6 +1,7 @@
 """Trees of which somebody kills a part: while they are looked at, built, or when they are about to run.
 
 As a program: the command line of the pipeline, with the first tree that comes to that step: ``STEP PART command ...``.
+With PART ``nothing`` nobody is killed there, but the program makes a mistake.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from pipeline.stages.freeze import FrozenTree
 from pipeline.stages.rebuild import Rebuilding
 from pipeline.standstill import Standstill
 
+#: what a mistake of the program says
+MISTAKE = "a mistake of ours"
 #: of the processes, parents first
 PARTS = {"first": slice(0, 1), "last": slice(-1, None), "all": slice(None)}
 
@@ -65,6 +68,8 @@ def killed(step: str, part: str, time_of_it: int = 1) -> Iterator[None]:
     def late(self: Any, *args: Any) -> Any:
         nonlocal times
         times += 1
+        if times == time_of_it and part == "nothing":
+            raise KeyError(MISTAKE)
         if times == time_of_it and not one.is_behind:
             _kill(one.pids(self, *args)[PARTS[part]])
         result = act(self, *args)

@@ -42,12 +42,14 @@ def _running(pids: Sequence[HostPid]) -> list[HostPid]:
     return [pid for pid in pids if not procfs.is_exiting(pid) and procfs.stat(pid).state in "SR"]
 
 
+@pytest.mark.parametrize("step", ["look", "seen"])
 @pytest.mark.parametrize(("mode", "time_of_it"), [("stop", 1), ("precopy", 1), ("precopy", 2)])
 def test_who_is_looked_at(
-    family: list[HostPid], tmp_path: Path, mode: pipeline.Mode, time_of_it: int
+    family: list[HostPid], tmp_path: Path, mode: pipeline.Mode, time_of_it: int, step: str
 ) -> None:
+    """Also where the look at it was over, and nothing has failed."""
     before = _running(family)
-    with killed("look", "last", time_of_it):
+    with killed(step, "last", time_of_it):
         done = blocking.dump(family[0], str(tmp_path / "image"), leave="running", mode=mode)
     assert done.processes == len(family)
     assert len(_running(family)) == len(before) - 1

@@ -50,6 +50,7 @@ def _captured(still: Standstill, *_: object) -> Sequence[HostPid]:
 
 _STEPS = {
     "look": _Step(Capture, "take", False, _looked_at),
+    "seen": _Step(Capture, "take", True, _looked_at),
     "read": _Step(Standstill, "__init__", True, _captured),
     "fill": _Step(Rebuilding, "memory_of", True, _built),
     **{

@@ -17,28 +17,23 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import mmap
 import os
 import select
 import signal
-import struct
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
 
 from pipeline.ids import HostPid, LocalFd, RemoteAddress
+from pipeline.kernel import uffdio
 from pipeline.kernel.arch.x86_64_numbers import NR
 from pipeline.kernel.inside import open_file
-from pipeline.kernel.pagemap import PAGE_BYTES
+from pipeline.kernel.pagemap import PAGE_BYTES, Range
 from pipeline.kernel.syscalls import syscall
+from pipeline.kernel.uffdio import MODE
 from pipeline.ledger import LEDGER
 
-_UFFDIO_API = 0xC018AA3F
-_UFFDIO_REGISTER = 0xC020AA00
-_UFFDIO_UNREGISTER = 0x8010AA01
-_API_VERSION = 0xAA
-_MODE_MISSING = 1
 #: how long the read may take to come to its missing page
 _BEGIN_MS = 200
 
@@ -65,10 +60,8 @@ class LastingMemory:
         self._key = self._fault  # a memory may be held more than once
         LEDGER.take("lasting memory", self._key)
         try:
-            fcntl.ioctl(self._fault, _UFFDIO_API, bytearray(struct.pack("<3Q", _API_VERSION, 0, 0)))
-            fcntl.ioctl(
-                self._fault, _UFFDIO_REGISTER, bytearray(self._range() + struct.pack("<2Q", _MODE_MISSING, 0))
-            )
+            uffdio.begin(self._fault)
+            uffdio.register(self._fault, *self._range(), MODE.MISSING)
             self._memory = open_file(pid, "mem", os.O_RDONLY)
             self._thread.start()
             waiting = select.poll()
@@ -79,8 +72,9 @@ class LastingMemory:
             self.close()
             raise
 
-    def _range(self) -> bytes:
-        return struct.pack("<2Q", ctypes.addressof(ctypes.c_char.from_buffer(self._page)), PAGE_BYTES)
+    def _range(self) -> Range:
+        start = ctypes.addressof(ctypes.c_char.from_buffer(self._page))
+        return start, start + PAGE_BYTES
 
     def _read(self, address: RemoteAddress) -> None:
         # a signal would have the kernel try again and again
@@ -116,7 +110,7 @@ class LastingMemory:
         fault, self._fault = self._fault, LocalFd(-1)
         # not by closing alone: a child that was forked meanwhile may have a duplicate
         with suppress(OSError):  # it was not registered
-            fcntl.ioctl(fault, _UFFDIO_UNREGISTER, self._range())
+            uffdio.unregister(fault, *self._range())
         os.close(fault)
         if self._thread.ident is not None:
             self._thread.join()

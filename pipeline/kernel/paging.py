@@ -14,36 +14,26 @@ include/uapi/linux/userfaultfd.h.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import os
 import struct
+from collections.abc import Callable
 from typing import NamedTuple
 
-from pipeline.ids import LocalFd
+from pipeline.ids import HostPid, LocalFd
+from pipeline.kernel import uffdio
+from pipeline.kernel.arch.x86_64_numbers import NR
 from pipeline.kernel.pagemap import PAGE_BYTES
+from pipeline.kernel.syscalls import pidfd_getfd, pidfd_open
+from pipeline.kernel.uffdio import FEATURE, MODE
 
 DEVICE = "/dev/userfaultfd"
 #: ioctl of the device that makes a descriptor, and its flags
 NEW = 0xAA00
 NEW_FLAGS = os.O_CLOEXEC | os.O_NONBLOCK
 
-_UFFDIO_API = 0xC018AA3F
-_UFFDIO_REGISTER = 0xC020AA00
-_UFFDIO_UNREGISTER = 0x8010AA01
-_UFFDIO_WAKE = 0x8010AA02
-_UFFDIO_COPY = 0xC028AA03
-_UFFDIO_ZEROPAGE = 0xC020AA04
-_API_VERSION = 0xAA
-_API = struct.Struct("<3Q")
-_REGISTER = struct.Struct("<4Q")
-_RANGE = struct.Struct("<2Q")
-_COPY = struct.Struct("<4Qq")
-_ZERO = struct.Struct("<3Qq")
-_MODE_MISSING = 1
-#: EVENT_FORK, EVENT_REMAP, EVENT_REMOVE, EVENT_UNMAP
-_FEATURES = 1 << 1 | 1 << 2 | 1 << 3 | 1 << 6
+_FEATURES = FEATURE.EVENT_FORK | FEATURE.EVENT_REMAP | FEATURE.EVENT_REMOVE | FEATURE.EVENT_UNMAP
 
 #: nobody has anything mapped here
 _NOWHERE = 0x7FFF_FFFF_E000
@@ -98,18 +88,46 @@ def make(device: LocalFd) -> LocalFd:
     return LocalFd(fcntl.ioctl(device, NEW, NEW_FLAGS))
 
 
+def make_in(
+    pid: HostPid, send: Callable[[LocalFd], int], inside: Callable[..., int], flags: int = NEW_FLAGS
+) -> LocalFd:
+    """A descriptor of the memory of a process that lends its system calls; the caller owns it, the process has none.
+
+    Args:
+        pid: the process.
+        send: gives it a duplicate of ours, and says its number there.
+        inside: runs a system call in it.
+        flags: of userfaultfd(2).
+
+    Raises:
+        OSError: see `open_device`.
+    """
+    device = open_device()
+    try:
+        lent = send(device)
+    finally:
+        os.close(device)
+    try:
+        made = inside(NR.ioctl, lent, NEW, flags)
+        try:
+            process = pidfd_open(pid)
+            try:
+                return pidfd_getfd(process, made)
+            finally:
+                os.close(process)
+        finally:
+            inside(NR.close, made)
+    finally:
+        inside(NR.close, lent)
+
+
 def begin(fd: LocalFd) -> None:
     """Choose what the descriptor tells.
 
     Raises:
         OSError: EPERM: forks may be followed by CAP_SYS_PTRACE in the initial user namespace only.
     """
-    fcntl.ioctl(fd, _UFFDIO_API, bytearray(_API.pack(_API_VERSION, _FEATURES, 0)))
-
-
-def begin_filling(fd: LocalFd) -> None:
-    """The descriptor tells nothing: pages are only put by it. Raises OSError: EINVAL."""
-    fcntl.ioctl(fd, _UFFDIO_API, bytearray(_API.pack(_API_VERSION, 0, 0)))
+    uffdio.begin(fd, _FEATURES)
 
 
 def register(fd: LocalFd, start: int, end: int) -> None:
@@ -118,12 +136,7 @@ def register(fd: LocalFd, start: int, end: int) -> None:
     Raises:
         OSError: EINVAL: something in it is no anonymous memory; EBUSY: somebody else answers.
     """
-    fcntl.ioctl(fd, _UFFDIO_REGISTER, bytearray(_REGISTER.pack(start, end - start, _MODE_MISSING, 0)))
-
-
-def unregister(fd: LocalFd, start: int, end: int) -> None:
-    """Answer no longer for [start, end): what is missing there is zeros."""
-    fcntl.ioctl(fd, _UFFDIO_UNREGISTER, _RANGE.pack(start, end - start))
+    uffdio.register(fd, start, end, MODE.MISSING)
 
 
 def read_events(fd: LocalFd) -> list[Event]:
@@ -151,26 +164,6 @@ def _event(kind: int, first: int, second: int, third: int) -> Event:
     raise OSError(errno.EPROTO, f"userfaultfd tells of an event {kind:#x} that was not asked for")
 
 
-def copy(fd: LocalFd, address: int, content: memoryview) -> int:
-    """Put pages where they are missing, and wake who waits for them; returns how many bytes are there now.
-
-    Fewer than all, also none: the mapping is being changed, and its events are to be read first (EAGAIN).
-
-    Raises:
-        OSError: EEXIST: the first of them is there; ENOENT: nothing is mapped there that this descriptor answers for,
-            or was when a mapping that is being moved was waited for; ESRCH: the memory is gone; ENOMEM.
-    """
-    if content.readonly:
-        content = memoryview(bytearray(content))
-    source = ctypes.addressof(ctypes.c_char.from_buffer(content))
-    return _fill(fd, _UFFDIO_COPY, _COPY, address, source, len(content))
-
-
-def zero(fd: LocalFd, start: int, length: int) -> int:
-    """As `copy`, with pages of zeros."""
-    return _fill(fd, _UFFDIO_ZEROPAGE, _ZERO, start, length)
-
-
 def is_calm(fd: LocalFd) -> bool:
     """Whether nothing has happened that was not read; false, too, while who was waiting for that goes on.
 
@@ -178,7 +171,7 @@ def is_calm(fd: LocalFd) -> bool:
     """
     try:
         # nothing, nowhere: what is left is the question whether mappings are being changed
-        zero(fd, 0, 0)
+        uffdio.zero(fd, 0, 0)
     except OSError:
         return True
     return False
@@ -187,24 +180,7 @@ def is_calm(fd: LocalFd) -> bool:
 def is_gone(fd: LocalFd) -> bool:
     """Whether the memory is gone that a descriptor watches: its process has ended, or executes another program."""
     try:
-        zero(fd, _NOWHERE, PAGE_BYTES)
+        uffdio.zero(fd, _NOWHERE, PAGE_BYTES)
     except OSError as error:
         return error.errno == errno.ESRCH
     return False
-
-
-def _fill(fd: LocalFd, request: int, layout: struct.Struct, *arguments: int) -> int:
-    argument = bytearray(layout.pack(*arguments, 0, 0))
-    try:
-        fcntl.ioctl(fd, request, argument)
-    except OSError as error:
-        done: int = layout.unpack(argument)[-1]
-        if error.errno == errno.EAGAIN or done > 0:
-            return max(done, 0)
-        raise
-    return int(layout.unpack(argument)[-1])
-
-
-def wake(fd: LocalFd, start: int, length: int) -> None:
-    """Let who waits for pages of [start, start + length) look again."""
-    fcntl.ioctl(fd, _UFFDIO_WAKE, _RANGE.pack(start, length))

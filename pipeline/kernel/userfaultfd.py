@@ -13,34 +13,23 @@ Sources: ioctl_userfaultfd(2); Documentation/admin-guide/mm/userfaultfd.rst; inc
 from __future__ import annotations
 
 import errno
-import fcntl
 import functools
 import os
-import struct
 from collections.abc import Callable
 from contextlib import ExitStack
 
 from pipeline.ids import HostPid, LocalFd
-from pipeline.kernel import procfs
+from pipeline.kernel import procfs, uffdio
 from pipeline.kernel.arch.x86_64_numbers import NR
 from pipeline.kernel.syscalls import PIDFD_THREAD, pidfd_getfd, pidfd_open, syscall
+from pipeline.kernel.uffdio import FEATURE, MODE
 
 #: runs a system call inside a process
 Inside = Callable[..., int]
 
-#: flags of userfaultfd(2): what anybody may make, for faults of user space
-MAKE_FLAGS = 1 | os.O_CLOEXEC | os.O_NONBLOCK
-
-_UFFDIO_API = 0xC018AA3F
-_UFFDIO_REGISTER = 0xC020AA00
-_UFFDIO_WRITEPROTECT = 0xC018AA06
-_API_VERSION = 0xAA
-_API = struct.Struct("<3Q")
-_REGISTER = struct.Struct("<4Q")
-_WRITEPROTECT = struct.Struct("<3Q")
-_MODE_WP = 2
-_WP_UNPOPULATED = 1 << 13
-_WP_ASYNC = 1 << 15
+#: UFFD_USER_MODE_ONLY: only faults of user space; anybody may make such a one
+USER_MODE_ONLY = 1
+MAKE_FLAGS = USER_MODE_ONLY | os.O_CLOEXEC | os.O_NONBLOCK
 
 
 @functools.cache
@@ -91,7 +80,7 @@ def begin_tracking(fd: LocalFd) -> None:
     Raises:
         OSError: EINVAL: this kernel has none (it came with 6.7).
     """
-    fcntl.ioctl(fd, _UFFDIO_API, bytearray(_API.pack(_API_VERSION, _WP_UNPOPULATED | _WP_ASYNC, 0)))
+    uffdio.begin(fd, FEATURE.WP_UNPOPULATED | FEATURE.WP_ASYNC)
 
 
 def register(fd: LocalFd, start: int, end: int) -> bool:
@@ -102,7 +91,7 @@ def register(fd: LocalFd, start: int, end: int) -> bool:
             ENOMEM).
     """
     try:
-        fcntl.ioctl(fd, _UFFDIO_REGISTER, bytearray(_REGISTER.pack(start, end - start, _MODE_WP, 0)))
+        uffdio.register(fd, start, end, MODE.WP)
     except OSError as error:
         if error.errno == errno.ENOMEM:
             raise ProcessLookupError(errno.ESRCH, "the memory that was watched is gone") from None
@@ -119,7 +108,7 @@ def unprotect(fd: LocalFd, start: int, end: int) -> bool:
         ProcessLookupError: the memory is gone.
     """
     try:
-        fcntl.ioctl(fd, _UFFDIO_WRITEPROTECT, bytearray(_WRITEPROTECT.pack(start, end - start, 0)))
+        uffdio.unprotect(fd, start, end)
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.EINVAL, errno.EAGAIN):
             return False

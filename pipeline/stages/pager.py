@@ -27,7 +27,7 @@ import trio
 
 from pipeline.ids import HostPid, LocalFd
 from pipeline.image.frames import PageRun
-from pipeline.kernel import paging
+from pipeline.kernel import paging, uffdio
 from pipeline.kernel.pagemap import PAGE_BYTES, Range, subtract
 from pipeline.kernel.paging import Dropped, Event, Fault, Forked, Moved
 from pipeline.ledger import LEDGER
@@ -246,7 +246,7 @@ class Pager:
             except OSError as error:
                 match error.errno:
                     case errno.EEXIST:
-                        paging.wake(memory.fd, start, PAGE_BYTES)
+                        uffdio.wake(memory.fd, start, PAGE_BYTES)
                         done = PAGE_BYTES
                     case errno.ENOENT if length > PAGE_BYTES:
                         # several mappings, or none in a part of it
@@ -258,7 +258,7 @@ class Pager:
                         done = middle - start
                     case errno.ENOENT:
                         # whoever waits there is told so by the kernel
-                        paging.wake(memory.fd, start, PAGE_BYTES)
+                        uffdio.wake(memory.fd, start, PAGE_BYTES)
                         done = PAGE_BYTES
                     case errno.ESRCH:
                         memory.missing = Missing()
@@ -276,14 +276,14 @@ class Pager:
 
     @staticmethod
     def _fill(fd: LocalFd, start: int, length: int, content: memoryview | None) -> int:
-        """See `paging.copy`, but that ENOENT is believed when it is said twice.
+        """See `uffdio.copy`, but that ENOENT is believed when it is said twice.
 
         Who comes while a mapping is being moved away waits for that, and then finds none. The next one is told that
         there are news.
         """
 
         def fill() -> int:
-            return paging.zero(fd, start, length) if content is None else paging.copy(fd, start, content)
+            return uffdio.zero(fd, start, length) if content is None else uffdio.copy(fd, start, content)
 
         try:
             return fill()
@@ -321,9 +321,9 @@ class Pager:
                 # who waits there waits for nothing that comes
                 match event:
                     case Moved(start, _, length):
-                        paging.wake(memory.fd, start, length)
+                        uffdio.wake(memory.fd, start, length)
                     case Dropped(start, end, _):
-                        paging.wake(memory.fd, start, end - start)
+                        uffdio.wake(memory.fd, start, end - start)
             waiting += [event.address for event in events if isinstance(event, Fault)]
             waiting = [address for address in waiting if not self._answer(memory, address)]
             memory.look_whether_calm()

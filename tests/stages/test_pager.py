@@ -21,7 +21,7 @@ import trio.testing
 
 from pipeline.ids import HostPid, LocalFd
 from pipeline.image.frames import PageRun
-from pipeline.kernel import paging, smaps
+from pipeline.kernel import paging, smaps, uffdio
 from pipeline.kernel.pagemap import PAGE_BYTES
 from pipeline.kernel.paging import Dropped, Event, Forked, Moved
 from pipeline.kernel.syscalls import pidfd_getfd, pidfd_open
@@ -246,7 +246,7 @@ def paged(subject: Subject, scenario: Callable[[Pager], Awaitable[None]]) -> Non
 @contextmanager
 def moved_while_a_page_comes(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The first page meets a move: it is told what whoever has waited for the end of one is told."""
-    copy = paging.copy
+    copy = uffdio.copy
 
     def meet(fd: LocalFd, address: int, content: memoryview) -> int:
         patched.undo()
@@ -257,9 +257,9 @@ def moved_while_a_page_comes(subject: Subject, monkeypatch: pytest.MonkeyPatch) 
         raise OSError(errno.ENOENT, "nothing is mapped there")
 
     with monkeypatch.context() as patched:
-        patched.setattr(paging, "copy", meet)
+        patched.setattr(uffdio, "copy", meet)
         yield
-    assert paging.copy is copy
+    assert uffdio.copy is copy
 
 
 @pytest.mark.root

@@ -22,8 +22,9 @@ from pathlib import Path
 
 from pipeline.ids import HostPid, LocalFd
 from pipeline.image.schema import AddressSpace
-from pipeline.kernel import paging, userfaultfd
+from pipeline.kernel import uffdio, userfaultfd
 from pipeline.kernel.pagemap import Range, intersect, open_pagemap, present, subtract, union
+from pipeline.kernel.uffdio import MODE
 from pipeline.ledger import LEDGER
 from pipeline.remote.puppet import Puppet
 from pipeline.resources.memory import later
@@ -54,9 +55,9 @@ class Fresh:
         self._ends = [end for _, end in ranges]
         LEDGER.take(_ENTRY, fd)
         try:
-            paging.begin_filling(fd)
+            uffdio.begin(fd)
             for start, end in ranges:
-                paging.register(fd, start, end)
+                uffdio.register(fd, start, end, MODE.MISSING)
         except BaseException:
             self.close()
             raise
@@ -78,7 +79,7 @@ class Fresh:
 
     def _put(self, start: int, content: memoryview) -> int:
         try:
-            return paging.copy(self._fd, start, content)
+            return uffdio.copy(self._fd, start, content)
         except OSError as error:
             if error.errno in (errno.EEXIST, errno.ENOENT):
                 return 0

@@ -17,10 +17,9 @@ from collections.abc import Sequence
 from pipeline.errors import ImageError, RebuildError
 from pipeline.ids import LocalFd
 from pipeline.image.schema import AddressSpace
-from pipeline.kernel import paging
+from pipeline.kernel import paging, uffdio
 from pipeline.kernel.arch.x86_64 import NR
 from pipeline.kernel.pagemap import Range, intersect, merged, open_pagemap, present, subtract
-from pipeline.kernel.syscalls import pidfd_getfd, pidfd_open
 from pipeline.ledger import LEDGER
 from pipeline.remote.calls import Call
 from pipeline.remote.puppet import Puppet
@@ -72,7 +71,7 @@ def _watch(puppet: Puppet, fd: LocalFd, missing: Sequence[Range], ranges: Sequen
                 return
             # what is watched is not dropped before somebody has read of it
             for start, end in ranges:
-                paging.unregister(fd, start, end)
+                uffdio.unregister(fd, start, end)
     finally:
         os.close(pagemap)
     raise OSError(errno.EBUSY, "pages come back that were dropped")
@@ -96,18 +95,7 @@ def check_here() -> None:
 
 
 def _descriptor(puppet: Puppet) -> LocalFd:
-    device = paging.open_device()
-    try:
-        (lent,) = puppet.send_fds([device])
-    finally:
-        os.close(device)
-    made = puppet.syscall(NR.ioctl, lent, paging.NEW, paging.NEW_FLAGS)
-    process = pidfd_open(puppet.pid)
-    try:
-        fd = pidfd_getfd(process, made)
-    finally:
-        os.close(process)
-        puppet.run_checked([Call(NR.close, (number,)) for number in (made, lent)])
+    fd = paging.make_in(puppet.pid, lambda device: puppet.send_fds([device])[0], puppet.syscall)
     try:
         paging.begin(fd)
     except BaseException:

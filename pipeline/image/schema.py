@@ -321,6 +321,8 @@ class AddressSpace(Record, frozen=True, kw_only=True, tag="mm"):
     dropped: list[tuple[U64, U64]] = []
     #: page ranges whose content comes when the tree runs already (post-copy): never in an image that is stored
     later: list[tuple[U64, U64]] = []
+    #: a userfaultfd answers for page faults of it, or may at any time: nobody else can
+    answers: bool = False
     #: of the mappings of kind ``aio``
     rings: Annotated[list[AioRing], Meta(max_length=1 << 16)] = []
 

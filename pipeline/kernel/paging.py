@@ -22,10 +22,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from pipeline.ids import HostPid, LocalFd
-from pipeline.kernel import uffdio
+from pipeline.kernel import uffdio, userfaultfd
 from pipeline.kernel.arch.x86_64_numbers import NR
 from pipeline.kernel.pagemap import PAGE_BYTES
-from pipeline.kernel.syscalls import pidfd_getfd, pidfd_open
 from pipeline.kernel.uffdio import FEATURE, MODE
 
 DEVICE = "/dev/userfaultfd"
@@ -110,11 +109,7 @@ def make_in(
     try:
         made = inside(NR.ioctl, lent, NEW, flags)
         try:
-            process = pidfd_open(pid)
-            try:
-                return pidfd_getfd(process, made)
-            finally:
-                os.close(process)
+            return userfaultfd.taken_from(pid, made)
         finally:
             inside(NR.close, made)
     finally:

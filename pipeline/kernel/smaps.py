@@ -24,6 +24,7 @@ _NO_FLAGS: frozenset[str] = frozenset()
 _PKEY = re.compile(rb"\nProtectionKey: +([1-9]\d*)$", re.MULTILINE)
 _PAGE_SIZE = re.compile(rb"\nKernelPageSize: +(\d+) kB$", re.MULTILINE)
 _HUGE = re.compile(rb"\nAnonHugePages: +[1-9]")
+_SWAPPED = re.compile(rb"^Swap: +(\d+) kB$", re.MULTILINE)
 _SHARE = re.compile(rb"^Pss_Anon: +(\d+) kB$", re.MULTILINE)
 _KIB = 1024
 #: lines that are kept: forks, libraries, and the second look at a process show the same ones
@@ -166,7 +167,16 @@ def anonymous_share(pid: HostPid) -> int:
 
     Source: proc_pid_smaps(5), Pss_Anon of smaps_rollup.
     """
-    found = _SHARE.search(procfs.read_file(pid, "smaps_rollup"))
+    return _rolled_up(pid, _SHARE)
+
+
+def swapped_bytes(pid: HostPid) -> int:
+    """Bytes of the memory of a process that are swapped out; 0 for a zombie. Raises as `maps` does."""
+    return _rolled_up(pid, _SWAPPED)
+
+
+def _rolled_up(pid: HostPid, line: re.Pattern[bytes]) -> int:
+    found = line.search(procfs.read_file(pid, "smaps_rollup"))
     return int(found[1]) * _KIB if found else 0
 
 

@@ -16,7 +16,6 @@ import errno
 import functools
 import os
 from collections.abc import Callable
-from contextlib import ExitStack
 
 from pipeline.ids import HostPid, LocalFd
 from pipeline.kernel import procfs, uffdio
@@ -46,7 +45,7 @@ def is_asynchronous() -> bool:
     return True
 
 
-def make_inside(pid: HostPid, inside: Inside) -> LocalFd:
+def make_inside(pid: HostPid, inside: Inside, flags: int = MAKE_FLAGS) -> LocalFd:
     """A descriptor of the memory of a process that stands still; the caller owns it.
 
     Nothing is left of it in the process: but for a descriptor that watches nothing, if we are killed just between the
@@ -55,23 +54,26 @@ def make_inside(pid: HostPid, inside: Inside) -> LocalFd:
     Args:
         pid: the process, by any of its threads.
         inside: runs a system call inside it; OSError if that fails.
+        flags: of userfaultfd(2).
 
     Raises:
-        OSError: EINVAL, ENOSYS: this kernel cannot; EPERM: a sandbox forbids it.
+        OSError: EINVAL, ENOSYS: this kernel cannot; EPERM: a sandbox forbids it, or that it is for more than user
+            space.
     """
-    number = inside(NR.userfaultfd, MAKE_FLAGS)
-    with ExitStack() as undo:
-        try:
-            process = pidfd_open(pid, 0 if procfs.status(pid).tgid == pid else PIDFD_THREAD)
-            try:
-                fd = LocalFd(pidfd_getfd(process, number))
-            finally:
-                os.close(process)
-            undo.callback(os.close, fd)
-        finally:
-            inside(NR.close, number)
-        undo.pop_all()
-    return fd
+    number = inside(NR.userfaultfd, flags)
+    try:
+        return taken_from(pid, number)
+    finally:
+        inside(NR.close, number)
+
+
+def taken_from(pid: HostPid, number: int) -> LocalFd:
+    """A duplicate of a descriptor of a process, or a thread; the caller owns it. OSError: as pidfd_getfd(2)."""
+    process = pidfd_open(pid, 0 if procfs.status(pid).tgid == pid else PIDFD_THREAD)
+    try:
+        return pidfd_getfd(process, number)
+    finally:
+        os.close(process)
 
 
 def begin_tracking(fd: LocalFd) -> None:

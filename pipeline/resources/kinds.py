@@ -31,6 +31,7 @@ from pipeline.remote.calls import Argument
 from pipeline.resources.held import Held
 
 if TYPE_CHECKING:
+    from pipeline.resources.memory.answering import Answered
     from pipeline.resources.outside import Outsiders
     from pipeline.resources.unix_unread import Unread
 
@@ -160,6 +161,9 @@ class CaptureScope(Protocol):
 
     def look_in_network(self, netns: Index, look: Callable[[], bytes]) -> bytes:
         """What `look` returns in a network namespace of the tree, or the external one; it makes system calls only."""
+
+    def answered(self, view: FdView) -> Answered:
+        """What a userfaultfd answers for."""
 
     def outsiders(self) -> Outsiders:
         """Who else has descriptors on this host, as it is at this capture."""

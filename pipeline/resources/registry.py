@@ -30,6 +30,7 @@ from pipeline.resources import (
     timerfd,
     unnamed,
     unsupported,
+    userfault,
 )
 from pipeline.resources.kinds import FdView, FileKind
 
@@ -91,6 +92,7 @@ def kinds() -> tuple[FileKind[Any], ...]:
         inotify.KIND,
         external_end.KIND,
         fanotify.KIND,
+        userfault.KIND,
         unsupported.KIND,
     )
 

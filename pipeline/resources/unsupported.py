@@ -38,7 +38,7 @@ _BY_LINK: Sequence[tuple[bytes, str, str]] = (
 )
 
 
-_IO_URING, _USERFAULTFD = b"anon_inode:[io_uring]", b"anon_inode:[userfaultfd]"
+_IO_URING = b"anon_inode:[io_uring]"
 _WITHOUT_IO_URING = (
     "start it without io_uring: sysctl kernel.io_uring_disabled=2, MariaDB innodb_use_native_aio=0, "
     "PostgreSQL io_method=worker, Node UV_USE_IO_URING=0"
@@ -51,7 +51,7 @@ class Unsupported(AlwaysRefused):
 
     name = "unsupported"
     refused: Sequence[str] = (
-        "io_uring, userfaultfd, perf, BPF, KVM, secret memory",
+        "io_uring, perf, BPF, KVM, secret memory",
         "devices with state, block devices, whatever is not known",
     )
     shown_by: Sequence[str] = ("resources/test_places.py",)
@@ -83,12 +83,6 @@ def _described(view: FdView) -> tuple[str, str] | None:
             "what is in flight be seen"
         )
         return reason, _WITHOUT_IO_URING
-    if view.link == _USERFAULTFD:
-        reason = (
-            f"{who} handles page faults by a userfaultfd ({number('pending')} wait for it), "
-            "which is tied to the memory it serves"
-        )
-        return reason, "let it close its userfaultfd"
     return None
 
 

@@ -40,11 +40,13 @@ from pipeline.kernel.arch import x86_64 as arch
 from pipeline.kernel.pagemap import Range
 from pipeline.kernel.syscalls import KCMP, kcmp
 from pipeline.policy import DumpPolicy
-from pipeline.resources import shell_job, tun_file
+from pipeline.resources import shell_job, tun_file, userfault
 from pipeline.resources.cgroups.capture import CgroupCapture
 from pipeline.resources.held import Held
+from pipeline.resources.kinds import FdView
 from pipeline.resources.memory import aio
 from pipeline.resources.memory.alike import is_forked
+from pipeline.resources.memory.answering import Answerer, look
 from pipeline.resources.memory.capture import (
     Captured,
     Seen,
@@ -53,6 +55,7 @@ from pipeline.resources.memory.capture import (
     scanned,
 )
 from pipeline.resources.memory.objects import MemoryObjects
+from pipeline.resources.memory.scope import CannotCarry
 from pipeline.resources.memory.sharing import plan_copy_on_write
 from pipeline.resources.namespaces import clocks
 from pipeline.resources.namespaces.members import NamespaceCapture
@@ -73,7 +76,7 @@ from pipeline.resources.tasks.inquiry import Inquiry, thread_record
 from pipeline.resources.tasks.interrupted import Sleepers, Slept
 from pipeline.resources.tasks.refusals import check_stopped, check_task
 from pipeline.stages.ahead import MappingReader, MappingsAhead
-from pipeline.stages.asking import Answers, asked
+from pipeline.stages.asking import Answers, asked, inside
 from pipeline.stages.beforehand import Beforehand
 from pipeline.stages.freeze import FrozenProcess, FrozenTree
 from pipeline.stages.memory import FilePages, PageSource, ProcessPages, SharedPages
@@ -235,7 +238,7 @@ class Capture:
             with procfs.unless_gone(pid):
                 yield from check_task(pid)
                 yield from directories.check(pid)
-                yield from check_address_space(pid, self._objects)
+                yield from check_address_space(pid, self._objects, bool(self._answerers()))
                 yield from check_controlling_terminal(pid, self.files)
         if self.living:
             yield from together.check_outside(self.living)
@@ -278,17 +281,20 @@ class Capture:
             blockers += [b for tid in process.tasks for b in check_stopped(process.pid, HostPid(tid))]
         if blockers:
             return [], [], blockers
+        self._together = together.capture(
+            self.living,
+            any(self.namespaces.semaphores(pid) for pid in self.living),
+            {face: pid for pid, face in self._faces.items()},
+        )
+        blockers += self._look_at_answers(frozen, mappings)
+        if blockers:
+            return [], [], blockers
         file_records = list(self.files.records(draft))
         try:
             self.namespaces.take_contents(self.files.bytes_of)
         except OSError as error:
             why = f"what its mount and ipc namespaces hold cannot be copied: {error.strerror}"
             return [], [], [Blocker(f"pid {frozen.root}", why, "free memory, or remove what is there")]
-        self._together = together.capture(
-            self.living,
-            any(self.namespaces.semaphores(pid) for pid in self.living),
-            {face: pid for pid, face in self._faces.items()},
-        )
         processes: list[Process] = []
         captured: dict[int, tuple[HostPid, Captured]] = {}
         for pid in self.tree.pids:
@@ -315,6 +321,35 @@ class Capture:
         if self._looks.live and not draft:
             return *self._without_plan(), []
         return self.planned()
+
+    def _answerers(self) -> list[FdView]:
+        """The userfaultfds of the tree."""
+        return [view for _, view in self.files.files() if view.link == userfault.LINK]
+
+    def _look_at_answers(self, frozen: FrozenTree, mappings: MappingsAhead) -> Iterator[Blocker]:
+        """What the program answers page faults of, and what of it stops it."""
+        self._looks.answered.clear()
+        views = self._answerers()
+        if not views:
+            return
+        tasks = {
+            self._face(process.pid): [HostPid(tid) for tid in process.tasks]
+            for process in frozen.living()
+            if not self._together.get(process.pid, Together()).vm
+        }
+        answerers = [Answerer(view.local, self._face(view.pid)) for view in views]
+        found = look(
+            answerers,
+            list(tasks),
+            lambda pid: inside(pid, sorted(tasks[pid], key=lambda tid: tid != pid)),
+            mappings.of,
+        )
+        for view, one in zip(views, found, strict=True):
+            if isinstance(one, CannotCarry):
+                yield one.blocker(view.subject)
+            else:
+                self.files.answered_by[view.local] = one
+                self._looks.answered.append(one)
 
     def planned(self) -> tuple[list[tuple[Record, Record | None]], list[PageSource], list[Blocker]]:
         """What was captured as a tree that grows from nothing; returns what `take` does."""
@@ -561,6 +596,7 @@ class Capture:
             thp_disable=leader.thp_disable(),
             contexts=answers.rings,
             tracked=self._looks.live and not self._looks.is_draft,
+            answered=[one for one in self._looks.answered if one.owner == pid],
             seen=seen,
         )
         return replace(memory, space=replace(memory.space, **leader.of_memory()))

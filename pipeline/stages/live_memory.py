@@ -182,7 +182,7 @@ class LiveMemory:
                 case ProcessPages(number, pid):
                     tids = [pid, *(tid for tid in tasks[pid] if tid != pid)]
                     with inside(pid, tids) as task:
-                        watch = tracking.begin(pid, task.syscall)
+                        watch = tracking.begin(pid, task.syscall, answers=image.spaces[number].answers)
                     places = _ALL if self._is_stored else _places(image.spaces[number])
                     self._spaces[number] = _Space(pid, watch, places)
                 case SharedPages(number, shared):
@@ -387,7 +387,8 @@ class LiveMemory:
                 continue
             with suppress(ProcessLookupError, ProcessGone):  # told by who asks for what was not sent
                 doubtful = _ALL if space.tracking.stands_still else space.unwatched
-                blockers += watched_by_others(space.pid, doubtful, space.tracking.may_watch)
+                answered = [one for one in self.looks.answered if one.owner == space.pid]
+                blockers += watched_by_others(space.pid, doubtful, space.tracking.may_watch, answered)
         if blockers:
             raise Refused(blockers)
 

@@ -36,6 +36,7 @@ from pipeline.resources import (
 )
 from pipeline.resources.held import Held
 from pipeline.resources.kinds import FdView, FileKind
+from pipeline.resources.memory.answering import Answered
 from pipeline.resources.namespaces.members import NamespaceCapture
 from pipeline.resources.outside import Outsiders
 from pipeline.resources.registry import kind_of
@@ -106,13 +107,15 @@ class Looks:
     """What several looks at one tree have in common; a single one has it to itself.
 
     `spaces`, `files`: numbers of what has pages, and of mapped files. `live`: the memory of the tree is sent while
-    the tree runs. `order`: the spaces of processes as they were planned at the first look; None before it.
+    the tree runs. `order`: the spaces of processes as they were planned at the first look; None before it. `answered`:
+    by its userfaultfds, at the last look.
     """
 
     spaces: Numbering = field(default_factory=Numbering)
     files: Numbering = field(default_factory=Numbering)
     live: bool = False
     order: list[int] | None = None
+    answered: list[Answered] = field(default_factory=list)
 
     @property
     def is_draft(self) -> bool:
@@ -183,6 +186,8 @@ class FileObserver:
         #: by our duplicate: what a file is does not change while it is looked at
         self._kinds: dict[LocalFd, FileKind[Any]] = {}
         self.unseen = self.still = False
+        #: by our duplicate of a userfaultfd: what it answers for
+        self.answered_by: dict[LocalFd, Answered] = {}
         self._content_of: dict[tuple[int, int], int] = {}
         #: files with a name whose content goes along
         self.takings = Takings(policy.with_files, self.path, self.content)
@@ -345,6 +350,10 @@ class FileObserver:
     def look_in_network(self, netns: int, look: Callable[[], bytes]) -> bytes:
         """See `CaptureScope.look_in_network`."""
         return self._namespaces.look_in_network(netns, look)
+
+    def answered(self, view: FdView) -> Answered:
+        """See `CaptureScope.answered`."""
+        return self.answered_by[view.local]
 
     def outsiders(self) -> Outsiders:
         """See `CaptureScope.outsiders`."""

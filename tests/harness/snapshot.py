@@ -20,8 +20,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline.ids import HostPid
-from pipeline.kernel.pagemap import open_pagemap, populated
+from pipeline.ids import HostPid, LocalFd
+from pipeline.kernel.pagemap import PAGE_BYTES, Range, entries_of, intersect, merged, open_pagemap, populated
 from pipeline.kernel.procfs import ProcessGone
 
 #: fields of /proc/PID/status that may differ, with the reason
@@ -85,6 +85,8 @@ FILES = (
 VMFLAGS_MAY_DIFFER = {"sd", "ac", "gu"}
 #: a running program and the frames that a dump leaves below the stack pointer touch a few pages
 ANONYMOUS_SLACK_KIB = 256
+#: of entries of pagemap, the most significant byte of those that are present
+_PRESENT = re.compile(b"[\x80-\xff]+")
 _ZERO_PAGE = bytes(4096)
 _BLOCK_BYTES = 1 << 20
 
@@ -241,7 +243,7 @@ def _count_zeros(pid: int, mappings: list[list[Any]]) -> None:
         return
     try:
         for mapping in mappings:
-            for start, end in populated(pagemap, [(mapping[0], mapping[1])]).pages:
+            for start, end in _present_pages(pagemap, mapping[0], mapping[1]):
                 for address in range(start, end, _BLOCK_BYTES):
                     content = os.pread(memory, min(end - address, _BLOCK_BYTES), address)
                     pages = range(0, len(content), len(_ZERO_PAGE))
@@ -250,6 +252,16 @@ def _count_zeros(pid: int, mappings: list[list[Any]]) -> None:
     finally:
         os.close(pagemap)
         os.close(memory)
+
+
+def _present_pages(pagemap: LocalFd, start: int, end: int) -> list[Range]:
+    """Pages of its own; not where a userfaultfd has left a mark and no page: to read it would make one."""
+    present = [
+        (address + match.start() * PAGE_BYTES, address + match.end() * PAGE_BYTES)
+        for address, entries in entries_of(pagemap, start, end)
+        for match in _PRESENT.finditer(entries[7::8])
+    ]
+    return intersect(populated(pagemap, [(start, end)]).pages, merged(present))
 
 
 def _without_number(name: str) -> str:

@@ -26,11 +26,21 @@ from pipeline.ids import HostPid, RemoteAddress
 from pipeline.image.schema import AddressSpace, AioRing, Index, Vma
 from pipeline.kernel import procfs, smaps
 from pipeline.kernel.hugetlb import MAP_HUGETLB
-from pipeline.kernel.pagemap import Populated, Range, intersect, open_pagemap, populated
+from pipeline.kernel.pagemap import (
+    Populated,
+    Range,
+    intersect,
+    merged,
+    open_pagemap,
+    populated,
+    subtract,
+    union,
+)
 from pipeline.kernel.smaps import Mapping
 from pipeline.resources.memory import aio
 from pipeline.resources.memory.alike import KERNEL_KINDS, LATE_KINDS
-from pipeline.resources.memory.classify import Shape, classify
+from pipeline.resources.memory.answering import Answered, Watched
+from pipeline.resources.memory.classify import WATCHED, Shape, classify
 from pipeline.resources.memory.objects import MemoryObjects, Place, place_of
 from pipeline.resources.memory.scope import CannotCarry
 
@@ -39,6 +49,10 @@ _NOT_ITS_OWN = b"[vsyscall]"
 _WITHOUT_PAGES = KERNEL_KINDS | LATE_KINDS
 #: what smaps says of memory whose writes are tracked
 _TRACKED = frozenset({"uw"})
+#: of which kinds its page faults may be answered
+_WATCHED_FOR = {"um": "missing pages", "uw": "write protection", "ui": "minor faults"}
+#: the address behind all
+_END = 1 << 64
 _SECOND_NODE = "/sys/devices/system/node/node1"
 
 
@@ -88,6 +102,7 @@ def capture_address_space(
     thp_disable: int = 0,
     contexts: Collection[int] | None = None,
     tracked: bool = False,
+    answered: Sequence[Answered] = (),
     seen: Seen | None = None,
 ) -> Captured:
     """Capture the memory of process `pid`.
@@ -100,6 +115,7 @@ def capture_address_space(
         thp_disable: PR_GET_THP_DISABLE.
         contexts: where contexts of asynchronous I/O have their rings; None: every ring that is mapped is taken for one.
         tracked: the writes to it are tracked by the pipeline itself (`pipeline.resources.memory.tracking`).
+        answered: what userfaultfds of the tree answer for in it.
         seen: what the kernel tells of it, where that was asked already.
 
     Raises:
@@ -111,10 +127,12 @@ def capture_address_space(
     rings: list[AioRing] = []
     place = place_of(pid)
     seen = seen or Seen(scanned(pid, smaps.maps(pid)), smaps.smaps(pid))
-    ignored: frozenset[str] = _TRACKED if tracked else frozenset()
+    watched = _watched(answered)
     for mapping in seen.mappings:
         try:
-            shape = classify(mapping, ignored)
+            if not (tracked and mapping.flags & WATCHED == _TRACKED):
+                _refuse_watched(mapping, watched)
+            shape = classify(mapping)
             if shape.kind == "aio":
                 if contexts is None or mapping.start in contexts:
                     rings.append(aio.capture(pid, mapping))
@@ -132,6 +150,8 @@ def capture_address_space(
     except CannotCarry as refusal:
         blockers.append(refusal.blocker(f"pid {pid} executable"))
     runs, guards, untouched = _carried(seen.pages, found)
+    for one in answered:
+        runs = subtract(runs, union(one.missing, one.bare))
     stat = procfs.stat(pid)
     space = AddressSpace(
         space=objects.scope.space_of(("memory", pid)),
@@ -154,36 +174,60 @@ def capture_address_space(
         dumpable=dumpable,
         thp_disable=thp_disable,
         coredump_filter=procfs.coredump_filter(pid),
+        answers=bool(answered),
         rings=rings,
     )
     return Captured(space, runs, untouched if tracked else [], blockers)
 
 
-def check_address_space(pid: HostPid, objects: MemoryObjects) -> list[Blocker]:
+def check_address_space(pid: HostPid, objects: MemoryObjects, answered: bool) -> list[Blocker]:
     """Everything about the memory of `pid` that stops it from being carried; also while it runs.
+
+    Args:
+        answered: there are userfaultfds in the tree: for what is asked when it stands still.
 
     Raises as `capture_address_space` does.
     """
-    return capture_address_space(pid, objects, brk=RemoteAddress(0)).blockers
+    anything = [Answered(pid, 0, False, [Watched(0, _END, 0)], [], [], [])] if answered else ()
+    return capture_address_space(pid, objects, brk=RemoteAddress(0), answered=anything).blockers
 
 
 def watched_by_others(
-    pid: HostPid, unwatched: Sequence[Range], may_watch: Callable[[int, int], bool]
+    pid: HostPid,
+    unwatched: Sequence[Range],
+    may_watch: Callable[[int, int], bool],
+    answered: Sequence[Answered],
 ) -> list[Blocker]:
-    """What of the memory of a stopped process could not be watched because somebody else does.
+    """What of the memory of a stopped process could not be watched because somebody outside the tree does.
 
     Args:
         unwatched: where the pipeline could not watch when it looked last; the process has run since.
         may_watch: tries again, for a mapping.
+        answered: what userfaultfds of the tree answer for in it.
     """
     blockers = []
+    watched = _watched(answered)
     for mapping in smaps.smaps(pid) if unwatched else ():
         if intersect([(mapping.start, mapping.end)], unwatched) and not may_watch(mapping.start, mapping.end):
             try:
-                classify(mapping)
+                _refuse_watched(mapping, watched)
             except CannotCarry as refusal:
                 blockers.append(refusal.blocker(subject(pid, mapping)))
     return blockers
+
+
+def _watched(answered: Sequence[Answered]) -> list[Range]:
+    return merged(sorted((one.start, one.end) for each in answered for one in each.watched))
+
+
+def _refuse_watched(mapping: Mapping, answered: Sequence[Range]) -> None:
+    """CannotCarry: its page faults are answered by somebody outside the tree."""
+    if mapping.flags & WATCHED and subtract([(mapping.start, mapping.end)], answered):
+        what = ", ".join(name for flag, name in _WATCHED_FOR.items() if flag in mapping.flags)
+        raise CannotCarry(
+            f"is watched by a userfaultfd ({what}) that no process of the tree has",
+            "end who handles its page faults",
+        )
 
 
 def subject(pid: HostPid, mapping: Mapping) -> str:

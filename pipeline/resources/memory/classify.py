@@ -44,13 +44,34 @@ ADVICE = {
     "dd": 16,  # MADV_DONTDUMP
     "wf": 18,  # MADV_WIPEONFORK
 }
+#: VmFlags of memory that a userfaultfd watches: for missing pages, writes, minor faults; by whom is asked elsewhere
+WATCHED = frozenset({"um", "uw", "ui"})
 #: what huge pages of the kernel's own file systems set by themselves
 _HUGE_BRINGS = frozenset({"ht", "de"})
 #: what MAP_DROPPABLE sets by itself
 _DROPPABLE_BRINGS = {"wf", "dd", "nr"}
 #: flags that are carried, or that follow from what is carried
 _CARRIED = frozenset(
-    {"rd", "wr", "ex", "sh", "mr", "mw", "me", "ms", "gd", "lo", "lf", "ac", "nr", "sd", "sl", "dp", "gu"}
+    {
+        "rd",
+        "wr",
+        "ex",
+        "sh",
+        "mr",
+        "mw",
+        "me",
+        "ms",
+        "gd",
+        "lo",
+        "lf",
+        "ac",
+        "nr",
+        "sd",
+        "sl",
+        "dp",
+        "gu",
+        *WATCHED,
+    }
 ) | set(ADVICE)
 _REFUSED = {
     "ht": ("maps a file of hugetlbfs", "use huge pages without a file (MAP_ANONYMOUS, or a memfd)"),
@@ -59,9 +80,6 @@ _REFUSED = {
     "mm": ("maps pages of a driver (VM_MIXEDMAP)", "close the device"),
     "ar": ("has a caching attribute of a device driver (VM_PAT)", "close the device"),
     "de": ("was made by a driver (VM_DONTEXPAND)", "close the device"),
-    "um": ("is watched by a userfaultfd (missing pages)", "stop the program that handles its page faults"),
-    "uw": ("is watched by a userfaultfd (write protection)", "stop the program that tracks its writes"),
-    "ui": ("is watched by a userfaultfd (minor faults)", "stop the program that handles its page faults"),
     "ss": ("is a shadow stack", "start the program without it (GLIBC_TUNABLES=glibc.cpu.hwcaps=-SHSTK)"),
     "sf": ("maps persistent memory with MAP_SYNC", "map the file without MAP_SYNC"),
 }
@@ -107,7 +125,7 @@ SUPPORT = (
         carried=(
             "protection, madvise, locks (mlock, on fault), seals (mseal), bounds of the program, vdso, auxv",
         ),
-        refused=("protection keys; userfaultfd; shadow stacks; MAP_SYNC; whatever is not known here",),
+        refused=("protection keys; shadow stacks; MAP_SYNC; whatever is not known here",),
         shown_by=("programs/mappings.py", "programs/stack.c", "resources/test_memory_rebuild.py"),
     ),
 )
@@ -150,11 +168,8 @@ def kernel_shmem_device() -> int:
 
 
 @functools.lru_cache(_KEPT_SHAPES)
-def classify(mapping: Mapping, ignored: frozenset[str] = frozenset()) -> Shape:
+def classify(mapping: Mapping) -> Shape:
     """Say what `mapping` is; whoever asks again is given the same object.
-
-    Args:
-        ignored: flags that are not its own.
 
     Raises:
         CannotCarry: it is refused; says why.
@@ -167,10 +182,10 @@ def classify(mapping: Mapping, ignored: frozenset[str] = frozenset()) -> Shape:
     huge_page_bytes = hugetlb.devices().get(mapping.device, 0)
     if is_ring(mapping):
         kind, backing, name = "aio", "none", b""
-        _refuse_flags(mapping.flags - ignored - {"de"})
+        _refuse_flags(mapping.flags - {"de"})
     else:
         kind, backing, name = _behind(mapping)
-        _refuse_flags(mapping.flags - ignored - (_HUGE_BRINGS if huge_page_bytes else _NOTHING))
+        _refuse_flags(mapping.flags - (_HUGE_BRINGS if huge_page_bytes else _NOTHING))
     if mapping.pkey:
         raise CannotCarry(f"is under memory protection key {mapping.pkey}", "free the key (pkey_free)")
     flags = MAP_SHARED if mapping.shared else MAP_PRIVATE

@@ -8,6 +8,7 @@ ones are left out whose absence would be seen, or would do harm:
 * what the kernel touches by itself when a thread begins to run (its restartable-sequences area, the top of its stack,
   thread-local storage), and what the arguments of its system call point to: one that sleeps is begun anew before the
   tree runs (`pipeline.resources.tasks.interrupted`);
+* memory whose program answers for page faults, or may at any time: nobody else can then;
 * the arguments and environment of the program, which `ps` reads.
 
 Source: vma_can_userfault() in include/linux/userfaultfd_k.h.
@@ -38,7 +39,9 @@ _STACK_BYTES = 4 * PAGE_BYTES
 
 
 def may_wait(image: Image, space: AddressSpace) -> list[Range]:
-    """Ranges of `space` whose pages may come later."""
+    """Ranges of `space` whose pages may come later: none where the program answers for missing pages itself."""
+    if space.answers:
+        return []
     threads = [
         thread
         for process in image.processes.values()

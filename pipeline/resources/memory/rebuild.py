@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from pipeline.errors import RebuildError
 from pipeline.ids import RemoteAddress, RemoteFd
@@ -256,7 +256,19 @@ def _finish(vma: Vma) -> Iterator[Call]:
 # -- room --------------------------------------------------------------------------------
 
 
-def find_hole(layouts: Iterable[Sequence[Vma]], size_bytes: int) -> RemoteAddress:
+class Placed(Protocol):
+    """A mapping, wherever it is told of."""
+
+    @property
+    def start(self) -> int:
+        """Its first address."""
+
+    @property
+    def end(self) -> int:
+        """The address behind it."""
+
+
+def find_hole(layouts: Iterable[Iterable[Placed]], size_bytes: int) -> RemoteAddress:
     """An address where `size_bytes` are free in all layouts, with a gap around it.
 
     Raises:

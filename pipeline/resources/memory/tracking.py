@@ -18,6 +18,8 @@ pages behind the page tables: O_DIRECT and asynchronous I/O pin pages, and what 
 (the kernel has no pin in mind when it write-protects). Whoever uses the answers sends such memory once more, whole,
 when the tree stands still.
 
+Where a program has a userfaultfd for its own memory, nobody else may have one for the same mapping: `Unwatched`.
+
 Shared memory is not tracked: it can be written by whoever has it open. Nor are huge pages of hugetlbfs, but those of 2
 MiB by userfaultfd: kernels before "use huge_page_size() in pagemap_scan_hugetlb_entry()" (2026) protect no larger
 ones, and do not say so; and none has a soft-dirty bit.
@@ -118,17 +120,20 @@ def prepare(pids: Iterable[HostPid]) -> None:
             soft_dirty.split_huge_pages(pid)
 
 
-def begin(pid: HostPid, inside: userfaultfd.Inside) -> Tracking:
+def begin(pid: HostPid, inside: userfaultfd.Inside, *, answers: bool = False) -> Tracking:
     """Begin to watch.
 
     Args:
         pid: the process; stopped.
         inside: runs system calls in it.
+        answers: it answers for page faults of its own, or may at any time.
 
     Raises:
         OSError: EINVAL, ENOSYS: this kernel cannot; EPERM: a sandbox forbids it.
         TrackingLost: it can only be done in a way that would disturb the program.
     """
+    if answers:
+        return Unwatched(pid)
     try:
         return WriteProtected(pid, inside)
     except OSError:
@@ -297,6 +302,36 @@ class SoftDirty(Tracking):
             fd, self._pagemap = self._pagemap, LocalFd(-1)
             os.close(fd)
             LEDGER.give_back("watch of memory", fd)
+
+
+class Unwatched(Tracking):
+    """Of a process whose memory others watch: nothing is told until it stands still.
+
+    Args:
+        pid: see `begin`.
+    """
+
+    def __init__(self, pid: HostPid) -> None:
+        self._pid = pid
+
+    def collect(self) -> Written:
+        try:
+            return Written([], merged((one.start, one.end) for one in _private(smaps.maps(self._pid))))
+        except ProcessLookupError:
+            raise _lost(self._pid) from None
+
+    def untouched(self) -> list[Range]:
+        return []
+
+    def may_watch(self, start: int, end: int) -> bool:
+        del start, end
+        return False
+
+    def check(self) -> None:
+        """Nothing is taken for granted that would have to be."""
+
+    def close(self) -> None:
+        """Nothing is held."""
 
 
 def _lost(pid: HostPid) -> TrackingLost:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from pipeline.errors import ImageError, RebuildError
 from pipeline.ids import LocalFd
@@ -26,6 +26,8 @@ from pipeline.remote.puppet import Puppet
 from pipeline.resources.memory import later
 
 _MADV_DONTNEED = 4
+#: the same, also of locked memory
+MADV_DONTNEED_LOCKED = 24
 _TRIES = 5
 ENTRY = "watch of missing pages"
 
@@ -58,22 +60,50 @@ def watch(puppet: Puppet, space: AddressSpace) -> LocalFd:
 
 
 def _watch(puppet: Puppet, fd: LocalFd, missing: Sequence[Range], ranges: Sequence[Range]) -> None:
+    def drop(stale: Sequence[Range]) -> None:
+        puppet.run_checked(
+            [Call(NR.madvise, (a, b - a, _MADV_DONTNEED), name=f"drop {a:x}-{b:x}") for a, b in stale]
+        )
+
+    def register() -> None:
+        for start, end in ranges:
+            paging.register(fd, start, end)
+
+    def unregister() -> None:
+        for start, end in ranges:
+            uffdio.unregister(fd, start, end)
+
     pagemap = open_pagemap(puppet.pid)
     try:
-        for _ in range(_TRIES):
-            stale = present(pagemap, missing)
-            puppet.run_checked(
-                [Call(NR.madvise, (a, b - a, _MADV_DONTNEED), name=f"drop {a:x}-{b:x}") for a, b in stale]
-            )
-            for start, end in ranges:
-                paging.register(fd, start, end)
-            if not present(pagemap, missing):
-                return
-            # what is watched is not dropped before somebody has read of it
-            for start, end in ranges:
-                uffdio.unregister(fd, start, end)
+        begin(pagemap, missing, drop, register, unregister)
     finally:
         os.close(pagemap)
+
+
+def begin(
+    pagemap: LocalFd,
+    missing: Sequence[Range],
+    drop: Callable[[Sequence[Range]], None],
+    register: Callable[[], None],
+    unregister: Callable[[], None],
+) -> None:
+    """Begin to watch memory of which exactly `missing` is to be missing, as far as it is watched for that.
+
+    Args:
+        pagemap: of the process, whose program does not run.
+        drop: pages that it has, and is not to have.
+        register, unregister: watch, and watch no longer.
+
+    Raises:
+        OSError: EBUSY: pages come back that were dropped; what the functions raise.
+    """
+    for _ in range(_TRIES):
+        drop(present(pagemap, missing))
+        register()
+        if not present(pagemap, missing):
+            return
+        # what is watched is not dropped before somebody has read of it
+        unregister()
     raise OSError(errno.EBUSY, "pages come back that were dropped")
 
 

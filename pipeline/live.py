@@ -160,6 +160,7 @@ class LiveSource:
                 self.notes.append(f"the tree was sent while it stood still: {error}")
             return False
         self._has_draft = True
+        self.notes += [remark for remark in self.memory.remarks if remark not in self.notes]
         await self.throttle.set(percentage)
         return True
 
@@ -188,6 +189,7 @@ class LiveSource:
             late = await trio.to_thread.run_sync(memory.late_bytes)
             if late > _LATE_BYTES and not is_last:
                 return False
+            pacing.untracked_bytes = await trio.to_thread.run_sync(memory.untracked_bytes)
             expected_s = pacing.expected_s(left, rate)
             number, verdict = pacing.rounds, pacing.judge(left, rate)
             percentage = pacing.throttle_percentage

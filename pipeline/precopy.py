@@ -117,6 +117,7 @@ class Precopy:
             self.close()
             self.notes.append(f"the memory was stored while the tree stood still: {error}")
             return False
+        self.notes += self.memory.remarks
         return True
 
     async def _write_rounds(self, writer: FrameWriter) -> None:
@@ -134,6 +135,7 @@ class Precopy:
             self.rounds_done += 1
             left = await look_again(self._tracer, self._pid, memory)
             rate = written / seconds
+            pacing.untracked_bytes = await trio.to_thread.run_sync(memory.untracked_bytes)
             expected_s = pacing.expected_s(left, rate)
             self._progress.round(
                 Round(pacing.rounds, dirty, written, seconds, rate, left / seconds, expected_s)

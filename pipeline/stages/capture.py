@@ -234,11 +234,12 @@ class Capture:
         yield from self.files.blockers()
         yield from self._cgroups.blockers()
         yield from self.namespaces.blockers  # behind the files, which may hold further namespaces
+        answers = bool(self._answerers())
         for pid in self.living:
             with procfs.unless_gone(pid):
                 yield from check_task(pid)
                 yield from directories.check(pid)
-                yield from check_address_space(pid, self._objects, bool(self._answerers()))
+                yield from check_address_space(pid, self._objects, answers)
                 yield from check_controlling_terminal(pid, self.files)
         if self.living:
             yield from together.check_outside(self.living)
@@ -338,12 +339,17 @@ class Capture:
             if not self._together.get(process.pid, Together()).vm
         }
         answerers = [Answerer(view.local, self._face(view.pid)) for view in views]
-        found = look(
-            answerers,
-            list(tasks),
-            lambda pid: inside(pid, sorted(tasks[pid], key=lambda tid: tid != pid)),
-            mappings.of,
-        )
+        try:
+            found = look(
+                answerers,
+                list(tasks),
+                lambda pid: inside(pid, sorted(tasks[pid], key=lambda tid: tid != pid)),
+                mappings.of,
+            )
+        except OSError as error:
+            why = f"it cannot be asked which page faults it answers: {error.strerror}"
+            yield Blocker(f"pid {frozen.root}", why, "free memory")
+            return
         for view, one in zip(views, found, strict=True):
             if isinstance(one, CannotCarry):
                 yield one.blocker(view.subject)

@@ -49,6 +49,9 @@ _END_GRACE_S = 0.2
 _STOP_TIMEOUT_S = 10.0
 #: how long a parent may wait for its vfork child to execute a program
 _VFORK_TIMEOUT_S = 1.0
+#: how long a task may take that seems to sleep, where it would be woken, until it is asked what it waits for; and how
+#: often it has to be seen so
+_FAULT_TIMEOUT_S, _FAULT_LOOKS = 0.1, 3
 #: how often in a row a first thread may be replaced while it is seized
 _SEIZE_TRIES = 20
 _SPINS = 200
@@ -352,7 +355,7 @@ def _stops_within(process: FrozenProcess, tid: HostPid, timeout_s: float) -> boo
     """As `_await_stop`, but False if it does not stop in this time."""
     task = process.tasks[tid]
     started_s = time.monotonic()
-    spins = 0
+    spins = looks = 0
     again = False
     while True:
         # looked at first: a stop that comes in between is reported below
@@ -378,10 +381,15 @@ def _stops_within(process: FrozenProcess, tid: HostPid, timeout_s: float) -> boo
                         ptrace.interrupt(tid)
                     again = True
                 waited_s = time.monotonic() - started_s
+                blockers: list[Blocker] = []
+                if waited_s > _FAULT_TIMEOUT_S and looks < _FAULT_LOOKS and procfs.status(tid).state == "S":
+                    looks += 1
+                    if looks == _FAULT_LOOKS:
+                        blockers += tracing.check_page_fault(_subject(process.pid, tid), tid)
                 if waited_s > _VFORK_TIMEOUT_S:
-                    borrowed = list(tracing.check_vfork(_subject(process.pid, tid), tid))
-                    if borrowed:
-                        raise Refused(borrowed)
+                    blockers += tracing.check_vfork(_subject(process.pid, tid), tid)
+                if blockers:
+                    raise Refused(blockers)
                 if waited_s > timeout_s:
                     return False
                 time.sleep(0.0002)

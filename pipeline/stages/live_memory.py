@@ -26,7 +26,7 @@ from pipeline.ids import HostPid, LocalFd
 from pipeline.image.codec import Image
 from pipeline.image.schema import AddressSpace
 from pipeline.kernel import smaps
-from pipeline.kernel.pagemap import Range, intersect, subtract, total_bytes, union
+from pipeline.kernel.pagemap import Range, intersect, open_pagemap, populated, subtract, total_bytes, union
 from pipeline.kernel.procfs import ProcessGone
 from pipeline.ledger import LEDGER
 from pipeline.resources.memory import devices, tracking
@@ -269,6 +269,28 @@ class LiveMemory:
     def left_bytes(self) -> int:
         """How much was written that was not sent."""
         return sum(total_bytes(space.pending) for space in self._spaces.values())
+
+    def untracked_bytes(self) -> int:
+        """How much there is that is not told of, and goes when the tree stands still. In any thread."""
+        found = 0
+        for space in self._spaces.values():
+            if space.unwatched and not space.is_lost:
+                with suppress(ProcessGone, ProcessLookupError):  # the next look says so
+                    pagemap = open_pagemap(space.pid)
+                    try:
+                        found += total_bytes(populated(pagemap, space.unwatched).pages)
+                    finally:
+                        os.close(pagemap)
+        return found
+
+    @property
+    def remarks(self) -> list[str]:
+        """What is worth saying of its processes."""
+        return [
+            f"pid {space.pid} answers page faults by userfaultfd itself: its memory went when it stood still"
+            for number, space in self._spaces.items()
+            if self.image.spaces[number].answers
+        ]
 
     def late_bytes(self) -> int:
         """How much there is that the destination has no place for yet."""

@@ -37,6 +37,7 @@ class Pacing:
         fixed_s: how long it stands still whatever is left.
         auto_converge: it may be held back.
         throttle_percentage: how much of its time it is to stand still meanwhile.
+        untracked_bytes: what goes when it stands still, whatever is written; may be set at any time.
     """
 
     max_downtime_s: float
@@ -44,6 +45,7 @@ class Pacing:
     fixed_s: float
     auto_converge: bool = False
     throttle_percentage: int = 0
+    untracked_bytes: int = 0
 
     def __post_init__(self) -> None:
         self.rounds = 0
@@ -52,7 +54,8 @@ class Pacing:
 
     def expected_s(self, left_bytes: int, rate_bytes_s: float) -> float:
         """How long the tree would stand still now."""
-        return self.fixed_s + (left_bytes / rate_bytes_s if rate_bytes_s else 0.0)
+        whole = left_bytes + self.untracked_bytes
+        return self.fixed_s + (whole / rate_bytes_s if rate_bytes_s else 0.0)
 
     def judge(self, left_bytes: int, rate_bytes_s: float) -> Verdict:
         """What to do after a round; `throttle_percentage` is then that of the next one.

@@ -6,7 +6,7 @@ which of several. So it is tried out:
 * A page is mapped in one process after the other, where none has anything. In whose memory the descriptor was made, it
   can be registered.
 * There the page is read from outside, as the kernel reads for a system call. Who answers only what user space does
-  (UFFD_USER_MODE_ONLY) is not told of it, and the read fails; else it waits, and the page is put.
+  (UFFD_USER_MODE_ONLY) is not told of it, and the read fails; else it waits, until nobody answers any more.
 * A mapping is registered once more, as it is: for whoever watches it that changes nothing, and all others are refused.
 
 The pages of such memory are more than their content: whether one is missing, or write-protected, is what the program
@@ -163,7 +163,7 @@ def _made_in(
 
 
 def _is_told_of_the_kernel(fd: LocalFd, pid: HostPid, page: int) -> bool:
-    """Whether it is told of a page that the kernel touches; then the page is there."""
+    """Whether it is told of a page that the kernel touches, for which it does not answer any longer then."""
 
     def pending() -> int:
         return int(procfs.fdinfo(HostPid(os.getpid()), fd)["pending"][0])
@@ -181,7 +181,7 @@ def _is_told_of_the_kernel(fd: LocalFd, pid: HostPid, page: int) -> bool:
         reading = thread.submit(read)
         while not reading.done():
             if pending() > before:
-                uffdio.zero(fd, page, PAGE_BYTES)
+                uffdio.unregister(fd, page, page + PAGE_BYTES)  # so the read finds zeros
                 break
             time.sleep(_LOOK_S)
         return reading.result()

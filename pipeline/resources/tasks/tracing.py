@@ -1,4 +1,4 @@
-"""Who traces whom, and who waits for a child that has borrowed its memory (vfork).
+"""Who traces whom, and who waits for a child that has borrowed its memory (vfork), or for a page of a userfaultfd.
 
 A task has one tracer, and we have to be it: a program under a debugger or strace is refused, wherever the tracer is,
 and so is a tracer of somebody outside the tree, whom it would lose. The tracee is not touched.
@@ -6,7 +6,11 @@ and so is a tracer of somebody outside the tree, whom it would lose. The tracee 
 A parent in vfork(2) (posix_spawn(3) is such a one) cannot be stopped until its child executes a program or ends, and
 shares its memory meanwhile. That is waited for; a child that never does is refused by name.
 
-Sources: ptrace(2), vfork(2), proc_pid_syscall(5); kernel/fork.c wait_for_vfork_done.
+Nor can a task be stopped that runs into a missing page within a system call, until whoever answers for it brings it: it
+tries again and again. Who is to bring it may stand still already; so all are let go, and it is tried anew.
+
+Sources: ptrace(2), vfork(2), proc_pid_syscall(5); kernel/fork.c wait_for_vfork_done; fs/userfaultfd.c handle_userfault;
+arch/x86/mm/fault.c fault_signal_pending.
 """
 
 from __future__ import annotations
@@ -17,9 +21,10 @@ from contextlib import suppress
 
 from pipeline.errors import Blocker
 from pipeline.ids import HostPid, RemoteAddress
-from pipeline.kernel import procfs
+from pipeline.kernel import procfs, smaps
 from pipeline.kernel.arch.x86_64 import NR
 from pipeline.kernel.syscalls import CLONE, KCMP, kcmp, read_memory
+from pipeline.resources.memory.classify import WATCHED
 from pipeline.resources.support import Support
 
 SUPPORT = Support(
@@ -29,8 +34,9 @@ SUPPORT = Support(
         "a traced task (debugger, strace), whether its tracer is in the tree or not",
         "a tracer of a process outside the tree",
         "a vfork child that neither executes a program nor ends",
+        "a system call that waits for a page, if nobody brings it by userfaultfd",
     ),
-    shown_by=("test_tasks_refused.py",),
+    shown_by=("test_tasks_refused.py", "resources/test_userfault.py"),
 )
 
 
@@ -74,6 +80,18 @@ def check_vfork(subject: str, tid: HostPid) -> Iterator[Blocker]:
                 subject,
                 f"waits for its vfork child, pid {child}, which has its memory until it executes a program",
                 "let it do that, or end it",
+                transient=True,
+            )
+
+
+def check_page_fault(subject: str, tid: HostPid) -> Iterator[Blocker]:
+    """Whether a task that was told to stop, and seems to sleep all the same, may wait for a page of a userfaultfd."""
+    with suppress(OSError, procfs.ProcessGone):
+        if any(mapping.flags & WATCHED for mapping in smaps.smaps(tid)):
+            yield Blocker(
+                subject,
+                "waits in a system call for a page that a userfaultfd answers for, and cannot be stopped before",
+                "let it be brought",
                 transient=True,
             )
 

@@ -122,7 +122,7 @@ def test_a_large_memory_comes_behind(
         restore(tree, image, "--lazy")
 
 
-@pytest.mark.parametrize("program", ["rewriting", "processes", "sharing", "threads"])
+@pytest.mark.parametrize("program", ["rewriting", "processes", "sharing", "threads", "answering"])
 def test_a_tree_that_never_rests_has_every_page(
     start: Callable[..., Tree], tmp_path: Path, stored: str, program: str
 ) -> None:

@@ -16,7 +16,7 @@ import pytest
 
 from pipeline import events
 from pipeline.ids import HostPid
-from pipeline.kernel import smaps
+from pipeline.kernel import smaps, userfaultfd
 from pipeline.kernel.syscalls import pidfd_getfd
 from tests.harness.hosts import Host, Server, assert_same_tree, migrate, serving
 from tests.harness.settings import CONTAINER_2, DEPTH_0, DEPTH_1, DEPTH_2, Setting
@@ -45,6 +45,8 @@ TIMES = 6
 ENDLESS = ("--max-rounds", "1000")
 #: they change their namespaces, or what these hold, between two looks
 _CHANGE = {"mounted", "sysv", "firewalled"}
+#: is told not to be tracked
+_UNTRACKED = {"answering"}
 
 
 @pytest.mark.parametrize(
@@ -70,7 +72,7 @@ def test_state_is_carried_live(
     source, destination = hosts
     tree = start_on(source, program, setting)
     result = migrate(source, destination, tree, secret, "--mode", mode)
-    assert not result["notes"] or program in _CHANGE
+    assert not result["notes"] or program in _CHANGE | _UNTRACKED
     tree.check()
 
 
@@ -272,6 +274,22 @@ def test_memory_that_somebody_else_begins_to_watch_is_refused_in_the_end(
         assert running.returncode == 3, err
         assert "is watched by a userfaultfd (write protection)" in err
         assert_untouched(tree)
+
+
+@pytest.mark.parametrize("mode", ["precopy", "hybrid"])
+def test_a_process_that_begins_to_watch_its_own_memory_is_carried(
+    hosts: tuple[Host, Host], secret: Path, start_on: Callable[..., Tree], mode: str
+) -> None:
+    source, destination = hosts
+    tree = start_on(source, "changing", DEPTH_1, [str(MUCH)])
+    with meanwhile(source, destination, secret, tree, mode):
+        (tree.directory / "watch").touch()
+        wait_until("watching", (tree.directory / "watching").exists)
+    tree.check()
+    (child,) = children_of(tree.pid)
+    number = (tree.directory / "watching").read_text()
+    assert os.readlink(f"/proc/{child}/fd/{number}") == userfaultfd.LINK
+    assert [mapping for mapping in smaps.smaps(HostPid(child)) if "uw" in mapping.flags]
 
 
 def test_processes_come_and_go_meanwhile(

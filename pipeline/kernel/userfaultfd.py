@@ -16,6 +16,7 @@ import errno
 import functools
 import os
 from collections.abc import Callable
+from contextlib import suppress
 
 from pipeline.ids import HostPid, LocalFd
 from pipeline.kernel import procfs, uffdio
@@ -26,6 +27,8 @@ from pipeline.kernel.uffdio import FEATURE, MODE
 #: runs a system call inside a process
 Inside = Callable[..., int]
 
+#: where /proc/PID/fd/N points to
+LINK = "anon_inode:[userfaultfd]"
 #: UFFD_USER_MODE_ONLY: only faults of user space; anybody may make such a one
 USER_MODE_ONLY = 1
 MAKE_FLAGS = USER_MODE_ONLY | os.O_CLOEXEC | os.O_NONBLOCK
@@ -65,6 +68,15 @@ def make_inside(pid: HostPid, inside: Inside, flags: int = MAKE_FLAGS) -> LocalF
         return taken_from(pid, number)
     finally:
         inside(NR.close, number)
+
+
+def has_one(pid: HostPid) -> bool:
+    """Whether a process has a userfaultfd. Raises procfs.ProcessGone; OSError: EACCES."""
+    for number in procfs.list_dir(pid, "fd"):
+        with suppress(OSError):  # it is closed by now
+            if os.readlink(f"/proc/{pid}/fd/{number}") == LINK:
+                return True
+    return False
 
 
 def taken_from(pid: HostPid, number: int) -> LocalFd:

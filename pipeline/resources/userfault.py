@@ -36,7 +36,7 @@ from pipeline.resources.memory import answering, watch
 from pipeline.resources.paths import describe
 from pipeline.resources.steps import CompleteOnceCreated
 
-LINK = b"anon_inode:[userfaultfd]"
+LINK = userfaultfd.LINK.encode()
 _Ranges = Annotated[list[tuple[U64, U64]], Meta(max_length=1 << 24)]
 
 

@@ -594,7 +594,6 @@ def file_of_hugetlbfs() -> int:
 @pytest.mark.parametrize(
     ("opening", "words"),
     [
-        (lambda: syscall(NR.userfaultfd, 1), "(python) handles page faults by a userfaultfd (0 wait"),
         (
             lambda: syscall(NR.io_uring_setup, 2, bytes(120)),
             "(python) uses an io_uring: 2 requests (0 not taken",

@@ -117,26 +117,28 @@ def look(
         OSError: a process has no room for a page.
     """
     by_holders = sorted(memories, key=lambda pid: all(pid != one.holder for one in answerers))
-    page = find_hole([smaps.maps(pid) for pid in memories], PAGE_BYTES)
+    # waited for: who reads them meanwhile would see the page
+    mappings = {pid: mappings_of(pid) for pid in memories}
+    page = find_hole(mappings.values(), PAGE_BYTES)
     found: dict[LocalFd, tuple[HostPid, bool]] = {}
     for pid in by_holders:
         unknown = [one for one in answerers if one.fd not in found]
         if unknown:
             with inside(pid) as task:
                 found |= _made_in(pid, task, page, unknown)
-    return [_one(one, found.get(one.fd), mappings_of) for one in answerers]
+    return [_one(one, found.get(one.fd), mappings) for one in answerers]
 
 
 def _one(
     answerer: Answerer,
     made: tuple[HostPid, bool] | None,
-    mappings_of: Callable[[HostPid], Sequence[Mapping]],
+    mappings: dict[HostPid, Sequence[Mapping]],
 ) -> Answered | CannotCarry:
     features = features_of(procfs.fdinfo(HostPid(os.getpid()), answerer.fd))
     if made is None or features is None:
         return CannotCarry("it answers for memory that no process of the tree has (any more)", "close it")
     try:
-        return _answered(answerer.fd, *made, features, mappings_of(made[0]))
+        return _answered(answerer.fd, *made, features, mappings[made[0]])
     except CannotCarry as refusal:
         return refusal
 

@@ -18,7 +18,8 @@ pages behind the page tables: O_DIRECT and asynchronous I/O pin pages, and what 
 (the kernel has no pin in mind when it write-protects). Whoever uses the answers sends such memory once more, whole,
 when the tree stands still.
 
-Where a program has a userfaultfd for its own memory, nobody else may have one for the same mapping: `Unwatched`.
+Where a program has a userfaultfd for its own memory, nobody else may have one for the same mapping: `Unwatched`. One
+that begins with that while it is tracked may be refused it (EBUSY); it is tracked no longer when that is seen.
 
 Shared memory is not tracked: it can be written by whoever has it open. Nor are huge pages of hugetlbfs, but those of 2
 MiB by userfaultfd: kernels before "use huge_page_size() in pagemap_scan_hugetlb_entry()" (2026) protect no larger
@@ -40,6 +41,7 @@ from pipeline.kernel import hugetlb, procfs, smaps, soft_dirty, userfaultfd
 from pipeline.kernel.pagemap import PAGE_BYTES, Range, intersect, merged, open_pagemap, populated, written
 from pipeline.kernel.smaps import Mapping
 from pipeline.ledger import LEDGER
+from pipeline.resources.memory.missing import RangeSet
 
 #: the kernel's own mappings have no pages that are carried
 _KERNELS = frozenset({b"[vdso]", b"[vvar]", b"[vvar_vclock]", b"[vsyscall]"})
@@ -156,6 +158,8 @@ class WriteProtected(Tracking):
 
     def __init__(self, pid: HostPid, inside: userfaultfd.Inside) -> None:
         self._pid = pid
+        #: what was registered at some time
+        self._known = RangeSet()
         #: what the last look could not tell: a part of it may have been protected nevertheless
         self._untold: list[Range] = []
         self._fd = userfaultfd.make_inside(pid, inside)
@@ -174,6 +178,8 @@ class WriteProtected(Tracking):
         runs: list[Range] = []
         unwatched: list[Range] = []
         try:
+            if userfaultfd.has_one(self._pid):
+                raise TrackingLost(f"pid {self._pid} has begun to answer page faults itself")
             for mapping in _private(smaps.maps(self._pid)):
                 if hugetlb.devices().get(mapping.device, _PROTECTABLE_BYTES) != _PROTECTABLE_BYTES:
                     unwatched.append((mapping.start, mapping.end))
@@ -206,6 +212,12 @@ class WriteProtected(Tracking):
     def _written(self, pagemap: LocalFd, mapping: Mapping, *, whole: bool) -> list[Range] | None:
         """None: it cannot be told. What comes before the part that is not watched is protected all the same."""
         start, end, anonymous = mapping.start, mapping.end, mapping.anonymous
+        if self._known.within(start, end) != [(start, end)]:
+            # whoever watches it may do so in the same way, and would lose what it marks
+            if not userfaultfd.register(self._fd, start, end):
+                return None
+            self._known.add(start, end)
+            whole = True
         found = written(pagemap, start, end, whole=whole, anonymous=anonymous)
         if found is None and userfaultfd.register(self._fd, start, end):
             found = written(pagemap, start, end, whole=True, anonymous=anonymous)

@@ -1,0 +1,291 @@
+"""Programs that answer page faults: what is asked of them leaves no trace, and what cannot be carried is refused."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+
+from pipeline.ids import HostPid
+from pipeline.kernel import procfs, smaps
+from pipeline.kernel.syscalls import pidfd_getfd, pidfd_open
+from pipeline.resources.memory import answering, tracking
+from pipeline.resources.memory.answering import Answered, Answerer, Watched
+from pipeline.resources.memory.capture import watched_by_others
+from pipeline.resources.memory.scope import CannotCarry
+from pipeline.stages import freeze
+from pipeline.stages.asking import inside
+from tests.harness.tree import PATIENCE_S, engine, said
+
+PRELUDE = """
+import ctypes, fcntl, mmap, os, socket, struct, sys, threading, time
+libc = ctypes.CDLL(None, use_errno=True)
+libc.mmap.restype = ctypes.c_void_p
+P = 4096
+
+def pages(count, flags=0x22, fd=-1):
+    return libc.mmap(0, count * P, 3, flags, fd, 0)
+
+def made(features=0, flags=1, begun=True):
+    fd = libc.syscall(323, flags | os.O_CLOEXEC | os.O_NONBLOCK)
+    assert fd >= 0, os.strerror(ctypes.get_errno())
+    if begun:
+        fcntl.ioctl(fd, 0xC018AA3F, bytearray(struct.pack("<3Q", 0xAA, features, 0)))
+    return fd
+
+def watch(fd, address, count, modes=1):
+    fcntl.ioctl(fd, 0xC020AA00, bytearray(struct.pack("<4Q", address, count * P, modes, 0)))
+
+def ready(*facts):
+    with open("facts.new", "w") as file:
+        print(*facts, file=file)
+    os.rename("facts.new", "facts")
+    while True:
+        time.sleep(0.01)
+"""
+
+
+def wait_until(what: str, holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not holds():
+        assert time.monotonic() < deadline, f"waited in vain: {what}"
+        time.sleep(0.002)
+
+
+@contextmanager
+def program(folder: Path, body: str) -> Iterator[tuple[HostPid, list[int]]]:
+    """A program that runs `body` behind the prelude, and what it has said by `ready`."""
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", PRELUDE + body],
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+        )
+    try:
+        wait_until("it is ready", lambda: process.poll() is not None or (folder / "facts").exists())
+        assert process.poll() is None, (folder / "log").read_text()
+        yield HostPid(process.pid), [int(word) for word in (folder / "facts").read_text().split()]
+    finally:
+        for child in procfs.children(HostPid(process.pid)):
+            os.kill(child, 9)
+        process.kill()
+        process.wait()
+
+
+def mapped(pid: HostPid) -> list[tuple[int, int, frozenset[str]]]:
+    return [(one.start, one.end, one.flags) for one in smaps.smaps(pid)]
+
+
+def refused(pid: HostPid, tmp_path: Path) -> str:
+    """What `dump` says, which leaves the program as it was."""
+    before = mapped(pid)
+    done = engine("dump", "--pid", pid, "--to", tmp_path / "image")
+    assert done.returncode == 3, said(done)
+    assert mapped(pid) == before
+    return done.stderr
+
+
+WHOLE = "memory = pages(4); fd = made(); watch(fd, memory, 4)\n"
+
+
+def test_one_whose_answers_come_from_outside_is_refused(tmp_path: Path) -> None:
+    """The descriptor is in this process only."""
+    body = (
+        WHOLE
+        + "threading.Thread(target=lambda: (until('taken'), os.close(fd), open('closed', 'w'))).start()\nready(fd)"
+    )
+    until = "def until(name):\n    while not os.path.exists(name):\n        time.sleep(0.01)\n"
+    with program(tmp_path, until + body) as (pid, (number,)), ExitStack() as stack:
+        process = pidfd_open(pid)
+        stack.callback(os.close, process)
+        stack.callback(os.close, pidfd_getfd(process, number))
+        assert "held by" in refused(pid, tmp_path)
+        (tmp_path / "taken").touch()
+        wait_until("closed", (tmp_path / "closed").exists)
+        assert "is watched by a userfaultfd (missing pages) that no process of the tree has" in refused(
+            pid, tmp_path
+        )
+
+
+REFUSED = {
+    "answers for memory that no process of the tree has": """
+here, there = socket.socketpair()
+if not (child := os.fork()):
+    fd = made()
+    socket.send_fds(there, [b"!"], [fd])
+    os.kill(os.getpid(), 9)
+_, (fd,), _, _ = socket.recv_fds(here, 1, 1)
+os.waitpid(child, 0)
+here.close(); there.close()
+ready()
+""",
+    "the userfaultfd is being set up": "made(begun=False)\nready()",
+    "missing pages of shared memory": """
+file = os.memfd_create("shared")
+os.ftruncate(file, 4 * P)
+watch(made(1 << 5), pages(4, 1, file), 4)
+ready()
+""",
+    "of which pages are poisoned": """
+memory = pages(4); fd = made(1 << 14); watch(fd, memory, 4)
+fcntl.ioctl(fd, 0xC020AA08, bytearray(struct.pack("<4Q", memory + P, P, 0, 0)))
+ready()
+""",
+}
+
+
+@pytest.mark.parametrize("reason", list(REFUSED))
+def test_what_cannot_be_made_again_is_refused(tmp_path: Path, reason: str) -> None:
+    with program(tmp_path, REFUSED[reason]) as (pid, _):
+        assert reason in refused(pid, tmp_path)
+
+
+def test_a_process_that_has_another_ones_is_refused_alone(tmp_path: Path) -> None:
+    """The parent's memory is not the child's, though it looks the same and is at the same addresses."""
+    body = WHOLE + "child = os.fork()\nif not child:\n    while True: time.sleep(0.01)\nready(child)"
+    with program(tmp_path, body) as (_, (child,)):
+        assert "held by" in refused(HostPid(child), tmp_path)
+
+
+@contextmanager
+def looked_at(pid: HostPid, *numbers: int) -> Iterator[list[Answered | CannotCarry]]:
+    """What is found of userfaultfds of a tree that stands still meanwhile."""
+    with ExitStack() as stack:
+        process = pidfd_open(pid)
+        stack.callback(os.close, process)
+        fds = [pidfd_getfd(process, number) for number in numbers]
+        for fd in fds:
+            stack.callback(os.close, fd)
+        tree = freeze.freeze(pid, suspend_seccomp=False)
+        stack.callback(freeze.release, tree)
+        tasks = {one.pid: [HostPid(tid) for tid in one.tasks] for one in tree.living()}
+        yield answering.look(
+            [Answerer(fd, pid) for fd in fds],
+            list(tasks),
+            lambda one: inside(one, sorted(tasks[one], key=lambda tid: tid != one)),
+            smaps.smaps,
+        )
+
+
+def test_whose_memory_it_is_does_not_depend_on_addresses(tmp_path: Path) -> None:
+    """A child has one of its own for the same addresses, for other pages; both descriptors are the parent's."""
+    body = """
+memory = pages(4)
+here, there = socket.socketpair()
+if not (child := os.fork()):
+    fd = made()
+    watch(fd, memory + P, 2)
+    socket.send_fds(there, [b"!"], [fd])
+    os.close(fd)
+    while True:
+        time.sleep(0.01)
+_, (theirs,), _, _ = socket.recv_fds(here, 1, 1)
+fd = made()
+watch(fd, memory, 2)
+ready(child, fd, theirs, memory)
+"""
+    with program(tmp_path, body) as (pid, (child, fd, theirs, memory)):
+        before = mapped(pid), mapped(HostPid(child))
+        with looked_at(pid, fd, theirs) as found:
+            mine, its = found
+            assert isinstance(mine, Answered)
+            assert isinstance(its, Answered)
+            assert (mine.owner, its.owner) == (pid, child)
+            assert mine.watched == [Watched(memory, memory + 8192, 1)]
+            assert its.watched == [Watched(memory + 4096, memory + 3 * 4096, 1)]
+        assert (mapped(pid), mapped(HostPid(child))) == before
+
+
+def test_locked_memory_is_asked_as_well(tmp_path: Path) -> None:
+    """Where everything new is locked, and so is there at once (MCL_FUTURE)."""
+    body = WHOLE + "assert not libc.mlockall(2)\nready(fd)"
+    with program(tmp_path, body) as (pid, (fd,)), looked_at(pid, fd) as (found,):
+        assert isinstance(found, Answered)
+        assert found.user_mode_only
+
+
+@pytest.mark.root
+def test_one_that_is_told_of_the_kernels_faults_is_known(tmp_path: Path) -> None:
+    body = WHOLE.replace("made()", "made(flags=0)") + "ready(fd)"
+    with program(tmp_path, body) as (pid, (fd,)):
+        for _ in range(3):
+            with looked_at(pid, fd) as (found,):
+                assert isinstance(found, Answered)
+                assert not found.user_mode_only
+        assert procfs.fdinfo(pid, fd)["pending"] == ["0"]
+
+
+@pytest.mark.root
+def test_who_waits_for_a_page_in_a_system_call_is_tried_again(tmp_path: Path) -> None:
+    """The page is brought by a thread that cannot bring it while the tree is being stopped."""
+    body = """
+memory = pages(1); fd = made(flags=0); watch(fd, memory, 1)
+def read():
+    zeros = os.open("/dev/zero", os.O_RDONLY)
+    libc.read(zeros, ctypes.c_void_p(memory), 1)
+    open("read", "w")
+def bring():
+    while not os.path.exists("bring"):
+        time.sleep(0.01)
+    fcntl.ioctl(fd, 0xC020AA04, bytearray(struct.pack("<3Qq", memory, P, 0, 0)))
+threading.Thread(target=read).start()
+threading.Thread(target=bring).start()
+ready()
+"""
+    with program(tmp_path, body) as (pid, _):
+        why = refused(pid, tmp_path)
+        assert "waits in a system call for a page that a userfaultfd answers for" in why
+        seen = threading.Thread(target=_touch_when_traced, args=(pid, tmp_path / "bring"))
+        seen.start()
+        done = engine("dump", "--pid", pid, "--to", tmp_path / "image", "--leave-running")
+        seen.join()
+        assert done.returncode == 0, said(done)
+        wait_until("it has read", (tmp_path / "read").exists)
+
+
+def _touch_when_traced(pid: HostPid, file: Path) -> None:
+    wait_until("it is traced", lambda: procfs.status(pid).tracer_pid != 0)
+    file.touch()
+
+
+def test_memory_that_is_watched_meanwhile_is_known_by_who_watches(tmp_path: Path) -> None:
+    """What could not be tracked is refused if nobody in the tree watches it."""
+    with program(tmp_path, WHOLE + "ready(memory)") as (pid, (memory,)):
+        watch = tracking.begin(pid, _nobody, answers=True)
+        found = watch.collect()
+        assert not found.runs
+        assert any(start <= memory < end for start, end in found.unwatched)
+        assert not watch.may_watch(memory, memory + 4096)
+        (blocker,) = watched_by_others(pid, found.unwatched, watch.may_watch, [])
+        assert "that no process of the tree has" in blocker.reason
+        answered = [Answered(pid, 0, True, [Watched(memory, memory + 4 * 4096, 1)], [], [], [])]
+        assert not watched_by_others(pid, found.unwatched, watch.may_watch, answered)
+        watch.close()
+
+
+def _nobody(*_: int) -> int:
+    raise AssertionError("nothing is run in it")
+
+
+def test_its_memory_goes_when_it_stands_still(tmp_path: Path) -> None:
+    """It is not tracked, and that is said; nothing but what it has itself watches it meanwhile."""
+    with program(tmp_path, "fd = made(1 << 13 | 1 << 15); ready()") as (pid, _):
+        done = engine(
+            "dump", "--mode", "precopy", "--pid", pid, "--to", tmp_path / "image", "--leave-running"
+        )
+        assert done.returncode == 0, said(done)
+        assert f"pid {pid} answers page faults by userfaultfd itself" in done.stdout + done.stderr
+
+
+def test_features_are_known_when_they_were_chosen() -> None:
+    assert answering.features_of({"API": ["aa:80000100:7ffff"]}) == 0x100
+    assert answering.features_of({"API": ["aa:0:7ffff"]}) is None

@@ -25,7 +25,7 @@ from pipeline.errors import ImageError, PeerError
 from pipeline.image.codec import type_by_tag, unpack
 from pipeline.image.schema import U64
 
-VERSION = 5
+VERSION = 6
 _MAX_MESSAGE_BYTES = 1 << 20
 
 Role = Literal["source", "destination"]

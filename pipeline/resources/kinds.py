@@ -27,7 +27,7 @@ from pipeline.errors import Blocker
 from pipeline.ids import HostPid, LocalFd
 from pipeline.image.schema import Id, Index, OpenFile, PathRef, Pid, Record
 from pipeline.policy import DumpPolicy, RestorePolicy
-from pipeline.remote.calls import Argument
+from pipeline.remote.calls import Argument, Call
 from pipeline.resources.held import Held
 
 if TYPE_CHECKING:
@@ -232,6 +232,9 @@ class CreateScope(Protocol):
 
         Raises OSError with the call's errno.
         """
+
+    def inject_all(self, pid: Pid, calls: Sequence[Call]) -> None:
+        """Run system calls inside puppet `pid`, as `inject`, many at a time; OSError names the first that fails."""
 
     def when_it_runs(self, local: LocalFd, act: Callable[[LocalFd], None], subject: str) -> None:
         """Do something when the tree is let run, behind the decision, with a duplicate of `local`.

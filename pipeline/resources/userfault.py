@@ -30,6 +30,7 @@ from pipeline.kernel import paging, uffdio, userfaultfd
 from pipeline.kernel.arch.x86_64_numbers import NR
 from pipeline.kernel.pagemap import Range, intersect, open_pagemap, present, subtract
 from pipeline.kernel.uffdio import MODE
+from pipeline.remote.calls import Call
 from pipeline.resources import outside
 from pipeline.resources.kinds import CaptureScope, CreateScope, FdView
 from pipeline.resources.memory import answering, watch
@@ -177,8 +178,9 @@ def _unregister(fd: LocalFd, watched: Sequence[Watch]) -> None:
 
 
 def _drop(record: UserfaultState, scope: CreateScope, ranges: Sequence[Range]) -> None:
-    for start, end in ranges:
-        scope.inject(record.owner, NR.madvise, start, end - start, watch.MADV_DONTNEED_LOCKED)
+    advice = watch.MADV_DONTNEED_LOCKED
+    calls = [Call(NR.madvise, (a, b - a, advice), name=f"drop {a:x}-{b:x}") for a, b in ranges]
+    scope.inject_all(record.owner, calls)
 
 
 def _fill_with_zeros(fd: LocalFd, start: int, end: int) -> None:

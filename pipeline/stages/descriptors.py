@@ -263,6 +263,10 @@ class Descriptors:
         """See `CreateScope.inject`."""
         return self._puppets[pid].syscall(number, *args)
 
+    def inject_all(self, pid: int, calls: Sequence[Call]) -> None:
+        """See `CreateScope.inject_all`."""
+        self._puppets[pid].run_checked(calls)
+
     def when_it_runs(self, local: LocalFd, act: Callable[[LocalFd], None], subject: str) -> None:
         """See `CreateScope.when_it_runs`."""
         self._late.add(local, act, subject)

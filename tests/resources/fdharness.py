@@ -30,7 +30,7 @@ from pipeline.kernel.arch.x86_64 import NR
 from pipeline.kernel.procfs import parse_fdinfo
 from pipeline.kernel.syscalls import CLONE, KCMP, RESOLVE, kcmp, openat2, pidfd_getfd, pidfd_open
 from pipeline.policy import DumpPolicy, RestorePolicy
-from pipeline.remote.calls import Argument
+from pipeline.remote.calls import Argument, Call
 from pipeline.remote.puppet import Puppet, spawn_launcher
 from pipeline.resources import (
     device,
@@ -474,6 +474,9 @@ class Rebuilt:
 
     def inject(self, pid: int, number: int, *args: Argument) -> int:
         return self._puppets[pid].syscall(number, *args)
+
+    def inject_all(self, pid: int, calls: Sequence[Call]) -> None:
+        self._puppets[pid].run_checked(calls)
 
     def when_it_runs(self, local: LocalFd, act: Callable[[LocalFd], None], subject: str) -> None:
         self.late.add(local, act, subject)

@@ -17,14 +17,19 @@ on the new one. Source: proc(5), sysfs(5), cgroups(7); fs/proc/base.c, kernel/sc
 from __future__ import annotations
 
 import os
+import re
 import stat
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import partial
+from typing import Annotated
+
+from msgspec import Meta, Struct
 
 from pipeline.errors import Blocker, RebuildError
 from pipeline.ids import LocalFd
 from pipeline.image.schema import OpenFile, PathRef, Pid, Record
+from pipeline.kernel.arch.x86_64_numbers import NR
 from pipeline.resources import locks, proc_process
 from pipeline.resources.kinds import CaptureScope, CreateScope, FdView
 from pipeline.resources.paths import (
@@ -62,11 +67,23 @@ _REMEMBERS = (b".pressure", b".peak")
 _MOUNTS = (b"mounts", b"mountinfo", b"mountstats")
 
 
+#: what of /proc/PID is about one descriptor
+_FDINFO = re.compile(rb"(?:task/\d+/)?fdinfo/(\d+)")
+
+
+class Told(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """The descriptor that a file of fdinfo is about: the level-0 pid of who has it, and its number."""
+
+    pid: Pid
+    number: Annotated[int, Meta(ge=0, le=1 << 24)]
+
+
 class KernelFileState(Record, frozen=True, kw_only=True):
     """A file of /proc, /sys or a cgroup filesystem; `opener`: who opens it, level-0 pid (0: whoever restores)."""
 
     path: PathRef
     opener: Pid = 0
+    told: Told | None = None
 
 
 def is_kernel_file(view: FdView) -> bool:
@@ -144,7 +161,7 @@ class KernelFile(CompleteOnceCreated):
     def capture(self, view: FdView, scope: CaptureScope) -> KernelFileState:
         """Its name."""
         opener = 0 if view.opened_here else scope.member(view.pid)
-        return KernelFileState(path=scope.path(view.namer, view.link), opener=opener)
+        return KernelFileState(path=scope.path(view.namer, view.link), opener=opener, told=_told(view, scope))
 
     def create(self, file: OpenFile, record: KernelFileState, scope: CreateScope) -> LocalFd:
         """Open the same name.
@@ -152,7 +169,7 @@ class KernelFile(CompleteOnceCreated):
         Raises:
             RebuildError: it is not there, or not a kernel file.
         """
-        with closed_on_error(self._open(file, record, scope)) as fd:
+        with _descriptor(record, scope), closed_on_error(self._open(file, record, scope)) as fd:
             if not stat.S_ISREG(os.fstat(fd).st_mode) or filesystem(fd) not in _BY_NAME:
                 raise RebuildError(f"{describe(file, record.path)} is not a file of the kernel here")
         return fd
@@ -171,8 +188,39 @@ class KernelFile(CompleteOnceCreated):
 
     def connect(self, file: OpenFile, record: KernelFileState, scope: CreateScope) -> None:
         """Position, which these files understand as so many bytes of text."""
-        if file.position:
+        if file.position and record.told is None:
             seek(file, scope)
+
+    def finish(self, file: OpenFile, record: KernelFileState, scope: CreateScope) -> None:
+        """The same, of what is about a descriptor that is there by now: the text is made for it."""
+        if file.position and record.told is not None:
+            seek(file, scope)
+
+
+def _told(view: FdView, scope: CaptureScope) -> Told | None:
+    found = proc_process.subject(view.namer, view.link, view.stat.st_dev)
+    told = _FDINFO.fullmatch(found.below) if found is not None else None
+    if found is None or told is None:
+        return None
+    return Told(proc_process.member(view.namer, found.directory, scope), int(told[1]))
+
+
+@contextmanager
+def _descriptor(record: KernelFileState, scope: CreateScope) -> Iterator[None]:
+    """Whoever is told of has some descriptor of that number meanwhile: its own come later."""
+    if record.told is None:
+        yield
+        return
+    pid, number = record.told.pid, record.told.number
+    some = LocalFd(os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC))
+    try:
+        scope.send(pid, some, at=number)
+    finally:
+        os.close(some)
+    try:
+        yield
+    finally:
+        scope.inject(pid, NR.close, number)
 
 
 def _is_harmless(view: FdView, about: Subject | None) -> bool:

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from pipeline.errors import Blocker
 from pipeline.ids import HostPid, LocalFd
+from pipeline.image.schema import Pid
 from pipeline.kernel import procfs
 from pipeline.resources.kinds import CaptureScope, FdView
 from pipeline.resources.paths import look_up, open_place
@@ -51,7 +52,7 @@ def check(view: FdView, scope: CaptureScope) -> Iterator[Blocker]:
     if found is None:
         return
     try:
-        known = _is_member(view.namer, found.directory, scope)
+        known = member(view.namer, found.directory, scope)
     except OSError as error:
         why = f"it cannot be seen which process {os.fsdecode(found.directory)} is: {error.strerror}"
         yield Blocker(view.subject, why, "close it")
@@ -65,7 +66,12 @@ def check(view: FdView, scope: CaptureScope) -> Iterator[Blocker]:
         )
 
 
-def _is_member(viewer: HostPid, directory: bytes, scope: CaptureScope) -> bool:
+def member(viewer: HostPid, directory: bytes, scope: CaptureScope) -> Pid:
+    """The level-0 pid of the process of the tree that `directory` is about; 0 if it is none.
+
+    Raises:
+        OSError: it cannot be seen.
+    """
     at = open_place(viewer, directory, os.O_PATH | os.O_DIRECTORY)
     try:
         namespace = os.readlink(b"ns/pid", dir_fd=at)
@@ -78,8 +84,8 @@ def _is_member(viewer: HostPid, directory: bytes, scope: CaptureScope) -> bool:
             with suppress(OSError, procfs.ProcessGone):
                 same = procfs.status(pid).ns_pid[-1] == innermost
                 if same and os.readlink(f"/proc/{pid}/ns/pid".encode()) == namespace:
-                    return True
-    return False
+                    return scope.member(pid)
+    return 0
 
 
 def _innermost(directory: LocalFd) -> int:

@@ -292,6 +292,15 @@ def of_itself(program):
     program.same("/proc/self/status: position", lambda: position(about), lambda: os.lseek(about, 0, 0))
     others = os.open(f"/proc/{child}/stat", os.O_RDONLY)
     program.same("/proc/CHILD/stat", lambda: first(others).split()[:1], lambda: os.dup2(maps, others))
+    told = os.open(f"/proc/self/fdinfo/{about}", os.O_RDONLY)
+    begun = os.open(f"/proc/self/fdinfo/{maps}", os.O_RDONLY)
+    os.read(begun, 5)
+    program.same("/proc/self/fdinfo", lambda: whole(told).split()[:2], lambda: os.close(told))
+    program.same(
+        "/proc/self/fdinfo, begun",
+        lambda: (position(begun), whole(begun).split()[0]),
+        lambda: os.lseek(begun, 1, 0),
+    )
     uids = os.open("/proc/self/uid_map", os.O_RDONLY)
     program.same("/proc/self/uid_map", lambda: first(uids).split(), lambda: os.dup2(maps, uids))
     score = os.open("/proc/self/oom_score_adj", os.O_RDWR)

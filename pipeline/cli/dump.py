@@ -103,6 +103,8 @@ def execute(arguments: argparse.Namespace) -> int:
         render.say(f"dump: {render.figures(result.figures)}")
         for note in result.notes:
             render.say(f"dump: note: {note}")
+        if leave == "running" and (hint := pacing.advice(arguments, result.figures)):
+            render.say(f"dump: {hint}")
         if result.external_ends:
             render.say(f"dump: to be given to the restore: {', '.join(result.external_ends)}")
     return 0

@@ -97,4 +97,6 @@ def execute(arguments: argparse.Namespace) -> int:
         render.say(f"migrate: {render.figures(result.figures)}")
         for note in result.notes:
             render.say(f"migrate: note: {note}")
+        if hint := pacing.advice(arguments, result.figures):
+            render.say(f"migrate: {hint}")
     return 0

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Mapping
+
+from pipeline import amounts
 
 _UNITS_S = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 
@@ -38,3 +41,12 @@ def add_rounds(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-rounds", type=rounds_count, default=30, metavar="N", help="of pre-copy (default: 30)"
     )
+
+
+def advice(arguments: argparse.Namespace, figures: Mapping[str, float]) -> str:
+    """What to say where a tree stood still for longer than rounds would have taken care of; else empty."""
+    downtime_ms = figures["downtime"]
+    if arguments.mode != "stop" or downtime_ms <= 1e3 * arguments.max_downtime:
+        return ""
+    stood = amounts.figure("downtime", downtime_ms)
+    return f"it stood still for {stood}; with --mode precopy its memory goes while it runs"

@@ -102,6 +102,23 @@ def test_dump_leaves_the_tree_as_it_is_told(program: Program, folder: Path, opti
     assert program.state() in set(states)
 
 
+@pytest.mark.parametrize(
+    ("options", "is_advised"),
+    [
+        (("--leave-running", "--max-downtime", "1us"), True),
+        (("--leave-running", "--max-downtime", "60s"), False),
+        (("--leave-running", "--max-downtime", "1us", "--mode", "precopy"), False),
+        (("--leave-stopped", "--max-downtime", "1us"), False),
+    ],
+)
+def test_who_stands_still_for_long_is_told_of_rounds(
+    program: Program, folder: Path, options: tuple[str, ...], is_advised: bool
+) -> None:
+    dumped = pipeline("dump", "--pid", program.pid, "--to", folder / "image", *options)
+    assert dumped.returncode == 0, dumped.stderr
+    assert (b"with --mode precopy its memory goes while it runs" in dumped.stderr) == is_advised
+
+
 @pytest.mark.root
 def test_an_image_goes_through_a_pipe(program: Program) -> None:
     dumped = pipeline("dump", "--pid", program.pid, "--to", "-")

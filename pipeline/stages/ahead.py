@@ -60,6 +60,10 @@ class MappingsAhead:
     ) -> None:
         wait([one for one in self._read.values() if not one.cancel()])
 
+    def is_there(self, pid: HostPid) -> bool:
+        """Whether those of one of them have been read: nobody walks through them any more."""
+        return self._read[pid].done()
+
     def of(self, pid: HostPid) -> list[Mapping]:
         """Those of one of them, waited for; raises as `pipeline.kernel.smaps.smaps` does."""
         return self._read[pid].result()

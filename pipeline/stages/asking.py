@@ -18,6 +18,7 @@ from pipeline.kernel import procfs, ptrace, smaps
 from pipeline.kernel.arch import x86_64 as arch
 from pipeline.kernel.inside import open_file
 from pipeline.kernel.smaps import Mapping
+from pipeline.remote.calls import Call
 from pipeline.remote.live import LiveTask, Places, find_places
 from pipeline.resources.memory import aio
 from pipeline.resources.namespaces.ipc import Semaphores
@@ -46,6 +47,8 @@ class Answers(NamedTuple):
     leader: LiveTask
     #: system calls that were run inside it, but for those that `leader` counts
     injected_calls: int
+    #: for its program break, where that was asked with all else
+    asked_brk: Call | None
 
     def brk(self) -> RemoteAddress:
         """Its program break.
@@ -53,6 +56,8 @@ class Answers(NamedTuple):
         The call waits until nobody looks at the mappings of the process (mm/mmap.c), which takes a while where there
         are many pages: to be asked when its smaps have been read.
         """
+        if self.asked_brk is not None:
+            return RemoteAddress(self.asked_brk.check())
         return RemoteAddress(self.leader.syscall(arch.NR.brk, 0))
 
 
@@ -64,6 +69,8 @@ def asked(
     semaphores: Sequence[Semaphores],
     children: collections.abc.Mapping[int, int],
     status_of: Callable[[HostPid], procfs.Status],
+    *,
+    with_brk: bool,
 ) -> Iterator[Answers]:
     """The answers of every thread to its questions, by system calls inside it; more can be asked within the block.
 
@@ -74,6 +81,7 @@ def asked(
         semaphores: the sets of its ipc namespace.
         children: its living children in the tree: by the pid that it knows them by, their pids.
         status_of: remembers /proc/TID/status of stopped tasks.
+        with_brk: it has time to be asked for its program break now, see `Answers.brk`.
     """
     memory = open_file(pid, "mem", os.O_RDWR)
     try:
@@ -86,9 +94,10 @@ def asked(
         inquiries = [Inquiry(tid, leader=tid == pid, timers=timers, known=status_of(tid)) for tid in tids]
         uncaught = ~inquiries[0].status.caught
         injected_calls = 0
+        brk = Call(arch.NR.brk, (0,)) if with_brk else None
         for inquiry in inquiries:
             task = LiveTask(inquiry.tid, places, memory, uncaught)
-            task.run(inquiry.calls)
+            task.run([*inquiry.calls, brk] if brk is not None and inquiry.leader else inquiry.calls)
             if further := inquiry.further():
                 task.run(further)
             injected_calls += task.injected_calls
@@ -108,6 +117,7 @@ def asked(
             mappings,
             leader,
             injected_calls,
+            brk,
         )
     finally:
         os.close(memory)

@@ -164,8 +164,9 @@ class Capture:
                 )
             )
             self._stack = stack.pop_all()
-        #: what /proc/TID/status says of a task that stands still
+        #: what /proc/TID/status and the stat of a thread say of a task that stands still
         self._status_of = functools.cache(procfs.status)
+        self._stat_of = functools.cache(procfs.thread_stat)
         #: system calls run inside the target
         self.injected_calls = 0
         self._found: _Found | None = None
@@ -274,7 +275,7 @@ class Capture:
             blockers += self.files.blockers()
         for pid in self.living:
             blockers += [
-                *check_task(pid, self._status_of),
+                *check_task(pid, self._status_of, self._stat_of),
                 *directories.check(pid),
                 *check_controlling_terminal(pid, self.files),
             ]
@@ -512,7 +513,13 @@ class Capture:
         members = self.namespaces.memberships[pid]
         subject = f"pid {number}"
         with asked(
-            pid, tids, self._sleepers, self.namespaces.semaphores(pid), self._children(pid), self._status_of
+            pid,
+            tids,
+            self._sleepers,
+            self.namespaces.semaphores(pid),
+            self._children(pid),
+            self._status_of,
+            with_brk=mappings.is_there(pid),
         ) as answers:
             self._notices.update(answers.notices)
             blockers = [
@@ -541,7 +548,7 @@ class Capture:
                 captured[memory.space.space] = (number, memory)
         self.injected_calls += answers.injected_calls + answers.leader.injected_calls
         leader = answers.inquiries[0]
-        stat = procfs.stat(number)
+        stat = self._stat_of(number)
         status = self._status_of(number)
         if pid != number:
             threads.insert(0, leaders.capture(number, threads[0]))
@@ -604,6 +611,7 @@ class Capture:
             tracked=self._looks.live and not self._looks.is_draft,
             answered=[one for one in self._looks.answered if one.owner == pid],
             seen=seen,
+            stat=self._stat_of(pid),
         )
         return replace(memory, space=replace(memory.space, **leader.of_memory()))
 

@@ -48,6 +48,8 @@ class OpenFiles:
         self._sorted: dict[tuple[int, int, int], list[int]] = defaultdict(list)
         self._holders: dict[int, list[tuple[HostPid, int]]] = defaultdict(list)
         self._at: dict[tuple[HostPid, int], int] = {}
+        #: by number: who was found last to have it, and the index of what that is
+        self._last: dict[int, tuple[HostPid, int]] = {}
         self._apart: dict[HostPid, bool] = {}
         self._mounts: dict[HostPid, frozenset[int]] = {}
 
@@ -106,29 +108,47 @@ class OpenFiles:
             os.close(pidfd)
 
     def _add(self, pid: HostPid, fd: int, pidfd: LocalFd) -> None:
-        local = pidfd_getfd(pidfd, fd)
-        LEDGER.take("duplicate", local)
-        index, info = self._place(local, pid, fd)
+        info = procfs.fdinfo(pid, fd)
+        index = self._inherited(pid, fd)
+        if index is None:
+            local = pidfd_getfd(pidfd, fd)
+            LEDGER.take("duplicate", local)
+            index = self._place(local, pid, fd, info)
         cloexec = bool(int(info["flags"][0], 8) & os.O_CLOEXEC)
         self.slots[pid].append(FdEntry(fd, index, cloexec))
         self._holders[index].append((pid, fd))
         self._at[pid, fd] = index
+        self._last[fd] = (pid, index)
+
+    def _inherited(self, pid: HostPid, fd: int) -> int | None:
+        """The index of an open file that a process before has under the same number, as forks do; None if it has not.
+
+        One question instead of a duplicate, and what is asked of that.
+        """
+        if fd not in self._last:
+            return None
+        other, index = self._last[fd]
+        try:
+            return None if kcmp(other, pid, KCMP.FILE, fd, fd) else index
+        except OSError:  # it is closed by now, or may not be compared
+            return None
 
     def _adopt(self, local: LocalFd, queue: FdView) -> int:
         """The index of an open file that is in flight in the queue of a socket. Takes `local` over."""
         LEDGER.take("duplicate", local)
         in_flight_as = -1 - len(self.views)
-        index, _ = self._place(local, queue.pid, in_flight_as)
+        index = self._place(local, queue.pid, in_flight_as)
         view = self.views[index]
         if view.fd == in_flight_as:
             self._at[view.pid, view.fd] = index
         return index
 
-    def _place(self, local: LocalFd, pid: HostPid, fd: int) -> tuple[int, dict[str, list[str]]]:
-        """The index of the open file behind a duplicate, which is kept if the file is new; and its fdinfo."""
+    def _place(self, local: LocalFd, pid: HostPid, fd: int, info: dict[str, list[str]] | None = None) -> int:
+        """The index of the open file behind a duplicate, which is kept if the file is new; `info`: its fdinfo."""
         try:
             stat = os.fstat(local)
-            info = procfs.fdinfo(pid, fd) if fd >= 0 else procfs.fdinfo(HostPid(os.getpid()), local)
+            if info is None:
+                info = procfs.fdinfo(HostPid(os.getpid()), local)
             flags = fcntl.fcntl(local, fcntl.F_GETFL)
             group = self._sorted[stat.st_dev, stat.st_ino, flags]
             at, same = self._find(group, local)
@@ -140,14 +160,14 @@ class OpenFiles:
                 here = self._opened_here(pid, info)
                 self.views.append(FdView(pid, fd, local, link, stat, info, flags, position, here))
                 group.insert(at, len(self.views) - 1)
-                return len(self.views) - 1, info
+                return len(self.views) - 1
         except BaseException:
             os.close(local)
             LEDGER.give_back("duplicate", local)
             raise
         os.close(local)
         LEDGER.give_back("duplicate", local)
-        return group[at], info
+        return group[at]
 
     def _sender(self, receiver: HostPid, info: dict[str, list[str]]) -> HostPid:
         """A process of the tree that sees the mount a file in flight is on: its name is a name there."""

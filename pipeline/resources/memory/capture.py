@@ -104,6 +104,7 @@ def capture_address_space(
     tracked: bool = False,
     answered: Sequence[Answered] = (),
     seen: Seen | None = None,
+    stat: procfs.Stat | None = None,
 ) -> Captured:
     """Capture the memory of process `pid`.
 
@@ -116,7 +117,7 @@ def capture_address_space(
         contexts: where contexts of asynchronous I/O have their rings; None: every ring that is mapped is taken for one.
         tracked: the writes to it are tracked by the pipeline itself (`pipeline.resources.memory.tracking`).
         answered: what userfaultfds of the tree answer for in it.
-        seen: what the kernel tells of it, where that was asked already.
+        seen, stat: what the kernel tells of it, where that was asked already; the stat may be a thread's.
 
     Raises:
         ProcessGone: there is no such process (any more).
@@ -152,7 +153,7 @@ def capture_address_space(
     runs, guards, untouched = _carried(seen.pages, found)
     for one in answered:
         runs = subtract(runs, union(one.missing, one.bare))
-    stat = procfs.stat(pid)
+    stat = stat or procfs.thread_stat(pid)
     space = AddressSpace(
         space=objects.scope.space_of(("memory", pid)),
         vmas=list(_records(found, guards)),

@@ -33,13 +33,15 @@ _NAMESPACES = ("user", "mnt", "uts", "ipc", "net", "cgroup", "time")
 
 
 def check_task(
-    pid: HostPid, status_of: Callable[[HostPid], procfs.Status] = procfs.status
+    pid: HostPid,
+    status_of: Callable[[HostPid], procfs.Status] = procfs.status,
+    stat_of: Callable[[HostPid], procfs.Stat] = procfs.thread_stat,
 ) -> Iterator[Blocker]:
     """Everything about a process and its threads that is not carried, as far as it shows from outside.
 
     Args:
         pid: the process, or the thread that it is looked at by (`leaders.face`).
-        status_of: reads /proc/TID/status, or remembers it.
+        status_of, stat_of: read /proc/TID/status and the stat of a thread, or remember them.
 
     Raises:
         procfs.ProcessGone: it has ended.
@@ -67,7 +69,7 @@ def check_task(
             yield from check_scheduling(name, tid)
             if status.state == "D":
                 yield from check_vfork(name, tid)
-            yield from _thread(name, tid, status)
+            yield from _thread(name, status, stat_of(tid))
             if tid != pid:
                 yield from _apart(name, pid, tid)
                 if _namespaces(tid) != namespaces:
@@ -115,7 +117,7 @@ def _process(subject: str, pid: HostPid, threads: int) -> Iterator[Blocker]:
             yield Blocker(subject, f"is confined by the security module as {theirs.decode(errors='replace')}")
 
 
-def _thread(subject: str, tid: HostPid, status: procfs.Status) -> Iterator[Blocker]:
+def _thread(subject: str, status: procfs.Status, stat: procfs.Stat) -> Iterator[Blocker]:
     fields = status.fields
     if fields.get("x86_Thread_features", b"").strip():
         yield Blocker(subject, "uses a shadow stack")
@@ -130,7 +132,7 @@ def _thread(subject: str, tid: HostPid, status: procfs.Status) -> Iterator[Block
     if branches.startswith(b"conditional") and b"disabled" in branches:
         yield Blocker(subject, "has indirect branch speculation switched off (PR_SET_SPECULATION_CTRL)")
     flusher = _PF_MEMALLOC_NOIO | _PF_LOCAL_THROTTLE
-    if procfs.thread_stat(tid).flags & flusher == flusher:
+    if stat.flags & flusher == flusher:
         yield Blocker(subject, "is an I/O flusher (PR_SET_IO_FLUSHER)")
 
 

@@ -12,6 +12,7 @@ Source: clone3 in clone(2); pid_namespaces(7) on ns_last_pid.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import time
 from collections.abc import Sequence
@@ -69,14 +70,24 @@ class Inside:
     """Announces pids in the pid namespace of a puppet that has all capabilities in its owner."""
 
     def __init__(self, puppet: Puppet) -> None:
-        self._puppet = puppet
+        self.puppet = puppet
+        self._fd = -1
 
     def announce(self, pid: int) -> None:
         """See `Announcer`."""
-        fd = self._puppet.syscall(NR.openat, -100, b"/proc/sys/kernel/ns_last_pid\0", os.O_WRONLY, 0)
         text = str(pid - 1).encode()
-        self._puppet.syscall(NR.write, fd, text, len(text))
-        self._puppet.syscall(NR.close, fd)
+        self.puppet.syscall(NR.pwrite64, self._counter(), text, len(text), 0)
+
+    def _counter(self) -> int:
+        """A descriptor of the counter in the puppet, above those of the tree: it ends with the channel; clones too."""
+        if self._fd < 0:
+            fd = self.puppet.syscall(
+                NR.openat, -100, b"/proc/sys/kernel/ns_last_pid\0", os.O_WRONLY | os.O_CLOEXEC, 0
+            )
+            above = self.puppet.stage.channel_fd + 2
+            self._fd = self.puppet.syscall(NR.fcntl, fd, fcntl.F_DUPFD_CLOEXEC, above)
+            self.puppet.syscall(NR.close, fd)
+        return self._fd
 
     def done(self) -> None:
         """Nobody but the tree is there to be disturbed."""

@@ -127,7 +127,7 @@ class Growth:
         self._before = set(launcher.stage.alive)
         self.grown: dict[int, Grown] = {}
         self._stand_ins: dict[int, tuple[Grown, int]] = {}
-        self._wardens: dict[int, Puppet] = {}
+        self._wardens: dict[int, Inside] = {}
 
     @property
     def _outer(self) -> Puppet:
@@ -190,11 +190,11 @@ class Growth:
     def end_wardens(self) -> None:
         """Nobody is born any more, threads neither: whoever announced pids ends."""
         for pidns in list(self._wardens):
-            self._end_helper(self._first_of(pidns).puppet, self._wardens.pop(pidns))
+            self._end_helper(self._first_of(pidns).puppet, self._wardens.pop(pidns).puppet)
 
     def puppets(self) -> Iterator[Puppet]:
         """Every puppet that exists, threads before their leader, children before parents."""
-        yield from self._wardens.values()
+        yield from (warden.puppet for warden in self._wardens.values())
         yield from (grown.puppet for grown, _ in self._stand_ins.values())
         for grown in reversed(self.grown.values()):
             yield from reversed(grown.threads[1:])
@@ -237,11 +237,7 @@ class Growth:
         return count
 
     def _announcers(self, levels: Sequence[int]) -> list[Announcer | None]:
-        return [self._announcer, *(self._warden_announcer(pidns) for pidns in levels[1:])]
-
-    def _warden_announcer(self, pidns: int) -> Announcer | None:
-        warden = self._wardens.get(pidns)
-        return Inside(warden) if warden is not None else None
+        return [self._announcer, *(self._wardens.get(pidns) for pidns in levels[1:])]
 
     def _wanted(self, pids: Sequence[int]) -> list[int | None]:
         wanted: list[int | None] = list(pids)
@@ -348,7 +344,7 @@ class Growth:
             pidns in self._levels(process.namespaces.pid) and process.namespaces.user != owner
             for process in self._planner.processes.values()
         ):
-            self._wardens[pidns] = self._first_of(pidns).puppet.clone()
+            self._wardens[pidns] = Inside(self._first_of(pidns).puppet.clone())
 
     # -- groups and ends ----------------------------------------------------------------
 

@@ -129,6 +129,9 @@ class CaptureScope(Protocol):
     def holders(self, index: Index) -> Sequence[tuple[HostPid, int]]:
         """Every (process, descriptor number) that refers to open file `index`; nobody if it is only in flight."""
 
+    def lock_lines(self, pid: HostPid, fd: int) -> Sequence[str]:
+        """What fdinfo says of locks for a descriptor of the tree, a line each."""
+
     def unread(self, view: FdView) -> Sequence[Unread] | None:
         """What waits in the queue of a unix socket with descriptors in flight in it; None for other queues."""
 

@@ -38,7 +38,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from pipeline.errors import Blocker, RebuildError
-from pipeline.ids import HostPid, LocalFd
+from pipeline.ids import LocalFd
 from pipeline.image.schema import U64, OpenFile, Pid
 from pipeline.kernel.arch.x86_64_numbers import NR
 from pipeline.kernel.syscalls import CLONE, unshare
@@ -70,11 +70,6 @@ class Lock(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     start: U64 = 0
     length: U64 = 0
     pid: Pid = 0
-
-
-def _lines(pid: HostPid, fd: int) -> list[str]:
-    with open(f"/proc/{pid}/fdinfo/{fd}", encoding="ascii", errors="replace") as info:
-        return [line.removeprefix("lock:").strip() for line in info if line.startswith("lock:")]
 
 
 def _parse(line: str, pid: Pid, member: Callable[[int], Pid]) -> Lock | None:
@@ -125,7 +120,7 @@ def capture(view: FdView, scope: CaptureScope) -> list[Lock]:
     for pid, fd in holders:
         member = scope.member(pid)
         own = (pid, fd) == (view.pid, view.fd)
-        for line in view.info.get("lock", []) if own else _lines(pid, fd):
+        for line in view.info.get("lock", []) if own else scope.lock_lines(pid, fd):
             lock = _parse(line, member, scope.member)
             if lock is not None:
                 locks[lock] = None

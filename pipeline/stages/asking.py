@@ -41,7 +41,7 @@ class Answers(NamedTuple):
     notices: dict[int, job_control.Notice]
     #: what stops it
     blockers: list[Blocker]
-    #: its mappings, without flags
+    #: its mappings, maybe without flags
     mappings: Sequence[Mapping]
     #: its first thread, to run further calls in
     leader: LiveTask
@@ -69,8 +69,7 @@ def asked(
     semaphores: Sequence[Semaphores],
     children: collections.abc.Mapping[int, int],
     status_of: Callable[[HostPid], procfs.Status],
-    *,
-    with_brk: bool,
+    seen: Sequence[Mapping] | None = None,
 ) -> Iterator[Answers]:
     """The answers of every thread to its questions, by system calls inside it; more can be asked within the block.
 
@@ -81,11 +80,11 @@ def asked(
         semaphores: the sets of its ipc namespace.
         children: its living children in the tree: by the pid that it knows them by, their pids.
         status_of: remembers /proc/TID/status of stopped tasks.
-        with_brk: it has time to be asked for its program break now, see `Answers.brk`.
+        seen: its mappings, if they have been read; then it has time to be asked for its program break, see `Answers`.
     """
     memory = open_file(pid, "mem", os.O_RDWR)
     try:
-        mappings = smaps.maps(pid)
+        mappings = smaps.maps(pid) if seen is None else seen
         slept = {tid: sleepers.slept(tid) for tid in tids}
         for tid in tids:
             interrupted.shorten(tid, slept[tid].slept_ns)
@@ -94,7 +93,7 @@ def asked(
         inquiries = [Inquiry(tid, leader=tid == pid, timers=timers, known=status_of(tid)) for tid in tids]
         uncaught = ~inquiries[0].status.caught
         injected_calls = 0
-        brk = Call(arch.NR.brk, (0,)) if with_brk else None
+        brk = Call(arch.NR.brk, (0,)) if seen is not None else None
         for inquiry in inquiries:
             task = LiveTask(inquiry.tid, places, memory, uncaught)
             task.run([*inquiry.calls, brk] if brk is not None and inquiry.leader else inquiry.calls)

@@ -519,7 +519,7 @@ class Capture:
             self.namespaces.semaphores(pid),
             self._children(pid),
             self._status_of,
-            with_brk=mappings.is_there(pid),
+            mappings.of(pid) if mappings.is_there(pid) else None,
         ) as answers:
             self._notices.update(answers.notices)
             blockers = [

@@ -290,6 +290,10 @@ class FileObserver:
         """See `CaptureScope.holders`."""
         return self._open.holders(index)
 
+    def lock_lines(self, pid: HostPid, fd: int) -> Sequence[str]:
+        """See `CaptureScope.lock_lines`."""
+        return self._open.lock_lines.get((pid, fd), ())
+
     def unread(self, view: FdView) -> Sequence[Unread] | None:
         """See `CaptureScope.unread`."""
         index = self._open.file_at(view.pid, view.fd)

@@ -48,6 +48,8 @@ class OpenFiles:
         self._sorted: dict[tuple[int, int, int], list[int]] = defaultdict(list)
         self._holders: dict[int, list[tuple[HostPid, int]]] = defaultdict(list)
         self._at: dict[tuple[HostPid, int], int] = {}
+        #: of descriptors with locks, what fdinfo says of them
+        self.lock_lines: dict[tuple[HostPid, int], list[str]] = {}
         #: by number: who was found last to have it, and the index of what that is
         self._last: dict[int, tuple[HostPid, int]] = {}
         self._apart: dict[HostPid, bool] = {}
@@ -119,6 +121,8 @@ class OpenFiles:
         self._holders[index].append((pid, fd))
         self._at[pid, fd] = index
         self._last[fd] = (pid, index)
+        if "lock" in info:
+            self.lock_lines[pid, fd] = info["lock"]
 
     def _inherited(self, pid: HostPid, fd: int) -> int | None:
         """The index of an open file that a process before has under the same number, as forks do; None if it has not.

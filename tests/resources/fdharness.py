@@ -196,6 +196,9 @@ class Capture:
         self._views.append(FdView(queue.pid, number, local, link, stat, info, flags, int(info["pos"][0])))
         return len(self._views) - 1
 
+    def lock_lines(self, pid: HostPid, fd: int) -> Sequence[str]:
+        return parse_fdinfo(Path(f"/proc/{pid}/fdinfo/{fd}").read_bytes()).get("lock", [])
+
     def unread(self, view: FdView) -> Sequence[Unread] | None:
         return self._unread.get(self._tables.get((view.pid, view.fd), -1))
 

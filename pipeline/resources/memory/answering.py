@@ -135,7 +135,9 @@ def _one(
     mappings: dict[HostPid, Sequence[Mapping]],
 ) -> Answered | CannotCarry:
     features = features_of(procfs.fdinfo(HostPid(os.getpid()), answerer.fd))
-    if made is None or features is None:
+    if features is None:
+        return CannotCarry("it is being set up", "try again")
+    if made is None:
         return CannotCarry("it answers for memory that no process of the tree has (any more)", "close it")
     try:
         return _answered(answerer.fd, *made, features, mappings[made[0]])

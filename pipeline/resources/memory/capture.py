@@ -131,7 +131,7 @@ def capture_address_space(
     watched = _watched(answered)
     for mapping in seen.mappings:
         try:
-            if not (tracked and mapping.flags & WATCHED == _TRACKED):
+            if mapping.flags & WATCHED and not (tracked and mapping.flags & WATCHED == _TRACKED):
                 _refuse_watched(mapping, watched)
             shape = classify(mapping)
             if shape.kind == "aio":
@@ -153,6 +153,8 @@ def capture_address_space(
     runs, guards, untouched = _carried(seen.pages, found)
     for one in answered:
         runs = subtract(runs, union(one.missing, one.bare))
+    # what others protect says nothing of when it was written
+    untouched = subtract(untouched, watched)
     stat = stat or procfs.thread_stat(pid)
     space = AddressSpace(
         space=objects.scope.space_of(("memory", pid)),

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import msgspec
 from msgspec.structs import replace
 
+from pipeline.image import numbers
 from pipeline.image.codec import Image
 from pipeline.image.graft import graft
 from pipeline.image.plan import Planner, fill_order
@@ -121,18 +122,11 @@ def differences(draft: Image, now: Image) -> Iterator[str]:
             yield f"shared memory {space} has other seals"
     if _prepared_files(draft) != _prepared_files(now):
         yield "its terminals or ends outside are others"
-    if highest_descriptor(now) > highest_descriptor(draft) + SPARE_DESCRIPTORS:
+    if numbers.highest_descriptor(now) > numbers.highest_descriptor(draft) + SPARE_DESCRIPTORS:
         yield "it has many more descriptors"
     hole = find_hole([space.vmas for space in draft.spaces.values()], HOLE_BYTES)
     if not all(leaves_free(hole, HOLE_BYTES, space.vmas) for space in now.spaces.values()):
         yield "it has mapped memory where it is worked on"
-
-
-def highest_descriptor(image: Image) -> int:
-    """The highest number, and the most descriptors, of any process."""
-    tables = [process.fds for process in image.processes.values()]
-    highest = max((entry.fd for table in tables for entry in table), default=0)
-    return max(highest, max(map(len, tables), default=0), len(image.mapped_files))
 
 
 def _host(image: Image) -> tuple[object, ...]:

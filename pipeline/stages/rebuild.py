@@ -21,15 +21,13 @@ from msgspec.structs import replace
 
 from pipeline.errors import ImageError, PipelineError, RebuildError, Refused
 from pipeline.ids import HostPid, LocalFd
-from pipeline.image import delta
+from pipeline.image import delta, numbers
 from pipeline.image.codec import Image
 from pipeline.image.plan import fill_order, plan
 from pipeline.image.schema import PathRef, Process, TakenFile
 from pipeline.image.steps import Fill
-from pipeline.kernel import descriptor_table, procfs, ptrace
-from pipeline.kernel.arch import x86_64 as arch
+from pipeline.kernel import descriptor_table, procfs
 from pipeline.kernel.arch.x86_64 import NR
-from pipeline.kernel.syscalls import RESOLVE, openat2
 from pipeline.ledger import LEDGER
 from pipeline.policy import RestorePolicy
 from pipeline.remote.births import Announcer, Here, Inside
@@ -48,7 +46,7 @@ from pipeline.resources.pty_session import ControllingTerminals
 from pipeline.resources.taken import Making
 from pipeline.resources.tasks import credentials, semaphore_undo, timers
 from pipeline.resources.tasks.reinstate import check_here, reinstate
-from pipeline.stages import draft, files_here, finish, memory_layout
+from pipeline.stages import draft, files_here, finish, memory_layout, same_machine
 from pipeline.stages.body import Embodiment, MappedFiles
 from pipeline.stages.contents import Contents
 from pipeline.stages.descriptors import Descriptors
@@ -57,6 +55,7 @@ from pipeline.stages.growth import Grown, Growth
 from pipeline.stages.late import Late
 from pipeline.stages.pager import Watched
 from pipeline.stages.places import MemoryPlace, Place
+from pipeline.stages.roots import Roots
 from pipeline.userns.destination import Destination, Unmapped
 from pipeline.userns.externals import FLAGS, Externals, given_devices, given_namespaces, opened
 
@@ -146,7 +145,7 @@ class Rebuilding:
         self._ends = GivenEnds(image, self.policy, terms.job_terminal, terms.strict_ends)
         #: files that came along and are not made yet, by mount namespace
         self._untaken: dict[int, list[TakenFile]] = defaultdict(list)
-        self._roots: dict[int, LocalFd] = {}
+        self._roots = Roots(self._root_path)
         self._written = Written(live=terms.live)
         self._late = Late()
         #: our child that was let run and is to be collected
@@ -188,9 +187,11 @@ class Rebuilding:
         if lacking := list(huge_pages.lacking(image)):
             raise Refused(lacking)
         hole = find_hole([space.vmas for space in image.spaces.values()], memory_layout.HOLE_BYTES)
-        self._launcher = spawn_launcher(hole, self._channel_fd(), self._reserved_pids())
+        self._launcher = spawn_launcher(
+            hole, self._channel_fd(), numbers.reserved_pids(image, self._terms.new_pidns)
+        )
         self._stack.callback(self._end_launcher)
-        self._check_processor_and_vdso()
+        same_machine.check(image.head, self._launcher)
         self._join_externals()
         living = [p.namespaces for p in image.processes.values() if p.state != "zombie"]
         external = next(n.index for n in image.namespaces.values() if n.kind == "time" and n.external)
@@ -217,7 +218,7 @@ class Rebuilding:
         self.contents.make(image, self._launcher, self._ids.uid_here, self._ids.gid_here)
         files = MappedFiles(image, self.contents, self._open_path, self.policy, self._written)
         self._stack.callback(files.close)
-        self._stack.callback(self._close_roots)
+        self._stack.callback(self._roots.close)
         self._terminals = ControllingTerminals(image.files.values(), self._open_path)
         self._stack.callback(self._terminals.close)
         self._body = body = Embodiment(
@@ -236,7 +237,7 @@ class Rebuilding:
         self._steps = self.growth.grow()
         body.notes += self._ends.notes
         self._making = Making(
-            image, self._path_here, self.contents.fd, self._ids.uid_here, self._ids.gid_here, self.policy
+            image, self._roots.open, self.contents.fd, self._ids.uid_here, self._ids.gid_here, self.policy
         )
         self._stack.callback(self._making.close)
         for file in image.taken_files.values():
@@ -251,14 +252,14 @@ class Rebuilding:
         """
         taken = [file for mntns in where for file in self._untaken.get(mntns, [])]
         blockers = [
-            *files_here.check(self._image, where, self._path_here, self.policy, self._written),
+            *files_here.check(self._image, where, self._roots.open, self.policy, self._written),
             *self._making.check(taken),
         ]
         if blockers:
             raise Refused(blockers)
         if self.policy.files == "any":
             strictly = dataclasses.replace(self.policy, files="same")
-            accepted = files_here.check(self._image, where, self._path_here, strictly, self._written)
+            accepted = files_here.check(self._image, where, self._roots.open, strictly, self._written)
             self._body.notes += [f"{one.subject}: {one.reason}; it is used all the same" for one in accepted]
 
     def _make_cgroups(self) -> CgroupMaking:
@@ -296,28 +297,6 @@ class Rebuilding:
                     path = self._externals[kind]
                     raise RebuildError(f"--external {kind}={path} may not be joined: {error}") from error
                 self._launcher.syscall(NR.close, number)
-
-    def _check_processor_and_vdso(self) -> None:
-        """What the tree's registers and code rely on must be the same here; the launcher tells.
-
-        Raises:
-            RebuildError: says what is not.
-        """
-        head = self._image.head
-        xstate = ptrace.get_xstate(self._launcher.tid)
-        missing = head.xfeatures & ~arch.xfeatures(xstate)
-        if missing or head.xstate_size_bytes != len(xstate):
-            raise RebuildError(
-                f"this processor keeps other extended state than the source's (XCR0 {arch.xfeatures(xstate):#x} "
-                f"in {len(xstate)} bytes; the tree has {head.xfeatures:#x} in {head.xstate_size_bytes})"
-            )
-        launcher = self._launcher.pid
-        vdso = memory_layout.kernel_mappings(launcher).get("vdso")
-        if any(head.vdso) and head.vdso != memory_layout.vdso_digest(launcher, vdso):
-            raise RebuildError(
-                f"the vdso of this kernel ({os.uname().release}) is not that of the source's ({head.kernel}); "
-                "code of the tree holds addresses in it: restore under the same kernel build"
-            )
 
     @_step
     def furnish(self) -> None:
@@ -393,7 +372,7 @@ class Rebuilding:
         blockers = list(check_here(list(image.processes.values())))
         if blockers:
             raise RebuildError("this host cannot take the tree: " + "; ".join(map(str, blockers)))
-        if changed := list(self._written.check(image, self._path_here, self.policy)):
+        if changed := list(self._written.check(image, self._roots.open, self.policy)):
             raise Refused(changed)
         self.contents.update(image, self._launcher, ids.uid_here, ids.gid_here)
         self._before, self._image, self._ids, self._mending = self._image, image, ids, mending
@@ -473,7 +452,7 @@ class Rebuilding:
             image,
             puppets,
             self.contents,
-            self._root_of,
+            self._roots.of,
             self._open_namespace,
             {
                 n.index
@@ -672,22 +651,15 @@ class Rebuilding:
 
     # -- translations and paths -------------------------------------------------------------
 
-    def _root_of(self, mntns: int) -> LocalFd:
-        if mntns not in self._roots:
-            path = self._keepers.root_path(mntns)
-            if path == "/" and self._init is not None:
-                path = f"/proc/{self._init.puppet.pid}/root"
-            fd = LocalFd(os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
-            LEDGER.take("root directory", fd)
-            self._roots[mntns] = fd
-        return self._roots[mntns]
+    def _root_path(self, mntns: int) -> str:
+        path = self._keepers.root_path(mntns)
+        if path == "/" and self._init is not None:
+            return f"/proc/{self._init.puppet.pid}/root"
+        return path
 
     def _open_path(self, path: PathRef, flags: int) -> LocalFd:
         self._make_files(path.mntns)
-        return self._path_here(path, flags)
-
-    def _path_here(self, path: PathRef, flags: int) -> LocalFd:
-        return openat2(self._root_of(path.mntns), path.path, flags, 0, RESOLVE.IN_ROOT)
+        return self._roots.open(path, flags)
 
     def _open_namespace(self, kind: str, index: int) -> LocalFd:
         """A namespace of the image as an open file; the caller owns it."""
@@ -696,12 +668,6 @@ class Rebuilding:
         return LocalFd(os.open(f"/proc/{pid}/ns/{link}", os.O_RDONLY | os.O_CLOEXEC))
 
     # -- what is held ---------------------------------------------------------------------------
-
-    def _close_roots(self) -> None:
-        while self._roots:
-            _, fd = self._roots.popitem()
-            os.close(fd)
-            LEDGER.give_back("root directory", fd)
 
     def _end_launcher(self) -> None:
         self._launcher.stage.end()
@@ -713,23 +679,4 @@ class Rebuilding:
 
     def _channel_fd(self) -> int:
         spare = draft.SPARE_DESCRIPTORS if self._terms.live else 2
-        return max(draft.highest_descriptor(self._image) + spare + 64, _LOWEST_CHANNEL_FD)
-
-    def _reserved_pids(self) -> list[set[int]]:
-        reserved: list[set[int]] = []
-        for process in self._image.processes.values():
-            for pids in [process.pids, *(thread.pids for thread in process.threads)]:
-                for level, pid in enumerate(pids):
-                    while len(reserved) <= level:
-                        reserved.append(set())
-                    reserved[level].add(pid)
-        if self._terms.new_pidns:
-            reserved.insert(0, set())
-            if 1 in reserved[1]:
-                raise RebuildError("the tree holds pid 1 itself; it needs no pid namespace around it")
-            for process in self._image.processes.values():
-                reserved[1] |= {process.sid, process.pgid}
-        elif reserved:
-            for process in self._image.processes.values():
-                reserved[0] |= {process.sid, process.pgid}
-        return reserved
+        return max(numbers.highest_descriptor(self._image) + spare + 64, _LOWEST_CHANNEL_FD)

@@ -44,9 +44,9 @@ def test_foreign_head_is_refused(
     dump(tree, tmp_path / "image")
 
     class Foreign(rebuild.Rebuilding):
-        def _check_processor_and_vdso(self) -> None:
+        def prepare(self) -> None:
             self._image._head = msgspec.structs.replace(self._image.head, **changes)
-            super()._check_processor_and_vdso()
+            super().prepare()
 
     async def attempt() -> None:
         await pipeline.restore(str(tmp_path / "image"), detach=True)

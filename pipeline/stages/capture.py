@@ -46,7 +46,6 @@ from pipeline.resources.held import Held
 from pipeline.resources.kinds import FdView
 from pipeline.resources.memory import aio
 from pipeline.resources.memory.alike import is_forked
-from pipeline.resources.memory.answering import Answerer, look
 from pipeline.resources.memory.capture import (
     Captured,
     Seen,
@@ -55,7 +54,6 @@ from pipeline.resources.memory.capture import (
     scanned,
 )
 from pipeline.resources.memory.objects import MemoryObjects
-from pipeline.resources.memory.scope import CannotCarry
 from pipeline.resources.memory.sharing import plan_copy_on_write
 from pipeline.resources.namespaces import clocks
 from pipeline.resources.namespaces.members import NamespaceCapture
@@ -75,8 +73,9 @@ from pipeline.resources.tasks import (
 from pipeline.resources.tasks.inquiry import Inquiry, thread_record
 from pipeline.resources.tasks.interrupted import Sleepers, Slept
 from pipeline.resources.tasks.refusals import check_stopped, check_task
+from pipeline.stages import faults
 from pipeline.stages.ahead import MappingReader, MappingsAhead
-from pipeline.stages.asking import Answers, asked, inside
+from pipeline.stages.asking import Answers, asked
 from pipeline.stages.beforehand import Beforehand
 from pipeline.stages.freeze import FrozenProcess, FrozenTree
 from pipeline.stages.memory import FilePages, PageSource, ProcessPages, SharedPages
@@ -328,35 +327,18 @@ class Capture:
         """The userfaultfds of the tree."""
         return [view for _, view in self.files.files() if view.link == userfault.LINK]
 
-    def _look_at_answers(self, frozen: FrozenTree, mappings: MappingsAhead) -> Iterator[Blocker]:
-        """What the program answers page faults of, and what of it stops it."""
-        self._looks.answered.clear()
-        views = self._answerers()
-        if not views:
-            return
-        tasks = {
-            self._face(process.pid): [HostPid(tid) for tid in process.tasks]
-            for process in frozen.living()
-            if not self._together.get(process.pid, Together()).vm
-        }
-        answerers = [Answerer(view.local, self._face(view.pid)) for view in views]
-        try:
-            found = look(
-                answerers,
-                list(tasks),
-                lambda pid: inside(pid, sorted(tasks[pid], key=lambda tid: tid != pid)),
-                mappings.of,
-            )
-        except OSError as error:
-            why = f"it cannot be asked which page faults it answers: {error.strerror}"
-            yield Blocker(f"pid {frozen.root}", why, "free memory")
-            return
-        for view, one in zip(views, found, strict=True):
-            if isinstance(one, CannotCarry):
-                yield one.blocker(view.subject)
-            else:
-                self.files.answered_by[view.local] = one
-                self._looks.answered.append(one)
+    def _look_at_answers(self, frozen: FrozenTree, mappings: MappingsAhead) -> list[Blocker]:
+        """What the program answers page faults of; what of it stops it."""
+        blockers: list[Blocker] = []
+        if views := self._answerers():
+            memories = {
+                self._face(process.pid): [HostPid(tid) for tid in process.tasks]
+                for process in frozen.living()
+                if not self._together.get(process.pid, Together()).vm
+            }
+            self.files.answered_by, blockers = faults.answered(views, memories, mappings)
+        self._looks.answered = list(self.files.answered_by.values())
+        return blockers
 
     def planned(self) -> tuple[list[tuple[Record, Record | None]], list[PageSource], list[Blocker]]:
         """What was captured as a tree that grows from nothing; returns what `take` does."""

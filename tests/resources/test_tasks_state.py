@@ -393,12 +393,12 @@ def test_hard_limits_that_cannot_be_raised_are_named() -> None:
     me = procfs.limits(procfs.HostPid(os.getpid()))
     too_much = [(soft, hard if number != 7 else hard + 1) for number, (soft, hard) in enumerate(me)]
     process = _empty(too_much)
-    found = [str(blocker) for blocker in limits.check_limits(process)]
+    found = [str(blocker) for blocker in limits.check_limits([process])]
     capable = procfs.status(procfs.HostPid(os.getpid())).caps[2] >> 24 & 1
     assert bool(found) != bool(capable)
     if found:
         assert "hard limit nofile" in found[0]
-    assert list(limits.check_limits(_empty(me))) == []
+    assert list(limits.check_limits([_empty(me)])) == []
 
 
 def _empty(resource_limits: list[tuple[int, int]]) -> Process:

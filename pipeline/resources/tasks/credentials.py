@@ -15,6 +15,8 @@ Sources: capabilities(7), setresuid(2), user_namespaces(7).
 
 from __future__ import annotations
 
+import functools
+import os
 import struct
 from collections.abc import Callable, Iterator, Sequence
 
@@ -138,6 +140,13 @@ def _set_groups(puppet: Puppet, wanted: Credentials, namespace: int, gid: Number
 
 
 def _ids_of_our_namespace(name: str) -> list[range]:
+    return _ids_of(name, os.stat("/proc/self/ns/user").st_ino)
+
+
+@functools.lru_cache
+def _ids_of(name: str, namespace: int) -> list[range]:
+    """`namespace`: our own; its maps are written once."""
+    del namespace
     with open(f"/proc/self/{name}", "rb") as file:
         lines = [line.split() for line in file]
     return [range(int(inner), int(inner) + int(count)) for inner, _, count in lines]

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from pipeline.errors import Blocker
 from pipeline.ids import HostPid
@@ -43,7 +43,7 @@ SUPPORT = Support(
 _CAP_SYS_RESOURCE = 24
 
 
-def check_limits(process: Process) -> Iterator[Blocker]:
+def check_limits(processes: Sequence[Process]) -> Iterator[Blocker]:
     """Hard limits that this restorer cannot give; asked before anything is built.
 
     A nested restorer may have the capability only in its own user namespace: then the kernel refuses
@@ -52,13 +52,15 @@ def check_limits(process: Process) -> Iterator[Blocker]:
     me = HostPid(os.getpid())
     if procfs.status(me).caps[2] >> _CAP_SYS_RESOURCE & 1:
         return
-    for name, have, wanted in zip(_NAMES, procfs.limits(me), process.limits, strict=False):
-        if wanted[1] > have[1]:
-            yield Blocker(
-                f"pid {process.pids[0]}",
-                f"its hard limit {name} is {_text(wanted[1])}, and the restorer has {_text(have[1])}",
-                "raise the limit of the restorer, or give it CAP_SYS_RESOURCE",
-            )
+    mine = procfs.limits(me)
+    for process in processes:
+        for name, have, wanted in zip(_NAMES, mine, process.limits, strict=False):
+            if wanted[1] > have[1]:
+                yield Blocker(
+                    f"pid {process.pids[0]}",
+                    f"its hard limit {name} is {_text(wanted[1])}, and the restorer has {_text(have[1])}",
+                    "raise the limit of the restorer, or give it CAP_SYS_RESOURCE",
+                )
 
 
 def _text(value: int) -> str:

@@ -46,8 +46,8 @@ _ROBUST_LIST_BYTES = 24
 
 def check_here(processes: Sequence[Process]) -> Iterator[Blocker]:
     """What this host or this restorer cannot give; asked before anything is built."""
+    yield from limits.check_limits(processes)
     for process in processes:
-        yield from limits.check_limits(process)
         yield from scheduling.check_processors(process)
 
 

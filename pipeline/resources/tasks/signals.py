@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from pipeline.errors import RebuildError
 from pipeline.ids import HostPid
-from pipeline.image.schema import Id, PendingSignal, Process, Thread
+from pipeline.image.schema import Id, PendingSignal, Process, SignalAction, Thread
 from pipeline.kernel import procfs, ptrace
 from pipeline.kernel.arch.x86_64 import NR
 from pipeline.remote.calls import Call
@@ -35,6 +35,7 @@ _SS_ONSTACK = 1
 _SS_DISABLE = 2
 _INFO_BYTES = 128
 _CANNOT_BE_QUEUED = (signal.SIGKILL, signal.SIGSTOP)
+_DEFAULT = SignalAction(0, 0, 0, 0)
 _STOPS_WITH = (signal.SIGURG, signal.SIGWINCH, signal.SIGCHLD, signal.SIGCONT, signal.SIGIO)
 
 SUPPORT = Support(
@@ -129,9 +130,12 @@ def stops_when_free(process: Process) -> bool:
 
 
 def action_calls(process: Process) -> Iterator[Call]:
-    """The action of every signal; before anything is queued, since ignoring a signal empties its queue."""
+    """The action of every signal; before anything is queued, since ignoring a signal empties its queue.
+
+    A puppet comes with the default for all of them (`pipeline.remote.puppet.spawn_launcher`).
+    """
     for number, a in enumerate(process.actions, 1):
-        if number not in _CANNOT_BE_QUEUED:
+        if number not in _CANNOT_BE_QUEUED and a != _DEFAULT:
             raw = struct.pack("<4Q", a.handler, a.flags, a.restorer, a.mask)
             yield Call(NR.rt_sigaction, (number, raw, 0, 8), name=f"action of signal {number}")
 

@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -19,6 +19,7 @@ from pipeline.kernel.syscalls import pidfd_getfd, pidfd_open
 from pipeline.resources.memory import answering, tracking
 from pipeline.resources.memory.answering import Answered, Answerer, Watched
 from pipeline.resources.memory.capture import watched_by_others
+from pipeline.resources.memory.classify import WATCHED
 from pipeline.resources.memory.scope import CannotCarry
 from pipeline.stages import freeze
 from pipeline.stages.asking import inside
@@ -72,25 +73,35 @@ def program(folder: Path, body: str) -> Iterator[tuple[HostPid, list[int]]]:
         )
     try:
         wait_until("it is ready", lambda: process.poll() is not None or (folder / "facts").exists())
-        assert process.poll() is None, (folder / "log").read_text()
+        if process.poll() is not None:
+            said_by_it = (folder / "log").read_text()
+            if "Invalid argument" in said_by_it:
+                pytest.skip(f"this kernel has not what is asked for: {said_by_it.splitlines()[-1]}")
+            raise AssertionError(said_by_it)
         yield HostPid(process.pid), [int(word) for word in (folder / "facts").read_text().split()]
     finally:
-        for child in procfs.children(HostPid(process.pid)):
-            os.kill(child, 9)
+        with suppress(procfs.ProcessGone):
+            for child in procfs.children(HostPid(process.pid)):
+                os.kill(child, 9)
         process.kill()
         process.wait()
 
 
-def mapped(pid: HostPid) -> list[tuple[int, int, frozenset[str]]]:
-    return [(one.start, one.end, one.flags) for one in smaps.smaps(pid)]
+def watched(pid: HostPid) -> list[tuple[int, int, frozenset[str]]]:
+    """What of its memory is watched, and what is mapped for no use, as a page is that is tried out."""
+    return [
+        (one.start, one.end, one.flags & WATCHED)
+        for one in smaps.smaps(pid)
+        if one.flags & WATCHED or not one.prot
+    ]
 
 
 def refused(pid: HostPid, tmp_path: Path) -> str:
     """What `dump` says, which leaves the program as it was."""
-    before = mapped(pid)
+    before = watched(pid)
     done = engine("dump", "--pid", pid, "--to", tmp_path / "image")
     assert done.returncode == 3, said(done)
-    assert mapped(pid) == before
+    assert watched(pid) == before
     return done.stderr
 
 
@@ -194,7 +205,7 @@ watch(fd, memory, 2)
 ready(child, fd, theirs, memory)
 """
     with program(tmp_path, body) as (pid, (child, fd, theirs, memory)):
-        before = mapped(pid), mapped(HostPid(child))
+        before = watched(pid), watched(HostPid(child))
         with looked_at(pid, fd, theirs) as found:
             mine, its = found
             assert isinstance(mine, Answered)
@@ -202,7 +213,7 @@ ready(child, fd, theirs, memory)
             assert (mine.owner, its.owner) == (pid, child)
             assert mine.watched == [Watched(memory, memory + 8192, 1)]
             assert its.watched == [Watched(memory + 4096, memory + 3 * 4096, 1)]
-        assert (mapped(pid), mapped(HostPid(child))) == before
+        assert (watched(pid), watched(HostPid(child))) == before
 
 
 def test_locked_memory_is_asked_as_well(tmp_path: Path) -> None:
@@ -278,7 +289,7 @@ def _nobody(*_: int) -> int:
 
 def test_its_memory_goes_when_it_stands_still(tmp_path: Path) -> None:
     """It is not tracked, and that is said; nothing but what it has itself watches it meanwhile."""
-    with program(tmp_path, "fd = made(1 << 13 | 1 << 15); ready()") as (pid, _):
+    with program(tmp_path, "fd = made(); ready()") as (pid, _):
         done = engine(
             "dump", "--mode", "precopy", "--pid", pid, "--to", tmp_path / "image", "--leave-running"
         )

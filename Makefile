@@ -20,8 +20,8 @@ test: test-packages $(STAMP)
 # What depends on the kernel, on that of this Debian: in a virtual machine, which changes nothing here. Root only.
 KERNEL := .kernel
 GUEST_TESTS ?= tests/kernel \
-  $(foreach one,memory_tracking memory_pages anonymous pipes tasks_state,tests/resources/test_$(one).py) \
-  $(foreach one,sockets anonymous huge_pages,tests/test_carried_states.py::test_state_is_carried[$(one)-depth2]) \
+  $(foreach one,memory_tracking memory_pages anonymous pipes tasks_state userfault,tests/resources/test_$(one).py) \
+  $(foreach one,sockets anonymous huge_pages answering,tests/test_carried_states.py::test_state_is_carried[$(one)-depth2]) \
   tests/test_live_migration.py::test_no_page_is_ever_wrong[huge-precopy] \
   tests/test_dump_precopy.py::test_a_tree_that_never_rests_has_every_page[depth2-whole] \
   tests/test_live_migration.py::test_a_family_changes_while_its_draft_is_sent[depth1-precopy]

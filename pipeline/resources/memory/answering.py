@@ -51,15 +51,21 @@ _PROT_NONE, _PROT_READ = 0, 1
 #: reads that wait for a page: how often it is looked whether they do
 _LOOK_S = 0.0002
 
-# By the most significant byte of an entry of pagemap: present 0x80, swapped 0x40, guard 0x04, write-protected 0x02.
-_THERE = re.compile(
-    b"[" + re.escape(bytes(top for top in range(256) if top & 0x80 or top & 0x46 == 0x40)) + b"]+"
-)
-_GUARD = re.compile(b"[" + re.escape(bytes(top for top in range(256) if top & 0x84 == 0x04)) + b"]+")
-_PROTECTED = re.compile(b"[" + re.escape(bytes(top for top in range(256) if top & 0x02)) + b"]+")
+
+def _where(matches: Callable[[int], object]) -> re.Pattern[bytes]:
+    """Runs of entries of pagemap, by the most significant byte of each.
+
+    Present 0x80, swapped 0x40, guard 0x04, write-protected by a userfaultfd 0x02.
+    """
+    return re.compile(b"[" + re.escape(bytes(top for top in range(256) if matches(top))) + b"]+")
+
+
+_THERE = _where(lambda top: top & 0x80 or top & 0x46 == 0x40)
+_GUARD = _where(lambda top: top & 0x84 == 0x04)
+_PROTECTED = _where(lambda top: top & 0x02)
 #: swapped, if anything is; else the protection of a page that is missing, and a page that was poisoned
-_MARKED = re.compile(b"[" + re.escape(bytes(top for top in range(256) if top & 0xC6 == 0x42)) + b"]+")
-_POISONED = re.compile(b"[" + re.escape(bytes(top for top in range(256) if top & 0xC6 == 0x40)) + b"]+")
+_MARKED = _where(lambda top: top & 0xC6 == 0x42)
+_POISONED = _where(lambda top: top & 0xC6 == 0x40)
 
 
 class Watched(NamedTuple):

@@ -9,21 +9,26 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from pipeline.ids import HostPid
+from pipeline.ids import HostPid, RemoteAddress
 from pipeline.kernel import procfs, smaps
+from pipeline.kernel.pagemap import PAGE_BYTES, entries_of, intersect, open_pagemap
 from pipeline.kernel.syscalls import pidfd_getfd, pidfd_open
+from pipeline.kernel.uffdio import MODE
 from pipeline.resources.memory import answering, tracking
 from pipeline.resources.memory.answering import Answered, Answerer, Watched
-from pipeline.resources.memory.capture import watched_by_others
+from pipeline.resources.memory.capture import capture_address_space, watched_by_others
 from pipeline.resources.memory.classify import WATCHED
+from pipeline.resources.memory.objects import MemoryObjects
 from pipeline.resources.memory.scope import CannotCarry
 from pipeline.stages import freeze
 from pipeline.stages.asking import inside
 from tests.harness.tree import PATIENCE_S, engine, said
+from tests.resources.memorytarget import Scope
 
 PRELUDE = """
 import ctypes, fcntl, mmap, os, socket, struct, sys, threading, time
@@ -43,6 +48,16 @@ def made(features=0, flags=1, begun=True):
 
 def watch(fd, address, count, modes=1):
     fcntl.ioctl(fd, 0xC020AA00, bytearray(struct.pack("<4Q", address, count * P, modes, 0)))
+
+def protect(fd, address, count):
+    fcntl.ioctl(fd, 0xC018AA06, bytearray(struct.pack("<3Q", address, count * P, 1)))
+
+def write(address):
+    libc.memset(ctypes.c_void_p(address), 1, 1)
+
+def until(name):
+    while not os.path.exists(name):
+        time.sleep(0.01)
 
 def ready(*facts):
     with open("facts.new", "w") as file:
@@ -114,8 +129,7 @@ def test_one_whose_answers_come_from_outside_is_refused(tmp_path: Path) -> None:
         WHOLE
         + "threading.Thread(target=lambda: (until('taken'), os.close(fd), open('closed', 'w'))).start()\nready(fd)"
     )
-    until = "def until(name):\n    while not os.path.exists(name):\n        time.sleep(0.01)\n"
-    with program(tmp_path, until + body) as (pid, (number,)), ExitStack() as stack:
+    with program(tmp_path, body) as (pid, (number,)), ExitStack() as stack:
         process = pidfd_open(pid)
         stack.callback(os.close, process)
         stack.callback(os.close, pidfd_getfd(process, number))
@@ -144,6 +158,10 @@ ready()
 file = os.memfd_create("shared")
 os.ftruncate(file, 4 * P)
 watch(made(1 << 5), pages(4, 1, file), 4)
+ready()
+""",
+    "huge pages of hugetlbfs": """
+watch(made(), libc.mmap(0, 2 << 20, 3, 0x22 | 0x40000 | 0x4000, -1, 0), 512)
 ready()
 """,
     "of which pages are poisoned": """
@@ -285,6 +303,114 @@ def test_memory_that_is_watched_meanwhile_is_known_by_who_watches(tmp_path: Path
 
 def _nobody(*_: int) -> int:
     raise AssertionError("nothing is run in it")
+
+
+#: pages that a program notes the writes to by itself; the second one was written since
+NOTED = """
+memory = pages(4)
+for number in range(4):
+    write(memory + number * P)
+fd = made(1 << 13 | 1 << 15)
+watch(fd, memory, 4, 2)
+protect(fd, memory, 4)
+write(memory + P)
+"""
+
+
+@contextmanager
+def tracked(pid: HostPid) -> Iterator[tracking.Tracking]:
+    """Its writes are tracked as in rounds, and were asked for once."""
+    tree = freeze.freeze(pid, suspend_seccomp=False)
+    try:
+        with inside(pid, list(tree.processes[pid].tasks)) as task:
+            try:
+                watch = tracking.WriteProtected(pid, task.syscall)
+            except OSError as error:
+                pytest.skip(f"this kernel has no asynchronous write protection: {error}")
+        watch.collect()
+    finally:
+        freeze.release(tree)
+    try:
+        yield watch
+    finally:
+        watch.close()
+
+
+def do(folder: Path, name: str) -> str:
+    """Let the program do what it waits for, and say something of it."""
+    (folder / name).touch()
+    wait_until(name, (folder / f"{name}.done").exists)
+    return (folder / f"{name}.done").read_text()
+
+
+def done(what: str, name: str) -> str:
+    """A thread that waits for `name`, does something, and puts what `told` is into a file."""
+    return (
+        f"def act():\n    global told, fd\n    until({name!r})\n"
+        + "".join(f"    {line}\n" for line in what.strip().splitlines())
+        + f"    open('told', 'w').write(str(told))\n    os.rename('told', {name + '.done'!r})\n"
+        + "threading.Thread(target=act).start()\n"
+    )
+
+
+def test_who_begins_to_answer_faults_is_tracked_no_longer(tmp_path: Path) -> None:
+    body = done("fd = told = made()", "begin") + "ready()"
+    with program(tmp_path, body) as (pid, _), tracked(pid) as watch:
+        watch.collect()
+        do(tmp_path, "begin")
+        with pytest.raises(tracking.TrackingLost, match="has begun to answer page faults itself"):
+            watch.collect()
+
+
+def test_marks_of_a_program_that_tracks_itself_are_left_alone(tmp_path: Path) -> None:
+    """The descriptor is elsewhere, so that nothing but the kernel's refusal tells of it."""
+    body = done(NOTED + "told = f'{memory} {fd}'", "note") + done("told = os.close(fd)", "give") + "ready()"
+    with program(tmp_path, body) as (pid, _), ExitStack() as stack:
+        watch = stack.enter_context(tracked(pid))
+        memory, number = map(int, do(tmp_path, "note").split())
+        process = pidfd_open(pid)
+        stack.callback(os.close, process)
+        stack.callback(os.close, pidfd_getfd(process, number))
+        do(tmp_path, "give")
+        assert intersect(watch.collect().unwatched, [(memory, memory + 4 * PAGE_BYTES)])
+        assert marks(pid, memory) == [True, False, True, True]
+
+
+def marks(pid: HostPid, memory: int) -> list[bool]:
+    """Which of four pages are write-protected."""
+    pagemap = open_pagemap(pid)
+    try:
+        ((_, entries),) = entries_of(pagemap, memory, memory + 4 * PAGE_BYTES)
+    finally:
+        os.close(pagemap)
+    return [bool(top & 0x02) for top in entries[7::8]]
+
+
+def test_what_a_program_protects_does_not_count_as_untouched(tmp_path: Path) -> None:
+    """If it were our own protection, it would: pages that were not written since they were sent."""
+    with program(tmp_path, NOTED + "ready(memory)") as (pid, (memory,)):
+        whole = [(memory, memory + 4 * PAGE_BYTES)]
+        answered = [Answered(pid, 0, True, [Watched(*whole[0], MODE.WP)], [], [], [])]
+        with Scope() as scope, MemoryObjects(scope) as objects:
+            look = partial(capture_address_space, pid, objects, brk=RemoteAddress(0), tracked=True)
+            assert intersect(look().untouched, whole)
+            assert not intersect(look(answered=answered).untouched, whole)
+            assert intersect(look(answered=answered).runs, whole) == whole
+
+
+def test_missing_pages_that_may_be_swapped_out_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A page that is protected and missing looks as one that is swapped out."""
+    body = "memory = pages(4); fd = made(1 << 13); watch(fd, memory, 4, 3); protect(fd, memory, 2); ready(fd)"
+    with program(tmp_path, body) as (pid, (fd,)):
+        with looked_at(pid, fd) as (found,):
+            assert isinstance(found, Answered)
+            assert found.bare == found.protected
+        monkeypatch.setattr(smaps, "swapped_bytes", lambda _: PAGE_BYTES)
+        with looked_at(pid, fd) as (found,):
+            assert isinstance(found, CannotCarry)
+            assert "may be missing or swapped out" in found.reason
 
 
 def test_its_memory_goes_when_it_stands_still(tmp_path: Path) -> None:

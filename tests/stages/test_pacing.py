@@ -46,6 +46,12 @@ def test_what_takes_its_time_whatever_is_left_counts() -> None:
     assert verdicts(pacing, 10) == ["too long"]
 
 
+def test_what_goes_whole_in_the_end_counts() -> None:
+    pacing = Pacing(max_downtime_s=0.3, max_rounds=1, fixed_s=0.0, untracked_bytes=MIB)
+    assert pacing.expected_s(MIB, MIB) == 2.0
+    assert pacing.judge(0, MIB) == "too long"
+
+
 def test_without_a_rate_only_the_fixed_part_is_known() -> None:
     assert Pacing(0.3, 30, 0.1).expected_s(MIB, 0.0) == 0.1
 

@@ -189,11 +189,11 @@ def _is_told_of_the_kernel(fd: LocalFd, pid: HostPid, page: int) -> bool:
     before = pending()
     with ThreadPoolExecutor(1, "touch") as thread:
         reading = thread.submit(read)
-        while not reading.done():
-            if pending() > before:
-                uffdio.unregister(fd, page, page + PAGE_BYTES)  # so the read finds zeros
-                break
-            time.sleep(_LOOK_S)
+        try:
+            while not reading.done() and pending() <= before:
+                time.sleep(_LOOK_S)
+        finally:
+            uffdio.unregister(fd, page, page + PAGE_BYTES)  # who waits finds zeros
         return reading.result()
 
 

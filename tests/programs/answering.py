@@ -14,12 +14,13 @@ import socket
 import struct
 import threading
 
-from support import libc, main, syscall, wait_for
+from support import call, libc, main, syscall, wait_for
 
 SYS_MMAP, SYS_USERFAULTFD = 9, 323
 READ_WRITE, SHARED, PRIVATE, PRIVATE_ANON, FIXED = 3, 1, 2, 0x22, 0x10
 PAGE = 4096
 PAGES = 64
+HUGE_PAGES, MADV_HUGEPAGE = 512, 14
 API, REGISTER, WAKE, COPY, ZERO, PROTECT, CONTINUE = (
     0xC018AA3F, 0xC020AA00, 0x8010AA02, 0xC028AA03, 0xC020AA04, 0xC018AA06, 0xC020AA07,
 )  # fmt: skip
@@ -213,6 +214,13 @@ def body(program):
     put(asking, partly + 5 * PAGE, bytes(PAGE))
     ioctl(asking, ZERO, "<3Qq", partly + 7 * PAGE, PAGE, 0, 0)
 
+    # a page that is written may bring its neighbours along, where huge pages are asked for
+    huge = map_pages(3 * HUGE_PAGES) + HUGE_PAGES * PAGE - 1 & -HUGE_PAGES * PAGE
+    call(libc.madvise, ctypes.c_void_p(huge), 2 * HUGE_PAGES * PAGE, MADV_HUGEPAGE)
+    register(asking, huge, 2 * HUGE_PAGES, MISSING)
+    for number in (1, HUGE_PAGES + 3):
+        put(asking, huge + number * PAGE, content(number % 256))
+
     # writes
     guarding = answerer(WP_FAULTS)
     guarded = map_pages(PAGES)
@@ -339,6 +347,7 @@ def body(program):
     # of a file and of shared memory, what is mapped of it may be no page of this process
     areas = {
         "partly": (partly, 9, "psw"),
+        "huge": (huge, 2 * HUGE_PAGES, "psw"),
         "noted": (noted, 12, "psw"),
         "both": (both, 8, "psw"),
         "shared": (shared, 8, "w"),

@@ -19,6 +19,7 @@ import fcntl
 import os
 import struct
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import NamedTuple
 
 from pipeline.ids import HostPid, LocalFd
@@ -106,14 +107,14 @@ def make_in(
         lent = send(device)
     finally:
         os.close(device)
-    try:
-        made = inside(NR.ioctl, lent, NEW, flags)
+    with ExitStack() as undo:
         try:
-            return userfaultfd.taken_from(pid, made)
+            fd = userfaultfd.taken_from(pid, inside(NR.ioctl, lent, NEW, flags), inside)
+            undo.callback(os.close, fd)
         finally:
-            inside(NR.close, made)
-    finally:
-        inside(NR.close, lent)
+            inside(NR.close, lent)
+        undo.pop_all()
+    return fd
 
 
 def begin(fd: LocalFd) -> None:

@@ -16,7 +16,7 @@ import errno
 import functools
 import os
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 
 from pipeline.ids import HostPid, LocalFd
 from pipeline.kernel import procfs, uffdio
@@ -64,10 +64,7 @@ def make_inside(pid: HostPid, inside: Inside, flags: int = MAKE_FLAGS) -> LocalF
             space.
     """
     number = inside(NR.userfaultfd, flags)
-    try:
-        return taken_from(pid, number)
-    finally:
-        inside(NR.close, number)
+    return taken_from(pid, number, inside)
 
 
 def has_one(pid: HostPid) -> bool:
@@ -79,13 +76,24 @@ def has_one(pid: HostPid) -> bool:
     return False
 
 
-def taken_from(pid: HostPid, number: int) -> LocalFd:
-    """A duplicate of a descriptor of a process, or a thread; the caller owns it. OSError: as pidfd_getfd(2)."""
-    process = pidfd_open(pid, 0 if procfs.status(pid).tgid == pid else PIDFD_THREAD)
-    try:
-        return pidfd_getfd(process, number)
-    finally:
-        os.close(process)
+def taken_from(pid: HostPid, number: int, inside: Inside) -> LocalFd:
+    """A descriptor of a process, or a thread, becomes ours, and its no longer; the caller owns it.
+
+    Raises:
+        OSError: as pidfd_getfd(2); as `inside`.
+    """
+    with ExitStack() as undo:
+        try:
+            process = pidfd_open(pid, 0 if procfs.status(pid).tgid == pid else PIDFD_THREAD)
+            try:
+                fd = LocalFd(pidfd_getfd(process, number))
+            finally:
+                os.close(process)
+            undo.callback(os.close, fd)
+        finally:
+            inside(NR.close, number)
+        undo.pop_all()
+    return fd
 
 
 def begin_tracking(fd: LocalFd) -> None:

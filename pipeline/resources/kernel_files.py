@@ -10,6 +10,8 @@ itself: those of /proc/sys, /proc/PID, /sys and cgroups are opened again for wri
 Refused: files about a process outside the tree; other files of /proc that are open for writing; what remembers
 something for each open file (pressure triggers, peaks that were reset); filesystems whose
 files have a state of their own (tracefs, debugfs, bpf, …); the mounts of a process that has changed its root.
+Files of fdinfo, about a descriptor, are opened while there is one of that number, made for it: processes get their
+own later.
 Not preserved: a file about a process that executed another program since holds on to its old memory, and is opened
 on the new one. Source: proc(5), sysfs(5), cgroups(7); fs/proc/base.c, kernel/sched/psi.c.
 """
@@ -20,7 +22,7 @@ import os
 import re
 import stat
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Annotated
 
@@ -34,7 +36,6 @@ from pipeline.resources import locks, proc_process
 from pipeline.resources.kinds import CaptureScope, CreateScope, FdView
 from pipeline.resources.paths import (
     Magic,
-    closed_on_error,
     describe,
     filesystem,
     look_up,
@@ -169,9 +170,13 @@ class KernelFile(CompleteOnceCreated):
         Raises:
             RebuildError: it is not there, or not a kernel file.
         """
-        with _descriptor(record, scope), closed_on_error(self._open(file, record, scope)) as fd:
+        with ExitStack() as undo:
+            with _descriptor(record, scope):
+                fd = self._open(file, record, scope)
+                undo.callback(os.close, fd)
             if not stat.S_ISREG(os.fstat(fd).st_mode) or filesystem(fd) not in _BY_NAME:
                 raise RebuildError(f"{describe(file, record.path)} is not a file of the kernel here")
+            undo.pop_all()
         return fd
 
     @staticmethod

@@ -382,7 +382,7 @@ def _stops_within(process: FrozenProcess, tid: HostPid, timeout_s: float) -> boo
                     again = True
                 waited_s = time.monotonic() - started_s
                 blockers: list[Blocker] = []
-                if waited_s > _FAULT_TIMEOUT_S and looks < _FAULT_LOOKS and procfs.status(tid).state == "S":
+                if waited_s > _FAULT_TIMEOUT_S and looks < _FAULT_LOOKS and _seems_to_sleep(tid):
                     looks += 1
                     if looks == _FAULT_LOOKS:
                         blockers += tracing.check_page_fault(_subject(process.pid, tid), tid)
@@ -411,6 +411,14 @@ def _stops_within(process: FrozenProcess, tid: HostPid, timeout_s: float) -> boo
         # a signal was on its way: let it in, the interrupt is still pending
         with suppress(ProcessLookupError):
             ptrace.cont(tid, stop.signal if not stop.event else 0)
+
+
+def _seems_to_sleep(tid: HostPid) -> bool:
+    """Whether a task is said to sleep so that a signal would wake it."""
+    try:
+        return procfs.status(tid).state == "S"
+    except procfs.ProcessGone:
+        return False
 
 
 def is_ours(tid: HostPid) -> bool:

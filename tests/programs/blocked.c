@@ -31,6 +31,8 @@ static int pipes[WAITERS][2], epoll_fd;
 static volatile int word;
 static volatile pid_t child;
 static pthread_t pausing;
+/* of all threads: from here on they have the signal masks that they keep */
+static pthread_barrier_t begun;
 static volatile int usr1;
 
 static void on_usr1(int number) {
@@ -44,6 +46,7 @@ static void *sleeper(void *argument) {
     sigemptyset(&set);
     sigaddset(&set, SIGUSR2);
     pthread_sigmask(SIG_BLOCK, &set, NULL);
+    pthread_barrier_wait(&begun);
     for (;;) {
         struct timespec left, time = {0, (long)(nap_s * 1e9)};
         double begin = now_s();
@@ -101,6 +104,7 @@ static void *sleeper(void *argument) {
 static void *waiter(void *argument) {
     long kind = (long)argument;
     char byte;
+    pthread_barrier_wait(&begun);
     for (;;) {
         int error = 0;
         switch (kind) {
@@ -274,6 +278,7 @@ int main(int argc, char **argv) {
     event.data.u64 = 0x1234567890abcdef;
     epoll_ctl(epoll_fd, EPOLL_CTL_ADD, pipes[EPOLL][0], &event);
     new_child();
+    pthread_barrier_init(&begun, NULL, SLEEPERS + WAITERS + 1);
     for (long i = 0; i < SLEEPERS; i++) {
         pthread_t thread;
         pthread_create(&thread, NULL, sleeper, (void *)i);
@@ -284,6 +289,7 @@ int main(int argc, char **argv) {
         if (i == PAUSED)
             pausing = thread;
     }
+    pthread_barrier_wait(&begun);
     nap(50);
     const struct check checks[] = {
         {"sleepers", check_sleepers, spoil_sleepers}, {"read", check_read, spoil_read},

@@ -33,7 +33,7 @@ from pipeline.remote.tracer import tracer_thread
 from pipeline.stages import freeze
 from pipeline.stages.beforehand import Beforehand
 from pipeline.stages.write import in_order, write_image, write_translated
-from pipeline.standstill import Standstill, refuse_early, standstill, warm
+from pipeline.standstill import Standstill, private_bytes, refuse_early, standstill, warm
 from pipeline.transport.buffers import BUFFER_BYTES, BUFFERS, BufferPool
 from pipeline.transport.framing import FrameWriter
 from pipeline.transport.index import indexed
@@ -66,6 +66,7 @@ async def _store(
     pool: BufferPool,
     progress: Progress,
     way: trio.CancelScope,
+    room_bytes: int,
     write: Callable[[FrameWriter], Awaitable[int]],
 ) -> Manifest:
     """Write the image and its index, then the manifest that says they are complete; none is left if that fails.
@@ -74,10 +75,11 @@ async def _store(
         storage: where to.
         packer, pool: see `FrameWriter`.
         way: is shielded before the manifest is written: from then on the dump goes to its end.
+        room_bytes: about as much will be written while the tree stands still.
         write: writes records and pages, to their end; returns the bytes of pages.
     """
     try:
-        async with indexed(storage, IMAGE, packer, pool) as writer:
+        async with indexed(storage, IMAGE, packer, pool, room_bytes) as writer:
             page_bytes = await write(writer)
             progress.phase("write")
         # the end of an upload is not cancelled: here is the last moment
@@ -117,7 +119,12 @@ class _Storing:
         self._stands_still.set()
 
     async def run(
-        self, storage: Storage, packer: Packer, pool: BufferPool, task_status: trio.TaskStatus[None]
+        self,
+        storage: Storage,
+        packer: Packer,
+        pool: BufferPool,
+        room_bytes: int,
+        task_status: trio.TaskStatus[None],
     ) -> None:
         """Store it, see `_store`; started when there is room made for it."""
 
@@ -125,7 +132,7 @@ class _Storing:
             task_status.started()
             return await self._write(writer)
 
-        self.manifest = await _store(storage, packer, pool, self._progress, self._way, write)
+        self.manifest = await _store(storage, packer, pool, self._progress, self._way, room_bytes, write)
         if self._precopy is not None:
             self._precopy.keep()
         self.complete.set()
@@ -203,6 +210,7 @@ async def dump(
         before_s = time.monotonic()
         tracer = await before.enter_async_context(tracer_thread())
         precopy: Precopy | None = None
+        room_bytes = 0
         if mode == "precopy":
             rounds = Rounds(max_downtime, max_rounds)
             precopy = await before.enter_async_context(
@@ -212,12 +220,14 @@ async def dump(
             )
         else:
             await warm(pool, pid)
+            if compress == "none":
+                room_bytes = await private_bytes(pid)
         progress.phase("freeze")
         looks = precopy.looks if precopy is not None else None
         with ungrouped():
             async with trio.open_nursery() as nursery:
                 storing = _Storing(precopy, progress, way)
-                await nursery.start(storing.run, storage, packer, pool)
+                await nursery.start(storing.run, storage, packer, pool, room_bytes)
                 async with standstill(tracer, pid, externals, policy, place, looks, known) as still:
                     progress.phase("memory")
                     storing.begin(still)

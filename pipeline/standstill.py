@@ -20,7 +20,7 @@ from pipeline.errors import Blocker, PipelineError, Refused, TargetError, ungrou
 from pipeline.ids import HostPid
 from pipeline.image.codec import image_of
 from pipeline.image.schema import Record
-from pipeline.kernel import descriptor_table, procfs
+from pipeline.kernel import descriptor_table, procfs, smaps
 from pipeline.policy import DumpPolicy
 from pipeline.remote.tracer import Tracer
 from pipeline.resources.external_state import ExternalState
@@ -282,6 +282,19 @@ async def warm(pool: BufferPool, pid: int) -> None:
         return total
 
     await pool.warm(await trio.to_thread.run_sync(resident_bytes))
+
+
+async def private_bytes(pid: int) -> int:
+    """About how much private memory the tree below `pid` has; what its processes share counts once."""
+
+    def total() -> int:
+        found = 0
+        for one in freeze.walk(HostPid(pid)):
+            with suppress(OSError, procfs.ProcessGone):
+                found += smaps.anonymous_share(one)
+        return found
+
+    return await trio.to_thread.run_sync(total)
 
 
 def _make_room_for_descriptors(root: HostPid) -> None:

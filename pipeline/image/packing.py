@@ -15,6 +15,7 @@ Sources: lz4 block format (LZ4_decompress_safe writes no more than it was given)
 from __future__ import annotations
 
 import re
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -194,7 +195,7 @@ class PackedRun(msgspec.Struct, frozen=True):
 
 @dataclass
 class Packer:
-    """Makes frames of page runs, one at a time, in whatever thread; what it chose is in its figures.
+    """Makes frames of page runs, in whatever threads, several at once; what it chose is in its figures.
 
     Args:
         compression: what is wanted; with ``auto`` what pays is found out, and looked at again now and then.
@@ -212,6 +213,8 @@ class Packer:
     _after: int = 0
     _by_codec: dict[Codec, int] = field(default_factory=lambda: dict.fromkeys(Codec, 0))
     _chooser: Chooser | None = None
+    #: held around all that is counted and chosen, not around the work on bytes
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
         if self.compression == "auto":
@@ -225,38 +228,47 @@ class Packer:
         if self.digests:
             digests = page_digests(run.payload, zeros)
             if self.unchanged is not None:
-                unchanged = self.unchanged(run.space, run.segments, digests)
+                with self._lock:
+                    unchanged = self.unchanged(run.space, run.segments, digests)
             gone = {*zeros, *unchanged}
             digests = [digest for page, digest in enumerate(digests) if page not in gone]
         run = sift(run, zeros, unchanged)
         if not run.segments and not run.zeros:
             return PackedRun(b"", b"", 0, Codec.NONE)
-        self.zero_bytes += sum(length for _, length in run.zeros)
         codec, payload = self._compressed(run.payload)
-        self.page_bytes += len(run.payload)
-        self._by_codec[codec] += len(run.payload)
+        with self._lock:
+            self.zero_bytes += sum(length for _, length in run.zeros)
+            self.page_bytes += len(run.payload)
+            self._by_codec[codec] += len(run.payload)
         head = frames.encode_pages(run, codec, payload, b"".join(digests))
         return PackedRun(head, payload, len(run.payload), codec)
 
     def _compressed(self, payload: memoryview) -> tuple[Codec, memoryview | bytes]:
-        codec = self._chooser.next(payload) if self._chooser else Codec[self.compression.upper()]
+        codec = self._chosen_for(payload)
         if codec == Codec.NONE or not payload:
             return Codec.NONE, payload
         begin = time.perf_counter()
         packed = compress(codec, payload)
-        if self._chooser is not None:
-            self._chooser.compressed(codec, len(payload), len(packed), time.perf_counter() - begin)
-        self._before += len(payload)
-        if len(packed) > _WORTH * len(payload):
-            self._after += len(payload)
-            return Codec.NONE, payload
-        self._after += len(packed)
-        return codec, packed
+        seconds = time.perf_counter() - begin
+        pays = len(packed) <= _WORTH * len(payload)
+        with self._lock:
+            if self._chooser is not None:
+                self._chooser.compressed(codec, len(payload), len(packed), seconds)
+            self._before += len(payload)
+            self._after += len(packed) if pays else len(payload)
+        return (codec, packed) if pays else (Codec.NONE, payload)
+
+    def _chosen_for(self, payload: memoryview) -> Codec:
+        if self._chooser is None:
+            return Codec[self.compression.upper()]
+        with self._lock:
+            return self._chooser.next(payload)
 
     def wrote(self, run: PackedRun, seconds: float) -> None:
         """`run` took so long on its way out."""
         if self._chooser is not None and run.codec == Codec.NONE:
-            self._chooser.sent(len(run.payload), seconds)
+            with self._lock:
+                self._chooser.sent(len(run.payload), seconds)
 
     def chosen(self) -> str:
         """The codec that most of the pages were compressed with."""

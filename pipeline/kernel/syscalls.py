@@ -25,6 +25,7 @@ _syscall.argtypes = [ctypes.c_long, *[ctypes.c_void_p] * 6]
 _UNUSED = [(0,) * (6 - count) for count in range(7)]
 
 _MADV_POPULATE_WRITE = 23
+_FALLOC_FL_KEEP_SIZE = 0x01
 #: most remote ranges in one process_vm_readv (UIO_MAXIOV)
 IOV_MAX = 1024
 
@@ -47,6 +48,14 @@ def populate(view: memoryview) -> None:
     """Let the kernel give the memory behind a writable buffer now: MADV_POPULATE_WRITE of madvise(2), Linux 5.14."""
     buffer = (ctypes.c_char * len(view)).from_buffer(view)
     syscall(NR.madvise, ctypes.addressof(buffer), len(view), _MADV_POPULATE_WRITE)
+
+
+def fallocate(fd: LocalFd, offset: int, length: int) -> None:
+    """Reserve storage for a part of a file, whose size stays as it is: FALLOC_FL_KEEP_SIZE of fallocate(2).
+
+    posix_fallocate(3) would write to every block where the file system cannot.
+    """
+    syscall(NR.fallocate, fd, _FALLOC_FL_KEEP_SIZE, offset, length)
 
 
 class CLONE(IntFlag):

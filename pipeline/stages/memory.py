@@ -1,13 +1,14 @@
 """The memory-stream stage: pages out of a stopped tree, in large runs, in the order of the plan.
 
 One copy is made of a page on this side: out of the target into a pooled buffer, by
-process_vm_readv in a worker thread, which makes a frame of it at once, while other buffers are
+process_vm_readv in a worker thread, which makes a frame of it at once, while others do so too and other buffers are
 on their way out. The pool bounds the memory, however large the tree is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain, islice
@@ -41,6 +42,8 @@ from pipeline.transport.handover import worked
 
 #: chunks of shared memory that are looked at in one go for one that has changed; some 10 ms
 _LOOKED_AT = 64
+#: so many read a memory that stands still at once, and compress what they have read
+READERS = min(4, len(os.sched_getaffinity(0)))
 #: up to so many bytes share a buffer with others: many processes have some last pages each
 _SMALL_BYTES = 512 << 10
 
@@ -259,13 +262,41 @@ async def stream_memory(
             raise
         lease.release()
 
+    async def emit_all(
+        space: int, wanted: Iterable[Sequence[Segment]], reading: Callable[[Sequence[Segment]], _Fill]
+    ) -> None:
+        """`emit` what reads each piece, several at once: in no order. What fails first is raised."""
+        rest = iter(wanted)
+        firsts = list(islice(rest, 2))
+        left = chain(firsts, rest)
+        failed: list[Exception] = []
+
+        async def emit_left() -> None:
+            for piece in left:
+                await emit(space, reading(piece), sum(length for _, length in piece))
+
+        async def emit_beside(nursery: trio.Nursery) -> None:
+            try:
+                await emit_left()
+            except Exception as error:  # noqa: BLE001 (it is raised when the others have ended)
+                failed.append(error)
+                nursery.cancel_scope.cancel()
+
+        if len(firsts) < 2:
+            await emit_left()
+            return
+        async with trio.open_nursery() as nursery:
+            for _ in range(READERS):
+                nursery.start_soon(emit_beside, nursery)
+        if failed:
+            raise failed[0]
+
     async with send:
         for source in sources:
             match source:
                 case ProcessPages(space, pid, runs, _):
                     with _told_if_killed(pid), ProcessMemory(pid) as memory:
-                        for piece in pieces(runs, pool.size_bytes):
-                            await emit(space, _reading(memory, piece), sum(length for _, length in piece))
+                        await emit_all(space, pieces(runs, pool.size_bytes), partial(_reading, memory))
                 case LivePages(space, pid, runs, missed, more):
                     runs = union(runs, await trio.to_thread.run_sync(more))
                     try:
@@ -281,11 +312,11 @@ async def stream_memory(
                 case SharedPages(space, shared, Sent() as sent):
                     await emit_news(space, _news(shared, sent))
                 case FilePages(space, fd, size):
-                    for piece in pieces(data_runs(fd, size), pool.size_bytes):
-                        await emit(space, _reading_file(fd, piece))
+                    wanted = pieces(data_runs(fd, size), pool.size_bytes)
+                    await emit_all(space, wanted, partial(_reading_file, fd))
                 case SharedPages(space, shared) if shared.fd is not None:
-                    for piece in pieces(data_runs(shared.fd, shared.record.size_bytes), pool.size_bytes):
-                        await emit(space, _reading_file(shared.fd, piece))
+                    wanted = pieces(data_runs(shared.fd, shared.record.size_bytes), pool.size_bytes)
+                    await emit_all(space, wanted, partial(_reading_file, shared.fd))
                 case SharedPages(space, shared):
                     scratch = bytearray(pool.size_bytes)
                     for segments, count in read_shared(shared, scratch):

@@ -40,12 +40,13 @@ async def write_image(
     Args:
         all_read: called when nothing is to be read of the tree any more.
         eager: somebody reads the records while the first pages are read here.
-        turn: awaited before each record; unless `eager`, when nobody waits for them, and others come first.
+        turn: awaited before each record is translated and written; unless `eager`, when nobody waits for them, and
+            others come first.
     """
     with ungrouped():
         async with trio.open_nursery() as nursery:
             send, receive = trio.open_memory_channel[Record](64)
-            nursery.start_soon(translate_records, records, forest, send)
+            nursery.start_soon(translate_records, records, forest, send, nothing if eager else turn)
             return await write_translated(
                 writer, receive, sources, progress, all_read, eager=eager, turn=turn
             )
@@ -104,7 +105,7 @@ async def in_order(records: Iterable[Record]) -> AsyncIterator[Record]:
 
 
 async def nothing() -> None:
-    """Comes before pages that nothing comes before."""
+    """Comes before what need not wait."""
 
 
 async def write_pages(
@@ -141,9 +142,13 @@ async def write_pages(
 
 
 async def translate_records(
-    records: Sequence[tuple[Record, Record | None]], forest: Forest, send: trio.MemorySendChannel[Record]
+    records: Sequence[tuple[Record, Record | None]],
+    forest: Forest,
+    send: trio.MemorySendChannel[Record],
+    turn: Callable[[], Awaitable[object]],
 ) -> None:
-    """The namespace-translate stage: every id of every record moves into the forest."""
+    """The namespace-translate stage: every id of every record moves into the forest. `turn`: see `write_image`."""
     async with send:
         for record, state in records:
+            await turn()
             await send.send(into_forest(record, state, forest))

@@ -8,6 +8,11 @@ import os
 import trio
 
 from pipeline.errors import ImageError, StorageError
+from pipeline.ids import LocalFd
+from pipeline.kernel.syscalls import fallocate
+
+#: some 60 ms on a tmpfs
+_ROOM_STEP_BYTES = 256 << 20
 
 
 class FileSink:
@@ -68,6 +73,26 @@ class FileRanges:
                 raise ImageError(f"{self.name}: the file became shorter: it is truncated")
             offset += count
             view = view[count:]
+
+
+async def make_room(fd: LocalFd, size_bytes: int) -> None:
+    """Let the file system have storage ready for what is going to be written to an empty file, if it can.
+
+    Whoever writes then only copies: into a tmpfs in 0.15 s a GiB instead of 0.35.
+
+    Cancellation: between steps; what was reserved stays so until `give_back_room`.
+    """
+    try:
+        for at in range(0, size_bytes, _ROOM_STEP_BYTES):
+            step = min(_ROOM_STEP_BYTES, size_bytes - at)
+            await trio.to_thread.run_sync(fallocate, fd, at, step)
+    except OSError:  # it cannot, or has not so much; whether that is too little shows when it is written
+        await give_back_room(fd)
+
+
+async def give_back_room(fd: LocalFd) -> None:
+    """Let go of storage behind the end of a file; OSError."""
+    await trio.to_thread.run_sync(os.ftruncate, fd, os.fstat(fd).st_size)
 
 
 def said(error: OSError) -> str:

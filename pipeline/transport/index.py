@@ -54,18 +54,19 @@ class Index(msgspec.Struct, frozen=True):
 
 @asynccontextmanager
 async def indexed(
-    storage: Storage, name: str, packer: Packer, pool: BufferPool
+    storage: Storage, name: str, packer: Packer, pool: BufferPool, room_bytes: int = 0
 ) -> AsyncIterator[FrameWriter]:
     """Write an object of frames, and its index where there is a place for one; both exist when the block ends well.
 
     Args:
         packer, pool: see `FrameWriter`.
+        room_bytes: see `Storage.create`.
     """
     async with AsyncExitStack() as stack:
         index: ByteSink | None = None
         if storage.has_manifest:
             index = await stack.enter_async_context(storage.create(index_of(name)))
-        sink = await stack.enter_async_context(storage.create(name))
+        sink = await stack.enter_async_context(storage.create(name, room_bytes))
         yield FrameWriter(sink, packer, index, pool)
 
 

@@ -202,7 +202,7 @@ class ObjectStorage:
             raise UsageError(f"{self.name} holds an image already; give another prefix, or remove it")
 
     @asynccontextmanager
-    async def create(self, name: str) -> AsyncIterator[ByteSink]:
+    async def create(self, name: str, room_bytes: int = 0) -> AsyncIterator[ByteSink]:
         """See `Storage.create`."""
         import obstore
 

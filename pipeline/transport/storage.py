@@ -26,8 +26,9 @@ from urllib.parse import quote, unquote, urlsplit
 import trio
 
 from pipeline.errors import ImageError, StorageError, UsageError
+from pipeline.ids import LocalFd
 from pipeline.ledger import LEDGER
-from pipeline.transport.files import FileRanges, FileSink, FileSource, said
+from pipeline.transport.files import FileRanges, FileSink, FileSource, give_back_room, make_room, said
 from pipeline.transport.framing import ByteSink, ByteSource
 from pipeline.transport.stream import StreamStorage
 
@@ -69,8 +70,12 @@ class Storage(Protocol):
     async def require_free(self) -> None:
         """Raise UsageError if there is an image already."""
 
-    def create(self, name: str) -> AbstractAsyncContextManager[ByteSink]:
-        """Write an object; it exists when the block ends well, and not at all otherwise."""
+    def create(self, name: str, room_bytes: int = 0) -> AbstractAsyncContextManager[ByteSink]:
+        """Write an object; it exists when the block ends well, and not at all otherwise.
+
+        Args:
+            room_bytes: about as much will be written; a place that can makes ready for it before the block begins.
+        """
 
     def open(self, name: str) -> AbstractAsyncContextManager[ByteSource]:
         """Read an object; ImageError if there is none."""
@@ -159,7 +164,7 @@ class DirectoryStorage:
             raise UsageError(f"{self.name}: no file can be made in {above}; give --to another place")
 
     @asynccontextmanager
-    async def create(self, name: str) -> AsyncIterator[ByteSink]:
+    async def create(self, name: str, room_bytes: int = 0) -> AsyncIterator[ByteSink]:
         """See `Storage.create`."""
         made = not self._path.exists()
         self._is_made |= made
@@ -171,8 +176,11 @@ class DirectoryStorage:
             raise StorageError(f"{self.name}: {said(error)}") from error
         LEDGER.take("partial file", temporary)
         try:
+            await make_room(LocalFd(fd), room_bytes)
             yield FileSink(fd, str(self._path / name))
             try:
+                if room_bytes:
+                    await give_back_room(LocalFd(fd))
                 await trio.to_thread.run_sync(os.fsync, fd)
                 if name == MANIFEST:
                     _sync_directory(self._path)

@@ -74,7 +74,7 @@ class StreamStorage:
             raise UsageError("standard output is a terminal; redirect it to a file or a pipe")
 
     @asynccontextmanager
-    async def create(self, name: str) -> AsyncIterator[ByteSink]:
+    async def create(self, name: str, room_bytes: int = 0) -> AsyncIterator[ByteSink]:
         """See `Storage.create`."""
         fd = _without_blocking(1)
         if fd is None:

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import os
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import trio
 
-from pipeline.ids import LocalFd
-from pipeline.image.schema import Content
+from pipeline.errors import StorageError
+from pipeline.ids import HostPid, LocalFd
+from pipeline.image.frames import MAX_PAYLOAD_BYTES, PageRun
+from pipeline.image.packing import PackedRun, Packer
+from pipeline.image.schema import Content, Record
 from pipeline.kernel.pagemap import Range
 from pipeline.progress import NullProgress
-from pipeline.stages.memory import FilePages, LivePages
-from pipeline.stages.write import in_order, write_pages, write_translated
-from pipeline.transport.buffers import BufferPool
-from pipeline.transport.framing import FrameWriter
-from tests.harness.made_images import Memory
+from pipeline.stages import memory as stages_memory
+from pipeline.stages import write as stages_write
+from pipeline.stages.memory import FilePages, LivePages, ProcessPages
+from pipeline.stages.write import in_order, write_image, write_pages, write_translated
+from pipeline.transport.buffers import BufferPool, LeasedRun
+from pipeline.transport.framing import FrameReader, FrameWriter
+from pipeline.userns.forest import Forest
+from tests.harness.made_images import Memory, content
 
 PAGE = 4096
 
@@ -65,3 +74,129 @@ async def test_each_round_reads_into_the_buffers_of_the_one_before(fd: LocalFd):
         assert await write_pages(writer, [FilePages(1, fd, PAGE)], NullProgress()) == PAGE
         used |= set(map(id, pool._free))
     assert len(used) == 1
+
+
+BUFFER = 256 * PAGE
+
+
+@pytest.fixture
+def memory() -> Iterator[Range]:
+    """Memory of our own: four buffers full, all pages different."""
+    size = 4 * BUFFER
+    with mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as area:
+        for page in range(0, size, PAGE):
+            area[page : page + 8] = (page + 1).to_bytes(8, "little")
+        view = ctypes.c_char.from_buffer(area)
+        start = ctypes.addressof(view)
+        yield start, start + size
+        del view
+
+
+@pytest.fixture(autouse=True)
+def several(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many processors there are."""
+    monkeypatch.setattr(stages_memory, "READERS", 2)
+
+
+async def test_what_several_read_at_once_is_an_image(memory: Range):
+    """Each frame is made by the thread that has read its pages; whoever is done first, their digest has one order."""
+    together = threading.Barrier(2)
+
+    class Patient(Packer):
+        def pack(self, run: PageRun) -> PackedRun:
+            together.wait(20)
+            return super().pack(run)
+
+    sink, pool = Memory(), BufferPool(6, BUFFER)
+    writer = FrameWriter(sink, Patient(), pool=pool)
+    source = ProcessPages(1, HostPid(os.getpid()), [memory])
+    page_bytes = await write_translated(writer, in_order([]), [source], NullProgress(), eager=False)
+    assert page_bytes == memory[1] - memory[0] == writer.packer.page_bytes
+    pages: dict[int, bytes] = {}
+    reader = FrameReader(sink, BufferPool(1, MAX_PAYLOAD_BYTES), "image")
+    while (item := await reader.next()) is not None:  # the end vouches for the order of all before it
+        if isinstance(item, LeasedRun):
+            pages |= content(item.run)
+            item.lease.release()
+    assert {at - memory[0]: page[:8] for at, page in pages.items()} == {
+        page: (page + 1).to_bytes(8, "little") for page in range(0, page_bytes, PAGE)
+    }
+    assert pool._room.value == pool.count
+
+
+async def test_what_fails_first_of_several_reads_is_raised_alone(memory: Range):
+    """Nothing is mapped where all of them read; their buffers are given back."""
+    pool = BufferPool(6, BUFFER)
+    start = memory[1] + (1 << 40)
+    source = ProcessPages(1, HostPid(os.getpid()), [(start, start + 4 * BUFFER)])
+    with pytest.raises(OSError, match="page at"):
+        await write_pages(FrameWriter(Memory(), pool=pool), [source], NullProgress())
+    assert pool._room.value == pool.count
+
+
+async def test_a_write_that_fails_ends_those_who_read(memory: Range):
+    class Full(Memory):
+        async def write(self, *buffers: bytes | memoryview) -> None:
+            if len(self.raw) > BUFFER:
+                raise StorageError("full")
+            await super().write(*buffers)
+
+    pool = BufferPool(3, BUFFER)
+    source = ProcessPages(1, HostPid(os.getpid()), [memory])
+    with pytest.raises(StorageError, match="full"):
+        await write_pages(FrameWriter(Full(), pool=pool), [source], NullProgress())
+    assert pool._room.value == pool.count
+
+
+async def test_what_an_earlier_image_has_is_asked_by_one_at_a_time(memory: Range):
+    """Who knows the earlier image keeps account of it."""
+    asking: list[int] = []
+    at_once: list[int] = []
+
+    def unchanged(space: int, segments: Sequence[Range], digests: Sequence[bytes]) -> list[int]:
+        asking.append(space)
+        at_once.append(len(asking))
+        time.sleep(0.05)
+        asking.pop()
+        return []
+
+    packer = Packer(digests=True, unchanged=unchanged)
+    source = ProcessPages(1, HostPid(os.getpid()), [memory])
+    pool = BufferPool(6, BUFFER)
+    await write_pages(FrameWriter(Memory(), packer, pool=pool), [source], NullProgress())
+    assert at_once == [1] * 4
+
+
+@pytest.mark.parametrize("eager", [True, False])
+async def test_records_are_translated_when_it_is_their_turn(
+    fd: LocalFd, eager: bool, monkeypatch: pytest.MonkeyPatch
+):
+    """Nothing is done for them while pages are read of a tree that stands still, unless somebody waits for them."""
+    translated: list[Record] = []
+
+    def into_forest(record: Record, state: Record | None, forest: Forest) -> Record:
+        translated.append(record)
+        return record
+
+    monkeypatch.setattr(stages_write, "into_forest", into_forest)
+    turn = trio.Event()
+    seen: list[int] = []
+
+    def all_read() -> None:
+        seen.append(len(translated))
+        turn.set()
+
+    record = Content(space=1, size_bytes=PAGE)
+    forest = Forest([])
+    await write_image(
+        FrameWriter(Memory()),
+        [(record, None)],
+        [FilePages(1, fd, PAGE)],
+        forest,
+        NullProgress(),
+        all_read,
+        eager=eager,
+        turn=turn.wait,
+    )
+    assert seen == [int(eager)]
+    assert translated == [record]

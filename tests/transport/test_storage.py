@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from itertools import count
 from pathlib import Path
@@ -10,7 +11,10 @@ import pytest
 import trio
 
 from pipeline.errors import ImageError, StorageError, UsageError
+from pipeline.ids import LocalFd
+from pipeline.kernel import syscalls
 from pipeline.ledger import LEDGER
+from pipeline.transport import files
 from pipeline.transport.storage import IMAGE, MANIFEST, Storage, open_storage
 from tests.harness.wire import Wire
 
@@ -136,6 +140,72 @@ async def test_a_full_disk_is_said_and_nothing_is_left(tmp_path: Path):
     storage = open_storage(str(tmp_path / "image"))
     with pytest.raises(StorageError, match="no space"):
         await overfill(storage)
+    assert os.listdir(tmp_path) == []
+
+
+def taken_bytes(file: int | Path) -> int:
+    """What a file takes of its file system."""
+    return os.stat(file).st_blocks * 512
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Room is made in steps of 1 MiB; where each of them began."""
+    monkeypatch.setattr(files, "_ROOM_STEP_BYTES", MIB)
+    made: list[int] = []
+
+    def fallocate(fd: LocalFd, offset: int, length: int) -> None:
+        made.append(offset)
+        syscalls.fallocate(fd, offset, length)
+
+    monkeypatch.setattr(files, "fallocate", fallocate)
+    return made
+
+
+async def test_room_is_made_before_something_is_written_and_what_is_too_much_given_back(
+    tmp_path: Path, steps: list[int]
+):
+    storage = open_storage(str(tmp_path / "image"))
+    async with storage.create(IMAGE, 3 * MIB + 1) as sink:
+        fd = sink.fd  # type: ignore[attr-defined]
+        assert taken_bytes(fd) > 3 * MIB
+        assert os.fstat(fd).st_size == 0
+        await sink.write(b"memory")
+    assert steps == [0, MIB, 2 * MIB, 3 * MIB]
+    assert await content_of(storage, IMAGE) == b"memory"
+    assert taken_bytes(tmp_path / "image" / IMAGE) < MIB
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EOPNOTSUPP])
+async def test_a_disk_without_so_much_room_takes_what_it_can(
+    tmp_path: Path, steps: list[int], code: int, monkeypatch: pytest.MonkeyPatch
+):
+    """It is not known yet how much will be written; what was reserved does not stand in the way of others."""
+
+    def fallocate(fd: LocalFd, offset: int, length: int) -> None:
+        if offset:
+            raise OSError(code, os.strerror(code))
+        syscalls.fallocate(fd, offset, length)
+
+    monkeypatch.setattr(files, "fallocate", fallocate)
+    storage = open_storage(str(tmp_path / "image"))
+    async with storage.create(IMAGE, 3 * MIB) as sink:
+        assert taken_bytes(sink.fd) == 0  # type: ignore[attr-defined]
+        await sink.write(b"memory")
+    assert await content_of(storage, IMAGE) == b"memory"
+
+
+async def test_cancelled_while_room_is_made_nothing_is_left(
+    tmp_path: Path, steps: list[int], monkeypatch: pytest.MonkeyPatch
+):
+    with trio.CancelScope() as scope:
+        monkeypatch.setattr(
+            files, "fallocate", lambda *_: steps.append(0) or trio.from_thread.run_sync(scope.cancel)
+        )
+        async with open_storage(str(tmp_path / "image")).create(IMAGE, 3 * MIB):
+            pytest.fail("it is written to")
+    assert scope.cancelled_caught
+    assert steps == [0]
     assert os.listdir(tmp_path) == []
 
 

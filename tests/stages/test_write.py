@@ -134,6 +134,16 @@ async def test_what_fails_first_of_several_reads_is_raised_alone(memory: Range):
     assert pool._room.value == pool.count
 
 
+async def test_a_read_that_fails_ends_the_others(memory: Range):
+    """What is left is not read for nothing."""
+    packer, pool = Packer(), BufferPool(6, BUFFER)
+    source = ProcessPages(1, HostPid(os.getpid()), [(BUFFER, 2 * BUFFER), memory])
+    with pytest.raises(OSError, match="page at"):
+        await write_pages(FrameWriter(Memory(), packer, pool=pool), [source], NullProgress())
+    assert packer.page_bytes <= BUFFER
+    assert pool._room.value == pool.count
+
+
 async def test_a_write_that_fails_ends_those_who_read(memory: Range):
     class Full(Memory):
         async def write(self, *buffers: bytes | memoryview) -> None:

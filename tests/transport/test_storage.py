@@ -149,13 +149,13 @@ def taken_bytes(file: int | Path) -> int:
 
 
 @pytest.fixture
-def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Room is made in steps of 1 MiB; where each of them began."""
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Room is made in steps of 1 MiB; where each of them began, and how long it was."""
     monkeypatch.setattr(files, "_ROOM_STEP_BYTES", MIB)
-    made: list[int] = []
+    made: list[tuple[int, int]] = []
 
     def fallocate(fd: LocalFd, offset: int, length: int) -> None:
-        made.append(offset)
+        made.append((offset, length))
         syscalls.fallocate(fd, offset, length)
 
     monkeypatch.setattr(files, "fallocate", fallocate)
@@ -163,7 +163,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 async def test_room_is_made_before_something_is_written_and_what_is_too_much_given_back(
-    tmp_path: Path, steps: list[int]
+    tmp_path: Path, steps: list[tuple[int, int]]
 ):
     storage = open_storage(str(tmp_path / "image"))
     async with storage.create(IMAGE, 3 * MIB + 1) as sink:
@@ -171,14 +171,14 @@ async def test_room_is_made_before_something_is_written_and_what_is_too_much_giv
         assert taken_bytes(fd) > 3 * MIB
         assert os.fstat(fd).st_size == 0
         await sink.write(b"memory")
-    assert steps == [0, MIB, 2 * MIB, 3 * MIB]
+    assert steps == [(0, MIB), (MIB, MIB), (2 * MIB, MIB), (3 * MIB, 1)]
     assert await content_of(storage, IMAGE) == b"memory"
     assert taken_bytes(tmp_path / "image" / IMAGE) < MIB
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EOPNOTSUPP])
 async def test_a_disk_without_so_much_room_takes_what_it_can(
-    tmp_path: Path, steps: list[int], code: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, steps: list[tuple[int, int]], code: int, monkeypatch: pytest.MonkeyPatch
 ):
     """It is not known yet how much will be written; what was reserved does not stand in the way of others."""
 
@@ -196,16 +196,18 @@ async def test_a_disk_without_so_much_room_takes_what_it_can(
 
 
 async def test_cancelled_while_room_is_made_nothing_is_left(
-    tmp_path: Path, steps: list[int], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, steps: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
 ):
     with trio.CancelScope() as scope:
         monkeypatch.setattr(
-            files, "fallocate", lambda *_: steps.append(0) or trio.from_thread.run_sync(scope.cancel)
+            files,
+            "fallocate",
+            lambda *step: steps.append(step[1:]) or trio.from_thread.run_sync(scope.cancel),
         )
         async with open_storage(str(tmp_path / "image")).create(IMAGE, 3 * MIB):
             pytest.fail("it is written to")
     assert scope.cancelled_caught
-    assert steps == [0]
+    assert steps == [(0, MIB)]
     assert os.listdir(tmp_path) == []
 
 

@@ -3,7 +3,8 @@
 Switches learn from them which port leads to the MAC, and neighbours which MAC has the address. They are sent once,
 as packets, by a visitor in the network; who misses them finds out when an entry of its own has aged.
 
-Sources: RFC 826, RFC 5227 section 3 (ARP announcement); RFC 4861 section 4.4 (neighbour advertisement).
+Sources: packet(7), net/packet/af_packet.c (packet_release); RFC 826, RFC 5227 section 3 (ARP announcement); RFC 4861
+section 4.4 (neighbour advertisement).
 """
 
 from __future__ import annotations
@@ -75,11 +76,15 @@ def _checksum(content: bytes) -> int:
     return int(~total & 0xFFFF)
 
 
-def send(found: Iterable[Packet]) -> bytes:
-    """Send frames in the network of the caller; a device that does not take one has nobody to tell."""
-    with socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 0) as sock:
-        for index, frame in found:
-            with suppress(OSError):
-                sock.bind((socket.if_indextoname(index), 0))
-                sock.send(frame)
-    return b""
+def send(found: Iterable[Packet]) -> int:
+    """Send frames in the network of the caller; a device that does not take one has nobody to tell.
+
+    Returns: the socket that they went through, which is the caller's: the kernel takes some 10 ms to close it, in which
+        it waits until no processor looks at packets for it any more.
+    """
+    sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 0)
+    for index, frame in found:
+        with suppress(OSError):
+            sock.bind((socket.if_indextoname(index), 0))
+            sock.send(frame)
+    return sock.detach()

@@ -35,7 +35,7 @@ from pipeline.resources.namespaces import announce, links
 from pipeline.resources.namespaces.links import Link, Place
 from pipeline.resources.namespaces.network import NetState
 from pipeline.userns.externals import DEVICES, GivenDevice
-from pipeline.userns.visit import fetch, visit
+from pipeline.userns.visit import fetch
 
 _UP, _LOWER_UP = 0x1, 0x1_0000
 #: how long the kernel may take to notice that both ends are up
@@ -219,7 +219,8 @@ class OutsideLinks:
         indexes = {link.index for link in connected} | {link.master for link in connected}
         speakers = [link for link in state.links if link.index in indexes]
         packets = announce.packets(speakers, state.addresses)
-        visit([(fd, CLONE.NEWNET)], lambda: announce.send(packets))
+        # closed when the tree runs
+        self._stack.callback(os.close, fetch([(fd, CLONE.NEWNET)], lambda: announce.send(packets)))
 
     def close(self) -> None:
         """Delete the ends that were not connected; idempotent."""

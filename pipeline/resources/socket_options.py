@@ -20,6 +20,7 @@ import errno
 import socket
 import struct
 from collections.abc import Collection, Iterator, Mapping
+from functools import cache
 from typing import Annotated
 
 from msgspec import Meta
@@ -29,7 +30,6 @@ from pipeline.kernel import interfaces
 from pipeline.resources import socket_filter
 from pipeline.resources.socket_table import (
     LONGEST_HEADERS_BYTES,
-    OPTIONS,
     SOL_NETLINK,
     Identity,
     Option,
@@ -54,7 +54,27 @@ LATE = frozenset({_FILTER, "SO_LOCK_FILTER", "SO_PEEK_OFF"})
 Values = dict[
     Annotated[str, Meta(max_length=40)], Annotated[bytes, Meta(max_length=socket_filter.LONGEST_BYTES)]
 ]
-_BY_NAME = {option.name: option for option in OPTIONS}
+#: of what a connection is often given: to set one changes no other
+_ALONE = frozenset(
+    {
+        "SO_KEEPALIVE",
+        "SO_LINGER",
+        "SO_OOBINLINE",
+        "SO_RCVTIMEO",
+        "SO_REUSEPORT",
+        "SO_SNDTIMEO",
+        "TCP_KEEPCNT",
+        "TCP_KEEPIDLE",
+        "TCP_KEEPINTVL",
+        "TCP_NODELAY",
+        "TCP_USER_TIMEOUT",
+    }
+)
+
+
+@cache
+def _carried(who: Identity) -> frozenset[str]:
+    return frozenset(option.name for option in options_of(who) if not option.refused)
 
 
 def _read(sock: socket.socket, option: Option) -> bytes | None:
@@ -124,6 +144,7 @@ def apply(
     values: Mapping[str, bytes],
     subject: str,
     without: Collection[str] = (),
+    fresh: Values | None = None,
 ) -> None:
     """Give `sock` the recorded values, in the order of the table.
 
@@ -133,19 +154,21 @@ def apply(
         values: by name.
         subject: how a message names it.
         without: names of those that are for later, such as `LATE`.
+        fresh: what it has, where that is known: what `capture` says of another one that was made in the same way. Its
+            own are only read once something is set that may change another option.
 
     Raises:
         RebuildError: an option is unknown, or the kernel does not take the value.
     """
-    for name in values:
-        if name not in _BY_NAME or not _BY_NAME[name].applies(who) or _BY_NAME[name].refused:
-            raise RebuildError(f"{subject}: socket option {name} does not exist for this socket")
+    for name in values.keys() - _carried(who):
+        raise RebuildError(f"{subject}: socket option {name} does not exist for this socket")
+    is_known = fresh is not None
     for option in options_of(who):
         wanted = values.get(option.name)
         if wanted is None or option.name in without:
             continue
         _check_size(option, wanted, subject)
-        there = _read(sock, option)
+        there = fresh.get(option.name) if fresh is not None and is_known else _read(sock, option)
         if there == wanted or (there is None and not any(wanted)):
             continue
         try:
@@ -156,6 +179,7 @@ def apply(
             raise RebuildError(
                 f"{subject}: {option.name} cannot be set to {shown}: {error.strerror or error}"
             ) from error
+        is_known &= option.name in _ALONE
 
 
 def _check_size(option: Option, value: bytes, subject: str) -> None:

@@ -105,13 +105,14 @@ def bind_forced(sock: socket.socket, record: TcpState, subject: str) -> None:
         sock.setsockopt(_TCP, REPAIR, OFF_SILENTLY)
 
 
-def establish(sock: socket.socket, record: TcpState, subject: str) -> None:
+def establish(sock: socket.socket, record: TcpState, subject: str, fresh: socket_options.Values) -> None:
     """Make a socket in repair mode the end of its connection; it stays in repair mode.
 
     Args:
         sock: fresh, in its network.
         record: with a connection.
         subject: how a message names it.
+        fresh: its options.
 
     Raises:
         RebuildError: the kernel does not take a part of it.
@@ -121,7 +122,7 @@ def establish(sock: socket.socket, record: TcpState, subject: str) -> None:
         raise ImageError(f"{subject}: a connection without its ends")
     common = record.socket
     try:
-        apply_first(sock, common, subject)
+        apply_first(sock, common, subject, fresh)
         _set_sequences(sock, now.received_end - len(now.received), now.acknowledged_end)
         # connect(2) derives from it what fits into a segment, and does not when the agreed value is set later
         sock.setsockopt(_TCP, socket.TCP_MAXSEG, max(_LEAST_MSS, min(now.mss, _MOST_MSS)))
@@ -138,10 +139,12 @@ def establish(sock: socket.socket, record: TcpState, subject: str) -> None:
         raise RebuildError(f"{subject}: its connection cannot be made again: {error.strerror}") from error
 
 
-def apply_first(sock: socket.socket, common: SocketState, subject: str) -> None:
-    """The options that a socket has before it is connected."""
+def apply_first(
+    sock: socket.socket, common: SocketState, subject: str, fresh: socket_options.Values | None = None
+) -> None:
+    """The options that a socket has before it is connected. `fresh`: see `socket_options.apply`."""
     without = _UNCONNECTED_ONLY | _OF_THE_SEGMENT | _AFTERWARDS | socket_options.LATE
-    socket_options.apply(sock, common.identity, common.options, subject, without)
+    socket_options.apply(sock, common.identity, common.options, subject, without, fresh)
 
 
 def apply_rest(sock: socket.socket, common: SocketState, subject: str) -> None:

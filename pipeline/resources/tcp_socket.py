@@ -181,7 +181,12 @@ class Tcp(CompleteOnceCreated):
                         raise ImageError(f"{subject}: who waits for it is no file of the image") from None
                     _connect_waiting(waits, client.peer, sock, subject)
             elif record.phase == "connected":
-                tcp_rebuild.establish(sock, record, subject)
+                who = record.socket.identity
+                fresh = scope.once(
+                    ("options of a fresh connection", record.socket.netns, who),
+                    lambda: socket_options.capture(sock, who),
+                )
+                tcp_rebuild.establish(sock, record, subject, fresh)
             elif record.phase == "ended":
                 make_ended(sock, record, made, subject)
             elif record.phase == "closed":

@@ -16,7 +16,7 @@ import pytest
 from pipeline.errors import RebuildError
 from pipeline.kernel import interfaces
 from pipeline.resources import socket_filter, socket_options
-from pipeline.resources.socket_table import EXCLUDED, OPTIONS, Identity
+from pipeline.resources.socket_table import EXCLUDED, OPTIONS, Identity, Option
 from tests.resources.fdharness import Capture, Rebuilt, subject
 from tests.resources.sockharness import of
 
@@ -215,6 +215,55 @@ def test_an_option_is_read_and_set(who: tuple[int, int, int], name: str, value: 
         assert found[name] == value
         socket_options.apply(new, identity, found, "another")
         assert socket_options.capture(new, identity) == found
+    with socket.socket(*who) as like, socket.socket(*who) as new:
+        fresh = socket_options.capture(like, identity)
+        socket_options.apply(new, identity, found, "one that is like another", fresh=fresh)
+        assert socket_options.capture(new, identity) == found
+
+
+_TCP_VALUES = {
+    "SO_LINGER": struct.pack("<ii", 1, 20),
+    "SO_RCVTIMEO": struct.pack("<qq", 3, 500_000),
+    "SO_SNDTIMEO": struct.pack("<qq", 4, 0),
+    "TCP_KEEPCNT": struct.pack("<i", 7),
+    "TCP_KEEPIDLE": struct.pack("<i", 77),
+    "TCP_KEEPINTVL": struct.pack("<i", 11),
+    "TCP_USER_TIMEOUT": struct.pack("<i", 9000),
+}
+
+
+@pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6], ids=["ipv4", "ipv6"])
+@pytest.mark.parametrize("name", sorted(socket_options._ALONE))
+def test_an_option_that_is_said_to_change_no_other_does_not(name: str, family: int) -> None:
+    who = Identity(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    with socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP) as sock:
+        before = socket_options.capture(sock, who)
+        value = _TCP_VALUES.get(name, struct.pack("<i", 1))
+        socket_options.apply(sock, who, {name: value}, "socket")
+        after = socket_options.capture(sock, who)
+    assert after == before | {name: value}
+    assert after != before
+
+
+def test_what_is_known_of_a_fresh_socket_is_not_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until something is set that may change another option."""
+    who = Identity(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    with socket.socket() as like, socket.socket() as sock:
+        fresh = socket_options.capture(like, who)
+        read: list[str] = []
+        genuine = socket_options._read
+
+        def counted(sock: socket.socket, option: Option) -> bytes | None:
+            read.append(option.name)
+            return genuine(sock, option)
+
+        monkeypatch.setattr(socket_options, "_read", counted)
+        one = struct.pack("<i", 1)
+        socket_options.apply(sock, who, fresh | {"TCP_NODELAY": one}, "socket", fresh=fresh)
+        assert not read
+        socket_options.apply(sock, who, fresh | {"SO_TIMESTAMP": one}, "socket", fresh=fresh)
+        assert "SO_TIMESTAMPNS" in read
+        assert "SO_KEEPALIVE" not in read
 
 
 def test_values_of_another_size_or_socket_are_named() -> None:

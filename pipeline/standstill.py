@@ -23,6 +23,7 @@ from pipeline.image.schema import Record
 from pipeline.kernel import descriptor_table, procfs, smaps
 from pipeline.policy import DumpPolicy
 from pipeline.remote.tracer import Tracer
+from pipeline.resources import identity
 from pipeline.resources.external_state import ExternalState
 from pipeline.resources.held import Held
 from pipeline.resources.memory import tracking
@@ -195,10 +196,13 @@ async def standstill(
                 await stopped.enter_async_context(_doors_closed(tracer, pid, externals, policy))
             # how long tasks have slept is asked before the freeze wakes them
             sleepers = Sleepers()
-            await tracer.run(lambda now=sleepers: now.look(freeze.walk(HostPid(pid))))
-            await tracer.run(_make_room_for_descriptors, HostPid(pid))
             before = known or stopped.enter_context(Beforehand())
-            await tracer.run(lambda now=before: now.refresh(freeze.walk(HostPid(pid))))
+            with ungrouped():
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(trio.to_thread.run_sync, identity.read_leases_ahead)
+                    await tracer.run(lambda now=sleepers: now.look(freeze.walk(HostPid(pid))))
+                    await tracer.run(_make_room_for_descriptors, HostPid(pid))
+                    await tracer.run(lambda now=before: now.refresh(freeze.walk(HostPid(pid))))
             stopped.enter_context(garbage.held_off())
             begun_s = time.monotonic()
             try:

@@ -17,6 +17,7 @@ from pipeline.image.schema import Absent, Record, Unchanged, UserNamespace
 from pipeline.ledger import LEDGER
 from pipeline.progress import NullProgress
 from pipeline.stages import fill
+from pipeline.stages.building import bring_up_to_date
 from pipeline.transport import protocol
 from pipeline.transport.buffers import BufferPool
 from pipeline.transport.framing import FrameReader, FrameWriter
@@ -187,3 +188,37 @@ async def test_pages_where_records_were_announced():
     with pytest.raises(ImageError, match="fewer records came than the 1"):
         await _come(_Tree(), channel, records)
     assert LEDGER.held() == held
+
+
+async def test_what_outlives_a_process_gets_its_pages_while_the_tracer_makes_files():
+    """Only what touches processes waits for it."""
+    filled, done = trio.Event(), []
+
+    class Busy:
+        async def run(self, act: Callable[..., Any], *args: Any) -> Any:
+            await filled.wait()
+            return act(*args)
+
+    class Pages:
+        async def fill(self, space: int, place: str) -> None:
+            await trio.lowlevel.checkpoint()
+            done.append((space, place))
+
+        async def expect_end(self) -> None:
+            await trio.lowlevel.checkpoint()
+
+        def close(self) -> None:
+            done.append("closed")
+
+    tree = SimpleNamespace(
+        contents=SimpleNamespace(place="file {}".format, finish_fill=lambda space: done.append(space)),
+        change=lambda: done.append("changed"),
+        last_fills=lambda: [SPACE],
+        place_of="memory {}".format,
+        has_births=False,
+    )
+    image: Any = SimpleNamespace(shared_memory={1: None}, contents={2: None})
+    with trio.fail_after(20):
+        await bring_up_to_date(tree, image, Pages(), Busy(), filled)  # type: ignore[arg-type]
+    shared = [(1, "file 1"), 1, (2, "file 2"), 2]
+    assert done == [*shared, "changed", (SPACE, f"memory {SPACE}"), "closed"]

@@ -58,7 +58,8 @@ async def bring_up_to_date(
     try:
         for space in [*image.shared_memory, *image.contents]:
             await feed.fill(space, rebuilding.contents.place(space))
-            await tracer.run(rebuilding.contents.finish_fill, space)
+            # the tracer may be busy with files that are made meanwhile
+            await trio.to_thread.run_sync(rebuilding.contents.finish_fill, space)
         filled.set()
         await tracer.run(rebuilding.change)
         for space in rebuilding.last_fills():

@@ -192,7 +192,8 @@ async def test_pages_where_records_were_announced():
 
 async def test_what_outlives_a_process_gets_its_pages_while_the_tracer_makes_files():
     """Only what touches processes waits for it."""
-    filled, done = trio.Event(), []
+    filled = trio.Event()
+    done: list[object] = []
 
     class Busy:
         async def run(self, act: Callable[..., Any], *args: Any) -> Any:
@@ -211,7 +212,7 @@ async def test_what_outlives_a_process_gets_its_pages_while_the_tracer_makes_fil
             done.append("closed")
 
     tree = SimpleNamespace(
-        contents=SimpleNamespace(place="file {}".format, finish_fill=lambda space: done.append(space)),
+        contents=SimpleNamespace(place="file {}".format, finish_fill=done.append),
         change=lambda: done.append("changed"),
         last_fills=lambda: [SPACE],
         place_of="memory {}".format,

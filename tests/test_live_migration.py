@@ -143,7 +143,7 @@ def test_an_interrupt_leaves_the_tree_as_it_was(
         time.sleep(after_s)
         for child in children_of(running.pid):
             os.kill(child, signal.SIGINT)
-        _, err = running.communicate(timeout=60)
+        _, err = running.communicate(timeout=PATIENCE_S)
         if running.returncode:
             assert running.returncode in (130, -signal.SIGINT), err
             assert_untouched(tree)
@@ -207,7 +207,7 @@ def meanwhile(
         yield
         family |= set(tree.pids())
         valve.open()
-        out, err = running.communicate(timeout=60)
+        out, err = running.communicate(timeout=PATIENCE_S)
         assert running.returncode == 0, err
         server.has_served()
     assert not reap(sorted(family)), "the source still runs"
@@ -269,7 +269,7 @@ def test_memory_that_somebody_else_begins_to_watch_is_refused_in_the_end(
             (tree.directory / "taken").touch()
             wait_until("given", (tree.directory / "given").exists)
             valve.open()
-            _, err = running.communicate(timeout=60)
+            _, err = running.communicate(timeout=PATIENCE_S)
         finally:
             os.close(watch)
             os.close(process)

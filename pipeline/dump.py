@@ -220,7 +220,7 @@ async def dump(
             )
         else:
             await warm(pool, pid)
-            if compress == "none":
+            if place and compress == "none":
                 room_bytes = await private_bytes(pid)
         progress.phase("freeze")
         looks = precopy.looks if precopy is not None else None

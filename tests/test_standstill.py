@@ -1,27 +1,156 @@
-"""What a tree that stands still does not wait for."""
+"""What shows only when the tree stands still: waited for if it may go away by itself, refused if not."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
 
 import pipeline
+from pipeline import blocking
+from pipeline.errors import Blocker, Refused, StorageError
 from pipeline.ids import HostPid
 from pipeline.kernel import procfs
+from pipeline.kernel.syscalls import CLONE
+from pipeline.ledger import LEDGER
+from pipeline.remote.tracer import tracer_thread
 from pipeline.resources import identity
+from pipeline.stages import examine, freeze
+from pipeline.stages.beforehand import Beforehand
+from pipeline.stages.capture import Capture
+from pipeline.standstill import refuse_early, standstill
+from pipeline.transport.storage import DirectoryStorage
 from tests.harness.settings import DEPTH_1
 from tests.harness.tree import Tree
 
 pytestmark = pytest.mark.root
 
 
+def looks_until_still(pid: int, patch: pytest.MonkeyPatch, blocker: Blocker, times: int) -> int:
+    """Stop a tree while `blocker` is found the first `times` times; returns how often it was looked at."""
+    looks = 0
+    take = Capture.take
+
+    def found(capture: Capture, tree: Any) -> Any:
+        nonlocal looks
+        looks += 1
+        return ([], [], [blocker]) if looks <= times else take(capture, tree)
+
+    async def main() -> None:
+        async with tracer_thread() as tracer, standstill(tracer, pid) as still:
+            assert still.records
+            assert still.processes == 1
+
+    patch.setattr(Capture, "take", found)
+    trio.run(main)
+    return looks
+
+
+def test_what_goes_away_by_itself_is_looked_at_again(
+    start: Callable[..., Tree], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree = start("quiet")
+    blocker = Blocker("pid 1", "a connection is being made", "", transient=True)
+    assert looks_until_still(tree.pid, monkeypatch, blocker, 2) == 3
+    assert not LEDGER.held()
+    tree.check()
+
+
+def test_what_is_there_at_one_look_only_does_not_refuse_a_running_tree(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    looks = iter([["open 5", "stays"], ["open 6", "stays"], ["open 7"], ["open 8"]])
+
+    def look(pid: int, *_: object) -> list[Blocker]:
+        return [Blocker("pid 1", reason) for reason in next(looks)]
+
+    monkeypatch.setattr(examine, "_look", look)
+    assert examine.tree_blockers(1) == [Blocker("pid 1", "stays")]
+    assert examine.tree_blockers(1) == []
+
+
+def test_nobody_of_us_is_in_a_network_of_the_tree_when_it_ends(start: Callable[..., Tree]) -> None:
+    """It would keep the addresses that are those of the tree elsewhere."""
+    tree = start("quiet", DEPTH_1.with_kinds("network", CLONE.NEWNET))
+
+    def inside() -> int:
+        own = os.stat("/proc/self/ns/net").st_ino
+        found = [os.stat(f"/proc/self/task/{tid}/ns/net").st_ino for tid in os.listdir("/proc/self/task")]
+        return sum(one != own for one in found)
+
+    async def main() -> None:
+        with Beforehand() as known:
+            await refuse_early(tree.pid, known=known)
+            assert inside() == 1
+            async with tracer_thread() as tracer:
+                async with standstill(tracer, tree.pid, known=known):
+                    assert inside() == 1
+                async with standstill(tracer, tree.pid, known=known) as still:
+                    await still.let_go_of_files()
+                    assert inside() == 0
+                    assert {what for what, _ in LEDGER.held()}.isdisjoint({"sysctl", "visitor"})
+
+    trio.run(main)
+    assert not LEDGER.held()
+    tree.check()
+
+
+@pytest.mark.parametrize("transient", [True, False])
+def test_what_stays_is_refused_and_the_tree_runs_on(
+    start: Callable[..., Tree], monkeypatch: pytest.MonkeyPatch, transient: bool
+) -> None:
+    tree = start("quiet")
+    with pytest.raises(Refused):
+        looks_until_still(tree.pid, monkeypatch, Blocker("pid 1", "stays", "", transient=transient), 100)
+    assert not LEDGER.held()
+    tree.check()
+
+
+def test_a_dump_that_is_refused_while_the_tree_stands_still_leaves_no_image(
+    start: Callable[..., Tree], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Where it was to go is open by then."""
+    tree = start("quiet")
+    blocker = Blocker("pid 1", "stays")
+    monkeypatch.setattr(Capture, "take", lambda *_: ([], [], [blocker]))
+    with pytest.raises(Refused):
+        blocking.dump(tree.pid, str(tmp_path / "image"))
+    assert not list(tmp_path.iterdir())
+    assert not LEDGER.held()
+    tree.check()
+
+
+def test_a_place_that_takes_no_image_is_found_before_the_tree_stands_still(
+    start: Callable[..., Tree], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    tree = start("quiet")
+    stops: list[int] = []
+    monkeypatch.setattr(freeze, "freeze", lambda pid, _: stops.append(pid))
+    above = tmp_path / "above"
+    above.mkdir()
+    free = DirectoryStorage.require_free
+
+    async def freed(storage: DirectoryStorage) -> None:
+        await free(storage)
+        above.rmdir()
+        above.write_bytes(b"")
+
+    monkeypatch.setattr(DirectoryStorage, "require_free", freed)
+    with pytest.raises(StorageError, match="Not a directory"):
+        blocking.dump(tree.pid, str(above / "image"))
+    assert not stops
+    assert not LEDGER.held()
+    tree.check()
+
+
 def test_the_table_of_locks_is_read_before_it(
     start: Callable[..., Tree], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Who reads it waits for a grace period of RCU; a file that is mapped, and was just written, makes it wanted."""
+    """Who reads it waits for a grace period of RCU. It is asked for a mapped file that was just written."""
     tree = start("mappings", DEPTH_1)
     states: list[str] = []
     asked: list[int] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from contextlib import suppress
 
 import trio
 
@@ -87,7 +88,8 @@ async def make_room(fd: LocalFd, size_bytes: int) -> None:
             step = min(_ROOM_STEP_BYTES, size_bytes - at)
             await trio.to_thread.run_sync(fallocate, fd, at, step)
     except OSError:  # it cannot, or has not so much; whether that is too little shows when it is written
-        await give_back_room(fd)
+        with suppress(OSError):
+            await give_back_room(fd)
 
 
 async def give_back_room(fd: LocalFd) -> None:

@@ -52,9 +52,11 @@ def test_an_end_outside_is_down_until_the_tree_runs(id_map: str | None) -> None:
         with making(forest, {network.index: network}, given=given) as keepers:
             assert "UP" not in outer()["again"]
         assert "again" not in outer()
+        before = os.listdir("/proc/self/fd")
         with making(forest, {network.index: network}, given=given) as keepers:
             keepers.connect_networks()
             assert {"UP", "LOWER_UP"} <= set(outer()["again"])
+        assert os.listdir("/proc/self/fd") == before
 
     in_child(body)
 

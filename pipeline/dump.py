@@ -222,12 +222,12 @@ async def dump(
             await warm(pool, pid)
             if place and compress == "none":
                 room_bytes = await private_bytes(pid)
-        progress.phase("freeze")
         looks = precopy.looks if precopy is not None else None
         with ungrouped():
             async with trio.open_nursery() as nursery:
                 storing = _Storing(precopy, progress, way)
                 await nursery.start(storing.run, storage, packer, pool, room_bytes)
+                progress.phase("freeze")
                 async with standstill(tracer, pid, externals, policy, place, looks, known) as still:
                     progress.phase("memory")
                     storing.begin(still)

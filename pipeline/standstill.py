@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import AsyncIterator, Collection, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
 
 import trio
@@ -199,6 +199,7 @@ async def standstill(
             before = known or stopped.enter_context(Beforehand())
             with ungrouped():
                 async with trio.open_nursery() as nursery:
+                    # for files that are mapped, and were just written: the kernel lets one wait for it
                     nursery.start_soon(trio.to_thread.run_sync, identity.read_leases_ahead)
                     await tracer.run(lambda now=sleepers: now.look(freeze.walk(HostPid(pid))))
                     await tracer.run(_make_room_for_descriptors, HostPid(pid))
@@ -277,28 +278,21 @@ async def look_again(tracer: Tracer, pid: int, memory: LiveMemory) -> int:
 
 async def warm(pool: BufferPool, pid: int) -> None:
     """Touch the buffers that the memory of the tree below `pid` goes through, before it stands still."""
-
-    def resident_bytes() -> int:
-        total = 0
-        for one in freeze.walk(HostPid(pid)):
-            with suppress(OSError, procfs.ProcessGone):
-                total += procfs.resident_bytes(one)
-        return total
-
-    await pool.warm(await trio.to_thread.run_sync(resident_bytes))
+    await pool.warm(await trio.to_thread.run_sync(_added_up, HostPid(pid), procfs.resident_bytes))
 
 
 async def private_bytes(pid: int) -> int:
     """About how much private memory the tree below `pid` has; what its processes share counts once."""
+    return await trio.to_thread.run_sync(_added_up, HostPid(pid), smaps.anonymous_share)
 
-    def total() -> int:
-        found = 0
-        for one in freeze.walk(HostPid(pid)):
-            with suppress(OSError, procfs.ProcessGone):
-                found += smaps.anonymous_share(one)
-        return found
 
-    return await trio.to_thread.run_sync(total)
+def _added_up(root: HostPid, bytes_of: Callable[[HostPid], int]) -> int:
+    """Over all processes of a tree that runs, as far as they can be asked."""
+    found = 0
+    for pid in freeze.walk(root):
+        with suppress(OSError, procfs.ProcessGone):
+            found += bytes_of(pid)
+    return found
 
 
 def _make_room_for_descriptors(root: HostPid) -> None:

@@ -30,7 +30,7 @@ class _AtTheFreeze(NullProgress):
         self.taken_bytes = 0
 
     def phase(self, name: str) -> None:
-        if name == "memory":
+        if name == "freeze":
             self.taken_bytes = sum(_taken_bytes(path) for path in self._directory.iterdir())
 
 

@@ -160,15 +160,15 @@ def apply(
     Raises:
         RebuildError: an option is unknown, or the kernel does not take the value.
     """
-    for name in values.keys() - _carried(who):
-        raise RebuildError(f"{subject}: socket option {name} does not exist for this socket")
-    is_known = fresh is not None
+    if unknown := values.keys() - _carried(who):
+        raise RebuildError(f"{subject}: socket option {min(unknown)} does not exist for this socket")
+    known = fresh
     for option in options_of(who):
         wanted = values.get(option.name)
         if wanted is None or option.name in without:
             continue
         _check_size(option, wanted, subject)
-        there = fresh.get(option.name) if fresh is not None and is_known else _read(sock, option)
+        there = _read(sock, option) if known is None else known.get(option.name)
         if there == wanted or (there is None and not any(wanted)):
             continue
         try:
@@ -179,7 +179,8 @@ def apply(
             raise RebuildError(
                 f"{subject}: {option.name} cannot be set to {shown}: {error.strerror or error}"
             ) from error
-        is_known &= option.name in _ALONE
+        if option.name not in _ALONE:
+            known = None
 
 
 def _check_size(option: Option, value: bytes, subject: str) -> None:

@@ -43,7 +43,7 @@ from pipeline.transport.handover import worked
 #: chunks of shared memory that are looked at in one go for one that has changed; some 10 ms
 _LOOKED_AT = 64
 #: so many read a memory that stands still at once, and compress what they have read
-READERS = min(4, len(os.sched_getaffinity(0)))
+_READERS = min(4, len(os.sched_getaffinity(0)))
 #: up to so many bytes share a buffer with others: many processes have some last pages each
 _SMALL_BYTES = 512 << 10
 
@@ -286,7 +286,7 @@ async def stream_memory(
             await emit_left()
             return
         async with trio.open_nursery() as nursery:
-            for _ in range(READERS):
+            for _ in range(_READERS):
                 nursery.start_soon(emit_beside, nursery)
         if failed:
             raise failed[0]

@@ -95,7 +95,7 @@ def memory() -> Iterator[Range]:
 @pytest.fixture(autouse=True)
 def several(monkeypatch: pytest.MonkeyPatch) -> None:
     """However many processors there are."""
-    monkeypatch.setattr(stages_memory, "READERS", 2)
+    monkeypatch.setattr(stages_memory, "_READERS", 2)
 
 
 async def test_what_several_read_at_once_is_an_image(memory: Range):

@@ -6,6 +6,7 @@ import errno
 import os
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import trio
@@ -193,6 +194,22 @@ async def test_a_disk_without_so_much_room_takes_what_it_can(
         assert taken_bytes(sink.fd) == 0  # type: ignore[attr-defined]
         await sink.write(b"memory")
     assert await content_of(storage, IMAGE) == b"memory"
+
+
+async def test_room_is_not_taken_from_others(
+    tmp_path: Path, steps: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+):
+    """The tree that is going to be stopped may write to that disk, too."""
+    genuine = os.fstatvfs
+    free = {"f_bavail": 6 * MIB, "f_frsize": 1}
+    monkeypatch.setattr(os, "fstatvfs", lambda fd: genuine(fd) and SimpleNamespace(**free))
+    for size, is_made in ((3 * MIB, True), (3 * MIB + 1, False)):
+        steps.clear()
+        storage = open_storage(str(tmp_path / str(size)))
+        async with storage.create(IMAGE, size) as sink:
+            await sink.write(b"memory")
+        assert bool(steps) == is_made
+        assert await content_of(storage, IMAGE) == b"memory"
 
 
 async def test_cancelled_while_room_is_made_nothing_is_left(

@@ -28,7 +28,7 @@ from typing import Literal, Self
 import trio
 from msgspec import Struct
 
-from pipeline.errors import InDoubt, PeerError, PeerRefused, UsageError
+from pipeline.errors import InDoubt, PeerError, PeerRefused, UsageError, ungrouped
 from pipeline.ids import HostPid
 from pipeline.image.codec import image_of
 from pipeline.image.packing import Compression, Packer
@@ -43,7 +43,7 @@ from pipeline.stages.beforehand import Beforehand
 from pipeline.stages.lending import Lending, Lent
 from pipeline.stages.outliving import large_memories
 from pipeline.stages.write import write_image
-from pipeline.standstill import refuse_early, standstill, warm
+from pipeline.standstill import Standstill, refuse_early, standstill, warm
 from pipeline.transport import identity, protocol
 from pipeline.transport.protocol import Cancel, Commit, Completed, Decision, Hello, Join, Offer
 from pipeline.transport.spread import SpreadWriter, beside
@@ -224,7 +224,7 @@ async def migrate(
                     told.all_sent = True
                     sent_s = time.monotonic()
                     progress.phase("prepare")
-                    await still.let_memory_outlive(lasting)
+                    await still.prepare_end(lasting)
                     await still.let_go_of_files()
                     if not isinstance(await channel.hear(), protocol.Prepared):
                         raise PeerError(f"{channel.peer} did not get ready")
@@ -235,9 +235,9 @@ async def migrate(
                     # whoever beside us fails
                     scope.shield = told.committed = True
                     with trio.CancelScope(shield=True):
-                        await tracer.run(still.end)
-                        completed = await told.commit(None if lending is None else progress)
-                        done_s = time.monotonic()
+                        async with _ended(tracer, still):
+                            completed = await told.commit(None if lending is None else progress)
+                            done_s = time.monotonic()
                         await tracer.run(still.holdings.settled)
                 parts = {
                     "freeze": 1e3 * (still.frozen_s - still.begun_s),
@@ -321,6 +321,20 @@ async def _rounds_sent(tracer: Tracer, live: LiveSource | None) -> AsyncIterator
         with trio.CancelScope(shield=True):
             await live.throttle.set(0)
             await tracer.run(live.close)
+
+
+@asynccontextmanager
+async def _ended(tracer: Tracer, still: Standstill) -> AsyncIterator[None]:
+    """The tree runs nothing any more here, and has ended behind the block: before it, where that may be seen."""
+    if still.may_write_at_its_end:
+        await tracer.run(still.end)
+        yield
+        return
+    still.kill()
+    with ungrouped():
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(tracer.run, still.end)
+            yield
 
 
 @asynccontextmanager

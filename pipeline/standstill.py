@@ -110,6 +110,8 @@ class Standstill:
         self._held = held
         self._outliving = outliving
         self.holdings = holdings
+        #: whether something that others see may be written at the end of the tree; see `prepare_end`
+        self.may_write_at_its_end = True
 
     def translated(self) -> Iterator[Record]:
         """The records, one by one, their ids in the forest of the image."""
@@ -153,19 +155,30 @@ class Standstill:
         await self._held.aclose()
         self._known.networks.close()
 
+    def kill(self) -> None:
+        """Let nothing of the tree run again, without waiting for its end, which `end` does."""
+        freeze.kill(self.tree)
+
     def end(self) -> None:
         """Kill every process of the tree, and tell those that hold something of it; in the tracer's thread."""
         freeze.end(self.tree)
         self.holdings.ended()
 
-    async def let_memory_outlive(self, lasting: Collection[HostPid] = ()) -> None:
+    async def prepare_end(self, lasting: Collection[HostPid] = ()) -> None:
         """Let the end of the tree not wait for its memory, which is given back at the end of the standstill.
+
+        And see what else it waits for: before `let_go_of_files`.
 
         Args:
             lasting: whose memory lasts longer than that.
         """
         memories = [one for one in large_memories(self.records, self.sources) if one.pid not in lasting]
-        await trio.to_thread.run_sync(self._outliving.hold, memories)
+
+        def prepare() -> None:
+            self._outliving.hold(memories)
+            self.may_write_at_its_end = self._capture.may_write_at_its_end()
+
+        await trio.to_thread.run_sync(prepare)
 
 
 @asynccontextmanager

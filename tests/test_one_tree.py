@@ -66,15 +66,22 @@ class World:
 
     source_runs: bool = True
     there: Literal["nothing", "stands", "runs"] = "nothing"
+    #: the source has waited for its end, and has to before the tree runs there
+    has_ended: bool = False
+    is_waited_for: bool = False
     messages: list[str] = field(default_factory=list)
 
     def check(self) -> None:
         assert not (self.source_runs and self.there == "runs"), "two"
         assert self.source_runs or self.there != "nothing", "none"
 
-    def end(self) -> None:
+    def kill(self) -> None:
         self.source_runs = False
         self.check()
+
+    def end(self) -> None:
+        self.kill()
+        self.has_ended = True
 
     root_pid = child_pid = 77
     notes = ()
@@ -93,14 +100,16 @@ class World:
     def update(self, _: object) -> bool:
         return True
 
-    def equip_early(self) -> None:
+    def equip_early(self, _is_enough: object) -> bool:
         assert self.there == "stands"
+        return True
 
     def complete(self) -> None:
         assert self.there == "stands"
 
     def thaw(self) -> int:
         assert self.there == "stands"
+        assert self.has_ended or not self.is_waited_for
         self.there = "runs"
         self.check()
         return 77
@@ -229,6 +238,7 @@ def play(
     mode: Mode = "stop",
     end_at_s: float | None = None,
     word_at_s: float | None = None,
+    is_waited_for: bool = False,
 ) -> tuple[World, BaseException | None, int]:
     """One migration in such a network; the world afterwards, how it ended, and how many trees are in doubt.
 
@@ -239,8 +249,9 @@ def play(
         streams, mode: of the migration.
         end_at_s: `serve` is cancelled then, by somebody who settles nothing that is in doubt.
         word_at_s: a person says then that what is in doubt shall run at the destination.
+        is_waited_for: the tree has to have ended at its source before it runs at the destination.
     """
-    world = World()
+    world = World(is_waited_for=is_waited_for)
     ended: list[BaseException | None] = [None]
 
     @asynccontextmanager
@@ -248,7 +259,8 @@ def play(
         yield SimpleNamespace(
             records=(), translated=tuple, sources=(), forest=None, processes=1, injected_calls=0,
             begun_s=0.0, frozen_s=0.0, captured_s=0.0,
-            end=world.end, let_go_of_files=_uninterrupted, let_memory_outlive=nothing,
+            end=world.end, kill=world.kill, let_go_of_files=_uninterrupted, prepare_end=nothing,
+            may_write_at_its_end=is_waited_for,
             holdings=SimpleNamespace(settled=lambda: None, complaints=[]),
         )  # fmt: skip
 
@@ -437,6 +449,7 @@ def play(
     how=st.sampled_from(
         [(1, "stop"), (1, "precopy"), (1, "postcopy"), (1, "hybrid"), (2, "stop"), (4, "stop")]
     ),
+    is_waited_for=st.booleans(),
 )
 def test_one_tree_whatever_the_network_does(
     fates: list[Fate],
@@ -444,11 +457,15 @@ def test_one_tree_whatever_the_network_does(
     cancel_at_s: float | None,
     end_at_s: float | None,
     how: tuple[int, Mode],
+    is_waited_for: bool,
 ) -> None:
     before = LEDGER.held()
     with pytest.MonkeyPatch.context() as patch:
-        world, error, held = play(patch, fates, comes_back, cancel_at_s, *how, end_at_s)
+        world, error, held = play(
+            patch, fates, comes_back, cancel_at_s, *how, end_at_s, is_waited_for=is_waited_for
+        )
     assert LEDGER.held() == before
+    assert world.has_ended != world.source_runs
     if error is None:
         assert not world.source_runs
         assert (world.there, held) == ("runs", 0)

@@ -19,7 +19,9 @@ from pipeline.kernel.syscalls import CLONE
 from pipeline.ledger import LEDGER
 from pipeline.remote.tracer import tracer_thread
 from pipeline.resources import identity
-from pipeline.stages import examine, freeze
+from pipeline.resources.memory import objects
+from pipeline.resources.paths import Magic
+from pipeline.stages import ending, examine, freeze
 from pipeline.stages.beforehand import Beforehand
 from pipeline.stages.capture import Capture
 from pipeline.standstill import refuse_early, standstill
@@ -96,6 +98,30 @@ def test_nobody_of_us_is_in_a_network_of_the_tree_when_it_ends(start: Callable[.
 
     trio.run(main)
     assert not LEDGER.held()
+    tree.check()
+
+
+@pytest.mark.parametrize("program", ["files", "mappings"])
+@pytest.mark.parametrize("far", ["nothing", "its open files", "its mapped files"])
+def test_it_is_known_whether_its_end_may_be_seen(
+    start: Callable[..., Tree], monkeypatch: pytest.MonkeyPatch, program: str, far: str
+) -> None:
+    """By its open files, and its mapped ones; both programs write to their output, and one to a mapped file."""
+    tree = start(program, DEPTH_1)
+    if far == "its open files":
+        monkeypatch.setattr(ending, "filesystem", lambda _: Magic.NFS)
+    elif far == "its mapped files":
+        monkeypatch.setattr(objects, "filesystem", lambda _: Magic.NFS)
+
+    async def main() -> bool:
+        async with tracer_thread() as tracer, standstill(tracer, tree.pid) as still:
+            assert still.may_write_at_its_end, "nobody has looked"
+            await still.prepare_end()
+            await still.let_go_of_files()
+            return still.may_write_at_its_end
+
+    seen = trio.run(main)
+    assert seen == (far == "its open files" or (far == "its mapped files" and program == "mappings"))
     tree.check()
 
 

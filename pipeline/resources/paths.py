@@ -75,6 +75,12 @@ class Magic(IntEnum):
     MQUEUE = 0x19800202
     FUSE = 0x65735546
     NFS = 0x6969
+    EXT4 = 0xEF53
+    XFS = 0x58465342
+    BTRFS = 0x9123683E
+    F2FS = 0xF2F52010
+    OVERLAYFS = 0x794C7630
+    RAMFS = 0x858458F6
 
 
 def filesystem(fd: int) -> int:

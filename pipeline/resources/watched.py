@@ -28,14 +28,12 @@ from pipeline.kernel.arch.x86_64_numbers import NR
 from pipeline.kernel.mountinfo import mountinfo
 from pipeline.kernel.syscalls import syscall
 from pipeline.resources.kinds import CaptureScope, CreateScope, FdView
-from pipeline.resources.paths import DELETED, filesystem, open_place
+from pipeline.resources.paths import DELETED, Magic, filesystem, open_place
 
 #: how long may be searched for the names of a process
 SEARCH_S = 1.0
 _MINOR_BITS = 20
 _IN_ATTRIB = 4
-#: f_type of overlay
-_OVERLAY = 0x794C7630
 #: names found before, by inode: a tree is looked at twice
 _known: dict[Watched, bytes] = {}
 
@@ -73,7 +71,7 @@ def is_it(place: LocalFd, wanted: Watched) -> bool:
     found = os.fstat(place)
     if found.st_ino != wanted.inode:
         return False
-    told = found.st_dev == wanted.device and filesystem(place) != _OVERLAY
+    told = found.st_dev == wanted.device and filesystem(place) != Magic.OVERLAYFS
     return told or _as_watched(place) == wanted
 
 

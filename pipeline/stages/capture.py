@@ -73,7 +73,7 @@ from pipeline.resources.tasks import (
 from pipeline.resources.tasks.inquiry import Inquiry, thread_record
 from pipeline.resources.tasks.interrupted import Sleepers, Slept
 from pipeline.resources.tasks.refusals import check_stopped, check_task
-from pipeline.stages import faults
+from pipeline.stages import ending, faults
 from pipeline.stages.ahead import MappingReader, MappingsAhead
 from pipeline.stages.asking import Answers, asked
 from pipeline.stages.beforehand import Beforehand
@@ -183,6 +183,10 @@ class Capture:
     def forest(self) -> Forest:
         """The user namespaces of the tree."""
         return self._forest.forest()
+
+    def may_write_at_its_end(self) -> bool:
+        """See `ending.may_write_at_its_end`; until `close`."""
+        return ending.may_write_at_its_end((view for _, view in self.files.files()), self._objects.written_on)
 
     def _face(self, pid: HostPid) -> HostPid:
         """By which of its threads a process is looked at."""

@@ -526,17 +526,22 @@ def _let_go(task: FrozenTask) -> bool:
     return True
 
 
+def kill(tree: FrozenTree) -> None:
+    """Tell every process of a frozen tree to end: nothing of it runs again. In any thread, before `end` waits."""
+    for process in tree.living():
+        with suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGKILL)
+
+
 def end(tree: FrozenTree) -> None:
-    """Kill the frozen tree: every process is told first, so nothing of it runs again; then its end is awaited.
+    """Kill the frozen tree (`kill`), and wait for its end.
 
     Ends are taken in rounds, as they come: a leader's is reported after those of its threads, and
     the first process of a pid namespace ends only when all the others in it are collected, also those
     whose parent is further out. That is for whoever adopts them to do; who has nothing left but that to wait
     for is not waited for long: it runs nothing any more.
     """
-    for process in tree.living():
-        with suppress(ProcessLookupError):
-            os.kill(process.pid, signal.SIGKILL)
+    kill(tree)
     grace_until = 0.0
     while waited := [(process, tid) for process in tree.processes.values() for tid in process.tasks]:
         over = grace_until and time.monotonic() > grace_until

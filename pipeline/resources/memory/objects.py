@@ -38,7 +38,7 @@ from pipeline.resources.kinds import FdView
 from pipeline.resources.memory.classify import Backing, kernel_shmem_device
 from pipeline.resources.memory.scope import CannotCarry, MemoryScope
 from pipeline.resources.other_names import other_name
-from pipeline.resources.paths import look_up, same_inode
+from pipeline.resources.paths import filesystem, look_up, same_inode
 
 _F_GET_SEALS = 1034
 _F_SEAL_EXEC = 0x20
@@ -88,6 +88,8 @@ class MemoryObjects:
         self.scope = scope
         self._files: dict[tuple[object, ...], Index] = {}
         self._records: list[MappedFile] = []
+        #: f_type of the file systems on which files with a name are that may be written by way of a mapping
+        self.written_on: set[int] = set()
         self._shared: dict[InodeKey, SharedObject] = {}
 
     def __enter__(self) -> Self:
@@ -256,6 +258,8 @@ class MemoryObjects:
                 content = self._content(fd, result, name)
             if not deleted:
                 self._take_along(pid, name, fd)
+                if writable:
+                    self.written_on.add(filesystem(fd))
             index = self.scope.file_of(key)
             self._records.append(
                 MappedFile(

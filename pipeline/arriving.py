@@ -7,7 +7,7 @@ tree that they tell of, and its open files are made, while the source reckons an
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 import trio
@@ -118,28 +118,30 @@ async def _come_to_rest(
     refused: list[PipelineError] = []
     failed: list[PipelineError] = []
 
-    def update() -> bool:
-        fits = rebuilding.update(image)
-        if fits and not rebuilding.lacks_files:
-            equip()
-        return fits
+    def update(token: trio.lowlevel.TrioToken) -> bool:
+        nonlocal is_draft_of_it
+        is_draft_of_it = rebuilding.update(image)
+        token.run_sync_soon(updated.set)
+        return not is_draft_of_it or (not rebuilding.lacks_files and equip(filled.is_set))
 
-    def equip() -> None:
+    def equip(is_enough: Callable[[], bool]) -> bool:
         try:
-            rebuilding.equip_early()
+            return rebuilding.equip_early(is_enough)
         except PipelineError as error:
             failed.append(error)
+            return True
 
     async def update_and_equip() -> None:
-        nonlocal is_draft_of_it
         try:
-            is_draft_of_it = await tracer.run(update)
+            is_equipped = await tracer.run(update, trio.lowlevel.current_trio_token())
         except PipelineError as error:
             refused.append(error)
-        updated.set()
-        if is_draft_of_it and rebuilding.lacks_files:
+            updated.set()
+            return
+        if not is_equipped:
+            # behind the change of what stands, which waits for nothing but that
             await filled.wait()
-            await tracer.run(equip)
+            await tracer.run(equip, lambda: False)
 
     with ungrouped():
         async with trio.open_nursery() as nursery:

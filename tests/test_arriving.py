@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ from pipeline.image.delta import Draft
 from pipeline.image.schema import Absent, Record, Unchanged, UserNamespace
 from pipeline.ledger import LEDGER
 from pipeline.progress import NullProgress
+from pipeline.remote.tracer import tracer_thread
 from pipeline.stages import fill
 from pipeline.stages.building import bring_up_to_date
 from pipeline.transport import protocol
@@ -45,10 +47,11 @@ class _Tree:
         self.image = image
         return self.is_draft_of_it
 
-    def equip_early(self) -> None:
+    def equip_early(self, is_enough: Callable[[], bool]) -> bool:
         self.equipped += 1
         if self.fails:
             raise RebuildError("its address is taken")
+        return not is_enough()
 
     def change(self) -> None:
         assert self.image is not None
@@ -188,6 +191,36 @@ async def test_pages_where_records_were_announced():
     with pytest.raises(ImageError, match="fewer records came than the 1"):
         await _come(_Tree(), channel, records)
     assert LEDGER.held() == held
+
+
+async def test_what_stands_is_changed_between_two_files(written: list[Any]):
+    """Its pages then come while the others are made."""
+
+    class Busy(_Tree):
+        def __init__(self) -> None:
+            super().__init__()
+            self.steps: list[str] = []
+
+        def equip_early(self, is_enough: Callable[[], bool]) -> bool:
+            self.steps.append("files" if self.equipped == 0 else "the other files")
+            self.equipped += 1
+            give_up_s = time.monotonic() + 20
+            while self.equipped == 1 and not is_enough():
+                assert time.monotonic() < give_up_s, "what outlives a process has waited for all files"
+                time.sleep(0.001)
+            return self.equipped > 1
+
+        def change(self) -> None:
+            super().change()
+            self.steps.append("change")
+
+    channel, records = await _sent(rest=Begin("rest"))
+    tree = Busy()
+    async with tracer_thread() as tracer:
+        draft = Draft(test_inspect.image().image)
+        count, _ = await arriving._come_to_rest(channel, tree, draft, records, tracer, NullProgress())  # type: ignore[arg-type]
+    assert (count, len(written)) == (3 * PAGE, 3)
+    assert tree.steps == ["files", "change", "the other files"]
 
 
 async def test_what_outlives_a_process_gets_its_pages_while_the_tracer_makes_files():

@@ -11,7 +11,7 @@ from __future__ import annotations
 import fcntl
 import os
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar
@@ -100,8 +100,8 @@ class Descriptors:
 
     # -- the phases ---------------------------------------------------------------
 
-    def create(self) -> None:
-        """Phases 1 and 2, and what all kinds have in common: status flags."""
+    def create(self) -> Iterator[None]:
+        """Phases 1 and 2, and what all kinds have in common: status flags. Yields between files."""
         for file in self._image.files.values():
             kind = kind_named(file.kind)
             try:
@@ -112,11 +112,13 @@ class Descriptors:
             fd = self._attempt(file, partial(kind.create, file, record, self))
             LEDGER.take("open file", fd)
             self._files[file.index] = fd
+            yield
         for file in self._image.files.values():
             kind = kind_named(file.kind)
             self._attempt(file, partial(kind.connect, file, self._records[file.index], self))
             if not file.flags & _O_PATH:
                 self._attempt(file, partial(self._set_flags, file))
+            yield
 
     def _set_flags(self, file: OpenFile) -> None:
         fd = self._files[file.index]
@@ -126,11 +128,12 @@ class Descriptors:
         if wanted != now:
             fcntl.fcntl(fd, fcntl.F_SETFL, wanted)
 
-    def install(self) -> None:
-        """Give every process its descriptors, under their numbers."""
+    def install(self) -> Iterator[None]:
+        """Give every process its descriptors, under their numbers. Yields between processes."""
         for process in self._image.processes.values():
             if process.fds:
                 self._install(self._puppets[process.pids[0]], process.fds)
+                yield
 
     def _install(self, puppet: Puppet, entries: Sequence[FdEntry]) -> None:
         ordered = sorted(entries, key=lambda entry: entry.fd)

@@ -4,8 +4,8 @@ The order, each step for all processes before the next begins:
 
 1. threads, since nothing is forked any more;
 2. descriptors: made, joined, handed over;
-3. what had to wait for the pages and the births: advice, locks, guards, seals of memory;
-4. working directory, root, umask;
+3. working directory, root, umask;
+4. what had to wait for the pages and the births: advice, locks, guards, seals of memory;
 5. zombies end, and who is to be stopped by job control is stopped;
 6. task state that needs capabilities or numbers: limits, signal actions, timers, ids, filters;
 7. the scratch area goes, registers and masks are put on.
@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 from pipeline.errors import RebuildError
@@ -67,8 +67,8 @@ def complete_memory(image: Image, growth: Growth) -> None:
 OpenDirectory = Callable[[PathRef, FileOwner | None], LocalFd]
 
 
-def set_directories(image: Image, growth: Growth, open_directory: OpenDirectory) -> None:
-    """Root, working directory and umask of every process, and of threads that have their own."""
+def set_directories(image: Image, growth: Growth, open_directory: OpenDirectory) -> Iterator[None]:
+    """Root, working directory and umask of every process, and of threads that have their own. Yields between them."""
     for process, grown in living(image, growth):
         if not process.together.fs and process.root is not None and process.cwd is not None:
             place = Place(
@@ -78,6 +78,7 @@ def set_directories(image: Image, growth: Growth, open_directory: OpenDirectory)
         for thread, puppet in zip(process.threads, grown.threads, strict=True):
             if thread.place is not None:
                 _put(puppet, open_directory, thread.place, process)
+        yield
 
 
 def _put(puppet: Puppet, open_directory: OpenDirectory, place: Place, process: Process) -> None:

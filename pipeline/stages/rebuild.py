@@ -128,7 +128,8 @@ class Rebuilding:
         self._stack = ExitStack()
         self._thawed = False
         self._watched: list[Watched] = []
-        #: the open files of the tree, where they are made already
+        #: the steps that make threads and open files, and the open files when these begin
+        self._equipping: Iterator[None] | None = None
         self._descriptors: Descriptors | None = None
         #: by space, until it has all of its pages
         self._fresh: dict[int, Fresh] = {}
@@ -426,16 +427,29 @@ class Rebuilding:
         return bool(self._untaken)
 
     @_step
-    def equip_early(self) -> None:
+    def equip_early(self, is_enough: Callable[[], bool] = lambda: False) -> bool:
         """Begin with what `complete` does, beside the last pages, if the processes that stand are all.
 
         Where it `lacks_files`, what outlives a process has its pages.
-        """
-        if not self._mending.ended and not self.has_births:
-            self._descriptors = self._equip()
 
-    def _equip(self) -> Descriptors:
-        """Threads, and open files that nobody has yet: what touches no memory, nor bytes but those of `lacks_files`."""
+        Args:
+            is_enough: asked between the steps: something else waits for the tracer.
+
+        Returns:
+            Whether there is nothing more to do of it.
+        """
+        return bool(self._mending.ended) or self.has_births or self._equip(is_enough)
+
+    def _equip(self, is_enough: Callable[[], bool] = lambda: False) -> bool:
+        """Threads, open files, directories: what touches no memory, nor bytes but those of `lacks_files`.
+
+        Goes on where it was left; see `equip_early`.
+        """
+        if self._equipping is None:
+            self._equipping = self._equipment()
+        return not any(is_enough() for _ in self._equipping)
+
+    def _equipment(self) -> Iterator[None]:
         image, growth = self._image, self.growth
         finish.make_threads(image, growth)
         for process, grown in finish.living(image, growth):
@@ -466,21 +480,23 @@ class Rebuilding:
             self._late,
             self._clocks,
         )
+        self._descriptors = descriptors
         self._stack.callback(descriptors.close)
-        descriptors.create()
-        return descriptors
+        yield from descriptors.create()
+        yield from descriptors.install()
+        yield from finish.set_directories(image, growth, descriptors.directory)
 
     @_step
     def complete(self) -> None:
         """Everything but letting it run."""
         self._close_fresh()
-        descriptors = self._descriptors or self._equip()
+        self._equip()
+        descriptors = self._descriptors
+        assert descriptors is not None
         image, growth = self._image, self.growth
         self.contents.seal_late()
         try:
-            descriptors.install()
             finish.complete_memory(image, growth)
-            finish.set_directories(image, growth, descriptors.directory)
             for process, grown in finish.living(image, growth):
                 timers.make_timers(process, grown.puppet)
             descriptors.finish()

@@ -33,6 +33,7 @@ import os
 import select
 import stat
 import struct
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import Annotated
@@ -46,6 +47,7 @@ from pipeline.image.schema import U32, Index, OpenFile, Pid, Record
 from pipeline.kernel.arch import x86_64 as arch
 from pipeline.kernel.arch.x86_64_numbers import NR
 from pipeline.kernel.syscalls import CLONE, syscall, unshare
+from pipeline.remote.calls import Call
 from pipeline.resources import locks, outside
 from pipeline.resources.acting import in_thread
 from pipeline.resources.epoll_items import lines, target
@@ -195,11 +197,15 @@ class Epoll(CompleteOnceCreated):
             _register_apart(file, record, scope)
             return
         instance, collected = scope.file(file.index), []
+        #: what is asked of each process at once: nothing has to be seen between these
+        waiting: dict[Pid, list[Call]] = defaultdict(list)
         for item in sorted(record.items, key=lambda item: not _is_silent(item, scope)):
             targets = set(scope.holders(item.file))
             pid = next((pid for pid in homes if (pid, item.fd) in targets), None)
             try:
-                if pid is not None:
+                if pid is not None and not item.reported and not _has_fired(item):
+                    waiting[pid].append(_registration(homes[pid], item))
+                elif pid is not None:
                     silent = item.reported and _is_silent(item, scope)
                     _register(pid, homes[pid], item, scope)
                     if silent:
@@ -214,6 +220,11 @@ class Epoll(CompleteOnceCreated):
             except OSError as error:
                 why = f"{describe(file)} cannot watch open file {item.file} as fd {item.fd}: {error.strerror}"
                 raise RebuildError(why) from error
+        for pid, calls in waiting.items():
+            try:
+                scope.inject_all(pid, calls)
+            except OSError as error:
+                raise RebuildError(f"{describe(file)} cannot {error.strerror}") from error
         for pid, item in collected:
             if not _is_silent(item, scope):  # it has become ready meanwhile
                 scope.inject(pid, NR.epoll_ctl, homes[pid], _EPOLL_CTL_MOD, item.fd, _event(item))
@@ -290,6 +301,14 @@ def _register_apart(file: OpenFile, record: EpollState, scope: CreateScope) -> N
 def _event(item: Item, more: int = 0) -> bytes:
     """Its struct epoll_event, with `more` bits of events."""
     return _EVENT.pack(item.events | more, int.from_bytes(item.data, "little"))
+
+
+def _registration(epoll: int, item: Item) -> Call:
+    return Call(
+        NR.epoll_ctl,
+        (epoll, _EPOLL_CTL_ADD, item.fd, _event(item)),
+        name=f"watch open file {item.file} as fd {item.fd}",
+    )
 
 
 def _register(pid: Pid, epoll: int, item: Item, scope: CreateScope) -> None:

@@ -89,8 +89,10 @@ class KernelFileState(Record, frozen=True, kw_only=True):
 
 def is_kernel_file(view: FdView) -> bool:
     """Whether the regular file of `view` is on a filesystem that the kernel makes up."""
+    if not stat.S_ISREG(view.stat.st_mode):
+        return False
     magic = filesystem(view.local)
-    return stat.S_ISREG(view.stat.st_mode) and (magic in _BY_NAME or magic in _WITH_STATE)
+    return magic in _BY_NAME or magic in _WITH_STATE
 
 
 class KernelFile(CompleteOnceCreated):

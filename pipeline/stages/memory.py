@@ -8,7 +8,7 @@ on their way out. The pool bounds the memory, however large the tree is.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain, islice
@@ -20,7 +20,7 @@ import xxhash
 
 from pipeline.errors import TargetError
 from pipeline.ids import HostPid, LocalFd
-from pipeline.image.frames import PageRun
+from pipeline.image.frames import MAX_SEGMENTS, PageRun
 from pipeline.image.packing import PackedRun
 from pipeline.kernel.pagemap import PAGE_BYTES, Range, intersect, subtract, total_bytes, union
 from pipeline.kernel.procfs import ProcessGone, is_exiting
@@ -40,8 +40,8 @@ from pipeline.resources.memory.pages import (
 from pipeline.transport.buffers import BufferPool, Lease
 from pipeline.transport.handover import worked
 
-#: chunks of shared memory that are looked at in one go for one that has changed; some 10 ms
-_LOOKED_AT = 64
+#: chunks of shared memory that are looked at in one go for what has changed; some 5 ms
+_LOOKED_AT = 32
 #: so many read a memory that stands still at once, and compress what they have read
 _READERS = min(4, len(os.sched_getaffinity(0)))
 #: up to so many bytes share a buffer with others: many processes have some last pages each
@@ -143,6 +143,8 @@ class Sent:
 
 
 _NOT_SENT = _Chunk([], b"")
+#: segments
+_MOST_OF_A_CHUNK = Sent.CHUNK_BYTES // PAGE_BYTES
 
 
 def _segments(runs: Sequence[Range]) -> list[Segment]:
@@ -238,8 +240,13 @@ async def stream_memory(
     done = 0
 
     async def emit_news(space: int, fills: Iterator[_Fill]) -> None:
-        for first in fills:
-            await emit(space, _first_of(chain([first], islice(fills, _LOOKED_AT - 1))))
+        async def emit_left() -> None:
+            while some := list(islice(fills, _LOOKED_AT)):
+                left = iter(some)
+                for first in left:
+                    await emit(space, _together(chain([first], left)))
+
+        await _several(emit_left)
 
     async def emit(space: int, fill: _Fill, size_bytes: int = pool.size_bytes) -> None:
         """`size_bytes`: of memory that stands still, where there is less of it than a buffer takes."""
@@ -265,31 +272,16 @@ async def stream_memory(
     async def emit_all(
         space: int, wanted: Iterable[Sequence[Segment]], reading: Callable[[Sequence[Segment]], _Fill]
     ) -> None:
-        """`emit` what reads each piece, several at once: in no order. What fails first is raised."""
+        """`emit` what reads each piece, several at once: in no order."""
         rest = iter(wanted)
         firsts = list(islice(rest, 2))
         left = chain(firsts, rest)
-        failed: list[Exception] = []
 
         async def emit_left() -> None:
             for piece in left:
                 await emit(space, reading(piece), sum(length for _, length in piece))
 
-        async def emit_beside(nursery: trio.Nursery) -> None:
-            try:
-                await emit_left()
-            except Exception as error:  # noqa: BLE001 (it is raised when the others have ended)
-                failed.append(error)
-                nursery.cancel_scope.cancel()
-
-        if len(firsts) < 2:
-            await emit_left()
-            return
-        async with trio.open_nursery() as nursery:
-            for _ in range(_READERS):
-                nursery.start_soon(emit_beside, nursery)
-        if failed:
-            raise failed[0]
+        await (_several(emit_left) if len(firsts) == 2 else emit_left())
 
     async with send:
         for source in sources:
@@ -321,6 +313,24 @@ async def stream_memory(
                     scratch = bytearray(pool.size_bytes)
                     for segments, count in read_shared(shared, scratch):
                         await emit(space, _copying(scratch, segments, count))
+
+
+async def _several(emit_left: Callable[[], Awaitable[None]]) -> None:
+    """Let so many as may read at once share what is left; what fails first is raised."""
+    failed: list[Exception] = []
+
+    async def emit_beside() -> None:
+        try:
+            await emit_left()
+        except Exception as error:  # noqa: BLE001 (it is raised when the others have ended)
+            failed.append(error)
+            nursery.cancel_scope.cancel()
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(_READERS):
+            nursery.start_soon(emit_beside)
+    if failed:
+        raise failed[0]
 
 
 @contextmanager
@@ -359,15 +369,19 @@ def _reading_live(memory: ProcessMemory, piece: Sequence[Segment], missed: list[
     return fill
 
 
-def _first_of(fills: Iterator[_Fill]) -> _Fill:
-    """The first of them that has something to send, if any; those before it are done with."""
+def _together(fills: Iterator[_Fill]) -> _Fill:
+    """What these have to send, of one chunk each, as far as there is room; the rest of `fills` is left."""
 
     def fill(view: memoryview) -> tuple[Sequence[Segment], int]:
+        found: list[Segment] = []
+        done = 0
         for one in fills:
-            segments, count = one(view)
-            if count:
-                return segments, count
-        return [], 0
+            segments, count = one(view[done:])
+            found += segments
+            done += count
+            if len(view) - done < Sent.CHUNK_BYTES or len(found) > MAX_SEGMENTS - _MOST_OF_A_CHUNK:
+                break
+        return found, done
 
     return fill
 

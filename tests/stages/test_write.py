@@ -15,14 +15,14 @@ import trio
 
 from pipeline.errors import StorageError
 from pipeline.ids import HostPid, LocalFd
-from pipeline.image.frames import MAX_PAYLOAD_BYTES, PageRun
+from pipeline.image.frames import MAX_PAYLOAD_BYTES, MAX_SEGMENTS, PageRun
 from pipeline.image.packing import PackedRun, Packer
 from pipeline.image.schema import Content, Record
 from pipeline.kernel.pagemap import Range
 from pipeline.progress import NullProgress
 from pipeline.stages import memory as stages_memory
 from pipeline.stages import write as stages_write
-from pipeline.stages.memory import FilePages, LivePages, ProcessPages
+from pipeline.stages.memory import FilePages, LivePages, ProcessPages, Sent
 from pipeline.stages.write import in_order, write_image, write_pages, write_translated
 from pipeline.transport.buffers import BufferPool, LeasedRun
 from pipeline.transport.framing import FrameReader, FrameWriter
@@ -136,7 +136,13 @@ async def test_what_fails_first_of_several_reads_is_raised_alone(memory: Range):
 
 async def test_a_read_that_fails_ends_the_others(memory: Range):
     """What is left is not read for nothing."""
-    packer, pool = Packer(), BufferPool(6, BUFFER)
+
+    class Slow(Packer):
+        def pack(self, run: PageRun) -> PackedRun:
+            time.sleep(0.2)  # the other one fails meanwhile
+            return super().pack(run)
+
+    packer, pool = Slow(), BufferPool(6, BUFFER)
     source = ProcessPages(1, HostPid(os.getpid()), [(BUFFER, 2 * BUFFER), memory])
     with pytest.raises(OSError, match="page at"):
         await write_pages(FrameWriter(Memory(), packer, pool=pool), [source], NullProgress())
@@ -210,3 +216,73 @@ async def test_records_are_translated_when_it_is_their_turn(
     )
     assert seen == [int(eager)]
     assert translated == [record]
+
+
+CHUNK = Sent.CHUNK_BYTES
+
+
+@pytest.fixture
+def chunks() -> Iterator[LocalFd]:
+    """Shared memory of forty chunks, without a page."""
+    fd = LocalFd(os.memfd_create("shared"))
+    try:
+        os.truncate(fd, 40 * CHUNK)
+        yield fd
+    finally:
+        os.close(fd)
+
+
+async def _news(fd: LocalFd, sent: Sent) -> tuple[list[int], dict[int, bytes]]:
+    """How many segments each frame has of what is new, and the pages."""
+    sink, pool = Memory(), BufferPool(6, MAX_PAYLOAD_BYTES)
+    await write_translated(
+        FrameWriter(sink, pool=pool), in_order([]), [FilePages(1, fd, 40 * CHUNK, sent)], NullProgress()
+    )
+    assert pool._room.value == pool.count
+    frames: list[int] = []
+    pages: dict[int, bytes] = {}
+    reader = FrameReader(sink, BufferPool(1, MAX_PAYLOAD_BYTES), "wire")
+    while (item := await reader.next()) is not None:
+        if isinstance(item, LeasedRun):
+            frames.append(len(item.run.segments))
+            pages |= content(item.run)
+            item.lease.release()
+    return frames, pages
+
+
+async def test_what_is_new_in_many_chunks_shares_frames(chunks: LocalFd):
+    """A database writes a page here and there: not a frame for each."""
+    sent = Sent()
+    for time_of_it in (b"1", b"2"):
+        wanted = {}
+        for at in range(0, 40 * CHUNK, CHUNK):
+            wanted[at + 5 * PAGE] = page = (time_of_it + b"%d" % at).ljust(PAGE, b".")
+            os.pwrite(chunks, page, at + 5 * PAGE)
+        frames, pages = await _news(chunks, sent)
+        assert pages == wanted
+        assert len(frames) == 2, "32 chunks are looked at in one go"
+    assert await _news(chunks, sent) == ([], {})
+
+
+async def test_a_frame_of_many_chunks_has_no_more_segments_than_it_may(chunks: LocalFd):
+    wanted = {
+        at: (b"%d" % at).ljust(PAGE, b".")
+        for start in range(0, 40 * CHUNK, CHUNK)
+        for at in range(start, start + CHUNK, 2 * PAGE)
+    }
+    for at, page in wanted.items():
+        os.pwrite(chunks, page, at)
+    frames, pages = await _news(chunks, Sent())
+    assert pages == wanted
+    assert max(frames) <= MAX_SEGMENTS
+    assert sum(frames) == len(wanted)
+
+
+async def test_a_frame_of_many_chunks_is_no_larger_than_it_may_be(chunks: LocalFd):
+    block = bytes(range(1, 251)) * (CHUNK // 250)
+    for start in range(0, 40 * CHUNK, CHUNK):
+        os.pwrite(chunks, block[: CHUNK - PAGE], start)
+    frames, pages = await _news(chunks, Sent())
+    assert len(pages) == 40 * 255
+    assert len(frames) == 10, "four chunks fill a buffer"
+    assert all(page == os.pread(chunks, PAGE, at) for at, page in pages.items())

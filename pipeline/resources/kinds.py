@@ -29,6 +29,7 @@ from pipeline.image.schema import Id, Index, OpenFile, PathRef, Pid, Record
 from pipeline.policy import DumpPolicy, RestorePolicy
 from pipeline.remote.calls import Argument, Call
 from pipeline.resources.held import Held
+from pipeline.resources.shielded import Shield
 
 if TYPE_CHECKING:
     from pipeline.resources.memory.answering import Answered
@@ -101,12 +102,14 @@ class CaptureScope(Protocol):
             missing may be among them.
         still: the tree stands still; else what is of a moment is no reason to refuse it.
         held: takes what is held until the tree runs on or has ended.
+        shield: borrows state of open files.
     """
 
     policy: DumpPolicy
     unseen: bool
     still: bool
     held: Held
+    shield: Shield
 
     def path(self, pid: HostPid, link: bytes) -> PathRef:
         """The path `link` (as readlink of a /proc/PID magic link says it) in the mount namespace of `pid`."""

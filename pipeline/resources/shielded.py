@@ -4,6 +4,9 @@ A child does it: neither SIGKILL nor any other end of the pipeline stops it, and
 the program must not see its state while it is lent. The kernel lets tracees go when the thread that traces them ends;
 so the child traces that thread for as long, which then stops before it ends, SIGKILL or not, and waits for the child.
 
+A fork takes some 2 ms, and each page that is touched behind it is copied: so the child may be there before the tree
+stands still (`Shield`).
+
 Source: fork(2), setsid(2); ptrace(2), PTRACE_O_TRACEEXIT; prctl(2), PR_SET_PTRACER; kernel/exit.c (do_exit stops
 for the tracer before exit_notify, in which exit_ptrace lets tracees go).
 """
@@ -11,13 +14,29 @@ for the tracer before exit_notify, in which exit_ptrace lets tracees go).
 from __future__ import annotations
 
 import os
+import pickle
+import socket
+import struct
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from typing import NoReturn, TypeVarTuple
 
+from pipeline.ids import LocalFd
 from pipeline.kernel import ptrace
 from pipeline.kernel.forking import fork_deaf
 from pipeline.kernel.syscalls import PRCTL, prctl
+from pipeline.ledger import LEDGER
+
+Ts = TypeVarTuple("Ts")
+
+#: in front of what is asked: how many descriptors and bytes; and of the answer: an errno and how many bytes
+_HEAD = struct.Struct("<IQ")
+#: an answer that is none: the act has failed in some other way
+_NO_ERRNO = 255
+#: SCM_MAX_FD is 253
+_FDS_AT_ONCE = 250
+_ENTRY = "shield"
 
 
 def shielded(act: Callable[[], bytes]) -> bytes:
@@ -56,6 +75,134 @@ def shielded(act: Callable[[], bytes]) -> bytes:
     if code:
         raise OSError(max(0, code), os.strerror(code) if code > 0 else f"killed by signal {-code}")
     return answer
+
+
+class Shield:
+    """Runs acts as `shielded` does, by a child that may be there before they are known.
+
+    Used by one thread at a time. `close` lets the child end; it ends with us, too.
+    """
+
+    def __init__(self) -> None:
+        self._child = 0
+        self._control: socket.socket | None = None
+
+    def start(self) -> None:
+        """Let the child be there; once is enough. OSError: there are too many processes or descriptors."""
+        if self._control is not None:
+            return
+        ours, theirs = socket.socketpair()
+        try:
+            child = fork_deaf()
+        except BaseException:
+            ours.close()
+            theirs.close()
+            raise
+        if child == 0:
+            _stand_by(theirs)
+        theirs.close()
+        LEDGER.take(_ENTRY, child)
+        self._child, self._control = child, ours
+
+    def run(self, act: Callable[[list[LocalFd], *Ts], bytes], fds: Sequence[LocalFd], *args: *Ts) -> bytes:
+        """Run ``act(fds, ...)`` in the child.
+
+        Args:
+            act: a function of a module.
+            fds: descriptors; the child has duplicates of them meanwhile.
+            args: what can be pickled.
+
+        Raises:
+            OSError: as `shielded`.
+        """
+        if self._control is None:
+            return shielded(lambda: act(list(fds), *args))
+        asked = pickle.dumps((threading.get_native_id(), act, args))
+        with _children_may_trace_us():
+            try:
+                _send(self._control, len(fds), asked, fds)
+            except (
+                OSError
+            ):  # it was killed, or too many descriptors are on their way: it has not heard all of it
+                self.close()
+                return shielded(lambda: act(list(fds), *args))
+            try:
+                code, answer = _receive(self._control)
+            except (ConnectionError, EOFError):
+                self.close()
+                raise OSError(0, "its child was killed") from None
+        if code:
+            raise OSError(code, os.strerror(code) if code != _NO_ERRNO else "it has failed")
+        return answer
+
+    def close(self) -> None:
+        """Let the child end, and collect it; idempotent."""
+        if self._control is not None:
+            self._control.close()
+            self._control = None
+            os.waitpid(self._child, 0)
+            LEDGER.give_back(_ENTRY, self._child)
+
+
+def _stand_by(control: socket.socket) -> NoReturn:
+    """What the child does: it holds nothing of ours but an end of the connection, and acts until that is closed."""
+    try:
+        os.setsid()
+        for fd in map(int, os.listdir("/proc/self/fd")):
+            if fd > 2 and fd != control.fileno():
+                with suppress(OSError):  # that of the list
+                    os.close(fd)
+        while True:
+            asked, fds = _receive_with_fds(control)
+            code, answer = 0, b""
+            try:
+                caller, act, args = pickle.loads(asked)  # noqa: S301 (of ourselves)
+                with _kept_from_ending(caller):
+                    answer = act(fds, *args)
+            except OSError as error:
+                code = error.errno or _NO_ERRNO
+            except Exception:  # noqa: BLE001 (who asked says so)
+                code = _NO_ERRNO
+            for fd in fds:
+                os.close(fd)
+            _send(control, code, answer)
+    finally:
+        os._exit(0)
+
+
+def _send(control: socket.socket, number: int, content: bytes, fds: Sequence[LocalFd] = ()) -> None:
+    control.sendall(_HEAD.pack(number, len(content)))
+    for at in range(0, len(fds), _FDS_AT_ONCE):
+        socket.send_fds(control, [b"f"], list(fds[at : at + _FDS_AT_ONCE]))
+    control.sendall(content)
+
+
+def _receive(control: socket.socket) -> tuple[int, bytes]:
+    """A number and content that were sent without descriptors; EOFError, ConnectionError: the other side has ended."""
+    number, size = _HEAD.unpack(_exactly(control, _HEAD.size))
+    return number, _exactly(control, size)
+
+
+def _receive_with_fds(control: socket.socket) -> tuple[bytes, list[LocalFd]]:
+    count, size = _HEAD.unpack(_exactly(control, _HEAD.size))
+    fds: list[LocalFd] = []
+    while len(fds) < count:
+        _, some, _, _ = socket.recv_fds(control, 1, _FDS_AT_ONCE)
+        if not some:
+            raise EOFError
+        fds += map(LocalFd, some)
+    return _exactly(control, size), fds
+
+
+def _exactly(control: socket.socket, size_bytes: int) -> bytes:
+    content = bytearray(size_bytes)
+    left = memoryview(content)
+    while left:
+        count = control.recv_into(left)
+        if not count:
+            raise EOFError
+        left = left[count:]
+    return bytes(content)
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import msgpack
 
 from pipeline.ids import LocalFd
-from pipeline.resources.shielded import shielded
+from pipeline.resources.shielded import Shield, shielded
 from pipeline.resources.sockets import borrowed
 from pipeline.resources.tcp_state import (
     FIN_RECEIVED,
@@ -77,7 +77,7 @@ def peek(local: LocalFd) -> bytes:
     """What waits to be read, without taking it. The socket has no pending error."""
     with borrowed(local) as sock:
         waiting, _ = queued(sock)
-    return _lent([local], lambda: _peek_whole(local, waiting)) if waiting else b""
+    return _lent([local], lambda: shielded(lambda: _peek_whole(local, waiting))) if waiting else b""
 
 
 def _peek_whole(local: LocalFd, size_bytes: int) -> bytes:
@@ -86,12 +86,12 @@ def _peek_whole(local: LocalFd, size_bytes: int) -> bytes:
 
 
 def _lent(locals_: Sequence[LocalFd], look: Callable[[], bytes]) -> bytes:
-    """Run `look` in a child that outlives us. If it is killed, we give back what it has changed."""
+    """Look by a child that outlives us. If it is killed, we give back what it has changed."""
     with ExitStack() as loans:
         for local in locals_:
             sock = loans.enter_context(borrowed(local))
             loans.callback(_give_back, sock, _settings_of(sock))
-        return shielded(look)
+        return look()
 
 
 class _Settings(NamedTuple):
@@ -133,31 +133,31 @@ def _whole_queue(sock: socket.socket) -> Iterator[None]:
         _give_back(sock, before)
 
 
-def read(locals_: Sequence[LocalFd]) -> list[Connection]:
+def read(locals_: Sequence[LocalFd], shield: Shield) -> list[Connection]:
     """Read connections, all in one child.
 
     Args:
         locals_: duplicates of sockets in a state of `CONNECTED`, of a tree that stands still.
+        shield: whose child it is.
 
     Raises:
         OSError: the kernel does not let us; ENODATA: a queue does not stop changing.
     """
-
-    def look() -> bytes:
-        found = []
-        for local in locals_:
-            if os.getppid() != parent:
-                break
-            with borrowed(local) as sock:
-                found.append(_read_whole(sock))
-        packed: bytes = msgpack.packb(found)
-        return packed
-
-    parent = os.getpid()
-    answers = msgpack.unpackb(
-        _lent(locals_, look), max_bin_len=2 * MAX_QUEUE_BYTES, use_list=False, strict_map_key=False
-    )
+    packed = _lent(locals_, lambda: shield.run(_read_all, locals_, os.getpid()))
+    answers = msgpack.unpackb(packed, max_bin_len=2 * MAX_QUEUE_BYTES, use_list=False, strict_map_key=False)
     return [_typed(local, answer) for local, answer in zip(locals_, answers, strict=True)]
+
+
+def _read_all(locals_: Sequence[LocalFd], parent: int) -> bytes:
+    """In the child, until all are read or `parent`, who wants to know, has ended."""
+    found = []
+    for local in locals_:
+        if os.getppid() != parent:
+            break
+        with borrowed(local) as sock:
+            found.append(_read_whole(sock))
+    packed: bytes = msgpack.packb(found)
+    return packed
 
 
 def _read_whole(sock: socket.socket) -> tuple[Any, ...]:

@@ -322,7 +322,7 @@ class TcpTree:
             read |= dict(
                 zip(
                     [one.index for one in pending],
-                    tcp_read.read([one.view.local for one in pending]),
+                    tcp_read.read([one.view.local for one in pending], self._scope.shield),
                     strict=True,
                 )
             )

@@ -19,7 +19,7 @@ from msgspec.structs import replace
 from pipeline.errors import Blocker, Refused
 from pipeline.ids import LocalFd
 from pipeline.resources import sockets
-from pipeline.resources.shielded import shielded
+from pipeline.resources.shielded import Shield, shielded
 from pipeline.resources.unix_state import MAX_FILES, MAX_MESSAGE_BYTES
 from pipeline.resources.unix_unread import (
     TooSmall,
@@ -76,10 +76,14 @@ def look(sock: socket.socket, subject: str) -> list[Unread]:
         return _received(told.unread(), ours, subject)
 
 
-def look_at_all(socks: Sequence[tuple[LocalFd, str]]) -> list[Callable[[], list[Unread]]]:
+def look_at_all(socks: Sequence[tuple[LocalFd, str]], shield: Shield) -> list[Callable[[], list[Unread]]]:
     """The same of several sockets that have no descriptors in flight, by one child: returns what `look` would, each."""
-    answer = shielded(lambda: msgpack.encode([_walk(fd, subject) for fd, subject in socks]))
+    answer = shield.run(_walk_all, [fd for fd, _ in socks], [subject for _, subject in socks])
     return [told.unread for told in _DECODER.decode(answer)]
+
+
+def _walk_all(fds: Sequence[LocalFd], subjects: Sequence[str]) -> bytes:
+    return msgpack.encode([_walk(fd, subject) for fd, subject in zip(fds, subjects, strict=True)])
 
 
 def _walk(fd: LocalFd, subject: str) -> _Told:

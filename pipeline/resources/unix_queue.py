@@ -78,7 +78,7 @@ def _all_without_files(scope: CaptureScope) -> dict[Index, Callable[[], list[Unr
             for index, view in table_of(scope).members.values()
             if scope.unread(view) is None and not external_end.claims(view, scope) and _is_filled(view, scope)
         ]
-        looks = look_at_all([(view.local, view.subject) for _, view in views])
+        looks = look_at_all([(view.local, view.subject) for _, view in views], scope.shield)
         known = scope.peers()["unix queues"] = dict(zip((index for index, _ in views), looks, strict=True))
     return known
 

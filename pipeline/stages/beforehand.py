@@ -8,6 +8,7 @@ from typing import Self
 from pipeline.ids import HostPid
 from pipeline.resources.namespaces.kept_networks import KeptNetworks
 from pipeline.resources.outside import Outsiders
+from pipeline.resources.shielded import Shield
 from pipeline.stages.ahead import MappingReader
 from pipeline.userns.limits import Limits
 
@@ -20,6 +21,7 @@ class Beforehand:
         outsiders: who else has descriptors on this host.
         networks: who of us is in those of the tree, and has to be out before it ends.
         mappings: who reads its mappings beside everything else.
+        shield: who borrows state of its open files.
     """
 
     def __init__(self) -> None:
@@ -27,6 +29,7 @@ class Beforehand:
         self.outsiders = Outsiders()
         self.networks = KeptNetworks()
         self.mappings = MappingReader()
+        self.shield = Shield()
 
     def __enter__(self) -> Self:
         return self
@@ -35,6 +38,7 @@ class Beforehand:
         self.limits.close()
         self.networks.close()
         self.mappings.close()
+        self.shield.close()
 
     def refresh(self, pids: Sequence[HostPid]) -> None:
         """Right before the processes `pids` of the tree are stopped; in any thread."""

@@ -14,6 +14,7 @@ import os
 import time
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from stat import S_ISSOCK
 from typing import NamedTuple, Self
 
 from msgspec.structs import replace
@@ -59,6 +60,7 @@ from pipeline.resources.namespaces import clocks
 from pipeline.resources.namespaces.members import NamespaceCapture
 from pipeline.resources.outside import Outsiders
 from pipeline.resources.pty_session import check_controlling_terminal
+from pipeline.resources.shielded import Shield
 from pipeline.resources.tasks import (
     attributes,
     credentials,
@@ -149,6 +151,8 @@ class Capture:
                 self._cgroups,
                 known.networks if known is not None else None,
             )
+            self._prepares = known is not None
+            self._shield = known.shield if known is not None else Shield()
             self._mappings = known.mappings if known is not None else stack.enter_context(MappingReader())
             self._objects = stack.enter_context(MemoryObjects(self))
             self.files = stack.enter_context(
@@ -160,6 +164,7 @@ class Capture:
                     self.namespaces,
                     self.policy,
                     held or Held(),
+                    self._shield,
                 )
             )
             self._stack = stack.pop_all()
@@ -235,6 +240,8 @@ class Capture:
     def blockers(self) -> Iterator[Blocker]:
         """Everything that is known to stop the tree without asking its tasks."""
         self.files.collect(self.living, still=False)
+        if self._prepares and any(S_ISSOCK(view.stat.st_mode) for _, view in self.files.files()):
+            self._shield.start()
         yield from self.files.blockers()
         yield from self._cgroups.blockers()
         yield from self.namespaces.blockers  # behind the files, which may hold further namespaces

@@ -40,6 +40,7 @@ from pipeline.resources.memory.answering import Answered
 from pipeline.resources.namespaces.members import NamespaceCapture
 from pipeline.resources.outside import Outsiders
 from pipeline.resources.registry import kind_of
+from pipeline.resources.shielded import Shield
 from pipeline.resources.taken import Takings
 from pipeline.resources.unix_unread import Unread
 from pipeline.stages.open_files import OpenFiles
@@ -161,7 +162,7 @@ class FileObserver:
         mount_namespace: the `Namespace` index of the mount namespace of a process.
         memory: registers the shared memory behind a descriptor and returns its space.
         namespaces: of the tree.
-        policy, held: see `CaptureScope`.
+        policy, held, shield: see `CaptureScope`.
     """
 
     def __init__(
@@ -173,9 +174,11 @@ class FileObserver:
         namespaces: NamespaceCapture,
         policy: DumpPolicy,
         held: Held,
+        shield: Shield,
     ) -> None:
         self.policy = policy
         self.held = held
+        self.shield = shield
         self._tree = tree
         self._spaces = spaces
         self._mount_namespace = mount_namespace

@@ -56,6 +56,7 @@ from pipeline.resources import (
 from pipeline.resources.held import Held
 from pipeline.resources.kinds import FdView, Inject
 from pipeline.resources.outside import Outsiders
+from pipeline.resources.shielded import Shield
 from pipeline.resources.sockets import EXTERNAL_NETWORK
 from pipeline.resources.unix_unread import Unread
 from pipeline.stages.late import Late
@@ -153,6 +154,7 @@ class Capture:
         self.unseen = False
         self.still = True
         self.held = Held()
+        self.shield = Shield()
         self.pids = [HostPid(pid) for pid in pids]
         self._stack = ExitStack()
         self._peers: dict[Any, Any] = {}

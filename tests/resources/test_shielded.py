@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import pickle
+import select
 import signal
 import subprocess
 import sys
@@ -13,10 +16,12 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.ids import HostPid
+from pipeline.ids import HostPid, LocalFd
 from pipeline.kernel import procfs, ptrace
 from pipeline.kernel.arch.x86_64_numbers import NR
 from pipeline.kernel.syscalls import syscall
+from pipeline.ledger import LEDGER
+from pipeline.resources.shielded import Shield
 from tests.harness.tree import ROOT
 
 #: stops the pid that is given, and has its state lent until there is a file "back"; says the pid of who does it
@@ -48,6 +53,10 @@ one = threading.Thread(target=lend)
 one.start()
 one.join()
 """
+#: the same by a child that was there before
+STANDING_BY = LENDING.replace("import shielded", "import Shield").replace(
+    "target = int", "shield = Shield()\nshield.start()\ntarget = int"
+).replace("shielded(act)", "shield.run(act, [])").replace("def act():", "def act(_):")  # fmt: skip
 #: lets anybody of its user trace it, where Yama would not (PR_SET_PTRACER_ANY)
 WILLING = """
 import ctypes, time
@@ -121,7 +130,9 @@ def is_held(target: HostPid) -> bool:
     return procfs.stat(target).state == "t"
 
 
-@pytest.mark.parametrize("script", [LENDING, IN_A_THREAD], ids=["main-thread", "thread"])
+@pytest.mark.parametrize(
+    "script", [LENDING, IN_A_THREAD, STANDING_BY], ids=["main-thread", "thread", "standing-by"]
+)
 def test_the_target_stands_still_until_the_loan_of_a_killed_lender_is_over(
     script: str, target: HostPid, lenders: Lenders, tmp_path: Path
 ) -> None:
@@ -172,3 +183,121 @@ def test_who_is_traced_by_somebody_else_lends_all_the_same(
         ptrace.cont(lender.pid, 0 if stop.event else stop.signal)
     assert lender.stdout is not None
     assert lender.stdout.read().split() == ["whole"]
+
+
+# -- a child that is there before it is needed ---------------------------------------------------
+
+
+def identify(fds: list[LocalFd], *more: object) -> bytes:
+    """Who acts, and what of."""
+    return pickle.dumps((os.getpid(), [os.fstat(fd).st_ino for fd in fds], more))
+
+
+def held_by_the_child(_: list[LocalFd]) -> bytes:
+    """Its descriptors; that of the directory is closed by now."""
+    held = [fd for fd in os.listdir("/proc/self/fd") if os.path.lexists(f"/proc/self/fd/{fd}")]
+    return pickle.dumps([os.readlink(f"/proc/self/fd/{fd}") for fd in held])
+
+
+def repeat(_: list[LocalFd], content: bytes, times: int) -> bytes:
+    return content * times
+
+
+def fail(_: list[LocalFd], error: Exception) -> bytes:
+    raise error
+
+
+def end(_: list[LocalFd]) -> bytes:
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError
+
+
+@pytest.fixture(params=["started", "not started"])
+def shield(request: pytest.FixtureRequest) -> Iterator[Shield]:
+    held = LEDGER.held()
+    one = Shield()
+    if request.param == "started":
+        one.start()
+        one.start()
+    yield one
+    one.close()
+    one.close()
+    assert LEDGER.held() == held
+
+
+def test_it_acts_on_the_same_files(shield: Shield, tmp_path: Path) -> None:
+    files = [(tmp_path / str(number)).open("wb") for number in range(300)]
+    wanted = [os.fstat(file.fileno()).st_ino for file in files]
+    held = len(os.listdir("/proc/self/fd"))
+    for count in (0, 1, 300, 2):
+        some = [LocalFd(file.fileno()) for file in files[:count]]
+        child, found, more = pickle.loads(shield.run(identify, some, "a", 7))
+        assert child != os.getpid()
+        assert (found, more) == (wanted[:count], ("a", 7))
+    assert len(os.listdir("/proc/self/fd")) == held
+    for file in files:
+        file.close()
+
+
+def test_one_child_for_all(tmp_path: Path) -> None:
+    shield = Shield()
+    shield.start()
+    children = {pickle.loads(shield.run(identify, []))[0] for _ in range(5)}
+    assert len(children) == 1
+    shield.close()
+    assert not os.path.exists(f"/proc/{children.pop()}")
+
+
+def test_it_holds_nothing_of_ours(tmp_path: Path) -> None:
+    """Or whoever waits for the end of what we write would wait for the child, too."""
+    with (tmp_path / "ours").open("wb"):
+        shield = Shield()
+        shield.start()
+        held = pickle.loads(shield.run(held_by_the_child, []))
+        shield.close()
+    assert str(tmp_path / "ours") not in held
+    assert sum(name.startswith("socket:") for name in held) == 1
+    assert len(held) <= 4
+
+
+def test_answers_of_any_size(shield: Shield) -> None:
+    for times in (0, 1, 1 << 20):
+        assert shield.run(repeat, [], b"12345678", times) == b"12345678" * times
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EPERM, "no"), OSError("without one"), ValueError("a mistake")]
+)
+def test_what_fails(shield: Shield, error: Exception) -> None:
+    with pytest.raises(OSError) as raised:
+        shield.run(fail, [], error)
+    if isinstance(error, OSError) and error.errno:
+        assert raised.value.errno == errno.EPERM
+    assert shield.run(repeat, [], b"a", 2) == b"aa", "it goes on"
+
+
+def test_a_child_that_is_killed_while_it_acts(shield: Shield) -> None:
+    with pytest.raises(OSError, match="killed"):
+        shield.run(end, [])
+    assert shield.run(repeat, [], b"a", 2) == b"aa"
+
+
+def test_a_child_that_was_killed_before(shield: Shield) -> None:
+    child = pickle.loads(shield.run(identify, []))[0]
+    with suppress(ProcessLookupError):  # it has ended, where it is not there before
+        os.kill(child, signal.SIGKILL)
+    until(lambda: not os.path.exists(f"/proc/{child}") or procfs.stat(HostPid(child)).state == "Z")
+    assert shield.run(repeat, [], b"a" * (1 << 20), 2) == b"a" * (2 << 20)
+
+
+def test_it_ends_with_us(lenders: Lenders, target: HostPid, tmp_path: Path) -> None:
+    script = STANDING_BY.replace("ptrace.seize(target)", "print(shield._child, flush=True); time.sleep(1000)")
+    lender = lenders.begin(script, target)
+    assert lender.stdout is not None
+    child = int(lender.stdout.readline())
+    pidfd = os.pidfd_open(child)
+    lender.kill()
+    try:
+        assert select.select([pidfd], [], [], _PATIENCE_S)[0], "the child has outlived us"
+    finally:
+        os.close(pidfd)

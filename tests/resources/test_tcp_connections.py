@@ -22,6 +22,7 @@ from pipeline.kernel.syscalls import CLONE, unshare
 from pipeline.ledger import LEDGER
 from pipeline.policy import DumpPolicy
 from pipeline.resources import tcp_read, tcp_rebuild
+from pipeline.resources.shielded import Shield
 from pipeline.resources.tcp_state import Connection, State, info_of
 from tests.resources.fdharness import Capture, Rebuilt, Subject, subject
 from tests.resources.sockharness import of, polled
@@ -168,7 +169,7 @@ def test_what_was_agreed_and_the_sequence_numbers_stay() -> None:
             assert c.getsockopt(TCP, socket.TCP_MAXSEG) == states[0]["connection"]["mss"]  # type: ignore[index]
             c.setsockopt(TCP, 19, -1)
             assert c.getsockopt(TCP, socket.TCP_MAXSEG) > 30_000
-            (now,) = tcp_read.read([new.fd(fd)])
+            (now,) = tcp_read.read([new.fd(fd)], Shield())
             was = msgspec.convert(states[0]["connection"], Connection)
             assert abs((now.timestamp - was.timestamp) % (1 << 32)) < 5000
             assert replace(now, timestamp=0) == replace(was, timestamp=0)

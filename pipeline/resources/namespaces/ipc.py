@@ -188,6 +188,11 @@ def create(state: IpcState, translate: Translate, contents: Mapping[int, LocalFd
     return b""
 
 
+def is_settled(state: IpcState) -> bool:
+    """Whether `settle` has nothing to do for a namespace: where nobody has made anything in it."""
+    return not (state.segments or state.semaphores or state.queues or _LATE_SYSCTLS & state.sysctls.keys())
+
+
 def settle(state: IpcState, translate: Translate) -> bytes:
     """Give everything its owner and permissions; for a visitor there. Raises as `create` does."""
     for segment in state.segments:

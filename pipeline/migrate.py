@@ -330,11 +330,21 @@ async def _ended(tracer: Tracer, still: Standstill) -> AsyncIterator[None]:
         await tracer.run(still.end)
         yield
         return
+    failed: list[Exception] = []
+
+    async def end() -> None:
+        try:
+            await tracer.run(still.end)
+        except Exception as error:  # noqa: BLE001 (the destination is told all the same)
+            failed.append(error)
+
     still.kill()
     with ungrouped():
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(tracer.run, still.end)
+            nursery.start_soon(end)
             yield
+    if failed:
+        raise failed[0]
 
 
 @asynccontextmanager

@@ -6,8 +6,10 @@ of the protocol are the real ones. Hypothesis chooses what becomes of each conne
 
 from __future__ import annotations
 
+import errno
 import importlib
 import math
+import os
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
@@ -69,6 +71,8 @@ class World:
     #: the source has waited for its end, and has to before the tree runs there
     has_ended: bool = False
     is_waited_for: bool = False
+    #: that goes wrong
+    end_fails: bool = False
     messages: list[str] = field(default_factory=list)
 
     def check(self) -> None:
@@ -82,6 +86,8 @@ class World:
     def end(self) -> None:
         self.kill()
         self.has_ended = True
+        if self.end_fails:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     root_pid = child_pid = 77
     notes = ()
@@ -239,6 +245,7 @@ def play(
     end_at_s: float | None = None,
     word_at_s: float | None = None,
     is_waited_for: bool = False,
+    end_fails: bool = False,
 ) -> tuple[World, BaseException | None, int]:
     """One migration in such a network; the world afterwards, how it ended, and how many trees are in doubt.
 
@@ -250,8 +257,9 @@ def play(
         end_at_s: `serve` is cancelled then, by somebody who settles nothing that is in doubt.
         word_at_s: a person says then that what is in doubt shall run at the destination.
         is_waited_for: the tree has to have ended at its source before it runs at the destination.
+        end_fails: its end goes wrong, in a way that nobody has thought of.
     """
-    world = World(is_waited_for=is_waited_for)
+    world = World(is_waited_for=is_waited_for, end_fails=end_fails)
     ended: list[BaseException | None] = [None]
 
     @asynccontextmanager
@@ -423,7 +431,7 @@ def play(
                     await source_recipe.migrate(
                         1, "there:1", secret_file="", streams=streams, mode=mode, give_up=given_up.is_set
                     )
-                except PipelineError as error:
+                except (PipelineError, OSError) as error:
                     ended[0] = error
             if scope.cancelled_caught:
                 ended[0] = KeyboardInterrupt()
@@ -496,6 +504,13 @@ def test_a_fine_network_moves_the_tree(streams: int, mode: Any) -> None:
     with pytest.MonkeyPatch.context() as patch:
         world, error, held = play(patch, [], True, None, streams, mode)
     assert (error, held, world.there, world.source_runs) == (None, 0, "runs", False)
+
+
+def test_what_goes_wrong_when_a_killed_tree_ends_stops_nobody_from_running_it() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        world, error, held = play(patch, [], True, end_fails=True)
+    assert (held, world.there, world.source_runs) == (0, "runs", False)
+    assert isinstance(error, OSError)
 
 
 @pytest.mark.parametrize("how", ["cut", "silence"])

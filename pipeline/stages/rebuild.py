@@ -97,13 +97,13 @@ def _step(act: Callable[Concatenate[Rebuilding, P], T]) -> Callable[Concatenate[
     def acted(self: Rebuilding, /, *args: P.args, **kwargs: P.kwargs) -> T:
         try:
             return act(self, *args, **kwargs)
-        except OSError as error:
-            killed = self.killed()
-            why = (
-                f"process {killed[0]} was killed while it was built"
-                if killed
-                else "a step of the rebuild failed"
-            )
+        except (OSError, RebuildError) as error:
+            if killed := self.killed():
+                why = f"process {killed[0]} was killed while it was built"
+            elif isinstance(error, RebuildError):
+                raise
+            else:
+                why = "a step of the rebuild failed"
             raise RebuildError(f"{why}: {error}") from error
 
     return acted

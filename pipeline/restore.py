@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Self
 import msgspec
 import trio
 
-from pipeline.errors import ImageError, RebuildError, ungrouped
+from pipeline.errors import ImageError, PipelineError, RebuildError, ungrouped
 from pipeline.image.codec import Image
 from pipeline.image.delta import Draft
 from pipeline.image.frames import MAX_PAYLOAD_BYTES
@@ -301,13 +301,15 @@ async def _pages_later(
 ) -> AsyncIterator[Callable[[Rebuilding], Pager | None]]:
     """Gives what is to be called before the tree runs; the end of the block waits for the last page.
 
-    If the pages cannot be brought, the tree is killed.
+    If the pages cannot be brought, the tree is killed. What fails in the block is raised alone: who brings pages to what
+    is ended then may fail of it, too.
     """
     if stored is None:
         yield lambda _: None
         return
     guard = await trio.to_thread.run_sync(Guard)
     begun = False
+    failed: PipelineError | None = None
     try:
         with ungrouped():
             async with trio.open_nursery() as nursery:
@@ -320,11 +322,20 @@ async def _pages_later(
                     nursery.start_soon(Bringing(stored, pager, later, progress, on_message).run)
                     return pager
 
-                yield begin
+                try:
+                    yield begin
+                except PipelineError as error:
+                    failed = error
+                    nursery.cancel_scope.cancel()
+    except Exception:
+        if failed is None:
+            raise
     finally:
         if not begun:
             with trio.CancelScope(shield=True):
                 await trio.to_thread.run_sync(guard.dismiss)
+    if failed is not None:
+        raise failed
 
 
 @interruptible

@@ -301,8 +301,8 @@ async def _pages_later(
 ) -> AsyncIterator[Callable[[Rebuilding], Pager | None]]:
     """Gives what is to be called before the tree runs; the end of the block waits for the last page.
 
-    If the pages cannot be brought, the tree is killed. What fails in the block is raised alone: who brings pages to what
-    is ended then may fail of it, too.
+    If the pages cannot be brought, the tree is killed. What fails in the block is raised alone: who brings pages to
+    what is ended then may fail of it, too.
     """
     if stored is None:
         yield lambda _: None

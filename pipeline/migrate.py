@@ -326,7 +326,7 @@ async def _rounds_sent(tracer: Tracer, live: LiveSource | None) -> AsyncIterator
 @asynccontextmanager
 async def _ended(tracer: Tracer, still: Standstill) -> AsyncIterator[None]:
     """The tree runs nothing any more here, and has ended behind the block: before it, where that may be seen."""
-    if still.may_write_at_its_end:
+    if still.end_may_be_seen:
         await tracer.run(still.end)
         yield
         return

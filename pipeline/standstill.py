@@ -111,7 +111,7 @@ class Standstill:
         self._outliving = outliving
         self.holdings = holdings
         #: whether something that others see may be written at the end of the tree; see `prepare_end`
-        self.may_write_at_its_end = True
+        self.end_may_be_seen = True
 
     def translated(self) -> Iterator[Record]:
         """The records, one by one, their ids in the forest of the image."""
@@ -176,7 +176,7 @@ class Standstill:
 
         def prepare() -> None:
             self._outliving.hold(memories)
-            self.may_write_at_its_end = self._capture.may_write_at_its_end()
+            self.end_may_be_seen = self._capture.end_may_be_seen()
 
         await trio.to_thread.run_sync(prepare)
 

@@ -268,7 +268,7 @@ def play(
             records=(), translated=tuple, sources=(), forest=None, processes=1, injected_calls=0,
             begun_s=0.0, frozen_s=0.0, captured_s=0.0,
             end=world.end, kill=world.kill, let_go_of_files=_uninterrupted, prepare_end=nothing,
-            may_write_at_its_end=is_waited_for,
+            end_may_be_seen=is_waited_for,
             holdings=SimpleNamespace(settled=lambda: None, complaints=[]),
         )  # fmt: skip
 

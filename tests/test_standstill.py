@@ -115,10 +115,10 @@ def test_it_is_known_whether_its_end_may_be_seen(
 
     async def main() -> bool:
         async with tracer_thread() as tracer, standstill(tracer, tree.pid) as still:
-            assert still.may_write_at_its_end, "nobody has looked"
+            assert still.end_may_be_seen, "nobody has looked"
             await still.prepare_end()
             await still.let_go_of_files()
-            return still.may_write_at_its_end
+            return still.end_may_be_seen
 
     seen = trio.run(main)
     assert seen == (far == "its open files" or (far == "its mapped files" and program == "mappings"))

@@ -121,9 +121,8 @@ class Shield:
         with _children_may_trace_us():
             try:
                 _send(self._control, len(fds), asked, fds)
-            except (
-                OSError
-            ):  # it was killed, or too many descriptors are on their way: it has not heard all of it
+            except OSError:
+                # it was killed, or too many descriptors are on their way: it has not heard all of it
                 self.close()
                 return shielded(lambda: act(list(fds), *args))
             try:

@@ -13,7 +13,7 @@ import functools
 import os
 import time
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from stat import S_ISSOCK
 from typing import NamedTuple, Self
 
@@ -151,6 +151,7 @@ class Capture:
                 self._cgroups,
                 known.networks if known is not None else None,
             )
+            #: the tree will be stopped, and looked at again
             self._prepares = known is not None
             self._shield = known.shield if known is not None else Shield()
             self._mappings = known.mappings if known is not None else stack.enter_context(MappingReader())
@@ -189,9 +190,12 @@ class Capture:
         """The user namespaces of the tree."""
         return self._forest.forest()
 
-    def may_write_at_its_end(self) -> bool:
-        """See `ending.may_write_at_its_end`; until `close`."""
-        return ending.may_write_at_its_end((view for _, view in self.files.files()), self._objects.written_on)
+    def end_may_be_seen(self) -> bool:
+        """See `ending.may_be_seen`; of what was captured, until `close`."""
+        assert self._found is not None
+        views = (view for _, view in self.files.files())
+        states = (state for _, state in self._found.files)
+        return ending.may_be_seen(views, self._objects.written_on, states, self.policy)
 
     def _face(self, pid: HostPid) -> HostPid:
         """By which of its threads a process is looked at."""
@@ -241,7 +245,8 @@ class Capture:
         """Everything that is known to stop the tree without asking its tasks."""
         self.files.collect(self.living, still=False)
         if self._prepares and any(S_ISSOCK(view.stat.st_mode) for _, view in self.files.files()):
-            self._shield.start()
+            with suppress(OSError):  # then there is a child when one is needed
+                self._shield.start()
         yield from self.files.blockers()
         yield from self._cgroups.blockers()
         yield from self.namespaces.blockers  # behind the files, which may hold further namespaces

@@ -37,6 +37,7 @@ _NO_ERRNO = 255
 #: SCM_MAX_FD is 253
 _FDS_AT_ONCE = 250
 _ENTRY = "shield"
+_READY = b"r"
 
 
 def shielded(act: Callable[[], bytes]) -> bytes:
@@ -88,7 +89,11 @@ class Shield:
         self._control: socket.socket | None = None
 
     def start(self) -> None:
-        """Let the child be there; once is enough. OSError: there are too many processes or descriptors."""
+        """Let the child be there, holding nothing of ours; once is enough.
+
+        Raises:
+            OSError: there are too many processes or descriptors; or it was killed.
+        """
         if self._control is not None:
             return
         ours, theirs = socket.socketpair()
@@ -103,6 +108,12 @@ class Shield:
         theirs.close()
         LEDGER.take(_ENTRY, child)
         self._child, self._control = child, ours
+        try:
+            # until then whoever looks finds that it holds files of the tree
+            _exactly(ours, len(_READY))
+        except (ConnectionError, EOFError):
+            self.close()
+            raise OSError(0, "its child was killed") from None
 
     def run(self, act: Callable[[list[LocalFd], *Ts], bytes], fds: Sequence[LocalFd], *args: *Ts) -> bytes:
         """Run ``act(fds, ...)`` in the child.
@@ -151,6 +162,7 @@ def _stand_by(control: socket.socket) -> NoReturn:
             if fd > 2 and fd != control.fileno():
                 with suppress(OSError):  # that of the list
                     os.close(fd)
+        control.sendall(_READY)
         while True:
             asked, fds = _receive_with_fds(control)
             code, answer = 0, b""

@@ -253,8 +253,11 @@ def test_it_holds_nothing_of_ours(tmp_path: Path) -> None:
     with (tmp_path / "ours").open("wb"):
         shield = Shield()
         shield.start()
+        there = f"/proc/{shield._child}/fd"
+        at_once = [os.readlink(f"{there}/{fd}") for fd in os.listdir(there)]
         held = pickle.loads(shield.run(held_by_the_child, []))
         shield.close()
+    assert str(tmp_path / "ours") not in at_once, "a tree whose file it is would be refused"
     assert str(tmp_path / "ours") not in held
     assert sum(name.startswith("socket:") for name in held) == 1
     assert len(held) <= 4

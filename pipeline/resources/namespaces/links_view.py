@@ -149,8 +149,7 @@ class LinksView:
 def _called(network: LocalFd, index: int, with_bridge: bool) -> bytes:
     """What a device of another network is called: NAME, or NAME@BRIDGE if it is a port of one."""
     with suppress(OSError):
-        made = fetch([(network, CLONE.NEWNET)], lambda: rtnetlink.socket_of().detach())
-        with Netlink(socket.socket(fileno=made)) as route:
+        with route_in(network) as route:
             told = attributes(route.ask(RTM.GETLINK, head_of(index))[16:])
             name = told[IFLA.IFNAME].rstrip(b"\0")
             if not with_bridge or IFLA.MASTER not in told:
@@ -158,6 +157,14 @@ def _called(network: LocalFd, index: int, with_bridge: bool) -> bytes:
             above = attributes(route.ask(RTM.GETLINK, head_of(number(told[IFLA.MASTER])))[16:])
             return name + b"@" + above[IFLA.IFNAME].rstrip(b"\0")
     return b""
+
+
+def route_in(network: LocalFd) -> Netlink:
+    """A netlink socket in a network; the caller closes it. OSError: it may not be joined."""
+    if os.path.samestat(os.fstat(network), os.stat("/proc/self/ns/net")):
+        return Netlink(rtnetlink.socket_of())  # setns(2) wants capabilities even for the own network
+    made = fetch([(network, CLONE.NEWNET)], lambda: rtnetlink.socket_of().detach())
+    return Netlink(socket.socket(fileno=made))
 
 
 def _index_of(content: bytes) -> int:

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import errno
 import os
-import socket
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack
@@ -48,9 +47,10 @@ from pipeline.resources.namespaces.links import (
     port_of,
     step,
 )
+from pipeline.resources.namespaces.links_view import route_in
 from pipeline.resources.namespaces.tun import Number
 from pipeline.resources.support import Support
-from pipeline.userns.visit import Way, fetch, read_file, visit
+from pipeline.userns.visit import Way, read_file, visit
 
 SUPPORT = Support(
     "net",
@@ -119,8 +119,7 @@ def create(
         for index in states:
             fds[index] = opened(index)
             stack.callback(os.close, fds[index])
-            made = fetch([(fds[index], CLONE.NEWNET)], _detached)
-            routes[index] = stack.enter_context(Netlink(socket.socket(fileno=made)))
+            routes[index] = stack.enter_context(route_in(fds[index]))
         Making(
             {index: state.links for index, state in states.items()}, fds, routes, outside, number
         ).make_all()
@@ -135,10 +134,6 @@ def create(
                         visit(way, partial(_add_rules_here, state))
                 else:
                     _add_rules(state, routes[index])
-
-
-def _detached() -> int:
-    return rtnetlink.socket_of().detach()
 
 
 def _furnish(index: int, state: NetState, fd: LocalFd, route: Netlink) -> None:

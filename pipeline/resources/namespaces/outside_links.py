@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import errno
 import os
-import socket
 import struct
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,12 +26,12 @@ from contextlib import ExitStack
 
 from pipeline.errors import Blocker, RebuildError
 from pipeline.ids import LocalFd
-from pipeline.kernel import rtnetlink
 from pipeline.kernel.rtnetlink import IFLA, IFLA_INFO, RTM, Netlink, attribute, attributes
 from pipeline.kernel.syscalls import CLONE
 from pipeline.ledger import LEDGER
 from pipeline.resources.namespaces import announce, links
 from pipeline.resources.namespaces.links import Link, Place
+from pipeline.resources.namespaces.links_view import route_in
 from pipeline.resources.namespaces.network import NetState
 from pipeline.userns.externals import DEVICES, GivenDevice
 from pipeline.userns.visit import fetch
@@ -81,7 +80,7 @@ def check_here(
                 f"--external {link.kind}:{which}={hint}",
             )
     if given:
-        with _route_in(surroundings) as route:
+        with route_in(surroundings) as route:
             for one in given:
                 yield from _check_one(one, route)
 
@@ -130,7 +129,7 @@ class OutsideLinks:
         if self._network is None:
             fd = self._surroundings()
             self._stack.callback(os.close, fd)
-            self._network = fd, self._stack.enter_context(_route_in(fd))
+            self._network = fd, self._stack.enter_context(route_in(fd))
         return self._network
 
     def make(self, place: Place, described: bytes, link: Link, network: int, route: Netlink) -> None:
@@ -195,7 +194,7 @@ class OutsideLinks:
             for network in {network for network, _ in [*self._ends, *self._silent]}:
                 fd = opened(network)
                 try:
-                    with _route_in(fd) as route:
+                    with route_in(fd) as route:
                         for _, index in [place for place in self._silent if place[0] == network]:
                             _bring_up(route, links.head_of(index) + attribute(IFLA.PROTO_DOWN, b"\0"))
                         self._announce(network, states[network], fd, route)
@@ -244,13 +243,6 @@ def _is_meant(given: GivenDevice, network: int, link: Link) -> bool:
         and (given.kind, given.name) == (link.kind, os.fsdecode(link.name))
         and given.network in (None, network)
     )
-
-
-def _route_in(network: LocalFd) -> Netlink:
-    if os.path.samestat(os.fstat(network), os.stat("/proc/self/ns/net")):
-        return Netlink(rtnetlink.socket_of())  # setns(2) wants capabilities even for the own network
-    made = fetch([(network, CLONE.NEWNET)], lambda: rtnetlink.socket_of().detach())
-    return Netlink(socket.socket(fileno=made))
 
 
 def _bring_up(route: Netlink, message: bytes) -> None:

@@ -231,21 +231,24 @@ async def dump(
                 async with standstill(tracer, pid, externals, policy, place, looks, known) as still:
                     progress.phase("memory")
                     storing.begin(still)
+                    await storing.all_read.wait()  # records wait, too, as far as pages have room
                     if leave == "running":
-                        await storing.all_read.wait()  # records wait, too, as far as pages have room
                         thawed = await tracer.run(still.go_on)
                         storing.may_encode.set()
                         await still.let_go_of_files()
                     else:
                         storing.may_encode.set()
                         await storing.complete.wait()
-                        await still.let_go_of_files()
                         with trio.CancelScope(shield=True):
                             if leave == "end":
+                                still.kill()
+                                thawed = time.monotonic()
+                                await still.let_go_of_files()
                                 await tracer.run(still.end)
                             else:
+                                await still.let_go_of_files()
                                 await tracer.run(freeze.hold_stopped, still.tree)
-                        thawed = time.monotonic()
+                                thawed = time.monotonic()
         written = storing.manifest
         assert written is not None
     figures: dict[str, float] = {}

@@ -134,6 +134,16 @@ async def test_what_a_source_leaves_out_was_in_the_draft():
         await _come(_Tree(is_draft_of_it=False), channel, records)
 
 
+async def test_what_is_refused_is_said_though_nothing_was_changed():
+    class Lacking(_Tree):
+        def update(self, image: Image) -> bool:
+            raise RebuildError("a file is not the same here")
+
+    channel, records = await _sent(rest=Begin("rest"))
+    with trio.fail_after(20), pytest.raises(RebuildError, match="not the same"):
+        await _come(Lacking(), channel, records)
+
+
 async def test_what_fails_beside_the_pages_is_said_where_the_peer_can_be_heard(written: list[Any]):
     """Else what is in the connection behind that could not be told apart any more."""
     channel, records = await _sent(rest=Begin("rest"))

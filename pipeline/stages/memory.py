@@ -20,7 +20,7 @@ import xxhash
 
 from pipeline.errors import TargetError
 from pipeline.ids import HostPid, LocalFd
-from pipeline.image.frames import MAX_SEGMENTS, PageRun
+from pipeline.image.frames import PageRun
 from pipeline.image.packing import PackedRun
 from pipeline.kernel.pagemap import PAGE_BYTES, Range, intersect, subtract, total_bytes, union
 from pipeline.kernel.procfs import ProcessGone, is_exiting
@@ -143,8 +143,6 @@ class Sent:
 
 
 _NOT_SENT = _Chunk([], b"")
-#: segments
-_MOST_OF_A_CHUNK = Sent.CHUNK_BYTES // PAGE_BYTES
 
 
 def _segments(runs: Sequence[Range]) -> list[Segment]:
@@ -370,7 +368,10 @@ def _reading_live(memory: ProcessMemory, piece: Sequence[Segment], missed: list[
 
 
 def _together(fills: Iterator[_Fill]) -> _Fill:
-    """What these have to send, of one chunk each, as far as there is room; the rest of `fills` is left."""
+    """What these have to send, of one chunk each, as far as there is room; the rest of `fills` is left.
+
+    A segment has a page at least, so that they are no more than a frame may have.
+    """
 
     def fill(view: memoryview) -> tuple[Sequence[Segment], int]:
         found: list[Segment] = []
@@ -379,7 +380,7 @@ def _together(fills: Iterator[_Fill]) -> _Fill:
             segments, count = one(view[done:])
             found += segments
             done += count
-            if len(view) - done < Sent.CHUNK_BYTES or len(found) > MAX_SEGMENTS - _MOST_OF_A_CHUNK:
+            if len(view) - done < Sent.CHUNK_BYTES:
                 break
         return found, done
 

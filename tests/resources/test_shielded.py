@@ -250,11 +250,12 @@ def test_one_child_for_all(tmp_path: Path) -> None:
 
 def test_it_holds_nothing_of_ours(tmp_path: Path) -> None:
     """Or whoever waits for the end of what we write would wait for the child, too."""
-    with (tmp_path / "ours").open("wb"):
+    with (tmp_path / "ours").open("wb") as ours:
         shield = Shield()
         shield.start()
         there = f"/proc/{shield._child}/fd"
         at_once = [os.readlink(f"{there}/{fd}") for fd in os.listdir(there)]
+        shield.run(identify, [LocalFd(ours.fileno())])
         held = pickle.loads(shield.run(held_by_the_child, []))
         shield.close()
     assert str(tmp_path / "ours") not in at_once, "a tree whose file it is would be refused"

@@ -101,6 +101,22 @@ def test_nobody_of_us_is_in_a_network_of_the_tree_when_it_ends(start: Callable[.
     tree.check()
 
 
+@pytest.mark.parametrize(("program", "has_sockets"), [("sockets", True), ("quiet", False)])
+def test_who_borrows_of_sockets_is_there_before(
+    start: Callable[..., Tree], program: str, *, has_sockets: bool
+) -> None:
+    tree = start(program, DEPTH_1)
+
+    async def main() -> None:
+        with Beforehand() as known:
+            await refuse_early(tree.pid, known=known)
+            assert ("shield" in {what for what, _ in LEDGER.held()}) == has_sockets
+
+    trio.run(main)
+    assert not LEDGER.held()
+    tree.check()
+
+
 @pytest.mark.parametrize("program", ["files", "mappings"])
 @pytest.mark.parametrize("far", ["nothing", "its open files", "its mapped files"])
 def test_it_is_known_whether_its_end_may_be_seen(

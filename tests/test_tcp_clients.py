@@ -162,17 +162,21 @@ def test_a_dump_killed_at_random_lets_clients_go_on(
 
 #: the command line, with connections that stay in repair mode until it was killed; says when they are
 HELD_IN_REPAIR = """
-import os, sys, time
+import functools, os, sys, time
 from pipeline.__main__ import main
 from pipeline.resources import tcp_read
 
 look, pipeline = tcp_read._look, os.getpid()
 
+@functools.cache
+def output():  # of the command: whoever reads has another
+    return os.open(f"/proc/{pipeline}/fd/1", os.O_WRONLY)
+
 def state():
     return open(f"/proc/{pipeline}/stat").read().rpartition(")")[2].split()[0]
 
 def slowly(sock):
-    os.write(1, b"in repair\\n")
+    os.write(output(), b"in repair\\n")
     while state() != "Z":
         time.sleep(0.001)
     time.sleep(0.1)
@@ -208,7 +212,7 @@ def test_a_dump_killed_while_it_reads_a_connection_lets_clients_go_on(
             assert dumper.stdout is not None
             assert dumper.stdout.readline() == b"in repair\n"
             dumper.kill()
-            dumper.stdout.read()  # the child that reads has it open, too
+            dumper.stdout.read()  # the child that reads has opened it, too
         clients.go_on()
         no_locks(tree)
     tree.check()

@@ -158,8 +158,13 @@ def _stand_by(control: socket.socket) -> NoReturn:
     """What the child does: it holds nothing of ours but an end of the connection, and acts until that is closed."""
     try:
         os.setsid()
+        nothing = os.open(os.devnull, os.O_RDWR)
         for fd in map(int, os.listdir("/proc/self/fd")):
-            if fd > 2 and fd != control.fileno():
+            if fd == control.fileno():
+                continue
+            if fd <= 2:  # a tree may have these of us
+                os.dup2(nothing, fd)
+            else:
                 with suppress(OSError):  # that of the list
                     os.close(fd)
         control.sendall(_READY)

@@ -15,12 +15,13 @@ from msgspec.structs import replace
 
 from pipeline import garbage
 from pipeline.errors import ImageError, PeerError, PipelineError, ungrouped
-from pipeline.image.codec import Image
+from pipeline.image.codec import Image, prepare
 from pipeline.image.delta import Draft
 from pipeline.image.schema import Absent
 from pipeline.kernel.arch import x86_64 as arch
 from pipeline.progress import Progress
 from pipeline.remote.tracer import Tracer
+from pipeline.resources.registry import kinds
 from pipeline.restore import page_feed, read_counted, read_records
 from pipeline.stages.building import bring_up_to_date, grown, rebuilt
 from pipeline.stages.fill import writing
@@ -62,6 +63,7 @@ async def arrived_live(
         image, first = await read_records(channel.reader)
         image.check_machine(arch.MACHINE)
         draft = Draft(image)
+        await trio.to_thread.run_sync(prepare, [kind.record for kind in kinds()])
         feed = page_feed(channel.reader, image, first, progress)
         async with grown(image, feed, tracer, progress, terms) as rebuilding:
             page_bytes = feed.bytes_done

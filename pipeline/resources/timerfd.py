@@ -101,8 +101,8 @@ class Timerfd(CompleteOnceCreated):
         now = _now_ns(clock)
         interval_s, interval_ns, value_s, value_ns = _ITIMERSPEC.unpack(buffer.raw)
         left = value_s * _SECOND_NS + value_ns
-        with open(f"/proc/self/fdinfo/{view.local}", encoding="ascii") as info:
-            ticks = re.search(r"^ticks:\s*(\d+)", info.read(), re.MULTILINE)
+        with open(f"/proc/self/fdinfo/{view.local}", "rb") as info:
+            ticks = re.search(rb"^ticks:\s*(\d+)", info.read(), re.MULTILINE)
         absolute = bool(left) and bool(flags & TFD_TIMER_ABSTIME)
         return TimerfdState(
             clock=clock,

@@ -288,7 +288,7 @@ def _call(index: Index, record: UnixState, address: bytes | str, scope: CreateSc
 
 def _listen(index: Index, record: UnixState, backlog: int, scope: CreateScope) -> None:
     """Let the process that listened listen again: clients see its pid and ids."""
-    with open("/proc/sys/net/core/somaxconn", encoding="ascii") as limit:
+    with open("/proc/sys/net/core/somaxconn", "rb") as limit:
         most = int(limit.read())
     if backlog > most:
         raise RebuildError(

@@ -254,7 +254,7 @@ def _nobody() -> tuple[int, int]:
     """What the kernel answers for ids that nobody has told."""
     found = []
     for name in ("overflowuid", "overflowgid"):
-        with open(f"/proc/sys/kernel/{name}", encoding="ascii") as file:
+        with open(f"/proc/sys/kernel/{name}", "rb") as file:
             found.append(int(file.read()))
     return found[0], found[1]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from contextlib import suppress
 
 import msgpack
@@ -31,6 +33,7 @@ from pipeline.image.schema import (
     UserNamespace,
     Vma,
 )
+from tests.harness.tree import ROOT
 
 HEAD = Head(
     version=FORMAT_VERSION,
@@ -238,3 +241,29 @@ def test_user_namespaces_in_a_ring_are_refused():
         image.add(record)
     with pytest.raises(ImageError, match=r"user namespace [12] is its own ancestor"):
         image.check_references()
+
+
+def test_the_types_of_records_are_evaluated_before_they_are_needed() -> None:
+    """A pause has no time for it; each type is evaluated only once in a process, so another one looks."""
+    code = """
+import sys
+from pipeline.image import codec
+from pipeline.resources.registry import kinds
+import msgspec
+
+evaluated = []
+sys.addaudithook(lambda event, args: evaluated.append(args[0]) if event == "compile" else None)
+codec.prepare([kind.record for kind in kinds()])
+print(len(evaluated))
+evaluated.clear()
+for kind in (*codec._KINDS.values(), *(kind.record for kind in kinds())):
+    try:
+        msgspec.convert({}, kind)
+    except msgspec.ValidationError:
+        pass
+print(len(evaluated))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    first, then = map(int, done.stdout.split())
+    assert first > 100
+    assert then == 0

@@ -109,8 +109,8 @@ def begin(state: TimeState, puppet: Puppet) -> dict[str, int]:
 @functools.cache
 def boot_id() -> str:
     """Which boot of which host this is; empty where it is hidden, as from some containers."""
-    with suppress(OSError), open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-        return file.read().strip()
+    with suppress(OSError), open("/proc/sys/kernel/random/boot_id", "rb") as file:
+        return file.read().strip().decode()
     return ""
 
 
@@ -119,9 +119,9 @@ def own_offsets_ns() -> dict[str, int]:
     found = dict.fromkeys(_CLOCKS, 0)
     with (
         suppress(FileNotFoundError),
-        open(_OFFSETS, encoding="ascii") as file,
+        open(_OFFSETS, "rb") as file,
     ):  # a kernel without time namespaces
         for line in file:
             name, seconds, nanoseconds = line.split()
-            found[name] = int(seconds) * _NS_IN_S + int(nanoseconds)
+            found[name.decode()] = int(seconds) * _NS_IN_S + int(nanoseconds)
     return found

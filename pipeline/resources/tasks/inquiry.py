@@ -73,8 +73,11 @@ class Inquiry:
         self._descriptor_table = self._call(NR.modify_ldt, 0, Out(8), 8)
 
     def _ask(self, number: int, *args: int | Out) -> Out:
-        self._call(number, *args)
-        return next(arg for arg in args if isinstance(arg, Out))
+        self.calls.append(Call(number, args, may_fail=True))
+        for arg in args:
+            if isinstance(arg, Out):
+                return arg
+        raise ValueError("nothing is to be filled in")
 
     def _call(self, number: int, *args: int | Out) -> Call:
         call = Call(number, args, may_fail=True)

@@ -107,11 +107,16 @@ class BufferPool:
     async def warm(self, size_bytes: int) -> None:
         """Touch as many buffers as `size_bytes` fill, so that whoever uses them later does not wait for the kernel."""
         leases: list[Lease] = []
+
+        async def touch(lease: Lease) -> None:
+            with suppress(OSError):  # this kernel cannot: then they are touched when they are used
+                await trio.to_thread.run_sync(populate, lease.view)
+
         try:
-            for _ in range(min(self.count, -(-size_bytes // self.size_bytes))):
-                leases.append(await self.lease())
-                with suppress(OSError):  # this kernel cannot: then they are touched when they are used
-                    await trio.to_thread.run_sync(populate, leases[-1].view)
+            async with trio.open_nursery() as nursery:
+                for _ in range(min(self.count, -(-size_bytes // self.size_bytes))):
+                    leases.append(await self.lease())
+                    nursery.start_soon(touch, leases[-1])
         finally:
             for lease in leases:
                 lease.release()

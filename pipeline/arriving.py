@@ -28,7 +28,7 @@ from pipeline.stages.fill import writing
 from pipeline.stages.rebuild import Rebuilding, Terms
 from pipeline.transport.buffers import LeasedRun
 from pipeline.transport.framing import Item
-from pipeline.transport.protocol import Begin
+from pipeline.transport.protocol import Begin, CatchUp, CaughtUp
 from pipeline.transport.tcp import Channel
 
 
@@ -166,13 +166,19 @@ async def _come_to_rest(
 
 
 async def _beginning(channel: Channel, item: Item | None) -> Begin:
-    """What comes next of a tree that is sent while it runs.
+    """What comes next of a tree that is sent while it runs; asked for that first, we say that all of it is taken in.
+
+    Args:
+        item: what came behind the last part, all of which is.
 
     Raises:
         PeerError: `item` does not say so.
         ImageError: the source has given up.
     """
     message = channel.understand(item)
+    while isinstance(message, CatchUp):
+        await channel.say(CaughtUp())
+        message = channel.understand(await channel.reader.next())
     if not isinstance(message, Begin):
         raise ImageError(f"{channel.peer} has given up")
     return message

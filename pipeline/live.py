@@ -22,7 +22,7 @@ from typing import Literal
 import msgspec
 import trio
 
-from pipeline.errors import PipelineError
+from pipeline.errors import PeerError, PipelineError
 from pipeline.ids import HostPid
 from pipeline.image.codec import Image, image_of
 from pipeline.image.delta import Draft, condensed
@@ -42,7 +42,7 @@ from pipeline.stages.pacing import Pacing
 from pipeline.stages.throttle import Throttle
 from pipeline.stages.write import in_order, write_pages, write_records, write_translated
 from pipeline.standstill import Standstill, begin_tracking, look_again
-from pipeline.transport.protocol import Begin
+from pipeline.transport.protocol import Begin, CatchUp, CaughtUp
 from pipeline.transport.tcp import Channel
 from pipeline.userns.externals import Externals
 
@@ -179,12 +179,14 @@ class LiveSource:
         while True:
             begun_s, written_before = time.monotonic(), self._channel.writer.total_bytes()
             await (self._first_round() if not pacing.rounds else self._next_round(pacing.rounds))
+            sent = self._channel.writer.total_bytes() - written_before
+            if not rate or sent > _TELLING_BYTES:
+                rate = sent / (time.monotonic() - begun_s)
+            if not pacing.rounds:
+                await self._wait_for_draft()
             if self._rounds.only_draft:
                 return True
             seconds = time.monotonic() - begun_s
-            sent = self._channel.writer.total_bytes() - written_before
-            if not rate or sent > _TELLING_BYTES:
-                rate = sent / seconds
             left = await self._look_again()
             late = await trio.to_thread.run_sync(memory.late_bytes)
             if late > _LATE_BYTES and not is_last:
@@ -232,6 +234,18 @@ class LiveSource:
         )
         memory.let_go_of_objects()
         self.rounds_done += 1
+
+    async def _wait_for_draft(self) -> None:
+        """Until the destination has built what the draft tells of, with all that it holds.
+
+        What it is sent lies in buffers for a while: a small tree would stand still for all of that.
+
+        Raises:
+            PeerRefused: it cannot be built there.
+        """
+        await self._channel.say(CatchUp())
+        if not isinstance(await self._channel.hear(), CaughtUp):
+            raise PeerError(f"{self._channel.peer} was to build a draft, and does not say that it has")
 
     async def _next_round(self, number: int) -> None:
         memory = self.memory

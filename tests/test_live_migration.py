@@ -16,8 +16,9 @@ import pytest
 
 from pipeline import events
 from pipeline.ids import HostPid
-from pipeline.kernel import smaps, userfaultfd
+from pipeline.kernel import procfs, smaps, userfaultfd
 from pipeline.kernel.syscalls import pidfd_getfd
+from tests.harness.building import BUILT, GO_ON
 from tests.harness.hosts import Host, Server, assert_same_tree, migrate, serving
 from tests.harness.settings import CONTAINER_2, DEPTH_0, DEPTH_1, DEPTH_2, Setting
 from tests.harness.tree import PATIENCE_S, Tree, children_of, reap, said
@@ -75,6 +76,35 @@ def test_state_is_carried_live(
     remarks = [one for one in result["notes"] if "answers page faults by userfaultfd itself" in one]
     assert bool(remarks) == (program in _UNTRACKED)
     assert result["notes"] == remarks or program in _CHANGE
+    tree.check()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_tree_does_not_stand_still_for_the_draft(
+    hosts: tuple[Host, Host], secret: Path, start_on: Callable[..., Tree], tmp_path: Path, mode: str
+) -> None:
+    """Who builds it takes a second longer than there is to send; in that the tree runs."""
+    source, destination = hosts
+    tree = start_on(source, "anonymous", DEPTH_1)
+    family = tree.pids()
+    with serving(destination, secret, "--once", tool=("tests.harness.building", str(tmp_path))) as server:
+        options = ("--to", server.address, "--secret-file", str(secret), "--mode", mode)
+        command = source.command(sys.executable, "-m", "pipeline", "migrate", "--pid", "5000", *options)
+        with subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        ) as process:
+            tree.wait_for(tmp_path / BUILT)
+            tracers = []
+            for _ in range(100):
+                tracers += [procfs.status(HostPid(pid)).tracer_pid for pid in family]
+                time.sleep(0.01)
+            (tmp_path / GO_ON).touch()
+            _, err = process.communicate(timeout=PATIENCE_S)
+        assert process.returncode == 0, err
+        server.has_served()
+    assert not any(tracers), "it was stopped before it was awaited there"
+    assert not reap(family)
+    tree.pid = destination.outer_pid(5000)
     tree.check()
 
 

@@ -25,7 +25,7 @@ from pipeline.errors import ImageError, PeerError
 from pipeline.image.codec import type_by_tag, unpack
 from pipeline.image.schema import U64
 
-VERSION = 6
+VERSION = 7
 _MAX_MESSAGE_BYTES = 1 << 20
 
 Role = Literal["source", "destination"]
@@ -94,6 +94,17 @@ class Begin(Message, frozen=True, tag="begin"):
     what: Literal["draft", "round", "still", "rest", "whole"]
     #: how many there are, with ``still`` and ``rest``; those that are as in the draft are not sent again, but counted
     records: U64 = 0
+
+
+class CatchUp(Message, frozen=True, tag="catch-up"):
+    """All that came of a tree that is sent while it runs is to be taken in before anything else; then `CaughtUp`.
+
+    The tree is not to stand still for what the destination has not done yet.
+    """
+
+
+class CaughtUp(Message, frozen=True, tag="caught-up"):
+    """The draft is built, and all pages that came are where they belong."""
 
 
 class Attend(Message, frozen=True, tag="attend"):
@@ -174,6 +185,8 @@ AnyMessage = (
     | Resume
     | Accept
     | Begin
+    | CatchUp
+    | CaughtUp
     | Refuse
     | Prepared
     | Commit
@@ -194,6 +207,7 @@ SOURCE_SAYS: dict[tuple[State, type[Message]], State] = {
     ("greeted", Resume): "resuming",
     ("greeted", Decision): "committed",
     ("active", Begin): "active",
+    ("active", CatchUp): "active",
     ("active", Cancel): "cancelling",
     ("prepared", Cancel): "cancelling",
     ("prepared", Commit): "committed",
@@ -204,8 +218,10 @@ DESTINATION_SAYS: dict[tuple[State, type[Message]], State] = {
     ("offered", Accept): "active",
     ("offered", Refuse): "cancelled",
     ("active", Refuse): "cancelled",
+    ("active", CaughtUp): "active",
     ("active", Prepared): "prepared",
     ("prepared", Refuse): "cancelled",
+    ("cancelling", CaughtUp): "cancelling",
     ("cancelling", Prepared): "cancelling",
     ("cancelling", Refuse): "cancelled",
     ("committed", Completed): "completed",

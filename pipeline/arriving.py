@@ -63,7 +63,7 @@ async def arrived_live(
         image, first = await read_records(channel.reader)
         image.check_machine(arch.MACHINE)
         draft = Draft(image)
-        await trio.to_thread.run_sync(prepare, [kind.record for kind in kinds()])
+        await trio.to_thread.run_sync(lambda: prepare(kind.record for kind in kinds()))
         feed = page_feed(channel.reader, image, first, progress)
         async with grown(image, feed, tracer, progress, terms) as rebuilding:
             page_bytes = feed.bytes_done

@@ -221,7 +221,6 @@ DESTINATION_SAYS: dict[tuple[State, type[Message]], State] = {
     ("active", CaughtUp): "active",
     ("active", Prepared): "prepared",
     ("prepared", Refuse): "cancelled",
-    ("cancelling", CaughtUp): "cancelling",
     ("cancelling", Prepared): "cancelling",
     ("cancelling", Refuse): "cancelled",
     ("committed", Completed): "completed",

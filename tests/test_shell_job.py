@@ -110,6 +110,13 @@ class Shell:
     def settings(self) -> list[object]:
         return termios.tcgetattr(self.master)
 
+    def wait_for_settings(self, wanted: list[object]) -> None:
+        """Who has them at last is a shell, which sets them once more for each line that it reads."""
+        deadline = time.monotonic() + 10
+        while (found := self.settings()) != wanted:
+            assert time.monotonic() < deadline, f"{found} is not {wanted}; {self.processes()}"
+            time.sleep(0.01)
+
     def quit_key(self) -> bytes:
         """What no shell would change: the settings of the program are on if it is the program's."""
         return termios.tcgetattr(self.master)[6][termios.VQUIT]
@@ -245,7 +252,7 @@ def test_a_job_moves_to_another_shell_with_keys_interrupts_and_stops(
     second.type(b"\x1a")
     second.expect(b"Stopped")
     second.expect(_PROMPT)
-    assert second.settings() == usual
+    second.wait_for_settings(usual)
     assert b"alive" in second.run(f"kill -0 {pid} && echo alive")
     second.type(b"fg\n")
     second.expect(b"--shell-job")
@@ -255,7 +262,7 @@ def test_a_job_moves_to_another_shell_with_keys_interrupts_and_stops(
     second.type(b"q")
     second.expect(b"[end 1]")
     second.expect(_PROMPT)
-    assert second.settings() == usual
+    second.wait_for_settings(usual)
     assert termios.tcgetwinsize(second.master) == (0, 0)
     assert second.status() == 0
     assert not reap([pid])
@@ -276,7 +283,7 @@ def test_a_stopped_job_comes_back_stopped_and_reads_in_the_background_stop_it(
     second.type(second.pipeline("restore", "--from", image, "--shell-job").encode() + b"\n")
     second.expect(b"Stopped")
     second.expect(_PROMPT)
-    assert second.settings() == usual
+    second.wait_for_settings(usual)
     second.run("bg")
     second.run("sleep 0.3")
     assert b"Stopped" in second.run("jobs")  # it reads: the kernel stops it
@@ -287,7 +294,7 @@ def test_a_stopped_job_comes_back_stopped_and_reads_in_the_background_stop_it(
     second.type(b"q\n")
     second.expect(b"[end 1]")
     second.expect(_PROMPT)
-    assert second.settings() == usual
+    second.wait_for_settings(usual)
 
 
 def test_a_restorer_that_is_killed_leaves_a_terminal_as_it_was(shells: list[Shell], tmp_path: Path) -> None:

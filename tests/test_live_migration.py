@@ -18,8 +18,9 @@ from pipeline import events
 from pipeline.ids import HostPid
 from pipeline.kernel import procfs, smaps, userfaultfd
 from pipeline.kernel.syscalls import pidfd_getfd
+from tests.harness import firsts
 from tests.harness.building import BUILT, GO_ON
-from tests.harness.hosts import Host, Server, assert_same_tree, migrate, serving
+from tests.harness.hosts import Host, Server, assert_same_tree, inner_pid, migrate, serving
 from tests.harness.settings import CONTAINER_2, DEPTH_0, DEPTH_1, DEPTH_2, Setting
 from tests.harness.tree import PATIENCE_S, Tree, children_of, reap, said
 from tests.harness.valve import Valve
@@ -103,6 +104,25 @@ def test_a_tree_does_not_stand_still_for_the_draft(
         assert process.returncode == 0, err
         server.has_served()
     assert not any(tracers), "it was stopped before it was awaited there"
+    assert not reap(family)
+    tree.pid = destination.outer_pid(5000)
+    tree.check()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_nothing_is_imported_where_a_tree_comes_to_rest(
+    hosts: tuple[Host, Host], secret: Path, start_on: Callable[..., Tree], mode: str
+) -> None:
+    """Nor evaluated, in a `serve` that takes its first tree."""
+    source, destination = hosts
+    tree = start_on(source, "files", DEPTH_1)
+    family = tree.pids()
+    with serving(destination, secret, "--once", tool=("tests.harness.firsts",)) as server:
+        options = ("--to", server.address, "--secret-file", str(secret), "--mode", mode)
+        done = source.engine("migrate", "--pid", str(inner_pid(tree.pid)), *options)
+        assert done.returncode == 0, said(done)
+        out, _ = server.has_served()
+    assert firsts.NONE in out
     assert not reap(family)
     tree.pid = destination.outer_pid(5000)
     tree.check()

@@ -28,6 +28,7 @@ from pipeline.stages.beforehand import Beforehand
 from pipeline.stages.capture import Capture
 from pipeline.standstill import refuse_early, standstill
 from pipeline.transport.storage import DirectoryStorage
+from tests.harness import firsts
 from tests.harness.settings import DEPTH_1
 from tests.harness.tree import ROOT, Tree
 
@@ -218,42 +219,6 @@ def test_the_table_of_locks_is_read_before_it(
     tree.check()
 
 
-#: the command line, told of what Python does for the first time, from the freeze to the end of the look
-TOLD_OF_FIRSTS = """
-import sys
-from pipeline import standstill
-from pipeline.__main__ import main
-from pipeline.stages import freeze
-
-is_still, firsts = False, []
-
-def hear(event, args):
-    if is_still and event in ("import", "compile"):
-        firsts.append(f"{event} {args[0]}")
-
-sys.addaudithook(hear)
-stop, look = freeze.freeze, standstill._capture
-
-def frozen(*args):
-    global is_still
-    is_still = True
-    return stop(*args)
-
-def captured(*args):
-    global is_still
-    try:
-        return look(*args)
-    finally:
-        is_still = False
-
-freeze.freeze, standstill._capture = frozen, captured
-try:
-    main()
-finally:
-    print("at first:", firsts)
-"""
-
-
 @pytest.mark.parametrize("mode", ["stop", "precopy"])
 @pytest.mark.parametrize("program", ["files", "connections"])
 def test_nothing_is_imported_while_it_stands_still(
@@ -271,12 +236,12 @@ def test_nothing_is_imported_while_it_stands_still(
         "--leave-running",
     ]
     done = subprocess.run(
-        [sys.executable, "-c", TOLD_OF_FIRSTS, *command],
+        [sys.executable, "-m", "tests.harness.firsts", *command],
         cwd=ROOT,
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert "at first: []" in done.stdout
+    assert firsts.NONE in done.stdout
     tree.check()

@@ -120,7 +120,8 @@ def lay_out(calls: Sequence[Call], base: RemoteAddress) -> Layout:
             contents.append((at, content))
         if isinstance(arg, Out):
             outs.append((at, arg))
-        placed[id(arg)] = base + at
+        if not isinstance(arg, bytes):  # the kernel may write into what it is given: each call has its own
+            placed[id(arg)] = base + at
         return base + at
 
     def packed(part: Argument) -> bytes:

@@ -13,7 +13,7 @@ from typing import Any
 from pipeline import arriving, standstill
 from pipeline.stages import freeze
 
-#: in front of what is told
+#: what is told where there was nothing
 NONE = "at first: []"
 
 _firsts: list[str] = []

@@ -56,6 +56,14 @@ def test_what_is_given_twice_is_one() -> None:
     assert [out for _, out in layout.outs] == [shared]
 
 
+def test_each_call_has_its_own_of_the_same_bytes() -> None:
+    given = b"0123456789abcdef"
+    layout = lay_out([Call(1, (given,)), Call(2, (given,))], BASE)
+    (_, first, *_), (_, second, *_) = table(layout, 2)
+    assert abs(first - second) >= len(given)
+    assert at(layout, first, 16) == at(layout, second, 16) == given
+
+
 def test_results_are_read_back() -> None:
     calls = [Call(1, (Out(4),)), Call(2, may_fail=True)]
     layout = lay_out(calls, BASE)

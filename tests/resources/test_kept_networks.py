@@ -86,6 +86,21 @@ def test_values_of_now_are_read_from_files_that_were_opened_before() -> None:
     assert LEDGER.held() == held
 
 
+@pytest.mark.parametrize("most", [0, 1], ids=["walks", "keeps"])
+def test_long_values_are_whole(most: int) -> None:
+    """One that is much longer than what values are read with first; one that is as long, with its newline."""
+    name = "ipv4/ip_local_reserved_ports"
+    ports = [b"%d" % port for port in range(10001, 20001, 2)]
+    with network() as way, closing(KeptNetworks(most)) as kept:
+        for value in (b",".join(ports), b",".join([b"7", *ports[:85]])):
+            set_there(way, name, value)
+            for _ in range(2):
+                found = kept.sysctls(way, ["lo"], name.__eq__)
+                if found is None:
+                    found = eval(visit(way, lambda: repr(dict(walk(name.__eq__))).encode()))
+                assert found == {name: value}
+
+
 def test_devices_that_come_and_go() -> None:
     with network() as way, closing(KeptNetworks()) as kept:
         kept.sysctls(way, ["lo"], wanted)

@@ -24,14 +24,15 @@ from pipeline.kernel.nsfs import NamespaceKey
 from pipeline.kernel.syscalls import CLONE
 from pipeline.ledger import LEDGER
 from pipeline.resources.namespaces.network import SYSCTLS
-from pipeline.userns.visit import Visitor, Way, fetch, read_file, visit
+from pipeline.userns.visit import Visitor, Way, fetch, visit
 
 T = TypeVar("T")
 #: those kept at the most: each takes a thread, and a descriptor for each sysctl
 _MOST = 4
 #: of the descriptors that this process may have, one in so many may be such a one, for each network
 _PART = 8
-_VALUE_BYTES = 1 << 16
+#: most values are much shorter than the first, none is longer than the second
+_SHORT_BYTES, _LONGEST_BYTES = 512, 1 << 16
 
 
 class _Open(NamedTuple):
@@ -128,7 +129,11 @@ def walk(is_wanted: Callable[[str], bool]) -> Iterator[tuple[str, bytes]]:
             name = f"{inside}/{last}" if inside else last
             if is_wanted(name):
                 with suppress(OSError):
-                    yield name, read_file(f"{folder}/{last}").strip()
+                    fd = LocalFd(os.open(f"{folder}/{last}", os.O_RDONLY | os.O_CLOEXEC))
+                    try:
+                        yield name, _read(fd)
+                    finally:
+                        os.close(fd)
 
 
 def _opened(names: Iterable[str]) -> dict[str, LocalFd]:
@@ -144,4 +149,5 @@ def _opened(names: Iterable[str]) -> dict[str, LocalFd]:
 
 def _read(fd: LocalFd) -> bytes:
     """The kernel gives as much of a value as is asked for at once, and nothing more behind that."""
-    return os.pread(fd, _VALUE_BYTES, 0).strip()
+    value = os.pread(fd, _SHORT_BYTES, 0)
+    return (value if len(value) < _SHORT_BYTES else os.pread(fd, _LONGEST_BYTES, 0)).strip()

@@ -277,12 +277,12 @@ def _senders(state: SocketState, scope: CaptureScope) -> _Known:
     if known is None:
         known = scope.peers()[key] = {}
         for index, view in scope.files():
-            who = sockets.identity_of(view)
+            who = view.identity
             if who is None or (who.type, who.protocol) != (socket.SOCK_DGRAM, state.protocol):
                 continue
             if who.family not in (socket.AF_INET, socket.AF_INET6):
                 continue
-            with sockets.borrowed(view.local) as sock:
+            with view.as_socket() as sock:
                 if sockets.network(sock, scope) == state.netns:
                     local = inet_address.local(sock, who.family)
                     known.setdefault(local.port, []).append((index, local.host))

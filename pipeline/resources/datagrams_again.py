@@ -22,10 +22,10 @@ from collections.abc import Sequence
 from pipeline.errors import RebuildError
 from pipeline.kernel.arch.x86_64_numbers import NR
 from pipeline.kernel.syscalls import syscall
-from pipeline.resources import sockets
 from pipeline.resources.datagrams import MAPPED, Datagram, held_bytes
 from pipeline.resources.inet_address import Address
 from pipeline.resources.kinds import CreateScope
+from pipeline.resources.socket_identity import borrowed
 from pipeline.resources.sockets import SocketState
 
 _SO_RCVBUFFORCE = 33
@@ -60,7 +60,7 @@ def send_again(
             )
         before = held_bytes(sock)
         try:
-            with sockets.borrowed(scope.file(datagram.by)) as sender:
+            with borrowed(scope.file(datagram.by)) as sender:
                 host = local.host if local is not None and any(local.host) else b""
                 host = host[-4:] if sender.family == socket.AF_INET else host
                 to = socket.inet_ntop(sender.family, host or _LOOPBACK[sender.family])

@@ -33,7 +33,7 @@ from pipeline.image.schema import OpenFile
 from pipeline.kernel import procfs
 from pipeline.kernel.arch.x86_64_numbers import NR
 from pipeline.kernel.syscalls import syscall
-from pipeline.resources import fifo, locks, outside, pipe_buffer, pty_sides, sockets, terminal
+from pipeline.resources import fifo, locks, outside, pipe_buffer, pty_sides, terminal
 from pipeline.resources.external_state import KIND_NAME, ExternalState, given_key
 from pipeline.resources.kinds import CaptureScope, CreateScope, FdView
 from pipeline.resources.paths import closed_on_error, describe, misnamed, open_again, reopen
@@ -72,7 +72,7 @@ def claims(view: FdView, scope: CaptureScope) -> bool:
         return False
     if os.fsdecode(name) in policy.external_fds:
         return True
-    if sockets.is_socket(view):
+    if view.is_socket:
         return False
     wanted = "any" in policy.external_fds
     if stat.S_ISCHR(view.stat.st_mode):
@@ -116,7 +116,7 @@ def _is_joined(view: FdView, scope: CaptureScope) -> bool:
     """Whether another socket of the tree is joined to socket `view`, so that it would lose it."""
     if is_tcp(view):
         return TcpTree.of(scope).is_joined(view)
-    who = sockets.identity_of(view)
+    who = view.identity
     return who is not None and who.family == socket.AF_UNIX and table_of(scope).is_joined(view.stat.st_ino)
 
 
@@ -145,7 +145,7 @@ class ExternalEnd(CompleteOnceCreated):
 
     def check(self, view: FdView, scope: CaptureScope) -> Iterator[Blocker]:
         """It must have an end outside, and unread bytes must fit into an image."""
-        if sockets.is_socket(view):
+        if view.is_socket:
             if _is_joined(view, scope):
                 why = "is joined to another socket of the tree, and is said to be external"
                 yield Blocker(view.subject, why, "leave that out")

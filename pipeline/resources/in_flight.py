@@ -19,7 +19,7 @@ from msgspec.structs import replace
 from pipeline.errors import Blocker, Refused
 from pipeline.ids import LocalFd
 from pipeline.image.schema import Index
-from pipeline.resources import sockets, unix_look, unix_unread
+from pipeline.resources import unix_look, unix_unread
 from pipeline.resources.kinds import FdView
 from pipeline.resources.unix_unread import Unread
 
@@ -62,7 +62,7 @@ def gather(views: Sequence[FdView], adopt: Adopt) -> Iterator[tuple[Index, list[
 
 
 def _look(view: FdView, adopt: Adopt) -> list[Unread] | None:
-    with sockets.borrowed(view.local) as sock:
+    with view.as_socket() as sock:
         if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
             return None  # they are in connections that only accept(2) gives
         found = unix_look.look(sock, view.subject)

@@ -15,7 +15,7 @@ from pipeline.image.schema import Index
 from pipeline.resources import inet_address
 from pipeline.resources.inet_address import Address
 from pipeline.resources.kinds import CaptureScope, FdView
-from pipeline.resources.socket_options import Identity
+from pipeline.resources.socket_identity import Identity
 from pipeline.userns.visit import read_file
 
 _TABLES = {

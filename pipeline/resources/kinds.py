@@ -19,6 +19,9 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from functools import cached_property
+from stat import S_ISSOCK
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import msgspec
@@ -30,6 +33,7 @@ from pipeline.policy import DumpPolicy, RestorePolicy
 from pipeline.remote.calls import Argument, Call
 from pipeline.resources.held import Held
 from pipeline.resources.shielded import Shield
+from pipeline.resources.socket_identity import Identity, borrowed, identify
 
 if TYPE_CHECKING:
     from pipeline.resources.memory.answering import Answered
@@ -46,7 +50,7 @@ class Inject(Protocol):
         """Number and arguments as `pipeline.remote.calls` says."""
 
 
-class FdView(msgspec.Struct, frozen=True):
+class FdView(msgspec.Struct, frozen=True, dict=True):
     """One descriptor of the target, looked at from outside; nothing in the target is changed.
 
     Args:
@@ -74,6 +78,24 @@ class FdView(msgspec.Struct, frozen=True):
     flags: int
     position: int
     opened_here: bool = False
+
+    @property
+    def is_socket(self) -> bool:
+        """Whether it is a socket, and not an O_PATH descriptor of a socket file."""
+        return S_ISSOCK(self.stat.st_mode) and self.link.startswith(b"socket:[")
+
+    @cached_property
+    def identity(self) -> Identity | None:
+        """What it is, where it `is_socket`; the kernel is asked once."""
+        if not self.is_socket:
+            return None
+        with borrowed(self.local) as sock:
+            return identify(sock)
+
+    def as_socket(self) -> AbstractContextManager[socket.socket]:
+        """An object for what `is_socket`, within a block."""
+        assert self.identity is not None
+        return borrowed(self.local, self.identity)
 
     @property
     def seat(self) -> tuple[HostPid, int]:

@@ -96,14 +96,14 @@ class Netlink(CompleteOnceCreated):
 
     def matches(self, view: FdView) -> bool:
         """A netlink socket."""
-        who = sockets.identity_of(view)
+        who = view.identity
         return who is not None and who.family == socket.AF_NETLINK
 
     def check(self, view: FdView, scope: CaptureScope) -> Iterator[Blocker]:
         """A protocol without hidden state, nothing unread."""
-        with sockets.borrowed(view.local) as sock:
+        with view.as_socket() as sock:
             yield from sockets.check(view, sock, scope)
-            protocol = sockets.identify(sock).protocol
+            protocol = sockets.identity_of(view).protocol
             if protocol not in _CARRIED:
                 name = _REFUSED.get(protocol, f"protocol {protocol}")
                 yield Blocker(
@@ -131,7 +131,7 @@ class Netlink(CompleteOnceCreated):
 
     def capture(self, view: FdView, scope: CaptureScope) -> NetlinkState:
         """Port, groups, options."""
-        with sockets.borrowed(view.local) as sock:
+        with view.as_socket() as sock:
             common = sockets.capture(view, sock, scope)
             groups = _groups(sock)
             families: dict[str, Family] = {}

@@ -13,7 +13,7 @@ from pipeline.errors import Blocker
 from pipeline.resources import sockets
 from pipeline.resources.kinds import CaptureScope, FdView
 from pipeline.resources.refusing import AlwaysRefused
-from pipeline.resources.socket_options import Identity
+from pipeline.resources.socket_identity import Identity
 
 _MPTCP = 262
 _PROTOCOLS = {33: "DCCP", 132: "SCTP", _MPTCP: "MPTCP"}
@@ -37,12 +37,11 @@ class OtherSocket(AlwaysRefused):
 
     def matches(self, view: FdView) -> bool:
         """Every socket: stands behind the kinds that carry some."""
-        return sockets.is_socket(view)
+        return view.is_socket
 
     def check(self, view: FdView, scope: CaptureScope) -> Iterator[Blocker]:
         """Always one blocker."""
-        with sockets.borrowed(view.local) as sock:
-            who = sockets.identify(sock)
+        who = sockets.identity_of(view)
         remedy = _REMEDY_MPTCP if who.protocol == _MPTCP else "close it"
         yield Blocker(view.subject, f"{_name(who)} are not carried", remedy)
 

@@ -83,12 +83,12 @@ class Packet(CompleteOnceCreated):
 
     def matches(self, view: FdView) -> bool:
         """A packet socket."""
-        who = sockets.identity_of(view)
+        who = view.identity
         return who is not None and who.family == socket.AF_PACKET
 
     def check(self, view: FdView, scope: CaptureScope) -> Iterator[Blocker]:
         """No rings, nothing unread, and somebody like ourselves may make it."""
-        with sockets.borrowed(view.local) as sock:
+        with view.as_socket() as sock:
             yield from sockets.check(view, sock, scope)
             yield from sockets.check_error(view)
             netns = sockets.network(sock, scope)
@@ -122,7 +122,7 @@ class Packet(CompleteOnceCreated):
                 yield Blocker(view.subject, "bound to a device that is gone", "close it")
             if told.fanout and sock.getsockopt(SOL_PACKET, _FANOUT) >> 16 & 0xFF in _BY_PROGRAM:
                 yield Blocker(view.subject, "a program chooses among its fanout group", "leave the group")
-            values = socket_options.capture(sock, sockets.identify(sock))
+            values = socket_options.capture(sock, sockets.identity_of(view))
             if told.copy_threshold and _COPY_THRESHOLD not in values:
                 yield Blocker(view.subject, f"{_COPY_THRESHOLD} is set", "clear the option")
             yield from datagrams.refuse_unread(view, sock, scope)
@@ -137,7 +137,7 @@ class Packet(CompleteOnceCreated):
 
     def capture(self, view: FdView, scope: CaptureScope) -> PacketState:
         """Options, protocol, device, memberships."""
-        with sockets.borrowed(view.local) as sock:
+        with view.as_socket() as sock:
             told = self._told(view, sock, scope)
             return PacketState(
                 socket=sockets.capture(view, sock, scope),

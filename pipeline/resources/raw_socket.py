@@ -33,7 +33,7 @@ from pipeline.resources import (
 from pipeline.resources.acting import UNCHANGED, acting_as
 from pipeline.resources.datagram_state import DatagramState
 from pipeline.resources.kinds import CaptureScope, CreateScope, FdView
-from pipeline.resources.socket_options import Identity
+from pipeline.resources.socket_identity import Identity
 from pipeline.resources.sockets import SocketState
 from pipeline.resources.steps import CompleteOnceCreated
 from pipeline.userns.visit import read_file
@@ -77,18 +77,18 @@ class Raw(CompleteOnceCreated):
 
     def matches(self, view: FdView) -> bool:
         """A raw or ping socket of either family."""
-        who = sockets.identity_of(view)
+        who = view.identity
         return who is not None and _is_raw_or_ping(who)
 
     def check(self, view: FdView, scope: CaptureScope) -> Iterator[Blocker]:
         """Nothing unread, no error, no router, and somebody like ourselves may make it."""
-        with sockets.borrowed(view.local) as sock:
+        with view.as_socket() as sock:
             yield from sockets.check(view, sock, scope)
             yield from sockets.check_error(view)
             netns = sockets.network(sock, scope)
             if netns is None:
                 return
-            who = sockets.identify(sock)
+            who = sockets.identity_of(view)
             yield from multicast.check(view, sock, netns, scope)
             yield from datagrams.refuse_unread(view, sock, scope)
             if who.type == socket.SOCK_RAW:
@@ -96,7 +96,7 @@ class Raw(CompleteOnceCreated):
 
     def capture(self, view: FdView, scope: CaptureScope) -> DatagramState:
         """Options, addresses, groups."""
-        with sockets.borrowed(view.local) as sock:
+        with view.as_socket() as sock:
             common = sockets.capture(view, sock, scope)
             address = inet_address.local(sock, common.family)
             # The port of a raw socket is its protocol, whether it is bound or not.

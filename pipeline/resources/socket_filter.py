@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pipeline.errors import Blocker
 from pipeline.kernel.arch.x86_64_numbers import NR
 from pipeline.kernel.syscalls import syscall
-from pipeline.resources.socket_table import Identity
+from pipeline.resources.socket_identity import Identity
 
 _SO_ATTACH_FILTER = 26
 _SO_DETACH_FILTER = 27

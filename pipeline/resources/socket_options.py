@@ -28,16 +28,16 @@ from msgspec import Meta
 from pipeline.errors import Blocker, RebuildError
 from pipeline.kernel import interfaces
 from pipeline.resources import socket_filter
+from pipeline.resources.socket_identity import Identity
 from pipeline.resources.socket_table import (
     LONGEST_HEADERS_BYTES,
     SOL_NETLINK,
-    Identity,
     Option,
     is_tcp,
     options_of,
 )
 
-__all__ = ["LATE", "SOL_NETLINK", "Identity", "Values", "apply", "capture", "check"]
+__all__ = ["LATE", "SOL_NETLINK", "Values", "apply", "capture", "check"]
 
 _SOL = socket.SOL_SOCKET
 _SO_SNDBUFFORCE = 32

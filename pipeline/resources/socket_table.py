@@ -15,6 +15,8 @@ from typing import Literal
 
 import msgspec
 
+from pipeline.resources.socket_identity import Identity
+
 SOL_NETLINK = 270
 SOL_PACKET = 263
 _SOL_RAW = 255
@@ -24,14 +26,6 @@ LONGEST_HEADERS_BYTES = 1024
 
 #: how the kernel holds the number of an interface, which travels as its name
 Device = Literal["", "host order", "network order"]
-
-
-class Identity(msgspec.Struct, frozen=True):
-    """What socket(2) was called with: `family` AF_*, `type` SOCK_* without flags, `protocol`."""
-
-    family: int
-    type: int
-    protocol: int
 
 
 class Option(msgspec.Struct, frozen=True):

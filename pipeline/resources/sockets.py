@@ -16,7 +16,6 @@ import fcntl
 import os
 import select
 import socket
-import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -25,7 +24,8 @@ from pipeline.ids import LocalFd
 from pipeline.image.schema import Id, Index, Record
 from pipeline.resources import socket_options
 from pipeline.resources.kinds import CaptureScope, CreateScope, FdView
-from pipeline.resources.socket_options import Identity, Values
+from pipeline.resources.socket_identity import Identity
+from pipeline.resources.socket_options import Values
 
 _SO_NETNS_COOKIE = 71
 #: the first `Namespace` indexes of an image are those of the external ones
@@ -49,41 +49,15 @@ class SocketState(Record, frozen=True, kw_only=True):
         return Identity(self.family, self.type, self.protocol)
 
 
-def is_socket(view: FdView) -> bool:
-    """Whether `view` is a socket (and not an O_PATH descriptor of a socket file)."""
-    return stat.S_ISSOCK(view.stat.st_mode) and view.link.startswith(b"socket:[")
-
-
 def is_given(view: FdView, scope: CaptureScope) -> bool:
     """Whether the person who captures has named this socket as one that the destination gives."""
     return os.fsdecode(view.link) in scope.policy.external_fds
 
 
-@contextmanager
-def borrowed(fd: LocalFd) -> Iterator[socket.socket]:
-    """A Python socket over a descriptor that stays open and stays the caller's."""
-    sock = socket.socket(fileno=fd)
-    try:
-        yield sock
-    finally:
-        sock.detach()
-
-
-def identify(sock: socket.socket) -> Identity:
-    """Family, type and protocol as the kernel has them."""
-    return Identity(
-        sock.getsockopt(socket.SOL_SOCKET, socket.SO_DOMAIN),
-        sock.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE),
-        sock.getsockopt(socket.SOL_SOCKET, socket.SO_PROTOCOL),
-    )
-
-
-def identity_of(view: FdView) -> Identity | None:
-    """`identify` of a view; None if it is no socket."""
-    if not is_socket(view):
-        return None
-    with borrowed(view.local) as sock:
-        return identify(sock)
+def identity_of(view: FdView) -> Identity:
+    """What a view is that is known to be a socket."""
+    assert view.identity is not None, f"{view.subject} is no socket"
+    return view.identity
 
 
 def events(fd: LocalFd, wanted: int) -> int:
@@ -134,12 +108,12 @@ def check(view: FdView, sock: socket.socket, scope: CaptureScope) -> Iterator[Bl
             "the socket belongs to a network namespace that no process of the tree is in",
             "close it, or run the pipeline in that network namespace (nsenter -t PID -n)",
         )
-    yield from socket_options.check(sock, identify(sock), view.subject)
+    yield from socket_options.check(sock, identity_of(view), view.subject)
 
 
 def capture(view: FdView, sock: socket.socket, scope: CaptureScope) -> SocketState:
     """The state that every socket has."""
-    who = identify(sock)
+    who = identity_of(view)
     return SocketState(
         family=who.family,
         type=who.type,

@@ -27,7 +27,7 @@ import msgpack
 
 from pipeline.ids import LocalFd
 from pipeline.resources.shielded import Shield, shielded
-from pipeline.resources.sockets import borrowed
+from pipeline.resources.socket_identity import Identity, borrowed
 from pipeline.resources.tcp_state import (
     FIN_RECEIVED,
     FIN_SENT,
@@ -48,6 +48,8 @@ _NO_SUCH_MODE = 42
 _SIOCOUTQNSD = 0x894B
 _SO_PEEK_OFF = 42
 _READ_AGAIN = 50
+#: what is asked here is the same for both families
+_ANY_TCP = Identity(socket.AF_INET, socket.SOCK_STREAM, _TCP)
 
 
 def may_repair(sock: socket.socket) -> bool:
@@ -75,13 +77,13 @@ def unsent(sock: socket.socket) -> int:
 
 def peek(local: LocalFd) -> bytes:
     """What waits to be read, without taking it. The socket has no pending error."""
-    with borrowed(local) as sock:
+    with borrowed(local, _ANY_TCP) as sock:
         waiting, _ = queued(sock)
     return _lent([local], lambda: shielded(lambda: _peek_whole(local, waiting))) if waiting else b""
 
 
 def _peek_whole(local: LocalFd, size_bytes: int) -> bytes:
-    with borrowed(local) as sock, _whole_queue(sock):
+    with borrowed(local, _ANY_TCP) as sock, _whole_queue(sock):
         return sock.recv(size_bytes, socket.MSG_PEEK | socket.MSG_DONTWAIT)
 
 
@@ -89,7 +91,7 @@ def _lent(locals_: Sequence[LocalFd], look: Callable[[], bytes]) -> bytes:
     """Look by a child that outlives us. If it is killed, we give back what it has changed."""
     with ExitStack() as loans:
         for local in locals_:
-            sock = loans.enter_context(borrowed(local))
+            sock = loans.enter_context(borrowed(local, _ANY_TCP))
             loans.callback(_give_back, sock, _settings_of(sock))
         return look()
 
@@ -154,7 +156,7 @@ def _read_all(locals_: Sequence[LocalFd], parent: int) -> bytes:
     for local in locals_:
         if os.getppid() != parent:
             break
-        with borrowed(local) as sock:
+        with borrowed(local, _ANY_TCP) as sock:
             found.append(_read_whole(sock))
     packed: bytes = msgpack.packb(found)
     return packed
@@ -216,7 +218,7 @@ def _peek_in_repair(sock: socket.socket, size_bytes: int) -> bytes:
 
 def _typed(local: LocalFd, answer: tuple[Any, ...]) -> Connection:
     state, sent_end, data, behind, received_end, received, mss, timestamp, window = answer
-    with borrowed(local) as sock:
+    with borrowed(local, _ANY_TCP) as sock:
         scales, sack, timestamps = agreed(info_of(sock))
     fin = int(state in FIN_SENT)
     # a FIN that was not sent yet stands behind the data

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 from pipeline.image.schema import Index
 from pipeline.kernel.nfnetlink import Ends
-from pipeline.resources import inet_address, sockets
+from pipeline.resources import inet_address
 from pipeline.resources.kinds import FdView
 from pipeline.resources.tcp_state import End, Info, info_of, plain
 
 
 def is_tcp(view: FdView) -> bool:
     """Whether `view` is a TCP socket of either family."""
-    who = sockets.identity_of(view)
+    who = view.identity
     return (
         who is not None
         and who.family in (socket.AF_INET, socket.AF_INET6)

@@ -36,6 +36,7 @@ from pipeline.image.schema import OpenFile
 from pipeline.resources import inet_address, socket_options, sockets, tcp_read, tcp_rebuild
 from pipeline.resources.inet_address import Address
 from pipeline.resources.kinds import CaptureScope, CreateScope, FdView
+from pipeline.resources.socket_identity import borrowed
 from pipeline.resources.sockets import EXTERNAL_NETWORK
 from pipeline.resources.steps import CompleteOnceCreated
 from pipeline.resources.tcp_ended import make_ended, make_reset
@@ -81,7 +82,7 @@ class Tcp(CompleteOnceCreated):
 
     def check(self, view: FdView, scope: CaptureScope) -> Iterator[Blocker]:
         """What has no way back, in its state."""
-        with sockets.borrowed(view.local) as sock:
+        with view.as_socket() as sock:
             yield from sockets.check(view, sock, scope)
             tree = TcpTree.of(scope)
             one = tree.seen.get(view.local)
@@ -122,7 +123,7 @@ class Tcp(CompleteOnceCreated):
         tree = TcpTree.of(scope)
         connection = tree.connections().get(tree.seen[view.local].index)
         one = tree.seen[view.local]
-        with sockets.borrowed(view.local) as sock:
+        with view.as_socket() as sock:
             common = sockets.capture(view, sock, scope)
             local = inet_address.local(sock, common.family)
             peer = inet_address.remote(sock, common.family)
@@ -171,7 +172,7 @@ class Tcp(CompleteOnceCreated):
         """
         subject = _subject(file, record)
         made = partial(scope.in_network, record.socket.netns)
-        with sockets.borrowed(scope.file(file.index)) as sock:
+        with borrowed(scope.file(file.index)) as sock:
             if record.phase == "listening":
                 _listen(sock, record, subject)
                 for client in record.clients:
@@ -199,7 +200,7 @@ class Tcp(CompleteOnceCreated):
             RebuildError: the state cannot be reached.
         """
         local, subject = scope.file(file.index), _subject(file, record)
-        with sockets.borrowed(local) as sock:
+        with borrowed(local) as sock:
             if record.phase == "waiting":
                 tcp_rebuild.apply_rest(sock, record.socket, subject)
                 tcp_rebuild.apply_late(sock, record)
@@ -303,7 +304,7 @@ def _listen(sock: socket.socket, record: TcpState, subject: str) -> None:
 
 
 def _connect_waiting(client: LocalFd, peer: Address, listener: socket.socket, subject: str) -> None:
-    with sockets.borrowed(client) as sock:
+    with borrowed(client) as sock:
         waiting = info_of(listener).waiting
         try:
             with sockets.without_waiting(sock), suppress(BlockingIOError):
@@ -328,7 +329,7 @@ def _wake(record: TcpState, scope: CreateScope, local: LocalFd) -> None:
 
 
 def _go_on(record: TcpState, local: LocalFd) -> None:
-    with sockets.borrowed(local) as sock:
+    with borrowed(local) as sock:
         if record.phase == "connected":
             tcp_rebuild.wake(sock, record)
             return

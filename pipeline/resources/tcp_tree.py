@@ -72,7 +72,7 @@ class TcpTree:
         self.given: dict[LocalFd, Seen] = {}
         for index, view in scope.files():
             if is_tcp(view):
-                with sockets.borrowed(view.local) as sock:
+                with view.as_socket() as sock:
                     netns = sockets.network(sock, scope)
                     if netns is not None:
                         which = self.given if sockets.is_given(view, scope) else self.seen
@@ -178,7 +178,7 @@ class TcpTree:
         one = self._by_ends.get((listener.netns, plain(*entry.remote), plain(*entry.local)))
         if one is None or {entry.state, one.info.state} != {State.ESTABLISHED} or entry.received:
             return None
-        with sockets.borrowed(one.view.local) as sock:
+        with one.view.as_socket() as sock:
             queued = tcp_read.queued(sock)
         # its SYN counts as one
         return one if not any(queued) and one.info.acknowledged_bytes <= 1 else None
@@ -188,7 +188,7 @@ class TcpTree:
         found = []
         by_index = {one.index: one for one in self.seen.values()}
         for index in self.waiting[listener.index].clients if listener.index in self.waiting else []:
-            with sockets.borrowed(by_index[index].view.local) as sock:
+            with by_index[index].view.as_socket() as sock:
                 peer = inet_address.remote(sock, sock.family)
             if peer is not None:
                 found.append(Client(index, peer))
@@ -347,7 +347,7 @@ class TcpTree:
         self._forget()
         for one in self.seen.values():
             if one.info.state == State.LISTEN:
-                with sockets.borrowed(one.view.local) as sock:
+                with one.view.as_socket() as sock:
                     one.info = info_of(sock)
         return any(waiting.reason for waiting in self.waiting.values())
 
@@ -356,7 +356,7 @@ class TcpTree:
         changed = []
         before = self.waiting_clients
         for one in self.seen.values():
-            with sockets.borrowed(one.view.local) as sock:
+            with one.view.as_socket() as sock:
                 now = info_of(sock)
             if now.state != one.info.state and not (now.state in CONNECTED and one.info.state in CONNECTED):
                 changed.append(one)

@@ -35,7 +35,7 @@ from pipeline.resources import (
 )
 from pipeline.resources.datagram_state import DatagramState
 from pipeline.resources.kinds import CaptureScope, CreateScope, FdView
-from pipeline.resources.socket_options import Identity
+from pipeline.resources.socket_identity import Identity, borrowed
 from pipeline.resources.sockets import SocketState
 from pipeline.resources.steps import CompleteOnceCreated
 
@@ -86,12 +86,12 @@ class Udp(CompleteOnceCreated):
 
     def matches(self, view: FdView) -> bool:
         """A UDP socket of either family."""
-        who = sockets.identity_of(view)
+        who = view.identity
         return who is not None and _is_udp(who)
 
     def check(self, view: FdView, scope: CaptureScope) -> Iterator[Blocker]:
         """No error, nothing held back, nothing unread that cannot be queued again."""
-        with sockets.borrowed(view.local) as sock:
+        with view.as_socket() as sock:
             yield from sockets.check(view, sock, scope)
             yield from sockets.check_error(view)
             (unsent,) = struct.unpack("<i", fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)))
@@ -116,7 +116,7 @@ class Udp(CompleteOnceCreated):
         Raises:
             Refused: a datagram came with something that cannot come back.
         """
-        with sockets.borrowed(view.local) as sock:
+        with view.as_socket() as sock:
             common = sockets.capture(view, sock, scope)
             address = inet_address.local(sock, common.family)
             queue = [] if scope.policy.udp_queue == "drop" else datagrams.peek(sock, view.subject)
@@ -176,7 +176,7 @@ class Udp(CompleteOnceCreated):
             RebuildError: one was sent by nobody of the tree, or does not arrive.
         """
         if file.index in self._awaiting(scope):
-            with sockets.borrowed(scope.file(file.index)) as sock:
+            with borrowed(scope.file(file.index)) as sock:
                 datagrams_again.send_again(
                     sock, record.local, record.queue, f"open file {file.index} (udp)", scope
                 )

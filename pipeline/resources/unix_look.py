@@ -18,8 +18,8 @@ from msgspec.structs import replace
 
 from pipeline.errors import Blocker, Refused
 from pipeline.ids import LocalFd
-from pipeline.resources import sockets
 from pipeline.resources.shielded import Shield, shielded
+from pipeline.resources.socket_identity import borrowed
 from pipeline.resources.unix_state import MAX_FILES, MAX_MESSAGE_BYTES
 from pipeline.resources.unix_unread import (
     TooSmall,
@@ -87,7 +87,7 @@ def _walk_all(fds: Sequence[LocalFd], subjects: Sequence[str]) -> bytes:
 
 
 def _walk(fd: LocalFd, subject: str) -> _Told:
-    with sockets.borrowed(fd) as sock:
+    with borrowed(fd) as sock:
         return _from_start_to_end(sock, subject, with_files=False)
 
 

@@ -139,7 +139,7 @@ def _held_by(view: FdView, inode: int, scope: CaptureScope) -> Iterator[Blocker]
 
 def _check_sent(view: FdView) -> Iterator[Blocker]:
     """What a client sent before it was accepted is in a queue that only accept(2) gives."""
-    with sockets.borrowed(view.local) as sock:
+    with view.as_socket() as sock:
         (unread,) = struct.unpack("<i", fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)))
     if unread:
         yield Blocker(

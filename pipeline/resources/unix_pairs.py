@@ -16,6 +16,7 @@ from pipeline.ids import LocalFd
 from pipeline.image.schema import Index
 from pipeline.resources import sockets, unix_peercred
 from pipeline.resources.kinds import CreateScope
+from pipeline.resources.socket_identity import borrowed
 from pipeline.resources.unix_names import Place
 from pipeline.resources.unix_state import Peer, UnixState, is_path, shown
 
@@ -41,7 +42,7 @@ def make_pair(index: Index, record: UnixState, scope: CreateScope) -> dict[Index
     ends = {index: scope.own(sockets.take(own)), record.peer: scope.own(sockets.take(peer))}
     if record.is_datagram and record.peer is None and record.peer_name:
         # Unread messages are from the closed socket, whose name they still tell.
-        with sockets.borrowed(ends[None]) as sock, ExitStack() as stack:
+        with borrowed(ends[None]) as sock, ExitStack() as stack:
             bind_for_now(sock, record.peer_name, scope, stack)
     return ends
 

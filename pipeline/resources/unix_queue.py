@@ -26,6 +26,7 @@ from pipeline.image.schema import Index
 from pipeline.kernel.sockdiag import State
 from pipeline.resources import external_end, sockets, unix_inside
 from pipeline.resources.kinds import CaptureScope, CreateScope, FdView
+from pipeline.resources.socket_identity import borrowed
 from pipeline.resources.unix_look import look_at_all
 from pipeline.resources.unix_state import Message, Peer
 from pipeline.resources.unix_table import table_of
@@ -147,7 +148,7 @@ def send(
             if not view:
                 break
         if message.mark == "passed" and receiver is not None:
-            with sockets.borrowed(receiver) as sock:
+            with borrowed(receiver) as sock:
                 sock.recv(1, socket.MSG_OOB | socket.MSG_DONTWAIT)
     except OSError as error:
         raise RebuildError(

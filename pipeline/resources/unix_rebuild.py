@@ -25,6 +25,7 @@ from pipeline.ids import LocalFd
 from pipeline.image.schema import Index, OpenFile
 from pipeline.resources import socket_options, sockets, unix_outside, unix_peercred, unix_queue
 from pipeline.resources.kinds import CreateScope
+from pipeline.resources.socket_identity import borrowed
 from pipeline.resources.unix_names import Place, check_target
 from pipeline.resources.unix_pairs import bind_abstract, bind_for_now, make_pair, pair_key
 from pipeline.resources.unix_state import (
@@ -95,7 +96,7 @@ def create(file: OpenFile, record: UnixState, scope: CreateScope) -> LocalFd:
     else:
         fd = sockets.take(sockets.make_socket(record.socket, scope))
     try:
-        with sockets.borrowed(fd) as sock:
+        with borrowed(fd) as sock:
             sockets.give_owner(sock, record.socket, scope, _subject(file.index, record))
     except BaseException:
         os.close(fd)
@@ -133,7 +134,7 @@ def _join_pair(world: _World, index: Index, scope: CreateScope) -> None:
         _fill(peer, index, record, scope)
         if record.reset:
             # Our end learns ECONNRESET when the scope closes the other one with this byte unread.
-            with sockets.borrowed(own) as sock:
+            with borrowed(own) as sock:
                 sock.send(b"\0", socket.MSG_DONTWAIT)
         _settle(index, record, scope)
         return
@@ -148,14 +149,14 @@ def _join_pair(world: _World, index: Index, scope: CreateScope) -> None:
 
 def _fill(sender: LocalFd, index: Index, record: UnixState, scope: CreateScope) -> None:
     if record.queue:
-        with sockets.borrowed(sender) as sock:
+        with borrowed(sender) as sock:
             for message in record.queue:
                 unix_queue.send(sock, message, _subject(index, record), scope, receiver=scope.file(index))
 
 
 def _settle(index: Index, record: UnixState, scope: CreateScope) -> None:
     """The last things: shut-down halves, then options (they would disturb the filling)."""
-    with sockets.borrowed(scope.file(index)) as sock:
+    with borrowed(scope.file(index)) as sock:
         if record.shutdown:
             sock.shutdown(_HOW[record.shutdown])
         socket_options.apply(sock, record.socket.identity, record.socket.options, _subject(index, record))
@@ -204,7 +205,7 @@ def finish(scope: CreateScope) -> None:
             if record.peer is not None:
                 _call(index, record, names.address(record.peer), scope)
             elif record.outside is not None:
-                with sockets.borrowed(scope.file(index)) as sock:
+                with borrowed(scope.file(index)) as sock:
                     unix_outside.connect(sock, record, _subject(index, record), scope)
         for index, record in alone.items():
             if record.backlog is not None:
@@ -226,7 +227,7 @@ class _Names:
         for index, record in world.records.items():
             if not record.name or (record.is_pair and not record.is_datagram):
                 continue
-            with sockets.borrowed(scope.file(index)) as sock:
+            with borrowed(scope.file(index)) as sock:
                 if is_path(record.name):
                     place = Place(sock, record.name, record.file, scope)
                     stack.callback(place.close)
@@ -264,7 +265,7 @@ def _fill_datagrams(
     for message in record.queue:
         bearer = names.bearer(message.sender) if message.sender else None
         if bearer is not None:
-            with sockets.borrowed(scope.file(bearer)) as sock:
+            with borrowed(scope.file(bearer)) as sock:
                 send_from(sock, message)
             continue
         if message.sender not in substitutes:
@@ -277,7 +278,7 @@ def _fill_datagrams(
 
 def _call(index: Index, record: UnixState, address: bytes | str, scope: CreateScope) -> None:
     """Connect a socket that is no pair: a one-sided datagram peer, or a client that waits."""
-    with sockets.borrowed(scope.file(index)) as sock:
+    with borrowed(scope.file(index)) as sock:
         try:
             unix_peercred.connect(sock, address, record.own_credentials, scope)
         except OSError as error:
@@ -295,5 +296,5 @@ def _listen(index: Index, record: UnixState, backlog: int, scope: CreateScope) -
             f"{_subject(index, record)}: this host limits a backlog to {most}, it was {backlog} "
             "(raise net.core.somaxconn)"
         )
-    with sockets.borrowed(scope.file(index)) as sock:
+    with borrowed(scope.file(index)) as sock:
         unix_peercred.listen(sock, backlog, record.credentials, scope)

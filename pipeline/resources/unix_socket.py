@@ -75,12 +75,12 @@ class Unix:
 
     def matches(self, view: FdView) -> bool:
         """A unix socket."""
-        who = sockets.identity_of(view)
+        who = view.identity
         return who is not None and who.family == socket.AF_UNIX
 
     def check(self, view: FdView, scope: CaptureScope) -> Iterator[Blocker]:
         """Everything it is joined to must be in the tree, nothing in its queue be more than bytes."""
-        with sockets.borrowed(view.local) as sock:
+        with view.as_socket() as sock:
             yield from sockets.check(view, sock, scope)
             if sockets.network(sock, scope) is None:
                 return  # no sock_diag that can be asked knows it
@@ -117,7 +117,7 @@ class Unix:
         again = unix_outside.reconnected(view, diag, table, scope)
         peer_diag = table.find(diag.peer) if diag.peer else None
         name, peer_name = name_of(view), peer_name_of(view)
-        with sockets.borrowed(view.local) as sock:
+        with view.as_socket() as sock:
             return UnixState(
                 socket=sockets.capture(view, sock, scope),
                 name=name,
@@ -170,7 +170,7 @@ def _was_accepted(diag: UnixSocket, name: bytes, peer_name: bytes, table: Table)
 def _seen_by_peer(peer: tuple[Index, FdView] | None, scope: CaptureScope) -> Peer | None:
     if peer is None:
         return None
-    with sockets.borrowed(peer[1].local) as sock:
+    with peer[1].as_socket() as sock:
         return unix_peercred.seen(sock, scope)
 
 

@@ -28,10 +28,10 @@ class Table:
         self._scope = scope
         self._networks = {EXTERNAL_NETWORK}
         for index, view in scope.files():
-            who = sockets.identity_of(view)
+            who = view.identity
             if who is not None and who.family == socket.AF_UNIX:
                 self.members[view.stat.st_ino] = index, view
-                with sockets.borrowed(view.local) as sock:
+                with view.as_socket() as sock:
                     netns = sockets.network(sock, scope)
                 if netns is not None:
                     self._networks.add(netns)
@@ -103,13 +103,13 @@ def table_of(scope: CaptureScope) -> Table:
 
 def name_of(view: FdView) -> bytes:
     """Its own name, see `unix_state`."""
-    with sockets.borrowed(view.local) as sock:
+    with view.as_socket() as sock:
         return raw_name(sock.getsockname())
 
 
 def peer_name_of(view: FdView) -> bytes:
     """That of its peer; empty without one."""
-    with sockets.borrowed(view.local) as sock:
+    with view.as_socket() as sock:
         try:
             return raw_name(sock.getpeername())
         except OSError as error:

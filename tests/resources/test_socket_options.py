@@ -16,7 +16,8 @@ import pytest
 from pipeline.errors import RebuildError
 from pipeline.kernel import interfaces
 from pipeline.resources import socket_filter, socket_options
-from pipeline.resources.socket_table import EXCLUDED, OPTIONS, Identity, Option
+from pipeline.resources.socket_identity import Identity
+from pipeline.resources.socket_table import EXCLUDED, OPTIONS, Option
 from tests.resources.fdharness import Capture, Rebuilt, subject
 from tests.resources.sockharness import of
 

@@ -67,6 +67,7 @@ async def arrived_live(
         feed = page_feed(channel.reader, image, first, progress)
         async with grown(image, feed, tracer, progress, terms) as rebuilding:
             page_bytes = feed.bytes_done
+            await tracer.run(rebuilding.make_threads)
             begin = await _beginning(channel, await channel.reader.next())
             while begin.what == "round":
                 progress.phase("round")

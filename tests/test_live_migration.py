@@ -80,32 +80,65 @@ def test_state_is_carried_live(
     tree.check()
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_a_tree_does_not_stand_still_for_the_draft(
-    hosts: tuple[Host, Host], secret: Path, start_on: Callable[..., Tree], tmp_path: Path, mode: str
-) -> None:
-    """Who builds it takes a second longer than there is to send; in that the tree runs."""
+@contextmanager
+def _built_meanwhile(
+    hosts: tuple[Host, Host], secret: Path, tree: Tree, directory: Path, mode: str
+) -> Iterator[None]:
+    """Behind the block `tree` goes on at the destination; in it that has built the draft, and the tree runs."""
     source, destination = hosts
-    tree = start_on(source, "anonymous", DEPTH_1)
     family = tree.pids()
-    with serving(destination, secret, "--once", tool=("tests.harness.building", str(tmp_path))) as server:
+    with serving(destination, secret, "--once", tool=("tests.harness.building", str(directory))) as server:
         options = ("--to", server.address, "--secret-file", str(secret), "--mode", mode)
         command = source.command(sys.executable, "-m", "pipeline", "migrate", "--pid", "5000", *options)
         with subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
         ) as process:
-            tree.wait_for(tmp_path / BUILT)
-            tracers = []
-            for _ in range(100):
-                tracers += [procfs.status(HostPid(pid)).tracer_pid for pid in family]
-                time.sleep(0.01)
-            (tmp_path / GO_ON).touch()
-            _, err = process.communicate(timeout=PATIENCE_S)
+            try:
+                tree.wait_for(directory / BUILT)
+                yield
+            finally:
+                (directory / GO_ON).touch()
+                _, err = process.communicate(timeout=PATIENCE_S)
         assert process.returncode == 0, err
         server.has_served()
-    assert not any(tracers), "it was stopped before it was awaited there"
     assert not reap(family)
     tree.pid = destination.outer_pid(5000)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_tree_does_not_stand_still_for_the_draft(
+    hosts: tuple[Host, Host], secret: Path, start_on: Callable[..., Tree], tmp_path: Path, mode: str
+) -> None:
+    """Who builds it takes a second longer than there is to send; in that the tree runs."""
+    tree = start_on(hosts[0], "anonymous", DEPTH_1)
+    family = tree.pids()
+    tracers = []
+    with _built_meanwhile(hosts, secret, tree, tmp_path, mode):
+        for _ in range(100):
+            tracers += [procfs.status(HostPid(pid)).tracer_pid for pid in family]
+            time.sleep(0.01)
+    assert not any(tracers), "it was stopped before it was awaited there"
+    tree.check()
+
+
+@pytest.mark.parametrize("setting", [DEPTH_0, DEPTH_1, DEPTH_2], ids=lambda one: one.name)
+@pytest.mark.parametrize("mode", MODES)
+def test_threads_come_and_go_behind_the_draft(
+    hosts: tuple[Host, Host],
+    secret: Path,
+    start_on: Callable[..., Tree],
+    tmp_path: Path,
+    mode: str,
+    setting: Setting,
+) -> None:
+    """Those that it has in the draft are made before it stands still, but for one with a directory of its own."""
+    tree = start_on(hosts[0], "relays", setting)
+    before = procfs.tasks(HostPid(tree.pid))
+    with _built_meanwhile(hosts, secret, tree, tmp_path, mode):
+        made = procfs.tasks(HostPid(hosts[1].outer_pid(5000)))
+        (tree.directory / "change").touch()
+        tree.wait_for(tree.directory / "changed")
+    assert len(made) == len(before) - 1
     tree.check()
 
 

@@ -46,13 +46,34 @@ def living(image: Image, growth: Growth) -> list[tuple[Process, Grown]]:
     ]
 
 
-def make_threads(image: Image, growth: Growth) -> None:
-    """Clone the threads of every process; the leader's puppet is the first of `Grown.threads`."""
+def make_threads(image: Image, growth: Growth, *, early: bool = False) -> None:
+    """Clone the threads of every process that are not there yet; `Grown.threads` are as in the image then.
+
+    `early`: the image is a draft. Threads that have directories of their own come later: they may not have them then.
+    """
     for process, grown in living(image, growth):
-        grown.threads.append(grown.puppet)
-        for thread in process.threads[1:]:
+        grown.threads[:1] = [grown.puppet]
+        wanted = [one for one in process.threads[1:] if one.place is None or not early]
+        for at, thread in enumerate(wanted):
+            if at < len(grown.thread_pids) and grown.thread_pids[at] == thread.pids:
+                continue
             flags = _THREAD if thread.place is None else _THREAD & ~CLONE.FS
-            grown.threads.append(growth.clone_task(grown, process.namespaces.pid, thread.pids, flags))
+            puppet = growth.clone_task(grown, process.namespaces.pid, thread.pids, flags)
+            grown.threads.insert(1 + at, puppet)
+            grown.thread_pids.insert(at, thread.pids)
+
+
+def end_threads(image: Image, growth: Growth) -> None:
+    """End the threads, made from a draft, that are not in the image; those that stay are in its order then."""
+    for pid, grown in growth.grown.items():
+        made = dict(zip(map(tuple, grown.thread_pids), grown.threads[1:], strict=True))
+        process = image.processes.get(pid)
+        stay = process.threads[1:] if process is not None and process.state != "zombie" else []
+        kept = [one.pids for one in stay if one.place is None and tuple(one.pids) in made]
+        grown.threads[1:] = [made.pop(tuple(pids)) for pids in kept]
+        grown.thread_pids = list(kept)
+        for puppet in made.values():
+            puppet.run_to_exit(NR.exit, 0)
 
 
 def complete_memory(image: Image, growth: Growth) -> None:

@@ -51,6 +51,7 @@ class Grown:
         members: the namespaces it is in now.
         pgid: its process group now, a level-0 pid.
         threads: the puppets of all of its tasks, once there are more.
+        thread_pids: the pids that the image gives those behind the first.
         ahead: the pid namespace that its children are born into by now, if that is not its own.
     """
 
@@ -58,6 +59,7 @@ class Grown:
     members: Memberships
     pgid: int = 0
     threads: list[Puppet] = field(default_factory=list)
+    thread_pids: list[Sequence[int]] = field(default_factory=list)
     ahead: int | None = None
 
 

@@ -353,6 +353,11 @@ class Rebuilding:
     # -- a tree that was built from a draft -------------------------------------------------
 
     @_step
+    def make_threads(self) -> None:
+        """Those of the draft: of most programs they are those of the tree that it becomes."""
+        finish.make_threads(self._image, self.growth, early=True)
+
+    @_step
     def update(self, image: Image) -> bool:
         """The tree is as `image` says by now, but for what is absent.
 
@@ -377,6 +382,7 @@ class Rebuilding:
             raise Refused(changed)
         self.contents.update(image, self._launcher, ids.uid_here, ids.gid_here)
         self._before, self._image, self._ids, self._mending = self._image, image, ids, mending
+        finish.end_threads(image, self.growth)
         return True
 
     @_step

@@ -7,14 +7,9 @@ for `GO_ON`.
 from __future__ import annotations
 
 import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import time
 from pathlib import Path
-from typing import Any
 
-import trio
-
-from pipeline import arriving
 from pipeline.stages.rebuild import Rebuilding
 
 BUILT, GO_ON = "built", "go-on"
@@ -22,17 +17,15 @@ BUILT, GO_ON = "built", "go-on"
 
 def slowly(directory: Path) -> None:
     """From now on trees are built that way."""
-    build = arriving.grown
+    make_threads = Rebuilding.make_threads
 
-    @asynccontextmanager
-    async def grown(*args: Any) -> AsyncIterator[Rebuilding]:
-        async with build(*args) as rebuilding:
-            (directory / BUILT).touch()
-            while not (directory / GO_ON).exists():
-                await trio.sleep(0.01)
-            yield rebuilding
+    def make_last(rebuilding: Rebuilding) -> None:
+        make_threads(rebuilding)
+        (directory / BUILT).touch()
+        while not (directory / GO_ON).exists():
+            time.sleep(0.01)
 
-    arriving.grown = grown
+    Rebuilding.make_threads = make_last
 
 
 if __name__ == "__main__":

@@ -1,0 +1,95 @@
+"""Threads: when there is a file ``change`` in the directory, some end and others begin; then there is ``changed``.
+
+Each is asked in itself: what it is called, its number, what it alone knows, and its directory, of which two have their
+own: one from the beginning, one from the change on.
+"""
+
+import os
+import queue
+import threading
+import time
+
+from support import DIRECTORY, call, libc, main, prctl, syscall
+
+NR_GETTID = 186
+PR_SET_NAME = 15
+CLONE_FS = 0x200
+LEAVES, STAYS, COMES = ["first", "middle"], ["one", "two", "apart", "parts"], ["new", "newer"]
+
+
+class Relay:
+    """A thread that answers what it is asked."""
+
+    def __init__(self, name):
+        self.name = name
+        self.known = threading.local()
+        self.asked = queue.SimpleQueue()
+        self.answers = queue.SimpleQueue()
+        self.thread = threading.Thread(target=self.run, daemon=True)
+        self.thread.start()
+        self.before = self.ask(self.say)
+
+    def run(self):
+        prctl(PR_SET_NAME, self.name.encode() + b"\0")
+        self.known.word = f"of {self.name}"
+        while (act := self.asked.get()) is not None:
+            try:
+                self.answers.put(act())
+            except OSError as error:
+                self.answers.put(error)
+
+    def ask(self, act):
+        self.asked.put(act)
+        return self.answers.get(timeout=20)
+
+    def say(self):
+        with open("/proc/thread-self/comm") as file:
+            return file.read().strip(), syscall(NR_GETTID), self.known.word, os.getcwd()
+
+    def part(self, name):
+        """Get a directory of its own."""
+        call(libc.unshare, CLONE_FS)
+        os.makedirs(f"{DIRECTORY}/{name}")
+        os.chdir(f"{DIRECTORY}/{name}")
+
+    def differs(self):
+        now = self.ask(self.say)
+        return None if now == self.before else f"{self.name} was {self.before}, is {now}"
+
+    def end(self):
+        self.asked.put(None)
+        self.thread.join()
+
+
+def body(program):
+    relays = {name: Relay(name) for name in [LEAVES[0], *STAYS[:1], LEAVES[1], *STAYS[1:]]}
+    relays["apart"].ask(lambda: relays["apart"].part("apart"))
+    relays["apart"].before = relays["apart"].ask(relays["apart"].say)
+
+    def change():
+        while not program.exists("change"):
+            time.sleep(0.01)
+        for name in LEAVES:
+            relays.pop(name).end()
+        relays["parts"].ask(lambda: relays["parts"].part("parts"))
+        relays["parts"].before = relays["parts"].ask(relays["parts"].say)
+        for name in COMES:
+            relays[name] = Relay(name)
+        program.put("changed", "")
+
+    changing = threading.Thread(target=change, daemon=True)
+    changing.start()
+
+    def threads():
+        there = {int(name) for name in os.listdir("/proc/self/task")}
+        wanted = {os.getpid(), *(relay.before[1] for relay in relays.values())}
+        if changing.is_alive():
+            wanted.add(changing.native_id)
+        if there != wanted:
+            return f"there are {sorted(there)} instead of {sorted(wanted)}"
+        return "; ".join(filter(None, (relay.differs() for relay in list(relays.values())))) or None
+
+    program.check("threads", threads, relays["one"].end)
+
+
+main(body)

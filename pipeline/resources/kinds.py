@@ -220,6 +220,12 @@ class CreateScope(Protocol):
     def in_network(self, netns: Index, make: Callable[[], T]) -> T:
         """Make sockets in a network namespace of the image."""
 
+    def new_socket(self, netns: Index, who: Identity) -> socket.socket:
+        """A socket in a network namespace of the image, made by ourselves; the caller owns it.
+
+        For kinds whose records have a `SocketState` as their `socket`, and that make one for each.
+        """
+
     def in_ipc(self, ipc: Index, make: Callable[[], int]) -> LocalFd:
         """Open something in an ipc namespace of the image; the caller owns it. Raises OSError as `make` does."""
 

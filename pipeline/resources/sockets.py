@@ -17,7 +17,7 @@ import os
 import select
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from pipeline.errors import Blocker, RebuildError
 from pipeline.ids import LocalFd
@@ -133,6 +133,20 @@ def _required(netns: Index | None) -> Index:
 def make_socket(state: SocketState, scope: CreateScope) -> socket.socket:
     """socket(2) in its network namespace; the caller owns the result (close-on-exec)."""
     return scope.in_network(state.netns, lambda: socket.socket(state.family, state.type, state.protocol))
+
+
+def is_like(record: Record, netns: Index, who: Identity) -> bool:
+    """Whether a record is of a socket that `CreateScope.new_socket` makes for these."""
+    state = getattr(record, "socket", None)
+    return isinstance(state, SocketState) and (state.netns, state.identity) == (netns, who)
+
+
+def make_many(who: Identity, count: int) -> list[socket.socket]:
+    """So many times socket(2), here; the caller owns them all. OSError: there is none."""
+    with ExitStack() as made:
+        found = [made.enter_context(socket.socket(who.family, who.type, who.protocol)) for _ in range(count)]
+        made.pop_all()
+    return found
 
 
 Pair = tuple[socket.socket, socket.socket]

@@ -149,7 +149,7 @@ class Tcp(CompleteOnceCreated):
             RebuildError: an option or the address is not to be had here.
         """
         subject, common = _subject(file, record), record.socket
-        with sockets.make_socket(common, scope) as sock:
+        with scope.new_socket(common.netns, common.identity) as sock:
             sockets.give_owner(sock, common, scope, subject)
             if record.phase in ("idle", "listening"):
                 socket_options.apply(sock, common.identity, common.options, subject)

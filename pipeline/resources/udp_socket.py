@@ -154,7 +154,7 @@ class Udp(CompleteOnceCreated):
         subject, common = f"open file {file.index} (udp)", record.socket
         if not _is_udp(common.identity):
             raise RebuildError(f"{subject}: is no socket of this kind")
-        with sockets.make_socket(common, scope) as sock:
+        with scope.new_socket(common.netns, common.identity) as sock:
             sockets.give_owner(sock, common, scope, subject)
             if record.queue and scope.policy.udp_queue != "drop":
                 socket_options.apply(sock, common.identity, common.options, subject, _HELD_BACK)

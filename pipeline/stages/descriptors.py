@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import socket
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -28,10 +29,11 @@ from pipeline.ledger import LEDGER
 from pipeline.policy import RestorePolicy
 from pipeline.remote.calls import Argument, Call
 from pipeline.remote.puppet import Puppet
-from pipeline.resources import external_state, removed, signal_owner
+from pipeline.resources import external_state, removed, signal_owner, sockets
 from pipeline.resources.kinds import Inject
 from pipeline.resources.namespaces.clocks_here import ClocksHere
 from pipeline.resources.registry import WATCHERS, kind_named
+from pipeline.resources.socket_identity import Identity
 from pipeline.stages.contents import Contents
 from pipeline.stages.late import Late
 from pipeline.userns.visit import Visitor, fetch
@@ -92,6 +94,8 @@ class Descriptors:
         self._owned: list[LocalFd] = []
         #: by the network that they are in
         self._visitors: dict[int, Visitor] = {}
+        #: made, and not asked for yet: by network, and what they are
+        self._sockets: dict[tuple[int, Identity], list[socket.socket]] = defaultdict(list)
         self._made_once: dict[tuple[Any, ...], Any] = dict(made)
         self._holders: dict[int, list[tuple[int, int]]] = defaultdict(list)
         for process in image.processes.values():
@@ -109,7 +113,10 @@ class Descriptors:
             except msgspec.ValidationError as error:
                 raise RebuildError(f"open file {file.index} ({file.kind}): {error}") from None
             self._records[file.index] = record
-            fd = self._attempt(file, partial(kind.create, file, record, self))
+            yield
+        for file in self._image.files.values():
+            kind = kind_named(file.kind)
+            fd = self._attempt(file, partial(kind.create, file, self._records[file.index], self))
             LEDGER.take("open file", fd)
             self._files[file.index] = fd
             yield
@@ -174,6 +181,9 @@ class Descriptors:
         """Close everything made here, exactly once; idempotent."""
         while self._visitors:
             self._visitors.popitem()[1].close()
+        while self._sockets:
+            for sock in self._sockets.popitem()[1]:
+                sock.close()
         while self._files:
             _, fd = self._files.popitem()
             os.close(fd)
@@ -209,6 +219,15 @@ class Descriptors:
             finally:
                 os.close(fd)
         return self._visitors[netns].do(make)
+
+    def new_socket(self, netns: int, who: Identity) -> socket.socket:
+        """See `CreateScope.new_socket`. To get there takes longer than to make one: all that are like it are made."""
+        made = self._sockets[netns, who]
+        if not made:
+            left = (record for index, record in self._records.items() if index not in self._files)
+            count = sum(sockets.is_like(record, netns, who) for record in left)
+            made += self.in_network(netns, partial(sockets.make_many, who, count))
+        return made.pop()
 
     def in_ipc(self, ipc: int, make: Callable[[], int]) -> LocalFd:
         """See `CreateScope.in_ipc`: a visitor goes there."""

@@ -57,6 +57,7 @@ from pipeline.resources.held import Held
 from pipeline.resources.kinds import FdView, Inject
 from pipeline.resources.outside import Outsiders
 from pipeline.resources.shielded import Shield
+from pipeline.resources.socket_identity import Identity
 from pipeline.resources.sockets import EXTERNAL_NETWORK
 from pipeline.resources.unix_unread import Unread
 from pipeline.stages.late import Late
@@ -442,6 +443,12 @@ class Rebuilt:
 
     def in_network(self, netns: int, make: Callable[[], Any]) -> Any:
         return make()
+
+    def new_socket(self, netns: int, who: Identity) -> socket.socket:
+        made: socket.socket = self.in_network(
+            netns, lambda: socket.socket(who.family, who.type, who.protocol)
+        )
+        return made
 
     def once(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
         if key not in self._once:

@@ -17,12 +17,12 @@ from pipeline import blocking
 from pipeline.errors import Blocker, Refused, StorageError
 from pipeline.ids import HostPid
 from pipeline.kernel import procfs
+from pipeline.kernel.statfs import Magic
 from pipeline.kernel.syscalls import CLONE
 from pipeline.ledger import LEDGER
 from pipeline.remote.tracer import tracer_thread
 from pipeline.resources import identity
 from pipeline.resources.memory import objects
-from pipeline.resources.paths import Magic
 from pipeline.stages import ending, examine, freeze
 from pipeline.stages.beforehand import Beforehand
 from pipeline.stages.capture import Capture

@@ -23,6 +23,7 @@ from pipeline.errors import Blocker, RebuildError
 from pipeline.ids import LocalFd
 from pipeline.image.schema import I64, U64, FileOwner, OpenFile, PathRef, Record
 from pipeline.kernel.arch.x86_64_numbers import NR
+from pipeline.kernel.statfs import Magic
 from pipeline.kernel.syscalls import syscall
 from pipeline.policy import RestorePolicy
 from pipeline.resources import locks, proc_process, removed, signal_owner
@@ -33,10 +34,8 @@ from pipeline.resources.paths import (
     DELETED,
     NAME_REMOVED,
     REOPEN_FLAGS,
-    Magic,
     closed_on_error,
     describe,
-    filesystem,
     misnamed,
     reopen,
     seek,
@@ -103,7 +102,7 @@ class Directory:
         wrong = misnamed(view)
         if wrong and wrong != NAME_REMOVED:
             yield Blocker(view.subject, f"the directory cannot be opened again by name: {wrong}", "close it")
-        elif filesystem(view.local) == Magic.PROC:
+        elif view.filesystem == Magic.PROC:
             yield from proc_process.check(view, scope)
         if signal_owner.capture(view, scope.member) is not None:
             yield Blocker(
@@ -116,7 +115,7 @@ class Directory:
     def capture(self, view: FdView, scope: CaptureScope) -> DirectoryState:
         """Its name, and what its position belongs to."""
         is_removed = misnamed(view) == NAME_REMOVED
-        kernels = filesystem(view.local) in _KERNELS_OWN
+        kernels = view.filesystem in _KERNELS_OWN
         bound = view.position != 0 and not is_removed and not kernels
         return DirectoryState(
             path=scope.path(view.namer, view.link.removesuffix(DELETED) if is_removed else view.link),

@@ -32,19 +32,10 @@ from pipeline.errors import Blocker, RebuildError
 from pipeline.ids import LocalFd
 from pipeline.image.schema import OpenFile, PathRef, Pid, Record
 from pipeline.kernel.arch.x86_64_numbers import NR
+from pipeline.kernel.statfs import Magic, filesystem
 from pipeline.resources import locks, proc_process
 from pipeline.resources.kinds import CaptureScope, CreateScope, FdView
-from pipeline.resources.paths import (
-    Magic,
-    describe,
-    filesystem,
-    look_up,
-    misnamed,
-    open_inside,
-    open_place,
-    reopen,
-    seek,
-)
+from pipeline.resources.paths import describe, look_up, misnamed, open_inside, open_place, reopen, seek
 from pipeline.resources.proc_process import Subject
 from pipeline.resources.steps import CompleteOnceCreated
 
@@ -91,7 +82,7 @@ def is_kernel_file(view: FdView) -> bool:
     """Whether the regular file of `view` is on a filesystem that the kernel makes up."""
     if not stat.S_ISREG(view.stat.st_mode):
         return False
-    magic = filesystem(view.local)
+    magic = view.filesystem
     return magic in _BY_NAME or magic in _WITH_STATE
 
 
@@ -121,7 +112,7 @@ class KernelFile(CompleteOnceCreated):
 
     def check(self, view: FdView, scope: CaptureScope) -> Iterator[Blocker]:
         """Without a state of its own, about the tree or the system, and reachable by name."""
-        magic = filesystem(view.local)
+        magic = view.filesystem
         if magic not in _BY_NAME:
             where = _WITH_STATE.get(Magic(magic), "a kernel filesystem")
             yield Blocker(view.subject, f"files of {where} have a state that cannot be carried", "close it")

@@ -29,6 +29,7 @@ import msgspec
 from pipeline.errors import Blocker
 from pipeline.ids import HostPid, LocalFd
 from pipeline.image.schema import Id, Index, OpenFile, PathRef, Pid, Record
+from pipeline.kernel.statfs import filesystem
 from pipeline.policy import DumpPolicy, RestorePolicy
 from pipeline.remote.calls import Argument, Call
 from pipeline.resources.held import Held
@@ -96,6 +97,11 @@ class FdView(msgspec.Struct, frozen=True, dict=True):
         """An object for what `is_socket`, within a block."""
         assert self.identity is not None
         return borrowed(self.local, self.identity)
+
+    @cached_property
+    def filesystem(self) -> int:
+        """The `f_type` of the file system that it is on, see `Magic`; the kernel is asked once."""
+        return filesystem(self.local)
 
     @property
     def seat(self) -> tuple[HostPid, int]:

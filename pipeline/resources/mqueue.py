@@ -25,22 +25,13 @@ from msgspec import Meta, Struct
 from pipeline.errors import Blocker, RebuildError
 from pipeline.ids import LocalFd
 from pipeline.image.schema import Id, Index, OpenFile, PathRef, Record
+from pipeline.kernel.statfs import Magic
 from pipeline.resources import outside
 from pipeline.resources.acting import acting_as
 from pipeline.resources.kinds import CaptureScope, CreateScope, FdView
 from pipeline.resources.namespaces import posix_queues
 from pipeline.resources.namespaces.posix_queues import Messages, Name, Room
-from pipeline.resources.paths import (
-    DELETED,
-    Magic,
-    closed_on_error,
-    describe,
-    filesystem,
-    misnamed,
-    open_again,
-    reopen,
-    seek,
-)
+from pipeline.resources.paths import DELETED, closed_on_error, describe, misnamed, open_again, reopen, seek
 from pipeline.resources.steps import CompleteOnceCreated
 from pipeline.userns.visit import visit
 
@@ -98,7 +89,7 @@ class Mqueue(CompleteOnceCreated):
         """By filesystem."""
         if not stat.S_ISREG(view.stat.st_mode) or view.flags & os.O_PATH:
             return False
-        return filesystem(view.local) == Magic.MQUEUE
+        return view.filesystem == Magic.MQUEUE
 
     def check(self, view: FdView, scope: CaptureScope) -> Iterator[Blocker]:
         """Its namespace must be known, its name lead to it, and nobody be told."""

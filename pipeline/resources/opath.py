@@ -19,11 +19,12 @@ from collections.abc import Iterator, Sequence
 from pipeline.errors import Blocker, RebuildError
 from pipeline.ids import LocalFd
 from pipeline.image.schema import FileIdentity, OpenFile, PathRef, Record
+from pipeline.kernel.statfs import Magic, filesystem
 from pipeline.policy import RestorePolicy
 from pipeline.resources import proc_process
 from pipeline.resources.identity import identity, refusal
 from pipeline.resources.kinds import CaptureScope, CreateScope, FdView
-from pipeline.resources.paths import Magic, closed_on_error, describe, filesystem, misnamed
+from pipeline.resources.paths import closed_on_error, describe, misnamed
 from pipeline.resources.steps import CompleteOnceCreated
 
 _FLAGS = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW
@@ -66,13 +67,13 @@ class PathOnly(CompleteOnceCreated):
             yield Blocker(
                 view.subject, f"the O_PATH descriptor cannot be opened again by name: {wrong}", "close it"
             )
-        elif filesystem(view.local) == Magic.PROC:
+        elif view.filesystem == Magic.PROC:
             yield from proc_process.check(view, scope)
 
     def capture(self, view: FdView, scope: CaptureScope) -> PathState:
         """The place, and what is there."""
         found = identity(view.local)
-        kernels = filesystem(view.local) in _KERNELS_OWN
+        kernels = view.filesystem in _KERNELS_OWN
         if kernels:
             found = FileIdentity(0, 0, found.mode)
         return PathState(path=scope.path(view.namer, view.link), identity=found, kernels=kernels)

@@ -12,12 +12,10 @@ Sources: proc_pid_fd(5), openat2(2), statfs(2); fs/d_path.c.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from enum import IntEnum
 
 from pipeline.errors import RebuildError
 from pipeline.ids import HostPid, LocalFd
@@ -26,7 +24,7 @@ from pipeline.kernel import procfs
 from pipeline.kernel.arch.x86_64_numbers import NR
 from pipeline.kernel.inside import opened
 from pipeline.kernel.mountinfo import mountinfo
-from pipeline.kernel.syscalls import RESOLVE, openat2, pidfd_getfd, pidfd_open, syscall
+from pipeline.kernel.syscalls import RESOLVE, openat2, pidfd_getfd, pidfd_open
 from pipeline.resources.kinds import CreateScope, FdView
 
 DELETED = b" (deleted)"
@@ -46,48 +44,7 @@ REOPEN_FLAGS = (
     | os.O_NOFOLLOW
     | os.O_SYNC
 )
-_STATFS_BYTES = 120
 _AT_FDCWD = -100
-
-
-class Magic(IntEnum):
-    """`f_type` of the filesystems that matter here (include/uapi/linux/magic.h)."""
-
-    PROC = 0x9FA0
-    SYSFS = 0x62656572
-    CGROUP = 0x27E0EB
-    CGROUP2 = 0x63677270
-    TMPFS = 0x01021994
-    HUGETLBFS = 0x958458F6
-    SECRETMEM = 0x5345434D
-    NSFS = 0x6E736673
-    ANON_INODE = 0x09041934
-    DEBUGFS = 0x64626720
-    TRACEFS = 0x74726163
-    SECURITYFS = 0x73636673
-    SELINUX = 0xF97CFF8C
-    CONFIGFS = 0x62656570
-    BPF = 0xCAFE4A11
-    EFIVARFS = 0xDE5E81E4
-    PSTOREFS = 0x6165676C
-    BINFMTFS = 0x42494E4D
-    RESCTRL = 0x07655821
-    MQUEUE = 0x19800202
-    FUSE = 0x65735546
-    NFS = 0x6969
-    EXT4 = 0xEF53
-    XFS = 0x58465342
-    BTRFS = 0x9123683E
-    F2FS = 0xF2F52010
-    OVERLAYFS = 0x794C7630
-    RAMFS = 0x858458F6
-
-
-def filesystem(fd: int) -> int:
-    """The `f_type` of the filesystem that a local descriptor is on, see `Magic`."""
-    buffer = ctypes.create_string_buffer(_STATFS_BYTES)
-    syscall(NR.fstatfs, fd, buffer)
-    return int.from_bytes(buffer.raw[:8], "little") & 0xFFFF_FFFF
 
 
 def same_inode(one: os.stat_result, other: os.stat_result) -> bool:

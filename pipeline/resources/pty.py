@@ -31,9 +31,10 @@ from pipeline.errors import Blocker, RebuildError, Refused
 from pipeline.ids import HostPid, LocalFd
 from pipeline.image.schema import OpenFile
 from pipeline.kernel import procfs
+from pipeline.kernel.statfs import filesystem
 from pipeline.resources import outside, pty_session, pty_sides, sockets, terminal, terminal_bytes
 from pipeline.resources.kinds import CaptureScope, CreateScope, FdView
-from pipeline.resources.paths import O_LARGEFILE, filesystem, open_inside
+from pipeline.resources.paths import O_LARGEFILE, open_inside
 from pipeline.resources.pty_session import REMEDY
 from pipeline.resources.pty_state import KIND_NAME, Node, PtyState, Terminal
 from pipeline.resources.terminal_bytes import UnderWay
@@ -93,7 +94,7 @@ class Pty:
         assert role is not None, "check refuses it"
         if role == "hung-up":
             directory = os.path.dirname(view.link)
-            if filesystem(view.local) == pty_sides.DEVPTS_MAGIC:
+            if view.filesystem == pty_sides.DEVPTS_MAGIC:
                 directory = os.path.dirname(directory)
             ptmx = scope.path(view.pid, os.path.join(directory, b"ptmx"))
             return PtyState(role=role, number=pty_sides.number(view), ptmx=ptmx)

@@ -19,7 +19,6 @@ from pipeline.image.schema import Index
 from pipeline.kernel import procfs
 from pipeline.resources import outside, terminal
 from pipeline.resources.kinds import CaptureScope, FdView
-from pipeline.resources.paths import filesystem
 
 DEVPTS_MAGIC = 0x1CD1
 _TTY_MAJOR = 4
@@ -54,14 +53,14 @@ def number(view: FdView) -> int:
 def slave_directory(view: FdView) -> bytes:
     """Where the devpts instance of a master or slave is mounted, as its process sees it."""
     directory = os.path.dirname(view.link)
-    if filesystem(view.local) == DEVPTS_MAGIC:
+    if view.filesystem == DEVPTS_MAGIC:
         return directory
     return os.path.join(directory, b"pts")
 
 
 def instance(view: FdView) -> int | None:
     """Device number of the devpts instance that a master or slave belongs to; None if it cannot be seen."""
-    if filesystem(view.local) == DEVPTS_MAGIC:
+    if view.filesystem == DEVPTS_MAGIC:
         return view.stat.st_dev
     with suppress(OSError):
         return os.stat(f"/proc/{view.pid}/root".encode() + slave_directory(view)).st_dev

@@ -25,22 +25,13 @@ from functools import partial
 from pipeline.errors import Blocker, RebuildError
 from pipeline.ids import LocalFd
 from pipeline.image.schema import U8, FileIdentity, OpenFile, Path, PathRef, Record
+from pipeline.kernel.statfs import Magic
 from pipeline.policy import RestorePolicy
 from pipeline.resources import kernel_files, locks, memfd, other_names, taken, unnamed
 from pipeline.resources.identity import identity, refusal
 from pipeline.resources.kinds import CaptureScope, CreateScope, FdView
 from pipeline.resources.locks import Lock
-from pipeline.resources.paths import (
-    DELETED,
-    NAME_REMOVED,
-    Magic,
-    closed_on_error,
-    describe,
-    filesystem,
-    misnamed,
-    reopen,
-    seek,
-)
+from pipeline.resources.paths import DELETED, NAME_REMOVED, closed_on_error, describe, misnamed, reopen, seek
 
 _SPECIAL = (Magic.SECRETMEM, Magic.HUGETLBFS, Magic.MQUEUE)
 _F_GET_RW_HINT, _F_SET_RW_HINT = 1035, 1036
@@ -89,7 +80,7 @@ class RegularFile:
             return False
         if memfd.is_memfd(view) or kernel_files.is_kernel_file(view) or unnamed.is_unnamed(view):
             return False
-        return filesystem(view.local) not in _SPECIAL
+        return view.filesystem not in _SPECIAL
 
     def check(self, view: FdView, scope: CaptureScope) -> Iterator[Blocker]:
         """Its name must lead to it."""

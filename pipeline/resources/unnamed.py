@@ -28,10 +28,11 @@ from pipeline.errors import Blocker, RebuildError
 from pipeline.ids import LocalFd
 from pipeline.image.schema import I64, FileAttributes, Id, Index, OpenFile, Path, Record
 from pipeline.kernel.inside import open_file
+from pipeline.kernel.statfs import Magic
 from pipeline.resources import attributes, kernel_files, locks, memfd
 from pipeline.resources.kinds import CaptureScope, CreateScope, FdView
 from pipeline.resources.locks import Lock
-from pipeline.resources.paths import DELETED, Magic, describe, filesystem, open_again, seek, taken_over
+from pipeline.resources.paths import DELETED, describe, open_again, seek, taken_over
 
 _HIDDEN = {Magic.NFS: b".nfs", Magic.FUSE: b".fuse_hidden"}
 
@@ -58,7 +59,7 @@ def is_unnamed(view: FdView) -> bool:
     if view.stat.st_nlink == 0:
         return True
     base = os.path.basename(view.link)
-    return any(base.startswith(text) and filesystem(view.local) == magic for magic, text in _HIDDEN.items())
+    return any(base.startswith(text) and view.filesystem == magic for magic, text in _HIDDEN.items())
 
 
 def _readable(view: FdView) -> LocalFd:
@@ -93,7 +94,7 @@ class UnnamedFile:
             return False
         if memfd.is_memfd(view) or kernel_files.is_kernel_file(view):
             return False
-        if filesystem(view.local) in (Magic.SECRETMEM, Magic.HUGETLBFS, Magic.MQUEUE):
+        if view.filesystem in (Magic.SECRETMEM, Magic.HUGETLBFS, Magic.MQUEUE):
             return False
         return is_unnamed(view)
 

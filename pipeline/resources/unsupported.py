@@ -11,9 +11,9 @@ import stat
 from collections.abc import Iterator, Sequence
 
 from pipeline.errors import Blocker
+from pipeline.kernel.statfs import Magic
 from pipeline.resources import outside
 from pipeline.resources.kinds import CaptureScope, FdView
-from pipeline.resources.paths import Magic, filesystem
 from pipeline.resources.refusing import AlwaysRefused
 
 #: start of the link -> (what it is, what to do)
@@ -95,7 +95,7 @@ def _reason(view: FdView) -> tuple[str, str]:
         number = f"{os.major(view.stat.st_rdev)}:{os.minor(view.stat.st_rdev)}"
         kind = "character" if stat.S_ISCHR(mode) else "block"
         return f"{kind} device {number} has a state of its own that cannot be carried", "close it"
-    magic = filesystem(view.local)
+    magic = view.filesystem
     if magic == Magic.SECRETMEM:
         return "secret memory cannot be read from outside", "use memfd_create instead"
     if magic == Magic.HUGETLBFS:

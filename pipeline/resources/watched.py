@@ -26,9 +26,10 @@ from pipeline.image.schema import Index, PathRef
 from pipeline.kernel import procfs
 from pipeline.kernel.arch.x86_64_numbers import NR
 from pipeline.kernel.mountinfo import mountinfo
+from pipeline.kernel.statfs import Magic, filesystem
 from pipeline.kernel.syscalls import syscall
 from pipeline.resources.kinds import CaptureScope, CreateScope, FdView
-from pipeline.resources.paths import DELETED, Magic, filesystem, open_place
+from pipeline.resources.paths import DELETED, open_place
 
 #: how long may be searched for the names of a process
 SEARCH_S = 1.0

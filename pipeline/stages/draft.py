@@ -2,8 +2,8 @@
 
 While a tree is sent that runs, the destination builds from a *draft*: namespaces, processes, mappings, memory. When the
 tree stands still, it is looked at once more, and what was built is changed to that: mappings and pages that differ.
-Processes and threads that are there no longer are ended, and those that are new are born. What a process gets only at the
-end (descriptors, timers, registers...) may be anything. Of what it gets at its birth nothing can be changed: if
+Processes and threads that are there no longer are ended, and those that are new are born. What a process gets only at
+the end (descriptors, timers, registers...) may be anything. Of what it gets at its birth nothing can be changed: if
 something of that is not as it was, the process of the draft is ended with all that it has borne, and born anew.
 
 Everything else that had a part in the building has to be the same. If it is not, the tree is built anew.

@@ -14,10 +14,10 @@ import stat
 from collections.abc import Iterable
 
 from pipeline.image.schema import Record
+from pipeline.kernel.statfs import Magic, filesystem
 from pipeline.policy import DumpPolicy
 from pipeline.resources.datagram_state import DatagramState
 from pipeline.resources.kinds import FdView
-from pipeline.resources.paths import Magic, filesystem
 
 #: whoever else sees files of these, sees them through the same page cache
 _LOCAL = frozenset(

@@ -14,7 +14,11 @@ from support import DIRECTORY, call, libc, main, prctl, syscall
 NR_GETTID = 186
 PR_SET_NAME = 15
 CLONE_FS = 0x200
-LEAVES, STAYS, COMES = ["first", "middle"], ["one", "two", "apart", "parts"], ["new", "newer"]
+BEGIN, LEAVE, COME = (
+    ["apart", "first", "one", "middle", "two", "parts", "three"],
+    ["first", "middle"],
+    ["new", "newer"],
+)
 
 
 class Relay:
@@ -62,18 +66,18 @@ class Relay:
 
 
 def body(program):
-    relays = {name: Relay(name) for name in [LEAVES[0], *STAYS[:1], LEAVES[1], *STAYS[1:]]}
+    relays = {name: Relay(name) for name in BEGIN}
     relays["apart"].ask(lambda: relays["apart"].part("apart"))
     relays["apart"].before = relays["apart"].ask(relays["apart"].say)
 
     def change():
         while not program.exists("change"):
             time.sleep(0.01)
-        for name in LEAVES:
+        for name in LEAVE:
             relays.pop(name).end()
         relays["parts"].ask(lambda: relays["parts"].part("parts"))
         relays["parts"].before = relays["parts"].ask(relays["parts"].say)
-        for name in COMES:
+        for name in COME:
             relays[name] = Relay(name)
         program.put("changed", "")
 

@@ -13,10 +13,10 @@ import pytest
 
 from pipeline.ids import HostPid, LocalFd
 from pipeline.image.schema import Record
+from pipeline.kernel.statfs import Magic, filesystem
 from pipeline.policy import DumpPolicy
 from pipeline.resources.kinds import FdView
 from pipeline.resources.multicast import Membership
-from pipeline.resources.paths import Magic, filesystem
 from pipeline.resources.udp_socket import UdpState
 from pipeline.stages import ending
 from pipeline.stages.ending import may_be_seen

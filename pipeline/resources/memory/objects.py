@@ -32,13 +32,14 @@ from pipeline.image.schema import Index, MappedFile, SharedMemory
 from pipeline.kernel import hugetlb, procfs
 from pipeline.kernel.inside import open_file
 from pipeline.kernel.smaps import Mapping, exact_name
+from pipeline.kernel.statfs import filesystem
 from pipeline.ledger import LEDGER
 from pipeline.resources.identity import identity
 from pipeline.resources.kinds import FdView
 from pipeline.resources.memory.classify import Backing, kernel_shmem_device
 from pipeline.resources.memory.scope import CannotCarry, MemoryScope
 from pipeline.resources.other_names import other_name
-from pipeline.resources.paths import filesystem, look_up, same_inode
+from pipeline.resources.paths import look_up, same_inode
 
 _F_GET_SEALS = 1034
 _F_SEAL_EXEC = 0x20

@@ -122,6 +122,7 @@ def test_a_tree_does_not_stand_still_for_the_draft(
 
 
 @pytest.mark.parametrize("setting", [DEPTH_0, DEPTH_1, DEPTH_2], ids=lambda one: one.name)
+@pytest.mark.parametrize("leads", [False, True], ids=["stays", "leads"])
 @pytest.mark.parametrize("mode", MODES)
 def test_threads_come_and_go_behind_the_draft(
     hosts: tuple[Host, Host],
@@ -130,14 +131,19 @@ def test_threads_come_and_go_behind_the_draft(
     tmp_path: Path,
     mode: str,
     setting: Setting,
+    leads: bool,
 ) -> None:
-    """Those that it has in the draft are made before it stands still, but for one with a directory of its own."""
+    """Those that it has in the draft are made before it stands still, but for one with a directory of its own.
+
+    A child that `leads` a process group by then is ended there, and born anew with threads of the same numbers.
+    """
     tree = start_on(hosts[0], "relays", setting)
     before = procfs.tasks(HostPid(tree.pid))
     with _built_meanwhile(hosts, secret, tree, tmp_path, mode):
         made = procfs.tasks(HostPid(hosts[1].outer_pid(5000)))
-        (tree.directory / "change").touch()
-        tree.wait_for(tree.directory / "changed")
+        for what in ("change", "lead") if leads else ("change",):
+            (tree.directory / what).touch()
+            tree.wait_for(tree.directory / f"{what}-done")
     assert len(made) == len(before) - 1
     tree.check()
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 
 from pipeline.errors import RebuildError
@@ -63,15 +63,21 @@ def make_threads(image: Image, growth: Growth, *, early: bool = False) -> None:
             grown.thread_pids.insert(at, thread.pids)
 
 
-def end_threads(image: Image, growth: Growth) -> None:
-    """End the threads, made from a draft, that are not in the image; those that stay are in its order then."""
+def end_threads(image: Image, growth: Growth, ended: Collection[int]) -> None:
+    """End the threads, made from a draft, that are not in the image; those that stay are in its order then.
+
+    Args:
+        ended: level-0 pids of processes of the draft that do not stay, whoever has them in the image.
+    """
     for pid, grown in growth.grown.items():
         made = dict(zip(map(tuple, grown.thread_pids), grown.threads[1:], strict=True))
-        process = image.processes.get(pid)
-        stay = process.threads[1:] if process is not None and process.state != "zombie" else []
-        kept = [one.pids for one in stay if one.place is None and tuple(one.pids) in made]
-        grown.threads[1:] = [made.pop(tuple(pids)) for pids in kept]
-        grown.thread_pids = list(kept)
+        process = image.processes.get(pid) if pid not in ended else None
+        del grown.threads[1:], grown.thread_pids[:]
+        for thread in process.threads[1:] if process is not None and process.state != "zombie" else ():
+            puppet = made.pop(tuple(thread.pids), None) if thread.place is None else None
+            if puppet is not None:
+                grown.threads.append(puppet)
+                grown.thread_pids.append(thread.pids)
         for puppet in made.values():
             puppet.run_to_exit(NR.exit, 0)
 

@@ -382,7 +382,7 @@ class Rebuilding:
             raise Refused(changed)
         self.contents.update(image, self._launcher, ids.uid_here, ids.gid_here)
         self._before, self._image, self._ids, self._mending = self._image, image, ids, mending
-        finish.end_threads(image, self.growth)
+        finish.end_threads(image, self.growth, mending.ended)
         return True
 
     @_step

@@ -1,4 +1,4 @@
-"""Threads: when there is a file ``change`` in the directory, some end and others begin; then there is ``changed``.
+"""Threads: when there is a file ``change`` in the directory, some end and others begin; a child leads at ``lead``.
 
 Each is asked in itself: what it is called, its number, what it alone knows, and its directory, of which two have their
 own: one from the beginning, one from the change on.
@@ -65,35 +65,56 @@ class Relay:
         self.thread.join()
 
 
+def when(program, name, act):
+    """In a thread: act when there is a file of that name; then there is one called NAME-done."""
+
+    def wait():
+        while not program.exists(name):
+            time.sleep(0.01)
+        act()
+        program.put(f"{name}-done", "")
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    return thread
+
+
+def check(program, relays, waiting):
+    """Just these threads are there, and none of them differs."""
+
+    def threads():
+        there = {int(name) for name in os.listdir("/proc/self/task")}
+        wanted = {os.getpid(), *(relay.before[1] for relay in relays.values())}
+        if waiting.is_alive():
+            wanted.add(waiting.native_id)
+        if there != wanted:
+            return f"there are {sorted(there)} instead of {sorted(wanted)}"
+        return "; ".join(filter(None, (relay.differs() for relay in list(relays.values())))) or None
+
+    program.check("threads", threads, relays["one"].end)
+
+
+def child(program):
+    """Its threads stay; it gets a process group of its own."""
+    relays = {name: Relay(name) for name in ("one", "two")}
+    check(program, relays, when(program, "lead", lambda: os.setpgid(0, 0)))
+
+
 def body(program):
+    program.child("child", child)
     relays = {name: Relay(name) for name in BEGIN}
     relays["apart"].ask(lambda: relays["apart"].part("apart"))
     relays["apart"].before = relays["apart"].ask(relays["apart"].say)
 
     def change():
-        while not program.exists("change"):
-            time.sleep(0.01)
         for name in LEAVE:
             relays.pop(name).end()
         relays["parts"].ask(lambda: relays["parts"].part("parts"))
         relays["parts"].before = relays["parts"].ask(relays["parts"].say)
         for name in COME:
             relays[name] = Relay(name)
-        program.put("changed", "")
 
-    changing = threading.Thread(target=change, daemon=True)
-    changing.start()
-
-    def threads():
-        there = {int(name) for name in os.listdir("/proc/self/task")}
-        wanted = {os.getpid(), *(relay.before[1] for relay in relays.values())}
-        if changing.is_alive():
-            wanted.add(changing.native_id)
-        if there != wanted:
-            return f"there are {sorted(there)} instead of {sorted(wanted)}"
-        return "; ".join(filter(None, (relay.differs() for relay in list(relays.values())))) or None
-
-    program.check("threads", threads, relays["one"].end)
+    check(program, relays, when(program, "change", change))
 
 
 main(body)

@@ -94,21 +94,28 @@ def test_a_migration_that_is_decided(
 
 
 @pytest.mark.parametrize(
-    ("mode", "step"),
+    ("mode", "step", "program"),
     [
-        ("stop", "complete"),
-        ("precopy", "equip_early"),
-        ("precopy", "complete"),
-        ("hybrid", "change"),
-        ("postcopy", "complete"),
+        ("stop", "complete", "processes"),
+        ("precopy", "make_threads", "relays"),
+        ("precopy", "equip_early", "processes"),
+        ("precopy", "complete", "relays"),
+        ("hybrid", "change", "relays"),
+        ("postcopy", "complete", "processes"),
     ],
 )
 @pytest.mark.parametrize("part", ["first", "last"])
 def test_a_migration_that_is_not(
-    hosts: tuple[Host, Host], secret: Path, start_on: Callable[..., Tree], part: str, mode: str, step: str
+    hosts: tuple[Host, Host],
+    secret: Path,
+    start_on: Callable[..., Tree],
+    part: str,
+    mode: str,
+    step: str,
+    program: str,
 ) -> None:
     source, destination = hosts
-    tree = start_on(source, "processes", DEPTH_1)
+    tree = start_on(source, program, DEPTH_1)
     with serving(destination, secret, tool=("tests.harness.killing", step, part)) as server:
         options = ("--to", server.address, "--secret-file", str(secret), "--mode", mode)
         done = source.engine("migrate", "--pid", str(inner_pid(tree.pid)), *options)

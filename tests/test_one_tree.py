@@ -103,6 +103,9 @@ class World:
 
     lacks_files = False
 
+    def make_threads(self) -> None:
+        assert self.there == "stands"
+
     def update(self, _: object) -> bool:
         return True
 

@@ -54,7 +54,8 @@ _STEPS = {
     "read": _Step(Standstill, "__init__", True, _captured),
     "fill": _Step(Rebuilding, "memory_of", True, _built),
     **{
-        name: _Step(Rebuilding, name, False, _built) for name in ("equip_early", "change", "complete", "thaw")
+        name: _Step(Rebuilding, name, False, _built)
+        for name in ("make_threads", "equip_early", "change", "complete", "thaw")
     },
 }
 

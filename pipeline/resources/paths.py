@@ -7,7 +7,7 @@ have taken the name, a mount may cover it), so the name is looked up in the moun
 namespace of the process and the inode compared; or in that of the pipeline, where a process of another one
 was handed a file that was opened there, such as the log of a container.
 
-Sources: proc_pid_fd(5), openat2(2), statfs(2); fs/d_path.c.
+Sources: proc_pid_fd(5), openat2(2); fs/d_path.c.
 """
 
 from __future__ import annotations

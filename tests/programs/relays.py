@@ -44,7 +44,10 @@ class Relay:
 
     def ask(self, act):
         self.asked.put(act)
-        return self.answers.get(timeout=20)
+        answer = self.answers.get(timeout=20)
+        if isinstance(answer, OSError):
+            raise answer
+        return answer
 
     def say(self):
         with open("/proc/thread-self/comm") as file:
@@ -97,7 +100,18 @@ def check(program, relays, waiting):
 def child(program):
     """Its threads stay; it gets a process group of its own."""
     relays = {name: Relay(name) for name in ("one", "two")}
-    check(program, relays, when(program, "lead", lambda: os.setpgid(0, 0)))
+    groups = [os.getpgrp()]
+
+    def lead():
+        os.setpgid(0, 0)
+        groups[0] = os.getpid()
+
+    check(program, relays, when(program, "lead", lead))
+    program.check(
+        "process group",
+        lambda: None if os.getpgrp() == groups[0] else f"is {os.getpgrp()} instead of {groups[0]}",
+        groups.clear,
+    )
 
 
 def body(program):

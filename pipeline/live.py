@@ -185,6 +185,7 @@ class LiveSource:
             if not pacing.rounds:
                 await self._wait_for_draft()
             if self._rounds.only_draft:
+                memory.let_go_of_objects()
                 return True
             seconds = time.monotonic() - begun_s
             left = await self._look_again()
@@ -193,7 +194,7 @@ class LiveSource:
                 return False
             pacing.untracked_bytes = await trio.to_thread.run_sync(memory.untracked_bytes)
             expected_s = pacing.expected_s(left, rate)
-            number, verdict = pacing.rounds, pacing.judge(left, rate)
+            number, verdict = pacing.rounds, pacing.judge(left, rate, is_all=memory.is_left_known)
             percentage = pacing.throttle_percentage
             if percentage != self.throttle.percentage:
                 await self.throttle.set(percentage)
@@ -209,6 +210,7 @@ class LiveSource:
                 )
             self._later |= verdict == "too long" and self._rounds.on_timeout == "postcopy"
             if verdict != "again":
+                memory.let_go_of_objects()
                 return True
 
     async def _look_again(self) -> int:
@@ -232,7 +234,6 @@ class LiveSource:
         self.page_bytes += await write_translated(
             self._channel.writer, in_order(records), sources, self._progress, eager=True
         )
-        memory.let_go_of_objects()
         self.rounds_done += 1
 
     async def _wait_for_draft(self) -> None:

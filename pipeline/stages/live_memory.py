@@ -149,6 +149,9 @@ class LiveMemory:
         self._unseen: list[_Space] = []
         self._sent: dict[int, Sent] = {}
         self._objects: list[SharedPages | FilePages] = []
+        self._rounds = 0
+        #: how much of what is shared was sent before the last round
+        self._shared_before = 0
         self._held: list[LocalFd] = []
 
     @property
@@ -267,8 +270,20 @@ class LiveMemory:
             space.lose()
 
     def left_bytes(self) -> int:
-        """How much was written that was not sent."""
-        return sum(total_bytes(space.pending) for space in self._spaces.values())
+        """How much was written that was not sent.
+
+        Of what is shared nobody tells: as much, perhaps, as the last round has found, if it was not the first.
+        """
+        news = self._shared_bytes() - self._shared_before if self._rounds > 1 else 0
+        return news + sum(total_bytes(space.pending) for space in self._spaces.values())
+
+    @property
+    def is_left_known(self) -> bool:
+        """Whether `left_bytes` has in mind what is shared."""
+        return self._rounds > 1 or not any(map(_may_be_asked_again, self._objects))
+
+    def _shared_bytes(self) -> int:
+        return sum(sent.bytes for sent in self._sent.values())
 
     def untracked_bytes(self) -> int:
         """How much there is that is not told of, and goes when the tree stands still. In any thread."""
@@ -309,12 +324,14 @@ class LiveMemory:
         return found
 
     def take(self, *, first: bool, without_later: bool = False) -> list[PageSource]:
-        """What to send now; the `first` time in the order of the growth plan, with what is shared.
+        """What to send now; the `first` time in the order of the growth plan. What has changed of what is shared, too.
 
         Args:
             without_later: not what may come when the tree runs elsewhere (`pipeline.resources.memory.later`).
         """
-        found: list[PageSource] = list(self._objects) if first else []
+        self._rounds += 1
+        self._shared_before = self._shared_bytes()
+        found: list[PageSource] = [one for one in self._objects if first or _may_be_asked_again(one)]
         for number, space in self._spaces.items():
             if space.is_lost:
                 continue
@@ -415,7 +432,7 @@ class LiveMemory:
             raise Refused(blockers)
 
     def let_go_of_objects(self) -> None:
-        """The first round is over: descriptors are not needed any more; idempotent."""
+        """The rounds are over: descriptors are not needed any more; idempotent."""
         self._objects.clear()
         while self._held:
             fd = self._held.pop()
@@ -429,6 +446,11 @@ class LiveMemory:
         while self._spaces:
             _, space = self._spaces.popitem()
             space.tracking.close()
+
+
+def _may_be_asked_again(one: SharedPages | FilePages) -> bool:
+    """Not what is read out of a process, which may have ended; nor what a namespace was made with."""
+    return one.shared.fd is not None if isinstance(one, SharedPages) else not one.early
 
 
 def _places(space: AddressSpace) -> list[Range]:

@@ -22,7 +22,7 @@ from pipeline.errors import TargetError
 from pipeline.ids import HostPid, LocalFd
 from pipeline.image.frames import PageRun
 from pipeline.image.packing import PackedRun
-from pipeline.kernel.pagemap import PAGE_BYTES, Range, intersect, subtract, total_bytes, union
+from pipeline.kernel.pagemap import PAGE_BYTES, Range, intersect, merged, subtract, total_bytes, union
 from pipeline.kernel.procfs import ProcessGone, is_exiting
 from pipeline.progress import Progress
 from pipeline.resources.memory.objects import SharedObject, Window
@@ -74,23 +74,25 @@ class LivePages(msgspec.Struct, frozen=True):
 
 
 class _Chunk(NamedTuple):
-    """What was sent of a chunk: where it had data, and the digests of that data, part by part."""
+    """What was sent of a chunk: where it had data, and the digests of that data, page by page."""
 
     runs: list[Range]
     digests: bytes
 
 
 class Sent:
-    """What was sent of an object, so that only parts that have changed are sent again.
+    """What was sent of an object, so that only pages that have changed are sent again.
 
-    It is looked at chunk by chunk, and compared in parts: a database writes pages of 8 KiB here and there.
+    It is looked at chunk by chunk: a database writes pages of 8 KiB here and there.
+
+    `bytes`: how many were sent so far.
     """
 
     CHUNK_BYTES = 1 << 20
-    PART_BYTES = 64 << 10
 
     def __init__(self) -> None:
         self._chunks: dict[int, _Chunk] = {}
+        self.bytes = 0
 
     def chunks(self, runs: Sequence[Range], size_bytes: int) -> Iterator[tuple[int, list[Range]]]:
         """Every chunk that has data, or had when it was sent: its offset, and where it has data now; ascending."""
@@ -119,10 +121,11 @@ class Sent:
                 return [], 0
             self._chunks[offset] = now
             if before.runs == runs and len(before.digests) == len(now.digests):
-                return _changed(wanted, view[:count], before.digests, now.digests)
-            if subtract(before.runs, runs):
+                wanted, count = _changed(wanted, view[:count], before.digests, now.digests)
+            elif subtract(before.runs, runs):
                 wanted = _segments(union(before.runs, runs))
                 count = read(wanted, view)
+            self.bytes += count
             return wanted, count
 
         return fill
@@ -150,19 +153,20 @@ def _segments(runs: Sequence[Range]) -> list[Segment]:
 
 
 def _digests(content: memoryview) -> bytes:
-    step = Sent.PART_BYTES
-    return b"".join(xxhash.xxh3_64_digest(content[at : at + step]) for at in range(0, len(content), step))
+    return b"".join(
+        xxhash.xxh3_64_digest(content[at : at + PAGE_BYTES]) for at in range(0, len(content), PAGE_BYTES)
+    )
 
 
 def _changed(
     segments: Sequence[Segment], content: memoryview, before: bytes, now: bytes
 ) -> tuple[list[Segment], int]:
-    """The parts of `segments` whose digests differ; their content is moved to the front of `content`, so many bytes."""
-    parts = [
-        (at // 8 * Sent.PART_BYTES, min((at // 8 + 1) * Sent.PART_BYTES, len(content)))
+    """The pages of `segments` whose digests differ; their content is moved to the front of `content`, so many bytes."""
+    parts = merged(
+        (at // 8 * PAGE_BYTES, min((at // 8 + 1) * PAGE_BYTES, len(content)))
         for at in range(0, len(now), 8)
         if before[at : at + 8] != now[at : at + 8]
-    ]
+    )
     return list(_within(segments, parts)), compact(content, parts)
 
 

@@ -6,14 +6,25 @@ import os
 from collections.abc import Iterator, Sequence
 from itertools import chain, product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import cast
 
 import pytest
 
-from pipeline.ids import HostPid
+from pipeline.ids import HostPid, LocalFd
+from pipeline.image.codec import Image
+from pipeline.image.schema import SharedMemory
 from pipeline.kernel.pagemap import PAGE_BYTES, Range
+from pipeline.progress import NullProgress
+from pipeline.resources.memory.objects import SharedObject
 from pipeline.resources.memory.tracking import Tracking, Written
-from pipeline.stages.live_memory import _Space
+from pipeline.stages.freeze import FrozenTree
+from pipeline.stages.live_memory import LiveMemory, _Space
+from pipeline.stages.memory import FilePages, PageSource, SharedPages
+from pipeline.stages.write import write_pages
+from pipeline.transport.buffers import BufferPool
+from pipeline.transport.framing import FrameWriter
+from tests.harness.made_images import Memory
 
 PAGE: list[Range] = [(0, PAGE_BYTES)]
 #: what happens to the page between two steps
@@ -91,3 +102,61 @@ def test_where_a_device_could_write_at_a_look_nothing_counts_as_sent(tmp_path: P
         os.close(fd)
     space.look_again()
     assert space.right(PAGE) == ([] if when == "at a look" else PAGE)
+
+
+SIZE = 3 << 20
+
+
+@pytest.fixture
+def shared() -> Iterator[LocalFd]:
+    """Memory without a hole."""
+    fd = LocalFd(os.memfd_create("shared"))
+    try:
+        os.pwrite(fd, bytes(range(1, 251)) * (SIZE // 250 + 1), 0)
+        os.truncate(fd, SIZE)
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def beginning(*sources: PageSource) -> LiveMemory:
+    memory = LiveMemory()
+    memory.begin(Image(), cast("FrozenTree", SimpleNamespace(pids=list, living=list)), sources)
+    return memory
+
+
+async def sent_in_a_round(memory: LiveMemory, *, first: bool = False) -> int:
+    writer = FrameWriter(Memory(), pool=BufferPool(6, 4 << 20))
+    return await write_pages(writer, memory.take(first=first), NullProgress())
+
+
+async def test_each_round_sends_what_has_changed_of_what_is_shared(shared: LocalFd) -> None:
+    """And as much as the last one has found is taken to be left."""
+    memory = beginning(FilePages(1, shared, SIZE))
+    try:
+        assert await sent_in_a_round(memory, first=True) == SIZE
+        assert not memory.is_left_known
+        os.pwrite(shared, b"new", PAGE_BYTES)
+        os.pwrite(shared, b"new", 2 << 20)
+        for pages in (2, 0):
+            assert await sent_in_a_round(memory) == pages * PAGE_BYTES
+            assert memory.is_left_known
+            assert memory.left_bytes() == pages * PAGE_BYTES
+    finally:
+        memory.close()
+
+
+@pytest.mark.parametrize("way", ["of a namespace", "read out of a process"])
+async def test_what_may_not_change_or_go_is_sent_once_while_the_tree_runs(shared: LocalFd, way: str) -> None:
+    record = SharedMemory(space=1, kind="anon", size_bytes=0)
+    memory = beginning(
+        FilePages(1, shared, SIZE, early=True)
+        if way == "of a namespace"
+        else SharedPages(1, SharedObject(record, None))
+    )
+    try:
+        assert len(memory.take(first=True)) == 1
+        assert memory.is_left_known
+        assert not memory.take(first=False)
+    finally:
+        memory.close()

@@ -100,3 +100,11 @@ def test_where_next_to_nothing_is_left_holding_back_would_not_help() -> None:
 def test_another_draft_goes_on_as_slow_as_the_one_before() -> None:
     pacing = Pacing(0.3, 30, 0.0, auto_converge=True, throttle_percentage=60)
     assert throttles(pacing, 100, 100, 50) == [60, 70, 70]
+
+
+def test_what_only_the_next_round_can_tell_takes_a_next_round() -> None:
+    """What the first has left over says nothing of whether later ones fall."""
+    pacing = Pacing(max_downtime_s=1.0, max_rounds=30, fixed_s=0.0)
+    assert pacing.judge(1 << 10, RATE, is_all=False) == "again"
+    assert verdicts(pacing, 40, 20, 19) == ["again", "again", "switch"]
+    assert Pacing(max_downtime_s=1.0, max_rounds=1, fixed_s=0.0).judge(0, RATE, is_all=False) == "switch"

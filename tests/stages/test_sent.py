@@ -1,4 +1,4 @@
-"""What was sent of shared memory: only the parts that have changed are sent again, and holes as zeros."""
+"""What was sent of shared memory: only the pages that have changed are sent again, and holes as zeros."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pipeline.kernel.syscalls import syscall
 from pipeline.resources.memory.pages import Segment, data_runs, read_file_runs
 from pipeline.stages.memory import Sent
 
-CHUNK, PART = Sent.CHUNK_BYTES, Sent.PART_BYTES
+CHUNK = Sent.CHUNK_BYTES
 SIZE = 3 * CHUNK + 5 * PAGE_BYTES
 _KEEP_SIZE, _PUNCH_HOLE = 1, 2
 
@@ -55,19 +55,19 @@ def punch(fd: LocalFd, start: int, length: int) -> None:
     syscall(NR.fallocate, fd, _KEEP_SIZE | _PUNCH_HOLE, start, length)
 
 
-def test_a_part_that_has_changed_goes_alone(memory: LocalFd) -> None:
+def test_a_page_that_has_changed_goes_alone(memory: LocalFd) -> None:
     os.pwrite(
         memory, random.Random(1).randbytes(SIZE), 0
     )  # which has other bytes there than those that follow
     sent, there = Sent(), bytearray(SIZE)
     assert send(sent, memory, there) == SIZE
     assert send(sent, memory, there) == 0
-    os.pwrite(memory, b"new", CHUNK + 5 * PART + 77)
-    os.pwrite(memory, b"new", CHUNK + 9 * PART - 1)
-    assert send(sent, memory, there) == 3 * PART
+    os.pwrite(memory, b"new", CHUNK + 5 * PAGE_BYTES + 77)
+    os.pwrite(memory, b"new", CHUNK + 9 * PAGE_BYTES - 1)
+    assert send(sent, memory, there) == 3 * PAGE_BYTES
     assert there == os.pread(memory, SIZE, 0)
     os.pwrite(memory, b"the last one", SIZE - 12)
-    assert send(sent, memory, there) == SIZE % PART
+    assert send(sent, memory, there) == PAGE_BYTES
     assert there == os.pread(memory, SIZE, 0)
 
 
@@ -78,7 +78,7 @@ def test_whatever_is_written_and_dropped_arrives(memory: LocalFd) -> None:
     for _ in range(200):
         for _ in range(chance.randrange(4)):
             start = chance.randrange(pages)
-            length = chance.randrange(1, min(pages - start, 3 * PART // PAGE_BYTES) + 1)
+            length = chance.randrange(1, min(pages - start, 48) + 1)
             if chance.random() < 0.5:
                 punch(memory, start * PAGE_BYTES, length * PAGE_BYTES)
             else:

@@ -194,7 +194,7 @@ class LiveSource:
                 return False
             pacing.untracked_bytes = await trio.to_thread.run_sync(memory.untracked_bytes)
             expected_s = pacing.expected_s(left, rate)
-            number, verdict = pacing.rounds, pacing.judge(left, rate, is_all=memory.is_left_known)
+            number, verdict = pacing.rounds, pacing.judge(left, rate, memory.unknown_bytes())
             percentage = pacing.throttle_percentage
             if percentage != self.throttle.percentage:
                 await self.throttle.set(percentage)

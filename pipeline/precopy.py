@@ -140,7 +140,7 @@ class Precopy:
             self._progress.round(
                 Round(pacing.rounds, dirty, written, seconds, rate, left / seconds, expected_s)
             )
-            if pacing.judge(left, rate, is_all=memory.is_left_known) != "again":
+            if pacing.judge(left, rate, memory.unknown_bytes()) != "again":
                 memory.let_go_of_objects()
                 return
             dirty = left

@@ -26,7 +26,16 @@ from pipeline.ids import HostPid, LocalFd
 from pipeline.image.codec import Image
 from pipeline.image.schema import AddressSpace
 from pipeline.kernel import smaps
-from pipeline.kernel.pagemap import Range, intersect, open_pagemap, populated, subtract, total_bytes, union
+from pipeline.kernel.pagemap import (
+    PAGE_BYTES,
+    Range,
+    intersect,
+    open_pagemap,
+    populated,
+    subtract,
+    total_bytes,
+    union,
+)
 from pipeline.kernel.procfs import ProcessGone
 from pipeline.ledger import LEDGER
 from pipeline.resources.memory import devices, tracking
@@ -37,11 +46,18 @@ from pipeline.resources.memory.tracking import Tracking, TrackingLost
 from pipeline.stages import freeze
 from pipeline.stages.asking import inside
 from pipeline.stages.freeze import FrozenTree
-from pipeline.stages.memory import FilePages, LivePages, PageSource, ProcessPages, Sent, SharedPages
+from pipeline.stages.memory import FilePages, LivePages, PageSource, ProcessPages, SharedPages
 from pipeline.stages.observe import Looks
+from pipeline.stages.sent import LastSent, Sent
 
 #: every address that a program can have
 _ALL: list[Range] = [(0, 1 << 63)]
+#: so much of what was sent is kept as it was: of a small tree all, of a large one what it writes all the time
+_COPIED_BYTES = 32 << 20
+#: to copy and compare a page takes a third of what it takes to send it on a fast link: so many of them tell whether
+#: this is the share of them that need not be sent
+_TELLING_PAGES = 256
+_PAYING_SHARE = 0.05
 #: open files of these kinds use O_DIRECT for something else
 _PACKETS = frozenset({"pipe", "fifo"})
 
@@ -53,6 +69,7 @@ class _Space:
     `ranges`: where the destination has a place for its pages. `inherited`: pages that its parent has, too (and not
     written since the fork); the destination forks it from its parent, and has them then as the parent has. `is_lost`:
     the process has ended, or has other memory by now. `is_doubtful`: devices may have been writing to it at a look.
+    `last`: copies of what was sent.
     """
 
     pid: HostPid
@@ -66,6 +83,7 @@ class _Space:
     missed: list[Range] = field(default_factory=list)
     is_lost: bool = False
     is_doubtful: bool = False
+    last: LastSent = field(default_factory=LastSent)
 
     def look(self) -> None:
         """Ask what was written; TrackingLost."""
@@ -101,6 +119,7 @@ class _Space:
         """Nothing is known of it any more, nor asked."""
         self.is_lost = True
         self.pending.clear()
+        self.last.clear()
         self.tracking.close()
 
     def differing(self) -> list[Range]:
@@ -272,18 +291,18 @@ class LiveMemory:
     def left_bytes(self) -> int:
         """How much was written that was not sent.
 
-        Of what is shared nobody tells: as much, perhaps, as the last round has found, if it was not the first.
+        Of what is shared, as much as the last round has found, if it was not the first: nobody tells of it.
         """
         news = self._shared_bytes() - self._shared_before if self._rounds > 1 else 0
         return news + sum(total_bytes(space.pending) for space in self._spaces.values())
 
-    @property
-    def is_left_known(self) -> bool:
-        """Whether `left_bytes` has in mind what is shared."""
-        return self._rounds > 1 or not any(map(_may_be_asked_again, self._objects))
+    def unknown_bytes(self) -> int:
+        """How much of what is shared was sent once, and may have been written since; the next round tells."""
+        return self._shared_bytes() if self._rounds == 1 else 0
 
     def _shared_bytes(self) -> int:
-        return sum(sent.bytes for sent in self._sent.values())
+        """How much was sent of what every round looks at."""
+        return sum(self._sent[one.space].bytes for one in self._objects if _may_be_asked_again(one))
 
     def untracked_bytes(self) -> int:
         """How much there is that is not told of, and goes when the tree stands still. In any thread."""
@@ -332,16 +351,37 @@ class LiveMemory:
         self._rounds += 1
         self._shared_before = self._shared_bytes()
         found: list[PageSource] = [one for one in self._objects if first or _may_be_asked_again(one)]
+        taken: list[tuple[int, _Space, list[Range]]] = []
         for number, space in self._spaces.items():
             if space.is_lost:
                 continue
             later = without_later and not is_copied(self.image, number)
             runs = space.take(may_wait(self.image, self.image.spaces[number]) if later else ())
-            if first:
-                found.append(LivePages(number, space.pid, runs, space.missed, space.differing))
-            elif runs:
-                found.append(LivePages(number, space.pid, runs, space.missed))
+            if first or runs:
+                taken.append((number, space, runs))
+        are_copied = self._make_room_for_copies([(space, runs) for _, space, runs in taken])
+        for number, space, runs in taken:
+            more = space.differing if first else tuple
+            last = space.last if are_copied else None
+            found.append(LivePages(number, space.pid, runs, space.missed, more, last))
         return found
+
+    def _make_room_for_copies(self, taken: Sequence[tuple[_Space, Sequence[Range]]]) -> bool:
+        """Whether copies of all this are kept; of what was sent before, none are where there is no room for both."""
+        has_room = self._copies_pay() and sum(total_bytes(runs) for _, runs in taken) <= _COPIED_BYTES
+        if has_room:
+            known_bytes = PAGE_BYTES * sum(len(space.last) for space in self._spaces.values())
+            new_bytes = sum(space.last.unknown_bytes(runs) for space, runs in taken)
+        if not has_room or known_bytes + new_bytes > _COPIED_BYTES:
+            for space in self._spaces.values():
+                space.last.clear()
+        return has_room
+
+    def _copies_pay(self) -> bool:
+        """Whether enough of what is written has the content that it had; a store is told before what it gets."""
+        compared = sum(space.last.compared for space in self._spaces.values())
+        same = sum(space.last.same for space in self._spaces.values())
+        return not self._is_stored and (compared < _TELLING_PAGES or same >= _PAYING_SHARE * compared)
 
     # -- at the end --------------------------------------------------------------------------
 
@@ -374,8 +414,12 @@ class LiveMemory:
                         list(overlaps(self.image.spaces[number].vmas, now.spaces[number].vmas))
                     )
                     right = [] if number in doubtful else intersect(space.right(untouched), alike)
-                    lacking.append(ProcessPages(number, pid, subtract(runs, right)))
-                    dropped[number] = subtract(intersect(space.sent, alike), runs)
+                    there = intersect(space.sent, alike)
+                    wanted = subtract(runs, right)
+                    space.last.forget(subtract(wanted, there))
+                    last = space.last if self._copies_pay() else None
+                    lacking.append(ProcessPages(number, pid, wanted, last=last))
+                    dropped[number] = subtract(there, runs)
                 case SharedPages(number, shared):
                     lacking.append(SharedPages(number, shared, self._sent.get(number, Sent())))
                 case FilePages(number, fd, size, _, early):
@@ -434,6 +478,7 @@ class LiveMemory:
     def let_go_of_objects(self) -> None:
         """The rounds are over: descriptors are not needed any more; idempotent."""
         self._objects.clear()
+        self._shared_before = 0
         while self._held:
             fd = self._held.pop()
             os.close(fd)

@@ -12,31 +12,29 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain, islice
-from typing import NamedTuple
 
 import msgspec
 import trio
-import xxhash
 
 from pipeline.errors import TargetError
 from pipeline.ids import HostPid, LocalFd
 from pipeline.image.frames import PageRun
 from pipeline.image.packing import PackedRun
-from pipeline.kernel.pagemap import PAGE_BYTES, Range, intersect, merged, subtract, total_bytes, union
+from pipeline.kernel.pagemap import Range, total_bytes, union
 from pipeline.kernel.procfs import ProcessGone, is_exiting
 from pipeline.progress import Progress
 from pipeline.resources.memory.objects import SharedObject, Window
 from pipeline.resources.memory.pages import (
     ProcessMemory,
     Segment,
-    compact,
     cover,
     data_runs,
     pieces,
-    read_file_runs,
+    read_segments,
     read_shared,
     shared_bytes,
 )
+from pipeline.stages.sent import Fill, LastSent, Sent
 from pipeline.transport.buffers import BufferPool, Lease
 from pipeline.transport.handover import worked
 
@@ -51,19 +49,21 @@ _SMALL_BYTES = 512 << 10
 class ProcessPages(msgspec.Struct, frozen=True):
     """Private pages of a process: `runs` are [start, end) addresses.
 
-    `untouched`: among others those of them that were not written since the writes to them were tracked last.
+    `untouched`: among others those of them that were not written since the writes to them were tracked last. `last`:
+    what is as it was sent is not sent again.
     """
 
     space: int
     pid: HostPid
     runs: Sequence[Range]
     untouched: Sequence[Range] = ()
+    last: LastSent | None = None
 
 
 class LivePages(msgspec.Struct, frozen=True):
     """Private pages of a process that runs; what cannot be read any more is added to `missed`.
 
-    `more`: asked when all that comes before is read, for further runs.
+    `more`: asked when all that comes before is read, for further runs. `last`: see `ProcessPages`.
     """
 
     space: int
@@ -71,112 +71,7 @@ class LivePages(msgspec.Struct, frozen=True):
     runs: Sequence[Range]
     missed: list[Range]
     more: Callable[[], Sequence[Range]] = tuple
-
-
-class _Chunk(NamedTuple):
-    """What was sent of a chunk: where it had data, and the digests of that data, page by page."""
-
-    runs: list[Range]
-    digests: bytes
-
-
-class Sent:
-    """What was sent of an object, so that only pages that have changed are sent again.
-
-    It is looked at chunk by chunk: a database writes pages of 8 KiB here and there.
-
-    `bytes`: how many were sent so far.
-    """
-
-    CHUNK_BYTES = 1 << 20
-
-    def __init__(self) -> None:
-        self._chunks: dict[int, _Chunk] = {}
-        self.bytes = 0
-
-    def chunks(self, runs: Sequence[Range], size_bytes: int) -> Iterator[tuple[int, list[Range]]]:
-        """Every chunk that has data, or had when it was sent: its offset, and where it has data now; ascending."""
-        size = self.CHUNK_BYTES
-        firsts = {at for start, end in runs for at in range(start // size, -(-end // size))}
-        for offset in sorted({at * size for at in firsts} | self._chunks.keys()):
-            if offset < size_bytes:
-                yield offset, intersect(runs, [(offset, offset + size)])
-
-    def reading(
-        self, offset: int, runs: list[Range], read: Callable[[Sequence[Segment], memoryview], int]
-    ) -> _Fill:
-        """What reads of a chunk what was not sent as it is now; what is a hole by now is sent as zeros.
-
-        Args:
-            offset, runs: see `chunks`.
-            read: reads segments into a buffer.
-        """
-
-        def fill(view: memoryview) -> tuple[Sequence[Segment], int]:
-            wanted = _segments(runs)
-            count = read(wanted, view) if wanted else 0
-            now = _Chunk(runs, _digests(view[:count]))
-            before = self._chunks.get(offset, _NOT_SENT)
-            if before == now:
-                return [], 0
-            self._chunks[offset] = now
-            if before.runs == runs and len(before.digests) == len(now.digests):
-                wanted, count = _changed(wanted, view[:count], before.digests, now.digests)
-            elif subtract(before.runs, runs):
-                wanted = _segments(union(before.runs, runs))
-                count = read(wanted, view)
-            self.bytes += count
-            return wanted, count
-
-        return fill
-
-    def ranges(self, size_bytes: int) -> list[Range]:
-        """The pages that had data when it was sent, as far as they are within a size."""
-        end = -(-size_bytes // PAGE_BYTES) * PAGE_BYTES
-        return intersect(sorted(run for chunk in self._chunks.values() for run in chunk.runs), [(0, end)])
-
-    def has_changed(self, fd: LocalFd, size_bytes: int) -> bool:
-        """Whether a file is not what was sent of it."""
-        view = memoryview(bytearray(self.CHUNK_BYTES))
-        for offset, runs in self.chunks(data_runs(fd, size_bytes), size_bytes):
-            count = _read_file(fd, _segments(runs), view) if runs else 0
-            if self._chunks.get(offset, _NOT_SENT) != _Chunk(runs, _digests(view[:count])):
-                return True
-        return False
-
-
-_NOT_SENT = _Chunk([], b"")
-
-
-def _segments(runs: Sequence[Range]) -> list[Segment]:
-    return [(start, end - start) for start, end in runs]
-
-
-def _digests(content: memoryview) -> bytes:
-    return b"".join(
-        xxhash.xxh3_64_digest(content[at : at + PAGE_BYTES]) for at in range(0, len(content), PAGE_BYTES)
-    )
-
-
-def _changed(
-    segments: Sequence[Segment], content: memoryview, before: bytes, now: bytes
-) -> tuple[list[Segment], int]:
-    """The pages of `segments` whose digests differ; their content is moved to the front of `content`, so many bytes."""
-    parts = merged(
-        (at // 8 * PAGE_BYTES, min((at // 8 + 1) * PAGE_BYTES, len(content)))
-        for at in range(0, len(now), 8)
-        if before[at : at + 8] != now[at : at + 8]
-    )
-    return list(_within(segments, parts)), compact(content, parts)
-
-
-def _within(segments: Sequence[Segment], parts: Sequence[Range]) -> Iterator[Segment]:
-    """What of `segments`, whose content lies one behind the other, has its content in `parts`; both ascending."""
-    at = 0
-    for address, length in segments:
-        for start, end in intersect([(at, at + length)], parts):
-            yield address + start - at, end - start
-        at += length
+    last: LastSent | None = None
 
 
 class SharedPages(msgspec.Struct, frozen=True):
@@ -202,16 +97,13 @@ class FilePages(msgspec.Struct, frozen=True):
 
 PageSource = ProcessPages | LivePages | SharedPages | FilePages
 
-#: Fills a buffer and says what is in it: segments, bytes. Runs in a worker thread.
-_Fill = Callable[[memoryview], tuple[Sequence[Segment], int]]
-
 
 def page_bytes(sources: Sequence[PageSource]) -> int:
     """An upper bound of what will be streamed, in bytes."""
     total = 0
     for source in sources:
         match source:
-            case ProcessPages(_, _, runs, _) | LivePages(_, _, runs, _, _):
+            case ProcessPages(runs=runs) | LivePages(runs=runs):
                 total += total_bytes(runs)
             case SharedPages(_, shared, _):
                 total += shared_bytes(shared)
@@ -241,7 +133,7 @@ async def stream_memory(
         total = await trio.to_thread.run_sync(page_bytes, sources)
     done = 0
 
-    async def emit_news(space: int, fills: Iterator[_Fill]) -> None:
+    async def emit_news(space: int, fills: Iterator[Fill]) -> None:
         async def emit_left() -> None:
             while some := list(islice(fills, _LOOKED_AT)):
                 left = iter(some)
@@ -250,7 +142,7 @@ async def stream_memory(
 
         await _several(emit_left)
 
-    async def emit(space: int, fill: _Fill, size_bytes: int = pool.size_bytes) -> None:
+    async def emit(space: int, fill: Fill, size_bytes: int = pool.size_bytes) -> None:
         """`size_bytes`: of memory that stands still, where there is less of it than a buffer takes."""
         nonlocal done
         lease = await (pool.lease() if size_bytes > _SMALL_BYTES else pool.lease_part(size_bytes))
@@ -272,7 +164,7 @@ async def stream_memory(
         lease.release()
 
     async def emit_all(
-        space: int, wanted: Iterable[Sequence[Segment]], reading: Callable[[Sequence[Segment]], _Fill]
+        space: int, wanted: Iterable[Sequence[Segment]], reading: Callable[[Sequence[Segment]], Fill]
     ) -> None:
         """`emit` what reads each piece, several at once: in no order."""
         rest = iter(wanted)
@@ -288,10 +180,10 @@ async def stream_memory(
     async with send:
         for source in sources:
             match source:
-                case ProcessPages(space, pid, runs, _):
+                case ProcessPages(space, pid, runs, last=last):
                     with _told_if_killed(pid), ProcessMemory(pid) as memory:
-                        await emit_all(space, pieces(runs, pool.size_bytes), partial(_reading, memory))
-                case LivePages(space, pid, runs, missed, more):
+                        await emit_all(space, pieces(runs, pool.size_bytes), partial(_reading, memory, last))
+                case LivePages(space, pid, runs, missed, more, last):
                     runs = union(runs, await trio.to_thread.run_sync(more))
                     try:
                         memory = ProcessMemory(pid)
@@ -300,7 +192,7 @@ async def stream_memory(
                         continue
                     with memory:
                         for piece in pieces(runs, pool.size_bytes):
-                            await emit(space, _reading_live(memory, piece, missed))
+                            await emit(space, _reading_live(memory, piece, missed, last))
                 case FilePages(space, fd, size, Sent() as sent):
                     await emit_news(space, _news_of_file(fd, size, sent))
                 case SharedPages(space, shared, Sent() as sent):
@@ -348,12 +240,22 @@ def _told_if_killed(pid: HostPid) -> Iterator[None]:
         ) from error
 
 
-def _reading(memory: ProcessMemory, piece: Sequence[Segment]) -> _Fill:
-    return lambda view: (piece, memory.read(piece, view))
-
-
-def _reading_live(memory: ProcessMemory, piece: Sequence[Segment], missed: list[Range]) -> _Fill:
+def _reading(memory: ProcessMemory, last: LastSent | None, piece: Sequence[Segment]) -> Fill:
     def fill(view: memoryview) -> tuple[Sequence[Segment], int]:
+        count = memory.read(piece, view)
+        return (piece, count) if last is None else last.news(piece, view)
+
+    return fill
+
+
+def _reading_live(
+    memory: ProcessMemory, piece: Sequence[Segment], missed: list[Range], last: LastSent | None
+) -> Fill:
+    def fill(view: memoryview) -> tuple[Sequence[Segment], int]:
+        segments, count = read(view)
+        return (segments, count) if last is None else last.news(segments, view)
+
+    def read(view: memoryview) -> tuple[Sequence[Segment], int]:
         try:
             return piece, memory.read(piece, view)
         except OSError:
@@ -371,7 +273,7 @@ def _reading_live(memory: ProcessMemory, piece: Sequence[Segment], missed: list[
     return fill
 
 
-def _together(fills: Iterator[_Fill]) -> _Fill:
+def _together(fills: Iterator[Fill]) -> Fill:
     """What these have to send, of one chunk each, as far as there is room; the rest of `fills` is left.
 
     A segment has a page at least, so that they are no more than a frame may have.
@@ -391,13 +293,13 @@ def _together(fills: Iterator[_Fill]) -> _Fill:
     return fill
 
 
-def _news_of_file(fd: LocalFd, size_bytes: int, sent: Sent) -> Iterator[_Fill]:
+def _news_of_file(fd: LocalFd, size_bytes: int, sent: Sent) -> Iterator[Fill]:
     """What reads the chunks of a file that were not sent as they are."""
     for offset, data in sent.chunks(data_runs(fd, size_bytes), size_bytes):
-        yield sent.reading(offset, data, partial(_read_file, fd))
+        yield sent.reading(offset, data, partial(read_segments, fd))
 
 
-def _news(shared: SharedObject, sent: Sent) -> Iterator[_Fill]:
+def _news(shared: SharedObject, sent: Sent) -> Iterator[Fill]:
     """What reads the chunks of a shared object that were not sent as they are."""
     if shared.fd is not None:
         yield from _news_of_file(shared.fd, shared.record.size_bytes, sent)
@@ -414,17 +316,11 @@ def _read_window(window: Window, wanted: Sequence[Segment], view: memoryview) ->
         return memory.read([(offset + shift, length) for offset, length in wanted], view)
 
 
-def _read_file(fd: LocalFd, wanted: Sequence[Segment], view: memoryview) -> int:
-    runs = [(offset, offset + length) for offset, length in wanted]
-    _, count = next(read_file_runs(fd, runs, view))
-    return count
+def _reading_file(fd: LocalFd, piece: Sequence[Segment]) -> Fill:
+    return lambda view: (piece, read_segments(fd, piece, view))
 
 
-def _reading_file(fd: LocalFd, piece: Sequence[Segment]) -> _Fill:
-    return lambda view: (piece, _read_file(fd, piece, view))
-
-
-def _copying(scratch: bytearray, segments: Sequence[Segment], count: int) -> _Fill:
+def _copying(scratch: bytearray, segments: Sequence[Segment], count: int) -> Fill:
     def fill(view: memoryview) -> tuple[Sequence[Segment], int]:
         view[:count] = scratch[:count]
         return segments, count

@@ -57,21 +57,22 @@ class Pacing:
         whole = left_bytes + self.untracked_bytes
         return self.fixed_s + (whole / rate_bytes_s if rate_bytes_s else 0.0)
 
-    def judge(self, left_bytes: int, rate_bytes_s: float, *, is_all: bool = True) -> Verdict:
+    def judge(self, left_bytes: int, rate_bytes_s: float, unknown_bytes: int = 0) -> Verdict:
         """What to do after a round; `throttle_percentage` is then that of the next one.
 
         Args:
             left_bytes: written during it.
             rate_bytes_s: of the link, as far as is known.
-            is_all: there is nothing else that may have been written, which only the next round can tell.
+            unknown_bytes: may have been written, too, which only the next round can tell.
         """
         self.rounds += 1
-        falls = self._least is None or left_bytes < _FALLING * self._least
+        most_bytes = left_bytes + unknown_bytes
+        falls = self._least is None or most_bytes < _FALLING * self._least
         self._in_vain = 0 if falls else self._in_vain + 1
-        if is_all and (self._least is None or left_bytes < self._least):
-            self._least = left_bytes
+        if self._least is None or most_bytes < self._least:
+            self._least = most_bytes
         short = self.expected_s(left_bytes, rate_bytes_s) <= self.max_downtime_s
-        if short and is_all and (left_bytes <= _NOTHING_BYTES or not falls):
+        if short and (most_bytes <= _NOTHING_BYTES or not falls):
             return "switch"
         if self.rounds >= self.max_rounds:
             return "switch" if short else "too long"

@@ -17,8 +17,9 @@ struct arena {
     pthread_mutex_t lock;
 };
 
-/* of the threads; then one of shared memory; and one that is written slowly, so that the child shares most of it */
-enum { SHARED = THREADS, SLOW, ARENAS };
+/* of the threads, of which one writes by turns two contents; then one of shared memory; and one that is written slowly,
+ * so that the child shares most of it */
+enum { FLICKERING = 1, SHARED = THREADS, SLOW, ARENAS };
 
 static struct arena arenas[ARENAS];
 static const char *volatile wrong;
@@ -42,6 +43,8 @@ static uint64_t dice(struct arena *arena) {
 }
 
 static uint64_t word(struct arena *arena, int page, uint32_t count, int at) {
+    if (arena == &arenas[FLICKERING] && count)
+        count = 1 + count % 2;
     return count ? mix((uint64_t)(arena - arenas) << 56 ^ (uint64_t)page << 40 ^ (uint64_t)count << 8 ^ (at & 255)) : 0;
 }
 

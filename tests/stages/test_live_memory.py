@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import os
 from collections.abc import Iterator, Sequence
 from itertools import chain, product
@@ -13,14 +15,16 @@ import pytest
 
 from pipeline.ids import HostPid, LocalFd
 from pipeline.image.codec import Image
-from pipeline.image.schema import SharedMemory
-from pipeline.kernel.pagemap import PAGE_BYTES, Range
+from pipeline.image.schema import AddressSpace, SharedMemory, Vma
+from pipeline.kernel.pagemap import PAGE_BYTES, Range, union
 from pipeline.progress import NullProgress
+from pipeline.resources.memory.classify import MAP_GROWSDOWN
 from pipeline.resources.memory.objects import SharedObject
 from pipeline.resources.memory.tracking import Tracking, Written
+from pipeline.stages import live_memory
 from pipeline.stages.freeze import FrozenTree
 from pipeline.stages.live_memory import LiveMemory, _Space
-from pipeline.stages.memory import FilePages, PageSource, SharedPages
+from pipeline.stages.memory import FilePages, PageSource, ProcessPages, SharedPages
 from pipeline.stages.write import write_pages
 from pipeline.transport.buffers import BufferPool
 from pipeline.transport.framing import FrameWriter
@@ -89,6 +93,10 @@ class AtRest:
     def check(self) -> None:
         """It is there."""
 
+    def may_watch(self, start: int, end: int) -> bool:
+        """It is asked when that is in doubt."""
+        raise AssertionError(start, end)
+
 
 @pytest.mark.parametrize("when", ["never", "in between", "at a look"])
 def test_where_a_device_could_write_at_a_look_nothing_counts_as_sent(tmp_path: Path, when: str) -> None:
@@ -135,13 +143,18 @@ async def test_each_round_sends_what_has_changed_of_what_is_shared(shared: Local
     memory = beginning(FilePages(1, shared, SIZE))
     try:
         assert await sent_in_a_round(memory, first=True) == SIZE
-        assert not memory.is_left_known
+        assert memory.left_bytes() == 0
+        assert memory.unknown_bytes() == SIZE
         os.pwrite(shared, b"new", PAGE_BYTES)
         os.pwrite(shared, b"new", 2 << 20)
         for pages in (2, 0):
             assert await sent_in_a_round(memory) == pages * PAGE_BYTES
-            assert memory.is_left_known
+            assert memory.unknown_bytes() == 0
             assert memory.left_bytes() == pages * PAGE_BYTES
+        os.pwrite(shared, b"newer", 0)
+        await sent_in_a_round(memory)
+        memory.let_go_of_objects()
+        assert memory.left_bytes() == 0
     finally:
         memory.close()
 
@@ -156,7 +169,109 @@ async def test_what_may_not_change_or_go_is_sent_once_while_the_tree_runs(shared
     )
     try:
         assert len(memory.take(first=True)) == 1
-        assert memory.is_left_known
+        assert memory.unknown_bytes() == 0
         assert not memory.take(first=False)
     finally:
         memory.close()
+
+
+class Ours:
+    """Memory of our own that is sent, of which is written what a test says."""
+
+    def __init__(self, pages: int) -> None:
+        self._memory = mmap.mmap(-1, pages * PAGE_BYTES, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._start = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
+        self.live = LiveMemory()
+        tracking = cast("Tracking", AtRest())
+        self.space = self.live._spaces[1] = _Space(HostPid(os.getpid()), tracking, [self.run(0, pages)])
+
+    def run(self, first: int, count: int = 1) -> Range:
+        return self._start + first * PAGE_BYTES, self._start + (first + count) * PAGE_BYTES
+
+    def write(self, first: int, content: bytes, count: int = 1) -> None:
+        """Each of `count` pages is full of that now, and has to be looked at."""
+        self._memory[first * PAGE_BYTES : (first + count) * PAGE_BYTES] = content * PAGE_BYTES * count
+        self.space.pending = union(self.space.pending, [self.run(first, count)])
+
+
+async def test_pages_that_are_as_they_were_sent_are_sent_once() -> None:
+    ours = Ours(8)
+    ours.write(0, b"a", 8)
+    assert await sent_in_a_round(ours.live) == 8 * PAGE_BYTES
+    ours.write(0, b"a", 8)
+    ours.write(3, b"b")
+    assert await sent_in_a_round(ours.live) == PAGE_BYTES
+
+
+async def test_what_was_sent_without_a_copy_is_not_taken_for_what_was_sent_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A round of more than copies are kept of: what a page was before it, counts no longer."""
+    monkeypatch.setattr(live_memory, "_COPIED_BYTES", 4 * PAGE_BYTES)
+    ours = Ours(8)
+    ours.write(0, b"a")
+    assert await sent_in_a_round(ours.live) == PAGE_BYTES
+    ours.write(0, b"b", 8)
+    assert await sent_in_a_round(ours.live) == 8 * PAGE_BYTES
+    ours.write(0, b"a")
+    assert await sent_in_a_round(ours.live) == PAGE_BYTES
+    assert len(ours.space.last) == 1
+
+
+async def test_no_more_copies_are_kept_than_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live_memory, "_COPIED_BYTES", 4 * PAGE_BYTES)
+    ours = Ours(8)
+    for first in range(0, 8, 2):
+        ours.write(first, b"a", 2)
+        assert await sent_in_a_round(ours.live) == 2 * PAGE_BYTES
+        assert len(ours.space.last) <= 4
+    ours.write(6, b"a", 2)
+    assert await sent_in_a_round(ours.live) == 0
+
+
+async def test_a_store_gets_all_that_was_written() -> None:
+    """What an image has of a process is said before its pages are read."""
+    ours = Ours(2)
+    ours.live._is_stored = True
+    for _ in range(2):
+        ours.write(0, b"a", 2)
+        assert await sent_in_a_round(ours.live) == 2 * PAGE_BYTES
+
+
+@pytest.mark.parametrize("is_another", [False, True], ids=("the same mapping", "another one"))
+async def test_pages_of_a_mapping_that_is_another_one_are_sent_though_they_are_the_same(
+    is_another: bool,
+) -> None:
+    """The destination has mapped it anew, too, and has nothing there."""
+    ours = Ours(4)
+    start, end = ours.run(0, 4)
+    images = Image(), Image()
+    for image, flags in zip(images, (0, MAP_GROWSDOWN if is_another else 0), strict=True):
+        vma = Vma(start=start, end=end, kind="anon", prot=3, flags=mmap.MAP_PRIVATE | flags)
+        image.spaces[1] = AddressSpace(space=1, vmas=[vma], exe=1, layout=[0] * 11, auxv=b"")
+    ours.live._image = images[0]
+    ours.write(0, b"a", 4)
+    await sent_in_a_round(ours.live)
+    ours.write(1, b"a", 3)
+    ours.write(2, b"b")
+    lacking, dropped = ours.live.finish(images[1], [ProcessPages(1, ours.space.pid, [(start, end)])], ())
+    writer = FrameWriter(Memory(), pool=BufferPool(6, 4 << 20))
+    assert await write_pages(writer, lacking, NullProgress()) == (4 if is_another else 1) * PAGE_BYTES
+    assert dropped == {1: []}
+
+
+@pytest.mark.parametrize(
+    ("pages", "same", "is_looked_for"), [(300, 10, False), (300, 20, True), (200, 1, True)]
+)
+async def test_where_hardly_anything_stays_the_same_it_is_not_looked_for(
+    pages: int, same: int, is_looked_for: bool
+) -> None:
+    """Of some hundreds of pages that is told, not of fewer."""
+    ours = Ours(pages)
+    for first, content in (0, b"a"), (same, b"b"):
+        ours.write(0, b"a", pages)
+        ours.write(first, content, pages - first)
+        assert await sent_in_a_round(ours.live) == (pages - first) * PAGE_BYTES
+    ours.write(0, b"a", same)
+    ours.write(same, b"b", pages - same)
+    assert await sent_in_a_round(ours.live) == (0 if is_looked_for else pages * PAGE_BYTES)

@@ -103,8 +103,18 @@ def test_another_draft_goes_on_as_slow_as_the_one_before() -> None:
 
 
 def test_what_only_the_next_round_can_tell_takes_a_next_round() -> None:
-    """What the first has left over says nothing of whether later ones fall."""
+    """What of that it finds is less than all; and all of it does not count as long as nobody knows."""
     pacing = Pacing(max_downtime_s=1.0, max_rounds=30, fixed_s=0.0)
-    assert pacing.judge(1 << 10, RATE, is_all=False) == "again"
+    assert pacing.judge(1 << 10, RATE, 200 * MIB) == "again"
     assert verdicts(pacing, 40, 20, 19) == ["again", "again", "switch"]
-    assert Pacing(max_downtime_s=1.0, max_rounds=1, fixed_s=0.0).judge(0, RATE, is_all=False) == "switch"
+    assert Pacing(max_downtime_s=1.0, max_rounds=1, fixed_s=0.0).judge(0, RATE, 200 * MIB) == "switch"
+    assert Pacing(max_downtime_s=1.0, max_rounds=30, fixed_s=0.0).judge(0, RATE, 4 << 10) == "switch"
+
+
+def test_what_nobody_knows_does_not_have_a_tree_held_back_later() -> None:
+    pacing = Pacing(0.3, 30, 0.0, auto_converge=True)
+    throttled = []
+    for unknown in (4 << 10, 0, 0):
+        assert pacing.judge(100 * MIB, RATE, unknown) == "again"
+        throttled.append(pacing.throttle_percentage)
+    assert throttled == [0, 0, 20]

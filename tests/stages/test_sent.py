@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 
@@ -13,7 +13,7 @@ from pipeline.kernel.arch.x86_64_numbers import NR
 from pipeline.kernel.pagemap import PAGE_BYTES
 from pipeline.kernel.syscalls import syscall
 from pipeline.resources.memory.pages import Segment, data_runs, read_file_runs
-from pipeline.stages.memory import Sent
+from pipeline.stages.sent import LastSent, Sent
 
 CHUNK = Sent.CHUNK_BYTES
 SIZE = 3 * CHUNK + 5 * PAGE_BYTES
@@ -30,12 +30,15 @@ def memory() -> Iterator[LocalFd]:
         os.close(fd)
 
 
-def send(sent: Sent, fd: LocalFd, there: bytearray) -> int:
+def send(
+    sent: Sent, fd: LocalFd, there: bytearray, behind_a_read: Callable[[], object] = lambda: None
+) -> int:
     """Send what has changed to `there`; how many bytes that were."""
 
     def read(wanted: Sequence[Segment], view: memoryview) -> int:
         (_, count), *more = read_file_runs(fd, [(start, start + length) for start, length in wanted], view)
         assert not more
+        behind_a_read()
         return count
 
     total = 0
@@ -89,3 +92,67 @@ def test_whatever_is_written_and_dropped_arrives(memory: LocalFd) -> None:
     assert not sent.has_changed(memory, SIZE)
     os.pwrite(memory, b"?", 0)
     assert sent.has_changed(memory, SIZE)
+
+
+def test_what_is_written_while_it_is_read_is_not_taken_for_sent(memory: LocalFd) -> None:
+    """Where a hole has come, it is read twice; and the tree may run."""
+    os.pwrite(memory, b"a" * 4 * PAGE_BYTES, 0)
+    sent, there = Sent(), bytearray(SIZE)
+    send(sent, memory, there)
+    punch(memory, 3 * PAGE_BYTES, PAGE_BYTES)
+    send(sent, memory, there, behind_a_read=lambda: os.pwrite(memory, b"b", PAGE_BYTES))
+    os.pwrite(memory, b"a", PAGE_BYTES)
+    send(sent, memory, there)
+    assert there == os.pread(memory, SIZE, 0)
+
+
+def news(last: LastSent, start: int, *pages: bytes) -> dict[int, bytes]:
+    """What is to be sent of pages that lie at an address one behind the other: by address."""
+    view = memoryview(bytearray(b"".join(page * PAGE_BYTES for page in pages)))
+    wanted, count = last.news([(start, len(view))] if pages else [], view)
+    assert count == sum(length for _, length in wanted)
+    found: dict[int, bytes] = {}
+    at = 0
+    for address, length in wanted:
+        for page in range(address, address + length, PAGE_BYTES):
+            content = bytes(view[at : at + PAGE_BYTES])
+            assert content == content[:1] * PAGE_BYTES
+            found[page] = content[:1]
+            at += PAGE_BYTES
+    return found
+
+
+def test_a_page_that_has_its_content_again_is_not_sent() -> None:
+    last = LastSent()
+    assert news(last, 0, b"a", b"b", b"c", b"d") == {0: b"a", 4096: b"b", 8192: b"c", 12288: b"d"}
+    assert news(last, 0, b"a", b"x", b"c", b"y") == {4096: b"x", 12288: b"y"}
+    assert news(last, 0, b"a", b"b", b"c", b"y") == {4096: b"b"}, "it was sent with another one since"
+    assert not news(last, 0, b"a", b"b", b"c", b"y")
+    assert news(last, 3 * PAGE_BYTES, b"d", b"e") == {12288: b"d", 16384: b"e"}
+
+
+def test_a_page_that_is_no_longer_there_is_sent_though_it_is_the_same() -> None:
+    last = LastSent()
+    news(last, 0, b"a", b"b", b"c")
+    last.forget([(PAGE_BYTES, 2 * PAGE_BYTES), (1 << 40, (1 << 40) + PAGE_BYTES)])
+    assert news(last, 0, b"a", b"b", b"c") == {4096: b"b"}
+    last.clear()
+    assert len(news(last, 0, b"a", b"b", b"c")) == 3
+
+
+def test_pages_next_to_each_other_are_one_segment() -> None:
+    view = memoryview(bytearray(b"".join(bytes([number]) * PAGE_BYTES for number in range(6))))
+    last = LastSent()
+    last.news([(2 * PAGE_BYTES, PAGE_BYTES)], memoryview(bytes([2]) * PAGE_BYTES))
+    wanted, count = last.news([(0, 3 * PAGE_BYTES), (3 * PAGE_BYTES, 3 * PAGE_BYTES)], view)
+    assert wanted == [(0, 2 * PAGE_BYTES), (3 * PAGE_BYTES, 3 * PAGE_BYTES)]
+    assert bytes(view[:count:PAGE_BYTES]) == bytes([0, 1, 3, 4, 5])
+
+
+def test_what_is_the_same_cannot_be_reckoned_from_outside(memory: LocalFd) -> None:
+    """Whoever knows two pages with the same digest could have one taken for the other."""
+    os.pwrite(memory, b"content", 0)
+    sent = [Sent(), Sent()]
+    for one in sent:
+        send(one, memory, bytearray(SIZE))
+    assert sent[0]._chunks[0].digests != sent[1]._chunks[0].digests

@@ -22,7 +22,8 @@ from pipeline.kernel.pagemap import Range
 from pipeline.progress import NullProgress
 from pipeline.stages import memory as stages_memory
 from pipeline.stages import write as stages_write
-from pipeline.stages.memory import FilePages, LivePages, ProcessPages, Sent
+from pipeline.stages.memory import FilePages, LivePages, ProcessPages
+from pipeline.stages.sent import Sent
 from pipeline.stages.write import in_order, write_image, write_pages, write_translated
 from pipeline.transport.buffers import BufferPool, LeasedRun
 from pipeline.transport.framing import FrameReader, FrameWriter

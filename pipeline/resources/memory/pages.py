@@ -254,6 +254,18 @@ def read_file_runs(
         yield piece, done
 
 
+def segments_of(runs: Iterable[Range]) -> list[Segment]:
+    """Runs, by their lengths."""
+    return [(start, end - start) for start, end in runs]
+
+
+def read_segments(fd: LocalFd, wanted: Sequence[Segment], view: memoryview) -> int:
+    """Read these segments of a file into a buffer that has room for them; how many bytes that are."""
+    runs = [(offset, offset + length) for offset, length in wanted]
+    _, count = next(read_file_runs(fd, runs, view))
+    return count
+
+
 def read_shared(shared: SharedObject, buffer: bytearray | memoryview) -> Iterator[tuple[list[Segment], int]]:
     """Read all data of a shared memory object; segments are offsets in it. Zero pages are left out."""
     if shared.fd is not None:

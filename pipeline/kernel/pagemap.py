@@ -474,18 +474,20 @@ def intersect(one: Sequence[Range], other: Sequence[Range]) -> list[Range]:
 
 
 def subtract(one: Sequence[Range], other: Sequence[Range]) -> list[Range]:
-    """What is in `one` and not in `other`; both ascending and disjoint."""
+    """What is in `one` and not in `other`; both ascending and disjoint. As often asked as `intersect`."""
     found: list[Range] = []
-    j = 0
+    rest = iter([*other, _BEYOND])
+    low, high = next(rest)
     for start, end in one:
-        while j < len(other) and other[j][1] <= start:
-            j += 1
-        k = j
-        while k < len(other) and other[k][0] < end:
-            if other[k][0] > start:
-                found.append((start, other[k][0]))
-            start = max(start, other[k][1])
-            k += 1
+        while high <= start:
+            low, high = next(rest)
+        while low < end:
+            if low > start:
+                found.append((start, low))
+            start = high
+            if start >= end:
+                break
+            low, high = next(rest)
         if start < end:
             found.append((start, end))
     return found

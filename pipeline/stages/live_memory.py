@@ -39,7 +39,7 @@ from pipeline.kernel.pagemap import (
 from pipeline.kernel.procfs import ProcessGone
 from pipeline.ledger import LEDGER
 from pipeline.resources.memory import devices, tracking
-from pipeline.resources.memory.alike import overlaps, private_ranges
+from pipeline.resources.memory.alike import private_alike
 from pipeline.resources.memory.capture import watched_by_others
 from pipeline.resources.memory.later import is_copied, may_wait
 from pipeline.resources.memory.tracking import Tracking, TrackingLost
@@ -410,9 +410,7 @@ class LiveMemory:
                     new[number] = source
                 case ProcessPages(number, pid, runs, untouched):
                     space = self._spaces[number]
-                    alike = private_ranges(
-                        list(overlaps(self.image.spaces[number].vmas, now.spaces[number].vmas))
-                    )
+                    alike = private_alike(self.image.spaces[number].vmas, now.spaces[number].vmas)
                     right = [] if number in doubtful else intersect(space.right(untouched), alike)
                     there = intersect(space.sent, alike)
                     wanted = subtract(runs, right)
@@ -500,7 +498,7 @@ def _may_be_asked_again(one: SharedPages | FilePages) -> bool:
 
 def _places(space: AddressSpace) -> list[Range]:
     """Where private pages of a draft are."""
-    return private_ranges(list(overlaps(space.vmas, space.vmas)))
+    return private_alike(space.vmas, space.vmas)
 
 
 def _written_behind(image: Image) -> Iterator[int]:

@@ -78,6 +78,8 @@ def overlaps(parent: Sequence[Vma], child: Sequence[Vma]) -> Iterator[Overlap]:
             j += 1
 
 
-def private_ranges(found: Sequence[Overlap]) -> list[Range]:
-    """Those of them whose pages are copied on write."""
-    return [(o.start, o.end) for o in found if not o.child.flags & MAP_SHARED]
+def private_alike(parent: Sequence[Vma], child: Sequence[Vma]) -> list[Range]:
+    """Where both have mappings that are alike, and whose pages are copied on write; most processes keep theirs."""
+    if parent == child:
+        return [(vma.start, vma.end) for vma in ordinary(child) if not vma.flags & MAP_SHARED]
+    return [(o.start, o.end) for o in overlaps(parent, child) if not o.child.flags & MAP_SHARED]

@@ -17,7 +17,7 @@ from pipeline.image.codec import Image
 from pipeline.image.schema import AddressSpace
 from pipeline.kernel import hugetlb
 from pipeline.kernel.pagemap import Range, subtract, total_bytes
-from pipeline.resources.memory.alike import overlaps, private_ranges
+from pipeline.resources.memory.alike import private_alike
 from pipeline.resources.memory.classify import MAP_NORESERVE, MAP_SHARED
 from pipeline.resources.memory.missing import RangeSet
 
@@ -70,4 +70,4 @@ def _inherited(image: Image, space: AddressSpace) -> list[Range]:
     """The private mappings that fork(2) gives a process: their reservation stays its parent's."""
     if space.copy_of is None:
         return []
-    return private_ranges(list(overlaps(image.spaces[space.copy_of].vmas, space.vmas)))
+    return private_alike(image.spaces[space.copy_of].vmas, space.vmas)

@@ -21,7 +21,7 @@ import msgspec
 from pipeline.ids import HostPid, LocalFd
 from pipeline.image.schema import AddressSpace
 from pipeline.kernel.pagemap import PAGE_BYTES, Range, entries_of, intersect, merged, open_pagemap, subtract
-from pipeline.resources.memory.alike import overlaps, private_ranges
+from pipeline.resources.memory.alike import private_alike
 from pipeline.resources.memory.pages import ProcessMemory, differing_runs, pieces
 
 _COMPARE_BYTES = 4 << 20
@@ -63,7 +63,7 @@ def plan_copy_on_write(
             its own parent included.
         runs: all pages of the child that must be there after the restore.
     """
-    alike = private_ranges(list(overlaps(parent.vmas, child.vmas)))
+    alike = private_alike(parent.vmas, child.vmas)
     theirs = intersect(parent_runs, alike)
     both = intersect(theirs, runs)
     dropped = subtract(theirs, runs)

@@ -26,7 +26,7 @@ GUEST_TESTS ?= tests/kernel \
   tests/test_dump_precopy.py::test_a_tree_that_never_rests_has_every_page[depth2-whole] \
   tests/test_live_migration.py::test_a_family_changes_while_its_draft_is_sent[depth1-precopy]
 test-debian-kernel: test-packages guest-packages $(STAMP) $(KERNEL)
-	$(PY) -m tests.guest --kernel $(KERNEL) -- $(PY) -m tests -q -o timeout=600 $(GUEST_TESTS)
+	$(PY) -m tests.guest --kernel $(KERNEL) -- $(PY) -m tests -q -o timeout=1200 $(GUEST_TESTS)
 
 $(KERNEL): | guest-packages
 	rm -rf $@.new && mkdir $@.new

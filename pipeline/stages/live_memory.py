@@ -54,10 +54,11 @@ from pipeline.stages.sent import LastSent, Sent
 _ALL: list[Range] = [(0, 1 << 63)]
 #: so much of what was sent is kept as it was: of a small tree all, of a large one what it writes all the time
 _COPIED_BYTES = 32 << 20
-#: to copy and compare a page takes a third of what it takes to send it on a fast link: so many of them tell whether
-#: this is the share of them that need not be sent
+#: so many comparisons tell whether they pay: whether at least this share of the pages was the same
 _TELLING_PAGES = 256
 _PAYING_SHARE = 0.05
+#: nor do they in the pause, unless of so many pages that are lacking one at least can be compared
+_LACKING_FOR_EACH = 4
 #: open files of these kinds use O_DIRECT for something else
 _PACKETS = frozenset({"pipe", "fifo"})
 
@@ -362,7 +363,8 @@ class LiveMemory:
         are_copied = self._make_room_for_copies([(space, runs) for _, space, runs in taken])
         for number, space, runs in taken:
             more = space.differing if first else tuple
-            last = space.last if are_copied else None
+            # what a child has inherited can be much more, and is not counted
+            last = space.last if are_copied and not (first and space.inherited) else None
             found.append(LivePages(number, space.pid, runs, space.missed, more, last))
         return found
 
@@ -415,8 +417,9 @@ class LiveMemory:
                     there = intersect(space.sent, alike)
                     wanted = subtract(runs, right)
                     space.last.forget(subtract(wanted, there))
-                    last = space.last if self._copies_pay() else None
-                    lacking.append(ProcessPages(number, pid, wanted, last=last))
+                    most_bytes = _LACKING_FOR_EACH * PAGE_BYTES * len(space.last)
+                    pays = self._copies_pay() and total_bytes(wanted) <= most_bytes
+                    lacking.append(ProcessPages(number, pid, wanted, last=space.last if pays else None))
                     dropped[number] = subtract(there, runs)
                 case SharedPages(number, shared):
                     lacking.append(SharedPages(number, shared, self._sent.get(number, Sent())))

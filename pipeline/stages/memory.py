@@ -243,7 +243,7 @@ def _told_if_killed(pid: HostPid) -> Iterator[None]:
 def _reading(memory: ProcessMemory, last: LastSent | None, piece: Sequence[Segment]) -> Fill:
     def fill(view: memoryview) -> tuple[Sequence[Segment], int]:
         count = memory.read(piece, view)
-        return (piece, count) if last is None else last.news(piece, view)
+        return (piece, count) if last is None else last.news(piece, view, is_last=True)
 
     return fill
 

@@ -44,32 +44,37 @@ class LastSent:
         pages = (page for start, end in runs for page in range(start, end, PAGE_BYTES))
         return PAGE_BYTES * sum(page not in self._pages for page in pages)
 
-    def forget(self, runs: Iterable[Range]) -> None:
-        """The destination does not have these, or has others by now."""
-        for start, end in runs if self._pages else ():
+    def forget(self, runs: Sequence[Range]) -> None:
+        """The destination does not have these, or has others by now; they may be many more than are known."""
+        known = [(page, page + PAGE_BYTES) for page in sorted(self._pages)] if runs else []
+        for start, end in intersect(known, runs):
             for page in range(start, end, PAGE_BYTES):
-                self._pages.pop(page, None)
+                del self._pages[page]
 
     def clear(self) -> None:
         """Nothing is known any more of what was sent."""
         self._pages.clear()
 
-    def news(self, wanted: Sequence[Segment], view: memoryview) -> tuple[Sequence[Segment], int]:
+    def news(
+        self, wanted: Sequence[Segment], view: memoryview, *, is_last: bool = False
+    ) -> tuple[Sequence[Segment], int]:
         """What of `wanted` is not as it was sent, and is from now on; in any thread.
 
         Args:
             view: its content, one behind the other; that of what is left is moved to the front, so many bytes.
+            is_last: nobody asks again: no copies are made.
         """
         found: list[Range] = []
         kept: list[Range] = []
         at = known = 0
         for start, length in wanted:
             for page in range(start, start + length, PAGE_BYTES):
-                content = bytes(view[at : at + PAGE_BYTES])
                 before = self._pages.get(page)
+                content = None if is_last and before is None else bytes(view[at : at + PAGE_BYTES])
                 known += before is not None
-                if before != content:
-                    self._pages[page] = content
+                if content is None or content != before:
+                    if content is not None and not is_last:
+                        self._pages[page] = content
                     found.append((page, page + PAGE_BYTES))
                     kept.append((at, at + PAGE_BYTES))
                 at += PAGE_BYTES

@@ -275,3 +275,34 @@ async def test_where_hardly_anything_stays_the_same_it_is_not_looked_for(
     ours.write(0, b"a", same)
     ours.write(same, b"b", pages - same)
     assert await sent_in_a_round(ours.live) == (0 if is_looked_for else pages * PAGE_BYTES)
+
+
+@pytest.mark.parametrize("lacking", [8, 9])
+async def test_in_the_pause_no_copies_are_made_and_few_are_not_looked_at(lacking: int) -> None:
+    """A tree that outruns the link has much to send then, of which little is known."""
+    ours = Ours(16)
+    image = Image()
+    start, end = ours.run(0, 16)
+    vma = Vma(start=start, end=end, kind="anon", prot=3, flags=mmap.MAP_PRIVATE)
+    image.spaces[1] = AddressSpace(space=1, vmas=[vma], exe=1, layout=[0] * 11, auxv=b"")
+    ours.live._image = image
+    ours.write(0, b"a", 2)
+    await sent_in_a_round(ours.live)
+    ours.write(2, b"b", 14)
+    sources, _ = ours.live.finish(image, [ProcessPages(1, ours.space.pid, [ours.run(0, lacking)])], ())
+    writer = FrameWriter(Memory(), pool=BufferPool(6, 4 << 20))
+    sent = await write_pages(writer, sources, NullProgress())
+    assert sent == (lacking - 2 if lacking == 8 else lacking) * PAGE_BYTES
+    assert len(ours.space.last) == 2
+
+
+async def test_of_what_a_child_has_inherited_no_copies_are_made() -> None:
+    """It may be much more than what is counted, when its parent has written to it."""
+    ours = Ours(4)
+    ours.space.inherited = [ours.run(0, 2)]
+    ours.write(2, b"a", 2)
+    await sent_in_a_round(ours.live, first=True)
+    assert len(ours.space.last) == 0
+    ours.write(2, b"b", 2)
+    await sent_in_a_round(ours.live)
+    assert len(ours.space.last) == 2

@@ -129,6 +129,7 @@ class LiveSource:
                 return
             try:
                 if await self._send_draft(is_last=attempt == _DRAFTS - 1):
+                    self.memory.let_go_of_objects()
                     return
             except TrackingLost as lost:
                 reason = str(lost)
@@ -185,7 +186,6 @@ class LiveSource:
             if not pacing.rounds:
                 await self._wait_for_draft()
             if self._rounds.only_draft:
-                memory.let_go_of_objects()
                 return True
             seconds = time.monotonic() - begun_s
             left = await self._look_again()
@@ -210,7 +210,6 @@ class LiveSource:
                 )
             self._later |= verdict == "too long" and self._rounds.on_timeout == "postcopy"
             if verdict != "again":
-                memory.let_go_of_objects()
                 return True
 
     async def _look_again(self) -> int:

@@ -34,6 +34,8 @@ from pipeline.resources.kinds import FdView
 from pipeline.resources.unix_unread import Unread
 
 _LESS = 1
+#: looks at a number whose file is closed and opened again as fast as it is looked at
+_ATTEMPTS = 20
 
 
 class OpenFiles:
@@ -100,14 +102,27 @@ class OpenFiles:
             return
         try:
             for fd in sorted(map(int, procfs.list_dir(pid, "fdinfo"))):
-                try:
-                    self._add(pid, fd, pidfd)
-                except OSError as error:
-                    if not os.path.lexists(f"/proc/{pid}/fdinfo/{fd}"):
-                        continue  # closed meanwhile: the tree runs, this is a check
-                    self.blockers.append(Blocker(f"pid {pid} fd {fd}", f"cannot be looked at: {error}"))
+                failed = self._attempt(pid, fd, pidfd)
+                if failed is not None:
+                    self.blockers.append(Blocker(f"pid {pid} fd {fd}", f"cannot be looked at: {failed}"))
         finally:
             os.close(pidfd)
+
+    def _attempt(self, pid: HostPid, fd: int, pidfd: LocalFd) -> OSError | None:
+        """Why a descriptor cannot be looked at; one that was closed meanwhile, as a tree that runs does, is in no way.
+
+        Between the look that fails and the one for its name, the number can be another file's already.
+        """
+        failed = None
+        for _ in range(_ATTEMPTS):
+            try:
+                self._add(pid, fd, pidfd)
+                return None
+            except OSError as error:
+                failed = error
+            if not os.path.lexists(f"/proc/{pid}/fdinfo/{fd}"):
+                return None
+        return failed
 
     def _add(self, pid: HostPid, fd: int, pidfd: LocalFd) -> None:
         info = procfs.fdinfo(pid, fd)

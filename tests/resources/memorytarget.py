@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any, Self
@@ -62,9 +63,19 @@ class Program:
         if not line:
             raise RuntimeError("the target failed, see its stderr")
         self.facts: dict[str, Any] = json.loads(line)
+        rests_in(self.pid, "pipe_read")  # what it has written into is as it will stay
 
     def __getitem__(self, name: str) -> Any:
         return self.facts[name]
+
+
+def rests_in(pid: HostPid, function: str) -> None:
+    """Return when a process sleeps in a kernel function of such a name (proc_pid_wchan(5))."""
+    while True:
+        with open(f"/proc/{pid}/wchan") as wchan:
+            if function in wchan.read():
+                return
+        time.sleep(0.001)
 
 
 @contextmanager

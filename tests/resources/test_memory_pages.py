@@ -24,7 +24,7 @@ from pipeline.resources.memory.pages import (
     read_runs,
     read_shared,
 )
-from tests.resources.memorytarget import Program, Scope, program
+from tests.resources.memorytarget import Program, Scope, program, rests_in
 
 PAGE = 4096
 
@@ -158,10 +158,7 @@ def family() -> Iterator[tuple[Program, HostPid, Captured, Captured]]:
     with program(FORKED) as target, Scope() as scope, MemoryObjects(scope) as objects:
         child = HostPid(target["child"])
         try:
-            while True:  # until the child sleeps
-                with open(f"/proc/{child}/wchan") as wchan:
-                    if "nanosleep" in wchan.read():
-                        break
+            rests_in(child, "nanosleep")
             yield (
                 target,
                 child,

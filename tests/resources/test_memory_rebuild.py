@@ -23,7 +23,7 @@ from pipeline.resources.memory.capture import Captured, capture_address_space
 from pipeline.resources.memory.objects import MemoryObjects
 from pipeline.resources.memory.pages import read_runs
 from pipeline.stages.memory_layout import HOLE_BYTES, empty, set_bounds
-from tests.resources.memorytarget import Scope, program
+from tests.resources.memorytarget import Scope, program, rests_in
 
 PAGE = 4096
 
@@ -200,20 +200,13 @@ def test_a_forked_puppet_becomes_the_child(folder: str) -> None:
     with program(FORKED, folder) as target, Scope() as scope, MemoryObjects(scope) as objects:
         child = HostPid(target["child"])
         try:
-            await_sleep(child)
+            rests_in(child, "nanosleep")
             parents = capture_address_space(target.pid, objects, brk=RemoteAddress(0))
             childs = capture_address_space(child, objects, brk=RemoteAddress(0))
             assert parents.blockers == childs.blockers == []
             grow_and_compare(target.pid, parents, child, childs, objects)
         finally:
             os.kill(child, 9)
-
-
-def await_sleep(pid: HostPid) -> None:
-    while True:
-        with open(f"/proc/{pid}/wchan") as wchan:
-            if "nanosleep" in wchan.read():
-                return
 
 
 def grow_and_compare(

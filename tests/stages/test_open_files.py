@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+import pytest
 
 from pipeline.ids import HostPid
 from pipeline.kernel import procfs
@@ -58,4 +61,32 @@ def test_the_same_number_is_the_same_file_only_if_it_was_inherited() -> None:
     finally:
         os.close(first)
         os.close(second)
+    assert not LEDGER.held()
+
+
+@pytest.mark.parametrize("failing", [1, 2, 10**6])
+def test_a_number_that_is_taken_again_at_once_is_looked_at_again(
+    failing: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = procfs.fdinfo, 0
+    fd = os.open("/dev/null", os.O_RDONLY)
+
+    def closed_meanwhile(pid: HostPid, number: int) -> dict[str, list[str]]:
+        nonlocal calls
+        if number == fd:
+            calls += 1
+            if calls <= failing:
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        return real(pid, number)
+
+    try:
+        with child(lambda: None) as pid, OpenFiles() as found:
+            monkeypatch.setattr(procfs, "fdinfo", closed_meanwhile)
+            found.collect([pid], still=False, status_of=procfs.status)
+            assert (fd in {entry.fd for entry in found.slots[pid]}) == (failing < 10)
+            assert [blocker.subject for blocker in found.blockers] == (
+                [] if failing < 10 else [f"pid {pid} fd {fd}"]
+            )
+    finally:
+        os.close(fd)
     assert not LEDGER.held()

@@ -391,10 +391,13 @@ def test_pages_that_came_back_as_zeros_are_not_untouched(tracked: Tracked) -> No
 
 def fork_and_wait() -> None:
     """A child that is there until its parent ends."""
+    ready, told = os.pipe()
     if os.fork() == 0:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        os.write(told, b"!")
         while True:
             signal.pause()
+    assert os.read(ready, 1)
 
 
 def test_a_huge_page_of_zeros_is_not_untouched(soft_dirtied: Tracked) -> None:

@@ -242,8 +242,10 @@ def test_ends_in_two_processes_that_share_one_socket() -> None:
         forked = os.fork()
         if not forked:
             b.close()
+            a.send(b"!")
             select.select([], [], [])
         a.close()
+        assert b.recv(1)
         return forked, a.fileno(), b.detach(), 0
 
     with subject(setup) as child:

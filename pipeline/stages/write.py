@@ -6,8 +6,10 @@ read and made into frames by one task, and written by another at the same time, 
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
 
 import trio
 
@@ -20,6 +22,11 @@ from pipeline.stages.translate import into_forest
 from pipeline.transport.buffers import Lease, left_in
 from pipeline.transport.framing import FrameWriter
 from pipeline.userns.forest import Forest
+
+T = TypeVar("T")
+
+#: records from one moment in which others have a turn to the next: a moment costs as much as a record
+_BATCH_RECORDS = 32
 
 
 async def write_image(
@@ -40,12 +47,12 @@ async def write_image(
     Args:
         all_read: called when nothing is to be read of the tree any more.
         eager: somebody reads the records while the first pages are read here.
-        turn: awaited before each record is translated and written; unless `eager`, when nobody waits for them, and
-            others come first.
+        turn: awaited before each few records are translated and written; unless `eager`, when nobody waits for them,
+            and others come first.
     """
     with ungrouped():
         async with trio.open_nursery() as nursery:
-            send, receive = trio.open_memory_channel[Record](64)
+            send, receive = trio.open_memory_channel[Sequence[Record]](2)
             nursery.start_soon(translate_records, records, forest, send, nothing if eager else turn)
             return await write_translated(
                 writer, receive, sources, progress, all_read, eager=eager, turn=turn
@@ -55,7 +62,7 @@ async def write_image(
 
 async def write_translated(
     writer: FrameWriter,
-    records: AsyncIterable[Record],
+    records: AsyncIterable[Sequence[Record]],
     sources: Sequence[PageSource],
     progress: Progress,
     all_read: Callable[[], object] = lambda: None,
@@ -81,27 +88,35 @@ async def write_translated(
 
 async def write_records(
     writer: FrameWriter,
-    records: AsyncIterable[Record],
+    records: AsyncIterable[Sequence[Record]],
     *,
     eager: bool,
     turn: Callable[[], Awaitable[object]] = trio.lowlevel.checkpoint,
 ) -> int:
     """Records that are translated; returns their number. `eager`, `turn`: see `write_image`."""
     count = 0
-    async for record in records:
+    async for batch in records:
         if not eager:
             await turn()
-        await writer.record(record)
-        count += 1
+        for record in batch:
+            await writer.record(record)
+        count += len(batch)
     if eager:
         await writer.flush()
     return count
 
 
-async def in_order(records: Iterable[Record]) -> AsyncIterator[Record]:
+async def in_order(records: Iterable[Record]) -> AsyncIterator[Sequence[Record]]:
     """Records that are translated already, or one by one."""
-    for record in records:
-        yield record
+    for batch in _batches(records):
+        yield batch
+
+
+def _batches(things: Iterable[T]) -> Iterator[list[T]]:
+    """A few of them at a time, in order."""
+    rest = iter(things)
+    while batch := list(itertools.islice(rest, _BATCH_RECORDS)):
+        yield batch
 
 
 async def nothing() -> None:
@@ -144,11 +159,11 @@ async def write_pages(
 async def translate_records(
     records: Sequence[tuple[Record, Record | None]],
     forest: Forest,
-    send: trio.MemorySendChannel[Record],
+    send: trio.MemorySendChannel[Sequence[Record]],
     turn: Callable[[], Awaitable[object]],
 ) -> None:
     """The namespace-translate stage: every id of every record moves into the forest. `turn`: see `write_image`."""
     async with send:
-        for record, state in records:
+        for batch in _batches(records):
             await turn()
-            await send.send(into_forest(record, state, forest))
+            await send.send([into_forest(record, state, forest) for record, state in batch])

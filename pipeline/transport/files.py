@@ -95,12 +95,12 @@ async def make_room(fd: LocalFd, size_bytes: int) -> None:
             await trio.to_thread.run_sync(fallocate, fd, at, step)
     except OSError:  # it cannot; what that means shows when it is written
         with suppress(OSError):
-            await give_back_room(fd)
+            await trio.to_thread.run_sync(give_back_room, fd)
 
 
-async def give_back_room(fd: LocalFd) -> None:
-    """Let go of storage behind the end of a file; OSError."""
-    await trio.to_thread.run_sync(os.ftruncate, fd, os.fstat(fd).st_size)
+def give_back_room(fd: LocalFd) -> None:
+    """Let go of storage behind the end of a file, which takes a while; OSError."""
+    os.ftruncate(fd, os.fstat(fd).st_size)
 
 
 def said(error: OSError) -> str:

@@ -178,17 +178,7 @@ class DirectoryStorage:
         try:
             await make_room(LocalFd(fd), room_bytes)
             yield FileSink(fd, str(self._path / name))
-            try:
-                if room_bytes:
-                    await give_back_room(LocalFd(fd))
-                await trio.to_thread.run_sync(os.fsync, fd)
-                if name == MANIFEST:
-                    _sync_directory(self._path)
-                os.rename(temporary, self._path / name)
-                if name == MANIFEST:
-                    _sync_directory(self._path)
-            except OSError as error:
-                raise StorageError(f"{self._path / name}: {said(error)}") from error
+            await trio.to_thread.run_sync(self._complete, name, LocalFd(fd), temporary, room_bytes > 0)
         finally:
             os.close(fd)
             with suppress(FileNotFoundError):
@@ -197,6 +187,20 @@ class DirectoryStorage:
                 with suppress(OSError):
                     self._path.rmdir()  # only succeeds if nothing came into being
             LEDGER.give_back("partial file", temporary)
+
+    def _complete(self, name: str, fd: LocalFd, temporary: Path, has_room: bool) -> None:
+        """Let a file that is written have its name, in any thread; StorageError."""
+        try:
+            if has_room:
+                give_back_room(fd)
+            os.fsync(fd)
+            if name == MANIFEST:
+                _sync_directory(self._path)
+            os.rename(temporary, self._path / name)
+            if name == MANIFEST:
+                _sync_directory(self._path)
+        except OSError as error:
+            raise StorageError(f"{self._path / name}: {said(error)}") from error
 
     @asynccontextmanager
     async def open(self, name: str) -> AsyncIterator[ByteSource]:

@@ -231,8 +231,8 @@ async def dump(
                 async with standstill(tracer, pid, externals, policy, place, looks, known) as still:
                     progress.phase("memory")
                     storing.begin(still)
-                    await storing.all_read.wait()  # records wait, too, as far as pages have room
                     if leave == "running":
+                        await storing.all_read.wait()  # records wait, too, as far as pages have room
                         thawed = await tracer.run(still.go_on)
                         storing.may_encode.set()
                         await still.let_go_of_files()

@@ -67,14 +67,17 @@ class _Gathering:
             if len(self._gathered) >= _SMALL_BYTES:
                 await self.flush()
         else:
-            await self.flush()
-            await self._sink.write(*buffers)
+            await self._sink.write(*self._taken(), *buffers)
         self.bytes_written += size
 
     async def flush(self) -> None:
-        if self._gathered:
-            gathered, self._gathered = self._gathered, bytearray()
-            await self._sink.write(memoryview(gathered))
+        if gathered := self._taken():
+            await self._sink.write(*gathered)
+
+    def _taken(self) -> list[memoryview]:
+        """What was gathered, to be written now; at most one."""
+        gathered, self._gathered = self._gathered, bytearray()
+        return [memoryview(gathered)] if gathered else []
 
 
 class FrameWriter:

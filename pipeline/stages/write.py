@@ -107,7 +107,7 @@ async def write_records(
 
 
 async def in_order(records: Iterable[Record]) -> AsyncIterator[Sequence[Record]]:
-    """Records that are translated already, or one by one."""
+    """Records that are translated already, or as they are asked for; a few at a time."""
     for batch in _batches(records):
         yield batch
 

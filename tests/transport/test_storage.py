@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ from pipeline.errors import ImageError, StorageError, UsageError
 from pipeline.ids import LocalFd
 from pipeline.kernel import syscalls
 from pipeline.ledger import LEDGER
-from pipeline.transport import files
+from pipeline.transport import files, storage
 from pipeline.transport.storage import IMAGE, MANIFEST, Storage, open_storage
 from tests.harness.wire import Wire
 
@@ -135,6 +136,29 @@ async def test_files_of_an_image_are_for_their_owner_only(tmp_path: Path):
         await sink.write(b"memory")
     assert (tmp_path / "deep" / "image" / IMAGE).stat().st_mode & 0o777 == 0o600
     assert (tmp_path / "deep" / "image").stat().st_mode & 0o777 == 0o700
+
+
+async def test_others_go_on_while_a_slow_disk_completes_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    begun, gone_on = threading.Event(), threading.Event()
+    seen: list[bool] = []
+
+    def sync(directory: Path) -> None:
+        begun.set()
+        seen.append(gone_on.wait(5))
+
+    async def go_on() -> None:
+        while not begun.is_set():
+            await trio.sleep(0.001)
+        gone_on.set()
+
+    monkeypatch.setattr(storage, "_sync_directory", sync)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(go_on)
+        async with open_storage(str(tmp_path)).create(MANIFEST) as sink:
+            await sink.write(b"complete")
+    assert seen == [True, True]
 
 
 async def test_a_full_disk_is_said_and_nothing_is_left(tmp_path: Path):

@@ -17,7 +17,7 @@ from pipeline.errors import StorageError
 from pipeline.ids import HostPid, LocalFd
 from pipeline.image.frames import MAX_PAYLOAD_BYTES, MAX_SEGMENTS, PageRun
 from pipeline.image.packing import PackedRun, Packer
-from pipeline.image.schema import Content, Record
+from pipeline.image.schema import Content, End, Record
 from pipeline.kernel.pagemap import Range
 from pipeline.progress import NullProgress
 from pipeline.stages import memory as stages_memory
@@ -65,6 +65,23 @@ async def test_who_reads_along_gets_the_records_while_pages_are_read(fd: LocalFd
         nursery.start_soon(watch)
         await write_translated(FrameWriter(sink), in_order([record]), sources, NullProgress(), eager=eager)
     assert seen == [eager]
+
+
+@pytest.mark.parametrize("count", [0, 1, 32, 33, 100])
+async def test_records_stay_in_order_and_the_end_says_how_many_there_are(count: int):
+    sink = Memory()
+    records = [Content(space=number, size_bytes=PAGE) for number in range(1, count + 1)]
+    await write_image(
+        FrameWriter(sink), [(record, None) for record in records], [], Forest([]), NullProgress()
+    )
+    reader = FrameReader(sink, BufferPool(1, MAX_PAYLOAD_BYTES), "image")
+    found = []
+    while (item := await reader.next()) is not None:
+        found.append(item)
+    end = found.pop()
+    assert found == records
+    assert isinstance(end, End)
+    assert end.records == count
 
 
 async def test_each_round_reads_into_the_buffers_of_the_one_before(fd: LocalFd):

@@ -62,8 +62,8 @@ def groups_here(who: Peer, scope: CreateScope) -> list[int]:
     return sorted(found)
 
 
-def _making(directory: int, act: Callable[[], T]) -> T:
-    """Run `act`, which makes files in a directory, in a thread; if need be as the owner of that directory.
+def _making(directory: int, act: Callable[[], T], run: Callable[[Callable[[], T]], T]) -> T:
+    """Let `run` run `act`, which makes files in a directory; if need be in a thread, as the owner of that directory.
 
     The file system of another user namespace (a tmpfs) takes no files of ids which that does not map.
     """
@@ -75,11 +75,16 @@ def _making(directory: int, act: Callable[[], T]) -> T:
         return act()
 
     try:
-        return in_thread(act)
+        return run(act)
     except OSError as error:
         if error.errno != errno.EOVERFLOW:
             raise
     return in_changed_thread(as_owner)
+
+
+def address_of(socket_file: LocalFd) -> str:
+    """A name by which this process reaches the socket behind a descriptor of its file (O_PATH), or of what was one."""
+    return f"/proc/self/fd/{socket_file}"
 
 
 class Place:
@@ -122,25 +127,34 @@ class Place:
             check_target(self._file, self._scope)
             parent = self._hold(open_directory(self._file, self._scope))
         private = f".pipeline-{secrets.token_hex(8)}"
-        _making(parent, lambda: os.mkdir(private, 0o700, dir_fd=parent))
+        _making(parent, lambda: os.mkdir(private, 0o700, dir_fd=parent), run=lambda make: make())
         self._private = parent, private
         flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
         inside = self._hold(os.open(private, flags, dir_fd=parent))
         bind = _binder(sock, name, inside)
         try:
-            found = _making(parent, bind)
+            found = _making(parent, bind, run=in_thread)
         except PermissionError:
             found = _in_child(bind)
         self._found = found
-        self._socket_file = self._hold(
-            os.open(found, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=inside)
+        self._socket_file = LocalFd(
+            self._hold(os.open(found, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=inside))
         )
         self._inside = inside
 
     @property
     def address(self) -> str:
         """A name by which this process can connect or send to the socket, wherever its file is."""
-        return f"/proc/self/fd/{self._socket_file}"
+        return address_of(self._socket_file)
+
+    def leave(self) -> LocalFd:
+        """Remove the file and `close`; returns what the socket can be reached by all the same, the caller's now.
+
+        See `address_of`.
+        """
+        self._held.remove(self._socket_file)
+        self.close()
+        return self._socket_file
 
     def settle(self) -> None:
         """Move the file to its place with its owner and mode, or remove it if it has none; then `close`.

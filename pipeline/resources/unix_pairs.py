@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import socket
 from contextlib import ExitStack
+from typing import NamedTuple
 
 from pipeline.errors import RebuildError
 from pipeline.ids import LocalFd
@@ -17,7 +18,7 @@ from pipeline.image.schema import Index
 from pipeline.resources import sockets, unix_peercred
 from pipeline.resources.kinds import CreateScope
 from pipeline.resources.socket_identity import borrowed
-from pipeline.resources.unix_names import Place
+from pipeline.resources.unix_names import Place, address_of
 from pipeline.resources.unix_state import Peer, UnixState, is_path, shown
 
 
@@ -57,9 +58,18 @@ def _connect_pair(
 ) -> tuple[socket.socket, socket.socket]:
     """(client, accepted socket) of a connection to a listener that lives only here."""
     with ExitStack() as stack:
-        listener = stack.enter_context(sockets.make_socket(record.socket, scope))
-        address = bind_for_now(listener, server_name, scope, stack)
-        unix_peercred.listen(listener, 1, server_credentials, scope)
+        if is_path(server_name):
+            key = "unix listener", record.socket.netns, record.socket.identity, server_name
+            kept = scope.once(
+                (*key, _hashable(server_credentials)),
+                lambda: _keep_listener(record, server_name, server_credentials, scope),
+            )
+            listener = stack.enter_context(borrowed(kept.socket, record.socket.identity))
+            address: bytes | str = address_of(kept.file)
+        else:
+            listener = stack.enter_context(sockets.make_socket(record.socket, scope))
+            address = bind_for_now(listener, server_name, scope, stack)
+            unix_peercred.listen(listener, 1, server_credentials, scope)
         client = sockets.make_socket(record.socket, scope)
         try:
             if client_name:
@@ -73,6 +83,30 @@ def _connect_pair(
             client.close()
             raise
     return client, server
+
+
+def _hashable(peer: Peer | None) -> tuple[object, ...]:
+    return () if peer is None else (peer.pid, peer.uid, peer.gid, *peer.groups)
+
+
+class _Listener(NamedTuple):
+    """A listener without a file, and what its file was; both owned by the scope."""
+
+    socket: LocalFd
+    file: LocalFd
+
+
+def _keep_listener(record: UnixState, name: bytes, who: Peer | None, scope: CreateScope) -> _Listener:
+    """One for all connections to a listener of that path name: to bind it to a name that is none here takes long."""
+    listener = sockets.make_socket(record.socket, scope)
+    try:
+        place = Place(listener, name, None, scope)
+        file = scope.own(place.leave())
+        unix_peercred.listen(listener, 1, who, scope)
+    except BaseException:
+        listener.close()
+        raise
+    return _Listener(scope.own(sockets.take(listener)), file)
 
 
 def bind_for_now(sock: socket.socket, name: bytes, scope: CreateScope, stack: ExitStack) -> bytes | str:

@@ -62,8 +62,8 @@ def groups_here(who: Peer, scope: CreateScope) -> list[int]:
     return sorted(found)
 
 
-def _making(directory: int, act: Callable[[], T], run: Callable[[Callable[[], T]], T]) -> T:
-    """Let `run` run `act`, which makes files in a directory; if need be in a thread, as the owner of that directory.
+def _making(directory: int, act: Callable[[], T]) -> T:
+    """Run `act`, which makes files in a directory; if need be in a thread, as the owner of that directory.
 
     The file system of another user namespace (a tmpfs) takes no files of ids which that does not map.
     """
@@ -75,7 +75,7 @@ def _making(directory: int, act: Callable[[], T], run: Callable[[Callable[[], T]
         return act()
 
     try:
-        return run(act)
+        return act()
     except OSError as error:
         if error.errno != errno.EOVERFLOW:
             raise
@@ -127,13 +127,13 @@ class Place:
             check_target(self._file, self._scope)
             parent = self._hold(open_directory(self._file, self._scope))
         private = f".pipeline-{secrets.token_hex(8)}"
-        _making(parent, lambda: os.mkdir(private, 0o700, dir_fd=parent), run=lambda make: make())
+        _making(parent, lambda: os.mkdir(private, 0o700, dir_fd=parent))
         self._private = parent, private
         flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
         inside = self._hold(os.open(private, flags, dir_fd=parent))
         bind = _binder(sock, name, inside)
         try:
-            found = _making(parent, bind, run=in_thread)
+            found = _making(parent, lambda: in_thread(bind))
         except PermissionError:
             found = _in_child(bind)
         self._found = found

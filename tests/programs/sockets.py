@@ -306,6 +306,41 @@ def acquainted(program):
     program.same("acquainted", lambda: [peer(sock) for sock in accepted], accepted[0].close)
 
 
+def of_one_name(program):
+    """Connections to one listener, and to that of another process, which has its name behind it."""
+    name = f"{DIRECTORY}/one-name"
+
+    def connected():
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+            listener.bind(name)
+            listener.listen(5)
+            ends = []
+            for _ in range(3):
+                ends.append(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+                ends[-1].connect(name)
+                ends.append(listener.accept()[0])
+            os.unlink(name)
+        for number, end in enumerate(ends):
+            end.send(b"%d of %d" % (number, os.getpid()))
+        return ends
+
+    def seen(end):
+        ucred = struct.unpack("3i", end.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        return (
+            ucred,
+            end.getsockname(),
+            end.getpeername(),
+            end.recv(100, socket.MSG_PEEK | socket.MSG_DONTWAIT),
+        )
+
+    def watched(process):
+        ends = connected()
+        process.same("of one name", lambda: [seen(end) for end in ends], lambda: ends[0].recv(100))
+
+    watched(program)
+    program.child("namesake", watched)
+
+
 def senders(program):
     """Messages that know who sent them, also where nobody asks yet."""
     receiver = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -353,6 +388,7 @@ def body(program):
     in_flight(program)
     senders(program)
     acquainted(program)
+    of_one_name(program)
     between_processes(program)
     listeners(program)
     bound(program)

@@ -24,6 +24,7 @@ from pipeline.kernel.arch.x86_64 import NR
 from pipeline.kernel.sockdiag import UnixDiag
 from pipeline.kernel.syscalls import CLONE, PRCTL, prctl
 from pipeline.remote.puppet import Puppet
+from pipeline.resources import unix_pairs
 from pipeline.resources.kinds import FdView
 from pipeline.resources.unix_names import Place
 from pipeline.resources.unix_socket import _socket_file
@@ -591,6 +592,52 @@ def test_an_accepted_connection_without_its_listener(tmp_path: Path) -> None:
                 assert {client.getsockname(), server.getsockname()} == {path, str(tmp_path / "client")}
                 assert client.getsockname() == server.getpeername()
         assert {entry.name: entry.inode() for entry in os.scandir(tmp_path)} == before
+
+
+@pytest.mark.root
+def test_connections_to_one_listener_are_made_through_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = str(tmp_path / "socket")
+
+    def setup() -> tuple[int, ...]:
+        ends: list[socket.socket] = []
+        for uid in (0, 7):
+            os.seteuid(uid)
+            with unix() as listener:
+                os.seteuid(0)
+                listener.bind(path)
+                os.seteuid(uid)
+                listener.listen(5)
+                os.seteuid(0)
+                for _ in range(3):
+                    ends.append(unix())
+                    ends[-1].connect(path)
+                    ends.append(listener.accept()[0])
+                os.unlink(path)
+        for number, end in enumerate(ends):
+            end.send(b"%d" % (number ^ 1))
+        return kept(*ends)
+
+    class Counted(Place):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            places.append(self)
+
+    places: list[Place] = []
+    monkeypatch.setattr(unix_pairs, "Place", Counted)
+    with subject(setup) as child:
+        capture, records = caught(child)
+        with Rebuilt(capture, records) as new:
+            for number, fd in enumerate(child.result):
+                with of(new.fd(fd)) as end:
+                    assert end.recv(10) == b"%d" % number
+                    is_client = number % 2 == 0
+                    assert (end.getpeername(), end.getsockname()) == ((path, "") if is_client else ("", path))
+                    _, uid, _ = UCRED.unpack(end.getsockopt(SOL, socket.SO_PEERCRED, 12))
+                    assert uid == (7 if is_client and number >= 6 else 0)
+    assert len(places) == 2
+    assert not os.listdir(tmp_path)
 
 
 @pytest.mark.root

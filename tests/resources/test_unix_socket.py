@@ -598,23 +598,25 @@ def test_an_accepted_connection_without_its_listener(tmp_path: Path) -> None:
 def test_connections_to_one_listener_are_made_through_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = str(tmp_path / "socket")
+    path, other = str(tmp_path / "socket"), str(tmp_path / "other")
+    listeners = [(path, 0, STREAM), (path, 7, STREAM), (other, 0, STREAM), (path, 0, SEQPACKET)]
+
+    def connections(name: str, uid: int, kind: int) -> list[socket.socket]:
+        ends: list[socket.socket] = []
+        with unix(kind) as listener:
+            listener.bind(name)
+            os.seteuid(uid)
+            listener.listen(5)
+            os.seteuid(0)
+            for _ in range(3):
+                ends.append(unix(kind))
+                ends[-1].connect(name)
+                ends.append(listener.accept()[0])
+        os.unlink(name)
+        return ends
 
     def setup() -> tuple[int, ...]:
-        ends: list[socket.socket] = []
-        for uid in (0, 7):
-            os.seteuid(uid)
-            with unix() as listener:
-                os.seteuid(0)
-                listener.bind(path)
-                os.seteuid(uid)
-                listener.listen(5)
-                os.seteuid(0)
-                for _ in range(3):
-                    ends.append(unix())
-                    ends[-1].connect(path)
-                    ends.append(listener.accept()[0])
-                os.unlink(path)
+        ends = [end for listener in listeners for end in connections(*listener)]
         for number, end in enumerate(ends):
             end.send(b"%d" % (number ^ 1))
         return kept(*ends)
@@ -630,13 +632,14 @@ def test_connections_to_one_listener_are_made_through_one(
         capture, records = caught(child)
         with Rebuilt(capture, records) as new:
             for number, fd in enumerate(child.result):
+                name, uid, kind = listeners[number // 6]
+                is_client = number % 2 == 0
                 with of(new.fd(fd)) as end:
-                    assert end.recv(10) == b"%d" % number
-                    is_client = number % 2 == 0
-                    assert (end.getpeername(), end.getsockname()) == ((path, "") if is_client else ("", path))
-                    _, uid, _ = UCRED.unpack(end.getsockopt(SOL, socket.SO_PEERCRED, 12))
-                    assert uid == (7 if is_client and number >= 6 else 0)
-    assert len(places) == 2
+                    assert (end.type, end.recv(10)) == (kind, b"%d" % number)
+                    assert (end.getpeername(), end.getsockname()) == ((name, "") if is_client else ("", name))
+                    peer = UCRED.unpack(end.getsockopt(SOL, socket.SO_PEERCRED, 12))
+                    assert peer == (new.host_pid(child.pid), uid if is_client else 0, 0)
+    assert len(places) == len(listeners)
     assert not os.listdir(tmp_path)
 
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from contextvars import ContextVar
 from functools import partial, wraps
 from typing import Any, ParamSpec, TypeVar
@@ -23,6 +23,9 @@ from pipeline.errors import ungrouped
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+#: between two times that somebody is asked whether it is over
+_ASK_S = 0.2
 
 #: the signals that the recipe has heard in which this runs; None outside of one
 _caught: ContextVar[list[int] | None] = ContextVar("caught", default=None)
@@ -76,6 +79,22 @@ async def heeding(
 def insisted() -> bool:
     """Whether a second signal has come for the recipe in which this runs."""
     return len(_caught.get() or ()) > 1
+
+
+@asynccontextmanager
+async def move_on_when(is_over: Callable[[], bool]) -> AsyncIterator[trio.CancelScope]:
+    """As `trio.move_on_after`: the block is cancelled when `is_over`, which is asked now and then, says so."""
+
+    async def ask() -> None:
+        while not is_over():
+            await trio.sleep(_ASK_S)
+        scope.cancel()
+
+    with trio.CancelScope() as scope, ungrouped():
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ask)
+            yield scope
+            nursery.cancel_scope.cancel()
 
 
 def interruptible(recipe: Callable[P, Awaitable[T]]) -> Callable[P, Coroutine[Any, Any, T]]:

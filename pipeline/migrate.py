@@ -32,7 +32,7 @@ from pipeline.errors import InDoubt, PeerError, PeerRefused, UsageError, ungroup
 from pipeline.ids import HostPid
 from pipeline.image.codec import image_of
 from pipeline.image.packing import Compression, Packer
-from pipeline.interrupts import insisted, interruptible
+from pipeline.interrupts import insisted, interruptible, move_on_when
 from pipeline.kernel.arch import x86_64 as arch
 from pipeline.live import LiveSource, OnTimeout, Rounds
 from pipeline.policy import DumpPolicy
@@ -182,7 +182,7 @@ async def migrate(
             if not isinstance(await channel.hear(), protocol.Accept):
                 raise PeerError(f"{channel.peer} did not answer the offer")
             reconnect = partial(_greeted, host, port, secret, plaintext)
-            told = _Decision(channel, migration, reconnect, give_up)
+            told = _Decision(channel, migration, reconnect, give_up, progress)
             live = (
                 LiveSource(tracer, pid, channel, rounds, externals, policy, known, progress)
                 if rounds
@@ -236,7 +236,7 @@ async def migrate(
                     scope.shield = told.committed = True
                     with trio.CancelScope(shield=True):
                         async with _ended(tracer, still):
-                            completed = await told.commit(None if lending is None else progress)
+                            completed = await told.commit(waiting=lending is not None)
                             done_s = time.monotonic()
                         await tracer.run(still.holdings.settled)
                 parts = {
@@ -372,7 +372,8 @@ class _Decision:
         channel: of the migration.
         migration: its id.
         reconnect: makes a new connection, greeted.
-        give_up: says when nobody is to be told any more.
+        give_up: says when nobody is to be told any more, who was tried to be told once.
+        progress: hears how it goes.
     """
 
     def __init__(
@@ -380,8 +381,10 @@ class _Decision:
         channel: Channel,
         migration: str,
         reconnect: Callable[[], AbstractAsyncContextManager[Channel]],
-        give_up: Callable[[], bool] | None,
+        give_up: Callable[[], bool],
+        progress: Progress,
     ) -> None:
+        self._progress = progress
         self._give_up = give_up
         self._channel = channel
         self._migration = migration
@@ -399,12 +402,11 @@ class _Decision:
             with trio.CancelScope(shield=True):
                 await self._take_back()
 
-    async def commit(self, waiting: Progress | None) -> Completed:
+    async def commit(self, waiting: bool) -> Completed:
         """Tell that the tree is ended here, on a new connection if this one is broken.
 
         Args:
-            waiting: where memory of the tree lasts here, it is tried until somebody gives up, and this is told of that;
-                else for `_SETTLE_S`.
+            waiting: memory of the tree lasts here: it is tried until somebody gives up; else for `_SETTLE_S`.
 
         Raises:
             InDoubt: the destination could not be told.
@@ -420,19 +422,20 @@ class _Decision:
             raise self._lost(refused) from refused
         except (PeerError, trio.TooSlowError) as error:
             reason = str(error) or reason
-        deadline = trio.current_time() + (_SETTLE_S if waiting is None else math.inf)
-        if waiting is not None:
-            waiting.phase("postcopy-paused")
-        while trio.current_time() < deadline and not self._is_given_up():
-            await trio.sleep(_SETTLE_PAUSE_S)
-            try:
-                answer = await self._decide(_COMPLETE_S)
-                if isinstance(answer, Completed):
-                    return answer
-            except PeerRefused as refused:
-                raise self._lost(refused) from refused
-            except (PeerError, trio.TooSlowError) as error:
-                reason = str(error) or reason
+        if waiting:
+            self._progress.phase("postcopy-paused")
+        deadline = trio.current_time() + (math.inf if waiting else _SETTLE_S)
+        async with move_on_when(self._give_up):
+            while trio.current_time() < deadline:
+                await trio.sleep(_SETTLE_PAUSE_S)
+                try:
+                    answer = await self._decide(_COMPLETE_S)
+                    if isinstance(answer, Completed):
+                        return answer
+                except PeerRefused as refused:
+                    raise self._lost(refused) from refused
+                except (PeerError, trio.TooSlowError) as error:
+                    reason = str(error) or reason
         raise InDoubt(
             f"the tree is ended here, and {self._channel.peer} could not be told ({reason}). If `serve` still runs "
             f"there, it holds the tree of migration {self._migration}, stopped: send SIGUSR1 to that serve process "
@@ -443,9 +446,6 @@ class _Decision:
     def _lost(refused: PeerRefused) -> InDoubt:
         return InDoubt(f"the tree is ended here, and does not run there: {refused}")
 
-    def _is_given_up(self) -> bool:
-        return self._give_up is not None and self._give_up()
-
     async def _decide(self, within_s: float) -> protocol.AnyMessage:
         with trio.fail_after(within_s):
             async with self._reconnect() as again:
@@ -454,20 +454,21 @@ class _Decision:
 
     async def _take_back(self) -> None:
         """Tell the destination that the tree stays here, until it says that it has given up; or for a while."""
-        with trio.move_on_after(_TAKE_BACK_S):
-            try:
-                with trio.fail_after(_TAKE_BACK_TRY_S):
-                    await self._channel.say(Cancel())
-                    while True:
-                        await self._channel.hear()
-            except PeerRefused:
-                return
-            except (PeerError, trio.TooSlowError):
-                pass  # a new connection
-            while True:
-                try:
-                    await self._decide(_TAKE_BACK_TRY_S)
-                except PeerRefused:
-                    return
-                except (PeerError, trio.TooSlowError):
-                    await trio.sleep(_SETTLE_PAUSE_S)
+        try:
+            with trio.fail_after(_TAKE_BACK_TRY_S):
+                await self._channel.say(Cancel())
+                while True:
+                    await self._channel.hear()
+        except PeerRefused:
+            return
+        except (PeerError, trio.TooSlowError):
+            self._progress.phase("take-back")
+        async with move_on_when(self._give_up):
+            with trio.move_on_after(_TAKE_BACK_S):
+                while True:
+                    try:
+                        await self._decide(_TAKE_BACK_TRY_S)
+                    except PeerRefused:
+                        return
+                    except (PeerError, trio.TooSlowError):
+                        await trio.sleep(_SETTLE_PAUSE_S)

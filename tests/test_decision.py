@@ -21,9 +21,9 @@ from pipeline.restore import opened
 from pipeline.transport.framing import FrameReader
 from pipeline.transport.storage import Storage
 from tests.harness.cancelling import CancelAt, cancelled_at
-from tests.harness.hosts import Host, kill_inside, serving
+from tests.harness.hosts import Host, inside, kill_inside, serving
 from tests.harness.settings import DEPTH_1
-from tests.harness.tree import PATIENCE_S, ROOT, Tree, dump, reap, restore, said
+from tests.harness.tree import PATIENCE_S, ROOT, Tree, dump, family_of, reap, restore, said
 
 pytestmark = pytest.mark.root
 
@@ -83,6 +83,42 @@ def test_a_server_that_is_interrupted_waits_for_the_word_of_its_source(
     assert not reap(family), "the source still runs"
     tree.pid = destination.outer_pid(5000)
     tree.check()
+
+
+def test_who_insists_does_not_wait_for_a_destination_that_is_silent(
+    hosts: tuple[Host, Host], secret: Path, start_on: Callable[..., Tree]
+) -> None:
+    """It would be tried for half a minute to tell it that the tree stays."""
+    source, destination = hosts
+    tree = start_on(source, "threads", DEPTH_1)
+    with serving(destination, secret) as server:
+        with subprocess.Popen(
+            source.command(*CANCELLING, "asked", "5000", server.address, str(secret), "stop"),
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        ) as migration:
+            assert migration.stdout is not None
+            assert migration.stdin is not None
+            assert migration.stdout.readline() == "prepared\n"
+            kill_inside(server.process, signal.SIGSTOP)
+            try:
+                kill_inside(migration, signal.SIGINT)
+                migration.stdin.write("go on\n")
+                migration.stdin.flush()
+                tree.check()
+                assert migration.poll() is None
+                kill_inside(migration, signal.SIGINT)
+                out, _ = migration.communicate(timeout=15)
+                assert out == "cancelled\n"
+            finally:
+                kill_inside(server.process, signal.SIGCONT)
+        tree.check()
+        until = time.monotonic() + PATIENCE_S
+        while destination.pids() != {destination.init, *family_of(inside(server.process))}:
+            assert time.monotonic() < until, "the destination keeps its copy"
+            time.sleep(0.05)
 
 
 @pytest.mark.parametrize("mode", ["stop", "precopy"])

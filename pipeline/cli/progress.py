@@ -31,10 +31,13 @@ if TYPE_CHECKING:
     from pipeline.cli.eventlog import EventLog
     from pipeline.progress import Round
 
-_NO_WAY = (
-    "migrate: the destination cannot be reached, and the tree there waits for pages that are still here; it is tried "
-    "again and again (^C twice gives up, and the tree is lost)"
-)
+#: what `migrate` says, once, when it comes to these phases
+_WARNINGS = {
+    "postcopy-paused": "the destination cannot be reached, and the tree there waits for pages that are still here; it "
+    "is tried again and again (^C twice gives up, and the tree is lost)",
+    "take-back": "the tree runs on here. The destination does not answer, and may hold a copy of it, stopped: for half "
+    "a minute it is tried to tell it (^C again waits no more; then ^C there ends the copy)",
+}
 #: how long a command runs before anything is drawn
 PATIENCE_S = 0.3
 #: between two lines where stderr is no terminal
@@ -179,7 +182,7 @@ class Listener:
         self._command = command
         self._shown = shown
         self._log = log
-        self._has_warned = False
+        self._warnings = dict(_WARNINGS) if command == "migrate" else {}
 
     def __enter__(self) -> Self:
         return self
@@ -200,10 +203,9 @@ class Listener:
         for one in (self._shown, self._log):
             if one is not None:
                 one.phase(name)
-        waits = name == "postcopy-paused" and self._command == "migrate"
-        if waits and self._shown is not None and not self._has_warned:
-            self._has_warned = True
-            render.say(_NO_WAY)
+        warning = self._warnings.pop(name, None)
+        if warning is not None and self._shown is not None:
+            render.say(f"{self._command}: {warning}")
 
     def advance(self, bytes_done: int, bytes_total: int | None) -> None:
         for one in (self._shown, self._log):

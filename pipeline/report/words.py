@@ -12,6 +12,7 @@ STAGES = {
     "memory": "memory is sent, or what is left of it",
     "write": "the image is completed",
     "prepare": "the destination completes its tree; then this one is ended and that one runs",
+    "take-back": "the tree runs on here, and the destination is told, which does not answer",
     "rebuild": "processes, namespaces and what they hold are made again",
     "finish": "the tree becomes what it was at its last stop",
     "thaw": "the tree is let run",

@@ -25,6 +25,7 @@ from pipeline.errors import InDoubt, PeerError, PeerRefused, PipelineError, ungr
 from pipeline.ids import HostPid, RemoteAddress
 from pipeline.image.codec import Image
 from pipeline.image.frames import PageRun
+from pipeline.interrupts import move_on_when
 from pipeline.kernel.lasting import LastingMemory
 from pipeline.kernel.pagemap import Range, intersect, subtract
 from pipeline.kernel.syscalls import IOV_MAX, read_memory
@@ -43,7 +44,6 @@ _PIECE_BYTES = 1 << 20
 _AROUND_BYTES = 64 << 10
 _ROBUST_HEAD = struct.Struct("<3Q")
 _PAUSE_S = 1.0
-_ASK_S = 0.2
 
 
 class Lent(msgspec.Struct, frozen=True):
@@ -169,7 +169,7 @@ class Lending:
 
     # -- the way of the many ------------------------------------------------------------------
 
-    async def send_all(self, channel: Channel, give_up: Callable[[], bool] | None) -> None:
+    async def send_all(self, channel: Channel, give_up: Callable[[], bool]) -> None:
         """Send until the destination says that no page is missing any more; waits out a network that is gone.
 
         Args:
@@ -182,21 +182,11 @@ class Lending:
         """
         self._progress.phase("postcopy")
         attempt: Callable[[], Awaitable[None]] = lambda: self._send_over(channel)  # noqa: E731
-        with trio.CancelScope() as scope, ungrouped():
-            async with trio.open_nursery() as nursery:
-
-                async def heed(is_over: Callable[[], bool]) -> None:
-                    while not is_over():
-                        await trio.sleep(_ASK_S)
-                    scope.cancel()
-
-                if give_up is not None:
-                    nursery.start_soon(heed, give_up)
-                while not await self._survives(attempt):
-                    self._progress.phase("postcopy-paused")
-                    await trio.sleep(_PAUSE_S)
-                    attempt = self._resume
-                nursery.cancel_scope.cancel()
+        async with move_on_when(give_up) as scope:
+            while not await self._survives(attempt):
+                self._progress.phase("postcopy-paused")
+                await trio.sleep(_PAUSE_S)
+                attempt = self._resume
         if scope.cancelled_caught:
             raise InDoubt(
                 f"given up: pages were missing at {channel.peer}, and the tree cannot live without them"

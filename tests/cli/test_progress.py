@@ -34,6 +34,16 @@ def test_a_long_command_says_phase_and_bytes(
     assert err == "dump: memory\ndump: memory: 1.0 MB of 4.0 MB\n"
 
 
+def test_what_a_person_has_to_know_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+    for command, times in (("migrate", 1), ("restore", 0)):
+        with progress.Listener(command, progress.Lines(command), None) as listener:
+            for phase in ("take-back", "postcopy-paused", "postcopy", "postcopy-paused", "take-back"):
+                listener.phase(phase)
+        err = capsys.readouterr().err
+        assert err.count("the tree runs on here. The destination does not answer") == times
+        assert err.count("waits for pages that are still here") == times
+
+
 def test_a_terminal_gets_a_bar() -> None:
     program = """
         import argparse, sys

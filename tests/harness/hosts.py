@@ -126,6 +126,18 @@ class Host:
                 return int(name)
         raise ProcessLookupError(f"no process has pid {pid} in this host")
 
+    def pids(self) -> set[int]:
+        """All processes in this host and in pid namespaces below it, by their pids outside."""
+        namespace = os.readlink(f"/proc/{self.init}/ns/pid")
+        found = set()
+        for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
+            try:
+                if os.readlink(f"/proc/{pid}/ns/pid") == namespace or self._holds(pid):
+                    found.add(pid)
+            except OSError:
+                continue
+        return found
+
     def _holds(self, pid: int) -> bool:
         while pid > 1:
             if pid == self.init:
@@ -243,10 +255,13 @@ def assert_same_tree(before: dict[str, object], after: dict[str, object], root: 
 
 def kill_inside(process: subprocess.Popen[str], number: int) -> None:
     """Send a signal to the command that `Host.command` runs."""
-    (inside,) = (
-        int(word) for word in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    )
-    os.kill(inside, number)
+    os.kill(inside(process), number)
+
+
+def inside(process: subprocess.Popen[str]) -> int:
+    """The pid outside of the command that `Host.command` runs. ValueError: it has ended."""
+    (child,) = children_of(process.pid)
+    return child
 
 
 def terminate(process: subprocess.Popen[str]) -> Sequence[str]:

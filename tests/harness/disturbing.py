@@ -1,0 +1,259 @@
+"""Migrations that are disturbed: either side is interrupted or killed, or the network is cut, at some moment.
+
+When all has settled the tree runs in exactly one place and everything in it is right, and nothing else is left in
+either host. A tree that only a killed process could have completed may be lost, if the other side says that it is.
+"""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from tests.harness.hosts import Host, Server, kill_inside, serving, terminate
+from tests.harness.tree import Tree, family_of
+from tests.harness.wire import Wire
+
+MODES = ("stop", "precopy", "postcopy", "hybrid")
+_ROOT_PID = 5000
+#: the source gives a destination up within a minute, and tells it for some seconds that it has
+_PATIENCE_S = 150.0
+_POLL_S = 0.05
+#: until then a command has not begun to work
+_START_S = 0.15
+#: faster than any loopback; and so slow that a tree runs for a while without its pages
+_FAST, _SLOW = 1e12, 2e7
+
+Outcome = Literal["here", "there", "lost"]
+
+
+class Scene(NamedTuple):
+    """What there is to disturb."""
+
+    migration: subprocess.Popen[str]
+    server: Server
+    wire: Wire
+
+
+def _signal(side: str, number: int) -> Callable[[Scene], None]:
+    def send(scene: Scene) -> None:
+        process = scene.migration if side == "source" else scene.server.process
+        with suppress(ProcessLookupError, ValueError, FileNotFoundError):  # it has ended
+            kill_inside(process, number)
+
+    return send
+
+
+def _cut_for(seconds: float) -> Callable[[Scene], None]:
+    def cut(scene: Scene) -> None:
+        scene.wire.cut()
+        time.sleep(seconds)
+        scene.wire.mend()
+
+    return cut
+
+
+DISTURBANCES: dict[str, Callable[[Scene], None]] = {
+    "nothing": lambda _: None,
+    "source interrupted": _signal("source", signal.SIGINT),
+    "source terminated": _signal("source", signal.SIGTERM),
+    "source killed": _signal("source", signal.SIGKILL),
+    "server interrupted": _signal("server", signal.SIGINT),
+    "server killed": _signal("server", signal.SIGKILL),
+    "network cut": lambda scene: scene.wire.cut(),
+    "network cut for a moment": _cut_for(0.02),
+    "network cut for a while": _cut_for(1.5),
+}
+
+
+@dataclass
+class Told:
+    """What a process says on its standard error, as it comes."""
+
+    process: subprocess.Popen[str]
+    lines: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._thread = threading.Thread(target=self._listen)
+        self._thread.start()
+
+    def _listen(self) -> None:
+        assert self.process.stderr is not None
+        self.lines.extend(iter(self.process.stderr.readline, ""))
+
+    def says(self, text: str) -> bool:
+        return any(text in line for line in self.lines)
+
+    def join(self) -> None:
+        self._thread.join()
+
+
+def _holds(host: Host) -> bool:
+    """Whether there is a tree in a host, running or not."""
+    try:
+        pid = host.outer_pid(_ROOT_PID)
+        return Path(f"/proc/{pid}/stat").read_text("latin-1").rpartition(")")[2].split()[0] not in "ZX"
+    except (ProcessLookupError, FileNotFoundError):
+        return False
+
+
+def _strangers(host: Host, tree: Tree) -> list[str]:
+    """Who else is in a host: neither its first process nor of the tree."""
+    found = []
+    for pid in host.pids() - {host.init, *family_of(tree.pid)}:
+        with suppress(OSError):
+            found.append(f"{pid} {Path(f'/proc/{pid}/cmdline').read_bytes()!r}")
+    return found
+
+
+class Journey:
+    """A tree that is moved there and back between two hosts, and disturbed."""
+
+    def __init__(self, source: Host, destination: Host, tree: Tree, secret: Path, mode: str) -> None:
+        self.tree = tree
+        self._source, self._destination = source, destination
+        self._secret, self._mode = secret, mode
+        self._is_lazy = mode in {"postcopy", "hybrid"}
+        #: how long a migration takes if nothing disturbs it
+        self._usual_s = 0.0
+
+    def go(self) -> None:
+        """Move it; nothing disturbs it."""
+        begin = time.monotonic()
+        assert self.disturbed("nothing", 0.0, _FAST) == "there"
+        self._usual_s = time.monotonic() - begin
+
+    def disturb(self, dice: random.Random) -> Outcome:
+        """Move it, which something disturbs at some moment, over a network that may be slow; see `disturbed`."""
+        name = dice.choice([name for name in DISTURBANCES if name != "nothing"])
+        after_s = dice.uniform(dice.choice((_START_S, self._usual_s / 2)), self._usual_s)
+        return self.disturbed(name, after_s, dice.choice((_FAST, _FAST, _SLOW)))
+
+    def disturbed(self, name: str, after_s: float, bytes_per_s: float) -> Outcome:
+        """Move it, and let something happen so long behind the begin of the command.
+
+        Returns:
+            Whether it is still here, or there, which is then here; or lost, as somebody said.
+
+        Raises:
+            AssertionError: anything else.
+        """
+        attempt = _Attempt(self._source, self._destination, self.tree, name, self._is_lazy)
+        try:
+            outcome = attempt.run(self._secret, self._mode, after_s, bytes_per_s)
+        except AssertionError as error:
+            error.add_note(f"{self._mode}, {name} after {after_s:.3f} s, at {bytes_per_s:.0e} bytes/s")
+            error.add_note(f"the source ended with {attempt.code}; {attempt.told}")
+            raise
+        if outcome == "there":
+            self._source, self._destination = self._destination, self._source
+        return outcome
+
+
+class _Attempt:
+    """One migration, and what became of it. `is_lazy`: pages come later."""
+
+    def __init__(self, source: Host, destination: Host, tree: Tree, name: str, is_lazy: bool) -> None:
+        self._source, self._destination, self._tree = source, destination, tree
+        self._name, self._is_lazy = name, is_lazy
+        #: the exit code of the source
+        self.code: int | None = None
+        #: the lines of either side
+        self.told: dict[str, list[str]] = {}
+
+    def run(self, secret: Path, mode: str, after_s: float, bytes_per_s: float) -> Outcome:
+        with serving(self._destination, secret) as server, Wire(server.address, bytes_per_s) as wire:
+            migrate = ("migrate", "--pid", str(_ROOT_PID), "--to", wire.address, "--mode", mode)
+            migration = subprocess.Popen(
+                self._source.command(sys.executable, "-m", "pipeline", *migrate, "--secret-file", secret),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            scene = Scene(migration, server, wire)
+            says = {"source": Told(migration), "server": Told(server.process)}
+            self.told = {side: told.lines for side, told in says.items()}
+            try:
+                time.sleep(after_s)
+                DISTURBANCES[self._name](scene)
+                self._wait_for_the_source(scene)
+                outcome = self._settle(scene, says["server"])
+                self._end_server(scene)
+            finally:
+                terminate(server.process)
+                terminate(migration)
+                for told in says.values():
+                    told.join()
+        return self._judged(outcome)
+
+    def _wait_for_the_source(self, scene: Scene) -> None:
+        """A source that waits for a network gets it; one that waits for who is dead gets a signal."""
+        begin = time.monotonic()
+        while scene.migration.poll() is None:
+            waited_s = time.monotonic() - begin
+            assert waited_s < _PATIENCE_S, "the source does not come to an end"
+            if self._is_lazy and waited_s > 3:
+                scene.wire.mend()
+            if waited_s > 6 and scene.server.process.poll() is not None:
+                _signal("source", signal.SIGINT)(scene)
+                time.sleep(1)
+            time.sleep(_POLL_S)
+        self.code = scene.migration.returncode
+
+    def _settle(self, scene: Scene, server: Told) -> Outcome:
+        """Wait until the tree is in one place, or none; decide like a person what the server says is in doubt."""
+        until = time.monotonic() + _PATIENCE_S
+        while time.monotonic() < until:
+            here, there = _holds(self._source), _holds(self._destination)
+            if here and not there:
+                return "here"
+            if server.says("in doubt") and scene.server.process.poll() is None:
+                _signal("server", signal.SIGINT if here else signal.SIGUSR1)(scene)
+                time.sleep(0.5)
+                if not here:
+                    return "there"
+            elif there and not here:
+                return "there"
+            elif not there:
+                return "lost"
+            time.sleep(_POLL_S)
+        raise AssertionError("the tree is in both places")
+
+    def _end_server(self, scene: Scene) -> None:
+        """Ask it to end; once more, if it waits for pages that nobody has any more."""
+        begin, asked = time.monotonic(), 0
+        while scene.server.process.poll() is None:
+            waited_s = time.monotonic() - begin
+            assert waited_s < 30, "the server does not end"
+            is_orphan = self._name == "source killed" and self._is_lazy
+            if asked == 0 or (asked == 1 and is_orphan and waited_s > 5):
+                _signal("server", signal.SIGTERM)(scene)
+                asked += 1
+            time.sleep(_POLL_S)
+
+    def _judged(self, outcome: Outcome) -> Outcome:
+        place = self._destination if outcome == "there" else self._source
+        if outcome == "lost" or not _holds(place):
+            assert "killed" in self._name, "the tree is lost"
+            said = "".join(line for lines in self.told.values() for line in lines)
+            assert "in doubt" in said or "pages of it were missing" in said, "the tree is lost in silence"
+            return "lost"
+        self._tree.pid = place.outer_pid(_ROOT_PID)
+        assert self.code != 0 or outcome == "there", "it says that the tree is there"
+        assert self.code not in {1, 3, 130, 143} or outcome == "here", "it says that the tree is here"
+        self._tree.check()
+        for host in (self._source, self._destination):
+            until = time.monotonic() + 10
+            while strangers := _strangers(host, self._tree):
+                assert time.monotonic() < until, f"left behind: {strangers}"
+                time.sleep(_POLL_S)
+        return outcome

@@ -1,0 +1,33 @@
+"""Whoever disturbs a migration, and when, the tree runs on in exactly one place. Often: `python -m tests.disturbed`."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.harness.disturbing import Journey
+from tests.harness.hosts import Host
+from tests.harness.settings import DEPTH_2
+from tests.harness.tree import Tree
+from tests.soak import MODES
+
+pytestmark = pytest.mark.root
+
+_TIMES = 3
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_tree_is_in_one_place(
+    hosts: tuple[Host, Host], secret: Path, start_on: Callable[..., Tree], mode: str, seed: int
+) -> None:
+    tree = start_on(hosts[0], "rewriting", DEPTH_2, ["forks"])
+    journey = Journey(*hosts, tree, secret, mode)
+    journey.go()
+    dice = random.Random(f"{seed} {mode}")
+    for _ in range(_TIMES):
+        if journey.disturb(dice) == "lost":
+            break

@@ -462,7 +462,7 @@ class _Decision:
         except PeerRefused:
             return
         except (PeerError, trio.TooSlowError):
-            self._progress.phase("take-back")
+            pass  # a new connection
         async with move_on_when(self._give_up):
             with trio.move_on_after(_TAKE_BACK_S):
                 while True:
@@ -471,4 +471,5 @@ class _Decision:
                     except PeerRefused:
                         return
                     except (PeerError, trio.TooSlowError):
+                        self._progress.phase("take-back")
                         await trio.sleep(_SETTLE_PAUSE_S)

@@ -9,23 +9,27 @@ from __future__ import annotations
 import argparse
 import random
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 from tests.harness.disturbing import Journey
 from tests.harness.hosts import Host, two_hosts, write_secret
-from tests.harness.settings import DEPTH_2
+from tests.harness.settings import CONTAINER_2, DEPTH_2, Setting
 from tests.harness.tree import Workshop
 from tests.soak import MODES
 
-#: what is moved, and its arguments
-PROGRAMS = {
-    "rewriting": ("forks",),
-    "processes": (),
-    "sockets": (),
-    "threads": (),
-    "sharing": (),
-    "files": (),
+#: what is moved, where, and its arguments; nothing of which a machine can have only one
+PROGRAMS: dict[str, tuple[Setting, Sequence[str]]] = {
+    "rewriting": (DEPTH_2, ("forks",)),
+    "processes": (DEPTH_2, ()),
+    "threads": (DEPTH_2, ()),
+    "files": (DEPTH_2, ()),
+    "echoing": (DEPTH_2, ()),
+    "networks": (DEPTH_2, ()),
+    "mounted": (CONTAINER_2, ()),
+    "sharing": (CONTAINER_2, ()),
+    "sysv": (CONTAINER_2, ()),
 }
 #: so often one program, unless it is lost
 _TIMES_ONE = 10
@@ -57,7 +61,7 @@ def _travel(
 ) -> Counter[str]:
     """What becomes of one program, so often or until it is lost."""
     program = dice.choice(list(PROGRAMS))
-    tree = hosts[0].start(workshop, program, DEPTH_2, 5000, PROGRAMS[program])
+    tree = hosts[0].start(workshop, program, PROGRAMS[program][0], 5000, PROGRAMS[program][1])
     seen: Counter[str] = Counter()
     try:
         journey = Journey(*hosts, tree, secret, mode)

@@ -17,11 +17,13 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 import traceback
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import NamedTuple
 
 import msgspec
 import trio
@@ -77,7 +79,6 @@ class _Held:
     decided: trio.Event = field(default_factory=trio.Event)
     committed: bool = False
     running: trio.Event = field(default_factory=trio.Event)
-    root_pid: int = 0
 
     def decide(self, committed: bool) -> None:
         """Settle it; the first word counts."""
@@ -89,6 +90,13 @@ class _Held:
     def is_given_up(self) -> bool:
         """It is decided that the tree does not run here."""
         return self.decided.is_set() and not self.committed
+
+
+class _Runs(NamedTuple):
+    """A tree that runs here, since that moment on the clock of time.monotonic."""
+
+    root_pid: HostPid
+    since_s: float
 
 
 @dataclass
@@ -123,7 +131,7 @@ class _Server:
         self._said = said
         self._arrived = arrived
         self._held: dict[str, _Held] = {}
-        self._settled: dict[str, int] = {}
+        self._settled: dict[str, _Runs] = {}
         #: migrations whose trees have come to an end here before they ran: why
         self._lost: dict[str, str] = {}
         self._companies: dict[str, _Company] = {}
@@ -162,7 +170,7 @@ class _Server:
             if not (one.is_given_up or one.running.is_set())
         }
         lacking = {
-            migration: f"missing pages of the tree of pid {self._settled[migration]} (migration {migration})"
+            migration: f"missing pages of the tree of pid {self._settled[migration].root_pid} (migration {migration})"
             for migration, borrowing in self._borrowings.items()
             if borrowing.begun and migration in self._settled
         }
@@ -327,8 +335,8 @@ class _Server:
                 return
             if isinstance(word, Commit):
                 with trio.CancelScope(shield=True):
-                    root = await self._run(held, rebuilding, page_bytes)
-                    await channel.say(Completed(root))
+                    await self._run(held, rebuilding, page_bytes)
+                    await channel.say(self._completed(offer.migration))
             else:
                 self._said(f"{channel.peer} keeps its tree")
         except trio.Cancelled:
@@ -348,7 +356,12 @@ class _Server:
         )
         await held.decided.wait()
 
-    async def _run(self, held: _Held, rebuilding: Rebuilding, page_bytes: int) -> HostPid:
+    def _completed(self, migration: str) -> Completed:
+        """What a source is told of a tree that runs here."""
+        runs = self._settled[migration]
+        return Completed(runs.root_pid, int((time.monotonic() - runs.since_s) * 1e6))
+
+    async def _run(self, held: _Held, rebuilding: Rebuilding, page_bytes: int) -> None:
         tree = RestoredTree(rebuilding.root_pid, rebuilding.child_pid, {"page-bytes": page_bytes})
         borrowing = self._borrowings.get(held.migration)
         try:
@@ -364,14 +377,13 @@ class _Server:
                 borrowing.stop()
             tree.close()
             raise
-        held.root_pid = self._settled[held.migration] = root
+        self._settled[held.migration] = _Runs(root, rebuilding.runs_since_s)
         held.running.set()
         tree.notes += rebuilding.notes
         self._restored(tree)
         self._nursery.start_soon(self._collect, tree)
         if borrowing is None:
             self._arrived.set()
-        return root
 
     async def _bring_pages(self, migration: str, borrowing: Borrowing, root: HostPid) -> None:
         try:
@@ -404,12 +416,11 @@ class _Server:
             held.decide(decision.committed)
             if decision.committed:
                 await held.running.wait()
-        root = self._settled.get(decision.migration)
-        if root is None:
+        if decision.migration in self._settled:
+            await channel.say(self._completed(decision.migration))
+        else:
             unknown = f"nothing is known here of migration {decision.migration}"
             await channel.say(Refuse(self._lost.get(decision.migration, unknown)))
-        else:
-            await channel.say(Completed(root))
 
     async def _attend(self, channel: Channel, attend: Attend) -> None:
         borrowing = self._borrowings.get(attend.migration)
@@ -430,7 +441,7 @@ class _Server:
         elif borrowing is None or not borrowing.begun:
             await channel.say(Refuse(f"nothing is known here of migration {resume.migration}"))
         else:
-            await borrowing.resume(channel, self._settled[resume.migration])
+            await borrowing.resume(channel, self._completed(resume.migration))
 
 
 def _no_paging(error: OSError) -> str:

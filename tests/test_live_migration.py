@@ -22,6 +22,7 @@ from tests.harness import firsts
 from tests.harness.building import BUILT, GO_ON
 from tests.harness.hosts import Host, Server, assert_same_tree, inner_pid, migrate, serving
 from tests.harness.settings import CONTAINER_2, DEPTH_0, DEPTH_1, DEPTH_2, Setting
+from tests.harness.telling_late import LATE_S
 from tests.harness.tree import PATIENCE_S, Tree, children_of, reap, said
 from tests.harness.valve import Valve
 from tests.test_carried_states import NAMES
@@ -103,6 +104,19 @@ def _built_meanwhile(
         server.has_served()
     assert not reap(family)
     tree.pid = destination.outer_pid(5000)
+
+
+def test_the_downtime_is_over_when_the_tree_runs(
+    hosts: tuple[Host, Host], secret: Path, start_on: Callable[..., Tree]
+) -> None:
+    """However long it takes to tell that."""
+    source, destination = hosts
+    tree = start_on(source, "threads", DEPTH_1)
+    result = migrate(source, destination, tree, secret, tool=("tests.harness.telling_late",))
+    figures = result["figures"]
+    assert figures["total-time"] > figures["downtime"] + 1e3 * LATE_S
+    assert figures["thaw-time"] > 0
+    tree.check()
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -102,6 +102,7 @@ class World:
         return -1
 
     lacks_files = False
+    runs_since_s = 0.0
 
     def make_threads(self) -> None:
         assert self.there == "stands"

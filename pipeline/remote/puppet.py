@@ -23,7 +23,7 @@ import signal
 import socket
 import struct
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -513,10 +513,9 @@ class Puppet:
         """From now on the puppet outlives us (no EXITKILL); the last step before `set_free`."""
         ptrace.set_options(self.tid, 0)
 
-    def set_free(self, deliver: int = 0) -> None:
+    def set_free(self) -> None:
         """Detach: the puppet is a process like any other now, and runs."""
-        ptrace.detach(self.tid, deliver)
-        self._struck_out()
+        self.all_free([self])
 
     @property
     def is_held(self) -> bool:
@@ -527,6 +526,28 @@ class Puppet:
         self._forget_memory()
         if self.stage.alive.pop(self.tid, None) is not None:
             LEDGER.give_back("puppet", self.tid)
+
+    @staticmethod
+    def all_free(puppets: Iterable[Puppet]) -> float:
+        """Detach them all, one right after the other: who runs already may take the processor from us.
+
+        Returns:
+            When the last one was let go, on the clock of time.monotonic.
+
+        Raises:
+            OSError: one is gone; those before it run.
+        """
+        freed = []
+        last_s = time.monotonic()
+        try:
+            for puppet in puppets:
+                last_s = time.monotonic()
+                ptrace.detach(puppet.tid)
+                freed.append(puppet)
+        finally:
+            for puppet in freed:
+                puppet._struck_out()
+        return last_s
 
 
 def seen_pids(tid: int) -> tuple[int, ...]:

@@ -87,12 +87,12 @@ class Borrowing:
                 await self._take_in(channel)
                 nursery.cancel_scope.cancel()
 
-    async def resume(self, channel: Channel, root_pid: int) -> None:
-        """Say what is missing to a source that has come back, and take that in."""
+    async def resume(self, channel: Channel, completed: Completed) -> None:
+        """Say what is missing to a source that has come back, then that its tree runs; and take that in."""
         for space, ranges in self.pager.lacking().items():
             for at in range(0, len(ranges), MAX_LACKING):
                 await channel.say(Lacking(space, ranges[at : at + MAX_LACKING]))
-        await channel.say(Completed(root_pid))
+        await channel.say(completed)
         await self.take_all(channel)
 
     async def take_all(self, channel: Channel) -> None:

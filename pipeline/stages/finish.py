@@ -212,8 +212,12 @@ def _syscall_instruction(image: Image, process: Process, puppet: Puppet) -> int:
     raise RebuildError(f"pid {process.pids[0]} has no system call instruction in any executable mapping")
 
 
-def thaw(image: Image, growth: Growth) -> None:
-    """Let the tree run. After the first line nothing of it dies with us; there is no way back."""
+def thaw(image: Image, growth: Growth) -> float:
+    """Let the tree run. After the first line nothing of it dies with us; there is no way back.
+
+    Returns:
+        When all of it did, on the clock of time.monotonic.
+    """
     tasks: Sequence[tuple[Process, Grown]] = living(image, growth)
     for _, grown in tasks:
         for puppet in grown.threads:
@@ -221,6 +225,6 @@ def thaw(image: Image, growth: Growth) -> None:
     for process, grown in tasks:
         if signals.stops_when_free(process):
             os.kill(grown.puppet.pid, signal.SIGSTOP)
-    for _, grown in tasks:
-        for puppet in grown.threads:
-            puppet.set_free()
+    # first threads come last: mostly they have the most to do, and who runs may keep a processor for a while
+    others = [puppet for _, grown in tasks for puppet in grown.threads[1:]]
+    return Puppet.all_free([*others, *(grown.puppet for _, grown in tasks)])

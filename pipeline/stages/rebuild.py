@@ -8,6 +8,7 @@ is left; after it, that nothing of the tree is ours any more.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import signal
 from collections import defaultdict
@@ -127,6 +128,8 @@ class Rebuilding:
         self._init: Init | None = None
         self._stack = ExitStack()
         self._thawed = False
+        #: since when the tree runs, on the clock of time.monotonic
+        self.runs_since_s = math.inf
         self._watched: list[Watched] = []
         #: the steps that make threads and open files, and the open files when these begin
         self._equipping: Iterator[None] | None = None
@@ -592,7 +595,7 @@ class Rebuilding:
                 self._init.set_free(
                     procfs.status(root).ns_pid[1], leaves_session=self._image.head.job is None
                 )
-            finish.thaw(self._image, self.growth)
+            self.runs_since_s = finish.thaw(self._image, self.growth)
         except (OSError, PipelineError) as error:
             self._end_all()
             raise RebuildError(f"the tree was ended when it was about to run ({error})") from error

@@ -25,7 +25,7 @@ from pipeline.errors import ImageError, PeerError
 from pipeline.image.codec import type_by_tag, unpack
 from pipeline.image.schema import U64
 
-VERSION = 7
+VERSION = 8
 _MAX_MESSAGE_BYTES = 1 << 20
 
 Role = Literal["source", "destination"]
@@ -159,9 +159,10 @@ class Commit(Message, frozen=True, tag="commit"):
 
 
 class Completed(Message, frozen=True, tag="completed"):
-    """The tree runs at the destination."""
+    """The tree runs at the destination. `running_us`: for how long it has, when this is said."""
 
     root_pid: int
+    running_us: Annotated[int, Meta(ge=0)] = 0
 
 
 class Cancel(Message, frozen=True, tag="cancel"):

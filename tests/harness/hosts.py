@@ -220,17 +220,23 @@ def inner_pid(pid: int) -> int:
 
 
 def migrate(
-    source: Host, destination: Host, tree: Tree, secret: Path, *options: str, compare: bool = True
+    source: Host,
+    destination: Host,
+    tree: Tree,
+    secret: Path,
+    *options: str,
+    compare: bool = True,
+    tool: Sequence[str] = ("pipeline",),
 ) -> dict[str, Any]:
     """Move `tree` from one host to the other: gone here, with the same pids there, and what it was.
 
-    Returns what `migrate --json` says. `compare`: /proc says the same of it before and after.
+    Returns what `migrate --json` says. `compare`: /proc says the same of it before and after. `tool`: see `serving`.
 
     `tree.pid` is then the pid outside of its root in the other host.
     """
     root, family = inner_pid(tree.pid), tree.pids()
     before = source.snapshot(root) if compare else {}
-    with serving(destination, secret, "--once") as server:
+    with serving(destination, secret, "--once", tool=tool) as server:
         options = ("--to", server.address, "--secret-file", str(secret), "--json", *options)
         done = source.engine("migrate", "--pid", str(root), *options)
         assert done.returncode == 0, said(done) + str(terminate(server.process))

@@ -4,7 +4,8 @@ It names what no descriptor tells: the peer of a connection that is still being 
 connections that wait to be accepted (they have no inode yet).
 
 It is asked in the older of two forms, which alone has an answer for both families: for each question the kernel walks
-through the table of connections of the whole host, 0.3 ms and more.
+through the table of connections of the whole host, 0.3 ms and more, and through that of bound ports if sockets that are
+only bound are asked for. Listeners are in a table of their own, which is small.
 
 Source: include/uapi/linux/inet_diag.h (struct inet_diag_req); net/ipv4/inet_diag.c, inet_diag_dump_compat().
 """
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import msgspec
 
@@ -21,7 +22,6 @@ from pipeline.kernel.rtnetlink import Netlink
 
 NETLINK_SOCK_DIAG = 4
 _TCPDIAG_GETSOCK = 18
-_ALL_STATES = 0xFFFF_FFFF
 #: family, state, timer, retransmissions; ports; addresses; interface; cookie; expires, queues, uid, inode
 _MESSAGE = struct.Struct("=4B2s2s16s16sI8s5I")
 
@@ -40,9 +40,18 @@ class TcpEntry(msgspec.Struct, frozen=True):
     inode: int
 
 
-def dump(diag: Netlink) -> Iterator[TcpEntry]:
-    """Every TCP socket of the network in which the socket of `diag` was made. OSError: what the kernel says."""
-    for content in diag.dump(_TCPDIAG_GETSOCK, struct.pack("=52xII", _ALL_STATES, 0)):
+def dump(diag: Netlink, states: Collection[int]) -> Iterator[TcpEntry]:
+    """TCP sockets of the network in which the socket of `diag` was made.
+
+    Args:
+        diag: of the protocol `NETLINK_SOCK_DIAG`.
+        states: `sk_state` of those that are asked for.
+
+    Raises:
+        OSError: what the kernel says; FileNotFoundError: it does not list TCP sockets.
+    """
+    wanted = sum(1 << state for state in set(states))
+    for content in diag.dump(_TCPDIAG_GETSOCK, struct.pack("=52xII", wanted, 0)):
         yield _typed(content)
 
 

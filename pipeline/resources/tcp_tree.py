@@ -45,6 +45,11 @@ from pipeline.resources.tcp_state import (
 
 #: why such a connection cannot be made again, with what waits to be sent
 UNSENT_WHILE_CLOSING = "both ends of its TCP connection send no more, and not all was sent yet (CLOSING)"
+#: in which a socket without a descriptor waits to be accepted, or soon will
+_WAITING = frozenset({State.ESTABLISHED, State.CLOSE_WAIT, State.SYN_RECV, State.NEW_SYN_RECV})
+#: of whom it counts what the kernel lists of them
+_LISTED = _WAITING | FIN_UNACKNOWLEDGED | {State.SYN_SENT}
+_CHANGED = "its TCP state has just changed"
 _TIMES = 20
 #: how long what was written to closed connections may take to be sent while the tree stands still
 _DRAIN_S, _DRAIN_PAUSE_S = 0.3, 0.005
@@ -81,6 +86,8 @@ class TcpTree:
             (one.netns, one.local, one.remote): one for one in self.seen.values() if one.remote is not None
         }
         self._connections: dict[Index, Connection] | None = None
+        #: nobody can come to a listener, or be told anything by a connection, where that is permitted
+        self._is_locked = False
         #: names of the locks of those that are locked
         self.locks: dict[Index, str] = {}
 
@@ -107,25 +114,29 @@ class TcpTree:
     # -- who waits --------------------------------------------------------------------------
 
     @cached_property
-    def _listed(self) -> dict[Index, list[TcpEntry]] | None:
-        """By network; None: this kernel does not tell."""
+    def _listed(self) -> dict[Index, list[TcpEntry]]:
+        """By network; empty where this kernel does not tell."""
+        return self._list(_LISTED) or {}
+
+    def _list(self, states: Collection[State]) -> dict[Index, list[TcpEntry]] | None:
+        """Those in these states, by network; None: this kernel does not tell."""
         found = {}
         for netns in {one.netns for one in self.seen.values()}:
             made = self._scope.in_network(netns, partial(socket_of, NETLINK_SOCK_DIAG))
             with Netlink(made) as diag:
                 try:
-                    found[netns] = list(tcpdiag.dump(diag))
+                    found[netns] = list(tcpdiag.dump(diag, states))
                 except FileNotFoundError:
                     return None
         return found
 
-    @property
+    @cached_property
     def is_listed(self) -> bool:
         """Whether this kernel says who waits, where a connection goes that is being made, and what still is sent."""
-        return self._listed is not None
+        return self._list({State.LISTEN}) is not None
 
     def _entries(self, netns: Index) -> list[TcpEntry]:
-        return self._listed[netns] if self._listed is not None else []
+        return self._listed.get(netns, [])
 
     def peer_of_connecting(self, one: Seen) -> Address | None:
         """Where a socket in SYN_SENT wants to go; None if it has come there meanwhile, or was refused."""
@@ -136,11 +147,15 @@ class TcpTree:
 
     @cached_property
     def waiting(self) -> dict[Index, Waiting]:
-        """By listener, of those at which anybody waits or is about to."""
+        """By listener, of those at which anybody waits or is about to.
+
+        Who is about to is looked at once only of a tree that stands still: when all is locked.
+        """
         found: dict[Index, Waiting] = {}
-        for one in self.seen.values():
-            if one.info.state != State.LISTEN:
-                continue
+        listeners = [one for one in self.seen.values() if one.info.state == State.LISTEN]
+        if self._scope.still and not self._is_locked and not any(one.info.waiting for one in listeners):
+            return found
+        for one in listeners:
             there = [entry for entry in self._entries(one.netns) if self._is_of(one, entry)]
             begun = [entry for entry in there if entry.state in (State.SYN_RECV, State.NEW_SYN_RECV)]
             if one.info.waiting or begun:
@@ -151,7 +166,7 @@ class TcpTree:
         host, port = plain(*entry.local)
         return (
             entry.inode == 0
-            and entry.state in (State.ESTABLISHED, State.CLOSE_WAIT, State.SYN_RECV, State.NEW_SYN_RECV)
+            and entry.state in _WAITING
             and port == listener.local[1]
             and (host == listener.local[0] or not any(listener.local[0]))
         )
@@ -230,7 +245,6 @@ class TcpTree:
         if self._connections is None:
             found: dict[Index, Connection] = {}
             if self._scope.policy.tcp != "close":
-                self._let_drain()
                 found = self._read(self._hold())
             self._connections = found
         return self._connections
@@ -245,7 +259,7 @@ class TcpTree:
         while True:
             closed = [
                 (netns, entry)
-                for netns, entries in (self._listed or {}).items()
+                for netns, entries in self._listed.items()
                 for entry in entries
                 if netns != EXTERNAL_NETWORK and _is_closed_and_sends(entry)
             ]
@@ -282,7 +296,11 @@ class TcpTree:
         return found
 
     def _read(self, holding: TcpHolding) -> dict[Index, Connection]:
-        self._look_again()
+        before = self.waiting_clients
+        self._is_locked = True
+        self._forget()
+        self._let_drain()
+        self._look_again(before)
         wanted = [
             one
             for one in self.seen.values()
@@ -351,27 +369,25 @@ class TcpTree:
                     one.info = info_of(sock)
         return any(waiting.reason for waiting in self.waiting.values())
 
-    def _look_again(self) -> None:
-        """Everybody is locked now: what came in between?"""
-        changed = []
-        before = self.waiting_clients
+    def _look_again(self, before: Collection[Index]) -> None:
+        """Everybody is locked now: what came in between? `before`: the clients that waited.
+
+        Raises:
+            Refused: something.
+        """
+        by_index = {one.index: one for one in self.seen.values()}
+        changed: dict[Index, str] = {}
         for one in self.seen.values():
             with one.view.as_socket() as sock:
                 now = info_of(sock)
             if now.state != one.info.state and not (now.state in CONNECTED and one.info.state in CONNECTED):
-                changed.append(one)
+                changed[one.index] = _CHANGED
             one.info = now
-        self._forget()
-        by_index = {one.index: one for one in self.seen.values()}
-        changed += [by_index[index] for index, waiting in self.waiting.items() if waiting.reason]
-        if before != self.waiting_clients:
-            changed += [by_index[index] for index in before ^ self.waiting_clients]
+        changed |= {index: waiting.reason for index, waiting in self.waiting.items() if waiting.reason}
+        changed |= dict.fromkeys(self.waiting_clients ^ set(before), _CHANGED)
         if changed:
             raise Refused(
-                [
-                    Blocker(one.view.subject, "its TCP state has just changed", transient=True)
-                    for one in changed
-                ]
+                [Blocker(by_index[index].view.subject, why, transient=True) for index, why in changed.items()]
             )
 
 

@@ -177,7 +177,7 @@ def test_where_the_kernel_does_not_list_connections_they_are_refused(
         server, _ = listener.accept()
         return kept(listener, client, server, socket.socket(socket.AF_INET, socket.SOCK_STREAM))
 
-    def unlisted(_: object) -> None:
+    def unlisted(*_: object) -> None:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
 
     monkeypatch.setattr(tcpdiag, "dump", unlisted)

@@ -10,7 +10,7 @@ import socket
 import struct
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
@@ -19,9 +19,11 @@ from typing import Any
 import pytest
 
 from pipeline.errors import RebuildError, Refused
-from pipeline.kernel import nfnetlink
+from pipeline.kernel import nfnetlink, rtnetlink, tcpdiag
+from pipeline.kernel.rtnetlink import Netlink
+from pipeline.kernel.tcpdiag import TcpEntry
 from pipeline.ledger import LEDGER
-from pipeline.resources import tcp_lock, tcp_read
+from pipeline.resources import tcp_lock, tcp_read, tcp_tree
 from pipeline.resources.tcp_state import State, info_of
 from tests.harness.networks import network, shell, within
 from tests.resources.fdharness import Capture, Rebuilt, Subject, subject
@@ -122,6 +124,87 @@ def receive(sock: socket.socket, size: int) -> bytes:
     while len(found) < size and (piece := sock.recv(size - len(found))):
         found += piece
     return found
+
+
+def _sum(data: bytes) -> int:
+    """The checksum of IP and TCP, RFC 1071."""
+    total = sum(struct.unpack(f">{len(data) // 2}H", data))
+    while total >> 16:
+        total = (total & 0xFFFF) + (total >> 16)
+    return total ^ 0xFFFF
+
+
+def knock(source: str, to: tuple[str, int]) -> None:
+    """Send the first segment of a connection from a host that will not answer."""
+    ends = socket.inet_aton(source) + socket.inet_aton(to[0])
+    parts = (4000, to[1], 1, 0, 5 << 12 | 2, 65535)  # SYN
+    draft = struct.pack(">HHIIHHHH", *parts, 0, 0)
+    check = _sum(ends + struct.pack(">BBH", 0, socket.IPPROTO_TCP, len(draft)) + draft)
+    segment = struct.pack(">HHIIHHHH", *parts, check, 0)
+    head = struct.pack(">BBHHHBBH", 0x45, 0, 20 + len(segment), 1, 0, 64, socket.IPPROTO_TCP, 0) + ends
+    with socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW) as sock:
+        sock.sendto(head + segment, to)
+
+
+def test_a_handshake_that_is_half_done_is_waited_for(around: str) -> None:
+    """Its client may believe that it is connected, and the listener does not say that it is there."""
+    shell(
+        around,
+        """
+        ip link add silent type veth peer name void
+        ip addr add 10.9.0.1/24 dev silent
+        ip link set silent up
+        ip link set void up
+        ip neigh add 10.9.0.2 lladdr 02:00:00:00:00:02 dev silent
+        """,
+    )
+
+    def listening() -> tuple[int, ...]:
+        sock = socket.create_server(("10.9.0.1", 4001))
+        return (sock.detach(),)
+
+    def half_open() -> list[TcpEntry]:
+        with Netlink(rtnetlink.socket_of(tcpdiag.NETLINK_SOCK_DIAG)) as diag:
+            return list(tcpdiag.dump(diag, [State.SYN_RECV, State.NEW_SYN_RECV]))
+
+    def run() -> None:
+        with subject(listening) as child, Capture(child.pid) as capture:
+            capture.records()
+        with subject(listening) as child, Capture(child.pid) as capture:
+            knock("10.9.0.2", ("10.9.0.1", 4001))
+            assert [entry.inode for entry in half_open()] == [0]
+            with pytest.raises(Refused) as refused:
+                capture.records()
+            (blocker,) = refused.value.blockers
+            assert blocker.reason == "1 connection(s) are just being made"
+            assert blocker.transient
+        assert not LEDGER.held()
+
+    within(around, run)
+
+
+def test_the_table_of_all_connections_is_walked_once(around: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is that of the whole host, and the tree stands still meanwhile."""
+    asked: list[set[int]] = []
+    dump = tcpdiag.dump
+
+    def counted(diag: Netlink, states: Collection[int]) -> Iterator[TcpEntry]:
+        asked.append(set(states))
+        return dump(diag, states)
+
+    def setup() -> tuple[int, ...]:
+        listener = socket.create_server((HERE, 0))
+        client = socket.create_connection(listener.getsockname())
+        return (client.detach(), listener.accept()[0].detach(), listener.detach())
+
+    monkeypatch.setattr(tcpdiag, "dump", counted)
+
+    def run() -> None:
+        with subject(setup) as child, Capture(child.pid) as capture:
+            capture.records()
+
+    within(around, run)
+    assert [states for states in asked if states != {State.LISTEN}] == [set(tcp_tree._LISTED)]
 
 
 @pytest.mark.parametrize(

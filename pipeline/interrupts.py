@@ -82,8 +82,11 @@ def insisted() -> bool:
 
 
 @asynccontextmanager
-async def move_on_when(is_over: Callable[[], bool]) -> AsyncIterator[trio.CancelScope]:
-    """As `trio.move_on_after`: the block is cancelled when `is_over`, which is asked now and then, says so."""
+async def move_on_when(is_over: Callable[[], bool]) -> AsyncIterator[None]:
+    """As `trio.move_on_after`: the block is cancelled when `is_over`, which is asked now and then, says so.
+
+    What is returned from within the block is returned, also if that is said in this very moment.
+    """
 
     async def ask() -> None:
         while not is_over():
@@ -93,7 +96,7 @@ async def move_on_when(is_over: Callable[[], bool]) -> AsyncIterator[trio.Cancel
     with trio.CancelScope() as scope, ungrouped():
         async with trio.open_nursery() as nursery:
             nursery.start_soon(ask)
-            yield scope
+            yield
             nursery.cancel_scope.cancel()
 
 

@@ -373,7 +373,7 @@ class _Decision:
         channel: of the migration.
         migration: its id.
         reconnect: makes a new connection, greeted.
-        give_up: says when nobody is to be told any more, who was tried to be told once.
+        give_up: says when the destination is not to be told any more; it is tried once in any case.
         progress: hears how it goes.
     """
 

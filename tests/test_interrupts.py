@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
 import trio
+from trio.testing import MockClock
 
 import pipeline
 from pipeline.errors import UsageError
-from pipeline.interrupts import insisted, interruptible, run
+from pipeline.interrupts import insisted, interruptible, move_on_when, run
 
 
 def press() -> None:
@@ -221,3 +222,37 @@ def test_in_another_thread_nobody_hears_of_it() -> None:
 )
 def test_every_recipe_is_so(recipe: object) -> None:
     assert recipe.__code__ is interruptible(recipe).__code__  # type: ignore[attr-defined,arg-type]
+
+
+def _soon() -> Callable[[], bool]:
+    """False twice, and then True."""
+    answers = iter((False, False))
+    return lambda: next(answers, True)
+
+
+def test_a_block_is_left_when_that_is_said() -> None:
+    async def main() -> float:
+        async with move_on_when(_soon()):
+            await trio.sleep_forever()
+        return trio.current_time()
+
+    assert trio.run(main, clock=MockClock(autojump_threshold=0)) < 1
+
+
+def test_what_a_block_returns_is_returned_though_that_is_said_just_then() -> None:
+    async def main() -> str:
+        async with move_on_when(lambda: True):
+            return "done"
+        return "left"
+
+    assert {trio.run(main) for _ in range(20)} == {"done"}
+
+
+def test_an_error_of_a_block_comes_as_itself() -> None:
+    async def main() -> None:
+        async with move_on_when(_soon()):
+            await trio.sleep(0.01)
+            raise UsageError("not so")
+
+    with pytest.raises(UsageError, match="not so"):
+        trio.run(main)

@@ -227,4 +227,4 @@ def thaw(image: Image, growth: Growth) -> float:
             os.kill(grown.puppet.pid, signal.SIGSTOP)
     # first threads come last: mostly they have the most to do, and who runs may keep a processor for a while
     others = [puppet for _, grown in tasks for puppet in grown.threads[1:]]
-    return Puppet.all_free([*others, *(grown.puppet for _, grown in tasks)])
+    return Puppet.all_free([*others, *(puppet for _, grown in tasks for puppet in grown.threads[:1])])

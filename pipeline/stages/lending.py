@@ -182,15 +182,13 @@ class Lending:
         """
         self._progress.phase("postcopy")
         attempt: Callable[[], Awaitable[None]] = lambda: self._send_over(channel)  # noqa: E731
-        async with move_on_when(give_up) as scope:
+        async with move_on_when(give_up):
             while not await self._survives(attempt):
                 self._progress.phase("postcopy-paused")
                 await trio.sleep(_PAUSE_S)
                 attempt = self._resume
-        if scope.cancelled_caught:
-            raise InDoubt(
-                f"given up: pages were missing at {channel.peer}, and the tree cannot live without them"
-            )
+            return
+        raise InDoubt(f"given up: pages were missing at {channel.peer}, and the tree cannot live without them")
 
     @staticmethod
     async def _survives(attempt: Callable[[], Awaitable[None]]) -> bool:

@@ -188,7 +188,9 @@ class Lending:
                 await trio.sleep(_PAUSE_S)
                 attempt = self._resume
             return
-        raise InDoubt(f"given up: pages were missing at {channel.peer}, and the tree cannot live without them")
+        raise InDoubt(
+            f"given up: pages were missing at {channel.peer}, and the tree cannot live without them"
+        )
 
     @staticmethod
     async def _survives(attempt: Callable[[], Awaitable[None]]) -> bool:

@@ -6,6 +6,7 @@ either host. A tree that only a killed process could have completed may be lost,
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 import subprocess
@@ -18,7 +19,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from tests.harness.hosts import Host, Server, kill_inside, serving, terminate
+from tests.harness.hosts import (
+    Host,
+    Server,
+    inside,
+    kill_inside,
+    serving,
+    terminate,
+)
 from tests.harness.tree import Tree, family_of
 from tests.harness.wire import Wire
 
@@ -35,21 +43,41 @@ _FAST, _SLOW = 1e12, 2e7
 Outcome = Literal["here", "there", "lost"]
 
 
+Side = Literal["source", "server"]
+
+
 class Scene(NamedTuple):
-    """What there is to disturb."""
+    """What there is to disturb, and dice."""
 
     migration: subprocess.Popen[str]
     server: Server
     wire: Wire
+    dice: random.Random
+
+    def command_of(self, side: Side) -> subprocess.Popen[str]:
+        return self.migration if side == "source" else self.server.process
 
 
-def _signal(side: str, number: int) -> Callable[[Scene], None]:
+def _signal(side: Side, number: int) -> Callable[[Scene], None]:
     def send(scene: Scene) -> None:
-        process = scene.migration if side == "source" else scene.server.process
         with suppress(ProcessLookupError, ValueError, FileNotFoundError):  # it has ended
-            kill_inside(process, number)
+            kill_inside(scene.command_of(side), number)
 
     return send
+
+
+def _kill_a_helper(side: Side) -> Callable[[Scene], None]:
+    """One of the processes that it works by, which are its own forks, if there are any just now."""
+
+    def kill(scene: Scene) -> None:
+        with suppress(ProcessLookupError, ValueError, FileNotFoundError):
+            command = inside(scene.command_of(side))
+            program = os.readlink(f"/proc/{command}/exe")
+            below = [pid for pid in family_of(command)[1:] if os.readlink(f"/proc/{pid}/exe") == program]
+            if below:
+                os.kill(scene.dice.choice(below), signal.SIGKILL)
+
+    return kill
 
 
 def _cut_for(seconds: float) -> Callable[[Scene], None]:
@@ -68,6 +96,8 @@ DISTURBANCES: dict[str, Callable[[Scene], None]] = {
     "source killed": _signal("source", signal.SIGKILL),
     "server interrupted": _signal("server", signal.SIGINT),
     "server killed": _signal("server", signal.SIGKILL),
+    "helper of the source killed": _kill_a_helper("source"),
+    "helper of the server killed": _kill_a_helper("server"),
     "network cut": lambda scene: scene.wire.cut(),
     "network cut for a moment": _cut_for(0.02),
     "network cut for a while": _cut_for(1.5),
@@ -128,16 +158,19 @@ class Journey:
     def go(self) -> None:
         """Move it; nothing disturbs it."""
         begin = time.monotonic()
-        self.disturbed("nothing", 0.0, _FAST)
+        self.disturbed("nothing", 0.0, _FAST, random.Random())
         self._usual_s = time.monotonic() - begin
 
-    def disturb(self, dice: random.Random) -> Outcome:
-        """Move it, which something disturbs at some moment, over a network that may be slow; see `disturbed`."""
-        name = dice.choice([name for name in DISTURBANCES if name != "nothing"])
-        after_s = dice.uniform(dice.choice((_START_S, self._usual_s / 2)), self._usual_s)
-        return self.disturbed(name, after_s, dice.choice((_FAST, _FAST, _SLOW)))
+    def disturb(self, dice: random.Random, name: str | None = None) -> Outcome:
+        """Move it, which something disturbs at some moment, over a network that may be slow; see `disturbed`.
 
-    def disturbed(self, name: str, after_s: float, bytes_per_s: float) -> Outcome:
+        `name`: of the disturbance; dice choose without one.
+        """
+        chosen = name or dice.choice([name for name in DISTURBANCES if name != "nothing"])
+        after_s = dice.uniform(dice.choice((_START_S, self._usual_s / 2)), self._usual_s)
+        return self.disturbed(chosen, after_s, dice.choice((_FAST, _FAST, _SLOW)), dice)
+
+    def disturbed(self, name: str, after_s: float, bytes_per_s: float, dice: random.Random) -> Outcome:
         """Move it, and let something happen so long behind the begin of the command.
 
         Returns:
@@ -148,7 +181,7 @@ class Journey:
         """
         attempt = _Attempt(self._source, self._destination, self.tree, name, self._is_lazy)
         try:
-            outcome = attempt.run(self._secret, self._mode, after_s, bytes_per_s)
+            outcome = attempt.run(self._secret, self._mode, after_s, bytes_per_s, dice)
         except AssertionError as error:
             error.add_note(f"{self._mode}, {name} after {after_s:.3f} s, at {bytes_per_s:.0e} bytes/s")
             error.add_note(f"the source ended with {attempt.code}; {attempt.told}")
@@ -169,7 +202,9 @@ class _Attempt:
         #: the lines of either side
         self.told: dict[str, list[str]] = {}
 
-    def run(self, secret: Path, mode: str, after_s: float, bytes_per_s: float) -> Outcome:
+    def run(
+        self, secret: Path, mode: str, after_s: float, bytes_per_s: float, dice: random.Random
+    ) -> Outcome:
         with serving(self._destination, secret) as server, Wire(server.address, bytes_per_s) as wire:
             migrate = ("migrate", "--pid", str(_ROOT_PID), "--to", wire.address, "--mode", mode)
             migration = subprocess.Popen(
@@ -179,7 +214,7 @@ class _Attempt:
                 stderr=subprocess.PIPE,
                 text=True,
             )
-            scene = Scene(migration, server, wire)
+            scene = Scene(migration, server, wire, dice)
             says = {"source": Told(migration), "server": Told(server.process)}
             self.told = {side: told.lines for side, told in says.items()}
             try:

@@ -152,14 +152,12 @@ class Journey:
         self._source, self._destination = source, destination
         self._secret, self._mode = secret, mode
         self._is_lazy = mode in {"postcopy", "hybrid"}
-        #: how long a migration takes if nothing disturbs it
+        #: how long the command takes if nothing disturbs it
         self._usual_s = 0.0
 
     def go(self) -> None:
         """Move it; nothing disturbs it."""
-        begin = time.monotonic()
         self.disturbed("nothing", 0.0, _FAST, random.Random())
-        self._usual_s = time.monotonic() - begin
 
     def disturb(self, dice: random.Random, name: str | None = None) -> Outcome:
         """Move it, which something disturbs at some moment, over a network that may be slow; see `disturbed`.
@@ -186,6 +184,8 @@ class Journey:
             error.add_note(f"{self._mode}, {name} after {after_s:.3f} s, at {bytes_per_s:.0e} bytes/s")
             error.add_note(f"the source ended with {attempt.code}; {attempt.told}")
             raise
+        if name == "nothing":
+            self._usual_s = attempt.lasted_s
         if outcome == "there":
             self._source, self._destination = self._destination, self._source
         return outcome
@@ -197,8 +197,9 @@ class _Attempt:
     def __init__(self, source: Host, destination: Host, tree: Tree, name: str, is_lazy: bool) -> None:
         self._source, self._destination, self._tree = source, destination, tree
         self._name, self._is_lazy = name, is_lazy
-        #: the exit code of the source
+        #: the exit code of the source, and how long it took
         self.code: int | None = None
+        self.lasted_s = 0.0
         #: the lines of either side
         self.told: dict[str, list[str]] = {}
 
@@ -206,6 +207,7 @@ class _Attempt:
         self, secret: Path, mode: str, after_s: float, bytes_per_s: float, dice: random.Random
     ) -> Outcome:
         with serving(self._destination, secret) as server, Wire(server.address, bytes_per_s) as wire:
+            begin = time.monotonic()
             migrate = ("migrate", "--pid", str(_ROOT_PID), "--to", wire.address, "--mode", mode)
             migration = subprocess.Popen(
                 self._source.command(sys.executable, "-m", "pipeline", *migrate, "--secret-file", secret),
@@ -221,6 +223,7 @@ class _Attempt:
                 time.sleep(after_s)
                 DISTURBANCES[self._name](scene)
                 self._wait_for_the_source(scene)
+                self.lasted_s = time.monotonic() - begin
                 outcome = self._settle(scene, says["server"])
                 self._end_server(scene)
             finally:

@@ -8,8 +8,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -21,7 +21,7 @@ from pipeline.restore import opened
 from pipeline.transport.framing import FrameReader
 from pipeline.transport.storage import Storage
 from tests.harness.cancelling import CancelAt, cancelled_at
-from tests.harness.hosts import Host, inside, kill_inside, serving
+from tests.harness.hosts import Host, Server, inside, kill_inside, serving
 from tests.harness.settings import DEPTH_1
 from tests.harness.tree import PATIENCE_S, ROOT, Tree, dump, family_of, reap, restore, said
 
@@ -55,6 +55,21 @@ def test_a_migration_is_cancelled_or_goes_to_its_end(
         tree.check()
 
 
+@contextmanager
+def _asked(source: Host, server: Server, secret: Path, mode: str) -> Iterator[subprocess.Popen[str]]:
+    """A migration that waits for a line when the destination is prepared."""
+    with subprocess.Popen(
+        source.command(*CANCELLING, "asked", "5000", server.address, str(secret), mode),
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as migration:
+        assert migration.stdout is not None
+        assert migration.stdout.readline() == "prepared\n"
+        yield migration
+
+
 @pytest.mark.parametrize("mode", ["stop", "precopy", "postcopy"])
 def test_a_server_that_is_interrupted_waits_for_the_word_of_its_source(
     hosts: tuple[Host, Host], secret: Path, start_on: Callable[..., Tree], mode: str
@@ -63,15 +78,7 @@ def test_a_server_that_is_interrupted_waits_for_the_word_of_its_source(
     tree = start_on(source, "threads", DEPTH_1)
     family = tree.pids()
     with serving(destination, secret) as server:
-        with subprocess.Popen(
-            source.command(*CANCELLING, "asked", "5000", server.address, str(secret), mode),
-            cwd=ROOT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        ) as migration:
-            assert migration.stdout is not None
-            assert migration.stdout.readline() == "prepared\n"
+        with _asked(source, server, secret, mode) as migration:
             kill_inside(server.process, signal.SIGINT)
             time.sleep(0.5)
             assert server.process.poll() is None
@@ -92,16 +99,8 @@ def test_who_insists_does_not_wait_for_a_destination_that_is_silent(
     source, destination = hosts
     tree = start_on(source, "threads", DEPTH_1)
     with serving(destination, secret) as server:
-        with subprocess.Popen(
-            source.command(*CANCELLING, "asked", "5000", server.address, str(secret), "stop"),
-            cwd=ROOT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        ) as migration:
-            assert migration.stdout is not None
+        with _asked(source, server, secret, "stop") as migration:
             assert migration.stdin is not None
-            assert migration.stdout.readline() == "prepared\n"
             kill_inside(server.process, signal.SIGSTOP)
             try:
                 kill_inside(migration, signal.SIGINT)

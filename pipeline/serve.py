@@ -276,6 +276,8 @@ class _Server:
             ):
                 await trio.lowlevel.checkpoint_if_cancelled()
                 self._on_their_way.discard(way)
+                if offer.later:
+                    self._borrowings[offer.migration].take_another_guard()
                 await self._await_commit(channel, offer, rebuilding, page_bytes)
             if offer.later and channel.conversation.state == "completed":
                 await self._borrowings[offer.migration].take_all(channel)

@@ -92,6 +92,32 @@ def test_a_server_that_is_interrupted_waits_for_the_word_of_its_source(
     tree.check()
 
 
+def test_a_guard_that_is_killed_costs_no_tree(
+    hosts: tuple[Host, Host], secret: Path, start_on: Callable[..., Tree]
+) -> None:
+    """Also when the source may have decided already."""
+
+    def kill_guard() -> None:
+        (guard,) = (
+            pid
+            for pid in family_of(inside(server.process))
+            if b"guard_program" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        )
+        os.kill(guard, signal.SIGKILL)
+
+    source, destination = hosts
+    tree = start_on(source, "threads", DEPTH_1)
+    family = tree.pids()
+    with serving(destination, secret) as server:
+        with _asked(source, server, secret, "postcopy") as migration:
+            kill_guard()
+            out, _ = migration.communicate("go on\n", timeout=PATIENCE_S)
+        assert out == "migrated\n"
+        assert not reap(family), "the source still runs"
+        tree.pid = destination.outer_pid(5000)
+        tree.check()
+
+
 def test_who_insists_does_not_wait_for_a_destination_that_is_silent(
     hosts: tuple[Host, Host], secret: Path, start_on: Callable[..., Tree]
 ) -> None:

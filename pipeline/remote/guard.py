@@ -47,6 +47,11 @@ class Guard:
         self._channel: socket.socket | None = ours
         LEDGER.take("guard", self._process.pid)
 
+    @property
+    def lives(self) -> bool:
+        """Whether nobody has killed it."""
+        return self._process.poll() is None
+
     def hold(self, fds: Iterable[LocalFd]) -> None:
         """Let it hold duplicates of descriptors that watch memory.
 

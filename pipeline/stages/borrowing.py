@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import trio
 
-from pipeline.errors import ImageError, PeerError, ungrouped
+from pipeline.errors import ImageError, PeerError, RebuildError, ungrouped
 from pipeline.ids import HostPid
 from pipeline.remote.guard import Guard
 from pipeline.stages.pager import Pager, Watched
@@ -42,8 +42,26 @@ class Borrowing:
             self._guard.dismiss()
             self._guard = None
 
+    def take_another_guard(self) -> None:
+        """If somebody has killed the guard meanwhile: behind the decision that would cost the tree; before `begin`.
+
+        Raises:
+            RebuildError: there is none to be had.
+        """
+        assert self._guard is not None
+        if self._guard.lives:
+            return
+        self.give_up()
+        try:
+            self._guard = Guard()
+        except OSError as error:
+            raise RebuildError(
+                f"there can be no guard of a tree with missing pages: {error.strerror}"
+            ) from error
+
     def begin(self, watched: Sequence[Watched], victims: Sequence[HostPid]) -> None:
         """The tree is about to run: `run` is to follow. `watched` is owned from now on; raises as `Pager` does."""
+        self.take_another_guard()
         assert self._guard is not None
         guard, self._guard = self._guard, None
         self._pager = Pager(watched, victims, guard)

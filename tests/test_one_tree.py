@@ -230,6 +230,8 @@ class Network:
 class Guard:
     """Nobody has to be watched over: no page is ever missing in this world."""
 
+    lives = True
+
     def hold(self, _: Any) -> None:
         """Nothing."""
 

@@ -16,7 +16,8 @@ processes, the draft is void, and another one begins; a few times.
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from typing import Literal
 
 import msgspec
@@ -41,7 +42,7 @@ from pipeline.stages.observe import Looks
 from pipeline.stages.pacing import Pacing
 from pipeline.stages.throttle import Throttle
 from pipeline.stages.write import in_order, write_pages, write_records, write_translated
-from pipeline.standstill import Standstill, begin_tracking, look_again
+from pipeline.standstill import Standstill, begin_tracking, look_again, look_first
 from pipeline.transport.protocol import Begin, CatchUp, CaughtUp
 from pipeline.transport.tcp import Channel
 from pipeline.userns.externals import Externals
@@ -149,12 +150,11 @@ class LiveSource:
     async def _begin(self) -> bool:
         """Stop the tree for a moment, look at it, and begin to track it; whether that was possible."""
         self._progress.phase("draft")
-        percentage = self.throttle.percentage
-        await self.throttle.set(0)
         try:
-            self.draft_s = await begin_tracking(
-                self._tracer, self._pid, self._externals, self._policy, self.memory, self._known
-            )
+            async with self._not_held_back():
+                self.draft_s = await begin_tracking(
+                    self._tracer, self._pid, self._externals, self._policy, self.memory, self._known
+                )
         except TrackingLost as error:
             self._drop_draft()
             if not self._rounds.only_draft:
@@ -162,13 +162,13 @@ class LiveSource:
             return False
         self._has_draft = True
         self.notes += [remark for remark in self.memory.remarks if remark not in self.notes]
-        await self.throttle.set(percentage)
         return True
 
     async def _send_draft(self, *, is_last: bool) -> bool:
         """The draft and its rounds; False: it is void, which the last one never is. TrackingLost: it is of no use."""
         memory = self.memory
-        await trio.to_thread.run_sync(memory.first_look)
+        async with self._not_held_back():
+            await look_first(self._tracer, self._pid, memory)
         pacing = Pacing(
             self._rounds.max_downtime_s,
             self._rounds.max_rounds,
@@ -188,7 +188,8 @@ class LiveSource:
             if self._rounds.only_draft:
                 return True
             seconds = time.monotonic() - begun_s
-            left = await self._look_again()
+            async with self._not_held_back():
+                left = await look_again(self._tracer, self._pid, memory)
             late = await trio.to_thread.run_sync(memory.late_bytes)
             if late > _LATE_BYTES and not is_last:
                 return False
@@ -212,15 +213,15 @@ class LiveSource:
             if verdict != "again":
                 return True
 
-    async def _look_again(self) -> int:
-        """How much was written since the last time, in bytes."""
+    @asynccontextmanager
+    async def _not_held_back(self) -> AsyncIterator[None]:
+        """The throttle has stopped nobody in the block, in which others stop the tree."""
         percentage = self.throttle.percentage
-        if self.memory.stands_still:
-            await self.throttle.set(0)
+        await self.throttle.set(0)
         try:
-            return await look_again(self._tracer, self._pid, self.memory)
+            yield
         finally:
-            if self.throttle.percentage != percentage:
+            if percentage:
                 await self.throttle.set(percentage)
 
     async def _first_round(self) -> None:

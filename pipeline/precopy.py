@@ -34,7 +34,7 @@ from pipeline.stages.observe import Looks
 from pipeline.stages.pacing import Pacing
 from pipeline.stages.stored_pages import stored_pages
 from pipeline.stages.write import write_pages
-from pipeline.standstill import Standstill, begin_tracking, look_again
+from pipeline.standstill import Standstill, begin_tracking, look_again, look_first
 from pipeline.transport.buffers import BufferPool
 from pipeline.transport.framing import FrameWriter
 from pipeline.transport.index import indexed
@@ -122,7 +122,7 @@ class Precopy:
 
     async def _write_rounds(self, writer: FrameWriter) -> None:
         memory = self.memory
-        await trio.to_thread.run_sync(memory.first_look)
+        await look_first(self._tracer, self._pid, memory)
         pacing = Pacing(self._rounds.max_downtime_s, self._rounds.max_rounds, self.draft_s)
         dirty = memory.left_bytes()
         while True:

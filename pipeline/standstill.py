@@ -29,10 +29,10 @@ from pipeline.resources.held import Held
 from pipeline.resources.memory import tracking
 from pipeline.resources.memory.tracking import TrackingLost
 from pipeline.resources.registry import kinds
-from pipeline.resources.tasks import leaders
+from pipeline.resources.tasks import interrupted, leaders
 from pipeline.resources.tasks.interrupted import Sleepers
 from pipeline.resources.tcp_doors import Doors
-from pipeline.stages import freeze, translate
+from pipeline.stages import freeze, grace, translate
 from pipeline.stages.beforehand import Beforehand
 from pipeline.stages.capture import Capture
 from pipeline.stages.examine import tree_blockers
@@ -275,18 +275,38 @@ def _prepare_tracking(pid: int) -> None:
     tracking.prepare(freeze.walk(HostPid(pid)))
 
 
+async def look_first(tracer: Tracer, pid: int, memory: LiveMemory) -> None:
+    """Ask what there is of memory that is tracked since its tree has stood still; raises as `look_again`."""
+    await trio.to_thread.run_sync(memory.first_look)
+    await tracer.run(grace.wait, HostPid(pid))
+
+
 async def look_again(tracer: Tracer, pid: int, memory: LiveMemory) -> int:
     """Ask what the tree below `pid` has written since the last time; how many bytes are to be sent.
+
+    They may be read behind it: no system call that was writing them is under way any more.
 
     Raises:
         TrackingLost: see `LiveMemory.look`.
         Refused, TargetError: it cannot be stopped for it.
     """
     if not memory.stands_still:
-        return await trio.to_thread.run_sync(memory.look)
+        left_bytes = await trio.to_thread.run_sync(memory.look)
+        await tracer.run(grace.wait, HostPid(pid))
+        return left_bytes
     await trio.to_thread.run_sync(_prepare_tracking, pid)
-    async with _frozen(tracer, pid):
-        return await tracer.run(memory.look)
+    sleepers = Sleepers()
+    await tracer.run(lambda: sleepers.look(freeze.walk(HostPid(pid))))
+    async with _frozen(tracer, pid) as tree:
+        return await tracer.run(_look_at, tree, sleepers, memory)
+
+
+def _look_at(tree: FrozenTree, sleepers: Sleepers, memory: LiveMemory) -> int:
+    """`LiveMemory.look` at a stopped tree, in which nobody's time to wait begins anew."""
+    for process in tree.living():
+        for tid in map(HostPid, process.tasks):
+            interrupted.shorten(tid, sleepers.slept(tid).slept_ns)
+    return memory.look()
 
 
 async def warm(pool: BufferPool, pid: int) -> None:

@@ -6,15 +6,20 @@ import ctypes
 import mmap
 import os
 import signal
+import socket
+import struct
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
 import pytest
 
-from pipeline.ids import HostPid, LocalFd
-from pipeline.kernel import hugetlb, smaps, soft_dirty
+from pipeline.errors import Refused
+from pipeline.ids import HostPid, LocalFd, RemoteAddress
+from pipeline.kernel import hugetlb, smaps, soft_dirty, uffdio
+from pipeline.kernel.arch.x86_64 import NR
 from pipeline.kernel.pagemap import (
     PAGE_BYTES,
     Protected,
@@ -25,6 +30,8 @@ from pipeline.kernel.pagemap import (
     total_bytes,
     written,
 )
+from pipeline.kernel.syscalls import process_vm_writev, read_memory, syscall
+from pipeline.kernel.uffdio import MODE
 from pipeline.kernel.userfaultfd import Inside
 from pipeline.resources.memory import tracking
 from pipeline.resources.memory.classify import MAP_DROPPABLE
@@ -35,7 +42,7 @@ from pipeline.resources.memory.tracking import (
     WriteProtected,
     Written,
 )
-from pipeline.stages import freeze
+from pipeline.stages import freeze, grace
 from pipeline.stages.asking import inside
 from tests.harness.huge_pages import skip_without_pages
 
@@ -187,6 +194,73 @@ def test_pages_that_were_written_are_told_once(tracked: Tracked) -> None:
         subject.do("more")
         assert subject.pages(collect(subject, tracking).runs) == [2]
         assert subject.pages(collect(subject, tracking).runs) == []
+
+
+class Writer:
+    """A child that writes a page into another process, and waits in that call for the page that it writes from."""
+
+    def __init__(self, pid: HostPid, address: int) -> None:
+        mine, theirs = socket.socketpair()
+        self.pid = HostPid(os.fork())
+        if self.pid == 0:
+            try:
+                content = mmap.mmap(-1, PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+                start = ctypes.addressof(ctypes.c_char.from_buffer(content))
+                fd = LocalFd(syscall(NR.userfaultfd, os.O_CLOEXEC))
+                uffdio.begin(fd)
+                uffdio.register(fd, start, start + PAGE_BYTES, MODE.MISSING)
+                socket.send_fds(theirs, [struct.pack("<Q", start)], [fd])
+                written = process_vm_writev(pid, [(address, 0, PAGE_BYTES)], memoryview(content))
+                theirs.send(struct.pack("<Q", written))
+            finally:
+                os._exit(0)
+        theirs.close()
+        self._socket = mine
+        message, (self._fd,), _, _ = socket.recv_fds(mine, 8, 1)
+        (self._start,) = struct.unpack("<Q", message)
+        os.read(self._fd, 32)  # it waits
+
+    def bring_page(self, content: bytes) -> None:
+        """Let the call go on: it writes this."""
+        uffdio.copy(LocalFd(self._fd), self._start, memoryview(content))
+
+    def written_bytes(self) -> int:
+        """What the call returns."""
+        return int.from_bytes(self._socket.recv(8), "little")
+
+    def close(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+        os.close(self._fd)
+        self._socket.close()
+
+
+def test_a_write_that_is_under_way_is_there_after_a_grace_period_and_told_no_more(tracked: Tracked) -> None:
+    content = b"n" * PAGE_BYTES
+    with tracked() as (subject, tracking):
+        address = RemoteAddress(subject.start + 3 * PAGE_BYTES)
+        with closing(Writer(subject.pid, address)) as writer:
+            assert subject.pages(collect(subject, tracking).runs) == [3]
+            with ThreadPoolExecutor(1) as tracer:
+                over = tracer.submit(grace.wait, writer.pid)
+                with pytest.raises(TimeoutError):
+                    over.result(0.02)
+                assert read_memory(subject.pid, address, PAGE_BYTES) != content
+                writer.bring_page(content)
+                over.result()
+            assert read_memory(subject.pid, address, PAGE_BYTES) == content
+            assert writer.written_bytes() == PAGE_BYTES
+            assert subject.pages(collect(subject, tracking).runs) == [], (
+                "who had read it too early has missed it"
+            )
+
+
+def test_a_write_that_nobody_lets_go_on_is_refused_and_goes_on_when_it_may(tracked: Tracked) -> None:
+    with tracked() as (subject, _), closing(Writer(subject.pid, subject.start)) as writer:
+        with ThreadPoolExecutor(1) as tracer, pytest.raises(Refused, match="in a system call for a page"):
+            tracer.submit(grace.wait, writer.pid).result()
+        writer.bring_page(b"n" * PAGE_BYTES)
+        assert writer.written_bytes() == PAGE_BYTES
 
 
 def test_pages_that_were_not_written_are_known_by_a_look_that_changes_nothing(tracked: Tracked) -> None:

@@ -32,7 +32,7 @@ from pipeline.progress import NullProgress, Progress
 from pipeline.remote.tracer import tracer_thread
 from pipeline.stages import freeze
 from pipeline.stages.beforehand import Beforehand
-from pipeline.stages.write import in_order, write_image, write_translated
+from pipeline.stages.write import InOrder, write_image, write_translated
 from pipeline.standstill import Standstill, private_bytes, refuse_early, standstill, warm
 from pipeline.transport.buffers import BUFFER_BYTES, BUFFERS, BufferPool
 from pipeline.transport.framing import FrameWriter
@@ -147,7 +147,7 @@ class _Storing:
                 writer, still.records, still.sources, still.forest, progress, read, turn=turn
             )
         records, sources = await trio.to_thread.run_sync(self._precopy.rest, still)
-        return await write_translated(writer, in_order(records), sources, progress, read, turn=turn)
+        return await write_translated(writer, InOrder(records), sources, progress, read, turn=turn)
 
 
 @interruptible
@@ -156,10 +156,11 @@ async def dump(
     to: str,
     *,
     leave: Leave = "end",
-    mode: Mode = "stop",
+    mode: Mode | None = None,
     max_downtime: float = 0.3,
     max_rounds: int = 30,
     parent: str | None = None,
+    digests: bool = False,
     externals: Externals | None = None,
     policy: DumpPolicy | None = None,
     compress: Compression = "none",
@@ -173,11 +174,14 @@ async def dump(
         leave: what becomes of the tree: ``end`` and ``stopped`` when the image is complete; ``running``: it runs on as
             soon as all of it was read, while the rest is still on its way to where it is stored.
         mode: ``stop``: the tree stands still while its memory is written; ``precopy``: its memory is written in rounds
-            while it runs, and it stands still for what is left after them.
+            while it runs, and it stands still for what is left after them. By default ``precopy``, and ``stop`` for a
+            stream, which has no place for rounds.
         max_downtime: how long the tree may stand still after the rounds, in seconds; as far as they can do it.
         max_rounds: how many rounds there may be.
-        parent: an earlier image, made with ``precopy``, to whose pages this one refers where they are the same; a
-            restore needs both. Of directories, the path from one to the other counts.
+        parent: an earlier image, to whose pages this one refers where they are the same; a restore needs both. Of
+            directories, the path from one to the other counts.
+        digests: keep a digest of each page, so that a later dump with this one as `parent` need not read it; so does
+            a dump with a `parent`.
         externals: paths of namespaces, by kind, that are external instead of the caller's own.
         policy: decisions about states that have more than one good answer.
         compress: pages with ``lz4``, ``zstd``, not at all, or with what pays (``auto``).
@@ -192,6 +196,8 @@ async def dump(
     progress = progress or NullProgress()
     begin = time.monotonic()
     storage = open_storage(to)
+    if mode is None:
+        mode = "precopy" if storage.has_manifest else "stop"
     if mode == "precopy" and not storage.has_manifest:
         raise UsageError(
             "--mode precopy stores pages before the records, for which a stream has no place: give --to"
@@ -200,7 +206,7 @@ async def dump(
         raise UsageError("--parent compares memory while the tree runs: it needs --mode precopy")
     await storage.require_free()
     place = storage.place if isinstance(storage, DirectoryStorage) else ""
-    packer = Packer(compress)
+    packer = Packer(compress, digests=digests or parent is not None)
     pool = BufferPool(BUFFERS, BUFFER_BYTES)
     progress.phase("setup")
     async with AsyncExitStack() as before:

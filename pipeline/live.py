@@ -41,7 +41,7 @@ from pipeline.stages.memory import PageSource
 from pipeline.stages.observe import Looks
 from pipeline.stages.pacing import Pacing
 from pipeline.stages.throttle import Throttle
-from pipeline.stages.write import in_order, write_pages, write_records, write_translated
+from pipeline.stages.write import InOrder, write_pages, write_records, write_translated
 from pipeline.standstill import Standstill, begin_tracking, look_again, look_first
 from pipeline.transport.protocol import Begin, CatchUp, CaughtUp
 from pipeline.transport.tcp import Channel
@@ -232,7 +232,7 @@ class LiveSource:
         self._draft = Draft(memory.image)
         records = list(memory.image.records())
         self.page_bytes += await write_translated(
-            self._channel.writer, in_order(records), sources, self._progress, eager=True
+            self._channel.writer, InOrder(records), sources, self._progress, eager=True
         )
         self.rounds_done += 1
 
@@ -291,7 +291,7 @@ class LiveSource:
                 yield record, number
 
         await self._channel.say(Begin("still", len(still.records)))
-        await write_records(self._channel.writer, in_order(condensed(translated())), eager=True)
+        await write_records(self._channel.writer, InOrder(condensed(translated())), eager=True)
         return now
 
     async def _send_lacking(
@@ -311,7 +311,7 @@ class LiveSource:
 
     async def _send(self, records: Sequence[Record], sources: Sequence[PageSource], before: int = 0) -> None:
         self.page_bytes += await write_translated(
-            self._channel.writer, in_order(records), sources, self._progress, eager=True, before=before
+            self._channel.writer, InOrder(records), sources, self._progress, eager=True, before=before
         )
 
     async def _lacking(

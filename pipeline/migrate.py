@@ -108,7 +108,7 @@ async def migrate(
     to: str,
     *,
     secret_file: str | None,
-    mode: Mode = "stop",
+    mode: Mode = "precopy",
     max_downtime_s: float = 0.3,
     max_rounds: int = 30,
     on_timeout: OnTimeout = "switch",

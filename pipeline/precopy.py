@@ -27,7 +27,7 @@ from pipeline.progress import Progress, Round
 from pipeline.remote.tracer import Tracer
 from pipeline.resources.memory.tracking import TrackingLost
 from pipeline.stages.beforehand import Beforehand
-from pipeline.stages.lineage import Lineage
+from pipeline.stages.lineage import Lineage, read_lineage
 from pipeline.stages.live_memory import LiveMemory
 from pipeline.stages.memory import PageSource
 from pipeline.stages.observe import Looks
@@ -93,7 +93,6 @@ class Precopy:
 
     async def store_rounds(self, storage: Storage, packer: Packer, pool: BufferPool) -> None:
         """Store the memory of the tree, as far as that can be done while it runs, as a layer."""
-        packer.digests = True
         if not await self._begin():
             return
         if self._lineage is not None:
@@ -215,7 +214,7 @@ async def stored_before(
         lineage: Lineage | None = None
         if parent is not None:
             earlier = await stack.enter_async_context(stored_pages(open_storage(parent)))
-            lineage = Lineage(earlier, storage)
+            lineage = await read_lineage(earlier, storage)
         precopy = Precopy(tracer, pid, rounds, externals, policy, known, lineage, progress)
         try:
             await precopy.store_rounds(storage, packer, pool)

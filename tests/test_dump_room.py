@@ -50,7 +50,9 @@ def test_room_is_made_for_what_is_written_while_the_tree_stands_still(
     seen = _AtTheFreeze(image)
 
     async def dumped() -> pipeline.DumpResult:
-        return await pipeline.dump(tree.pid, str(image), leave="running", compress=compress, progress=seen)
+        return await pipeline.dump(
+            tree.pid, str(image), mode="stop", leave="running", compress=compress, progress=seen
+        )
 
     figures = trio.run(dumped).figures
     written = sum(path.stat().st_size for path in image.iterdir())

@@ -53,7 +53,7 @@ def test_a_tree_goes_to_the_store_and_comes_back(
         done = engine("dump", "--pid", tree.pid, "--to", image, "--compress", codec)
         assert done.returncode == 0, said(done)
         assert not reap(family), "the dump left it running"
-        assert objects(image) == ["image", "index", "manifest"]
+        assert objects(image) == ["image", "index", "manifest", "pages", "pages.index"]
         looked = engine("inspect", image)
         assert looked.returncode == 0, said(looked)
         restore(tree, image)
@@ -76,13 +76,14 @@ def test_a_place_that_is_taken_is_refused(start: Callable[..., Tree], image: str
     tree.check()
 
 
+@pytest.mark.parametrize(("mode", "phase"), [("stop", "memory"), ("precopy", "round 0")])
 def test_a_dump_that_is_cancelled_leaves_nothing(
-    start: Callable[..., Tree], s3: str, image: str, monkeypatch: pytest.MonkeyPatch
+    start: Callable[..., Tree], s3: str, image: str, mode: str, phase: str
 ) -> None:
     tree = start("large", DEPTH_2, LARGE)
     with Wire(s3.removeprefix("http://"), 8e6) as wire, unharmed(tree):
         environment = {**os.environ, "AWS_ENDPOINT_URL": f"http://{wire.address}"}
-        command = ["dump", "--pid", str(tree.pid), "--to", image, "--progress", "json"]
+        command = ["dump", "--pid", str(tree.pid), "--to", image, "--mode", mode, "--progress", "json"]
         with subprocess.Popen(
             [sys.executable, "-m", "pipeline", *command],
             cwd=ROOT,
@@ -94,7 +95,7 @@ def test_a_dump_that_is_cancelled_leaves_nothing(
         ) as process:
             assert process.stderr is not None
             for line in process.stderr:
-                if '"memory"' in line:
+                if f'"{phase}"' in line:
                     break
             time.sleep(0.5)
             process.send_signal(signal.SIGINT)

@@ -186,7 +186,7 @@ def test_a_place_that_takes_no_image_is_found_before_the_tree_stands_still(
 
     monkeypatch.setattr(DirectoryStorage, "require_free", freed)
     with pytest.raises(StorageError, match="Not a directory"):
-        blocking.dump(tree.pid, str(above / "image"))
+        blocking.dump(tree.pid, str(above / "image"), mode="stop")
     assert not stops
     assert not LEDGER.held()
     tree.check()

@@ -38,14 +38,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--mode",
         choices=("stop", "precopy"),
-        default="stop",
-        help="when memory is written: while the tree stands still, or before that in rounds (default: stop)",
+        help="when memory is written: while the tree stands still, or before that in rounds "
+        "(default: precopy; for --to -, stop)",
     )
     pacing.add_rounds(parser)
     parser.add_argument(
         "--parent",
         metavar="IMAGE",
-        help="an earlier image, made with --mode precopy: its pages are not stored again, and both are needed",
+        help="an earlier image: its pages are not stored again where they are the same, and both are needed",
+    )
+    parser.add_argument(
+        "--digests",
+        action="store_true",
+        help="keep a digest of each page: a later dump with --parent IMAGE need not read this one",
     )
     placing.add_external(parser)
     policies.add_dump(parser)
@@ -87,6 +92,7 @@ def execute(arguments: argparse.Namespace) -> int:
                 max_downtime=arguments.max_downtime,
                 max_rounds=arguments.max_rounds,
                 parent=parent,
+                digests=arguments.digests,
                 externals=outside,
                 policy=policy,
                 compress=arguments.compress,

@@ -26,8 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--mode",
         choices=("stop", "precopy", "postcopy", "hybrid"),
-        default="stop",
-        help="when memory travels (default: stop)",
+        default="precopy",
+        help="when memory travels: while the tree stands still, before that in rounds, behind it, or both "
+        "(default: precopy)",
     )
     pacing.add_rounds(parser)
     parser.add_argument(

@@ -5,29 +5,38 @@ dump has to be left in the tree. The memory of a process is compared with that o
 address by address, and shared memory with what such a process had mapped at the same address; that this is the right
 one is likely, and if it is not, nothing is found. Files without a name and System V segments are not compared.
 
+An image may hold the digests of its pages (`dump --digests`). Pages of one that does not are read for them, wherever
+they are: that takes no more memory, but time.
+
 An image refers to pages where they are: to those that its parent has in layers, in these. However many generations
 there are, each page is read once.
 """
 
 from __future__ import annotations
 
+import os
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from pipeline.errors import ImageError
+import trio
+
+from pipeline.errors import ungrouped
 from pipeline.image.codec import Image
-from pipeline.image.frames import DIGEST_BYTES
-from pipeline.image.packing import PAGE_BYTES, ZERO_DIGEST
+from pipeline.image.frames import DIGEST_BYTES, PageRun
+from pipeline.image.packing import PAGE_BYTES, ZERO_DIGEST, page_digests
 from pipeline.image.schema import AddressSpace, Layer, Stored
 from pipeline.kernel.pagemap import Range, intersect, merged, subtract
 from pipeline.resources.memory.missing import RangeSet
 from pipeline.stages.stored_pages import Located, Piece, StoredPages
+from pipeline.transport.handover import worked
 from pipeline.transport.storage import IMAGE, Storage, reference
 
 #: no page has this digest, as far as anybody knows
 _NONE = bytes(DIGEST_BYTES)
+#: so many frames without digests are read at once
+_READERS = min(4, len(os.sched_getaffinity(0)))
 
 
 class _Known(NamedTuple):
@@ -67,18 +76,17 @@ class _Space:
 
 
 class Lineage:
-    """The pages of an image that another one may refer to.
+    """The pages of an image that another one may refer to; made by `read_lineage`.
 
     Args:
         parent: the image.
         storage: where the other one comes to be, whose layer 0 is its own.
-
-    Raises:
-        ImageError: the parent was made without digests.
+        known: what is known of the parent's pages, by space.
     """
 
-    def __init__(self, parent: StoredPages, storage: Storage) -> None:
+    def __init__(self, parent: StoredPages, storage: Storage, known: Mapping[int, Sequence[_Known]]) -> None:
         self._parent = parent
+        self._known = known
         names = [
             (IMAGE, parent.own),
             *((parent.image.layers[n].name, one) for n, one in parent.layers.items()),
@@ -94,11 +102,6 @@ class Lineage:
             for index, (name, located) in enumerate(names, 1)
         }
         self._spaces: dict[int, _Space] = {}
-        if not any(piece.frame.pages().digests for piece in parent.pieces):
-            raise ImageError(
-                "the parent was made without digests of its pages, by which they are known again: it has to be made by "
-                "`dump --mode precopy`"
-            )
 
     def begin(self, image: Image) -> None:
         """Find the memories of a tree in the parent.
@@ -106,9 +109,6 @@ class Lineage:
         Args:
             image: the draft of the tree.
         """
-        known: dict[int, list[_Known]] = defaultdict(list)
-        for piece in self._parent.pieces:
-            known[piece.space] += _known(piece)
         theirs = self._parent.image
         for pid, process in image.processes.items():
             ancestor = theirs.processes.get(pid)
@@ -118,7 +118,7 @@ class Lineage:
             pairs += _shared(image.spaces[process.space], theirs.spaces[ancestor.space])
             for ours, other in pairs:
                 if ours not in self._spaces:
-                    self._spaces[ours] = _Space(sorted(known[other], key=lambda one: one.start))
+                    self._spaces[ours] = _Space(sorted(self._known.get(other, ()), key=lambda one: one.start))
 
     def unchanged(
         self, space: int, segments: Sequence[tuple[int, int]], digests: Sequence[bytes]
@@ -181,8 +181,53 @@ def _digests_of(size_bytes: int) -> int:
     return size_bytes // PAGE_BYTES * DIGEST_BYTES
 
 
+async def read_lineage(parent: StoredPages, storage: Storage) -> Lineage:
+    """What `parent` has, for the image that comes to be in `storage`.
+
+    Raises:
+        ImageError, StorageError: pages of it have to be read, and cannot be.
+    """
+    known: dict[int, list[_Known]] = defaultdict(list)
+    unknown = []
+    for number, piece in enumerate(parent.pieces):
+        known[piece.space] += _known(piece)
+        pages = piece.frame.pages()
+        if pages.segments and not pages.digests:
+            unknown.append(number)
+    left = iter(unknown)
+
+    async def read_left() -> None:
+        for number in left:
+            found = await parent.load(number)
+            try:
+                known[found.run.space] += await worked(
+                    len(found.run.payload), _digested, found.run, parent.pieces[number]
+                )
+            finally:
+                found.lease.release()
+
+    with ungrouped():
+        async with trio.open_nursery() as nursery:
+            for _ in range(_READERS):
+                nursery.start_soon(read_left)
+    return Lineage(parent, storage, known)
+
+
+def _digested(run: PageRun, piece: Piece) -> list[_Known]:
+    """The same as `_known` of the pages of a piece that has no digests."""
+    digests = b"".join(page_digests(run.payload, ()))
+    number = piece.frame.pages().space
+    found = []
+    at = 0
+    for start, length in run.segments:
+        size = _digests_of(length)
+        found.append(_Known(start, start + length, digests[at : at + size], piece.located, number))
+        at += size
+    return found
+
+
 def _known(piece: Piece) -> Iterator[_Known]:
-    """What a piece has, and what is known of it."""
+    """What a piece has, and what its image tells of it."""
     pages = piece.frame.pages()
     at = 0
     for start, length in pages.segments:

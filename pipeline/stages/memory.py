@@ -191,8 +191,12 @@ async def stream_memory(
                         missed += runs
                         continue
                     with memory:
-                        for piece in pieces(runs, pool.size_bytes):
-                            await emit(space, _reading_live(memory, piece, missed, last))
+                        wanted = pieces(runs, pool.size_bytes)
+                        if last is None:
+                            await emit_all(space, wanted, partial(_reading_live, memory, missed, last))
+                            continue
+                        for piece in wanted:  # who compares them does so with one at a time
+                            await emit(space, _reading_live(memory, missed, last, piece))
                 case FilePages(space, fd, size, Sent() as sent):
                     await emit_news(space, _news_of_file(fd, size, sent))
                 case SharedPages(space, shared, Sent() as sent):
@@ -249,7 +253,7 @@ def _reading(memory: ProcessMemory, last: LastSent | None, piece: Sequence[Segme
 
 
 def _reading_live(
-    memory: ProcessMemory, piece: Sequence[Segment], missed: list[Range], last: LastSent | None
+    memory: ProcessMemory, missed: list[Range], last: LastSent | None, piece: Sequence[Segment]
 ) -> Fill:
     def fill(view: memoryview) -> tuple[Sequence[Segment], int]:
         segments, count = read(view)

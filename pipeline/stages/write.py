@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
-from typing import TypeVar
+from collections.abc import AsyncIterable, Awaitable, Callable, Iterable, Iterator, Sequence
+from typing import Self, TypeVar
 
 import trio
 
@@ -106,10 +106,22 @@ async def write_records(
     return count
 
 
-async def in_order(records: Iterable[Record]) -> AsyncIterator[Sequence[Record]]:
-    """Records that are translated already, or as they are asked for; a few at a time."""
-    for batch in _batches(records):
-        yield batch
+class InOrder:
+    """Records that are translated already, or as they are asked for; a few at a time.
+
+    Not a generator, which somebody would have to close who does not come to its end.
+    """
+
+    def __init__(self, records: Iterable[Record]) -> None:
+        self._batches = _batches(records)
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Sequence[Record]:
+        for batch in self._batches:
+            return batch
+        raise StopAsyncIteration
 
 
 def _batches(things: Iterable[T]) -> Iterator[list[T]]:

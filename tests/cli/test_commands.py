@@ -105,10 +105,10 @@ def test_dump_leaves_the_tree_as_it_is_told(program: Program, folder: Path, opti
 @pytest.mark.parametrize(
     ("options", "is_advised"),
     [
-        (("--leave-running", "--max-downtime", "1us"), True),
-        (("--leave-running", "--max-downtime", "60s"), False),
-        (("--leave-running", "--max-downtime", "1us", "--mode", "precopy"), False),
-        (("--leave-stopped", "--max-downtime", "1us"), False),
+        (("--mode", "stop", "--leave-running", "--max-downtime", "1us"), True),
+        (("--mode", "stop", "--leave-running", "--max-downtime", "60s"), False),
+        (("--leave-running", "--max-downtime", "1us"), False),
+        (("--mode", "stop", "--leave-stopped", "--max-downtime", "1us"), False),
     ],
 )
 def test_who_stands_still_for_long_is_told_of_rounds(

@@ -27,8 +27,8 @@ def unharmed(tree: Tree) -> Iterator[None]:
     tree.check()
 
 
-def carry(tree: Tree, image: Path) -> None:
-    """Dump `tree` into `image` and restore it."""
+def carry(tree: Tree, image: Path, *options: str) -> None:
+    """Dump `tree` into `image`, with these options, and restore it."""
     with unharmed(tree):
-        dump(tree, image)
+        dump(tree, image, *options)
         restore(tree, image)

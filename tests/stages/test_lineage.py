@@ -12,7 +12,7 @@ from pipeline.image.frames import PageRun
 from pipeline.image.packing import Packer, page_digest
 from pipeline.image.schema import Layer, Stored
 from pipeline.resources.memory.missing import RangeSet
-from pipeline.stages.lineage import Lineage
+from pipeline.stages.lineage import Lineage, read_lineage
 from pipeline.stages.stored_pages import Located, StoredPages
 from pipeline.transport.framing import FrameWriter
 from pipeline.transport.index import read_index, read_layer_index
@@ -45,7 +45,7 @@ async def image_with(
 
 
 async def lineage_of(parent: StoredPages) -> Lineage:
-    lineage = Lineage(parent, CHILD)
+    lineage = await read_lineage(parent, CHILD)
     lineage.begin(parent.image)
     return lineage
 
@@ -108,6 +108,35 @@ async def test_pages_of_a_layer_of_the_parent_are_referred_to_there():
     assert [layer.name for layer in lineage.layers(theirs[:1])] == ["image"]
 
 
-async def test_an_image_without_digests_is_no_parent():
-    with pytest.raises(ImageError, match="without digests"):
-        Lineage(await image_with([run(0, OLD[0])], digests=False), CHILD)
+async def test_pages_without_digests_are_read():
+    zero = bytes(PAGE)
+    layer = [
+        PageRun(THERE, [(1 << 20, 4 * PAGE)], memoryview(bytearray(b"".join(OLD[:4])))),
+        PageRun(THERE, [((1 << 20) + PAGE, PAGE)], memoryview(bytearray(OLD[7]))),
+    ]
+    parent = await image_with([run(0, OLD[0] + zero + OLD[2] + OLD[3])], layer, digests=False)
+    lineage = await lineage_of(parent)
+    assert parent.bytes_read > 8 * PAGE
+    assert asked(lineage, 0, [OLD[0], zero, OLD[2], OLD[4]]) == [0, 1, 2]
+    assert asked(lineage, 1 << 20, [OLD[0], OLD[7], OLD[2], OLD[4]]) == [0, 1, 2]
+    _, theirs = lineage.refer(SPACE, [(0, 3 * PAGE), (1 << 20, (1 << 20) + 3 * PAGE)])
+    assert sorted((one.layer, one.number, one.runs) for one in theirs) == [
+        (1, SPACE, [(0, 3 * PAGE)]),
+        (2, THERE, [(1 << 20, (1 << 20) + 3 * PAGE)]),
+    ]
+
+
+async def test_pages_that_have_digests_are_not_read():
+    parent = await image_with([run(0, b"".join(OLD))], [run(1 << 20, OLD[0], THERE)])
+    before = parent.bytes_read
+    assert asked(await lineage_of(parent), 0, OLD) == list(range(8))
+    assert parent.bytes_read == before
+
+
+async def test_pages_without_digests_that_are_damaged_are_told():
+    parent = await image_with([run(0, b"".join(OLD))], digests=False)
+    image = parent.own.source
+    assert isinstance(image, Memory)
+    image.raw[parent.pieces[0].frame.payload_at] ^= 1
+    with pytest.raises(ImageError, match="damaged"):
+        await read_lineage(parent, CHILD)

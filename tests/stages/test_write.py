@@ -24,7 +24,7 @@ from pipeline.stages import memory as stages_memory
 from pipeline.stages import write as stages_write
 from pipeline.stages.memory import FilePages, LivePages, ProcessPages
 from pipeline.stages.sent import Sent
-from pipeline.stages.write import in_order, write_image, write_pages, write_translated
+from pipeline.stages.write import InOrder, write_image, write_pages, write_translated
 from pipeline.transport.buffers import BufferPool, LeasedRun
 from pipeline.transport.framing import FrameReader, FrameWriter
 from pipeline.userns.forest import Forest
@@ -63,7 +63,7 @@ async def test_who_reads_along_gets_the_records_while_pages_are_read(fd: LocalFd
     sources = [LivePages(2, os.getpid(), [], [], more), FilePages(1, fd, PAGE)]
     async with trio.open_nursery() as nursery:
         nursery.start_soon(watch)
-        await write_translated(FrameWriter(sink), in_order([record]), sources, NullProgress(), eager=eager)
+        await write_translated(FrameWriter(sink), InOrder([record]), sources, NullProgress(), eager=eager)
     assert seen == [eager]
 
 
@@ -128,7 +128,7 @@ async def test_what_several_read_at_once_is_an_image(memory: Range):
     sink, pool = Memory(), BufferPool(6, BUFFER)
     writer = FrameWriter(sink, Patient(), pool=pool)
     source = ProcessPages(1, HostPid(os.getpid()), [memory])
-    page_bytes = await write_translated(writer, in_order([]), [source], NullProgress(), eager=False)
+    page_bytes = await write_translated(writer, InOrder([]), [source], NullProgress(), eager=False)
     assert page_bytes == memory[1] - memory[0] == writer.packer.page_bytes
     pages: dict[int, bytes] = {}
     reader = FrameReader(sink, BufferPool(1, MAX_PAYLOAD_BYTES), "image")
@@ -254,7 +254,7 @@ async def _news(fd: LocalFd, sent: Sent) -> tuple[list[int], dict[int, bytes]]:
     """How many segments each frame has of what is new, and the pages."""
     sink, pool = Memory(), BufferPool(6, MAX_PAYLOAD_BYTES)
     await write_translated(
-        FrameWriter(sink, pool=pool), in_order([]), [FilePages(1, fd, 40 * CHUNK, sent)], NullProgress()
+        FrameWriter(sink, pool=pool), InOrder([]), [FilePages(1, fd, 40 * CHUNK, sent)], NullProgress()
     )
     assert pool._room.value == pool.count
     frames: list[int] = []

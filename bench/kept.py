@@ -35,10 +35,10 @@ def cases(extent: Extent) -> list[Case]:
 def _kept(mib: int, rate: int, folder: Path) -> Sample:
     at_once, first, second = folder / "at-once", folder / "first", folder / "second"
     with Writer.started(folder, mib, rate) as writer:
-        stopped, gap_ms = _dumped(writer, at_once)
+        stopped, gap_ms = _dumped(writer, at_once, "--mode", "stop")
         shutil.rmtree(at_once)
-        rounds, rounds_gap_ms = _dumped(writer, first, "--mode", "precopy")
-        again, again_gap_ms = _dumped(writer, second, "--mode", "precopy", "--parent", first)
+        rounds, rounds_gap_ms = _dumped(writer, first, "--digests")
+        again, again_gap_ms = _dumped(writer, second, "--parent", first)
         kill(writer.pid)
         restored(second)
         is_whole = writer.is_whole()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -39,6 +40,10 @@ def _there_and_back(criu: Criu, mib: int, folder: Path) -> Sample:
         bare_dump = bare.dump_rate(writer.pid, bytes_only)
         bare_restore = bare.restore_rate(bytes_only)
         bytes_only.unlink()
+        stopped = measured(
+            "dump", "--pid", str(writer.pid), "--to", image, "--mode", "stop", "--leave-running"
+        )
+        shutil.rmtree(image)
         dumped = measured("dump", "--pid", str(writer.pid), "--to", image)
         reap([writer.pid])
         again = restored(image)
@@ -48,6 +53,8 @@ def _there_and_back(criu: Criu, mib: int, folder: Path) -> Sample:
     figures = {
         "dump-ms": dumped["command-time"],
         "frozen-ms": dumped["downtime"],
+        "stop-dump-ms": stopped["command-time"],
+        "stop-frozen-ms": stopped["downtime"],
         "dump-rate": dump_rate,
         "bare-dump-rate": bare_dump,
         "dump-of-bare-ratio": dump_rate / bare_dump,

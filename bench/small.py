@@ -35,12 +35,16 @@ def _there_and_back(criu: Criu, folder: Path) -> Sample:
         "bare-python-with-trio-ms": _starts("import trio, msgspec, msgpack, xxhash"),
     }
     with Writer.started(folder, _MIB) as writer:
+        stopped = measured(
+            "dump", "--pid", str(writer.pid), "--to", folder / "stopped", "--mode", "stop", "--leave-running"
+        )
         dumped = measured("dump", "--pid", str(writer.pid), "--to", image)
         reap([writer.pid])
         again = restored(image)
         is_whole = writer.is_whole()
     figures |= {
         "frozen-ms": dumped["downtime"],
+        "stop-frozen-ms": stopped["downtime"],
         "collect-ms": dumped["collect-time"],
         "dump-ms": dumped["command-time"],
         "restore-ms": again["command-time"],
@@ -68,7 +72,7 @@ def _served(folder: Path) -> Sample:
     with serving(folder, secret) as server:
         for _ in range(_TREES):
             with Writer.started(folder, _MIB) as writer:
-                migrated(writer, server, secret)
+                migrated(writer, server, secret, ("--mode", "stop"))
                 is_whole = is_whole and writer.is_whole()
         first, *others = _restores_ms(server.events)
     if len(others) != _TREES - 1:

@@ -44,7 +44,7 @@ def _moved(writer: Writer, folder: Path, bare_rate: float, *options: str) -> Sam
     secret = write_secret(folder / "secret")
     theirs = [option for option in options if option == "--plaintext"]
     with serving(folder, secret, *theirs) as server:
-        figures = migrated(writer, server, secret, options)
+        figures = migrated(writer, server, secret, ("--mode", "stop", *options))
         is_whole = writer.is_whole()
     rate = 1e3 * figures["page-bytes"] / figures["transfer-time"]
     return Sample(

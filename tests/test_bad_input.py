@@ -143,9 +143,9 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def dumped(start: Start, tmp_path: Path) -> tuple[Tree, Path]:
-    """A tree that is gone, and its image."""
+    """A tree that is gone, and its image, which is all of one piece."""
     tree = start("quiet", DEPTH_1)
-    dump(tree, tmp_path / "image")
+    dump(tree, tmp_path / "image", "--mode", "stop")
     return tree, tmp_path / "image"
 
 

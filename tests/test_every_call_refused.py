@@ -10,7 +10,7 @@ import errno
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import trio
@@ -88,29 +88,34 @@ def test_restore_with_each_call_refused_leaves_nothing(start: Callable[..., Tree
     tree.check()
 
 
+@pytest.mark.parametrize(("mode", "fewest"), [("stop", 4), ("precopy", 10)])
 def test_dump_with_each_call_refused_leaves_the_tree_running(
-    start: Callable[..., Tree], tmp_path: Path
+    start: Callable[..., Tree], tmp_path: Path, mode: Literal["stop", "precopy"], fewest: int
 ) -> None:
+    """Without rounds, where it cannot be tracked."""
     tree = start("threads", ACROSS)
     family = tree.pids()
 
-    async def attempt(number: int) -> None:
-        await pipeline.dump(tree.pid, str(tmp_path / str(number)))
+    async def attempt(number: int) -> bool:
+        try:
+            result = await pipeline.dump(tree.pid, str(tmp_path / str(number)), mode=mode, leave="running")
+        except (PipelineError, OSError):
+            return False
+        assert mode == "stop" or bool(result.notes) == (result.figures["dirty-sync-count"] == 0)
+        return True
 
-    at = refused = 1
-    while refused:
+    at = count = refused = 0
+    while count >= at:
+        at += 1
         with pytest.MonkeyPatch.context() as patch:
             calls = _Refusing(patch, LiveTask, at)
-            try:
-                trio.run(attempt, at)
-            except (PipelineError, OSError):
-                tree.check()
-            else:
-                refused = 0
-        assert calls.count == at - (not refused)
+            refused += not trio.run(attempt, at)
+        count = calls.count
+        tree.check()
         assert not LEDGER.held(), f"after call {at} was refused"
-        at += 1
-    assert at > 4
-    assert not reap(family)
-    restore(tree, tmp_path / str(at - 1))
+    assert at > fewest
+    assert refused == at - 1 if mode == "stop" else 0 < refused < at - 1
+    assert tree.pids() == family
+    dump(tree, tmp_path / "whole", "--mode", mode)
+    restore(tree, tmp_path / "whole")
     tree.check()

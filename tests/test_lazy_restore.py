@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from pipeline.transport.storage import IMAGE, INDEX, MANIFEST, open_storage
+from pipeline.transport.storage import IMAGE, INDEX, LAYER, MANIFEST, open_storage
 from tests.harness import made_images
 from tests.harness.carry import unharmed
 from tests.harness.hosts import terminate
@@ -151,7 +151,7 @@ def test_a_tree_whose_image_is_damaged_is_ended(start: Callable[..., Tree], imag
     tree = start("large", DEPTH_1, LARGE)
     family = tree.pids()
     dump(tree, image)
-    replace(image, IMAGE, damaged(content_of(image, IMAGE)))
+    replace(image, LAYER, damaged(content_of(image, LAYER)))
     done = engine("restore", "--from", image, "--detach", "--lazy")
     assert done.returncode == 1, said(done)
     assert "the checksum does not fit" in done.stderr
@@ -187,7 +187,7 @@ def test_who_does_not_need_the_index_does_not_read_it(
     start: Callable[..., Tree], image: str, wrong: str
 ) -> None:
     tree = start("anonymous", DEPTH_1)
-    dump(tree, image)
+    dump(tree, image, "--mode", "stop")
     replace(image, INDEX, damaged(content_of(image, INDEX)) if wrong == "damaged" else None)
     done = engine("restore", "--from", image, "--detach", "--lazy")
     assert done.returncode == 1, said(done)
@@ -199,7 +199,7 @@ def test_who_does_not_need_the_index_does_not_read_it(
 def test_an_image_that_was_made_without_an_index(start: Callable[..., Tree], image: str) -> None:
     """A directory is read for what the index would say; of an object store that would be all of the image."""
     tree = start("large", DEPTH_1, LARGE)
-    dump(tree, image)
+    dump(tree, image, "--mode", "stop")
     manifest = json.loads(content_of(image, MANIFEST))
     assert manifest.pop("index_bytes") == len(content_of(image, INDEX))
     replace(image, INDEX, None)
@@ -237,7 +237,7 @@ def test_a_tree_waits_while_the_store_is_away(
         command.ends_well()
     tree.check()
     text = [json.loads(line).get("text", "") for line in (tmp_path / "events").read_text().splitlines()]
-    assert any(f"{stored}/image: " in line and "the tree waits for its pages" in line for line in text)
+    assert any(f"{stored}/pages: " in line and "the tree waits for its pages" in line for line in text)
 
 
 def test_who_does_not_want_to_wait_for_the_store_gives_the_tree_up(
@@ -271,12 +271,12 @@ def test_a_tree_whose_image_is_replaced_or_removed_is_ended(
     family = tree.pids()
     wire.bytes_per_s = 1e9
     dump(tree, stored)
-    content = content_of(stored, IMAGE)
+    content = content_of(stored, LAYER)
     wire.bytes_per_s = SLOW
     with restoring(stored, tmp_path) as command:
         command.wait_for("postcopy")
         os.environ["AWS_ENDPOINT_URL"] = s3
-        replace(stored, IMAGE, content[: 1 << 20] if becomes == "another" else None)
+        replace(stored, LAYER, content[: 1 << 20] if becomes == "another" else None)
         _, err = command.process.communicate(timeout=40)
         assert command.process.returncode == 1, err
     assert "while it was read" in err

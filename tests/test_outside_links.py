@@ -64,9 +64,9 @@ def answers(around: str, address: str = THEIRS, within_s: float = 60.0) -> bool:
     return within(around, ask)
 
 
-def dumped(around: str, tree: Tree, image: Path) -> None:
+def dumped(around: str, tree: Tree, image: Path, *options: str) -> None:
     family = tree.pids()
-    done = engine_in(around, "dump", "--pid", str(tree.pid), "--to", image)
+    done = engine_in(around, "dump", "--pid", str(tree.pid), "--to", image, *options)
     assert done.returncode == 0, said(done)
     assert not reap(family)
 
@@ -201,7 +201,7 @@ def test_nothing_is_left_outside_when_the_pages_do_not_come(
     """The network is made by then, with both ends."""
     tree = start_in(around, start, "echoing", DEPTH_1)
     plug(around, tree)
-    dumped(around, tree, tmp_path / "image")
+    dumped(around, tree, tmp_path / "image", "--mode", "stop")
     assert "out1" not in settled(around)
     (stored,) = [path for path in (tmp_path / "image").iterdir() if path.stat().st_size > 1 << 16]
     os.truncate(stored, stored.stat().st_size - 4096)

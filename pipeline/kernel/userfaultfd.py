@@ -29,6 +29,8 @@ Inside = Callable[..., int]
 
 #: where /proc/PID/fd/N points to
 LINK = "anon_inode:[userfaultfd]"
+#: what fdinfo says of such, and of nothing else
+_SAID = {"pending", "total", "API"}
 #: UFFD_USER_MODE_ONLY: only faults of user space; anybody may make such a one
 USER_MODE_ONLY = 1
 MAKE_FLAGS = USER_MODE_ONLY | os.O_CLOEXEC | os.O_NONBLOCK
@@ -68,11 +70,26 @@ def make_inside(pid: HostPid, inside: Inside, flags: int = MAKE_FLAGS) -> LocalF
 
 
 def has_one(pid: HostPid) -> bool:
-    """Whether a process has a userfaultfd. Raises procfs.ProcessGone; OSError: EACCES."""
-    for number in procfs.list_dir(pid, "fd"):
-        with suppress(OSError):  # it is closed by now
-            if os.readlink(f"/proc/{pid}/fd/{number}") == LINK:
+    """Whether a process has a userfaultfd; false where it has ended.
+
+    Raises:
+        OSError: EACCES: it may not be looked at.
+    """
+    with procfs.unless_gone(pid):
+        for number in procfs.list_dir(pid, "fdinfo"):
+            if _is_one(pid, int(number)):
                 return True
+    return False
+
+
+def _is_one(pid: HostPid, number: int) -> bool:
+    try:
+        return os.readlink(f"/proc/{pid}/fd/{number}") == LINK
+    except PermissionError:  # it runs with an id that is not ours: see `pipeline.kernel.inside`
+        with suppress(FileNotFoundError):
+            return procfs.fdinfo(pid, number).keys() >= _SAID
+    except (FileNotFoundError, ProcessLookupError):
+        pass  # it is closed by now
     return False
 
 

@@ -95,9 +95,12 @@ class _Space:
 
     def look_again(self) -> None:
         """The same, of a process that has run since its draft, which knows of devices, too."""
-        self.look()
-        # behind it: a device that has been writing since before then writes into pages that look protected
-        self.is_doubtful = self.is_doubtful or devices.may_write_to(self.pid)
+        try:
+            self.look()
+            # behind it: a device that has been writing since before then writes into pages that look protected
+            self.is_doubtful = self.is_doubtful or devices.may_write_to(self.pid)
+        except PermissionError as error:
+            raise TrackingLost(f"pid {self.pid} may not be looked at any more ({error.strerror})") from error
 
     def right(self, untouched: Sequence[Range]) -> list[Range]:
         """What was sent as it is now.

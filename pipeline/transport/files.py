@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Sequence
 from contextlib import suppress
 
 import trio
@@ -12,6 +13,8 @@ from pipeline.errors import ImageError, StorageError
 from pipeline.ids import LocalFd
 from pipeline.kernel.syscalls import fallocate
 
+#: up to so much is written late
+_LATE_BYTES = 64 << 10
 #: some 60 ms on a tmpfs
 _ROOM_STEP_BYTES = 256 << 20
 
@@ -27,7 +30,7 @@ class FileSink:
         """See `ByteSink`."""
         await trio.to_thread.run_sync(self._write, buffers)
 
-    def _write(self, buffers: tuple[bytes | memoryview, ...]) -> None:
+    def _write(self, buffers: Sequence[bytes | memoryview]) -> None:
         for buffer in buffers:
             view = memoryview(buffer)
             while view:
@@ -35,6 +38,30 @@ class FileSink:
                     view = view[os.write(self.fd, view) :]
                 except OSError as error:
                     raise StorageError(f"{self.name}: {said(error)}") from error
+
+
+class LateFileSink(FileSink):
+    """One that writes what is small with what comes behind it, or at `write_late`: that takes fewer hand-overs."""
+
+    def __init__(self, fd: int, name: str) -> None:
+        super().__init__(fd, name)
+        self._late = bytearray()
+
+    async def write(self, *buffers: bytes | memoryview) -> None:
+        """See `ByteSink`."""
+        if len(self._late) + sum(map(len, buffers)) <= _LATE_BYTES:
+            for buffer in buffers:
+                self._late += buffer
+        else:
+            await super().write(self._taken(), *buffers)
+
+    def write_late(self) -> None:
+        """Write what is left, in any thread; StorageError."""
+        self._write([self._taken()])
+
+    def _taken(self) -> memoryview:
+        late, self._late = self._late, bytearray()
+        return memoryview(late)
 
 
 class FileSource:

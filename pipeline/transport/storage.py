@@ -28,7 +28,7 @@ import trio
 from pipeline.errors import ImageError, StorageError, UsageError
 from pipeline.ids import LocalFd
 from pipeline.ledger import LEDGER
-from pipeline.transport.files import FileRanges, FileSink, FileSource, give_back_room, make_room, said
+from pipeline.transport.files import FileRanges, FileSource, LateFileSink, give_back_room, make_room, said
 from pipeline.transport.framing import ByteSink, ByteSource
 from pipeline.transport.stream import StreamStorage
 
@@ -177,8 +177,9 @@ class DirectoryStorage:
         LEDGER.take("partial file", temporary)
         try:
             await make_room(LocalFd(fd), room_bytes)
-            yield FileSink(fd, str(self._path / name))
-            await trio.to_thread.run_sync(self._complete, name, LocalFd(fd), temporary, room_bytes > 0)
+            sink = LateFileSink(fd, str(self._path / name))
+            yield sink
+            await trio.to_thread.run_sync(self._complete, name, sink, temporary, room_bytes > 0)
         finally:
             os.close(fd)
             with suppress(FileNotFoundError):
@@ -188,12 +189,13 @@ class DirectoryStorage:
                     self._path.rmdir()  # only succeeds if nothing came into being
             LEDGER.give_back("partial file", temporary)
 
-    def _complete(self, name: str, fd: LocalFd, temporary: Path, has_room: bool) -> None:
+    def _complete(self, name: str, sink: LateFileSink, temporary: Path, has_room: bool) -> None:
         """Let a file that is written have its name, in any thread; StorageError."""
+        sink.write_late()
         try:
             if has_room:
-                give_back_room(fd)
-            os.fsync(fd)
+                give_back_room(LocalFd(sink.fd))
+            os.fsync(sink.fd)
             if name == MANIFEST:
                 _sync_directory(self._path)
             os.rename(temporary, self._path / name)

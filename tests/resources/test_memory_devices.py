@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import os
 from collections.abc import Callable, Iterator
@@ -72,6 +73,26 @@ def test_a_way_in_is_seen_while_it_is_open(
     with held(*make(tmp_path / "file")):
         assert devices.may_write_to(MINE) == is_way_in
     assert not devices.may_write_to(MINE)
+
+
+@pytest.mark.parametrize(
+    ("make", "is_way_in"),
+    [(direct_file, True), (ring, True), (plain_file, False), (os.pipe, False), (pipe_of_packets, True)],
+)
+def test_what_may_not_be_named_is_known_by_what_is_said_of_it(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    make: Callable[..., tuple[int, ...]],
+    is_way_in: bool,
+) -> None:
+    """Links of a process that runs with another id: a pipe of packets then looks like a file."""
+
+    def refused(path: bytes) -> bytes:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+
+    with held(*(make(tmp_path / "file") if make is not os.pipe else os.pipe())):
+        monkeypatch.setattr(os, "readlink", refused)
+        assert devices.may_write_to(MINE) == is_way_in
 
 
 def test_nobody_writes_to_who_has_ended() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -15,9 +16,10 @@ from pathlib import Path
 import pytest
 
 from pipeline.ids import HostPid, RemoteAddress
-from pipeline.kernel import procfs, smaps
+from pipeline.kernel import procfs, smaps, userfaultfd
+from pipeline.kernel.arch.x86_64 import NR
 from pipeline.kernel.pagemap import PAGE_BYTES, entries_of, intersect, open_pagemap
-from pipeline.kernel.syscalls import pidfd_getfd, pidfd_open
+from pipeline.kernel.syscalls import pidfd_getfd, pidfd_open, syscall
 from pipeline.kernel.uffdio import MODE
 from pipeline.resources.memory import answering, tracking
 from pipeline.resources.memory.answering import Answered, Answerer, Watched
@@ -426,3 +428,22 @@ def test_its_memory_goes_when_it_stands_still(tmp_path: Path) -> None:
 def test_features_are_known_when_they_were_chosen() -> None:
     assert answering.features_of({"API": ["aa:80000100:7ffff"]}) == 0x100
     assert answering.features_of({"API": ["aa:0:7ffff"]}) is None
+
+
+@pytest.mark.parametrize("may_be_named", [True, False])
+def test_who_has_one_is_known(monkeypatch: pytest.MonkeyPatch, may_be_named: bool) -> None:
+    """By what is said of it, where the process runs with another id."""
+
+    def refused(path: str) -> str:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+
+    me = HostPid(os.getpid())
+    if not may_be_named:
+        monkeypatch.setattr(os, "readlink", refused)
+    assert not userfaultfd.has_one(me)
+    fd = syscall(NR.userfaultfd, userfaultfd.MAKE_FLAGS)
+    try:
+        assert userfaultfd.has_one(me)
+    finally:
+        os.close(fd)
+    assert not userfaultfd.has_one(me)

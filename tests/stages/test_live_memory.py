@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
 from collections.abc import Iterator, Sequence
@@ -20,7 +21,7 @@ from pipeline.kernel.pagemap import PAGE_BYTES, Range, union
 from pipeline.progress import NullProgress
 from pipeline.resources.memory.classify import MAP_GROWSDOWN
 from pipeline.resources.memory.objects import SharedObject
-from pipeline.resources.memory.tracking import Tracking, Written
+from pipeline.resources.memory.tracking import Tracking, TrackingLost, Written
 from pipeline.stages import live_memory
 from pipeline.stages.freeze import FrozenTree
 from pipeline.stages.live_memory import LiveMemory, _Space
@@ -306,3 +307,21 @@ async def test_of_what_a_child_has_inherited_no_copies_are_made() -> None:
     ours.write(2, b"b", 2)
     await sent_in_a_round(ours.live)
     assert len(ours.space.last) == 2
+
+
+def test_who_may_not_be_looked_at_any_more_is_tracked_no_more() -> None:
+    """It has executed a program of somebody else: nothing is known of its memory, which goes in the end."""
+
+    def refused() -> Written:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    closed = []
+    tracking = SimpleNamespace(collect=refused, close=lambda: closed.append(1), stands_still=False)
+    space = _Space(HostPid(os.getpid()), cast(Tracking, tracking), PAGE, pending=list(PAGE))
+    with pytest.raises(TrackingLost, match="may not be looked at any more"):
+        space.look_again()
+    memory = LiveMemory(stored=True)
+    memory._pids, memory._spaces = [space.pid], {0: space}
+    assert memory.look() == 0
+    assert space.is_lost
+    assert closed == [1]

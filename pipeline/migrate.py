@@ -27,6 +27,7 @@ from typing import Literal, Self
 
 import trio
 from msgspec import Struct
+from msgspec.structs import replace
 
 from pipeline.errors import InDoubt, PeerError, PeerRefused, UsageError, ungrouped
 from pipeline.ids import HostPid
@@ -160,39 +161,90 @@ async def migrate(
         raise UsageError("--auto-converge goes with --mode precopy or hybrid: it is for their rounds")
     if secret_file is None:
         raise UsageError("migrate needs --secret-file, the secret that `serve` was given or printed")
-    progress = progress or NullProgress()
-    give_up = give_up or insisted
     rounds = None
     if mode in _LIVE:
         rounds = Rounds(max_downtime_s, max_rounds, on_timeout, auto_converge, later=mode == "hybrid")
     elif mode == "postcopy":
         rounds = Rounds(max_downtime_s, max_rounds, "switch", later=True, only_draft=True)
-    later = mode in ("postcopy", "hybrid") or (rounds is not None and on_timeout == "postcopy")
-    host, port = parse_address(to)
-    secret = identity.load_secret(secret_file)
-    begin = time.monotonic()
+    reach = partial(_greeted, *parse_address(to), identity.load_secret(secret_file), plaintext)
+    move = partial(
+        _moved,
+        pid,
+        reach,
+        begin=time.monotonic(),
+        externals=externals,
+        policy=policy,
+        compress=compress,
+        streams=streams,
+        progress=progress or NullProgress(),
+        give_up=give_up or insisted,
+    )
+    refused = ""
+    notes: list[str] = []
+    for is_last in (False, False, True):
+        if is_last and mode == "precopy":
+            rounds = None  # what stands still is what it was when it is built
+        try:
+            result = await move(rounds)
+        except _DraftRefused as error:
+            if is_last or str(error) == refused:
+                raise
+            refused = str(error)
+            notes.append(f"the tree had changed when its draft was built, and was sent anew: {error}")
+        else:
+            return replace(result, notes=[*notes, *result.notes])
+    raise AssertionError("the last one is not tried again")
+
+
+class _DraftRefused(PeerRefused):
+    """The destination cannot build a draft of the tree, which runs on, and may be another one by now."""
+
+
+async def _moved(
+    pid: int,
+    reach: Callable[[], AbstractAsyncContextManager[Channel]],
+    rounds: Rounds | None,
+    *,
+    begin: float,
+    externals: Externals | None,
+    policy: DumpPolicy | None,
+    compress: Compression,
+    streams: int,
+    progress: Progress,
+    give_up: Callable[[], bool],
+) -> MigrateResult:
+    """One try of `migrate`, which see; `begin`: of the first one.
+
+    Args:
+        reach: connects to the destination.
+        rounds: those before the stop, or only a draft; None: nothing is sent before it.
+
+    Raises:
+        _DraftRefused: by the destination.
+    """
+    later = rounds is not None and (rounds.later or rounds.on_timeout == "postcopy")
+    auto_converge = rounds is not None and rounds.auto_converge
     progress.phase("setup")
     migration = secrets.token_hex(16)
     with Beforehand() as known, trio.CancelScope() as scope:
         await refuse_early(pid, externals, policy, known)
-        async with tracer_thread() as tracer, _greeted(host, port, secret, plaintext) as channel:
+        async with tracer_thread() as tracer, reach() as channel:
             packer = channel.writer.packer = Packer(compress)
             processes = len(freeze.walk(pid))  # type: ignore[arg-type]
             await channel.say(Offer(migration, pid, processes, streams, live=rounds is not None, later=later))
             if not isinstance(await channel.hear(), protocol.Accept):
                 raise PeerError(f"{channel.peer} did not answer the offer")
-            reconnect = partial(_greeted, host, port, secret, plaintext)
-            told = _Decision(channel, migration, reconnect, give_up, progress)
+            told = _Decision(channel, migration, reach, give_up, progress)
             live = (
                 LiveSource(tracer, pid, channel, rounds, externals, policy, known, progress)
                 if rounds
                 else None
             )
             async with (
-                _joined(channel, migration, streams, reconnect),
+                _joined(channel, migration, streams, reach),
                 told,
                 _rounds_sent(tracer, live),
-                _lending(later, migration, reconnect, progress) as lending,
+                _lending(later, migration, reach, progress) as lending,
             ):
                 if rounds is None or rounds.only_draft:
                     await warm(channel.writer.pool, pid)
@@ -316,7 +368,10 @@ async def _rounds_sent(tracer: Tracer, live: LiveSource | None) -> AsyncIterator
         return
     try:
         async with beside(live.throttle.run):
-            await live.send_rounds()
+            try:
+                await live.send_rounds()
+            except PeerRefused as refused:
+                raise _DraftRefused(str(refused)) from refused
             yield
     finally:
         with trio.CancelScope(shield=True):

@@ -305,7 +305,8 @@ def _look_at(tree: FrozenTree, sleepers: Sleepers, memory: LiveMemory) -> int:
     """`LiveMemory.look` at a stopped tree, in which nobody's time to wait begins anew."""
     for process in tree.living():
         for tid in map(HostPid, process.tasks):
-            interrupted.shorten(tid, sleepers.slept(tid).slept_ns)
+            with suppress(ProcessLookupError):  # it was killed: the look says so
+                interrupted.shorten(tid, sleepers.slept(tid).slept_ns)
     return memory.look()
 
 

@@ -14,8 +14,9 @@ from tests.harness.tree import PROGRAMS, Tree
 pytestmark = pytest.mark.root
 
 #: never twice the same: `forking` (test_bad_input.py), `rewriting` (test_live_migration.py), `restless`
-#: (test_freeze.py), `outrunning` (test_auto_converge.py); `crowd` is carried by test_scale_tasks.py
-_OTHERS = {"support", "forking", "rewriting", "restless", "outrunning", "crowd"}
+#: (test_freeze.py), `outrunning` (test_auto_converge.py), `wandering` (test_live_migration.py); `crowd` is carried by
+#: test_scale_tasks.py
+_OTHERS = {"support", "forking", "rewriting", "restless", "outrunning", "wandering", "crowd"}
 #: of a tree that is looked at twice, and once
 _MODES = {DEPTH_1.name: "stop"}
 NAMES = sorted({path.stem for path in PROGRAMS.iterdir() if path.suffix in {".py", ".c"}} - _OTHERS)

@@ -255,6 +255,52 @@ def test_an_interrupt_leaves_the_tree_as_it_was(
             tree.check()
 
 
+@pytest.mark.parametrize("mode", ["precopy", "postcopy"])
+def test_a_tree_that_has_changed_when_its_draft_is_built_is_sent_anew(
+    hosts: tuple[Host, Host], secret: Path, start_on: Callable[..., Tree], tmp_path: Path, mode: str
+) -> None:
+    """Each time a working directory is gone; in the end it stands still for it, where pages do not come later."""
+    source, destination = hosts
+    tree = start_on(source, "wandering", DEPTH_1)
+    log = tmp_path / "events"
+    with serving(destination, secret, "--once") as server:
+        arguments = precopy(server, secret)
+        arguments[arguments.index("precopy")] = mode
+        done = source.engine(*arguments, "--json", "--events", log)
+        told = [event for line in log.read_text().splitlines() if (event := events.parse(line))]
+        phases = [event.name for event in told if isinstance(event, events.Phase)]
+        if mode == "precopy":
+            assert done.returncode == 0, said(done)
+            notes = json.loads(done.stdout)["notes"]
+            assert ["sent anew" in note and "working directory" in note for note in notes] == [True] * 2
+            assert phases.count("draft") == 2
+            server.has_served()
+            tree.pid = destination.outer_pid(5000)
+        else:
+            assert done.returncode == 1, said(done)
+            assert "is not here" in said(done)
+            assert phases.count("draft") == 3
+            assert "freeze" not in phases
+    tree.check()
+
+
+def test_what_is_refused_twice_for_the_same_reason_is_refused(
+    hosts: tuple[Host, Host], secret: Path, start_on: Callable[..., Tree], tmp_path: Path
+) -> None:
+    """And has not stood still for it."""
+    source, destination = hosts
+    tree = start_on(source, "quiet", DEPTH_1)
+    log = tmp_path / "events"
+    with serving(destination, secret, "--map", "200000:1") as server:
+        done = source.engine(*precopy(server, secret), "--events", log)
+        told = [event for line in log.read_text().splitlines() if (event := events.parse(line))]
+    phases = [event.name for event in told if isinstance(event, events.Phase)]
+    assert done.returncode == 1, said(done)
+    assert phases.count("draft") == 2
+    assert "freeze" not in phases
+    assert_untouched(tree)
+
+
 #: MiB of the process whose pages are sent before those of its child; more than all buffers on the way hold
 MUCH = 96
 

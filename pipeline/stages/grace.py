@@ -33,10 +33,12 @@ _PINS_NOTHING = frozenset(
         *(NR.poll, NR.ppoll, NR.select, NR.pselect6, NR.epoll_wait, NR.epoll_pwait, NR.epoll_pwait2),
         *(NR.futex, NR.futex_wait, NR.futex_waitv, NR.semop, NR.semtimedop, NR.flock),
         *(NR.wait4, NR.waitid, NR.rt_sigsuspend, NR.rt_sigtimedwait, NR.vfork, NR.clone, NR.clone3),
-        *(NR.accept, NR.accept4, NR.connect, NR.recvfrom, NR.recvmsg),
+        *(NR.accept, NR.accept4, NR.connect, NR.recvfrom, NR.recvmsg, NR.sendto, NR.sendmsg),
         *(NR.msgrcv, NR.msgsnd, NR.mq_timedreceive, NR.mq_timedsend, NR.io_getevents),
     }
 )
+#: nor do these, unless it is a file with a path that their first argument names
+_OF_A_FILE = frozenset({NR.read, NR.readv, NR.write, NR.writev})
 
 
 def wait(root: HostPid) -> None:
@@ -71,7 +73,14 @@ def _stop_once(pid: HostPid, tid: HostPid, collector: Collector) -> None:
 def _pins_nothing(tid: HostPid) -> bool:
     """Whether a task is seen asleep, and where: in a harmless call, or in none (-1), as in a page fault of its own."""
     try:
-        first = procfs.read_file(tid, "syscall").split(maxsplit=1)[0]
-    except OSError:  # this kernel does not tell
+        words = procfs.read_file(tid, "syscall").split()
+        if words[0] == b"running":
+            return False
+        number = int(words[0])
+        if number in _OF_A_FILE:
+            return not procfs.read_link(tid, f"fd/{int(words[1], 16)}").startswith(b"/")
+    except procfs.ProcessGone:
+        raise
+    except OSError:  # this kernel does not tell; or it was closed, or may not be looked at
         return False
-    return first != b"running" and (first == b"-1" or int(first) in _PINS_NOTHING)
+    return number == -1 or number in _PINS_NOTHING

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -19,10 +20,16 @@ from pipeline.kernel.arch.x86_64 import NR
 from pipeline.ledger import LEDGER
 from pipeline.stages import freeze, grace
 
-pytestmark = pytest.mark.root
+pytestmark = [pytest.mark.root, pytest.mark.usefixtures("in_its_own_folder")]
 
 _LONG_S = 30.0
-_READS = "import os; os.read(os.pipe()[0], 1)"
+#: from a file with a path: whether that pins pages is up to its file system
+_READS = "import os; os.path.exists('fifo') or os.mkfifo('fifo'); os.read(os.open('fifo', os.O_RDWR), 1)"
+
+
+@pytest.fixture
+def in_its_own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
 
 
 @contextmanager
@@ -63,8 +70,11 @@ def naps(pid: HostPid) -> int:
         ("import threading; one = threading.Lock(); one.acquire(); one.acquire()", [NR.futex]),
         ("import socket; a, b = socket.socketpair(); a.recv(1)", [NR.recvfrom]),
         ("import os, time; os.fork() or time.sleep(1000); os.wait()", [NR.wait4]),
+        ("import os; os.read(os.pipe()[0], 1)", [NR.read]),
+        ("import os, socket; a, b = socket.socketpair(); os.read(a.fileno(), 1)", [NR.read]),
+        ("import os; a, b = os.pipe(); os.write(b, bytes(1 << 20))", [NR.write]),
     ],
-    ids=["nap", "epoll", "poll", "futex", "receive", "child"],
+    ids=["nap", "epoll", "poll", "futex", "receive", "child", "pipe", "socket", "full pipe"],
 )
 def test_who_sleeps_with_nothing_pinned_is_not_woken(body: str, calls: list[int]) -> None:
     with running(body) as pid:
@@ -74,7 +84,7 @@ def test_who_sleeps_with_nothing_pinned_is_not_woken(body: str, calls: list[int]
         assert naps(pid) == before
 
 
-def test_who_reads_is_stopped_once_and_goes_on_reading() -> None:
+def test_who_reads_from_a_file_is_stopped_once_and_goes_on_reading() -> None:
     with running(_READS) as pid:
         until_asleep(pid, NR.read)
         before = naps(pid)

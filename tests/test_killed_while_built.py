@@ -97,7 +97,6 @@ def test_a_migration_that_is_decided(
     ("mode", "step", "program"),
     [
         ("stop", "complete", "processes"),
-        ("precopy", "make_threads", "relays"),
         ("precopy", "equip_early", "processes"),
         ("precopy", "complete", "relays"),
         ("hybrid", "change", "relays"),
@@ -122,6 +121,24 @@ def test_a_migration_that_is_not(
         assert done.returncode == 1, said(done)
         assert re.search(_WHY["fill"], done.stderr)
         _goes_on(server, source, destination, tree, *options)
+
+
+@pytest.mark.parametrize("part", ["first", "last"])
+def test_a_draft_that_is_not_is_sent_anew(
+    hosts: tuple[Host, Host], secret: Path, start_on: Callable[..., Tree], part: str
+) -> None:
+    """The tree runs on meanwhile; nothing is left of what was half built."""
+    source, destination = hosts
+    tree = start_on(source, "relays", DEPTH_1)
+    root, family = inner_pid(tree.pid), tree.pids()
+    with serving(destination, secret, tool=("tests.harness.killing", "make_threads", part)) as server:
+        options = ("--to", server.address, "--secret-file", str(secret), "--mode", "precopy")
+        done = source.engine("migrate", "--pid", str(root), *options)
+        assert done.returncode == 0, said(done)
+        assert re.search(f"sent anew: .*({_WHY['fill']})", done.stderr)
+    assert not reap(family)
+    tree.pid = destination.outer_pid(root)
+    tree.check()
 
 
 @pytest.mark.parametrize(("step", "code"), [("complete", 1), ("thaw", 4)])

@@ -200,11 +200,10 @@ async def read_lineage(parent: StoredPages, storage: Storage) -> Lineage:
         for number in left:
             found = await parent.load(number)
             try:
-                known[found.run.space] += await worked(
-                    len(found.run.payload), _digested, found.run, parent.pieces[number]
-                )
+                pages = await worked(len(found.run.payload), _digested, found.run, parent.pieces[number])
             finally:
                 found.lease.release()
+            known[found.run.space] += pages
 
     with ungrouped():
         async with trio.open_nursery() as nursery:

@@ -57,6 +57,16 @@ async def content_of(storage: Storage, name: str, step: int = MIB) -> bytes:
     return bytes(got)
 
 
+async def test_what_is_written_small_and_large_stays_in_order(url: str) -> None:
+    storage = open_storage(url)
+    parts = [os.urandom(size) for size in (5, 100, MIB, 3, 60 << 10, 5 << 10, 0, 64 << 10, 1, MIB, 7)]
+    async with storage.create(IMAGE) as sink:
+        await sink.write(*parts[:2])
+        for part in parts[2:]:
+            await sink.write(part)
+    assert await content_of(open_storage(url), IMAGE) == b"".join(parts)
+
+
 @pytest.mark.parametrize("size", [0, 1, 20 * MIB + 5])
 async def test_what_was_written_is_read(url: str, size: int):
     storage, data = open_storage(url), os.urandom(size)

@@ -1,4 +1,7 @@
-"""Whoever disturbs a migration, and when, the tree runs on in exactly one place. Often: `python -m tests.disturbed`."""
+"""Whoever disturbs a migration, a dump or a restore, and when, the tree is in exactly one place, or in an image.
+
+Often: `python -m tests.disturbed`.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.harness.disturbed_images import NAMES, Shelf
 from tests.harness.disturbing import DISTURBANCES, Journey
 from tests.harness.hosts import Host
 from tests.harness.settings import DEPTH_2
@@ -19,6 +23,8 @@ pytestmark = pytest.mark.root
 
 _TIMES = 2
 _NAMES = [name for name in DISTURBANCES if name != "nothing"]
+#: of dumps, and restores of those that have ended their tree
+_TIMES_KEPT = 4
 
 
 @pytest.mark.timeout(400)  # a destination that is silent is tried to be told for a while
@@ -33,3 +39,15 @@ def test_a_tree_is_in_one_place(
     for _ in range(_TIMES):
         if journey.disturb(dice, name) == "lost":
             break
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "nothing"])
+def test_a_tree_runs_or_is_in_an_image(
+    hosts: tuple[Host, Host], tmp_path: Path, start_on: Callable[..., Tree], name: str
+) -> None:
+    shelf = Shelf(hosts[0], start_on(hosts[0], "rewriting", DEPTH_2, ["forks"]), tmp_path)
+    shelf.go()
+    dice = random.Random(name)
+    for _ in range(_TIMES_KEPT):
+        shelf.disturb(dice, [name])

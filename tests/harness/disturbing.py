@@ -1,4 +1,4 @@
-"""Migrations that are disturbed: either side is interrupted or killed, or the network is cut, at some moment.
+"""Migrations that are disturbed: either side is interrupted, killed or stopped, or the network is cut, at some moment.
 
 When all has settled the tree runs in exactly one place and everything in it is right, and nothing else is left in
 either host. A tree that only a side could have completed that was killed may be lost, if the other one says that it is.
@@ -23,12 +23,12 @@ from tests.harness.hosts import Host, Server, inside, kill_inside, serving, term
 from tests.harness.tree import Tree, family_of
 from tests.harness.wire import Wire
 
-_ROOT_PID = 5000
+ROOT_PID = 5000
 #: the source gives a destination up within a minute, and tells it for some seconds that it has
 _PATIENCE_S = 150.0
 _POLL_S = 0.05
 #: until then a command has not begun to work
-_START_S = 0.15
+START_S = 0.15
 #: faster than any loopback; and so slow that a tree runs for a while without its pages
 _FAST, _SLOW = 1e12, 2e7
 
@@ -37,15 +37,22 @@ Side = Literal["source", "server"]
 
 
 class Scene(NamedTuple):
-    """What there is to disturb, and dice."""
+    """What there is to disturb, and dice; a command by itself is the source."""
 
-    migration: subprocess.Popen[str]
-    server: Server
-    wire: Wire
     dice: random.Random
+    source: subprocess.Popen[str]
+    server: Server | None = None
+    wire: Wire | None = None
 
     def command_of(self, side: Side) -> subprocess.Popen[str]:
-        return self.migration if side == "source" else self.server.process
+        if side == "source":
+            return self.source
+        assert self.server is not None
+        return self.server.process
+
+    def network(self) -> Wire:
+        assert self.wire is not None
+        return self.wire
 
 
 def _signal(side: Side, number: int) -> Callable[[Scene], None]:
@@ -72,11 +79,23 @@ def _kill_a_helper(side: Side) -> Callable[[Scene], None]:
 
 def _cut_for(seconds: float) -> Callable[[Scene], None]:
     def cut(scene: Scene) -> None:
-        scene.wire.cut()
+        scene.network().cut()
         time.sleep(seconds)
-        scene.wire.mend()
+        scene.network().mend()
 
     return cut
+
+
+def _stop_for(side: Side, seconds: float) -> Callable[[Scene], None]:
+    """It does nothing at all for so long, as on a host that has no time for it."""
+
+    def stop(scene: Scene) -> None:
+        _signal(side, signal.SIGSTOP)(scene)
+        time.sleep(seconds)
+        _signal(side, signal.SIGCONT)(scene)
+        scene.command_of(side).send_signal(signal.SIGCONT)  # nsenter(1) has stopped with its child
+
+    return stop
 
 
 DISTURBANCES: dict[str, Callable[[Scene], None]] = {
@@ -88,7 +107,11 @@ DISTURBANCES: dict[str, Callable[[Scene], None]] = {
     "server killed": _signal("server", signal.SIGKILL),
     "helper of the source killed": _kill_a_helper("source"),
     "helper of the server killed": _kill_a_helper("server"),
-    "network cut": lambda scene: scene.wire.cut(),
+    "source stopped for a while": _stop_for("source", 1.5),
+    "server stopped for a while": _stop_for("server", 1.5),
+    "source stopped for long": _stop_for("source", 15),
+    "server stopped for long": _stop_for("server", 15),
+    "network cut": lambda scene: scene.network().cut(),
     "network cut for a moment": _cut_for(0.02),
     "network cut for a while": _cut_for(1.5),
 }
@@ -116,16 +139,16 @@ class Told:
         self._thread.join()
 
 
-def _holds(host: Host) -> bool:
+def holds(host: Host) -> bool:
     """Whether there is a tree in a host, running or not."""
     try:
-        pid = host.outer_pid(_ROOT_PID)
+        pid = host.outer_pid(ROOT_PID)
         return Path(f"/proc/{pid}/stat").read_text("latin-1").rpartition(")")[2].split()[0] not in "ZX"
     except (ProcessLookupError, FileNotFoundError):
         return False
 
 
-def _strangers(host: Host, tree: Tree) -> list[str]:
+def strangers(host: Host, tree: Tree) -> list[str]:
     """Who else is in a host: neither its first process nor of the tree."""
     found = []
     for pid in host.pids() - {host.init, *family_of(tree.pid)}:
@@ -155,7 +178,7 @@ class Journey:
         `name`: of the disturbance; dice choose without one.
         """
         chosen = name or dice.choice([name for name in DISTURBANCES if name != "nothing"])
-        after_s = dice.uniform(dice.choice((_START_S, self._usual_s / 2)), self._usual_s)
+        after_s = dice.uniform(dice.choice((START_S, self._usual_s / 2)), self._usual_s)
         return self.disturbed(chosen, after_s, dice.choice((_FAST, _FAST, _SLOW)), dice)
 
     def disturbed(self, name: str, after_s: float, bytes_per_s: float, dice: random.Random) -> Outcome:
@@ -198,7 +221,7 @@ class _Attempt:
     ) -> Outcome:
         with serving(self._destination, secret) as server, Wire(server.address, bytes_per_s) as wire:
             begin = time.monotonic()
-            migrate = ("migrate", "--pid", str(_ROOT_PID), "--to", wire.address, "--mode", mode)
+            migrate = ("migrate", "--pid", str(ROOT_PID), "--to", wire.address, "--mode", mode)
             migration = subprocess.Popen(
                 self._source.command(sys.executable, "-m", "pipeline", *migrate, "--secret-file", secret),
                 stdin=subprocess.DEVNULL,
@@ -206,7 +229,7 @@ class _Attempt:
                 stderr=subprocess.PIPE,
                 text=True,
             )
-            scene = Scene(migration, server, wire, dice)
+            scene = Scene(dice, migration, server, wire)
             says = {"source": Told(migration), "server": Told(server.process)}
             self.told = {side: told.lines for side, told in says.items()}
             try:
@@ -226,25 +249,25 @@ class _Attempt:
     def _wait_for_the_source(self, scene: Scene) -> None:
         """A source that waits for a network gets it; one that waits for who is dead gets a signal."""
         begin = time.monotonic()
-        while scene.migration.poll() is None:
+        while scene.source.poll() is None:
             waited_s = time.monotonic() - begin
             assert waited_s < _PATIENCE_S, "the source does not come to an end"
             if self._is_lazy and waited_s > 3:
-                scene.wire.mend()
-            if waited_s > 6 and scene.server.process.poll() is not None:
+                scene.network().mend()
+            if waited_s > 6 and scene.command_of("server").poll() is not None:
                 _signal("source", signal.SIGINT)(scene)
                 time.sleep(1)
             time.sleep(_POLL_S)
-        self.code = scene.migration.returncode
+        self.code = scene.source.returncode
 
     def _settle(self, scene: Scene, server: Told) -> Outcome:
         """Wait until the tree is in one place, or none; decide like a person what the server says is in doubt."""
         until = time.monotonic() + _PATIENCE_S
         while time.monotonic() < until:
-            here, there = _holds(self._source), _holds(self._destination)
+            here, there = holds(self._source), holds(self._destination)
             if here and not there:
                 return "here"
-            if server.says("in doubt") and scene.server.process.poll() is None:
+            if server.says("in doubt") and scene.command_of("server").poll() is None:
                 _signal("server", signal.SIGINT if here else signal.SIGUSR1)(scene)
                 time.sleep(0.5)
                 if not here:
@@ -259,7 +282,7 @@ class _Attempt:
     def _end_server(self, scene: Scene) -> None:
         """Ask it to end; once more, if it waits for pages that nobody has any more."""
         begin, asked = time.monotonic(), 0
-        while scene.server.process.poll() is None:
+        while scene.command_of("server").poll() is None:
             waited_s = time.monotonic() - begin
             assert waited_s < 30, "the server does not end"
             is_orphan = self._name == "source killed" and self._is_lazy
@@ -270,19 +293,19 @@ class _Attempt:
 
     def _judged(self, outcome: Outcome) -> Outcome:
         place = self._destination if outcome == "there" else self._source
-        if outcome == "lost" or not _holds(place):
+        if outcome == "lost" or not holds(place):
             assert self._name in {"source killed", "server killed"}, "the tree is lost"
             said = "".join(line for lines in self.told.values() for line in lines)
             assert "in doubt" in said or "pages of it were missing" in said, "the tree is lost in silence"
             return "lost"
-        self._tree.pid = place.outer_pid(_ROOT_PID)
+        self._tree.pid = place.outer_pid(ROOT_PID)
         assert self._name != "nothing" or outcome == "there", "nothing was in its way"
         assert self.code != 0 or outcome == "there", "it says that the tree is there"
         assert self.code not in {1, 3, 130, 143} or outcome == "here", "it says that the tree is here"
         self._tree.check()
         for host in (self._source, self._destination):
             until = time.monotonic() + 10
-            while strangers := _strangers(host, self._tree):
-                assert time.monotonic() < until, f"left behind: {strangers}"
+            while left := strangers(host, self._tree):
+                assert time.monotonic() < until, f"left behind: {left}"
                 time.sleep(_POLL_S)
         return outcome

@@ -15,14 +15,14 @@ was; only a complete and synced image lets it end.
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable
-from contextlib import AsyncExitStack
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack, contextmanager
 from typing import Literal
 
 import trio
 from msgspec import Struct
 
-from pipeline.errors import UsageError, ungrouped
+from pipeline.errors import PipelineError, StorageError, UsageError, ungrouped
 from pipeline.image.packing import Compression, Packer
 from pipeline.image.schema import FORMAT_VERSION
 from pipeline.interrupts import interruptible
@@ -93,6 +93,19 @@ async def _store(
             await storage.discard(INDEX)
         raise
     return manifest
+
+
+@contextmanager
+def _remains_told(storage: Storage) -> Iterator[None]:
+    """What ends the block says what is left in the storage, which did not let it be removed: a StorageError then."""
+    try:
+        yield
+    except BaseException as error:
+        if not storage.remains:
+            raise
+        why = str(error) if isinstance(error, PipelineError) else "cancelled"
+        left = ", ".join(storage.remains)
+        raise StorageError(f"{why}; {storage.name} could not be tidied up, and may keep {left}") from error
 
 
 class _Storing:
@@ -210,6 +223,7 @@ async def dump(
     pool = BufferPool(BUFFERS, BUFFER_BYTES)
     progress.phase("setup")
     async with AsyncExitStack() as before:
+        before.enter_context(_remains_told(storage))
         way = before.enter_context(trio.CancelScope())
         known = before.enter_context(Beforehand())
         await refuse_early(pid, externals, policy, known)

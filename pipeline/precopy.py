@@ -217,12 +217,13 @@ async def stored_before(
             lineage = await read_lineage(earlier, storage)
         precopy = Precopy(tracer, pid, rounds, externals, policy, known, lineage, progress)
         try:
-            await precopy.store_rounds(storage, packer, pool)
-            yield precopy
+            try:
+                await precopy.store_rounds(storage, packer, pool)
+                yield precopy
+            finally:
+                with trio.CancelScope(shield=True):
+                    await tracer.run(precopy.close)
         except BaseException:
             with trio.CancelScope(shield=True):
                 await precopy.discard(storage)
             raise
-        finally:
-            with trio.CancelScope(shield=True):
-                await tracer.run(precopy.close)

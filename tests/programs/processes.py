@@ -126,10 +126,10 @@ def orphan_session(program):
                 time.sleep(0.5)
         os.write(write, b"%d" % last)
         os._exit(0)
-    os.waitpid(middle, 0)
-    last = int(os.read(read, 20))
-    os.close(read)
     os.close(write)
+    os.waitpid(middle, 0)
+    with os.fdopen(read, "rb") as told:
+        last = int(told.read())  # to its end: the last one has closed it, too
     program.children.append(last)
     program.same("adopted", lambda: relations(last)[2:], lambda: reap(last))
 

@@ -136,9 +136,13 @@ async def test_one_side_with_tls_and_one_without_do_not_meet(
 ):
     monkeypatch.setattr(tcp, "HANDSHAKE_S", 1.0)
     async with serving(greet, plaintext=plaintext) as server:
-        with pytest.raises(PeerError):
+        with pytest.raises(PeerError, match="--plaintext"):
             async with tcp.connect("127.0.0.1", server.port, SECRET, plaintext=not plaintext) as channel:
                 await ask(channel)
+        with trio.fail_after(5):
+            while not server.failures:
+                await trio.sleep(0.01)
+    assert "--plaintext" in server.failures[0]
     assert server.handled == 0
 
 

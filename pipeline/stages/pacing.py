@@ -2,7 +2,8 @@
 
 Each round sends what was written during the one before. With the rate of the link, what is left to be sent tells how
 long the tree would stand still. While that still falls, one more round costs nothing but bytes; so the switch comes
-when it is short enough and has stopped to fall, or so small that it does not count.
+when it is short enough and has stopped to fall, or when what is left does not count: beside the time that a tree of
+many processes stands still anyway, a lot does not.
 
 A tree that writes faster than the link takes it can be held back (`pipeline.stages.throttle`) until its rounds fall: as
 QEMU's auto-converge does, by a share of its time that begins small and grows with each round that brings nothing.
@@ -21,8 +22,9 @@ _PATIENCE = 3
 _UNTIL_THROTTLED = 2
 #: how much it is held back, as QEMU: at first, more with each round that brings nothing, and at most
 _FIRST_PERCENT, _MORE_PERCENT, _MOST_PERCENT = 20, 10, 99
-#: so little is sent in no time
+#: so little is sent in no time; and so is what takes less than this share of the time that is fixed
 _NOTHING_BYTES = 512 << 10
+_NOTHING_SHARE = 0.05
 
 Verdict = Literal["again", "switch", "too long"]
 
@@ -72,9 +74,10 @@ class Pacing:
         if self._least is None or most_bytes < self._least:
             self._least = most_bytes
         short = self.expected_s(left_bytes, rate_bytes_s) <= self.max_downtime_s
-        if short and (most_bytes <= _NOTHING_BYTES or not falls):
+        if short and not falls:
             return "switch"
-        if self.rounds >= self.max_rounds:
+        is_nothing = most_bytes <= max(_NOTHING_BYTES, _NOTHING_SHARE * self.fixed_s * rate_bytes_s)
+        if is_nothing or self.rounds >= self.max_rounds:
             return "switch" if short else "too long"
         can_throttle = self.auto_converge and self.throttle_percentage < _MOST_PERCENT
         if can_throttle and left_bytes > _NOTHING_BYTES:

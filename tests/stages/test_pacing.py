@@ -52,6 +52,16 @@ def test_what_goes_whole_in_the_end_counts() -> None:
     assert pacing.judge(0, MIB) == "too long"
 
 
+@pytest.mark.parametrize(("fixed_s", "expected"), [(0.19, "again"), (0.21, "switch"), (0.31, "too long")])
+def test_what_is_little_beside_what_stands_still_anyway_is_the_end(fixed_s: float, expected: Verdict) -> None:
+    assert verdicts(Pacing(0.3, 30, fixed_s, auto_converge=True), 1) == [expected]
+
+
+def test_what_is_not_known_is_not_little() -> None:
+    assert Pacing(1.0, 30, 0.2).judge(MIB, RATE, MIB) == "again"
+    assert Pacing(1.0, 30, 0.2).judge(MIB, 0.0) == "again"
+
+
 def test_without_a_rate_only_the_fixed_part_is_known() -> None:
     assert Pacing(0.3, 30, 0.1).expected_s(MIB, 0.0) == 0.1
 
@@ -93,8 +103,8 @@ def test_holding_back_gets_no_more_rounds_than_allowed() -> None:
 
 def test_where_next_to_nothing_is_left_holding_back_would_not_help() -> None:
     pacing = Pacing(0.3, 30, fixed_s=0.4, auto_converge=True)
-    assert throttles(pacing, *[0.25] * 3) == [0, 0, 0]
     assert pacing.judge(int(0.25 * MIB), RATE) == "too long"
+    assert pacing.throttle_percentage == 0
 
 
 def test_another_draft_goes_on_as_slow_as_the_one_before() -> None:

@@ -205,6 +205,7 @@ async def dump(
         PipelineError: it failed; the tree runs on.
 
     Cancellation, and Ctrl-C: the tree runs on, and no image is left; a dump whose image is complete goes to its end.
+    Where a store does not let what was begun be removed, a StorageError takes the place of the cancellation.
     """
     progress = progress or NullProgress()
     begin = time.monotonic()

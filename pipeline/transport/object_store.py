@@ -8,8 +8,8 @@ entity tag: of an object that was replaced meanwhile nothing is read. They are t
 whoever waits for them is told, and decides.
 
 A tree may stand still meanwhile: so a request that fails is tried again for half a minute at most, not for the three
-that are usual. A dump that is cancelled, or fails, waits for a few seconds for a store that does not answer: then the thread is
-left to itself, and `remains` says what may be left there.
+that are usual. A dump that is cancelled, or fails, waits for a few seconds for a store that does not answer: then the
+thread is left to itself, and `remains` says what may be left there.
 
 Endpoint and credentials come from the usual AWS_* variables.
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from itertools import count
 
 import pytest
@@ -68,10 +69,10 @@ def test_a_place_that_is_taken_is_refused(start: Callable[..., Tree], image: str
 
 
 @contextmanager
-def dumping(tree: Tree, image: str, address: str, *options: str) -> Iterator[subprocess.Popen[str]]:
-    """A dump that has just begun, to the store by way of an address (HOST:PORT)."""
+def running(address: str, *words: str) -> Iterator[subprocess.Popen[str]]:
+    """A command that has just begun, whose store is behind an address (HOST:PORT)."""
     with subprocess.Popen(
-        [sys.executable, "-m", "pipeline", "dump", "--pid", str(tree.pid), "--to", image, *options],
+        [sys.executable, "-m", "pipeline", *words],
         cwd=ROOT,
         env={**os.environ, "AWS_ENDPOINT_URL": f"http://{address}"},
         stdin=subprocess.DEVNULL,
@@ -80,6 +81,13 @@ def dumping(tree: Tree, image: str, address: str, *options: str) -> Iterator[sub
         text=True,
     ) as process:
         yield process
+
+
+def dumping(
+    tree: Tree, image: str, address: str, *options: str
+) -> AbstractContextManager[subprocess.Popen[str]]:
+    """A dump to a store behind an address."""
+    return running(address, "dump", "--pid", str(tree.pid), "--to", image, *options)
 
 
 def wait_for(process: subprocess.Popen[str], phase: str) -> None:
@@ -121,6 +129,26 @@ def test_a_store_that_does_not_answer_keeps_nobody(
         assert process.returncode == 1, told
         assert f"cancelled; {image} could not be tidied up, and may keep " in told
         assert left in told.rpartition("may keep ")[2]
+
+
+@pytest.mark.parametrize("command", ["dump", "restore", "inspect"])
+def test_a_store_that_answers_nothing_is_not_waited_for(
+    start: Callable[..., Tree], image: str, command: str
+) -> None:
+    tree = start("anonymous", DEPTH_1)
+    words = {
+        "dump": ["dump", "--pid", str(tree.pid), "--to", image],
+        "restore": ["restore", "--from", image],
+        "inspect": ["inspect", image],
+    }
+    with socket.create_server(("127.0.0.1", 0)) as store, unharmed(tree):
+        with running(f"127.0.0.1:{store.getsockname()[1]}", *words[command]) as process:
+            connection, _ = store.accept()
+            with connection:
+                assert connection.recv(1), "it asks for something"
+                process.send_signal(signal.SIGINT)
+                _, told = process.communicate(timeout=10)
+        assert process.returncode == 130, told
 
 
 def test_a_store_that_is_gone_lets_the_tree_go(start: Callable[..., Tree], s3: str, image: str) -> None:

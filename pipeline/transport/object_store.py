@@ -99,7 +99,7 @@ class _DownloadSource:
     async def read_into(self, view: memoryview) -> int:
         if not self._rest:
             try:
-                chunk = await trio.to_thread.run_sync(next, self._chunks, None)
+                chunk = await trio.to_thread.run_sync(next, self._chunks, None, abandon_on_cancel=True)
             except Exception as error:
                 raise StorageError(f"{self._name}: {_brief(error)}") from error
             if chunk is None:
@@ -202,7 +202,7 @@ class ObjectStorage:
             return True
 
         try:
-            taken = await trio.to_thread.run_sync(look)
+            taken = await trio.to_thread.run_sync(look, abandon_on_cancel=True)
         except StorageError:
             raise
         except Exception as error:
@@ -275,7 +275,9 @@ class ObjectStorage:
         import obstore
 
         try:
-            result = await trio.to_thread.run_sync(obstore.get, self._store(), self._path(name))
+            result = await trio.to_thread.run_sync(
+                obstore.get, self._store(), self._path(name), abandon_on_cancel=True
+            )
         except FileNotFoundError:
             raise ImageError(f"{self.name}: there is no complete image here") from None
         except StorageError:
@@ -290,7 +292,9 @@ class ObjectStorage:
         import obstore
 
         try:
-            meta = await trio.to_thread.run_sync(obstore.head, self._store(), self._path(name))
+            meta = await trio.to_thread.run_sync(
+                obstore.head, self._store(), self._path(name), abandon_on_cancel=True
+            )
         except FileNotFoundError:
             raise ImageError(f"{self.name}: there is no complete image here") from None
         except StorageError:

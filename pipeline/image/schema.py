@@ -265,7 +265,7 @@ class Vma(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     MAP_NORESERVE, MAP_HUGETLB. `backing`: a `MappedFile` index for kind ``file``,
     the space of a `SharedMemory` for kind ``shared``, or of a segment of the process's ipc namespace for kind
     ``sysv``. `advice`: MADV_* values to
-    replay. `vmflags`: the two-letter flags of smaps, for locks and seals.
+    replay. `locked`: by mlock2(2), with all of its pages or as they are touched. `sealed`: by mseal(2).
     """
 
     start: U64

@@ -42,7 +42,7 @@ def test_a_tree_is_in_one_place(
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "nothing"])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_tree_runs_or_is_in_an_image(
     hosts: tuple[Host, Host], tmp_path: Path, start_on: Callable[..., Tree], name: str
 ) -> None:

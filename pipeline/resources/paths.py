@@ -15,7 +15,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 
 from pipeline.errors import RebuildError
 from pipeline.ids import HostPid, LocalFd
@@ -206,15 +206,16 @@ def open_inside(opener: Pid, scope: CreateScope, path: PathRef, flags: int) -> L
     Raises:
         OSError: what it met.
     """
-    process = pidfd_open(scope.host_pid(opener))
-    try:
-        number = scope.inject(opener, NR.openat, _AT_FDCWD, path.path + b"\0", flags, 0)
-        try:
-            return pidfd_getfd(process, number)
-        finally:
-            scope.inject(opener, NR.close, number)
-    finally:
-        os.close(process)
+    with ExitStack() as taken:
+        with ExitStack() as theirs:
+            process = pidfd_open(scope.host_pid(opener))
+            theirs.callback(os.close, process)
+            number = scope.inject(opener, NR.openat, _AT_FDCWD, path.path + b"\0", flags, 0)
+            theirs.callback(scope.inject, opener, NR.close, number)
+            ours = pidfd_getfd(process, number)
+            taken.callback(os.close, ours)
+        taken.pop_all()
+    return ours
 
 
 def seek(file: OpenFile, scope: CreateScope) -> None:

@@ -29,7 +29,11 @@ _PATIENCE_S = 30.0
 #: userfaultfds that watch memory, in VmFlags of smaps
 _WATCHED = {b"um", b"uw", b"ui"}
 #: what can disturb a command that has no other side, which would grow impatient
-NAMES = [name for name in DISTURBANCES if not any(word in name for word in ("server", "network", "for long"))]
+NAMES = [
+    name
+    for name in DISTURBANCES
+    if not any(word in name for word in ("nothing", "server", "network", "for long"))
+]
 
 Outcome = Literal["runs on", "was dumped", "ended and was dumped", "was not restored"]
 

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
+from pipeline.errors import RebuildError
+from pipeline.image.schema import PathRef
+from pipeline.kernel.arch.x86_64 import NR
 from pipeline.kernel.syscalls import CLONE, mount, unshare
-from pipeline.resources.paths import look_up, misnamed, taken_over
+from pipeline.resources.paths import look_up, misnamed, open_inside, taken_over
 from tests.resources.fdharness import Capture, subject
 
 _PRIVATE = 1 << 18 | 1 << 14  # MS_PRIVATE | MS_REC
@@ -105,3 +109,24 @@ def test_who_has_the_name_now(tmp_path: Path) -> None:
     with subject(setup) as child, Capture(child.pid) as capture:
         assert [misnamed(capture.view(fd)) for fd in child.result] == ["its name was removed"] * 2
         assert [taken_over(capture.view(fd)) for fd in child.result] == [False, True]
+
+
+class _Opener:
+    """This process, as one of a tree that opens something and dies."""
+
+    def host_pid(self, _: int) -> int:
+        return os.getpid()
+
+    def inject(self, _: int, number: int, *args: Any) -> int:
+        if number == NR.openat:
+            return os.open(args[1].rstrip(b"\0"), args[2])
+        os.close(args[0])
+        raise RebuildError("it died")
+
+
+def test_nothing_is_kept_of_what_a_process_opened_that_died_then(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(RebuildError, match="it died"):
+        open_inside(1, cast(Any, _Opener()), PathRef(0, os.fsencode(tmp_path / "file")), os.O_RDONLY)
+    assert os.listdir("/proc/self/fd") == before

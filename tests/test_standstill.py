@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,17 +21,19 @@ from pipeline.kernel import procfs
 from pipeline.kernel.statfs import Magic
 from pipeline.kernel.syscalls import CLONE
 from pipeline.ledger import LEDGER
+from pipeline.remote import tracer
 from pipeline.remote.tracer import tracer_thread
 from pipeline.resources import identity
 from pipeline.resources.memory import objects
-from pipeline.stages import ending, examine, freeze
+from pipeline.resources.tasks.refusals import check_task
+from pipeline.stages import capture, ending, examine, freeze
 from pipeline.stages.beforehand import Beforehand
 from pipeline.stages.capture import Capture
 from pipeline.standstill import refuse_early, standstill
 from pipeline.transport.storage import DirectoryStorage
 from tests.harness import firsts
 from tests.harness.settings import DEPTH_1
-from tests.harness.tree import ROOT, Tree
+from tests.harness.tree import PATIENCE_S, ROOT, Tree
 
 pytestmark = pytest.mark.root
 
@@ -244,4 +247,43 @@ def test_nothing_is_imported_while_it_stands_still(
     )
     assert done.returncode == 0, done.stderr
     assert firsts.NONE in done.stdout
+    tree.check()
+
+
+@pytest.mark.parametrize(("mode", "look"), [("stop", 1), ("precopy", 1), ("precopy", 2)])
+def test_whoever_cancels_does_not_wait_for_a_whole_look(
+    start: Callable[..., Tree],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    mode: pipeline.Mode,
+    look: int,
+) -> None:
+    """A tree of hundreds of processes stands still for seconds while it is looked at."""
+    tree = start("processes", DEPTH_1)
+    checked: list[HostPid] = []
+    scope = trio.CancelScope()
+
+    async def main() -> None:
+        token = trio.lowlevel.current_trio_token()
+
+        def check(pid: HostPid, *rest: Any) -> Any:
+            if rest:  # it stands still
+                checked.append(pid)
+                if len(checked) == (look - 1) * len(living) + 1:
+                    token.run_sync_soon(scope.cancel)
+                    until = time.monotonic() + PATIENCE_S
+                    while not tracer._here.given_up.is_set():
+                        assert time.monotonic() < until
+                        time.sleep(0.001)
+            return check_task(pid, *rest)
+
+        monkeypatch.setattr(capture, "check_task", check)
+        with scope:
+            await pipeline.dump(tree.pid, str(tmp_path / "image"), mode=mode)
+
+    living = [pid for pid in tree.pids() if not procfs.is_exiting(HostPid(pid))]
+    trio.run(main)
+    assert scope.cancelled_caught
+    assert len(checked) == (look - 1) * len(living) + 1
+    assert not LEDGER.held()
     tree.check()

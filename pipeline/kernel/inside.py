@@ -59,9 +59,8 @@ def opened(pid: HostPid, act: Callable[[], int]) -> LocalFd:
                 if child == 0:
                     _hand_over(namespace, act, theirs)
             stack.callback(os.waitpid, child, 0)
-            answer, fds, _, _ = socket.recv_fds(ours, 16, 1)
+            answer, fds, _, _ = socket.recv_fds(ours, 16, 1, socket.MSG_CMSG_CLOEXEC)
     if fds:
-        os.set_inheritable(fds[0], False)
         return LocalFd(fds[0])
     code = int(answer or b"1")
     raise OSError(code, os.strerror(code))

@@ -14,12 +14,32 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any, TypeVar
 
 import trio
 
 T = TypeVar("T")
+
+#: `given_up`: set when whoever waits for what the tracer of this thread does was cancelled
+_here = threading.local()
+
+
+class _GivenUp(BaseException):
+    """Ends a function that nobody waits for any more; `Tracer.run` makes a cancellation of it."""
+
+
+def check_cancelled() -> None:
+    """End the function that a thread runs for a task if that was cancelled: where it took nothing, or gives it back.
+
+    For the thread of a tracer, and for those of Trio; in others nothing happens.
+    """
+    given_up = getattr(_here, "given_up", None)
+    if given_up is None:
+        with suppress(RuntimeError):  # no thread of Trio
+            trio.from_thread.check_cancelled()
+    elif given_up.is_set():
+        raise _GivenUp
 
 
 class Tracer:
@@ -37,25 +57,31 @@ class Tracer:
     async def run(self, function: Callable[..., T], *args: Any) -> T:
         """Run `function(*args)` in the tracer's thread and return what it returns.
 
-        Cancellation: shielded, so that what the function took is never lost; functions
-        are therefore short, and long work is handed over in pieces.
+        Cancellation: waits for the end of the function, so that what it took is never lost; functions
+        are therefore short, ask `check_cancelled`, or are handed over in pieces.
         """
-        done = trio.Event()
-        token = trio.lowlevel.current_trio_token()
+        task, token = trio.lowlevel.current_task(), trio.lowlevel.current_trio_token()
         outcome: list[tuple[bool, Any]] = []
+        given_up = threading.Event()
 
         def job() -> None:
+            _here.given_up = given_up
             try:
                 outcome.append((True, function(*args)))
             except BaseException as error:  # noqa: BLE001 - handed to the waiting task
                 outcome.append((False, error))
-            token.run_sync_soon(done.set)
+            token.run_sync_soon(trio.lowlevel.reschedule, task)
+
+        def give_up(_: object) -> trio.lowlevel.Abort:
+            given_up.set()
+            return trio.lowlevel.Abort.FAILED
 
         await trio.lowlevel.checkpoint_if_cancelled()
-        with trio.CancelScope(shield=True):
-            self._work.put(job)
-            await done.wait()
+        self._work.put(job)
+        await trio.lowlevel.wait_task_rescheduled(give_up)
         fine, value = outcome.pop()
+        if isinstance(value, _GivenUp):
+            await trio.lowlevel.checkpoint_if_cancelled()
         if not fine:
             try:
                 raise value

@@ -41,6 +41,7 @@ from pipeline.kernel.arch import x86_64 as arch
 from pipeline.kernel.pagemap import Range
 from pipeline.kernel.syscalls import KCMP, kcmp
 from pipeline.policy import DumpPolicy
+from pipeline.remote.tracer import check_cancelled
 from pipeline.resources import shell_job, tun_file, userfault
 from pipeline.resources.cgroups.capture import CgroupCapture
 from pipeline.resources.held import Held
@@ -252,6 +253,7 @@ class Capture:
         yield from self.namespaces.blockers  # behind the files, which may hold further namespaces
         answers = bool(self._answerers())
         for pid in self.living:
+            check_cancelled()
             with procfs.unless_gone(pid):
                 yield from check_task(pid)
                 yield from directories.check(pid)
@@ -289,6 +291,7 @@ class Capture:
         if not draft:
             blockers += self.files.blockers()
         for pid in self.living:
+            check_cancelled()
             blockers += [
                 *check_task(pid, self._status_of, self._stat_of),
                 *directories.check(pid),
@@ -315,6 +318,7 @@ class Capture:
         processes: list[Process] = []
         captured: dict[int, tuple[HostPid, Captured]] = {}
         for pid in self.tree.pids:
+            check_cancelled()
             process = frozen.processes[pid]
             if process.zombie:
                 zombie = self._zombie(pid)
@@ -427,6 +431,7 @@ class Capture:
         spaces: dict[int, AddressSpace] = {}
         runs: dict[int, Sequence[Range]] = {}
         for number, (pid, memory) in captured.items():
+            check_cancelled()
             spaces[number], runs[number] = memory.space, memory.runs
             parent = by_pid.get(by_pid[pid].parent)
             if parent is not None and planner.late(parent, by_pid[pid]):

@@ -38,6 +38,7 @@ from pipeline.kernel.pagemap import (
 )
 from pipeline.kernel.procfs import ProcessGone
 from pipeline.ledger import LEDGER
+from pipeline.remote.tracer import check_cancelled
 from pipeline.resources.memory import devices, tracking
 from pipeline.resources.memory.alike import private_alike
 from pipeline.resources.memory.capture import watched_by_others
@@ -204,6 +205,7 @@ class LiveMemory:
             for tid in process.tasks
         }
         for source in sources:
+            check_cancelled()
             match source:
                 case ProcessPages(number, pid):
                     tids = [pid, *(tid for tid in tasks[pid] if tid != pid)]

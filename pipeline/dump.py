@@ -27,7 +27,7 @@ from pipeline.image.packing import Compression, Packer
 from pipeline.image.schema import FORMAT_VERSION
 from pipeline.interrupts import interruptible
 from pipeline.policy import DumpPolicy
-from pipeline.precopy import Precopy, Rounds, stored_before
+from pipeline.precopy import Precopy, Rounds, rounds_pay, stored_before
 from pipeline.progress import NullProgress, Progress
 from pipeline.remote.tracer import tracer_thread
 from pipeline.stages import freeze
@@ -188,7 +188,7 @@ async def dump(
             soon as all of it was read, while the rest is still on its way to where it is stored.
         mode: ``stop``: the tree stands still while its memory is written; ``precopy``: its memory is written in rounds
             while it runs, and it stands still for what is left after them. By default ``precopy``, and ``stop`` for a
-            stream, which has no place for rounds.
+            stream, which has no place for rounds, and for a tree of many small processes that goes to a directory.
         max_downtime: how long the tree may stand still after the rounds, in seconds; as far as they can do it.
         max_rounds: how many rounds there may be.
         parent: an earlier image, to whose pages this one refers where they are the same; a restore needs both. Of
@@ -210,13 +210,13 @@ async def dump(
     progress = progress or NullProgress()
     begin = time.monotonic()
     storage = open_storage(to)
-    if mode is None:
-        mode = "precopy" if storage.has_manifest else "stop"
+    if mode is None and not storage.has_manifest:
+        mode = "stop"
     if mode == "precopy" and not storage.has_manifest:
         raise UsageError(
             "--mode precopy stores pages before the records, for which a stream has no place: give --to"
         )
-    if parent is not None and mode != "precopy":
+    if parent is not None and mode == "stop":
         raise UsageError("--parent compares memory while the tree runs: it needs --mode precopy")
     await storage.require_free()
     place = storage.place if isinstance(storage, DirectoryStorage) else ""
@@ -228,6 +228,10 @@ async def dump(
         way = before.enter_context(trio.CancelScope())
         known = before.enter_context(Beforehand())
         await refuse_early(pid, externals, policy, known)
+        if mode is None:
+            # how fast a store is cannot be known
+            at_once = place and parent is None and not await rounds_pay(pid)
+            mode = "stop" if at_once else "precopy"
         before_s = time.monotonic()
         tracer = await before.enter_async_context(tracer_thread())
         precopy: Precopy | None = None

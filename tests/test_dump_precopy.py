@@ -15,6 +15,7 @@ import pytest
 import trio
 
 import pipeline
+from pipeline.precopy import rounds_pay
 from pipeline.progress import NullProgress, Round
 from pipeline.stages import freeze
 from tests.harness.carry import unharmed
@@ -202,3 +203,37 @@ def test_interrupted_in_the_rounds_it_goes_on_and_nothing_is_left(
     assert process.returncode == 130, rest
     assert not image.exists() or not list(image.iterdir())
     tree.check()
+
+
+#: processes, each with little of its own; what they share is touched by the first, and is as large as the argument says
+_FAMILY = """
+import mmap, os, signal, sys
+shared = mmap.mmap(-1, int(sys.argv[1]))
+shared.write(b"x" * int(sys.argv[1]))
+children = [os.fork() or signal.pause() for _ in range(30)]
+print("ready", flush=True)
+signal.pause()
+"""
+
+
+@pytest.mark.parametrize(("shared_bytes", "pays"), [(4096, False), (64 << 20, True)])
+def test_rounds_are_for_memory_that_takes_longer_than_a_look(shared_bytes: int, *, pays: bool) -> None:
+    """Shared memory is not part of the processes' own, and is written all the same."""
+    command = [sys.executable, "-c", _FAMILY, str(shared_bytes)]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, start_new_session=True
+    ) as family:
+        try:
+            assert family.stdout is not None
+            assert family.stdout.readline() == b"ready\n"
+            assert trio.run(rounds_pay, family.pid) is pays
+        finally:
+            os.killpg(family.pid, signal.SIGKILL)
+
+
+def test_many_small_processes_are_dumped_at_one_stop(start: Callable[..., Tree], tmp_path: Path) -> None:
+    tree = start("crowd", DEPTH_1, ("1", "40"))
+    with unharmed(tree):
+        done = engine("dump", "--pid", tree.pid, "--to", tmp_path / "image", "--leave-running", "--json")
+        assert done.returncode == 0, said(done)
+    assert "dirty-sync-count" not in json.loads(done.stdout)["figures"]

@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--mode",
         choices=("stop", "precopy"),
         help="when memory is written: while the tree stands still, or before that in rounds "
-        "(default: precopy; for --to -, stop)",
+        "(default: precopy; for --to -, and for many processes of less than a MB each, stop)",
     )
     pacing.add_rounds(parser)
     parser.add_argument(

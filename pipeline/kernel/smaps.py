@@ -26,6 +26,9 @@ _PAGE_SIZE = re.compile(rb"\nKernelPageSize: +(\d+) kB$", re.MULTILINE)
 _HUGE = re.compile(rb"\nAnonHugePages: +[1-9]")
 _SWAPPED = re.compile(rb"^Swap: +(\d+) kB$", re.MULTILINE)
 _SHARE = re.compile(rb"^Pss_Anon: +(\d+) kB$", re.MULTILINE)
+_WRITTEN = re.compile(
+    rb"^(?:Pss_Anon|Pss_Shmem|SwapPss|Shared_Hugetlb|Private_Hugetlb): +(\d+) kB$", re.MULTILINE
+)
 _KIB = 1024
 #: lines that are kept: forks, libraries, and the second look at a process show the same ones
 _KEPT_LINES = 1 << 14
@@ -170,14 +173,18 @@ def anonymous_share(pid: HostPid) -> int:
     return _rolled_up(pid, _SHARE)
 
 
+def written_share(pid: HostPid) -> int:
+    """As `anonymous_share`, with what is swapped, shared or of mapped tmpfs files, and all huge pages of hugetlbfs."""
+    return _rolled_up(pid, _WRITTEN)
+
+
 def swapped_bytes(pid: HostPid) -> int:
     """Bytes of the memory of a process that are swapped out; 0 for a zombie. Raises as `maps` does."""
     return _rolled_up(pid, _SWAPPED)
 
 
 def _rolled_up(pid: HostPid, line: re.Pattern[bytes]) -> int:
-    found = line.search(procfs.read_file(pid, "smaps_rollup"))
-    return int(found[1]) * _KIB if found else 0
+    return _KIB * sum(map(int, line.findall(procfs.read_file(pid, "smaps_rollup"))))
 
 
 def exact_name(pid: HostPid, mapping: Mapping) -> bytes:

@@ -38,7 +38,7 @@ from pipeline.transport.buffers import BUFFER_BYTES, BUFFERS, BufferPool
 from pipeline.transport.framing import FrameWriter
 from pipeline.transport.index import indexed
 from pipeline.transport.manifest import Manifest, write_manifest
-from pipeline.transport.storage import IMAGE, INDEX, DirectoryStorage, Storage, open_storage
+from pipeline.transport.storage import IMAGE, INDEX, MANIFEST, DirectoryStorage, Storage, open_storage
 from pipeline.userns.externals import Externals
 
 Leave = Literal["end", "running", "stopped"]
@@ -78,6 +78,7 @@ async def _store(
         room_bytes: about as much will be written while the tree stands still.
         write: writes records and pages, to their end; returns the bytes of pages.
     """
+    begun = [IMAGE, INDEX]
     try:
         async with indexed(storage, IMAGE, packer, pool, room_bytes) as writer:
             page_bytes = await write(writer)
@@ -86,11 +87,12 @@ async def _store(
         await trio.lowlevel.checkpoint_if_cancelled()
         way.shield = True
         manifest = Manifest(FORMAT_VERSION, writer.bytes_written, page_bytes, writer.index_bytes)
+        begun.insert(0, MANIFEST)
         await write_manifest(storage, manifest)
     except BaseException:
         with trio.CancelScope(shield=True):
-            await storage.discard(IMAGE)
-            await storage.discard(INDEX)
+            for name in begun:
+                await storage.discard(name)
         raise
     return manifest
 
@@ -232,6 +234,7 @@ async def dump(
             # how fast a store is cannot be known
             at_once = place and parent is None and not await rounds_pay(pid)
             mode = "stop" if at_once else "precopy"
+        await before.enter_async_context(storage.claimed())
         before_s = time.monotonic()
         tracer = await before.enter_async_context(tracer_thread())
         precopy: Precopy | None = None

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import os
 import queue
+import secrets
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
 from datetime import timedelta
@@ -31,7 +32,7 @@ import trio
 
 from pipeline.errors import ImageError, StorageError, UsageError
 from pipeline.transport.framing import ByteSink, ByteSource
-from pipeline.transport.storage import MANIFEST, RangeSource
+from pipeline.transport.storage import CLAIM, MANIFEST, RangeSource, claimed_by_another
 
 _PART_BYTES = 8 << 20
 #: how long a store is waited for that is to forget what was begun
@@ -209,6 +210,47 @@ class ObjectStorage:
             raise StorageError(f"{self.name}: {_brief(error)}") from error
         if taken:
             raise UsageError(f"{self.name} holds an image already; give another prefix, or remove it")
+
+    @asynccontextmanager
+    async def claimed(self) -> AsyncIterator[None]:
+        """See `Storage.claimed`; where the store writes objects on conditions, as S3 does since 2024."""
+        token = secrets.token_bytes(16)
+        try:
+            is_ours = await trio.to_thread.run_sync(self._claim, token, abandon_on_cancel=True)
+        except StorageError:
+            raise
+        except BaseException as error:
+            self.remains.append(CLAIM)
+            if isinstance(error, Exception):
+                raise StorageError(f"{self.name}/{CLAIM}: {_brief(error)}") from error
+            raise
+        if not is_ours:
+            raise UsageError(claimed_by_another(self.name))
+        try:
+            await self.require_free()
+            yield
+        finally:
+            with trio.CancelScope(shield=True):
+                await self.discard(CLAIM)
+
+    def _claim(self, token: bytes) -> bool:
+        """Write the claim; whether it is ours. In a worker thread."""
+        import obstore
+        from obstore.exceptions import AlreadyExistsError
+
+        store, path = self._make_store(retry_config=_RETRY), self._path(CLAIM)
+        try:
+            obstore.put(store, path, token, mode="create", use_multipart=False)
+        except AlreadyExistsError:
+            # maybe an answer was lost, and it was asked for again
+            with suppress(FileNotFoundError):
+                return bytes(obstore.get(store, path).bytes()) == token
+            return False
+        except Exception as error:
+            if "501 Not Implemented" not in _brief(error):
+                raise
+            obstore.put(store, path, token, use_multipart=False)
+        return True
 
     @asynccontextmanager
     async def create(self, name: str, room_bytes: int = 0) -> AsyncIterator[ByteSink]:

@@ -16,6 +16,7 @@ Source: rename(2), fsync(2).
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
@@ -36,6 +37,8 @@ IMAGE = "image"
 INDEX = "index"
 LAYER = "pages"
 MANIFEST = "manifest"
+#: is there while an image is written
+CLAIM = "writing"
 
 
 def index_of(name: str) -> str:
@@ -74,8 +77,15 @@ class Storage(Protocol):
     async def require_free(self) -> None:
         """Raise UsageError if there is an image already."""
 
+    def claimed(self) -> AbstractAsyncContextManager[None]:
+        """Let nobody else write an image here within the block: of two trees, one would be in none.
+
+        Raises:
+            UsageError: there is an image already, or somebody else is writing one.
+        """
+
     def create(self, name: str, room_bytes: int = 0) -> AbstractAsyncContextManager[ByteSink]:
-        """Write an object; it exists when the block ends well, and not at all otherwise.
+        """Write an object; it exists when the block ends well, and not at all otherwise. Within `claimed`.
 
         Args:
             room_bytes: about as much will be written; a place that can makes ready for it before the block begins.
@@ -145,15 +155,17 @@ class DirectoryStorage:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._is_made = False
         self.name = str(path)
         #: where it is, for who comes from another directory
         self.place = str(path.absolute())
 
     async def require_free(self) -> None:
         """See `Storage.require_free`; makes nothing."""
+        self._require_free(set())
+
+    def _require_free(self, ours: set[str]) -> None:
         try:
-            there = set(os.listdir(self._path))
+            there = set(os.listdir(self._path)) - ours
         except FileNotFoundError:
             there = set()
         except NotADirectoryError:
@@ -162,6 +174,8 @@ class DirectoryStorage:
             raise UsageError(f"{self.name}: {said(error)}") from None
         if there & {MANIFEST, IMAGE, LAYER}:
             raise UsageError(f"{self.name} holds an image already; give --to a new directory, or remove it")
+        if CLAIM in there:
+            raise UsageError(claimed_by_another(self.name))
         if there:
             raise UsageError(f"{self.name} is not empty; give --to a new directory, or empty it")
         above = _nearest_there(self._path)
@@ -169,12 +183,33 @@ class DirectoryStorage:
             raise UsageError(f"{self.name}: no file can be made in {above}; give --to another place")
 
     @asynccontextmanager
-    async def create(self, name: str, room_bytes: int = 0) -> AsyncIterator[ByteSink]:
-        """See `Storage.create`."""
+    async def claimed(self) -> AsyncIterator[None]:
+        """See `Storage.claimed`. A directory that is made for it is not left without an image."""
+        claim = self._path / CLAIM
         made = not self._path.exists()
-        self._is_made |= made
         try:
             self._path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            os.close(os.open(claim, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+        except OSError as error:
+            if error.errno == errno.EEXIST and self._path.is_dir():
+                raise UsageError(claimed_by_another(self.name)) from None
+            raise StorageError(f"{self.name}: {said(error)}") from error
+        LEDGER.take("claimed place", claim)
+        try:
+            self._require_free({CLAIM})
+            yield
+        finally:
+            with suppress(FileNotFoundError):
+                claim.unlink()
+            if made:
+                with suppress(OSError):
+                    self._path.rmdir()  # only succeeds if nothing came into being
+            LEDGER.give_back("claimed place", claim)
+
+    @asynccontextmanager
+    async def create(self, name: str, room_bytes: int = 0) -> AsyncIterator[ByteSink]:
+        """See `Storage.create`."""
+        try:
             temporary = self._path / f".{name}.{os.getpid()}.partial"
             fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         except OSError as error:
@@ -189,9 +224,6 @@ class DirectoryStorage:
             os.close(fd)
             with suppress(FileNotFoundError):
                 temporary.unlink()
-            if made:
-                with suppress(OSError):
-                    self._path.rmdir()  # only succeeds if nothing came into being
             LEDGER.give_back("partial file", temporary)
 
     def _complete(self, name: str, sink: LateFileSink, temporary: Path, has_room: bool) -> None:
@@ -243,9 +275,14 @@ class DirectoryStorage:
         """See `Storage.discard`."""
         with suppress(OSError):
             (self._path / name).unlink()
-        if self._is_made:
-            with suppress(OSError):
-                self._path.rmdir()  # only succeeds if nothing is left
+
+
+def claimed_by_another(place: str) -> str:
+    """What is said of a place where somebody else is writing an image."""
+    return (
+        f"{place}: another dump is writing an image there; give --to another place, or, "
+        f"if it was killed, remove what it has left ({CLAIM}, and what is beside it)"
+    )
 
 
 def _nearest_there(path: Path) -> Path:

@@ -75,6 +75,11 @@ class StreamStorage:
             raise UsageError("standard output is a terminal; redirect it to a file or a pipe")
 
     @asynccontextmanager
+    async def claimed(self) -> AsyncIterator[None]:
+        """Nobody else knows of it."""
+        yield
+
+    @asynccontextmanager
     async def create(self, name: str, room_bytes: int = 0) -> AsyncIterator[ByteSink]:
         """See `Storage.create`."""
         fd = _without_blocking(1)

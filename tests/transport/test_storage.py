@@ -17,7 +17,8 @@ from pipeline.ids import LocalFd
 from pipeline.kernel import syscalls
 from pipeline.ledger import LEDGER
 from pipeline.transport import files, storage
-from pipeline.transport.storage import IMAGE, MANIFEST, Storage, open_storage
+from pipeline.transport.storage import CLAIM, IMAGE, MANIFEST, Storage, open_storage
+from tests.harness import object_store, odd_store
 from tests.harness.wire import Wire
 
 MIB = 1 << 20
@@ -42,11 +43,21 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 NUMBERS = count()
 
 
-async def fill(storage: Storage, data: bytes, error: Exception | None = None) -> None:
-    async with storage.create(IMAGE) as sink:
+async def write(storage: Storage, name: str, data: bytes) -> None:
+    """Write an object into a storage that is claimed."""
+    async with storage.create(name) as sink:
         await sink.write(data)
-        if error is not None:
-            raise error
+
+
+async def fill(storage: Storage, data: bytes) -> None:
+    async with storage.claimed():
+        await write(storage, IMAGE, data)
+
+
+async def begin_to_fill(storage: Storage, data: bytes) -> None:
+    async with storage.claimed(), storage.create(IMAGE) as sink:
+        await sink.write(data)
+        raise ZeroDivisionError
 
 
 async def content_of(storage: Storage, name: str, step: int = MIB) -> bytes:
@@ -60,7 +71,7 @@ async def content_of(storage: Storage, name: str, step: int = MIB) -> bytes:
 async def test_what_is_written_small_and_large_stays_in_order(url: str) -> None:
     storage = open_storage(url)
     parts = [os.urandom(size) for size in (5, 100, MIB, 3, 60 << 10, 5 << 10, 0, 64 << 10, 1, MIB, 7)]
-    async with storage.create(IMAGE) as sink:
+    async with storage.claimed(), storage.create(IMAGE) as sink:
         await sink.write(*parts[:2])
         for part in parts[2:]:
             await sink.write(part)
@@ -70,7 +81,7 @@ async def test_what_is_written_small_and_large_stays_in_order(url: str) -> None:
 @pytest.mark.parametrize("size", [0, 1, 20 * MIB + 5])
 async def test_what_was_written_is_read(url: str, size: int):
     storage, data = open_storage(url), os.urandom(size)
-    async with storage.create(IMAGE) as sink:
+    async with storage.claimed(), storage.create(IMAGE) as sink:
         for start in range(0, size, 3 * MIB):
             await sink.write(
                 memoryview(data)[start : start + 3], memoryview(data)[start + 3 : start + 3 * MIB]
@@ -82,7 +93,7 @@ async def test_what_was_written_is_read(url: str, size: int):
 async def test_an_error_while_writing_leaves_nothing_and_is_itself_seen(url: str, size: int):
     storage, held = open_storage(url), LEDGER.held()
     with pytest.raises(ZeroDivisionError):
-        await fill(storage, bytes(size), ZeroDivisionError())
+        await begin_to_fill(storage, bytes(size))
     with pytest.raises(ImageError):
         await content_of(storage, IMAGE)
     await open_storage(url).require_free()
@@ -92,7 +103,7 @@ async def test_an_error_while_writing_leaves_nothing_and_is_itself_seen(url: str
 async def test_a_cancelled_write_leaves_nothing(url: str):
     storage = open_storage(url)
     with trio.CancelScope() as scope:
-        async with storage.create(IMAGE) as sink:
+        async with storage.claimed(), storage.create(IMAGE) as sink:
             await sink.write(bytes(20 * MIB))
             scope.cancel()
             await trio.sleep_forever()
@@ -104,11 +115,48 @@ async def test_a_cancelled_write_leaves_nothing(url: str):
 async def test_an_image_that_is_there_is_not_overwritten(url: str):
     storage = open_storage(url)
     await storage.require_free()
-    for name in (IMAGE, MANIFEST):
-        async with storage.create(name) as sink:
-            await sink.write(b"{}")
+    async with storage.claimed():
+        for name in (IMAGE, MANIFEST):
+            await write(storage, name, b"{}")
     with pytest.raises(UsageError, match="holds an image already"):
         await open_storage(url).require_free()
+    with pytest.raises(UsageError, match="holds an image already"):
+        async with open_storage(url).claimed():
+            pytest.fail("it is claimed")
+
+
+async def test_two_cannot_write_one_image(url: str):
+    """Whichever was asked first whether there is an image: of two trees one would be in none."""
+    one, other = open_storage(url), open_storage(url)
+    await one.require_free()
+    await other.require_free()
+    async with one.claimed():
+        await write(one, IMAGE, b"one")
+        with pytest.raises(UsageError, match="another dump is writing an image there"):
+            async with other.claimed():
+                pytest.fail("it is claimed twice")
+        await write(one, MANIFEST, b"{}")
+    assert await content_of(open_storage(url), IMAGE) == b"one"
+    with pytest.raises(ImageError):
+        await content_of(open_storage(url), CLAIM)
+
+
+async def test_a_store_without_conditions_is_used_all_the_same(monkeypatch: pytest.MonkeyPatch):
+    with odd_store.running("knows no conditions") as server:
+        object_store.use(server.endpoint, monkeypatch)
+        async with open_storage("s3://images/odd").claimed():
+            assert list(server.objects) == ["/images/odd/writing"]
+        assert not server.objects
+
+
+async def test_a_place_is_claimed_once_where_an_answer_is_lost(monkeypatch: pytest.MonkeyPatch):
+    """It is asked for again, and there is a claim by then: our own."""
+    with odd_store.running("loses an answer") as server:
+        object_store.use(server.endpoint, monkeypatch)
+        async with open_storage("s3://images/odd").claimed():
+            assert server.lost
+            assert list(server.objects) == ["/images/odd/writing"]
+        assert not server.objects
 
 
 async def test_no_image(url: str):
@@ -118,16 +166,14 @@ async def test_no_image(url: str):
 
 async def test_an_image_without_its_manifest_is_not_complete(url: str):
     storage = open_storage(url)
-    async with storage.create(IMAGE) as sink:
-        await sink.write(b"frames")
+    await fill(storage, b"frames")
     with pytest.raises(ImageError, match="complete"):
         await content_of(storage, MANIFEST)
 
 
 async def test_discard_is_idempotent(url: str):
     storage = open_storage(url)
-    async with storage.create(IMAGE) as sink:
-        await sink.write(b"frames")
+    await fill(storage, b"frames")
     await storage.discard(IMAGE)
     await storage.discard(IMAGE)
     with pytest.raises(ImageError):
@@ -142,7 +188,7 @@ def test_a_place_that_is_none_is_refused(text: str):
 
 async def test_files_of_an_image_are_for_their_owner_only(tmp_path: Path):
     storage = open_storage(str(tmp_path / "deep" / "image"))
-    async with storage.create(IMAGE) as sink:
+    async with storage.claimed(), storage.create(IMAGE) as sink:
         await sink.write(b"memory")
     assert (tmp_path / "deep" / "image" / IMAGE).stat().st_mode & 0o777 == 0o600
     assert (tmp_path / "deep" / "image").stat().st_mode & 0o777 == 0o700
@@ -201,7 +247,7 @@ async def test_room_is_made_before_something_is_written_and_what_is_too_much_giv
     tmp_path: Path, steps: list[tuple[int, int]]
 ):
     storage = open_storage(str(tmp_path / "image"))
-    async with storage.create(IMAGE, 3 * MIB + 1) as sink:
+    async with storage.claimed(), storage.create(IMAGE, 3 * MIB + 1) as sink:
         fd = sink.fd  # type: ignore[attr-defined]
         assert taken_bytes(fd) > 3 * MIB
         assert os.fstat(fd).st_size == 0
@@ -224,7 +270,7 @@ async def test_a_disk_without_so_much_room_takes_what_it_can(
 
     monkeypatch.setattr(files, "fallocate", fallocate)
     storage = open_storage(str(tmp_path / "image"))
-    async with storage.create(IMAGE, 3 * MIB) as sink:
+    async with storage.claimed(), storage.create(IMAGE, 3 * MIB) as sink:
         assert taken_bytes(sink.fd) == 0  # type: ignore[attr-defined]
         await sink.write(b"memory")
     assert await content_of(storage, IMAGE) == b"memory"
@@ -240,7 +286,7 @@ async def test_room_is_not_taken_from_others(
     for size, is_made in ((3 * MIB, True), (3 * MIB + 1, False)):
         steps.clear()
         storage = open_storage(str(tmp_path / str(size)))
-        async with storage.create(IMAGE, size) as sink:
+        async with storage.claimed(), storage.create(IMAGE, size) as sink:
             await sink.write(b"memory")
         assert bool(steps) == is_made
         assert await content_of(storage, IMAGE) == b"memory"
@@ -255,7 +301,8 @@ async def test_cancelled_while_room_is_made_nothing_is_left(
             "fallocate",
             lambda *step: steps.append(step[1:]) or trio.from_thread.run_sync(scope.cancel),
         )
-        async with open_storage(str(tmp_path / "image")).create(IMAGE, 3 * MIB):
+        storage = open_storage(str(tmp_path / "image"))
+        async with storage.claimed(), storage.create(IMAGE, 3 * MIB):
             pytest.fail("it is written to")
     assert scope.cancelled_caught
     assert steps == [(0, MIB)]
@@ -263,7 +310,7 @@ async def test_cancelled_while_room_is_made_nothing_is_left(
 
 
 async def overfill(storage: Storage) -> None:
-    async with storage.create(IMAGE) as sink:
+    async with storage.claimed(), storage.create(IMAGE) as sink:
         full = os.open("/dev/full", os.O_WRONLY | os.O_CLOEXEC)
         try:
             os.dup2(full, sink.fd, inheritable=False)  # type: ignore[attr-defined]
@@ -279,7 +326,9 @@ async def test_a_bucket_that_does_not_exist_is_a_storage_error(s3: str):
 
 async def put(url: str, data: bytes) -> None:
     """Write an object, or replace it."""
-    await fill(open_storage(url), data)
+    storage = open_storage(url)
+    await storage.discard(IMAGE)
+    await fill(storage, data)
 
 
 async def test_any_place_is_read_by_several_at_once(url: str):

@@ -23,6 +23,7 @@ import trio
 from msgspec import Struct
 
 from pipeline.errors import PipelineError, StorageError, UsageError, ungrouped
+from pipeline.ids import HostPid
 from pipeline.image.packing import Compression, Packer
 from pipeline.image.schema import FORMAT_VERSION
 from pipeline.interrupts import interruptible
@@ -32,6 +33,7 @@ from pipeline.progress import NullProgress, Progress
 from pipeline.remote.tracer import tracer_thread
 from pipeline.stages import freeze
 from pipeline.stages.beforehand import Beforehand
+from pipeline.stages.image_place import check_place
 from pipeline.stages.write import InOrder, write_image, write_translated
 from pipeline.standstill import Standstill, private_bytes, refuse_early, standstill, warm
 from pipeline.transport.buffers import BUFFER_BYTES, BUFFERS, BufferPool
@@ -235,6 +237,8 @@ async def dump(
             at_once = place and parent is None and not await rounds_pay(pid)
             mode = "stop" if at_once else "precopy"
         await before.enter_async_context(storage.claimed())
+        if place:
+            await trio.to_thread.run_sync(lambda: check_place(place, freeze.walk(HostPid(pid))))
         before_s = time.monotonic()
         tracer = await before.enter_async_context(tracer_thread())
         precopy: Precopy | None = None

@@ -1,11 +1,14 @@
-"""One place holds the image of one tree: whoever else dumps there is refused, and what fails last is no image."""
+"""Where the image of a tree may be: one for each place, in what outlives the tree; and what fails last is no image."""
 
 from __future__ import annotations
 
 import errno
 import importlib
 import os
-from collections.abc import Callable
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -20,7 +23,7 @@ from pipeline.transport.manifest import Manifest
 from pipeline.transport.storage import MANIFEST, DirectoryStorage, Storage
 from tests.harness.carry import unharmed
 from tests.harness.settings import DEPTH_0, DEPTH_2, Setting
-from tests.harness.tree import Tree, engine, restore, said
+from tests.harness.tree import ROOT, Tree, engine, restore, said
 
 pytestmark = pytest.mark.root
 
@@ -82,3 +85,60 @@ def test_a_manifest_that_fails_at_its_very_end_leaves_no_image(
         blocking.dump(tree.pid, str(image))
     assert not image.exists()
     assert not LEDGER.held()
+
+
+#: mounts a tmpfs that nobody else sees, and an overlay of it
+_MOUNTING = """
+set -e
+mount -t tmpfs none "$1"
+cd "$1"
+mkdir lower upper work over
+mount -t overlay -o "lowerdir=$1/lower,upperdir=$1/upper,workdir=$1/work" none over
+cd /
+touch "$1/ready"
+exec sleep 1000
+"""
+
+
+@pytest.fixture
+def mounted(tmp_path: Path) -> Iterator[tuple[int, Path]]:
+    """A process that has mounted file systems for itself, and where in its mount namespace."""
+    point = tmp_path / "mounted"
+    point.mkdir()
+    command = ["unshare", "--mount", "--propagation=private", "sh", "-c", _MOUNTING, "sh", str(point)]
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
+        try:
+            while not os.path.exists(f"/proc/{process.pid}/root{point}/ready"):
+                assert process.poll() is None
+                time.sleep(0.01)
+            yield process.pid, point
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize("place", ["image", "over/image", "over"])
+def test_an_image_does_not_go_where_it_would_end_with_its_tree(mounted: tuple[int, Path], place: str) -> None:
+    pid, point = mounted
+    where = Path(f"/proc/{pid}/root{point}/{place}")
+    done = engine("dump", "--pid", pid, "--to", where, "--leave-running")
+    assert done.returncode == 2, said(done)
+    assert f"{where} is in a file system that only the tree has mounted" in done.stderr
+    assert not where.exists() or not list(where.iterdir())
+
+
+@pytest.mark.parametrize("stays", [True, False])
+def test_who_dumps_from_within_may_if_somebody_stays_there(mounted: tuple[int, Path], stays: bool) -> None:
+    """Somebody who is not of the tree, and not the command itself: a shell."""
+    pid, point = mounted
+    dump = f"{sys.executable} -m pipeline dump --pid {pid} --to {point}/image --leave-running"
+    shell = f"cd {ROOT}; {dump}; exit $?" if stays else f"cd {ROOT}; exec {dump}"
+    done = subprocess.run(
+        ["nsenter", f"--target={pid}", "--mount", "sh", "-c", shell],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == (0 if stays else 2), done.stderr
+    assert ("only the tree has mounted" in done.stderr) != stays
+    assert os.path.exists(f"/proc/{pid}/root{point}/image/manifest") == stays

@@ -25,6 +25,10 @@ class UsageError(PipelineError):
     exit_code = 2
 
 
+#: so many blockers that differ in the subject alone are told
+_ALIKE = 3
+
+
 @dataclass(frozen=True, slots=True, order=True)
 class Blocker:
     """One reason why a tree cannot be carried.
@@ -46,13 +50,25 @@ class Blocker:
 
 
 class Refused(PipelineError):
-    """Refused before anything was touched; every blocker is named (exit code 3)."""
+    """Refused before anything was touched (exit code 3). `blockers`: all; of many that are alike the text has some."""
 
     exit_code = 3
 
     def __init__(self, blockers: Iterable[Blocker]) -> None:
         self.blockers = tuple(sorted(set(blockers)))
-        super().__init__("refused:\n" + "\n".join(f"  {blocker}" for blocker in self.blockers))
+        super().__init__("\n  ".join(["refused:", *_told(self.blockers)]))
+
+
+def _told(blockers: Iterable[Blocker]) -> Iterator[str]:
+    """A line for each; of those that differ in the subject alone, for the first ones."""
+    alike: dict[tuple[str, str], list[Blocker]] = {}
+    for blocker in blockers:
+        alike.setdefault((blocker.reason, blocker.remedy), []).append(blocker)
+    for (reason, _), group in alike.items():
+        shown = group if len(group) <= _ALIKE + 1 else group[:_ALIKE]  # a line for one more can name it
+        yield from map(str, shown)
+        if more := len(group) - len(shown):
+            yield f"and {more} more: {reason}"
 
 
 class InDoubt(PipelineError):

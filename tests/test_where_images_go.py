@@ -105,7 +105,8 @@ def mounted(tmp_path: Path) -> Iterator[tuple[int, Path]]:
     """A process that has mounted file systems for itself, and where in its mount namespace."""
     point = tmp_path / "mounted"
     point.mkdir()
-    command = ["unshare", "--map-root-user", "--mount", "--propagation=private", "sh", "-c", _MOUNTING, "sh", str(point)]
+    alone = ["unshare", "--map-root-user", "--mount", "--propagation=private"]
+    command = [*alone, "sh", "-c", _MOUNTING, "sh", str(point)]
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
         try:
             while not os.path.exists(f"/proc/{process.pid}/root{point}/ready"):

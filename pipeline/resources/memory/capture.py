@@ -229,7 +229,7 @@ def _refuse_watched(mapping: Mapping, answered: Sequence[Range]) -> None:
         what = ", ".join(name for flag, name in _WATCHED_FOR.items() if flag in mapping.flags)
         raise CannotCarry(
             f"is watched by a userfaultfd ({what}) that no process of the tree has",
-            "end who handles its page faults",
+            "wait for the dump or migration that is under way, or end who handles its page faults",
         )
 
 

@@ -37,7 +37,7 @@ def test_a_tree_is_in_one_place(
     journey = Journey(*hosts, tree, secret, mode)
     journey.go()
     dice = random.Random(name)
-    for _ in range(_TIMES_LONG if "for long" in name else _TIMES):
+    for _ in range(_TIMES_LONG if "stopped" in name else _TIMES):
         if journey.disturb(dice, name) == "lost":
             break
 

@@ -1,4 +1,4 @@
-"""Where events go: written at once or kept for a moment, never waited for.
+"""Where events and progress go: written at once or kept for a moment, never waited for.
 
 Whoever reads may be slow, or gone. A pipe or a terminal is opened once more for this, without blocking: the flag
 belongs to the opening, so that others who write there do not notice. What does not fit is kept, up to
@@ -7,6 +7,7 @@ belongs to the opening, so that others who write there do not notice. What does 
 
 from __future__ import annotations
 
+import io
 import os
 import select
 import socket
@@ -105,3 +106,27 @@ class Outlet:
             raise BlockingIOError
         # a pipe that is ready has room for so much
         return os.write(self._own, data[: select.PIPE_BUF])
+
+
+class Screen(io.TextIOBase):
+    """A terminal behind an outlet, for what draws on it; the outlet stays its owner's."""
+
+    encoding = "utf-8"
+
+    def __init__(self, outlet: Outlet) -> None:
+        self._outlet = outlet
+
+    def isatty(self) -> bool:
+        """It is one."""
+        return True
+
+    def write(self, text: str) -> int:
+        """See `Outlet.put`."""
+        self._outlet.put(text.encode(errors="backslashreplace"))
+        return len(text)
+
+    @property
+    def keeps_up(self) -> bool:
+        """All that was drawn is on the terminal."""
+        self._outlet.put(b"")  # it may have room by now
+        return self._outlet.keeps_up

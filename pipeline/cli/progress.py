@@ -12,7 +12,8 @@ from __future__ import annotations
 import os
 import sys
 import time
-from typing import TYPE_CHECKING
+from contextlib import ExitStack
+from typing import IO, TYPE_CHECKING, cast
 
 from pipeline.amounts import milliseconds, size
 from pipeline.cli import render
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
     from pipeline.cli.eventlog import EventLog
+    from pipeline.cli.outlet import Screen
     from pipeline.progress import Round
 
 #: what `migrate` says, once, when it comes to these phases
@@ -110,6 +112,7 @@ class Terminal:
         self._phase = "setup"
         self._next = time.monotonic() + PATIENCE_S
         self._bar: Bar | None = None
+        self._screen: Screen | None = None
         self._task: TaskID | None = None
 
     def __enter__(self) -> Self:
@@ -124,7 +127,7 @@ class Terminal:
     def phase(self, name: str) -> None:
         self._phase = name
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, description=f"{self._command}: {name}", refresh=True)
+            self._bar.update(self._task, description=f"{self._command}: {name}", refresh=self._keeps_up)
 
     def advance(self, bytes_done: int, bytes_total: int | None) -> None:
         now = time.monotonic()
@@ -132,11 +135,15 @@ class Terminal:
             return
         self._next = now + REDRAW_EVERY_S
         if self._bar is None:
-            self._bar = _make_bar()
+            self._screen, self._bar = _make_bar()
             self._task = self._bar.add_task(f"{self._command}: {self._phase}", total=None)
             self._bar.start()
         assert self._task is not None
-        self._bar.update(self._task, completed=bytes_done, total=bytes_total, refresh=True)
+        self._bar.update(self._task, completed=bytes_done, total=bytes_total, refresh=self._keeps_up)
+
+    @property
+    def _keeps_up(self) -> bool:
+        return self._screen is None or self._screen.keeps_up
 
     def round(self, ended: Round) -> None:
         if self._bar is not None:
@@ -148,21 +155,26 @@ class Terminal:
         """The figures at the end have it."""
 
 
-def _make_bar() -> Bar:
+def _make_bar() -> tuple[Screen | None, Bar]:
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
     from rich.progress import Progress as Bar
 
-    return Bar(
+    from pipeline.cli.outlet import Screen
+
+    outlet = render.outlet_of(sys.stderr)
+    screen = Screen(outlet) if outlet is not None else None
+    bar = Bar(
         TextColumn("{task.description}"),
         BarColumn(),
         DownloadColumn(),
         TransferSpeedColumn(),
         TimeRemainingColumn(),
-        console=Console(stderr=True),
+        console=Console(file=cast("IO[str]", screen)) if screen is not None else Console(stderr=True),
         auto_refresh=False,
         transient=True,
     )
+    return screen, bar
 
 
 class Elsewhere(SystemExit):
@@ -183,8 +195,10 @@ class Listener:
         self._shown = shown
         self._log = log
         self._warnings = dict(_WARNINGS) if command == "migrate" else {}
+        self._unwaited = ExitStack()
 
     def __enter__(self) -> Self:
+        self._unwaited.enter_context(render.unwaited())
         return self
 
     def __exit__(
@@ -198,6 +212,7 @@ class Listener:
         if self._shown is not None:
             self._shown.__exit__(None, None, None)
             self._shown = None
+        self._unwaited.close()
 
     def phase(self, name: str) -> None:
         for one in (self._shown, self._log):

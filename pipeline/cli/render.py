@@ -1,14 +1,24 @@
-"""Text for people on stderr, results on stdout; one JSON document with ``--json``."""
+"""Text for people on stderr, results on stdout; one JSON document with ``--json``.
+
+While a command is at work nobody who reads is waited for (`unwaited`): a tree may stand still, and a terminal that ^S
+has stopped, a pager, or a connection that is gone would keep it so.
+"""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any, TextIO
 
 from pipeline import amounts
 from pipeline.errors import Blocker, InDoubt, PipelineError, Refused
 
+if TYPE_CHECKING:
+    from pipeline.cli.outlet import Outlet
+
+#: the streams of this process, while nobody is waited for, and where their lines go: made for the first one
+_unwaited: dict[TextIO, Outlet | None] = {}
 #: who hears what is said to a person, and whether that is instead of stderr
 _hearer: Callable[[str], None] | None = None
 _instead = False
@@ -29,8 +39,47 @@ def say(text: str) -> None:
 
 
 def show(text: str) -> None:
-    """A line on stderr that no event says: progress, of which events have their own."""
-    print(text, file=sys.stderr, flush=True)
+    """A line on stderr that no event says: progress, of which events have their own. Nobody has to read it."""
+    with suppress(BrokenPipeError):
+        write(text, sys.stderr)
+
+
+def write(text: str, stream: TextIO | None) -> None:
+    """A line on stdout or stderr, if that is open; see `unwaited`."""
+    outlet = outlet_of(stream)
+    if outlet is not None:
+        outlet.put(f"{text}\n".encode(errors="backslashreplace"))
+    elif stream is not None:
+        print(text, file=stream, flush=True)
+
+
+def outlet_of(stream: TextIO | None) -> Outlet | None:
+    """Where lines for a stream go while nobody is waited for; None: to itself."""
+    if stream is None or stream not in _unwaited:
+        return None
+    if _unwaited[stream] is None:
+        from pipeline.cli.outlet import Outlet
+
+        try:
+            _unwaited[stream] = Outlet(stream.fileno())
+        except OSError:  # it is no descriptor
+            del _unwaited[stream]
+            return None
+    return _unwaited[stream]
+
+
+@contextmanager
+def unwaited() -> Iterator[None]:
+    """Within the block lines are written, kept or lost (see `Outlet`); nobody is waited for, at its end a moment."""
+    streams = [stream for stream in (sys.stdout, sys.stderr) if stream is not None]
+    _unwaited.update(dict.fromkeys(streams))
+    try:
+        yield
+    finally:
+        for stream in streams:
+            outlet = _unwaited.pop(stream, None)
+            if outlet is not None:
+                outlet.close()
 
 
 def document(value: object) -> None:

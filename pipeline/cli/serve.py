@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import socket
+import sys
 from typing import TYPE_CHECKING
 
 from pipeline.cli import placing, policies, progress, render
@@ -85,20 +86,20 @@ def execute(arguments: argparse.Namespace) -> int:
 
 def _listening(host: str, port: int, secret: str | None) -> None:
     shown = f"[{host}]" if ":" in host else host
-    print(f"listening on {shown}:{port}", flush=True)
+    render.write(f"listening on {shown}:{port}", sys.stdout)
     if secret is None:
         return
     reachable = socket.gethostname() if host in {"0.0.0.0", "::"} else shown
-    print(
+    render.write(
         f"on the other host:\n"
         f"  (umask 077; echo {secret} > pipeline-secret)\n"
         f"  python -m pipeline migrate --pid PID --to {reachable}:{port} --secret-file pipeline-secret",
-        flush=True,
+        sys.stdout,
     )
 
 
 def _restored(tree: RestoredTree) -> None:
-    print(f"restored: root pid {tree.root_pid}", flush=True)
+    render.write(f"restored: root pid {tree.root_pid}", sys.stdout)
     for note in tree.notes:
         render.say(f"serve: note: {note}")
     render.say(f"serve: {render.figures(tree.figures)}")

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from enum import IntEnum, IntFlag
 
 from pipeline.ids import HostPid, LocalFd, RemoteAddress
-from pipeline.kernel.arch.x86_64_numbers import NR
+from pipeline.kernel.arch.x86_64_numbers import NR, call_name
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _syscall = _libc.syscall
@@ -39,8 +39,7 @@ def syscall(number: int, *args: int | bytes | ctypes.Array[ctypes.c_char] | None
     result: int = _syscall(number, *args, *_UNUSED[len(args)])
     if result == -1:
         code = ctypes.get_errno()
-        name = NR(number).name if number in NR.__members__.values() else f"system call {number}"
-        raise OSError(code, f"{name}: {os.strerror(code)}")
+        raise OSError(code, f"{call_name(number)}: {os.strerror(code)}")
     return result
 
 

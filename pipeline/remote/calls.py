@@ -22,6 +22,7 @@ from typing import Protocol
 import msgspec
 
 from pipeline.ids import RemoteAddress
+from pipeline.kernel.arch.x86_64_numbers import call_name
 
 CALL_BYTES = 64
 _ALIGN_BYTES = 16
@@ -69,7 +70,7 @@ class Call:
         """Return the result or raise OSError with the call's errno."""
         if self.result < 0 and not self.may_fail:
             code = -self.result
-            what = self.name or f"system call {self.number}"
+            what = self.name or call_name(self.number)
             raise OSError(code, f"{what}: {errno.errorcode.get(code, code)}: {os.strerror(code)}")
         return self.result
 

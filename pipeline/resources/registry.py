@@ -10,31 +10,10 @@ from functools import cache
 from typing import Any
 
 from pipeline.errors import ImageError
-from pipeline.resources import (
-    device,
-    directory,
-    epoll,
-    eventfd,
-    fanotify,
-    fifo,
-    inotify,
-    kernel_files,
-    memfd,
-    mqueue,
-    namespace_file,
-    opath,
-    pidfd,
-    pipes,
-    regular,
-    signalfd,
-    timerfd,
-    unnamed,
-    unsupported,
-    userfault,
-)
+from pipeline.resources import device, directory, epoll, eventfd, pipes, regular
 from pipeline.resources.kinds import FdView, FileKind
 
-#: kinds that most trees have: with no others, a restore does not pay for the modules of sockets and terminals
+#: kinds that most trees have: with no others, a restore does not pay for the modules of the rest
 _COMMON: tuple[FileKind[Any], ...] = (
     regular.KIND,
     directory.KIND,
@@ -44,7 +23,7 @@ _COMMON: tuple[FileKind[Any], ...] = (
     epoll.KIND,
 )
 #: kinds that see what is done to files
-WATCHERS = frozenset({inotify.KIND.name, fanotify.KIND.name})
+WATCHERS = frozenset({"inotify", "fanotify"})
 
 
 @cache
@@ -52,15 +31,29 @@ def kinds() -> tuple[FileKind[Any], ...]:
     """Every kind; the last one matches whatever is left, and refuses it."""
     from pipeline.resources import (
         external_end,
+        fanotify,
+        fifo,
+        inotify,
+        kernel_files,
+        memfd,
+        mqueue,
+        namespace_file,
         netlink_socket,
+        opath,
         other_socket,
         packet_socket,
+        pidfd,
         pty,
         raw_socket,
+        signalfd,
         tcp_socket,
+        timerfd,
         tun_file,
         udp_socket,
         unix_socket,
+        unnamed,
+        unsupported,
+        userfault,
     )
 
     return (

@@ -110,7 +110,7 @@ def test_flags_tell_the_size(size: int) -> None:
 # -- the calls that make such memory -------------------------------------------------------
 
 
-def called(calls: list[Call], number: NR) -> list[tuple[object, ...]]:
+def called(calls: list[Call], number: int) -> list[tuple[object, ...]]:
     return [call.args for call in calls if call.number == number]
 
 

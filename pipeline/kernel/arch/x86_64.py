@@ -10,9 +10,9 @@ import struct
 
 import msgspec
 
-from pipeline.kernel.arch.x86_64_numbers import NR
+from pipeline.kernel.arch.x86_64_numbers import NR, call_name
 
-__all__ = ["NR", "Registers"]
+__all__ = ["NR", "Registers", "call_name"]
 
 MACHINE = "x86_64"
 PAGE_BYTES = 4096

@@ -223,7 +223,7 @@ def _set(name: str, value: bytes) -> None:
 
 def _make(
     kind: str,
-    number: NR,
+    number: int,
     wanted: Segment | Semaphores | Queue,
     key: int,
     translate: Translate,

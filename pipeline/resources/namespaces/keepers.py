@@ -25,7 +25,7 @@ import msgspec
 from pipeline.errors import RebuildError
 from pipeline.ids import LocalFd
 from pipeline.image.schema import Memberships, Namespace, NamespaceKind, UserNamespace
-from pipeline.kernel.arch.x86_64 import NR
+from pipeline.kernel.arch.x86_64 import NR, call_name
 from pipeline.kernel.syscalls import CLONE, PRCTL
 from pipeline.remote.calls import Call
 from pipeline.remote.files import put
@@ -60,7 +60,7 @@ SUPPORT = Support(
 _NO_SETUID_FIXUP = 1 << 2
 _KEEP_CAPS = 1 << 4
 #: groups first: whoever has given up the uid may not be allowed to change them
-_SET_IDS: tuple[tuple[IdKind, NR], ...] = (("gid", NR.setresgid), ("uid", NR.setresuid))
+_SET_IDS: tuple[tuple[IdKind, int], ...] = (("gid", NR.setresgid), ("uid", NR.setresuid))
 #: joined in this order, the user namespace behind them
 _JOINABLE: tuple[NamespaceKind, ...] = ("uts", "ipc", "net", "cgroup", "time", "mnt")
 
@@ -222,7 +222,7 @@ class Keepers:
         if userns == 0:
             return
         calls = [
-            Call(number, (0, 0, 0), name=number.name)
+            Call(number, (0, 0, 0), name=call_name(number))
             for kind, number in _SET_IDS
             if self._forest.map_of(userns, kind).up(0) is not None
         ]

@@ -32,7 +32,7 @@ from msgspec import Meta, Struct
 from pipeline.errors import ImageError, RebuildError
 from pipeline.ids import LocalFd
 from pipeline.image.schema import U32, Index, NamespaceKind, Path, Record
-from pipeline.kernel.arch.x86_64 import NR
+from pipeline.kernel.arch.x86_64 import NR, call_name
 from pipeline.remote.calls import Argument
 from pipeline.remote.puppet import Puppet
 from pipeline.resources.namespaces import tmpfs
@@ -106,7 +106,7 @@ class Step(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
 
 
 #: the old root comes to lie over the new one, and goes
-_PIVOT: tuple[tuple[NR, tuple[Argument, ...]], ...] = (
+_PIVOT: tuple[tuple[int, tuple[Argument, ...]], ...] = (
     (NR.pivot_root, (b".\0", b".\0")),
     (NR.umount2, (b".\0", _MNT_DETACH)),
     (NR.chdir, (b"/\0",)),
@@ -172,7 +172,7 @@ def do(step: Step, puppet: Puppet) -> None:
         case "pivot":
             _call(puppet, "chdir to the new root", step.point, NR.chdir, point)
             for number, arguments in _PIVOT:
-                _call(puppet, number.name, step.point, number, *arguments)
+                _call(puppet, call_name(number), step.point, number, *arguments)
         case _:
             raise ImageError(f"a mount namespace cannot {step.what} by itself")
 
@@ -218,7 +218,7 @@ def _attach(step: Step, puppet: Puppet, detached: int) -> None:
     _call(puppet, "remount", step.point, NR.mount, 0, point, 0, flags, 0)
 
 
-def _call(puppet: Puppet, what: str, point: bytes, number: NR, *args: Argument) -> int:
+def _call(puppet: Puppet, what: str, point: bytes, number: int, *args: Argument) -> int:
     try:
         return puppet.syscall(number, *args)
     except OSError as error:

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pipeline.errors import RebuildError
 from pipeline.image.schema import Credentials, Id, Thread
 from pipeline.kernel import procfs
-from pipeline.kernel.arch.x86_64 import NR
+from pipeline.kernel.arch.x86_64 import NR, call_name
 from pipeline.kernel.syscalls import PRCTL
 from pipeline.remote.calls import Call
 from pipeline.remote.puppet import Puppet
@@ -79,9 +79,9 @@ def capset(effective: int, permitted: int, inheritable: int) -> Call:
     return Call(NR.capset, (header, struct.pack("<6I", *words)), name="capset")
 
 
-def _set_ids(number: NR, ids: Sequence[int | None]) -> Call:
+def _set_ids(number: int, ids: Sequence[int | None]) -> Call:
     values = tuple(_NO_ID if value is None else value for value in ids[:3])
-    return Call(number, values, name=f"{number.name}{values}")
+    return Call(number, values, name=f"{call_name(number)}{values}")
 
 
 def before_join(puppet: Puppet, wanted: Credentials, now_in: int, uid: Number, gid: Number) -> None:

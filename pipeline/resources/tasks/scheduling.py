@@ -175,7 +175,7 @@ def _comparable(value: Scheduling) -> tuple[int, ...]:
 
 
 def _outside(
-    call: Callable[[int], tuple[NR, tuple[int | bytes, ...]]], tid: HostPid, name: str
+    call: Callable[[int], tuple[int, tuple[int | bytes, ...]]], tid: HostPid, name: str
 ) -> Iterator[Call]:
     number, arguments = call(tid)
     try:

@@ -40,7 +40,7 @@ def say(text: str) -> None:
 
 def show(text: str) -> None:
     """A line on stderr that no event says: progress, of which events have their own. Nobody has to read it."""
-    with suppress(BrokenPipeError):
+    with suppress(OSError):
         write(text, sys.stderr)
 
 

@@ -172,10 +172,10 @@ class DirectoryStorage:
             raise UsageError(f"{self.name} is not a directory; give --to a new one") from None
         except OSError as error:
             raise UsageError(f"{self.name}: {said(error)}") from None
-        if there & {MANIFEST, IMAGE, LAYER}:
-            raise UsageError(f"{self.name} holds an image already; give --to a new directory, or remove it")
         if CLAIM in there:
             raise UsageError(claimed_by_another(self.name))
+        if there & {MANIFEST, IMAGE, LAYER}:
+            raise UsageError(f"{self.name} holds an image already; give --to a new directory, or remove it")
         if there:
             raise UsageError(f"{self.name} is not empty; give --to a new directory, or empty it")
         above = _nearest_there(self._path)

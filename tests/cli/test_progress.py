@@ -132,6 +132,15 @@ def test_who_has_gone_does_not_end_what_is_at_work() -> None:
         render.show("and how it ended")
 
 
+def test_a_full_disk_takes_no_messages_and_that_is_all() -> None:
+    gone_on = False
+    with suppress(OSError), open("/dev/full", "w", encoding="utf-8") as stream:
+        with redirect_stderr(stream):
+            render.show("a line")
+        gone_on = True
+    assert gone_on
+
+
 def test_a_terminal_that_is_stopped_stops_nothing() -> None:
     """By ^S; what was drawn last is there when it goes on."""
     program = """

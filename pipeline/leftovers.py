@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-Kind = Literal["directory", "file"]
+Kind = Literal["directory", "file", "image"]
 
 
 class Leftover(NamedTuple):
@@ -62,14 +62,25 @@ def _started(pid: int | Literal["self"]) -> str | None:
     return text.rpartition(")")[2].split()[19]
 
 
+class Unfinished(NamedTuple):
+    """What a maker of an image leaves in its directory.
+
+    `claim`: the name of what it makes first there; its content is that of the note.
+    `names`: of what else it makes, as patterns of glob. `complete`: what is there when the image is to stay.
+    """
+
+    claim: str
+    names: list[str]
+    complete: str
+
+
 @contextmanager
-def noted(kind: Kind, path: Path) -> Iterator[None]:
-    """Note `path` while the body makes, uses and removes it."""
-    folder = notes_directory()
-    if folder is None:
-        yield
-        return
-    note = folder / f"{os.getpid()}-{secrets.token_hex(4)}.json"
+def noted(kind: Kind, path: Path, unfinished: Unfinished | None = None) -> Iterator[bytes]:
+    """Note `path` while the body makes, uses and removes it; yields what the note says.
+
+    Args:
+        unfinished: of an ``image``.
+    """
     maker = {
         "kind": kind,
         "path": str(path.absolute()),
@@ -77,10 +88,19 @@ def noted(kind: Kind, path: Path) -> Iterator[None]:
         "pidns": os.readlink("/proc/self/ns/pid"),
         "pid": os.getpid(),
         "started": _started("self"),
+        "number": secrets.token_hex(4),
     }
-    note.write_text(json.dumps(maker), encoding="utf-8")
+    if unfinished is not None:
+        maker["unfinished"] = unfinished
+    content = json.dumps(maker).encode()
+    folder = notes_directory()
+    if folder is None:
+        yield content
+        return
+    note = folder / f"{os.getpid()}-{maker['number']}.json"
+    note.write_bytes(content)
     try:
-        yield
+        yield content
     finally:
         note.unlink(missing_ok=True)
 
@@ -95,7 +115,8 @@ def sweep() -> list[Leftover]:
 
 def _judge(note: Path) -> Leftover:
     try:
-        maker = json.loads(note.read_text(encoding="utf-8"))
+        content = note.read_bytes()
+        maker = json.loads(content)
         kind, path = maker["kind"], maker["path"]
         same_boot = maker["boot"] == _boot()
         if same_boot and maker["pidns"] != os.readlink("/proc/self/ns/pid"):
@@ -108,9 +129,25 @@ def _judge(note: Path) -> Leftover:
         if kind == "directory":
             with suppress(FileNotFoundError):
                 shutil.rmtree(path)
+        elif kind == "image":
+            _remove_image(Path(path), content, Unfinished(*maker["unfinished"]))
         else:
             Path(path).unlink(missing_ok=True)
     except OSError as error:
         return Leftover(path, False, error.strerror or str(error))
     note.unlink(missing_ok=True)
     return Leftover(path, True, f"left by pid {maker['pid']}, which is gone")
+
+
+def _remove_image(directory: Path, content: bytes, unfinished: Unfinished) -> None:
+    """Remove what of an image its maker has left; the claim last. Not what somebody else has made there since."""
+    claim = directory / unfinished.claim
+    with suppress(FileNotFoundError):
+        if claim.read_bytes() != content:
+            return
+        if not (directory / unfinished.complete).exists():
+            for path in [one for name in unfinished.names for one in directory.glob(name)]:
+                path.unlink()
+        claim.unlink()
+    with suppress(OSError):
+        directory.rmdir()  # only succeeds if nothing is left

@@ -306,7 +306,7 @@ def _look_at(tree: FrozenTree, sleepers: Sleepers, memory: LiveMemory) -> int:
     for process in tree.living():
         for tid in map(HostPid, process.tasks):
             with suppress(ProcessLookupError):  # it was killed: the look says so
-                interrupted.shorten(tid, sleepers.slept(tid).slept_ns)
+                interrupted.prepare(tid, sleepers.slept(tid))
     return memory.look()
 
 

@@ -1,6 +1,6 @@
 """What only a stopped process itself can tell: system calls that run inside it, thread by thread.
 
-A call that waits for a time is shortened first by what it has waited: it is issued again behind the questions.
+A call that waits for a time is made ready first to be issued again behind the questions, for what is left of it.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def asked(
         mappings = smaps.maps(pid) if seen is None else seen
         slept = {tid: sleepers.slept(tid) for tid in tids}
         for tid in tids:
-            interrupted.shorten(tid, slept[tid].slept_ns)
+            interrupted.prepare(tid, slept[tid])
         places = _places(pid, tids, mappings, memory)
         timers = procfs.timers(pid)
         inquiries = [Inquiry(tid, leader=tid == pid, timers=timers, known=status_of(tid)) for tid in tids]

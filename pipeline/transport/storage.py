@@ -29,6 +29,7 @@ import trio
 from pipeline.errors import ImageError, StorageError, UsageError
 from pipeline.ids import LocalFd
 from pipeline.ledger import LEDGER
+from pipeline.leftovers import Unfinished, noted
 from pipeline.transport.files import FileRanges, FileSource, LateFileSink, give_back_room, make_room, said
 from pipeline.transport.framing import ByteSink, ByteSource
 from pipeline.transport.stream import StreamStorage
@@ -39,6 +40,10 @@ LAYER = "pages"
 MANIFEST = "manifest"
 #: is there while an image is written
 CLAIM = "writing"
+
+
+#: what a killed dump leaves in a directory
+_UNFINISHED = Unfinished(CLAIM, [".*.partial", IMAGE, INDEX, LAYER, f"{LAYER}.{INDEX}"], MANIFEST)
 
 
 def index_of(name: str) -> str:
@@ -187,24 +192,31 @@ class DirectoryStorage:
         """See `Storage.claimed`. A directory that is made for it is not left without an image."""
         claim = self._path / CLAIM
         made = not self._path.exists()
-        try:
-            self._path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            os.close(os.open(claim, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
-        except OSError as error:
-            if error.errno == errno.EEXIST and self._path.is_dir():
-                raise UsageError(claimed_by_another(self.name)) from None
-            raise StorageError(f"{self.name}: {said(error)}") from error
-        LEDGER.take("claimed place", claim)
-        try:
-            self._require_free({CLAIM})
-            yield
-        finally:
-            with suppress(FileNotFoundError):
-                claim.unlink()
-            if made:
-                with suppress(OSError):
-                    self._path.rmdir()  # only succeeds if nothing came into being
-            LEDGER.give_back("claimed place", claim)
+        with noted("image", self._path, _UNFINISHED) as maker:
+            try:
+                self._path.mkdir(mode=0o700, parents=True, exist_ok=True)
+                fd = os.open(claim, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            except OSError as error:
+                if error.errno == errno.EEXIST and self._path.is_dir():
+                    raise UsageError(claimed_by_another(self.name)) from None
+                raise StorageError(f"{self.name}: {said(error)}") from error
+            LEDGER.take("claimed place", claim)
+            try:
+                try:
+                    os.write(fd, maker)
+                except OSError as error:
+                    raise StorageError(f"{claim}: {said(error)}") from error
+                finally:
+                    os.close(fd)
+                self._require_free({CLAIM})
+                yield
+            finally:
+                with suppress(FileNotFoundError):
+                    claim.unlink()
+                if made:
+                    with suppress(OSError):
+                        self._path.rmdir()  # only succeeds if nothing came into being
+                LEDGER.give_back("claimed place", claim)
 
     @asynccontextmanager
     async def create(self, name: str, room_bytes: int = 0) -> AsyncIterator[ByteSink]:
@@ -280,8 +292,8 @@ class DirectoryStorage:
 def claimed_by_another(place: str) -> str:
     """What is said of a place where somebody else is writing an image."""
     return (
-        f"{place}: another dump is writing an image there; give --to another place, or, "
-        f"if it was killed, remove what it has left ({CLAIM}, and what is beside it)"
+        f"{place}: another dump is writing an image there; give --to another place, or, if it was killed, remove "
+        f"what it has left ({CLAIM}, and what is beside it; of a directory, `python -m pipeline clean` does)"
     )
 
 

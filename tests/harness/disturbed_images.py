@@ -14,10 +14,11 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
-from pipeline.transport.storage import MANIFEST
+from pipeline.transport.storage import CLAIM, MANIFEST
 from tests.harness import object_store
 from tests.harness.disturbing import DISTURBANCES, ROOT_PID, START_S, Scene, holds, strangers
 from tests.harness.hosts import Host
@@ -35,6 +36,7 @@ NAMES = [
     if not any(word in name for word in ("nothing", "server", "network", "for long"))
 ]
 
+T = TypeVar("T")
 Outcome = Literal["runs on", "was dumped", "ended and was dumped", "was not restored"]
 
 
@@ -100,7 +102,11 @@ class Shelf:
                 assert not _objects(image), "something is left of the image"
             return "was dumped" if complete else "runs on"
 
-        return self._judged(judge, f"{words}, {name} after {after_s:.3f} s: {code}; {said}")
+        told = f"{words}, {name} after {after_s:.3f} s: {code}; {said}"
+        outcome = self._judged(judge, told)
+        if name == "source killed":
+            self._judged(partial(self._clean, image), told)
+        return outcome
 
     def _restore(self, name: str, options: Sequence[str], after_s: float, dice: random.Random) -> Outcome:
         assert self._last is not None
@@ -118,6 +124,20 @@ class Shelf:
             return "was not restored"
 
         return self._judged(judge, f"{words}, {name} after {after_s:.3f} s: {code}; {said}")
+
+    def _clean(self, image: str) -> None:
+        """`clean` takes away what a dump has left that was killed, and leaves an image that is complete."""
+        before = _objects(image)
+        done = subprocess.run(
+            self._host.command(sys.executable, "-m", "pipeline", "clean"),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert "kept" not in done.stdout, done.stdout
+        if "://" not in image:
+            assert _objects(image) == ([one for one in before if one != CLAIM] if MANIFEST in before else [])
 
     def _next_image(self, keep: bool) -> str:
         """A place for an image; those before it are removed, but for the last one, unless it may need them."""
@@ -151,7 +171,7 @@ class Shelf:
             self._usual_s[words[0]] = time.monotonic() - begin
         return command.returncode, said
 
-    def _judged(self, judge: Callable[[], Outcome], told: str) -> Outcome:
+    def _judged(self, judge: Callable[[], T], told: str) -> T:
         try:
             self._settle()
             return judge()

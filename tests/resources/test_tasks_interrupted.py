@@ -18,9 +18,10 @@ import pytest
 
 from pipeline.ids import HostPid
 from pipeline.image.schema import Thread
-from pipeline.kernel import procfs, ptrace
+from pipeline.kernel import procfs, ptrace, smaps
 from pipeline.kernel.arch import x86_64 as arch
 from pipeline.kernel.arch.x86_64 import NR
+from pipeline.remote.live import LiveTask, find_places
 from pipeline.remote.puppet import Puppet
 from pipeline.resources.tasks import interrupted
 from pipeline.resources.tasks.interrupted import Sleepers
@@ -30,6 +31,7 @@ from tests.resources.taskharness import AREA, HOST, launched, puppet_in, record
 pytestmark = pytest.mark.root
 libc = ctypes.CDLL(None, use_errno=True)
 HOUR_S = 3600
+SECOND = struct.pack("<2q", 1, 0)
 NEVER = struct.pack("<2q", HOUR_S, 0)
 
 
@@ -130,13 +132,51 @@ def test_epoll_wait_does_not_start_its_time_again(stops: int) -> None:
                 sleepers = Sleepers()
                 sleepers.look([HostPid(pid)])
                 tree = freeze(HostPid(pid), suspend_seccomp=False)
-                interrupted.shorten(HostPid(pid), sleepers.slept(HostPid(pid)).slept_ns)
+                interrupted.prepare(HostPid(pid), sleepers.slept(HostPid(pid)))
                 release(tree)
             result, lasted_s = eval(os.read(answer, 100))
             assert result == 0
             assert 1.19 <= lasted_s < 1.6
     finally:
         epoll.close()
+
+
+def kill_oneself_behind_a_call_in(pid: HostPid) -> None:
+    """Stop a process, and be gone as soon as it runs something for us."""
+    sleepers = Sleepers()
+    sleepers.look([pid])
+    freeze(pid, suspend_seccomp=False)
+    interrupted.prepare(pid, sleepers.slept(pid))
+    genuine = ptrace.cont
+
+    def cont(tid: int, number: int = 0) -> None:
+        genuine(tid, number)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    ptrace.cont = cont
+    memory = os.open(f"/proc/{pid}/mem", os.O_RDWR)
+    places = find_places(pid, smaps.maps(pid), [arch.Registers(ptrace.get_regs(pid))["rsp"]], memory)
+    LiveTask(pid, places, memory, ~procfs.status(pid).caught).syscall(NR.getpid)
+
+
+@pytest.mark.parametrize("stops", [0, 2])
+@pytest.mark.parametrize("name", ["nap", "poll"])
+def test_a_sleep_lasts_that_was_stopped_before_by_us_and_by_who_was_killed_then(
+    name: str, stops: int
+) -> None:
+    """It begins anew, and does not fail: by then its thread goes on in restart_syscall(2)."""
+    run, number = {
+        "nap": (lambda: raw(NR.clock_nanosleep, time.CLOCK_BOOTTIME, 0, SECOND, None), NR.clock_nanosleep),
+        "poll": (lambda: raw(NR.poll, None, 0, 1000), NR.poll),
+    }[name]
+    with child(run) as (pid, answer):
+        await_sleep(pid, number)
+        for _ in range(stops):
+            release(freeze(HostPid(pid), suspend_seccomp=False))
+            await_sleep(pid, NR.restart_syscall)
+        with child(lambda: kill_oneself_behind_a_call_in(HostPid(pid))) as (killer, _):
+            os.waitid(os.P_PID, killer, os.WEXITED | os.WNOWAIT)
+        assert os.read(answer, 100) == b"(0, 0)"
 
 
 def test_a_stop_is_no_reason_for_a_socket_with_a_timeout_to_fail() -> None:

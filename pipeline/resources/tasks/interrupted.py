@@ -243,23 +243,31 @@ def undisturbed(regs: arch.Registers) -> arch.Registers:
     return regs.replace(rax=arch.ERESTARTNOHAND)
 
 
-def shorten(tid: HostPid, slept_ns: int | None) -> None:
-    """Let a call that is issued again wait for what is left of its time.
+def prepare(tid: HostPid, slept: Slept) -> None:
+    """Let a call that is issued again be the one it was, and wait for what is left of its time.
 
-    The register that holds the time is one that no caller of a wrapper keeps anything in. Called after
-    `settle`, once a stop.
+    Called after `settle`, once a stop, before anything is run inside the thread. One that goes on with a restart block
+    loses that where we are killed while something is run in it (`arch.resumed_elsewhere`), and restart_syscall(2)
+    would fail then. The register that holds a time is one that no caller of a wrapper keeps anything in.
 
     Args:
-        slept_ns: how long it had lasted, see `Sleepers.slept_ns`.
+        slept: see `Sleepers.slept`.
     """
-    if slept_ns is None:
+    slept_ns, call = slept
+    if call is None:
         return
     regs = arch.Registers(ptrace.get_regs(tid))
-    if regs.syscall_result != arch.ERESTARTNOHAND or not regs.in_syscall or regs["orig_rax"] not in _TIMED:
-        return
-    whole_ms = regs["r10"] & 0xFFFF_FFFF
-    if 0 < whole_ms <= _LONGEST_MS:
-        ptrace.set_regs(tid, regs.replace(r10=max(0, whole_ms - slept_ns // 1_000_000)).pack())
+    if _goes_on(regs):
+        ptrace.set_regs(tid, in_its_call(regs, call).pack())
+    elif slept_ns is not None and _is_issued_again(regs):
+        whole_ms = regs["r10"] & 0xFFFF_FFFF
+        if 0 < whole_ms <= _LONGEST_MS:
+            ptrace.set_regs(tid, regs.replace(r10=max(0, whole_ms - slept_ns // 1_000_000)).pack())
+
+
+def _is_issued_again(regs: arch.Registers) -> bool:
+    """With a time in a register."""
+    return regs.in_syscall and regs.syscall_result == arch.ERESTARTNOHAND and regs["orig_rax"] in _TIMED
 
 
 # -- capture -----------------------------------------------------------------------------

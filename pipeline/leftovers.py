@@ -6,7 +6,7 @@ maker is known by boot, pid namespace, pid and start time; a note of another pid
 namespace cannot be judged from here and is kept.
 
 Notes are in /run/pipeline for root and in $XDG_RUNTIME_DIR/pipeline for others. Where
-there is no such place, nothing is noted: it changes what `clean` can find, nothing else.
+there is no such place, or no room in it, nothing is noted: it changes what `clean` can find, nothing else.
 """
 
 from __future__ import annotations
@@ -94,15 +94,15 @@ def noted(kind: Kind, path: Path, unfinished: Unfinished | None = None) -> Itera
         maker["unfinished"] = unfinished
     content = json.dumps(maker).encode()
     folder = notes_directory()
-    if folder is None:
-        yield content
-        return
-    note = folder / f"{os.getpid()}-{maker['number']}.json"
-    note.write_bytes(content)
+    note = folder / f"{os.getpid()}-{maker['number']}.json" if folder is not None else None
     try:
+        if note is not None:
+            with suppress(OSError):  # there is no room for it
+                note.write_bytes(content)
         yield content
     finally:
-        note.unlink(missing_ok=True)
+        if note is not None:
+            note.unlink(missing_ok=True)
 
 
 def sweep() -> list[Leftover]:

@@ -64,6 +64,32 @@ def test_an_orderly_end_leaves_no_note(folder: Path) -> None:
     assert list((folder / "notes").iterdir()) == []
 
 
+def test_without_room_for_a_note_all_goes_on(folder: Path) -> None:
+    (folder / "notes").rmdir()
+    with leftovers.noted("file", folder / "x"):
+        assert leftovers.sweep() == []
+
+
+@pytest.mark.parametrize("state", ["begun", "complete", "taken over", "removed"])
+def test_an_image_that_was_killed_is_removed_and_no_other(folder: Path, state: str) -> None:
+    place = folder / "image"
+    place.mkdir()
+    unfinished = leftovers.Unfinished("claim", [".*.partial", "image"], "manifest")
+    with leftovers.noted("image", place, unfinished) as content:
+        (note,) = (folder / "notes").iterdir()
+        told = note.read_bytes()
+    note.write_bytes(told.replace(f'"{leftovers._started("self")}"'.encode(), b'"1"'))
+    names = {"image", ".index.7.partial", "claim"} | ({"manifest"} if state == "complete" else set())
+    for name in () if state == "removed" else names:
+        (place / name).write_bytes(b"somebody else" if state == "taken over" else note.read_bytes())
+    assert told == content
+    (gone,) = leftovers.sweep()
+    assert gone.removed
+    left = {"begun": set(), "complete": names - {"claim"}, "taken over": names, "removed": set()}[state]
+    assert (set(os.listdir(place)) if place.exists() else set()) == left
+    assert list((folder / "notes").iterdir()) == []
+
+
 def test_a_pid_that_was_given_to_somebody_else_is_not_the_maker(folder: Path) -> None:
     path = folder / "x"
     path.touch()

@@ -25,7 +25,7 @@ class UsageError(PipelineError):
     exit_code = 2
 
 
-#: so many blockers that differ in the subject alone are told
+#: so many mappings are told of which the same is to be said
 _ALIKE = 3
 
 
@@ -50,7 +50,7 @@ class Blocker:
 
 
 class Refused(PipelineError):
-    """Refused before anything was touched (exit code 3). `blockers`: all; of many that are alike the text has some."""
+    """Refused before anything was touched (exit code 3). `blockers`: all; of mappings that are alike the text has some."""
 
     exit_code = 3
 
@@ -60,15 +60,16 @@ class Refused(PipelineError):
 
 
 def _told(blockers: Iterable[Blocker]) -> Iterator[str]:
-    """A line for each; of those that differ in the subject alone, for the first ones."""
-    alike: dict[tuple[str, str], list[Blocker]] = {}
+    """A line for each; of mappings that differ in the subject alone, for the first ones: a process has hundreds."""
+    alike: dict[tuple[str, str, str], list[Blocker]] = {}
     for blocker in blockers:
-        alike.setdefault((blocker.reason, blocker.remedy), []).append(blocker)
-    for (reason, _), group in alike.items():
+        subject = "" if " mapping " in blocker.subject else blocker.subject
+        alike.setdefault((subject, blocker.reason, blocker.remedy), []).append(blocker)
+    for (_, reason, _), group in alike.items():
         shown = group if len(group) <= _ALIKE + 1 else group[:_ALIKE]  # a line for one more can name it
         yield from map(str, shown)
         if more := len(group) - len(shown):
-            yield f"and {more} more: {reason}"
+            yield f"and {more} more mappings: {reason}"
 
 
 class InDoubt(PipelineError):

@@ -91,19 +91,19 @@ def test_errors_go_to_stderr_and_as_json_to_stdout(
         assert "pid 5 fd 3: a kernel's fact (close it)" in err
 
 
-def test_of_many_things_that_are_alike_some_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+def test_of_many_mappings_that_are_alike_some_are_told(capsys: pytest.CaptureFixture[str]) -> None:
     many = [Blocker(f"pid 5 mapping {number}", "is watched", "wait") for number in range(9)]
-    some = [Blocker(f"pid 6 fd {number}", "is odd", "close it") for number in range(4)]
-    assert render.fail("dump", Refused([*many, *some]), json=True) == 3
+    files = [Blocker(f"/usr/lib/{number}", "is not here", "bring it") for number in range(9)]
+    assert render.fail("dump", Refused([*many, *files]), json=True) == 3
     out, err = capsys.readouterr()
-    assert len(json.loads(out)["blockers"]) == 13
+    assert len(json.loads(out)["blockers"]) == 18
     assert [line for line in err.splitlines() if "watched" in line] == [
         "  pid 5 mapping 0: is watched (wait)",
         "  pid 5 mapping 1: is watched (wait)",
         "  pid 5 mapping 2: is watched (wait)",
-        "  and 6 more: is watched",
+        "  and 6 more mappings: is watched",
     ]
-    assert err.count("is odd (close it)") == 4
+    assert err.count("is not here (bring it)") == 9, "each has to be brought"
 
 
 def test_a_reader_that_goes_away_is_no_traceback() -> None:

@@ -50,7 +50,7 @@ class Blocker:
 
 
 class Refused(PipelineError):
-    """Refused before anything was touched (exit code 3). `blockers`: all; of mappings that are alike the text has some."""
+    """Refused before anything was touched (exit code 3). `blockers`: all; of mappings alike the text has some."""
 
     exit_code = 3
 

@@ -24,12 +24,13 @@ pytestmark = [pytest.mark.root, pytest.mark.usefixtures("in_its_own_folder")]
 
 _LONG_S = 30.0
 #: from a file with a path: whether that pins pages is up to its file system
-_READS = "import os; os.path.exists('fifo') or os.mkfifo('fifo'); os.read(os.open('fifo', os.O_RDWR), 1)"
+_READS = "import os; os.read(os.open('fifo', os.O_RDWR), 1)"
 
 
 @pytest.fixture
 def in_its_own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    os.mkfifo("fifo")
 
 
 @contextmanager

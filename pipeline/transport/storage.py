@@ -16,7 +16,6 @@ Source: rename(2), fsync(2).
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
@@ -189,34 +188,43 @@ class DirectoryStorage:
 
     @asynccontextmanager
     async def claimed(self) -> AsyncIterator[None]:
-        """See `Storage.claimed`. A directory that is made for it is not left without an image."""
+        """See `Storage.claimed`."""
         claim = self._path / CLAIM
-        made = not self._path.exists()
-        with noted("image", self._path, _UNFINISHED) as maker:
+        with noted("image", self._path, _UNFINISHED) as content, self._directory():
             try:
-                self._path.mkdir(mode=0o700, parents=True, exist_ok=True)
                 fd = os.open(claim, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            except FileExistsError:
+                raise UsageError(claimed_by_another(self.name)) from None
             except OSError as error:
-                if error.errno == errno.EEXIST and self._path.is_dir():
-                    raise UsageError(claimed_by_another(self.name)) from None
                 raise StorageError(f"{self.name}: {said(error)}") from error
             LEDGER.take("claimed place", claim)
             try:
                 try:
-                    os.write(fd, maker)
+                    with os.fdopen(fd, "wb") as file:
+                        file.write(content)
                 except OSError as error:
                     raise StorageError(f"{claim}: {said(error)}") from error
-                finally:
-                    os.close(fd)
                 self._require_free({CLAIM})
                 yield
             finally:
                 with suppress(FileNotFoundError):
                     claim.unlink()
-                if made:
-                    with suppress(OSError):
-                        self._path.rmdir()  # only succeeds if nothing came into being
                 LEDGER.give_back("claimed place", claim)
+
+    @contextmanager
+    def _directory(self) -> Iterator[None]:
+        """The directory is there; one that was not before is not left empty."""
+        made = not self._path.exists()
+        try:
+            try:
+                self._path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            except OSError as error:
+                raise StorageError(f"{self.name}: {said(error)}") from error
+            yield
+        finally:
+            if made:
+                with suppress(OSError):
+                    self._path.rmdir()  # only succeeds if nothing came into being
 
     @asynccontextmanager
     async def create(self, name: str, room_bytes: int = 0) -> AsyncIterator[ByteSink]:

@@ -8,6 +8,7 @@ import threading
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import trio
@@ -139,6 +140,24 @@ async def test_two_cannot_write_one_image(url: str):
     assert await content_of(open_storage(url), IMAGE) == b"one"
     with pytest.raises(ImageError):
         await content_of(open_storage(url), CLAIM)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS])
+async def test_a_disk_that_takes_no_claim_is_said_and_nothing_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+):
+    genuine = os.open
+
+    def open_(path: str, flags: int, *rest: Any, **options: Any) -> int:
+        if str(path).endswith(CLAIM):
+            raise OSError(code, os.strerror(code))
+        return genuine(path, flags, *rest, **options)
+
+    monkeypatch.setattr(os, "open", open_)
+    with pytest.raises(StorageError, match=str(tmp_path)):
+        await fill(open_storage(str(tmp_path / "image")), b"")
+    assert os.listdir(tmp_path) == []
+    assert not LEDGER.held()
 
 
 async def test_a_store_without_conditions_is_used_all_the_same(monkeypatch: pytest.MonkeyPatch):

@@ -16,6 +16,7 @@ import pytest
 import pipeline
 from pipeline.ledger import LEDGER
 from tests.harness.hosts import serving, terminate, two_hosts
+from tests.harness.leaks import sweep
 from tests.harness.networks import (
     THEIRS,
     THEIRS_6,
@@ -158,6 +159,7 @@ def test_a_dump_killed_at_random_lets_clients_go_on(
             clients.go_on()
             no_locks(tree)
     tree.check()
+    sweep()
 
 
 #: the command line, with connections that stay in repair mode until it was killed; says when they are
@@ -216,6 +218,8 @@ def test_a_dump_killed_while_it_reads_a_connection_lets_clients_go_on(
         clients.go_on()
         no_locks(tree)
     tree.check()
+    sweep()
+    assert not (tmp_path / "image").exists()
 
 
 #: one connection to the address and port that are given: each number has to come back

@@ -17,6 +17,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline import leftovers
 from tests.harness.tree import family_of, reap
 
 PR_SET_CHILD_SUBREAPER = 36
@@ -78,6 +79,12 @@ def _notes() -> set[str]:
     except OSError:
         return set()
     return {name for name in names if not Path(f"/proc/{name.split('-')[0]}").exists()}
+
+
+def sweep() -> None:
+    """Take away what commands have left that were killed, as `clean` does; all of it can be."""
+    kept = [left for left in leftovers.sweep() if not left.removed]
+    assert not kept, kept
 
 
 def _reap_orphans() -> None:

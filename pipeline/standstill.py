@@ -29,7 +29,7 @@ from pipeline.resources.held import Held
 from pipeline.resources.memory import tracking
 from pipeline.resources.memory.tracking import TrackingLost
 from pipeline.resources.registry import kinds
-from pipeline.resources.tasks import interrupted, leaders
+from pipeline.resources.tasks import leaders
 from pipeline.resources.tasks.interrupted import Sleepers
 from pipeline.resources.tcp_doors import Doors
 from pipeline.stages import freeze, grace, translate
@@ -306,7 +306,7 @@ def _look_at(tree: FrozenTree, sleepers: Sleepers, memory: LiveMemory) -> int:
     for process in tree.living():
         for tid in map(HostPid, process.tasks):
             with suppress(ProcessLookupError):  # it was killed: the look says so
-                interrupted.prepare(tid, sleepers.slept(tid))
+                sleepers.prepare(tid)
     return memory.look()
 
 

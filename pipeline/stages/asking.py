@@ -22,7 +22,7 @@ from pipeline.remote.calls import Call
 from pipeline.remote.live import LiveTask, Places, find_places
 from pipeline.resources.memory import aio
 from pipeline.resources.namespaces.ipc import Semaphores
-from pipeline.resources.tasks import interrupted, job_control, semaphore_undo
+from pipeline.resources.tasks import job_control, semaphore_undo
 from pipeline.resources.tasks.inquiry import Inquiry
 from pipeline.resources.tasks.interrupted import Sleepers, Slept
 
@@ -76,7 +76,7 @@ def asked(
     Args:
         pid: a process, by the thread that it is looked at by.
         tids: its threads, that one first.
-        sleepers: has looked at them before they were stopped.
+        sleepers: has looked at them before they were stopped, and in this stop first.
         semaphores: the sets of its ipc namespace.
         children: its living children in the tree: by the pid that it knows them by, their pids.
         status_of: remembers /proc/TID/status of stopped tasks.
@@ -85,9 +85,7 @@ def asked(
     memory = open_file(pid, "mem", os.O_RDWR)
     try:
         mappings = smaps.maps(pid) if seen is None else seen
-        slept = {tid: sleepers.slept(tid) for tid in tids}
-        for tid in tids:
-            interrupted.prepare(tid, slept[tid])
+        slept = {tid: sleepers.prepare(tid) for tid in tids}
         places = _places(pid, tids, mappings, memory)
         timers = procfs.timers(pid)
         inquiries = [Inquiry(tid, leader=tid == pid, timers=timers, known=status_of(tid)) for tid in tids]

@@ -306,6 +306,9 @@ class Capture:
             any(self.namespaces.semaphores(pid) for pid in self.living),
             {face: pid for pid, face in self._faces.items()},
         )
+        for process in frozen.living():
+            for tid in process.tasks:
+                self._sleepers.prepare(HostPid(tid))  # nothing was run inside anybody yet
         blockers += self._look_at_answers(frozen, mappings)
         if blockers:
             return [], [], blockers

@@ -1,16 +1,22 @@
 """Threads in long sleeps of every kind that the kernel goes on with when interrupted: none ends early, or with EINTR.
 
-With and without room for the time that is left. They are asleep through several dumps and restores.
+With and without room for the time that is left, and in a process that answers page faults itself. They are asleep
+through several dumps and restores.
 """
 
 import ctypes
+import fcntl
+import mmap
+import os
 import struct
 import threading
 import time
 
 from support import libc, main
 
-CLOCK_NANOSLEEP, FUTEX = 230, 202
+CLOCK_NANOSLEEP, FUTEX, USERFAULTFD = 230, 202, 323
+USER_MODE_ONLY = 1
+API, REGISTER = 0xC018AA3F, 0xC020AA00
 NAP_S = 8.0
 TIME = struct.pack("<2q", int(NAP_S), 0)
 
@@ -43,7 +49,28 @@ SLEEPS = {
 }
 
 
+def answering(report):
+    """Sleep as the first thread of a process that answers for a page of its memory; report how it ended."""
+    answerer = libc.syscall(USERFAULTFD, USER_MODE_ONLY | os.O_CLOEXEC)
+    fcntl.ioctl(answerer, API, bytearray(struct.pack("<3Q", 0xAA, 0, 0)))
+    page = mmap.mmap(-1, mmap.PAGESIZE, mmap.MAP_PRIVATE)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(page))
+    fcntl.ioctl(answerer, REGISTER, bytearray(struct.pack("<4Q", address, mmap.PAGESIZE, 1, 0)))
+    begin = time.monotonic()
+    result = clock_nanosleep(ctypes.create_string_buffer(16))
+    error = ctypes.get_errno() if result else 0
+    os.write(report, struct.pack("<2qd", result, error, time.monotonic() - begin))
+
+
 def body(program):
+    reports, report = os.pipe()
+    answerer = os.fork()
+    if not answerer:
+        try:
+            answering(report)
+        finally:
+            os._exit(0)
+    os.close(report)
     ended = {}
     broken = []
 
@@ -52,6 +79,12 @@ def body(program):
         result = sleep(ctypes.create_string_buffer(16) if room else None)
         ended[name] = result, ctypes.get_errno() if result else 0, time.monotonic() - begin
 
+    def await_answerer():
+        raw = os.read(reports, 24)
+        ended["answering"] = struct.unpack("<2qd", raw) if raw else (-1, 0, 0.0)
+        os.waitpid(answerer, 0)
+
+    threading.Thread(target=await_answerer, daemon=True).start()
     for name, (sleep, room) in SLEEPS.items():
         threading.Thread(target=asleep, args=(name, sleep, room), daemon=True).start()
     begin = time.monotonic()
@@ -68,7 +101,7 @@ def body(program):
             else f"{result}, errno {error} after {slept_s:.3f} s"
         )
 
-    for name in SLEEPS:
+    for name in (*SLEEPS, "answering"):
         program.check(name, lambda name=name: check(name), lambda: broken.append(1))
     program.check("how many have ended", lambda: f"{len(ended)}" if broken else None, lambda: None)
 

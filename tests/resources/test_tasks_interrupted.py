@@ -132,7 +132,7 @@ def test_epoll_wait_does_not_start_its_time_again(stops: int) -> None:
                 sleepers = Sleepers()
                 sleepers.look([HostPid(pid)])
                 tree = freeze(HostPid(pid), suspend_seccomp=False)
-                interrupted.prepare(HostPid(pid), sleepers.slept(HostPid(pid)))
+                sleepers.prepare(HostPid(pid))
                 release(tree)
             result, lasted_s = eval(os.read(answer, 100))
             assert result == 0
@@ -146,7 +146,7 @@ def kill_oneself_behind_a_call_in(pid: HostPid) -> None:
     sleepers = Sleepers()
     sleepers.look([pid])
     freeze(pid, suspend_seccomp=False)
-    interrupted.prepare(pid, sleepers.slept(pid))
+    sleepers.prepare(pid)
     genuine = ptrace.cont
 
     def cont(tid: int, number: int = 0) -> None:
@@ -232,7 +232,7 @@ def test_time_left_of_a_sleep(name: str) -> None:
         sleepers.look([HostPid(pid)])
         looked = time.monotonic_ns()
         with frozen(pid) as regs:
-            slept_ns = sleepers.slept(HostPid(pid)).slept_ns
+            slept_ns = sleepers.prepare(HostPid(pid)).slept_ns
             left_ns = interrupted.sleep_left_ns(regs, slept_ns, interrupted.reader(HostPid(pid)))
             stopped = time.monotonic_ns()
         assert slept_ns is not None
@@ -255,7 +255,7 @@ def test_a_sleep_that_began_after_the_look_is_not_mistaken() -> None:
         sleepers.look([HostPid(pid)])
         time.sleep(0.1)
         with frozen(pid):
-            assert sleepers.slept(HostPid(pid)).slept_ns is None
+            assert sleepers.prepare(HostPid(pid)).slept_ns is None
 
 
 def test_looking_puts_our_own_affinity_back() -> None:

@@ -125,6 +125,7 @@ class Sleepers:
     def __init__(self) -> None:
         self._clocks: dict[int, int | None] = {}
         self._seen: dict[int, _Asleep] = {}
+        self._prepared: dict[int, Slept] = {}
 
     def look(self, pids: Iterable[HostPid]) -> None:
         """Look at every thread of these running processes; whoever is gone or shows nothing is passed over."""
@@ -136,12 +137,28 @@ class Sleepers:
                         if seen is not None:
                             self._seen[tid] = seen
 
-    def slept(self, tid: HostPid) -> Slept:
-        """The call that a thread was stopped in, if it is one that has a time, and how long that had lasted, at least.
+    def prepare(self, tid: HostPid) -> Slept:
+        """Let a call that is issued again be the one it was, and wait for what is left of its time.
 
-        Asked after the stop and before anything is run inside the thread. Nothing is known of one that was not seen,
-        or has been awake since by itself.
+        Called in a stop, after `settle`, before anything is run inside the thread: that wakes it, and it would not be
+        known any more how long it had slept. One that goes on with a restart block loses that where we are killed
+        while something is run in it (`arch.resumed_elsewhere`), and restart_syscall(2) would fail then. It is done
+        once; who asks again is told the same.
+
+        Returns:
+            The call that the thread was stopped in, if it is one that has a time, and how long that had lasted, at
+            least. Nothing is known of one that was not seen, or has been awake since by itself.
+
+        Raises:
+            ProcessLookupError: it was killed.
         """
+        if tid not in self._prepared:
+            slept = self._slept(tid)
+            _prepare(tid, slept)
+            self._prepared[tid] = slept
+        return self._prepared[tid]
+
+    def _slept(self, tid: HostPid) -> Slept:
         seen = self._seen.get(tid)
         if seen is not None:
             with suppress(OSError, ValueError):
@@ -243,16 +260,8 @@ def undisturbed(regs: arch.Registers) -> arch.Registers:
     return regs.replace(rax=arch.ERESTARTNOHAND)
 
 
-def prepare(tid: HostPid, slept: Slept) -> None:
-    """Let a call that is issued again be the one it was, and wait for what is left of its time.
-
-    Called after `settle`, once a stop, before anything is run inside the thread. One that goes on with a restart block
-    loses that where we are killed while something is run in it (`arch.resumed_elsewhere`), and restart_syscall(2)
-    would fail then. The register that holds a time is one that no caller of a wrapper keeps anything in.
-
-    Args:
-        slept: see `Sleepers.slept`.
-    """
+def _prepare(tid: HostPid, slept: Slept) -> None:
+    """See `Sleepers.prepare`; the register that holds a time is one that no caller of a wrapper keeps anything in."""
     slept_ns, call = slept
     if call is None:
         return
@@ -288,7 +297,7 @@ def _goes_on(regs: arch.Registers) -> bool:
 
 
 def in_its_call(regs: arch.Registers, call: int | None) -> arch.Registers:
-    """The registers of a thread as if it had been stopped in the call that it goes on with; see `Sleepers.call`."""
+    """The registers of a thread as if it had been stopped in the call that it goes on with; see `Sleepers.prepare`."""
     return regs.replace(orig_rax=call) if call is not None and _goes_on(regs) else regs
 
 
@@ -297,7 +306,7 @@ def sleep_left_ns(regs: arch.Registers, slept_ns: int | None, read: Read) -> int
 
     Args:
         regs: as it was stopped.
-        slept_ns: how long it had lasted, see `Sleepers.slept_ns`.
+        slept_ns: how long it had lasted, see `Sleepers.prepare`.
         read: of its memory.
 
     Returns:

@@ -8,6 +8,8 @@ mapping or map line, and what to do about it. `OSError` stays raw in
 
 from __future__ import annotations
 
+import errno
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,7 +27,7 @@ class UsageError(PipelineError):
     exit_code = 2
 
 
-#: so many mappings are told of which the same is to be said
+#: so many mappings, or processes, are told of which the same is to be said
 _ALIKE = 3
 
 
@@ -50,7 +52,7 @@ class Blocker:
 
 
 class Refused(PipelineError):
-    """Refused before anything was touched (exit code 3). `blockers`: all; of mappings alike the text has some."""
+    """Refused before anything was touched (exit code 3). `blockers`: all; of those alike the text has some."""
 
     exit_code = 3
 
@@ -60,16 +62,22 @@ class Refused(PipelineError):
 
 
 def _told(blockers: Iterable[Blocker]) -> Iterator[str]:
-    """A line for each; of mappings that differ in the subject alone, for the first ones: a process has hundreds."""
+    """A line for each; of what is alike for hundreds of processes or mappings, for the first ones."""
     alike: dict[tuple[str, str, str], list[Blocker]] = {}
     for blocker in blockers:
-        subject = "" if " mapping " in blocker.subject else blocker.subject
-        alike.setdefault((subject, blocker.reason, blocker.remedy), []).append(blocker)
-    for (_, reason, _), group in alike.items():
+        alike.setdefault((_sort(blocker.subject), blocker.reason, blocker.remedy), []).append(blocker)
+    for (sort, reason, _), group in alike.items():
         shown = group if len(group) <= _ALIKE + 1 else group[:_ALIKE]  # a line for one more can name it
         yield from map(str, shown)
         if more := len(group) - len(shown):
-            yield f"and {more} more mappings: {reason}"
+            yield f"and {more} more {sort}: {reason}"
+
+
+def _sort(subject: str) -> str:
+    """Of which there are many in a tree; another subject is one of its own."""
+    if " mapping " in subject:
+        return "mappings"
+    return "processes" if re.fullmatch(r"pid \d+", subject) else subject
 
 
 class InDoubt(PipelineError):
@@ -104,6 +112,47 @@ class PeerRefused(PeerError):
 
 class RebuildError(PipelineError):
     """The kernel refused a step of the rebuild; nothing of the half-built tree is left."""
+
+
+class Exhausted(PipelineError):
+    """This process or its host has run out of something; the text says of what, and how to get more."""
+
+
+#: what there is only so much of, and what to do when it is at an end
+_SCARCE = {
+    errno.EMFILE: "this process has as many descriptors open as it may: raise `ulimit -n`",
+    errno.ENFILE: "this host has as many files open as it may: raise the sysctl fs.file-max",
+    errno.ENOMEM: "there is no memory left: free some",
+    errno.EAGAIN: "no more processes or threads can be made: raise `ulimit -u`, or pids.max of the cgroup",
+}
+_NO_THREAD = "can't start new thread"
+
+
+def exhausted(error: BaseException) -> Exhausted | None:
+    """An error that says that something is at an end, in words; None where it, or one of a group, does not."""
+    if isinstance(error, BaseExceptionGroup):
+        told = [exhausted(one) for one in error.exceptions]
+        return None if None in told else told[0]
+    if isinstance(error, MemoryError):
+        return Exhausted(_SCARCE[errno.ENOMEM])
+    if isinstance(error, RuntimeError) and _NO_THREAD in str(error):
+        return Exhausted(_SCARCE[errno.EAGAIN])
+    if isinstance(error, OSError) and error.errno in _SCARCE:
+        return Exhausted(f"{_SCARCE[error.errno]} ({error})")
+    return None
+
+
+@contextmanager
+def passed_over() -> Iterator[None]:
+    """Pass over an OSError: what was asked for is not there, or not for us; but not over one of `exhausted`.
+
+    With that it is not known whether it is there, and to go on would be to leave it out in silence.
+    """
+    try:
+        yield
+    except OSError as error:
+        if exhausted(error):
+            raise
 
 
 @contextmanager

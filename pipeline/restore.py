@@ -87,7 +87,11 @@ class RestoredTree:
         self.given: list[int] = []
         self.notes: list[str] = []
         self._pidfd = os.pidfd_open(root_pid)
-        self._child = os.pidfd_open(child_pid)
+        try:
+            self._child = os.pidfd_open(child_pid)
+        except BaseException:
+            os.close(self._pidfd)
+            raise
         LEDGER.take("pidfds of a restored tree", self._pidfd)
 
     async def wait(self) -> int:

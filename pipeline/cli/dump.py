@@ -12,7 +12,7 @@ import os
 import sys
 from typing import Literal
 
-from pipeline.cli import pacing, placing, policies, progress, render
+from pipeline.cli import inherited, pacing, placing, policies, progress, render
 from pipeline.errors import UsageError
 
 EXAMPLE = (
@@ -63,6 +63,8 @@ def execute(arguments: argparse.Namespace) -> int:
     if arguments.to == "-" and arguments.json:
         arguments.json = False  # not even the error may go to stdout
         raise UsageError("--json and --to - both want stdout; write the image elsewhere")
+    if arguments.to == "-" and inherited.was_closed(1):
+        raise UsageError("--to - writes the image to stdout, which is closed")
     if arguments.to == "-" and os.isatty(sys.stdout.fileno()):
         raise UsageError("--to - would write the image to this terminal; redirect stdout")
     leave: Literal["end", "running", "stopped"] = "end"

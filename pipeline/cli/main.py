@@ -16,8 +16,9 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol, cast
 
+from pipeline.cli import inherited
 from pipeline.cli.render import fail
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, exhausted
 
 PROGRAM = "python -m pipeline"
 
@@ -109,10 +110,16 @@ def _dispatch(argv: Sequence[str]) -> int:
         return command.execute(arguments)
     except PipelineError as error:
         return fail(name, error, json=getattr(arguments, "json", False))
+    except Exception as error:
+        told = exhausted(error)
+        if told is None:
+            raise
+        return fail(name, told, json=getattr(arguments, "json", False))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code (argparse's own errors exit with 2)."""
+    inherited.settle()
     try:
         code = _dispatch(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()

@@ -17,7 +17,7 @@ from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING
 
-from pipeline.cli import pidfile, placing, policies, progress, render
+from pipeline.cli import inherited, pidfile, placing, policies, progress, render
 from pipeline.errors import UsageError
 
 if TYPE_CHECKING:
@@ -84,6 +84,8 @@ def execute(arguments: argparse.Namespace) -> int:
     pidfile.check(arguments.pidfile)
     if arguments.shell_job and arguments.detach:
         raise UsageError("--shell-job and --detach: a job stays with its shell; leave one of them out")
+    if arguments.source == "-" and inherited.was_closed(0):
+        raise UsageError("--from - reads the image from stdin, which is closed")
     if arguments.source == "-" and os.isatty(sys.stdin.fileno()):
         raise UsageError("--from - reads the image from stdin, which is a terminal")
     # before anything here opens files, whose numbers somebody could mean

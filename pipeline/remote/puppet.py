@@ -480,7 +480,7 @@ class Puppet:
             return stop.exited
         # Ends wait for each other: a process's for those of its threads, and the last thread of a pid
         # namespace's first process for the release of every pid in it, its sisters' too.
-        with suppress(FileNotFoundError):
+        with suppress(OSError):  # it is gone; or no descriptor is left to look: an end needs none, as a rule
             for tid in map(int, os.listdir(f"/proc/{self.pid}/task")):
                 if tid != self.tid:
                     with suppress(ChildProcessError):

@@ -19,6 +19,8 @@ from typing import Any, TypeVar
 
 import trio
 
+from pipeline.kernel.forking import require_told_ends
+
 T = TypeVar("T")
 
 #: `given_up`: set when whoever waits for what the tracer of this thread does was cancelled
@@ -43,9 +45,10 @@ def check_cancelled() -> None:
 
 
 class Tracer:
-    """A thread with a queue of work. Made by `tracer_thread`."""
+    """A thread with a queue of work. Made by `tracer_thread`; raises what `require_told_ends` does."""
 
     def __init__(self) -> None:
+        require_told_ends()
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._main, name="pipeline-tracer", daemon=True)
         self._thread.start()

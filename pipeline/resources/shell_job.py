@@ -323,7 +323,12 @@ class _Guard:
 
     def __init__(self, tty: LocalFd) -> None:
         reader, self._writer = os.pipe2(os.O_CLOEXEC)
-        self._pid = fork_deaf()
+        try:
+            self._pid = fork_deaf()
+        except BaseException:
+            os.close(self._writer)
+            os.close(reader)
+            raise
         if self._pid == 0:
             try:
                 os.setpgid(0, 0)

@@ -24,7 +24,7 @@ from typing import NoReturn, TypeVarTuple
 
 from pipeline.ids import LocalFd
 from pipeline.kernel import ptrace
-from pipeline.kernel.forking import fork_deaf
+from pipeline.kernel.forking import answer_of_child, fork_deaf
 from pipeline.kernel.syscalls import PRCTL, prctl
 from pipeline.ledger import LEDGER
 
@@ -50,32 +50,14 @@ def shielded(act: Callable[[], bytes]) -> bytes:
         OSError: `act` raised it, with its errno; without one: the child was killed.
     """
     caller = threading.get_native_id()
-    reader, writer = os.pipe2(os.O_CLOEXEC)
+
+    def act_there() -> bytes:
+        os.setsid()
+        with _kept_from_ending(caller):
+            return act()
+
     with _children_may_trace_us():
-        pid = fork_deaf()
-        if pid == 0:
-            code = 255
-            try:
-                os.setsid()
-                os.close(reader)
-                with _kept_from_ending(caller):
-                    answer = act()
-                left = memoryview(answer)
-                while left:
-                    left = left[os.write(writer, left) :]
-                code = 0
-            except OSError as error:
-                code = error.errno or 255
-            finally:
-                os._exit(code)
-        os.close(writer)
-        with os.fdopen(reader, "rb") as pipe:
-            answer = pipe.read()
-        _, status = os.waitpid(pid, 0)
-    code = os.waitstatus_to_exitcode(status)
-    if code:
-        raise OSError(max(0, code), os.strerror(code) if code > 0 else f"killed by signal {-code}")
-    return answer
+        return answer_of_child(act_there)
 
 
 class Shield:

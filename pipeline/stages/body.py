@@ -34,7 +34,7 @@ from pipeline.resources.memory.rebuild import Source
 from pipeline.resources.namespaces.ipc import Segment
 from pipeline.resources.namespaces.keepers import Keepers
 from pipeline.resources.pty_session import ControllingTerminals
-from pipeline.resources.tasks import credentials, loginuid
+from pipeline.resources.tasks import credentials, inherited, loginuid
 from pipeline.resources.tasks.keyrings import SessionKeyrings
 from pipeline.stages import memory_layout
 from pipeline.stages.contents import Contents
@@ -62,6 +62,7 @@ def execute_anew(puppet: Puppet) -> None:
             ),
             credentials.capset(permitted, permitted, 0),
             Call(NR.prctl, (PRCTL.SET_DUMPABLE, 1, 0, 0, 0), name="PR_SET_DUMPABLE"),
+            *inherited.taken_back(),
         ]
     )
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import resource
 import signal
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator
@@ -20,7 +21,7 @@ from typing import Concatenate, ParamSpec, TypeVar
 import msgspec
 from msgspec.structs import replace
 
-from pipeline.errors import ImageError, PipelineError, RebuildError, Refused
+from pipeline.errors import ImageError, PipelineError, RebuildError, Refused, exhausted
 from pipeline.ids import HostPid, LocalFd
 from pipeline.image import delta, numbers
 from pipeline.image.codec import Image
@@ -45,7 +46,7 @@ from pipeline.resources.namespaces.clocks_here import ClocksHere
 from pipeline.resources.namespaces.keepers import Keepers
 from pipeline.resources.pty_session import ControllingTerminals
 from pipeline.resources.taken import Making
-from pipeline.resources.tasks import credentials, semaphore_undo, timers
+from pipeline.resources.tasks import credentials, inherited, semaphore_undo, timers
 from pipeline.resources.tasks.reinstate import check_here, reinstate
 from pipeline.stages import draft, files_here, finish, memory_layout, same_machine
 from pipeline.stages.body import Embodiment, MappedFiles
@@ -64,6 +65,8 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _LOWEST_CHANNEL_FD = 200
+#: the channel and the program of a puppet
+_CHANNEL_FDS = 2
 
 
 class Terms(msgspec.Struct, frozen=True):
@@ -105,7 +108,7 @@ def _step(act: Callable[Concatenate[Rebuilding, P], T]) -> Callable[Concatenate[
                 raise
             else:
                 why = "a step of the rebuild failed"
-            raise RebuildError(f"{why}: {error}") from error
+            raise RebuildError(f"{why}: {exhausted(error) or error}") from error
 
     return acted
 
@@ -187,7 +190,7 @@ class Rebuilding:
         self._cgroups = self._make_cgroups()
         blockers = list(check_here(list(image.processes.values())))
         if blockers:
-            raise RebuildError("this host cannot take the tree: " + "; ".join(map(str, blockers)))
+            raise Refused(blockers)
         if lacking := list(huge_pages.lacking(image)):
             raise Refused(lacking)
         hole = find_hole([space.vmas for space in image.spaces.values()], memory_layout.HOLE_BYTES)
@@ -228,7 +231,7 @@ class Rebuilding:
         self._body = body = Embodiment(
             image, files, self.contents, self._keepers, self._ids, self._terminals, self._cgroups
         )
-        self._body.notes += self._clocks.notes
+        self._body.notes += [*self._clocks.notes, *inherited.notes()]
         self.growth = Growth(
             self._planner,
             self._launcher,
@@ -380,7 +383,7 @@ class Rebuilding:
         ids.refuse_unplaced()
         blockers = list(check_here(list(image.processes.values())))
         if blockers:
-            raise RebuildError("this host cannot take the tree: " + "; ".join(map(str, blockers)))
+            raise Refused(blockers)
         if changed := list(self._written.check(image, self._roots.open, self.policy)):
             raise Refused(changed)
         self.contents.update(image, self._launcher, ids.uid_here, ids.gid_here)
@@ -704,4 +707,11 @@ class Rebuilding:
 
     def _channel_fd(self) -> int:
         spare = draft.SPARE_DESCRIPTORS if self._terms.live else 2
-        return max(numbers.highest_descriptor(self._image) + spare + 64, _LOWEST_CHANNEL_FD)
+        number = max(numbers.highest_descriptor(self._image) + spare + 64, _LOWEST_CHANNEL_FD)
+        may_have, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if may_have < number + _CHANNEL_FDS:
+            raise RebuildError(
+                f"this restorer may have {may_have} descriptors open, and needs numbers up to {number + _CHANNEL_FDS}: "
+                "raise `ulimit -n`"
+            )
+        return number

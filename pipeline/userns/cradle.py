@@ -94,9 +94,15 @@ def enter() -> None:
     if mapper is not None:
         mapper.write()
     else:
-        Path("/proc/self/setgroups").write_text("deny")
-        _write("/proc/self/gid_map", f"{gid} {gid} 1")
-        _write("/proc/self/uid_map", f"{uid} {uid} 1")
+        try:
+            Path("/proc/self/setgroups").write_text("deny")
+            _write("/proc/self/gid_map", f"{gid} {gid} 1")
+            _write("/proc/self/uid_map", f"{uid} {uid} 1")
+        except PermissionError as error:
+            why = "; root without CAP_SETFCAP may not (user_namespaces(7))" * (uid == 0)
+            raise PipelineError(
+                f"this host does not let uid {uid} map itself into a user namespace{why}"
+            ) from error
     prctl(PRCTL.SET_DUMPABLE, 1)  # our /proc files stay ours
     _keep_capabilities()
 

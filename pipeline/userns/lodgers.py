@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Self
 
 from pipeline.ids import HostPid
-from pipeline.kernel.forking import fork_deaf
+from pipeline.kernel.forking import fork_deaf, pipe
 from pipeline.kernel.syscalls import PRCTL, prctl, setns
 from pipeline.ledger import LEDGER
 from pipeline.userns.visit import Way
@@ -55,20 +55,24 @@ class Lodgers:
 
 def _send(way: Way) -> tuple[HostPid, int]:
     """A child at the end of `way`, and the pipe that it waits at."""
-    wait, go = os.pipe()
-    told, tell = os.pipe()
-    pid = fork_deaf()
-    if pid == 0:
-        _sit(way, wait, tell)
-    os.close(wait)
-    os.close(tell)
-    answer = os.read(told, 4)
-    os.close(told)
-    if answer:
-        os.close(go)
-        os.waitpid(pid, 0)
-        code = int.from_bytes(answer, "little")
-        raise OSError(code, os.strerror(code))
+    with pipe() as (told, tell):
+        wait, go = os.pipe()
+        try:
+            try:
+                pid = fork_deaf()
+                if pid == 0:
+                    _sit(way, wait, tell.fileno())
+            finally:
+                os.close(wait)
+            tell.close()
+            answer = told.read(4)
+            if answer:
+                os.waitpid(pid, 0)
+                code = int.from_bytes(answer, "little")
+                raise OSError(code, os.strerror(code))
+        except BaseException:
+            os.close(go)
+            raise
     return HostPid(pid), go
 
 

@@ -20,7 +20,7 @@ from typing import Self, TypeVar
 
 from pipeline.ids import LocalFd
 from pipeline.kernel import nsfs
-from pipeline.kernel.forking import fork_deaf
+from pipeline.kernel.forking import answer_of_child
 from pipeline.kernel.syscalls import CLONE, setns, unshare
 from pipeline.ledger import LEDGER
 
@@ -174,31 +174,9 @@ def _by_thread(namespaces: Way, look: Callable[[], bytes]) -> bytes:
 
 
 def _by_child(namespaces: Way, look: Callable[[], bytes]) -> bytes:
-    reader, writer = os.pipe()
-    child = fork_deaf()
-    if child == 0:
-        code = 255
-        try:
-            os.close(reader)
-            for fd, flag in namespaces:
-                setns(fd, flag)
-            answer = memoryview(look())
-            while answer:
-                answer = answer[os.write(writer, answer) :]
-            code = 0
-        except OSError as error:
-            code = min(error.errno or 255, 254)
-        finally:
-            os._exit(code)
-    os.close(writer)
-    parts = []
-    try:
-        while part := os.read(reader, _CHUNK_BYTES):
-            parts.append(part)
-    finally:
-        os.close(reader)
-        _, status = os.waitpid(child, 0)
-    code = os.waitstatus_to_exitcode(status)
-    if code:
-        raise OSError(max(0, code), os.strerror(code) if code > 0 else f"killed by signal {-code}")
-    return b"".join(parts)
+    def look_there() -> bytes:
+        for fd, flag in namespaces:
+            setns(fd, flag)
+        return look()
+
+    return answer_of_child(look_there)

@@ -91,17 +91,24 @@ def test_errors_go_to_stderr_and_as_json_to_stdout(
         assert "pid 5 fd 3: a kernel's fact (close it)" in err
 
 
-def test_of_many_mappings_that_are_alike_some_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+def test_of_many_that_are_alike_some_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    processes = [Blocker(f"pid {number}", "has too much", "raise it") for number in range(1, 6)]
     many = [Blocker(f"pid 5 mapping {number}", "is watched", "wait") for number in range(9)]
     files = [Blocker(f"/usr/lib/{number}", "is not here", "bring it") for number in range(9)]
-    assert render.fail("dump", Refused([*many, *files]), json=True) == 3
+    assert render.fail("dump", Refused([*processes, *many, *files]), json=True) == 3
     out, err = capsys.readouterr()
-    assert len(json.loads(out)["blockers"]) == 18
+    assert len(json.loads(out)["blockers"]) == 23
     assert [line for line in err.splitlines() if "watched" in line] == [
         "  pid 5 mapping 0: is watched (wait)",
         "  pid 5 mapping 1: is watched (wait)",
         "  pid 5 mapping 2: is watched (wait)",
         "  and 6 more mappings: is watched",
+    ]
+    assert [line for line in err.splitlines() if "too much" in line] == [
+        "  pid 1: has too much (raise it)",
+        "  pid 2: has too much (raise it)",
+        "  pid 3: has too much (raise it)",
+        "  and 2 more processes: has too much",
     ]
     assert err.count("is not here (bring it)") == 9, "each has to be brought"
 

@@ -27,6 +27,7 @@ from typing import Self
 
 import msgspec
 
+from pipeline.errors import exhausted
 from pipeline.ids import HostPid, LocalFd
 from pipeline.image.schema import Index, MappedFile, SharedMemory
 from pipeline.kernel import hugetlb, procfs
@@ -330,7 +331,9 @@ def _leads_to(pid: HostPid, name: bytes, result: os.stat_result) -> bool:
         return same_inode(look_up(pid, name), result)
     except PermissionError:
         raise CannotCarry(f"the name {os.fsdecode(name)} may not be looked up", "run as root") from None
-    except OSError:
+    except OSError as error:
+        if exhausted(error):
+            raise
         return False
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 
 import msgspec
 
@@ -74,14 +75,14 @@ def plan_copy_on_write(
 def _equal(one: HostPid, other: HostPid, ranges: Sequence[Range]) -> Iterator[Range]:
     if not ranges:
         return
-    first, second = open_pagemap(one), open_pagemap(other)
-    try:
+    with ExitStack() as opened:
+        first = open_pagemap(one)
+        opened.callback(os.close, first)
+        second = open_pagemap(other)
+        opened.callback(os.close, second)
         if _tells_frames(first, ranges):
             yield from _equal_frames(first, second, ranges)
             return
-    finally:
-        os.close(first)
-        os.close(second)
     yield from _equal_contents(one, other, ranges)
 
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from typing import NamedTuple, TypeVar
 
+from pipeline.errors import passed_over
 from pipeline.ids import LocalFd
 from pipeline.kernel import nsfs
 from pipeline.kernel.nsfs import NamespaceKey
@@ -123,17 +124,22 @@ class KeptNetworks:
 
 def walk(is_wanted: Callable[[str], bool]) -> Iterator[tuple[str, bytes]]:
     """The sysctls of the network that the caller is in, as far as they can be read, by their names below `SYSCTLS`."""
-    for folder, _, names in os.walk(SYSCTLS):
+    for folder, _, names in os.walk(SYSCTLS, onerror=_unless_passed_over):
         inside = folder.removeprefix(SYSCTLS).lstrip("/")
         for last in names:
             name = f"{inside}/{last}" if inside else last
             if is_wanted(name):
-                with suppress(OSError):
+                with passed_over():
                     fd = LocalFd(os.open(f"{folder}/{last}", os.O_RDONLY | os.O_CLOEXEC))
                     try:
                         yield name, _read(fd)
                     finally:
                         os.close(fd)
+
+
+def _unless_passed_over(error: OSError) -> None:
+    with passed_over():
+        raise error
 
 
 def _opened(names: Iterable[str]) -> dict[str, LocalFd]:

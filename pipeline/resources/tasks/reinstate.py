@@ -32,6 +32,7 @@ from pipeline.remote.puppet import Puppet
 from pipeline.resources.tasks import (
     attributes,
     credentials,
+    inherited,
     interrupted,
     limits,
     scheduling,
@@ -46,6 +47,7 @@ _ROBUST_LIST_BYTES = 24
 
 def check_here(processes: Sequence[Process]) -> Iterator[Blocker]:
     """What this host or this restorer cannot give; asked before anything is built."""
+    yield from inherited.check_inherited(processes)
     yield from limits.check_limits(processes)
     for process in processes:
         yield from scheduling.check_processors(process)

@@ -24,7 +24,7 @@ from pipeline.errors import Blocker, RebuildError
 from pipeline.ids import HostPid
 from pipeline.image.schema import SemaphoreUndo
 from pipeline.kernel.arch.x86_64 import NR
-from pipeline.kernel.forking import fork_deaf
+from pipeline.kernel.forking import fork_deaf, pipe
 from pipeline.kernel.syscalls import KCMP, kcmp
 from pipeline.remote.calls import Argument
 from pipeline.resources.namespaces.ipc import Semaphores
@@ -49,18 +49,17 @@ Syscall = Callable[..., int]
 
 def has_any(pids: Sequence[HostPid]) -> list[HostPid]:
     """Which of these tasks may have adjustments: a fresh process has none, and is compared with them."""
-    reader, writer = os.pipe()
-    fresh = fork_deaf()
-    if fresh == 0:
-        os.close(writer)
-        os.read(reader, 1)
-        os._exit(0)
-    try:
-        return [pid for pid in pids if kcmp(pid, fresh, KCMP.SYSVSEM) != 0]
-    finally:
-        os.close(reader)
-        os.close(writer)
-        os.waitpid(fresh, 0)
+    with pipe() as (reader, writer):
+        fresh = fork_deaf()
+        if fresh == 0:
+            writer.close()
+            reader.read(1)
+            os._exit(0)
+        try:
+            return [pid for pid in pids if kcmp(pid, fresh, KCMP.SYSVSEM) != 0]
+        finally:
+            writer.close()
+            os.waitpid(fresh, 0)
 
 
 def capture(

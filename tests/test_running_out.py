@@ -1,0 +1,231 @@
+"""No descriptor, process or thread is left for us, at one place after the other: nothing stays, and nothing is lost.
+
+What fails is our own call, not one that is run in a task: see test_every_call_refused.py. Each place in the code that
+makes such a call is met once, by the functions around it.
+"""
+
+from __future__ import annotations
+
+import errno
+import gc
+import os
+import resource
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import msgspec
+import pytest
+import trio
+
+import pipeline
+from pipeline.errors import PipelineError, exhausted
+from pipeline.image.codec import Image
+from pipeline.kernel import syscalls
+from pipeline.kernel.arch.x86_64 import NR
+from pipeline.ledger import LEDGER
+from tests.harness.settings import CONTAINER_2, DEPTH_1
+from tests.harness.tree import Tree, dump, engine, family_of, reap, restore, said
+
+pytestmark = pytest.mark.root
+
+_NO_FILES = OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+_NO_PROCESS = OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+_NO_THREAD = RuntimeError("can't start new thread")
+#: what may run out, where the functions for it are, and how they say so
+_SCARCE: list[tuple[object, str, Exception]] = [
+    *((os, name, _NO_FILES) for name in ("open", "dup", "pipe", "pipe2", "memfd_create", "pidfd_open")),
+    *((os, name, _NO_FILES) for name in ("listdir", "scandir")),
+    (socket, "socketpair", _NO_FILES),
+    (os, "fork", _NO_PROCESS),
+    (os, "posix_spawn", _NO_PROCESS),
+    (threading.Thread, "start", _NO_THREAD),
+]
+#: system calls of ours that make descriptors
+_MAKING = {NR.openat2, NR.pidfd_getfd, NR.userfaultfd, NR.open_tree, NR.fsopen, NR.fsmount}
+#: so many functions around a call tell the place
+_AROUND = 5
+
+
+class RunningOut:
+    """Counts the calls; one of them fails."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._at = 0
+        #: the first call from each place, in the order of the calls
+        self.places: dict[tuple[object, ...], int] = {}
+        self.has_failed = False
+
+    @contextmanager
+    def at(self, number: int) -> Iterator[None]:
+        """Within the block call `number` fails; 0: none, and the places are noted."""
+        self._count, self._at, self.has_failed = 0, number, False
+        with pytest.MonkeyPatch.context() as patch:
+            for home, name, error in _SCARCE:
+                patch.setattr(home, name, self._counted(getattr(home, name), error, lambda _: True))
+            making = self._counted(syscalls.syscall, _NO_FILES, lambda arguments: arguments[0] in _MAKING)
+            patch.setattr(syscalls, "syscall", making)
+            yield
+
+    def calls(self) -> list[int]:
+        """One from each place, but for those of Trio itself."""
+        return [
+            call for place, call in self.places.items() if not any("trio" in str(part) for part in place[1:3])
+        ]
+
+    def _counted(
+        self, function: Callable[..., Any], error: Exception, is_meant: Callable[[tuple[Any, ...]], bool]
+    ) -> Callable[..., Any]:
+        ours = os.getpid()
+
+        def counted(*arguments: Any, **options: Any) -> Any:
+            if os.getpid() == ours and is_meant(arguments):
+                self._count += 1
+                if not self._at:
+                    self.places.setdefault((function, *_around(sys._getframe(1))), self._count)
+                elif self._count == self._at:
+                    self.has_failed = True
+                    raise error
+            return function(*arguments, **options)
+
+        return counted
+
+
+def _around(frame: FrameType | None) -> Iterator[tuple[str, int]]:
+    for _ in range(_AROUND):
+        if frame is not None:
+            yield frame.f_code.co_filename, frame.f_lineno
+            frame = frame.f_back
+
+
+def descriptors() -> set[str]:
+    gc.collect()
+    return set(os.listdir("/proc/self/fd"))
+
+
+def what_it_says(recipe: Callable[[], Any]) -> Exception | None:
+    try:
+        trio.run(recipe)
+    except Exception as error:  # noqa: BLE001 - told apart below
+        told = error
+    else:
+        return None
+    assert isinstance(told, PipelineError) or exhausted(told), told
+    return told
+
+
+def known(image: Image) -> bytes:
+    """What a dump has found that does not change from one to the next."""
+    return msgspec.json.encode([image.namespaces, image.user_namespaces, sorted(image.files)])
+
+
+def test_a_dump_that_runs_out_lets_the_tree_run(start: Callable[..., Tree], tmp_path: Path) -> None:
+    tree = start("namespaced", CONTAINER_2)
+    family = tree.pids()
+    number = 0
+
+    async def attempt() -> None:
+        await pipeline.dump(tree.pid, str(tmp_path / str(number)), mode="stop", leave="running")
+
+    def image() -> bytes:
+        return known(trio.run(pipeline.inspect, str(tmp_path / str(number))).image)
+
+    tree.check()
+    trio.run(attempt)
+    whole = image()
+    out = RunningOut()
+    number = 1
+    with out.at(0):
+        trio.run(attempt)
+    assert image() == whole
+    before, others = descriptors(), set(family_of(os.getpid()))
+    # what Trio needs for itself comes first
+    calls = [
+        call for place, call in out.places.items() if not any("trio" in str(part) for part in place[1:3])
+    ]
+    assert len(calls) > 50
+    for call in calls:
+        number += 1
+        with out.at(call):
+            error = what_it_says(attempt)
+        if not out.has_failed:
+            continue  # other calls this time
+        assert not LEDGER.held(), f"after call {call}: {error}"
+        assert descriptors() == before, f"after call {call}: {error}"
+        assert set(family_of(os.getpid())) == others, f"after call {call}: {error}"
+        assert (tmp_path / str(number) / "manifest").exists() == (error is None)
+        if error is None:
+            assert image() == whole, f"without call {call} something was left out"
+    tree.check()
+    assert tree.pids() == family
+
+
+def test_a_restore_that_runs_out_leaves_nothing(start: Callable[..., Tree], tmp_path: Path) -> None:
+    tree = start("processes", CONTAINER_2)
+    dump(tree, tmp_path / "image")
+
+    async def attempt() -> None:
+        restored = await pipeline.restore(str(tmp_path / "image"), detach=True, new_pidns=True)
+        tree.pid = restored.root_pid
+        restored.close()
+
+    def is_well() -> None:
+        tree.check()
+        dump(tree, tmp_path / "again")
+        (tmp_path / "image").rename(tmp_path / f"image.{tree.pid}")
+        (tmp_path / "again").rename(tmp_path / "image")
+
+    out = RunningOut()
+    others = set(family_of(os.getpid()))
+    with out.at(0):
+        trio.run(attempt)
+    is_well()
+    before = descriptors()
+    calls = out.calls()
+    assert len(calls) > 30
+    for call in calls:
+        with out.at(call):
+            error = what_it_says(attempt)
+        assert not LEDGER.held(), f"after call {call}: {error}"
+        assert descriptors() == before, f"after call {call}: {error}"
+        if error is None:
+            is_well()
+        assert not reap(sorted(set(family_of(os.getpid())) - others), 3.0), f"after call {call}: {error}"
+    trio.run(attempt)
+    tree.check()
+
+
+def with_descriptors(most: int) -> list[str]:
+    """A command that may have so many open, and then executes the words behind it."""
+    script = f"import os, resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, ({most}, {most}))"
+    return [sys.executable, "-c", f"{script}; os.execv(sys.argv[1], sys.argv[1:])"]
+
+
+@pytest.mark.parametrize("most", [8, 16, 24])
+def test_who_dumps_with_few_descriptors_is_told_so(
+    start: Callable[..., Tree], tmp_path: Path, most: int
+) -> None:
+    tree = start("processes", DEPTH_1)
+    done = engine("dump", "--pid", tree.pid, "--to", tmp_path / "image", within=with_descriptors(most))
+    assert done.returncode == 1, said(done)
+    assert "dump: this process has as many descriptors open as it may: raise `ulimit -n`" in done.stderr
+    assert "Traceback" not in done.stderr
+    tree.check()
+
+
+def test_who_restores_with_few_descriptors_is_told_so(start: Callable[..., Tree], tmp_path: Path) -> None:
+    tree = start("processes", DEPTH_1)
+    for pid in tree.pids():
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (100, 100))
+    dump(tree, tmp_path / "image")
+    done = engine("restore", "--from", tmp_path / "image", "--detach", within=with_descriptors(150))
+    assert done.returncode == 1, said(done)
+    assert "this restorer may have 150 descriptors open, and needs numbers up to 202" in done.stderr
+    restore(tree, tmp_path / "image")
+    tree.check()

@@ -52,49 +52,50 @@ _MAKING = {NR.openat2, NR.pidfd_getfd, NR.userfaultfd, NR.open_tree, NR.fsopen, 
 _AROUND = 5
 
 
+#: a function, and the lines that led to it
+Place = tuple[object, ...]
+
+
 class RunningOut:
-    """Counts the calls; one of them fails."""
+    """The first call from one place fails."""
 
     def __init__(self) -> None:
-        self._count = 0
-        self._at = 0
-        #: the first call from each place, in the order of the calls
-        self.places: dict[tuple[object, ...], int] = {}
+        #: in the order of their first calls, while nothing fails
+        self.places: dict[Place, None] = {}
+        self._at: Place | None = None
         self.has_failed = False
 
     @contextmanager
-    def at(self, number: int) -> Iterator[None]:
-        """Within the block call `number` fails; 0: none, and the places are noted."""
-        self._count, self._at, self.has_failed = 0, number, False
+    def at(self, place: Place | None) -> Iterator[None]:
+        """Within the block the first call from there fails; None: none does, and the places are noted."""
+        self._at, self.has_failed = place, False
         with pytest.MonkeyPatch.context() as patch:
             for home, name, error in _SCARCE:
-                patch.setattr(home, name, self._counted(getattr(home, name), error, lambda _: True))
-            making = self._counted(syscalls.syscall, _NO_FILES, lambda arguments: arguments[0] in _MAKING)
+                patch.setattr(home, name, self._watched(getattr(home, name), error, lambda _: True))
+            making = self._watched(syscalls.syscall, _NO_FILES, lambda arguments: arguments[0] in _MAKING)
             patch.setattr(syscalls, "syscall", making)
             yield
 
-    def calls(self) -> list[int]:
-        """One from each place, but for those of Trio itself."""
-        return [
-            call for place, call in self.places.items() if not any("trio" in str(part) for part in place[1:3])
-        ]
+    def ours(self) -> list[Place]:
+        """The places, but for those of Trio itself."""
+        return [place for place in self.places if not any("/trio/" in str(line) for line in place[1:3])]
 
-    def _counted(
+    def _watched(
         self, function: Callable[..., Any], error: Exception, is_meant: Callable[[tuple[Any, ...]], bool]
     ) -> Callable[..., Any]:
         ours = os.getpid()
 
-        def counted(*arguments: Any, **options: Any) -> Any:
+        def watched(*arguments: Any, **options: Any) -> Any:
             if os.getpid() == ours and is_meant(arguments):
-                self._count += 1
-                if not self._at:
-                    self.places.setdefault((function, *_around(sys._getframe(1))), self._count)
-                elif self._count == self._at:
+                place = (function, *_around(sys._getframe(1)))
+                if self._at is None:
+                    self.places[place] = None
+                elif place == self._at and not self.has_failed:
                     self.has_failed = True
                     raise error
             return function(*arguments, **options)
 
-        return counted
+        return watched
 
 
 def _around(frame: FrameType | None) -> Iterator[tuple[str, int]]:
@@ -126,7 +127,7 @@ def known(image: Image) -> bytes:
 
 
 def test_a_dump_that_runs_out_lets_the_tree_run(start: Callable[..., Tree], tmp_path: Path) -> None:
-    tree = start("namespaced", CONTAINER_2)
+    tree = start("networks", DEPTH_1)
     family = tree.pids()
     number = 0
 
@@ -141,27 +142,24 @@ def test_a_dump_that_runs_out_lets_the_tree_run(start: Callable[..., Tree], tmp_
     whole = image()
     out = RunningOut()
     number = 1
-    with out.at(0):
+    with out.at(None):
         trio.run(attempt)
     assert image() == whole
     before, others = descriptors(), set(family_of(os.getpid()))
-    # what Trio needs for itself comes first
-    calls = [
-        call for place, call in out.places.items() if not any("trio" in str(part) for part in place[1:3])
-    ]
-    assert len(calls) > 50
-    for call in calls:
+    places = out.ours()
+    assert len(places) > 50
+    for place in places:
         number += 1
-        with out.at(call):
+        with out.at(place):
             error = what_it_says(attempt)
         if not out.has_failed:
-            continue  # other calls this time
-        assert not LEDGER.held(), f"after call {call}: {error}"
-        assert descriptors() == before, f"after call {call}: {error}"
-        assert set(family_of(os.getpid())) == others, f"after call {call}: {error}"
+            continue  # it was not needed this time
+        assert not LEDGER.held(), f"after {place}: {error}"
+        assert descriptors() == before, f"after {place}: {error}"
+        assert set(family_of(os.getpid())) == others, f"after {place}: {error}"
         assert (tmp_path / str(number) / "manifest").exists() == (error is None)
         if error is None:
-            assert image() == whole, f"without call {call} something was left out"
+            assert image() == whole, f"without {place} something was left out"
     tree.check()
     assert tree.pids() == family
 
@@ -183,20 +181,20 @@ def test_a_restore_that_runs_out_leaves_nothing(start: Callable[..., Tree], tmp_
 
     out = RunningOut()
     others = set(family_of(os.getpid()))
-    with out.at(0):
+    with out.at(None):
         trio.run(attempt)
     is_well()
     before = descriptors()
-    calls = out.calls()
-    assert len(calls) > 30
-    for call in calls:
-        with out.at(call):
+    places = out.ours()
+    assert len(places) > 30
+    for place in places:
+        with out.at(place):
             error = what_it_says(attempt)
-        assert not LEDGER.held(), f"after call {call}: {error}"
-        assert descriptors() == before, f"after call {call}: {error}"
+        assert not LEDGER.held(), f"after {place}: {error}"
+        assert descriptors() == before, f"after {place}: {error}"
         if error is None:
             is_well()
-        assert not reap(sorted(set(family_of(os.getpid())) - others), 3.0), f"after call {call}: {error}"
+        assert not reap(sorted(set(family_of(os.getpid())) - others), 3.0), f"after {place}: {error}"
     trio.run(attempt)
     tree.check()
 

@@ -57,17 +57,17 @@ Place = tuple[object, ...]
 
 
 class RunningOut:
-    """The first call from one place fails."""
+    """Every call from one place fails."""
 
     def __init__(self) -> None:
-        #: in the order of their first calls, while nothing fails
+        #: from where there were calls while nothing failed, in their order
         self.places: dict[Place, None] = {}
         self._at: Place | None = None
         self.has_failed = False
 
     @contextmanager
     def at(self, place: Place | None) -> Iterator[None]:
-        """Within the block the first call from there fails; None: none does, and the places are noted."""
+        """Within the block calls from there fail; None: none does, and the places are noted."""
         self._at, self.has_failed = place, False
         with pytest.MonkeyPatch.context() as patch:
             for home, name, error in _SCARCE:
@@ -90,7 +90,7 @@ class RunningOut:
                 place = (function, *_around(sys._getframe(1)))
                 if self._at is None:
                     self.places[place] = None
-                elif place == self._at and not self.has_failed:
+                elif place == self._at:
                     self.has_failed = True
                     raise error
             return function(*arguments, **options)

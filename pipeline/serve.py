@@ -29,7 +29,7 @@ import msgspec
 import trio
 
 from pipeline.arriving import arrived, arrived_live
-from pipeline.errors import ImageError, PeerError, RebuildError, Refused, ungrouped
+from pipeline.errors import ImageError, PeerError, RebuildError, Refused, exhausted, ungrouped
 from pipeline.ids import HostPid
 from pipeline.interrupts import insisted, interruptible
 from pipeline.kernel.arch import x86_64 as arch
@@ -277,7 +277,7 @@ class _Server:
                 await trio.lowlevel.checkpoint_if_cancelled()
                 self._on_their_way.discard(way)
                 if offer.later:
-                    self._borrowings[offer.migration].take_another_guard()
+                    self._borrowings[offer.migration].prepare(rebuilding.take_watched(), rebuilding.victims())
                 await self._await_commit(channel, offer, rebuilding, page_bytes)
             if offer.later and channel.conversation.state == "completed":
                 await self._borrowings[offer.migration].take_all(channel)
@@ -289,6 +289,10 @@ class _Server:
         except PeerError:
             raise
         except Exception as error:  # noqa: BLE001 (a mistake in here must not cost others their trees)
+            if told := exhausted(error):
+                self._said(f"{channel.peer}: {told}")
+                await self._refuse(channel, str(told))
+                return
             self._said(
                 f"{channel.peer}: an error of this program:\n{''.join(traceback.format_exception(error))}"
             )
@@ -323,7 +327,10 @@ class _Server:
         self, channel: Channel, offer: Offer, rebuilding: Rebuilding, page_bytes: int
     ) -> None:
         held = self._held[offer.migration] = _Held(offer.migration, channel.peer)
+        tree: RestoredTree | None = None
         try:
+            # whatever it needs of this host, it has before the source may end its tree
+            tree = RestoredTree(rebuilding.root_pid, rebuilding.child_pid, {"page-bytes": page_bytes})
             # if that cannot be said, it is not heard: the source runs on
             await channel.say(Prepared())
             try:
@@ -333,11 +340,13 @@ class _Server:
                 if not held.committed:
                     self._said(f"the tree of migration {offer.migration} is given up")
                     return
-                await self._run(held, rebuilding, page_bytes)
+                await self._run(held, rebuilding, tree)
+                tree = None
                 return
             if isinstance(word, Commit):
                 with trio.CancelScope(shield=True):
-                    await self._run(held, rebuilding, page_bytes)
+                    await self._run(held, rebuilding, tree)
+                    tree = None
                     await channel.say(self._completed(offer.migration))
             else:
                 self._said(f"{channel.peer} keeps its tree")
@@ -348,6 +357,8 @@ class _Server:
             raise
         finally:
             del self._held[offer.migration]
+            if tree is not None:
+                tree.close()
 
     async def _in_doubt(self, channel: Channel, offer: Offer, held: _Held, lost: PeerError) -> None:
         held.in_doubt = True
@@ -363,12 +374,12 @@ class _Server:
         runs = self._settled[migration]
         return Completed(runs.root_pid, int((time.monotonic() - runs.since_s) * 1e6))
 
-    async def _run(self, held: _Held, rebuilding: Rebuilding, page_bytes: int) -> None:
-        tree = RestoredTree(rebuilding.root_pid, rebuilding.child_pid, {"page-bytes": page_bytes})
+    async def _run(self, held: _Held, rebuilding: Rebuilding, tree: RestoredTree) -> None:
+        """Let the tree run; from then on `tree` is not the caller's any more."""
         borrowing = self._borrowings.get(held.migration)
         try:
             if borrowing is not None:
-                borrowing.begin(rebuilding.take_watched(), rebuilding.victims())
+                borrowing.begin()
                 self._nursery.start_soon(self._bring_pages, held.migration, borrowing, rebuilding.root_pid)
             with trio.CancelScope(shield=True):
                 root = await self._tracer.run(rebuilding.thaw)
@@ -377,13 +388,15 @@ class _Server:
             held.running.set()
             if borrowing is not None and borrowing.begun:
                 borrowing.stop()
-            tree.close()
             raise
         self._settled[held.migration] = _Runs(root, rebuilding.runs_since_s)
         held.running.set()
         tree.notes += rebuilding.notes
-        self._restored(tree)
         self._nursery.start_soon(self._collect, tree)
+        try:
+            self._restored(tree)
+        except Exception as error:  # noqa: BLE001 (it runs, and that is what its source has to be told)
+            self._said(f"the tree of pid {root} runs, and whoever is told of it has failed: {error!r}")
         if borrowing is None:
             self._arrived.set()
 

@@ -15,6 +15,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -29,6 +30,8 @@ from pipeline.image.codec import Image
 from pipeline.kernel import syscalls
 from pipeline.kernel.arch.x86_64 import NR
 from pipeline.ledger import LEDGER
+from pipeline.migrate import Mode
+from pipeline.restore import RestoredTree
 from tests.harness.settings import CONTAINER_2, DEPTH_1
 from tests.harness.tree import Tree, dump, engine, family_of, reap, restore, said
 
@@ -197,6 +200,79 @@ def test_a_restore_that_runs_out_leaves_nothing(start: Callable[..., Tree], tmp_
         assert not reap(sorted(set(family_of(os.getpid())) - others), 3.0), f"after {place}: {error}"
     trio.run(attempt)
     tree.check()
+
+
+#: where the destination makes what it needs of its own when the tree runs
+_DESTINATION = {"borrowing.py", "pager.py", "guard.py", "restore.py"}
+
+
+async def _moved(tree: Tree, secret: Path, mode: Mode) -> tuple[list[RestoredTree], Exception | None]:
+    """A migration within this host, into a pid namespace of its own; what was restored, and how it ended."""
+    restored: list[RestoredTree] = []
+    failed: Exception | None = None
+    listening = trio.Event()
+    ports: list[int] = []
+
+    def told(_host: str, port: int, _secret: str | None) -> None:
+        ports.append(port)
+        listening.set()
+
+    async with trio.open_nursery() as nursery:
+        serve = partial(
+            pipeline.serve,
+            "127.0.0.1:0",
+            secret_file=str(secret),
+            new_pidns=True,
+            on_listening=told,
+            on_restored=restored.append,
+        )
+        nursery.start_soon(serve)
+        await listening.wait()
+        try:
+            await pipeline.migrate(tree.pid, f"127.0.0.1:{ports[0]}", secret_file=str(secret), mode=mode)
+        except Exception as error:  # noqa: BLE001 - the caller looks at it
+            failed = error
+        while failed is None and not restored:
+            await trio.sleep(0.01)
+        nursery.cancel_scope.cancel()
+    return restored, failed
+
+
+@pytest.mark.parametrize("mode", ["stop", "postcopy"])
+def test_a_destination_that_runs_out_loses_no_tree(
+    start: Callable[..., Tree], secret: Path, mode: Mode
+) -> None:
+    """Whatever it needs it has before the source ends its tree; else that runs on."""
+    others = set(family_of(os.getpid()))
+
+    def moved(place: Place | None) -> tuple[Tree, Exception | None]:
+        tree = start("threads", CONTAINER_2)
+        source = tree.pids()
+        with out.at(place):
+            restored, failed = trio.run(_moved, tree, secret, mode)
+        for one in restored:
+            tree.pid = one.root_pid
+            one.close()
+        assert len(restored) == (failed is None), f"after {place}: {failed}"
+        if restored:
+            assert not reap(source, 3.0), f"it runs twice after {place}"
+        tree.check()
+        return tree, failed
+
+    out = RunningOut()
+    moved(None)[0].kill()
+    places = [
+        place
+        for place in out.ours()
+        if _DESTINATION & {os.path.basename(str(line[0])) for line in place[1:] if isinstance(line, tuple)}
+    ]
+    assert len(places) > 1
+    for place in places:
+        tree, failed = moved(place)
+        assert failed is not None, f"without {place} it runs"
+        assert not LEDGER.held(), f"after {place}: {failed}"
+        tree.kill()
+        assert not reap(sorted(set(family_of(os.getpid())) - others), 3.0), f"after {place}: {failed}"
 
 
 def with_descriptors(most: int) -> list[str]:

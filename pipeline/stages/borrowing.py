@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import trio
 
-from pipeline.errors import ImageError, PeerError, RebuildError, ungrouped
+from pipeline.errors import ImageError, PeerError, ungrouped
 from pipeline.ids import HostPid
 from pipeline.remote.guard import Guard
 from pipeline.stages.pager import Pager, Watched
@@ -25,7 +25,7 @@ _FAREWELL_S = 5.0
 class Borrowing:
     """What a tree with missing pages needs of us, from its offer to its last page.
 
-    Ownership: holds the guard until `begin` gives it to the pager, or `give_up`.
+    Ownership: holds the guard, and from `prepare` on the pager with it, until `run` ends or `give_up`.
     """
 
     def __init__(self) -> None:
@@ -37,34 +37,30 @@ class Borrowing:
         self._told = trio.Event()
 
     def give_up(self) -> None:
-        """The tree does not come to run; nothing after `begin`."""
+        """The tree does not come to run, and is ended; nothing after `begin`."""
         if self._guard is not None:
             self._guard.dismiss()
             self._guard = None
+        elif self._pager is not None and not self.begun:
+            self._pager.give_up()
 
-    def take_another_guard(self) -> None:
-        """If somebody has killed the guard meanwhile: behind the decision that would cost the tree; before `begin`.
+    def prepare(self, watched: Sequence[Watched], victims: Sequence[HostPid]) -> None:
+        """Have all that bringing pages takes, before the source may end its tree; once.
+
+        Args:
+            watched: owned from now on.
+            victims: whose end is the end of the tree.
 
         Raises:
-            RebuildError: there is none to be had.
+            RebuildError, OSError: it is not to be had; `give_up` is still to be called.
         """
-        assert self._guard is not None
-        if self._guard.lives:
-            return
-        self.give_up()
-        try:
-            self._guard = Guard()
-        except OSError as error:
-            raise RebuildError(
-                f"there can be no guard of a tree with missing pages: {error.strerror}"
-            ) from error
-
-    def begin(self, watched: Sequence[Watched], victims: Sequence[HostPid]) -> None:
-        """The tree is about to run: `run` is to follow. `watched` is owned from now on; raises as `Pager` does."""
-        self.take_another_guard()
         assert self._guard is not None
         guard, self._guard = self._guard, None
         self._pager = Pager(watched, victims, guard)
+
+    def begin(self) -> None:
+        """The tree is about to run: `run` is to follow. Raises as `Pager.take_another_guard`."""
+        self.pager.take_another_guard()
         self._begun.set()
 
     @property
@@ -74,7 +70,7 @@ class Borrowing:
 
     @property
     def pager(self) -> Pager:
-        """Who brings the pages; behind `begin`."""
+        """Who brings the pages; behind `prepare`."""
         assert self._pager is not None
         return self._pager
 

@@ -128,6 +128,7 @@ class Pager:
 
     def __init__(self, watched: Iterable[Watched], victims: Iterable[HostPid], guard: Guard) -> None:
         self._guard = guard
+        self._victims = list(victims)
         self._memories = [_Memory(one.space, one.fd, Missing(one.missing)) for one in watched]
         #: no page is missing any more, and nothing watches the tree
         self.whole = trio.Event()
@@ -140,11 +141,31 @@ class Pager:
         self.requests = 0
         self.bytes_done = 0
         try:
-            guard.hold(memory.fd for memory in self._memories)
-            guard.watch_over(victims)
+            if guard.lives:
+                self._instruct(guard)
+            self.take_another_guard()
         except BaseException:
             self._close()
             raise
+
+    def _instruct(self, guard: Guard) -> None:
+        guard.hold(memory.fd for memory in self._memories)
+        guard.watch_over(self._victims)
+
+    def take_another_guard(self) -> None:
+        """If somebody has killed the guard meanwhile: that would cost the tree later; before `run`.
+
+        Raises:
+            RebuildError, OSError: there is none to be had.
+        """
+        if not self._guard.lives:
+            self._guard.dismiss()
+            self._guard = Guard()
+            self._instruct(self._guard)
+
+    def give_up(self) -> None:
+        """Let go of all, and end the tree if nobody else does; instead of `run`."""
+        self._close()
 
     async def run(self) -> None:
         """Answer until every page is there; otherwise, the tree is killed."""

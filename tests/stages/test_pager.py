@@ -42,6 +42,8 @@ MAP_FIXED_NOREPLACE = 0x100000
 
 
 class _NoGuard:
+    lives = True
+
     def hold(self, _: Iterable[int]) -> None:
         """Nothing is watched."""
 

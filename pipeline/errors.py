@@ -129,7 +129,11 @@ _NO_THREAD = "can't start new thread"
 
 
 def exhausted(error: BaseException) -> Exhausted | None:
-    """An error that says that something is at an end, in words; None where it, or one of a group, does not."""
+    """An error that says that something is at an end here, in words; None where it, or one of a group, does not.
+
+    What a call in a task says (`pipeline.remote.calls.Call.check` names the error by its letters) is another matter: a
+    limit of that task, mostly.
+    """
     if isinstance(error, BaseExceptionGroup):
         told = [exhausted(one) for one in error.exceptions]
         return None if None in told else told[0]
@@ -137,9 +141,13 @@ def exhausted(error: BaseException) -> Exhausted | None:
         return Exhausted(_SCARCE[errno.ENOMEM])
     if isinstance(error, RuntimeError) and _NO_THREAD in str(error):
         return Exhausted(_SCARCE[errno.EAGAIN])
-    if isinstance(error, OSError) and error.errno in _SCARCE:
+    if isinstance(error, OSError) and error.errno in _SCARCE and not _is_of_a_task(error):
         return Exhausted(f"{_SCARCE[error.errno]} ({error})")
     return None
+
+
+def _is_of_a_task(error: OSError) -> bool:
+    return f"{errno.errorcode.get(error.errno or 0)}: " in str(error.strerror)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 from pipeline import amounts
 from pipeline.cli import pacing, render
 from pipeline.cli.main import COMMANDS
-from pipeline.errors import Blocker, InDoubt, PipelineError, Refused, UsageError
+from pipeline.errors import Blocker, InDoubt, PipelineError, Refused, UsageError, exhausted
 
 
 def pipeline(*words: str) -> subprocess.CompletedProcess[str]:
@@ -111,6 +112,16 @@ def test_of_many_that_are_alike_some_are_told(capsys: pytest.CaptureFixture[str]
         "  and 2 more processes: has too much",
     ]
     assert err.count("is not here (bring it)") == 9, "each has to be brought"
+
+
+def test_what_runs_out_in_a_task_is_not_taken_for_ours() -> None:
+    ours = OSError(errno.ENOMEM, "mmap: Cannot allocate memory")
+    theirs = OSError(errno.ENOMEM, "mmap: ENOMEM: Cannot allocate memory")
+    assert "there is no memory left: free some" in str(exhausted(ours))
+    assert exhausted(theirs) is None
+    assert exhausted(OSError(errno.EPERM, "Operation not permitted")) is None
+    assert exhausted(ExceptionGroup("", [ours, RuntimeError("can't start new thread"), MemoryError()]))
+    assert exhausted(ExceptionGroup("", [ours, theirs])) is None
 
 
 def test_a_reader_that_goes_away_is_no_traceback() -> None:

@@ -68,16 +68,19 @@ def test_what_goes_away_by_itself_is_looked_at_again(
     tree.check()
 
 
-def test_what_is_there_at_one_look_only_does_not_refuse_a_running_tree(
+def test_what_is_not_there_at_each_look_does_not_refuse_a_running_tree(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    looks = iter([["open 5", "stays"], ["open 6", "stays"], ["open 7"], ["open 8"]])
+    """Such as a file that it makes and removes all the time, by the same number."""
+    stays = [["open 5", "open 6", "stays"], ["open 6", "stays"], ["stays"]]
+    looks = iter([*stays, ["open 7"], ["open 8"], ["open 9"], ["open 9"], ["open 10"]])
 
     def look(pid: int, *_: object) -> list[Blocker]:
         return [Blocker("pid 1", reason) for reason in next(looks)]
 
     monkeypatch.setattr(examine, "_look", look)
     assert examine.tree_blockers(1) == [Blocker("pid 1", "stays")]
+    assert examine.tree_blockers(1) == []
     assert examine.tree_blockers(1) == []
 
 

@@ -26,6 +26,8 @@ from pipeline.userns.portrait import Portrait, Sitter, paint
 
 #: how often a tree is looked at in which something was not permitted
 _LOOKS = 4
+#: how often it is looked at again when something stops it
+_FURTHER = 2
 
 
 def _learn_held(pid: HostPid, namespaces: NamespaceCapture) -> None:
@@ -48,8 +50,9 @@ def tree_blockers(
 ) -> list[Blocker]:
     """Every blocker of the tree below `pid`, which goes on running meanwhile.
 
-    What is there at one look and not at the next was the program at work, such as a file that it removed while it
-    was looked at; whatever matters of it is found when the tree stands still.
+    What is not there at each look was the program at work, such as a file that it removed while it was looked at. It
+    may do so over and over, and be met at it twice: by the same number and name. Whatever matters of it is found when
+    the tree stands still.
 
     Args:
         pid: its root.
@@ -60,8 +63,10 @@ def tree_blockers(
     for _ in range(_LOOKS):
         try:
             found = list(_look(pid, externals, policy, known))
-            again = set(_look(pid, externals, policy, known)) if found else set()
-            return [blocker for blocker in found if blocker in again]
+            for _ in range(_FURTHER):
+                again = set(_look(pid, externals, policy, known)) if found else set()
+                found = [blocker for blocker in found if blocker in again]
+            return found
         except PermissionError as error:
             refused = error  # of a member that ended, the number may be somebody else's now
     return [

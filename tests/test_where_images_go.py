@@ -23,7 +23,7 @@ from pipeline.transport.manifest import Manifest
 from pipeline.transport.storage import MANIFEST, DirectoryStorage, Storage
 from tests.harness.carry import unharmed
 from tests.harness.settings import DEPTH_0, DEPTH_2, Setting
-from tests.harness.tree import ROOT, Tree, engine, restore, said
+from tests.harness.tree import ROOT, Tree, engine, reap, restore, said
 
 pytestmark = pytest.mark.root
 
@@ -52,9 +52,11 @@ def test_of_two_dumps_to_one_place_one_is_refused(
     monkeypatch.setattr(DirectoryStorage, "require_free", free)
     monkeypatch.setattr(MODULE, "write_manifest", written)
     with unharmed(tree), unharmed(other):
+        family = tree.pids()
         trio.run(lambda: pipeline.dump(tree.pid, str(image), mode=mode))
         with pytest.raises(pipeline.UsageError, match="holds an image already"):
             blocking.dump(other.pid, str(image), mode=mode)
+        assert not reap(family), "its pids are to be free"
         restore(tree, image)
     assert not LEDGER.held()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 
@@ -26,8 +27,8 @@ from pipeline.userns.portrait import Portrait, Sitter, paint
 
 #: how often a tree is looked at in which something was not permitted
 _LOOKS = 4
-#: how often it is looked at again when something stops it
-_FURTHER = 2
+#: when something stops it, it is looked at again so much later each time: a vfork(2) may take some milliseconds
+_PAUSES_S = (0.01, 0.05)
 
 
 def _learn_held(pid: HostPid, namespaces: NamespaceCapture) -> None:
@@ -63,9 +64,11 @@ def tree_blockers(
     for _ in range(_LOOKS):
         try:
             found = list(_look(pid, externals, policy, known))
-            for _ in range(_FURTHER):
-                again = set(_look(pid, externals, policy, known)) if found else set()
-                found = [blocker for blocker in found if blocker in again]
+            for pause_s in _PAUSES_S:
+                if found:
+                    time.sleep(pause_s)
+                    again = set(_look(pid, externals, policy, known))
+                    found = [blocker for blocker in found if blocker in again]
             return found
         except PermissionError as error:
             refused = error  # of a member that ended, the number may be somebody else's now

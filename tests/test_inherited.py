@@ -98,7 +98,7 @@ def test_a_restorer_under_a_filter_says_so(start: Callable[..., Tree], tmp_path:
     tree.check()
 
 
-@pytest.mark.parametrize("closing", ["--to - >&-", "--to -  --leave-running >&-"])
+@pytest.mark.parametrize("closing", ["--to - >&-", "--to - --leave-running >&-"])
 def test_an_image_goes_to_no_closed_descriptor(start: Callable[..., Tree], closing: str) -> None:
     tree = start("quiet", DEPTH_1)
     command = f"{sys.executable} -m pipeline dump --pid {tree.pid} {closing}"

@@ -153,9 +153,14 @@ def wrong_name(pid: HostPid, link: bytes, stat: os.stat_result) -> str | None:
 
 
 def _is_gone(mount: int, pid: HostPid) -> bool:
-    """Whether no mount of this number is to be seen where `pid` is, whose root directory is that of its namespace."""
+    """Whether no mount of this number is seen where `pid` is, nor where the pipeline is, which may have handed it on.
+
+    Known only where both have the root directory of their namespace.
+    """
     try:
-        return os.readlink(f"/proc/{pid}/root") == "/" and all(one.id != mount for one in mountinfo(pid))
+        if os.readlink(f"/proc/{pid}/root") != "/" or os.readlink("/proc/self/root") != "/":
+            return False
+        return all(one.id != mount for who in (pid, HostPid(os.getpid())) for one in mountinfo(who))
     except (OSError, procfs.ProcessGone):
         return False
 

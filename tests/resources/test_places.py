@@ -198,6 +198,20 @@ def test_what_is_on_a_mount_that_is_gone_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.root
+def test_a_mount_of_ours_is_not_gone_where_another_namespace_has_a_file_of_it(tmp_path: Path) -> None:
+    def setup() -> int:
+        fd = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
+        _own_mounts()
+        return fd
+
+    with subject(setup) as child, Capture(child.pid) as capture:
+        (tmp_path / "file").unlink()  # behind the look at the descriptor
+        reasons = capture.reasons(child.result)
+    assert "its name does not lead to it any more" in reasons
+    assert "umount -l" not in reasons
+
+
+@pytest.mark.root
 def test_what_a_mount_hides_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
 

@@ -217,7 +217,10 @@ class MemoryObjects:
                 fd = os.open(f"/proc/{pid}/map_files/{mapping.range_name}", os.O_PATH | os.O_CLOEXEC)
             except PermissionError:
                 fd = _open_by_name(pid, name, mapping)
-            self._files[key] = self._register(pid, name, LocalFd(fd), key, writable, mapping.shared)
+            try:
+                self._files[key] = self._register(pid, name, LocalFd(fd), key, writable, mapping.shared)
+            finally:
+                os.close(fd)
         return self._files[key]
 
     def executable(self, pid: HostPid, place: Place) -> Index:
@@ -229,54 +232,52 @@ class MemoryObjects:
         """
         name = procfs.read_link(pid, "exe")
         fd = LocalFd(os.open(f"/proc/{pid}/exe", os.O_PATH | os.O_CLOEXEC))
-        result = os.fstat(fd)
-        key = (*place, result.st_dev, result.st_ino, name.replace(b"\n", b"\\012"), False)
-        if key in self._files:
+        try:
+            result = os.fstat(fd)
+            key = (*place, result.st_dev, result.st_ino, name.replace(b"\n", b"\\012"), False)
+            if key not in self._files:
+                self._files[key] = self._register(pid, name, fd, key, False, False)
+            return self._files[key]
+        finally:
             os.close(fd)
-        else:
-            self._files[key] = self._register(pid, name, fd, key, False, False)
-        return self._files[key]
 
     def _register(
         self, pid: HostPid, name: bytes, fd: LocalFd, key: Hashable, writable: bool, shared: bool
     ) -> Index:
-        """Make the record; closes `fd` (O_PATH)."""
-        try:
-            result = os.fstat(fd)
-            _refuse_kind(result, shared)
-            deleted = not _leads_to(pid, name, result)
-            content = None
-            last_name = b""
-            if deleted and result.st_nlink:
-                other = other_name(pid, name, result)
-                if other is None:
-                    raise CannotCarry(
-                        f"the name {os.fsdecode(name)} leads to another file, or to none, from inside",
-                        "restart the program, or give the file its name back",
-                    )
-                name, last_name, deleted = other, name.removesuffix(_DELETED), False
-            elif deleted:
-                name = name.removesuffix(_DELETED)
-                content = self._content(fd, result, name)
-            if not deleted:
-                self._take_along(pid, name, fd)
-                if writable:
-                    self.written_on.add(filesystem(fd))
-            index = self.scope.file_of(key)
-            self._records.append(
-                MappedFile(
-                    index=index,
-                    path=self.scope.path(pid, name),
-                    identity=identity(fd),
-                    writable=writable,
-                    last_name=last_name,
-                    deleted=deleted,
-                    content=content,
+        """Make the record; `fd` (O_PATH) stays the caller's."""
+        result = os.fstat(fd)
+        _refuse_kind(result, shared)
+        deleted = not _leads_to(pid, name, result)
+        content = None
+        last_name = b""
+        if deleted and result.st_nlink:
+            other = other_name(pid, name, result)
+            if other is None:
+                raise CannotCarry(
+                    f"the name {os.fsdecode(name)} leads to another file, or to none, from inside",
+                    "restart the program, or give the file its name back",
                 )
+            name, last_name, deleted = other, name.removesuffix(_DELETED), False
+        elif deleted:
+            name = name.removesuffix(_DELETED)
+            content = self._content(fd, result, name)
+        if not deleted:
+            self._take_along(pid, name, fd)
+            if writable:
+                self.written_on.add(filesystem(fd))
+        index = self.scope.file_of(key)
+        self._records.append(
+            MappedFile(
+                index=index,
+                path=self.scope.path(pid, name),
+                identity=identity(fd),
+                writable=writable,
+                last_name=last_name,
+                deleted=deleted,
+                content=content,
             )
-            return index
-        finally:
-            os.close(fd)
+        )
+        return index
 
     def _take_along(self, pid: HostPid, name: bytes, fd: LocalFd) -> None:
         try:

@@ -6,8 +6,10 @@ does. All return bytes a second.
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
+import queue
 import secrets
 import socket
 import ssl
@@ -15,15 +17,18 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
-from pipeline.ids import HostPid
-from pipeline.kernel import smaps
-from pipeline.kernel.syscalls import process_vm_readv
+from pipeline.ids import HostPid, LocalFd
+from pipeline.kernel import smaps, uffdio, userfaultfd
+from pipeline.kernel.arch.x86_64_numbers import NR
+from pipeline.kernel.syscalls import process_vm_readv, syscall
 from pipeline.transport import identity
 
 PIECE_BYTES = 4 << 20
 _THREADS = 2
+_BUFFERS = 4
 
 
 def largest_mapping(pid: int) -> tuple[int, int]:
@@ -93,13 +98,25 @@ def _in_pieces(size: int, act: Callable[[memoryview, int], None]) -> float:
 
 def send_rate(pid: int) -> float:
     """One thread: process_vm_readv(2), and send(2) over loopback to a process that throws it away."""
+    return _sent_rate(pid, _swallow)
+
+
+def put_rate(pid: int) -> float:
+    """The same, to a process that has it as its memory afterwards: one thread receives, one puts it (UFFDIO_COPY)."""
+    _, size = largest_mapping(pid)
+    return _sent_rate(pid, partial(_put, size))
+
+
+def _sent_rate(pid: int, take: Callable[[socket.socket], None]) -> float:
     start, size = largest_mapping(pid)
     buffer = memoryview(bytearray(PIECE_BYTES))
-    with _sink(1) as (writer,):
+    with _sink(1, take) as (writer,):
         begin = time.perf_counter()
         for at in range(0, size, PIECE_BYTES):
             count = process_vm_readv(HostPid(pid), [(start + at, min(PIECE_BYTES, size - at))], buffer, 0)
             writer.sendall(buffer[:count])
+        writer.shutdown(socket.SHUT_WR)
+        writer.recv(1)  # all of it is taken
         return size / (time.perf_counter() - begin)
 
 
@@ -107,7 +124,8 @@ def tls_rate(size: int, streams: int) -> float:
     """`streams` connections of the ssl module over loopback, a thread for each; the same bytes again and again."""
     secret = secrets.token_hex(32).encode()
     client = identity.client_context(secret)
-    with _sink(streams, identity.server_context(secret)) as writers, ExitStack() as stack:
+    take = partial(_decrypt, identity.server_context(secret))
+    with _sink(streams, take) as writers, ExitStack() as stack:
         secure = [stack.enter_context(client.wrap_socket(writer)) for writer in writers]
         buffer = memoryview(os.urandom(PIECE_BYTES))
 
@@ -125,13 +143,13 @@ def tls_rate(size: int, streams: int) -> float:
 
 
 @contextmanager
-def _sink(streams: int, context: ssl.SSLContext | None = None) -> Iterator[list[socket.socket]]:
-    """Connections to a process that reads all of them to their ends."""
+def _sink(streams: int, take: Callable[[socket.socket], None]) -> Iterator[list[socket.socket]]:
+    """Connections to a process in which a thread for each takes all that comes."""
     with socket.create_server(("127.0.0.1", 0)) as listener, ExitStack() as stack:
         child = os.fork()
         if not child:
             try:
-                _swallow(listener, streams, context)
+                _in_threads([partial(take, listener.accept()[0]) for _ in range(streams)])
             finally:
                 os._exit(0)
         try:
@@ -143,16 +161,47 @@ def _sink(streams: int, context: ssl.SSLContext | None = None) -> Iterator[list[
             os.waitpid(child, 0)
 
 
-def _swallow(listener: socket.socket, streams: int, context: ssl.SSLContext | None) -> None:
-    def read(connection: socket.socket) -> None:
-        if context is not None:
-            connection = context.wrap_socket(connection, server_side=True)
-        buffer = bytearray(PIECE_BYTES)
-        while connection.recv_into(buffer):
-            pass
-
-    threads = [threading.Thread(target=read, args=(listener.accept()[0],)) for _ in range(streams)]
+def _in_threads(works: list[Callable[[], None]]) -> None:
+    threads = [threading.Thread(target=work) for work in works]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+
+
+def _swallow(connection: socket.socket) -> None:
+    with connection:
+        buffer = bytearray(PIECE_BYTES)
+        while connection.recv_into(buffer):
+            pass
+
+
+def _decrypt(context: ssl.SSLContext, connection: socket.socket) -> None:
+    _swallow(context.wrap_socket(connection, server_side=True))
+
+
+def _put(size: int, connection: socket.socket) -> None:
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    fd = LocalFd(syscall(NR.userfaultfd, userfaultfd.MAKE_FLAGS))
+    uffdio.begin(fd)
+    uffdio.register(fd, start, start + size, uffdio.MODE.MISSING)
+    free: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
+    filled: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
+    for _ in range(_BUFFERS):
+        free.put(memoryview(bytearray(PIECE_BYTES)))
+
+    def receive() -> None:
+        for at in range(0, size, PIECE_BYTES):
+            piece = free.get()[: size - at]
+            connection.recv_into(piece, len(piece), socket.MSG_WAITALL)
+            filled.put(piece)
+
+    def put() -> None:
+        for at in range(0, size, PIECE_BYTES):
+            piece = filled.get()
+            uffdio.copy(fd, start + at, piece)
+            free.put(piece)
+
+    with connection:
+        _in_threads([receive, put])

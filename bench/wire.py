@@ -1,4 +1,8 @@
-"""Memory over the wire, at a stop: the rate of `migrate` beside bare sockets of the same moment."""
+"""Memory over the wire, at a stop: the rate of `migrate` beside bare sockets of the same moment.
+
+Without TLS beside two of them: one whose other side throws away what it gets, and one that puts it into memory, as a
+destination has to.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +36,10 @@ def cases(extent: Extent) -> list[Case]:
 
 def _plain(mib: int, folder: Path) -> Sample:
     with Writer.started(folder, mib) as writer:
-        return _moved(writer, folder, bare.send_rate(writer.pid), "--plaintext")
+        sent, put = bare.send_rate(writer.pid), bare.put_rate(writer.pid)
+        sample = _moved(writer, folder, sent, "--plaintext")
+    figures = {"bare-put-rate": put, "of-bare-put-ratio": sample.figures["rate"] / put}
+    return Sample({**sample.figures, **figures}, sample.checks)
 
 
 def _tls(mib: int, streams: int, folder: Path) -> Sample:

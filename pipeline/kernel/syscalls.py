@@ -26,6 +26,7 @@ _UNUSED = [(0,) * (6 - count) for count in range(7)]
 
 _MADV_POPULATE_WRITE = 23
 _FALLOC_FL_KEEP_SIZE = 0x01
+_SYNC_FILE_RANGE_WRITE = 2
 #: most remote ranges in one process_vm_readv (UIO_MAXIOV)
 IOV_MAX = 1024
 
@@ -55,6 +56,14 @@ def fallocate(fd: LocalFd, offset: int, length: int) -> None:
     posix_fallocate(3) would write to every block where the file system cannot.
     """
     syscall(NR.fallocate, fd, _FALLOC_FL_KEEP_SIZE, offset, length)
+
+
+def begin_writeback(fd: LocalFd, offset: int, length: int) -> None:
+    """Let a part of a file be on its way to the disk: SYNC_FILE_RANGE_WRITE of sync_file_range(2).
+
+    It waits for nothing but a place in the queue of the disk; whether it arrives fsync(2) tells.
+    """
+    syscall(NR.sync_file_range, fd, offset, length, _SYNC_FILE_RANGE_WRITE)
 
 
 class CLONE(IntFlag):

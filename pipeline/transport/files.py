@@ -11,12 +11,17 @@ import trio
 
 from pipeline.errors import ImageError, StorageError
 from pipeline.ids import LocalFd
-from pipeline.kernel.syscalls import fallocate
+from pipeline.kernel.statfs import Magic, filesystem
+from pipeline.kernel.syscalls import begin_writeback, fallocate
 
 #: up to so much is written late
 _LATE_BYTES = 64 << 10
 #: some 60 ms on a tmpfs
 _ROOM_STEP_BYTES = 256 << 20
+#: so much is given to a disk in one go; whoever cancels waits for it
+_WRITEBACK_BYTES = 16 << 20
+#: there is no disk behind these
+_IN_MEMORY = (Magic.TMPFS, Magic.RAMFS)
 
 
 class FileSink:
@@ -41,19 +46,44 @@ class FileSink:
 
 
 class LateFileSink(FileSink):
-    """One that writes what is small with what comes behind it, or at `write_late`: that takes fewer hand-overs."""
+    """One for a file that is synced in the end.
 
-    def __init__(self, fd: int, name: str) -> None:
+    What is small is written with what comes behind it, or at `write_late`: that takes fewer hand-overs. What is much is
+    on its way to the disk while more is written: who syncs it waits for the rest only.
+
+    Args:
+        nursery: where that is done; its end waits for it.
+    """
+
+    def __init__(self, fd: int, name: str, nursery: trio.Nursery) -> None:
         super().__init__(fd, name)
+        self._nursery = nursery
         self._late = bytearray()
+        self._written_bytes = self._begun_bytes = 0
+        self._begins = False
 
     async def write(self, *buffers: bytes | memoryview) -> None:
         """See `ByteSink`."""
-        if len(self._late) + sum(map(len, buffers)) <= _LATE_BYTES:
+        size = sum(map(len, buffers))
+        if len(self._late) + size <= _LATE_BYTES:
             for buffer in buffers:
                 self._late += buffer
-        else:
-            await super().write(self._taken(), *buffers)
+            return
+        late = self._taken()
+        await super().write(late, *buffers)
+        self._written_bytes += len(late) + size
+        if not self._begins and self._written_bytes - self._begun_bytes >= _WRITEBACK_BYTES:
+            self._begins = True
+            self._nursery.start_soon(self._begin_writeback)
+
+    async def _begin_writeback(self) -> None:
+        with suppress(OSError):  # it cannot, or the disk fails: fsync(2) tells
+            if await trio.to_thread.run_sync(filesystem, self.fd) in _IN_MEMORY:
+                return  # and is not asked again
+            while self._written_bytes - self._begun_bytes >= _WRITEBACK_BYTES:
+                at, self._begun_bytes = self._begun_bytes, self._begun_bytes + _WRITEBACK_BYTES
+                await trio.to_thread.run_sync(begin_writeback, LocalFd(self.fd), at, _WRITEBACK_BYTES)
+            self._begins = False
 
     def write_late(self) -> None:
         """Write what is left, in any thread; StorageError."""

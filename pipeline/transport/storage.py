@@ -25,7 +25,7 @@ from urllib.parse import quote, unquote, urlsplit
 
 import trio
 
-from pipeline.errors import ImageError, StorageError, UsageError
+from pipeline.errors import ImageError, StorageError, UsageError, ungrouped
 from pipeline.ids import LocalFd
 from pipeline.ledger import LEDGER
 from pipeline.leftovers import Unfinished, noted
@@ -237,8 +237,10 @@ class DirectoryStorage:
         LEDGER.take("partial file", temporary)
         try:
             await make_room(LocalFd(fd), room_bytes)
-            sink = LateFileSink(fd, str(self._path / name))
-            yield sink
+            with ungrouped():
+                async with trio.open_nursery() as nursery:
+                    sink = LateFileSink(fd, str(self._path / name), nursery)
+                    yield sink
             await trio.to_thread.run_sync(self._complete, name, sink, temporary, room_bytes > 0)
         finally:
             os.close(fd)

@@ -16,6 +16,7 @@ import trio
 from pipeline.errors import ImageError, StorageError, UsageError
 from pipeline.ids import LocalFd
 from pipeline.kernel import syscalls
+from pipeline.kernel.statfs import Magic
 from pipeline.ledger import LEDGER
 from pipeline.transport import files, storage
 from pipeline.transport.storage import CLAIM, IMAGE, MANIFEST, Storage, open_storage
@@ -326,6 +327,104 @@ async def test_cancelled_while_room_is_made_nothing_is_left(
     assert scope.cancelled_caught
     assert steps == [(0, MIB)]
     assert os.listdir(tmp_path) == []
+
+
+@pytest.fixture
+def begun(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Files are on a disk, which is given a MiB in one go; where each of them began, and how long it was."""
+    monkeypatch.setattr(files, "_WRITEBACK_BYTES", MIB)
+    monkeypatch.setattr(files, "filesystem", lambda _: Magic.EXT4)
+    parts: list[tuple[int, int]] = []
+
+    def begin_writeback(fd: LocalFd, offset: int, length: int) -> None:
+        assert os.fstat(fd).st_size >= offset + length
+        parts.append((offset, length))
+        syscalls.begin_writeback(fd, offset, length)
+
+    monkeypatch.setattr(files, "begin_writeback", begin_writeback)
+    return parts
+
+
+async def test_what_is_much_is_on_its_way_to_the_disk_while_more_is_written(
+    tmp_path: Path, begun: list[tuple[int, int]]
+):
+    pieces = [bytes([number]) * (MIB // 2 + 1) for number in range(7)]
+    storage = open_storage(str(tmp_path / "image"))
+    async with storage.claimed(), storage.create(IMAGE) as sink:
+        for done, piece in enumerate(pieces, 1):
+            await sink.write(piece)
+            with trio.fail_after(10):
+                while len(begun) < done // 2:
+                    await trio.sleep(0.001)
+        assert begun == [(0, MIB), (MIB, MIB), (2 * MIB, MIB)]
+    assert await content_of(storage, IMAGE) == b"".join(pieces)
+
+
+async def test_a_disk_that_is_slow_is_in_nobodys_way(
+    tmp_path: Path, begun: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+):
+    """What is written meanwhile follows, one part behind the other; a file is closed when none is on its way."""
+    free, at_once = threading.Event(), 0
+
+    def begin_writeback(fd: LocalFd, offset: int, length: int) -> None:
+        nonlocal at_once
+        at_once += 1
+        assert at_once == 1
+        free.wait(10)
+        os.fstat(fd)
+        begun.append((offset, length))
+        at_once -= 1
+
+    monkeypatch.setattr(files, "begin_writeback", begin_writeback)
+    storage = open_storage(str(tmp_path / "image"))
+    async with storage.claimed(), storage.create(IMAGE) as sink:
+        await sink.write(bytes(2 * MIB))
+        await sink.write(bytes(2 * MIB))
+        assert begun == []
+        free.set()
+    assert begun == [(0, MIB), (MIB, MIB), (2 * MIB, MIB), (3 * MIB, MIB)]
+    assert await content_of(storage, IMAGE) == bytes(4 * MIB)
+
+
+async def test_who_is_cancelled_waits_for_one_part(
+    tmp_path: Path, begun: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+):
+    with trio.CancelScope() as scope:
+
+        def begin_writeback(fd: LocalFd, offset: int, length: int) -> None:
+            trio.from_thread.run_sync(scope.cancel)
+            os.fstat(fd)
+            begun.append((offset, length))
+
+        monkeypatch.setattr(files, "begin_writeback", begin_writeback)
+        storage = open_storage(str(tmp_path / "image"))
+        async with storage.claimed(), storage.create(IMAGE) as sink:
+            await sink.write(bytes(4 * MIB))
+            await trio.sleep(10)
+    assert begun == [(0, MIB)]
+    assert not (tmp_path / "image").exists()
+
+
+async def test_a_disk_that_is_not_asked_early_is_asked_in_the_end(
+    tmp_path: Path, begun: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+):
+    """Where there is none, where it cannot, and where it fails, which fsync tells."""
+
+    def fails(fd: LocalFd, offset: int, length: int) -> None:
+        begun.append((offset, length))
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    for failing, magic, asked in ((True, Magic.EXT4, 1), (False, Magic.TMPFS, 0)):
+        begun.clear()
+        monkeypatch.setattr(files, "filesystem", lambda _, magic=magic: magic)
+        if failing:
+            monkeypatch.setattr(files, "begin_writeback", fails)
+        storage = open_storage(str(tmp_path / str(asked)))
+        async with storage.claimed(), storage.create(IMAGE) as sink:
+            for _ in range(3):
+                await sink.write(bytes(MIB))
+        assert len(begun) == asked
+        assert await content_of(storage, IMAGE) == bytes(3 * MIB)
 
 
 async def overfill(storage: Storage) -> None:

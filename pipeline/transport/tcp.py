@@ -22,6 +22,7 @@ from pipeline.errors import ImageError, PeerError, PeerRefused, UsageError
 from pipeline.image.frames import MAX_PAYLOAD_BYTES
 from pipeline.transport import identity, protocol
 from pipeline.transport.buffers import BufferPool
+from pipeline.transport.connection import Connection
 from pipeline.transport.framing import FrameReader, FrameWriter, Item, Message
 from pipeline.transport.protocol import AnyMessage, Conversation, Refuse, Role
 from pipeline.transport.tls import TlsStream
@@ -36,7 +37,6 @@ _KEEPALIVE_S = 10
 _NO_TLS = "WRONG_VERSION_NUMBER"
 _SAME = "has it the same secret, and --plaintext as we have or have not?"
 _BUFFERS = 6
-_CHUNK_BYTES = 1 << 20
 _NONCE_BYTES = 32
 _PROOF_BYTES = 32
 
@@ -92,18 +92,13 @@ class _Bytes:
     async def write(self, *buffers: bytes | memoryview) -> None:
         try:
             for buffer in buffers:
-                view = memoryview(buffer)
-                for start in range(0, len(view), _CHUNK_BYTES):
-                    await self._stream.send_all(view[start : start + _CHUNK_BYTES])
+                await self._stream.send_all(buffer)
         except (trio.BrokenResourceError, trio.ClosedResourceError, OSError) as error:
             raise self._failed(error) from error
 
     async def read_into(self, view: memoryview) -> int:
         try:
-            if isinstance(self._stream, trio.SocketStream):
-                count: int = await self._stream.socket.recv_into(view)
-                return count
-            if isinstance(self._stream, TlsStream):
+            if isinstance(self._stream, Connection | TlsStream):
                 return await self._stream.read_into(view)
             data = await self._stream.receive_some(len(view))
         except (trio.BrokenResourceError, trio.ClosedResourceError, OSError) as error:
@@ -189,7 +184,7 @@ async def _exactly(data: _Bytes, count: int, peer: str) -> bytes:
 
 
 async def _secured(
-    stream: trio.SocketStream, secret: bytes, role: identity.Role, plaintext: bool, peer: str
+    stream: Connection, secret: bytes, role: identity.Role, plaintext: bool, peer: str
 ) -> trio.abc.Stream:
     with trio.move_on_after(HANDSHAKE_S) as scope:
         if plaintext:
@@ -240,13 +235,14 @@ async def connect(host: str, port: int, secret: bytes, *, plaintext: bool = Fals
             socket_stream = await trio.open_tcp_stream(host, port)
     except (OSError, trio.TooSlowError) as error:
         raise PeerError(f"cannot connect to {peer}: {_why_not(error)}") from error
+    connection = Connection(socket_stream)
     try:
         notice_silence(socket_stream.socket)
-        stream = await _secured(socket_stream, secret, "client", plaintext, peer)
+        stream = await _secured(connection, secret, "client", plaintext, peer)
         yield Channel(stream, "source", peer)
     finally:
         with trio.CancelScope(shield=True):
-            await trio.aclose_forcefully(socket_stream)
+            await trio.aclose_forcefully(connection)
 
 
 async def listen(
@@ -271,19 +267,20 @@ async def listen(
 
     async def handle(stream: trio.SocketStream) -> None:
         peer = "a peer"
+        connection = Connection(stream)
         try:
             with suppress(OSError):  # it may be gone again already
                 peer = "{}:{}".format(*stream.socket.getpeername()[:2])
             with suppress(OSError):
                 stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 notice_silence(stream.socket)
-            secured = await _secured(stream, secret, "server", plaintext, peer)
+            secured = await _secured(connection, secret, "server", plaintext, peer)
             await handler(Channel(secured, "destination", peer))
         except PeerError as error:
             failed(str(error))
         finally:
             with trio.CancelScope(shield=True):
-                await trio.aclose_forcefully(stream)
+                await trio.aclose_forcefully(connection)
 
     try:
         listeners = await trio.open_tcp_listeners(port, host=host)

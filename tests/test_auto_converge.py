@@ -18,7 +18,7 @@ from pipeline import events
 from pipeline.ids import HostPid
 from pipeline.kernel import procfs, smaps
 from tests.harness.hosts import Host, Server, serving, terminate
-from tests.harness.settings import DEPTH_0, DEPTH_1, DEPTH_2, Setting
+from tests.harness.settings import DEPTH_1, DEPTH_2
 from tests.harness.tree import Tree, children_of, reap
 from tests.harness.wire import Wire
 
@@ -126,15 +126,13 @@ def assert_runs_freely(tree: Tree) -> None:
             assert (status.tracer_pid, status.state in "RS") == (0, True)
 
 
-@pytest.mark.parametrize("setting", [DEPTH_0, DEPTH_1, DEPTH_2], ids=lambda one: one.name)
 def test_a_tree_that_outruns_the_network_is_moved(
     hosts: tuple[Host, Host],
     secret: Path,
     start_on: Callable[..., Tree],
     tmp_path: Path,
-    setting: Setting,
 ) -> None:
-    tree = start_on(hosts[0], "outrunning", setting, WRITER)
+    tree = start_on(hosts[0], "outrunning", DEPTH_2, WRITER)
     family = tree.pids()
     options = (*KEPT_UP_WITH, "--auto-converge")
     with over_a_slow_network(hosts, secret, tmp_path / "log", *options) as (_, _, migration):

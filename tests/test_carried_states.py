@@ -19,6 +19,8 @@ pytestmark = pytest.mark.root
 _OTHERS = {"support", "forking", "rewriting", "restless", "outrunning", "wandering", "crowd"}
 #: of a tree that is looked at twice, and once
 _MODES = {DEPTH_1.name: "stop"}
+#: whose memory is shared, inherited, locked, or written behind the page tables
+KINDS_OF_MEMORY = ("anonymous", "mappings", "processes", "rings", "sharing", "sysv", "together")
 NAMES = sorted({path.stem for path in PROGRAMS.iterdir() if path.suffix in {".py", ".c"}} - _OTHERS)
 
 

@@ -19,28 +19,20 @@ from pipeline.precopy import rounds_pay
 from pipeline.progress import NullProgress, Round
 from pipeline.stages import freeze
 from tests.harness.carry import unharmed
-from tests.harness.settings import CONTAINER_2, DEPTH_0, DEPTH_1, DEPTH_2, Setting
+from tests.harness.settings import DEPTH_0, DEPTH_1, DEPTH_2, Setting
 from tests.harness.tree import ROOT, Tree, dump, engine, reap, restore, said
-from tests.test_carried_states import NAMES
+from tests.test_carried_states import KINDS_OF_MEMORY
 
 pytestmark = pytest.mark.root
 
 LARGE = ("0", "20", "64", "64")
 ROUNDS = ("--mode", "precopy")
-#: whose memory is shared, inherited, locked, or written behind the page tables
-_KINDS_OF_MEMORY = ("anonymous", "mappings", "processes", "rings", "sharing", "sysv", "together")
 
 
-@pytest.mark.parametrize(
-    ("program", "setting"),
-    [
-        *((program, DEPTH_1) for program in NAMES),
-        *((program, setting) for program in _KINDS_OF_MEMORY for setting in (DEPTH_0, DEPTH_2, CONTAINER_2)),
-    ],
-    ids=lambda one: one if isinstance(one, str) else one.name,
-)
-def test_state_is_carried(start: Callable[..., Tree], tmp_path: Path, program: str, setting: Setting) -> None:
-    tree = start(program, setting)
+@pytest.mark.parametrize("program", KINDS_OF_MEMORY)
+def test_state_is_carried(start: Callable[..., Tree], tmp_path: Path, program: str) -> None:
+    """At depth 1; see test_carried_states.py for all programs and the other depths."""
+    tree = start(program, DEPTH_1)
     image = tmp_path / "image"
     with unharmed(tree):
         dump(tree, image, *ROUNDS)

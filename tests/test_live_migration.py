@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -25,7 +26,7 @@ from tests.harness.settings import CONTAINER_2, DEPTH_0, DEPTH_1, DEPTH_2, Setti
 from tests.harness.telling_late import LATE_S
 from tests.harness.tree import PATIENCE_S, Tree, children_of, reap, said
 from tests.harness.valve import Valve
-from tests.test_carried_states import NAMES
+from tests.test_carried_states import KINDS_OF_MEMORY, NAMES
 
 pytestmark = pytest.mark.root
 
@@ -52,18 +53,21 @@ _CHANGE = {"mounted", "sysv", "firewalled"}
 _UNTRACKED = {"answering", "asleep"}
 
 
+def _moves() -> Iterator[tuple[str, str, Setting]]:
+    """Each program in each mode; in rounds, kinds of memory in each setting, the others in one after the other."""
+    turns = itertools.cycle([DEPTH_0, DEPTH_1, CONTAINER_2])
+    for program in NAMES:
+        if program in _HAVE_WHAT_ONE_CAN_HAVE:
+            continue
+        for setting in itertools.islice(turns, 3 if program in KINDS_OF_MEMORY else 1):
+            yield program, "precopy", setting
+        yield program, "postcopy", CONTAINER_2
+        yield program, "hybrid", DEPTH_2
+
+
 @pytest.mark.parametrize(
-    ("mode", "setting"),
-    [
-        ("precopy", DEPTH_0),
-        ("precopy", DEPTH_1),
-        ("precopy", CONTAINER_2),
-        ("postcopy", CONTAINER_2),
-        ("hybrid", DEPTH_2),
-    ],
-    ids=lambda one: one if isinstance(one, str) else one.name,
+    ("program", "mode", "setting"), list(_moves()), ids=lambda one: one if isinstance(one, str) else one.name
 )
-@pytest.mark.parametrize("program", [name for name in NAMES if name not in _HAVE_WHAT_ONE_CAN_HAVE])
 def test_state_is_carried_live(
     hosts: tuple[Host, Host],
     secret: Path,

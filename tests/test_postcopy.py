@@ -151,13 +151,12 @@ def test_the_destination_builds_before_a_tree_stands_still(
     assert_whole(large, destination, family)
 
 
-@pytest.mark.parametrize("setting", [DEPTH_0, DEPTH_1, DEPTH_2], ids=lambda s: s.name)
 def test_mappings_change_while_their_pages_are_missing(
-    hosts: tuple[Host, Host], secret: Path, start_on: Callable[..., Tree], tmp_path: Path, setting: Setting
+    hosts: tuple[Host, Host], secret: Path, start_on: Callable[..., Tree], tmp_path: Path
 ) -> None:
     """Memory that nobody has touched before is moved, dropped, unmapped and seen by a child."""
     source, destination = hosts
-    tree = start_on(source, "lagging", setting)
+    tree = start_on(source, "lagging", DEPTH_2)
     family = tree.pids()
     with under_way(hosts, tree, secret, tmp_path, SLOW / 4) as (server, _, migration):
         tree.pid = destination.outer_pid(5000)

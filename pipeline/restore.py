@@ -279,7 +279,7 @@ def _check_lazy() -> None:
 
 
 def _stored_feed(stored: StoredPages, later: Mapping[int, Sequence[Range]], progress: Progress) -> StoredFeed:
-    return StoredFeed(lambda space: stored.sooner(space, later.get(space, ())), progress)
+    return StoredFeed(lambda space: stored.sooner(space, later.get(space, ())), stored.at_once, progress)
 
 
 def _is_cancelled_only(error: BaseException) -> bool:

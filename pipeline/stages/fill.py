@@ -10,8 +10,8 @@ They are written in a worker thread, while the next ones are read; few of them a
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
 from typing import Protocol
 
 import trio
@@ -19,6 +19,7 @@ import trio
 from pipeline.errors import ImageError, RebuildError, ungrouped
 from pipeline.image.frames import PageRun
 from pipeline.progress import Progress
+from pipeline.stages.abreast import abreast
 from pipeline.stages.places import Place
 from pipeline.transport.buffers import LeasedRun, left_in
 from pipeline.transport.handover import worked
@@ -104,26 +105,39 @@ class Feed(Protocol):
 
 
 class StoredFeed:
-    """Pages that are read when they are wanted.
+    """Pages that are read when they are wanted, several runs at once.
 
     Args:
-        runs: gives the pages of a space; whoever gets a run releases its lease.
+        loads: what loads the runs of a space; whoever gets one releases its lease.
+        at_once: how many are on their way to here.
         progress: is told the bytes that have come.
     """
 
-    def __init__(self, runs: Callable[[int], AsyncGenerator[LeasedRun]], progress: Progress) -> None:
-        self._runs = runs
+    def __init__(
+        self,
+        loads: Callable[[int], Iterator[Callable[[], Awaitable[LeasedRun]]]],
+        at_once: int,
+        progress: Progress,
+    ) -> None:
+        self._loads = loads
+        self._at_once = at_once
         self._progress = progress
         self.bytes_done = 0
 
     async def fill(self, space: int, place: Place) -> None:
         """See `Feed.fill`."""
-        async with writing() as write, aclosing(self._runs(space)) as runs:
-            async for leased in runs:
+        left = self._loads(space)
+
+        async def load_left() -> None:
+            for load in left:
+                leased = await load()
                 size = len(leased.run.payload)
                 await write(place, leased)
                 self.bytes_done += size
                 self._progress.advance(self.bytes_done, None)
+
+        async with writing() as write:
+            await abreast(self._at_once, load_left)
 
     async def expect_end(self) -> None:
         """See `Feed.expect_end`: nobody has more than what is asked for."""

@@ -8,7 +8,7 @@ on their way out. The pool bounds the memory, however large the tree is.
 from __future__ import annotations
 
 import os
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain, islice
@@ -34,6 +34,7 @@ from pipeline.resources.memory.pages import (
     read_shared,
     shared_bytes,
 )
+from pipeline.stages.abreast import abreast
 from pipeline.stages.sent import Fill, LastSent, Sent
 from pipeline.transport.buffers import BufferPool, Lease
 from pipeline.transport.handover import worked
@@ -140,7 +141,7 @@ async def stream_memory(
                 for first in left:
                     await emit(space, _together(chain([first], left)))
 
-        await _several(emit_left)
+        await abreast(_READERS, emit_left)
 
     async def emit(space: int, fill: Fill, size_bytes: int = pool.size_bytes) -> None:
         """`size_bytes`: of memory that stands still, where there is less of it than a buffer takes."""
@@ -175,7 +176,7 @@ async def stream_memory(
             for piece in left:
                 await emit(space, reading(piece), sum(length for _, length in piece))
 
-        await (_several(emit_left) if len(firsts) == 2 else emit_left())
+        await (abreast(_READERS, emit_left) if len(firsts) == 2 else emit_left())
 
     async with send:
         for source in sources:
@@ -211,24 +212,6 @@ async def stream_memory(
                     scratch = bytearray(pool.size_bytes)
                     for segments, count in read_shared(shared, scratch):
                         await emit(space, _copying(scratch, segments, count))
-
-
-async def _several(emit_left: Callable[[], Awaitable[None]]) -> None:
-    """Let so many as may read at once share what is left; what fails first is raised."""
-    failed: list[Exception] = []
-
-    async def emit_beside() -> None:
-        try:
-            await emit_left()
-        except Exception as error:  # noqa: BLE001 (it is raised when the others have ended)
-            failed.append(error)
-            nursery.cancel_scope.cancel()
-
-    async with trio.open_nursery() as nursery:
-        for _ in range(_READERS):
-            nursery.start_soon(emit_beside)
-    if failed:
-        raise failed[0]
 
 
 @contextmanager

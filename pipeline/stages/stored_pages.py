@@ -11,8 +11,9 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -259,8 +260,13 @@ class StoredPages:
 
     # -- what comes before ------------------------------------------------------------------------
 
-    async def sooner(self, space: int, later: Sequence[Range] = ()) -> AsyncGenerator[LeasedRun]:
-        """Every page of a space that does not come later; whoever gets a run releases its lease.
+    @property
+    def at_once(self) -> int:
+        """How many loads at once pay."""
+        return max(one.storage.reads_at_once for one in (self.own, *self.layers.values()))
+
+    def sooner(self, space: int, later: Sequence[Range] = ()) -> Iterator[Callable[[], Awaitable[LeasedRun]]]:
+        """What loads every page of a space that does not come later, in the order of the image; see `load`.
 
         Args:
             later: ranges, ascending.
@@ -270,7 +276,7 @@ class StoredPages:
             ranges = self.pieces[number].ranges
             waits = _within(waiting, ranges)
             if subtract(ranges, waits):
-                yield await self.load(number, waits)
+                yield partial(self.load, number, waits)
 
     # -- what comes later -------------------------------------------------------------------------
 

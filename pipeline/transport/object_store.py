@@ -162,6 +162,7 @@ class ObjectStorage:
     """A prefix in an object store."""
 
     has_manifest = True
+    reads_at_once = 6
 
     def __init__(self, url: str) -> None:
         self.name = url.rstrip("/")

@@ -73,6 +73,8 @@ class Storage(Protocol):
     name: str
     #: whether it keeps a manifest and an index beside the image
     has_manifest: bool
+    #: how many reads of a large object pay, at the same time
+    reads_at_once: int
 
     @property
     def remains(self) -> Sequence[str]:
@@ -155,6 +157,7 @@ class DirectoryStorage:
     """A directory that holds one image."""
 
     has_manifest = True
+    reads_at_once = 2
     remains = ()
 
     def __init__(self, path: Path) -> None:

@@ -66,6 +66,7 @@ class StreamStorage:
     """Standard output or input."""
 
     has_manifest = False
+    reads_at_once = 1
     remains = ()
     name = "standard stream"
 

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 import trio
 import trio.testing
 
-from pipeline.errors import RebuildError
+from pipeline.errors import ImageError, RebuildError
 from pipeline.image.frames import PageRun
 from pipeline.progress import NullProgress
 from pipeline.stages import fill
-from pipeline.stages.fill import PageFeed
+from pipeline.stages.fill import PageFeed, StoredFeed
 from pipeline.stages.places import FilePlace, Place
 from pipeline.transport.buffers import BufferPool, LeasedRun
 
@@ -56,7 +57,7 @@ class Stream:
     async def is_idle(self) -> bool:
         """Whether every buffer is free."""
         with trio.fail_after(5):
-            leases = [await self.pool.lease() for _ in range(2)]
+            leases = [await self.pool.lease() for _ in range(self.pool.count)]
         for lease in leases:
             lease.release()
         return True
@@ -124,3 +125,64 @@ async def test_whoever_is_cancelled_gives_back_what_waits_to_be_written(
     feed.close()
     assert len(written) == 1
     assert await stream.is_idle()
+
+
+class Store(Stream):
+    """The same runs, to be loaded at any time; a load waits until `at_once` are under way, and run `damaged` fails."""
+
+    def __init__(self, at_once: int, damaged: int | None = None) -> None:
+        super().__init__()
+        self.pool = BufferPool(COUNT, self.size)
+        self._at_once = at_once
+        self._damaged = damaged
+        self._waiting = 0
+        self._enough = trio.Event()
+
+    def loads(self, space: int) -> Iterator[Callable[[], Awaitable[LeasedRun]]]:
+        assert space == 1
+        return (partial(self.load, number) for number in range(COUNT))
+
+    async def load(self, number: int) -> LeasedRun:
+        self._waiting += 1
+        if self._waiting == self._at_once:
+            self._enough.set()
+        with trio.fail_after(5):
+            await self._enough.wait()
+        if number == self._damaged:
+            raise ImageError("it is damaged")
+        return await self.run(number)
+
+
+@pytest.mark.parametrize("at_once", [1, 2, COUNT])
+async def test_stored_pages_are_loaded_several_at_once(tmp_path: Path, at_once: int) -> None:
+    store = Store(at_once)
+    feed = StoredFeed(store.loads, at_once, NullProgress())
+    with (tmp_path / "memory").open("wb") as file:
+        await feed.fill(1, FilePlace(file.fileno()))
+    assert (tmp_path / "memory").read_bytes() == b"".join(bytes([n]) * LARGE for n in range(COUNT))
+    assert feed.bytes_done == COUNT * LARGE
+    assert await store.is_idle()
+
+
+@pytest.mark.parametrize("damaged", range(COUNT))
+async def test_of_several_loads_that_which_fails_is_told_and_the_others_give_back(
+    tmp_path: Path, damaged: int
+) -> None:
+    store = Store(COUNT, damaged)
+    feed = StoredFeed(store.loads, COUNT, NullProgress())
+    with (tmp_path / "memory").open("wb") as file, pytest.raises(ImageError, match="it is damaged"):
+        await feed.fill(1, FilePlace(file.fileno()))
+    assert await store.is_idle()
+
+
+async def test_stored_pages_that_cannot_be_written_are_told_once(tmp_path: Path) -> None:
+    store = Store(COUNT)
+    feed = StoredFeed(store.loads, COUNT, NullProgress())
+    (tmp_path / "memory").touch()
+    fd = os.open(tmp_path / "memory", os.O_RDONLY)
+    try:
+        with pytest.raises(RebuildError, match="its pages cannot be written: Bad file descriptor"):
+            await feed.fill(1, FilePlace(fd))
+    finally:
+        os.close(fd)
+    assert await store.is_idle()

@@ -246,7 +246,8 @@ async def test_what_comes_sooner_is_in_the_order_of_the_image_and_without_what_c
     found.store.seconds = 0
     later = [(2 * PAGE, 5 * PAGE), (1 << 20, (1 << 20) + PAGE)]
     tree = Tree([(page, page + PAGE) for page in found.content])
-    async for leased in found.stored.sooner(SPACE, later):
+    for load in found.stored.sooner(SPACE, later):
+        leased = await load()
         await tree.bring(leased.run)
         leased.lease.release()
     assert list(tree.missing) == later
@@ -284,7 +285,8 @@ async def layered(
 async def all_of(stored: StoredPages) -> dict[int, bytes]:
     """By page; none comes twice."""
     found: dict[int, bytes] = {}
-    async for leased in stored.sooner(SPACE):
+    for load in stored.sooner(SPACE):
+        leased = await load()
         now = content(leased.run)
         assert leased.run.space == SPACE
         assert not found.keys() & now.keys()

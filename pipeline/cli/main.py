@@ -126,6 +126,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         # Before or after the recipe, where nothing is held; inside it SIGINT is a cancellation.
         return 130
+    except RuntimeError as error:
+        if not isinstance(error.__cause__, KeyboardInterrupt):
+            raise
+        return 130  # in an import, where a class was made: Python 3.11 makes another error of what __set_name__ raises
     except BrokenPipeError:
         # The reader of our output went away; do not let the interpreter complain at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from pipeline import amounts
-from pipeline.cli import pacing, render
+from pipeline.cli import main, pacing, render
 from pipeline.cli.main import COMMANDS
 from pipeline.errors import Blocker, InDoubt, PipelineError, Refused, UsageError, exhausted
 
@@ -147,3 +147,29 @@ def test_figures_show_the_rate() -> None:
     assert render.figures(
         {"total-time": 500, "downtime": 8.25, "transferred": 10_000_000, "mode": "stop"}
     ) == ("total-time 500 ms, downtime 8.2 ms, transferred 10.0 MB, mode stop, rate 20.0 MB/s")
+
+
+@pytest.mark.parametrize("is_of_a_class", [False, True], ids=["in a line", "in a class that is made"])
+def test_an_interrupt_during_imports_is_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, is_of_a_class: bool
+) -> None:
+    class Interrupted:
+        def __set_name__(self, owner: type, name: str) -> None:
+            raise KeyboardInterrupt
+
+    def import_module(_: str) -> object:
+        if is_of_a_class:
+            type("Imported", (), {"attribute": Interrupted()})
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(main.importlib, "import_module", import_module)
+    assert main.main(["inspect", "nothing"]) == 130
+
+
+def test_another_error_of_imports_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def import_module(_: str) -> object:
+        raise RuntimeError("not to be passed over")
+
+    monkeypatch.setattr(main.importlib, "import_module", import_module)
+    with pytest.raises(RuntimeError, match="not to be passed over"):
+        main.main(["inspect", "nothing"])

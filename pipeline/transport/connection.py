@@ -4,6 +4,8 @@ A socket takes or gives some hundred kilobytes at a time, and each time is a tur
 as to copy them. A thread goes on with the next ones at once; and where they are encrypted, each connection has a
 processor to itself. Where the network makes a pause, the thread comes back, and the event loop waits: so no
 thread is lost to a peer that is silent, and who is cancelled need not wait for one.
+
+Sources: poll(2), send(2); docs of Trio, `trio.from_thread.check_cancelled`.
 """
 
 from __future__ import annotations
@@ -13,14 +15,11 @@ import select
 import threading
 from collections.abc import Callable
 from functools import partial
-from typing import TypeVar
 
 import trio
 
-T = TypeVar("T")
+from pipeline.transport.handover import LARGE_BYTES
 
-#: from so many bytes on a thread pays
-LARGE_BYTES = 256 << 10
 #: how long a thread waits for the network
 _PATIENCE_MS = 10
 

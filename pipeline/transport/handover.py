@@ -13,7 +13,7 @@ import trio
 T = TypeVar("T")
 
 #: what takes longer than to hand it over
-_LARGE_BYTES = 256 << 10
+LARGE_BYTES = 256 << 10
 
 
 async def worked(size_bytes: int, work: Callable[..., T], *args: Any) -> T:
@@ -21,6 +21,6 @@ async def worked(size_bytes: int, work: Callable[..., T], *args: Any) -> T:
 
     Cancellation: a checkpoint where it is handed over; work that has begun goes to its end.
     """
-    if size_bytes >= _LARGE_BYTES:
+    if size_bytes >= LARGE_BYTES:
         return await trio.to_thread.run_sync(work, *args)
     return work(*args)

@@ -16,7 +16,8 @@ import threading
 
 import trio
 
-from pipeline.transport.connection import LARGE_BYTES, Connection
+from pipeline.transport.connection import Connection
+from pipeline.transport.handover import LARGE_BYTES
 
 #: encrypted or decrypted in one go: no other thread has its turn meanwhile
 _PIECE_BYTES = 256 << 10

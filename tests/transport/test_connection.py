@@ -11,7 +11,8 @@ import pytest
 import trio
 
 from pipeline.transport import connection, identity
-from pipeline.transport.connection import LARGE_BYTES, Connection
+from pipeline.transport.connection import Connection
+from pipeline.transport.handover import LARGE_BYTES
 from pipeline.transport.tls import TlsStream
 
 SECRET = b"x" * 40

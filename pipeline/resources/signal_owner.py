@@ -10,11 +10,11 @@ Sources: fcntl(2) on F_SETOWN_EX, F_SETSIG, F_GETOWNER_UIDS; fs/fcntl.c (sigio_p
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import struct
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 
 from pipeline.errors import Blocker
 from pipeline.ids import LocalFd
@@ -46,8 +46,11 @@ def capture(view: FdView, member: Member) -> Owner | None:
     if not pid and not signal:
         return None
     uid = euid = None
-    with suppress(OSError):  # EINVAL: a kernel that does not tell
+    try:
         uid, euid = map(_id, struct.unpack("<2I", fcntl.fcntl(view.local, _F_GETOWNER_UIDS, bytes(8))))
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a kernel that does not tell
+            raise
     return Owner(kind, member(pid), signal, uid, euid)
 
 

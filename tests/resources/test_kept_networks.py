@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 
@@ -168,3 +169,22 @@ def _devices(way: Way) -> bytes:
             return file.read()
 
     return visit(way, look)
+
+
+def test_who_cannot_be_told_from_others_leaves_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without /proc; a thread that stayed would keep the interpreter from its end, too."""
+    genuine = os.readlink
+
+    def readlink(path: str) -> str:
+        if path == "/proc/thread-self":
+            raise FileNotFoundError(path)
+        return genuine(path)
+
+    with network() as one, network() as other:
+        kept = KeptNetworks()
+        for way in (one, other):
+            kept.look(way, lambda: b"")
+        monkeypatch.setattr(os, "readlink", readlink)
+        kept.close()
+    assert not any(thread.name == "visitor" for thread in threading.enumerate())
+    assert not LEDGER.held()

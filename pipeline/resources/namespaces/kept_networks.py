@@ -61,9 +61,11 @@ class KeptNetworks:
             self._close_files(key)
         while self._visitors:
             _, visitor = self._visitors.popitem()
-            task = visitor.do(lambda: os.readlink("/proc/thread-self"))
+            task: str | None = None
+            with suppress(OSError):
+                task = visitor.do(lambda: os.readlink("/proc/thread-self"))
             visitor.close()
-            while os.path.exists(f"/proc/{task}"):  # a moment longer than it takes to wait for it
+            while task and os.path.exists(f"/proc/{task}"):  # a moment longer than it takes to wait for it
                 time.sleep(0.0001)
 
     def look(self, way: Way, look: Callable[[], bytes]) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import shutil
 import signal
@@ -17,9 +18,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import trio
 
+import pipeline
+from pipeline.errors import Refused
 from pipeline.image.codec import unpack
 from pipeline.image.frames import HEAD, Kind, decode_head, encode
+from pipeline.kernel import nsfs
 from pipeline.transport import protocol
 from tests.harness.carry import unharmed
 from tests.harness.settings import CONTAINER_2, DEPTH_1, Setting
@@ -517,3 +522,17 @@ def test_migrate_to_a_destination_without_the_files(start: Start, secret: Path) 
             assert done.returncode in {1, 3}, said(done)
         finally:
             path.with_suffix(".away").rename(path)
+
+
+def test_a_process_of_a_namespace_that_is_not_below_ours_is_refused_whatever_it_maps(
+    start: Callable[..., Tree], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree = start("sysv", DEPTH_1)
+
+    def parent(_: int) -> int:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(nsfs, "parent", parent)
+    with pytest.raises(Refused, match="user namespace"):
+        trio.run(pipeline.dump, tree.pid, str(tmp_path / "image"))
+    tree.check()

@@ -56,6 +56,7 @@ from pipeline.resources.memory.capture import (
     scanned,
 )
 from pipeline.resources.memory.objects import MemoryObjects
+from pipeline.resources.memory.scope import CannotCarry
 from pipeline.resources.memory.sharing import plan_copy_on_write
 from pipeline.resources.namespaces import clocks
 from pipeline.resources.namespaces.members import NamespaceCapture
@@ -234,6 +235,8 @@ class Capture:
 
     def segment(self, pid: HostPid, identifier: int) -> int:
         """See `MemoryScope`."""
+        if pid not in self.namespaces.memberships:
+            raise CannotCarry("shows a segment of an ipc namespace that cannot be looked at")
         return self.namespaces.segment(pid, identifier)
 
     def _mount_namespace(self, pid: HostPid) -> int:

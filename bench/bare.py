@@ -86,11 +86,7 @@ def _in_pieces(size: int, act: Callable[[memoryview, int], None]) -> float:
             failed.append(error)
 
     begin = time.perf_counter()
-    threads = [threading.Thread(target=work) for _ in range(_THREADS)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    _in_threads([work] * _THREADS)
     if failed:
         raise failed[0]
     return size / (time.perf_counter() - begin)
@@ -133,12 +129,8 @@ def tls_rate(size: int, streams: int) -> float:
             for _ in range(0, size // streams, PIECE_BYTES):
                 over.sendall(buffer)
 
-        threads = [threading.Thread(target=send, args=(one,)) for one in secure]
         begin = time.perf_counter()
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        _in_threads([partial(send, one) for one in secure])
         return size / (time.perf_counter() - begin)
 
 

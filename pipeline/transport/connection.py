@@ -100,8 +100,6 @@ class Connection(trio.abc.Stream):
     async def _receive(self, view: memoryview) -> int:
         try:
             count: int = await self._stream.socket.recv_into(view)
-        except trio.ClosedResourceError:
-            raise
         except OSError as error:
             raise trio.BrokenResourceError(str(error)) from error
         return count

@@ -16,7 +16,7 @@ from pipeline.errors import ImageError, RebuildError
 from pipeline.image.frames import PageRun
 from pipeline.progress import NullProgress
 from pipeline.stages import fill
-from pipeline.stages.fill import PageFeed, StoredFeed
+from pipeline.stages.fill import Feed, PageFeed, StoredFeed
 from pipeline.stages.places import FilePlace, Place
 from pipeline.transport.buffers import BufferPool, LeasedRun
 
@@ -63,6 +63,16 @@ class Stream:
         return True
 
 
+async def fills_nothing(feed: Feed, path: Path) -> None:
+    """It says so, where nothing can be written."""
+    fd = os.open(path, os.O_RDONLY | os.O_CREAT, 0o600)
+    try:
+        with pytest.raises(RebuildError, match="its pages cannot be written: Bad file descriptor"):
+            await feed.fill(1, FilePlace(fd))
+    finally:
+        os.close(fd)
+
+
 async def test_the_next_pages_are_read_while_pages_are_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -87,14 +97,8 @@ async def test_the_next_pages_are_read_while_pages_are_written(
 async def test_pages_that_cannot_be_written_leave_the_stream_at_a_border(tmp_path: Path, size: int) -> None:
     stream = Stream(size)
     feed = PageFeed(await stream.run(0), stream.rest(), NullProgress())
-    (tmp_path / "memory").touch()
-    fd = os.open(tmp_path / "memory", os.O_RDONLY)
-    try:
-        with pytest.raises(RebuildError, match="its pages cannot be written: Bad file descriptor"):
-            await feed.fill(1, FilePlace(fd))
-    finally:
-        os.close(fd)
-        feed.close()
+    await fills_nothing(feed, tmp_path / "memory")
+    feed.close()
     assert stream.is_whole
     assert stream.read.is_set()
     assert await stream.is_idle()
@@ -178,11 +182,5 @@ async def test_of_several_loads_that_which_fails_is_told_and_the_others_give_bac
 async def test_stored_pages_that_cannot_be_written_are_told_once(tmp_path: Path) -> None:
     store = Store(COUNT)
     feed = StoredFeed(store.loads, COUNT, NullProgress())
-    (tmp_path / "memory").touch()
-    fd = os.open(tmp_path / "memory", os.O_RDONLY)
-    try:
-        with pytest.raises(RebuildError, match="its pages cannot be written: Bad file descriptor"):
-            await feed.fill(1, FilePlace(fd))
-    finally:
-        os.close(fd)
+    await fills_nothing(feed, tmp_path / "memory")
     assert await store.is_idle()

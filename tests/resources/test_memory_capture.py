@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import subprocess
@@ -51,6 +52,36 @@ def at(found: Captured, address: int) -> Vma:
 
 def saved(found: Captured, address: int) -> bool:
     return any(start <= address < end for start, end in found.runs)
+
+
+@pytest.mark.parametrize("of", ["exe", "map_files"])
+def test_a_file_that_cannot_be_looked_at_leaves_no_descriptor(
+    monkeypatch: pytest.MonkeyPatch, of: str
+) -> None:
+    """Such as one of a network filesystem whose server is gone (ESTALE)."""
+    genuine = os.open, os.fstat
+    opened: set[int] = set()
+
+    def watched(path: str, *arguments: int, **options: int) -> int:
+        fd = genuine[0](path, *arguments, **options)
+        if f"/{of}" in os.fsdecode(path):
+            opened.add(fd)
+        return fd
+
+    def stale(fd: int) -> os.stat_result:
+        if fd in opened:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return genuine[1](fd)
+
+    with program("ready()") as target, Scope() as scope:
+        before = set(os.listdir("/proc/self/fd"))
+        monkeypatch.setattr(os, "open", watched)
+        monkeypatch.setattr(os, "fstat", stale)
+        with MemoryObjects(scope) as objects, pytest.raises(OSError, match="Stale"):
+            capture_address_space(target.pid, objects, brk=RemoteAddress(0))
+        monkeypatch.undo()
+        assert opened
+        assert set(os.listdir("/proc/self/fd")) == before
 
 
 def test_private_anonymous_memory_with_its_properties() -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import struct
+from typing import Any
 
 import pytest
 
@@ -50,3 +52,31 @@ def test_the_ids_of_who_said_so_are_kept(uid: int, euid: int) -> None:
     finally:
         os.close(reader)
         os.close(writer)
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.EPERM], ids=["it does not tell", "it will not"])
+def test_ids_that_cannot_be_had_are_left_out_by_a_kernel_that_does_not_tell_only(
+    monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    def setup() -> int:
+        reader = os.pipe()[0]
+        fcntl.fcntl(reader, fcntl.F_SETOWN, os.getpid())
+        return reader
+
+    genuine = fcntl.fcntl
+
+    def refusing(fd: int, command: int, *arguments: Any) -> Any:
+        if command == F_GETOWNER_UIDS:
+            raise OSError(code, os.strerror(code))
+        return genuine(fd, command, *arguments)
+
+    with subject(setup) as child, Capture(child.pid) as capture:
+        view = capture.view(child.result)
+        monkeypatch.setattr(fcntl, "fcntl", refusing)
+        if code == errno.EPERM:
+            with pytest.raises(PermissionError):
+                signal_owner.capture(view, capture.member)
+        else:
+            owner = signal_owner.capture(view, capture.member)
+            assert owner is not None
+            assert owner.uid is owner.euid is None

@@ -18,6 +18,7 @@ class Extent:
         slowdown: MiB and MB/s of programs that compute while they are moved in rounds.
         modes: by which they are moved.
         services: modes by which real programs are moved.
+        idle: connections to Redis that ask nothing, beside its clients.
         processes: of a tree.
         threads: of a process that stands still.
         scale: factors of what there is much of; none: that is left out.
@@ -31,6 +32,7 @@ class Extent:
     slowdown: tuple[tuple[int, int], ...]
     modes: tuple[str, ...]
     services: tuple[str, ...]
+    idle: tuple[int, ...]
     processes: tuple[int, ...]
     threads: tuple[int, ...]
     scale: tuple[int, ...]
@@ -38,7 +40,9 @@ class Extent:
     rounds: int
 
 
-TINY = Extent((1,), (1,), ((1, 1),), ((64, 1),), ("stop", "precopy"), ("precopy",), (2,), (1,), (1,), 10, 1)
+TINY = Extent(
+    (1,), (1,), ((1, 1),), ((64, 1),), ("stop", "precopy"), ("precopy",), (10,), (2,), (1,), (1,), 10, 1
+)
 USUAL = Extent(
     sizes=(16, 256, 1024),
     wires=(1024,),
@@ -46,6 +50,7 @@ USUAL = Extent(
     slowdown=((1024, 50),),
     modes=MODES,
     services=("stop", "precopy"),
+    idle=(0, 1000),
     processes=(50, 500),
     threads=(1, 11, 101),
     scale=(),
@@ -59,6 +64,7 @@ FULL = Extent(
     slowdown=tuple((1024, rate) for rate in (0, 50, 200, 500)),
     modes=MODES,
     services=MODES,
+    idle=(0, 1000, 4000),
     processes=(50, 500),
     threads=(1, 11, 101),
     scale=(1, 3, 10),

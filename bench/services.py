@@ -36,7 +36,7 @@ _PARTS = {
 def cases(extent: Extent) -> list[Case]:
     """Every program by every mode."""
     programs: list[tuple[str, Callable[[str, Path], Sample], str | None]] = [
-        ("Redis, 50 clients outside", _redis, _missing("redis-server")),
+        *((_name(idle), partial(_redis, idle), _missing("redis-server")) for idle in extent.idle),
         (
             "PostgreSQL, pgbench in the tree",
             _postgres,
@@ -49,6 +49,10 @@ def cases(extent: Extent) -> list[Case]:
         for name, measure, missing in programs
         for mode in extent.services
     ]
+
+
+def _name(idle: int) -> str:
+    return "Redis, 50 clients outside" + (f" and {idle} idle connections" if idle else "")
 
 
 def _missing(command: str) -> str | None:
@@ -89,18 +93,19 @@ def _moved(
     }
 
 
-def _redis(mode: str, _: Path) -> Sample:
+def _redis(idle: int, mode: str, _: Path) -> Sample:
     setting = DEPTH_1.with_kinds("depth1", CLONE_NEWNET)
     with bridged_network() as around, _stage() as (stage, launch):
         with servers.redis_and_clients(launch, stage.workshop, around, setting) as (tree, clients):
             tree.restoring = ["--external", "veth:eth0=out2@br0"]
             gaps = tree.directory / "gaps"
-            figures = _moved(
-                tree,
-                mode,
-                partial(longest_gap_ms, gaps),
-                lambda: within(around, tree.migrate),
-            )
+            with servers.idle_connections(around, tree, idle):
+                figures = _moved(
+                    tree,
+                    mode,
+                    partial(longest_gap_ms, gaps),
+                    lambda: within(around, tree.migrate),
+                )
             clients.terminate()
             checks = {"clients ended well": clients.wait(60) == 0}
             servers.all_is_well(tree.directory)

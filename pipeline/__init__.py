@@ -17,6 +17,9 @@ import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+# msgspec imports it when it begins, and if ^C comes just then, goes on without it until it crashes
+importlib.import_module("datetime")
+
 if TYPE_CHECKING:
     from pipeline.check import CheckReport, check
     from pipeline.dump import DumpResult, dump

@@ -295,11 +295,11 @@ def host_rows() -> list[Row]:
 
 
 async def check(pid: int | None = None, policy: DumpPolicy | None = None) -> CheckReport:
-    """Say what this host can do and, with a pid, everything that stops that tree."""
-    return await trio.to_thread.run_sync(lambda: report_on(pid, host_rows(), policy))
+    """Say what this host can do and, with a pid, everything that stops that tree, which stands still for a moment."""
+    return await report_on(pid, await trio.to_thread.run_sync(host_rows), policy)
 
 
-def report_on(pid: int | None, rows: list[Row], policy: DumpPolicy | None = None) -> CheckReport:
+async def report_on(pid: int | None, rows: list[Row], policy: DumpPolicy | None = None) -> CheckReport:
     """What stops a tree, if one is meant.
 
     Args:
@@ -307,8 +307,11 @@ def report_on(pid: int | None, rows: list[Row], policy: DumpPolicy | None = None
         rows: what this host can do.
         policy: decisions about states that have more than one good answer.
     """
+    from pipeline.remote.tracer import tracer_thread
     from pipeline.stages.examine import portrait, tree_blockers
 
     if pid is None:
         return CheckReport(rows, [])
-    return CheckReport(rows, sorted(set(tree_blockers(pid, policy=policy))), portrait(pid))
+    async with tracer_thread() as tracer:
+        blockers = await tracer.run(tree_blockers, pid, None, policy)
+    return CheckReport(rows, sorted(set(blockers)), await trio.to_thread.run_sync(portrait, pid))

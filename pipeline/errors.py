@@ -118,6 +118,16 @@ class Exhausted(PipelineError):
     """This process or its host has run out of something; the text says of what, and how to get more."""
 
 
+class ChildKilled(OSError):
+    """A child that did something for this process was killed, mostly because no memory was left."""
+
+    def __init__(self) -> None:
+        super().__init__(0, "a child of this process was killed")
+
+    def __str__(self) -> str:
+        return str(self.strerror)
+
+
 #: what there is only so much of, and what to do when it is at an end
 _SCARCE = {
     errno.EMFILE: "this process has as many descriptors open as it may: raise `ulimit -n`",
@@ -139,6 +149,8 @@ def exhausted(error: BaseException) -> Exhausted | None:
         return None if None in told else told[0]
     if isinstance(error, MemoryError):
         return Exhausted(_SCARCE[errno.ENOMEM])
+    if isinstance(error, ChildKilled):
+        return Exhausted(f"{error}: if there is no memory left (dmesg), free some")
     if isinstance(error, RuntimeError) and _NO_THREAD in str(error):
         return Exhausted(_SCARCE[errno.EAGAIN])
     if isinstance(error, OSError) and error.errno in _SCARCE and not _is_of_a_task(error):
@@ -150,6 +162,15 @@ def _is_of_a_task(error: OSError) -> bool:
     return f"{errno.errorcode.get(error.errno or 0)}: " in str(error.strerror)
 
 
+def raise_if_exhausted(error: OSError) -> None:
+    """Raise an error again that is one of `exhausted`: with it nothing is known of what was looked at.
+
+    Who makes a refusal of an error asks this first: it is not the tree that cannot be carried.
+    """
+    if exhausted(error):
+        raise error
+
+
 @contextmanager
 def passed_over() -> Iterator[None]:
     """Pass over an OSError: what was asked for is not there, or not for us; but not over one of `exhausted`.
@@ -159,8 +180,7 @@ def passed_over() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if exhausted(error):
-            raise
+        raise_if_exhausted(error)
 
 
 @contextmanager

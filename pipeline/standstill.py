@@ -22,20 +22,19 @@ from pipeline.image.codec import image_of
 from pipeline.image.schema import Record
 from pipeline.kernel import descriptor_table, procfs, smaps
 from pipeline.policy import DumpPolicy
-from pipeline.remote.tracer import Tracer
+from pipeline.remote.tracer import Tracer, tracer_thread
 from pipeline.resources import identity
 from pipeline.resources.external_state import ExternalState
 from pipeline.resources.held import Held
 from pipeline.resources.memory import tracking
 from pipeline.resources.memory.tracking import TrackingLost
 from pipeline.resources.registry import kinds
-from pipeline.resources.tasks import leaders
 from pipeline.resources.tasks.interrupted import Sleepers
 from pipeline.resources.tcp_doors import Doors
 from pipeline.stages import freeze, grace, translate
 from pipeline.stages.beforehand import Beforehand
 from pipeline.stages.capture import Capture
-from pipeline.stages.examine import tree_blockers
+from pipeline.stages.examine import early_blockers, tree_blockers
 from pipeline.stages.freeze import FrozenTree
 from pipeline.stages.live_memory import LiveMemory
 from pipeline.stages.memory import PageSource
@@ -60,14 +59,18 @@ async def refuse_early(
     policy: DumpPolicy | None = None,
     known: Beforehand | None = None,
 ) -> None:
-    """Raise Refused with everything that stops the tree, all of it at once; nothing is touched.
+    """Raise Refused where something stops the tree that shows while it runs: with all that stops it, at once.
+
+    Only for that it is stopped, for some milliseconds; else nothing is touched. What stops it by its open files alone
+    is found at the first stop.
 
     `known`: remembers what is read, for whoever stops it then.
     """
     for attempt in range(_TRANSIENT_TRIES):
-        blockers: Sequence[Blocker] = await trio.to_thread.run_sync(
-            tree_blockers, pid, externals, policy, known
-        )
+        if not await trio.to_thread.run_sync(early_blockers, pid, externals, policy, known):
+            return
+        async with tracer_thread() as tracer:
+            blockers: Sequence[Blocker] = await tracer.run(tree_blockers, pid, externals, policy)
         if not blockers:
             return
         if attempt == _TRANSIENT_TRIES - 1 or not all(blocker.transient for blocker in blockers):
@@ -139,12 +142,13 @@ class Standstill:
         return sorted(map(os.fsdecode, names))
 
     def go_on(self) -> float:
-        """Let the tree run on, before all else is given back; in the tracer's thread.
+        """Let the tree run on, before all is given back but its open files; in the tracer's thread.
 
         Returns:
             When that was, on the clock of time.monotonic.
         """
         self.holdings.close()
+        self._capture.let_go_of_files()
         freeze.release(self.tree)
         since_s = time.monotonic()
         self._capture.close()
@@ -257,6 +261,7 @@ async def begin_tracking(
         known: see `standstill`.
 
     Raises:
+        Refused: something stops the tree that does not go away by itself.
         TrackingLost: it cannot be tracked; the text says why.
     """
     await trio.to_thread.run_sync(_prepare_tracking, pid)
@@ -266,7 +271,11 @@ async def begin_tracking(
             begun_s = still.begun_s
     except OSError as error:
         raise TrackingLost(f"its writes cannot be tracked here ({error.strerror})") from None
-    except (Refused, TargetError) as error:
+    except Refused as refused:
+        if not all(blocker.transient for blocker in refused.blockers):
+            raise
+        raise TrackingLost(str(refused)) from None
+    except TargetError as error:
         raise TrackingLost(str(error)) from None
     return time.monotonic() - begun_s
 
@@ -303,10 +312,7 @@ async def look_again(tracer: Tracer, pid: int, memory: LiveMemory) -> int:
 
 def _look_at(tree: FrozenTree, sleepers: Sleepers, memory: LiveMemory) -> int:
     """`LiveMemory.look` at a stopped tree, in which nobody's time to wait begins anew."""
-    for process in tree.living():
-        for tid in map(HostPid, process.tasks):
-            with suppress(ProcessLookupError):  # it was killed: the look says so
-                sleepers.prepare(tid)
+    sleepers.prepare_all(tree.tids())
     return memory.look()
 
 
@@ -356,15 +362,17 @@ async def _doors_closed(
     doors = Doors()
 
     def close() -> None:
-        pids = freeze.walk(HostPid(pid))
-        ended = [one for one in pids if leaders.has_ended(one)]
-        with Capture(pids, ended, externals=externals, policy=policy) as capture:
+        with (
+            freeze.stopped_for_a_look(HostPid(pid), is_privileged()) as tree,
+            Capture(tree.pids(), tree.zombies(), externals=externals, policy=policy) as capture,
+        ):
             capture.files.collect(capture.living, still=False)
             doors.close(capture.files)
 
     try:
         with suppress(PipelineError, procfs.ProcessGone, OSError):  # then it is tried without
             await tracer.run(close)
+            await tracer.run(doors.wait)
         yield
     finally:
         with trio.CancelScope(shield=True):
@@ -385,10 +393,6 @@ async def _told_of_the_killed(tracer: Tracer, tree: FrozenTree) -> AsyncIterator
         raise TargetError(
             f"pid {gone[0]} was killed while it stood still; what is left of the tree runs on"
         ) from error
-
-
-def _was_killed(pid: HostPid) -> Blocker:
-    return Blocker(f"pid {pid}", "was killed while it was looked at", "try again", transient=True)
 
 
 @asynccontextmanager
@@ -444,17 +448,16 @@ def _capture(
     looks: Looks | None,
 ) -> tuple[Capture, CapturedRecords, Sequence[PageSource]]:
     """In the tracer's thread; whoever gets the capture closes it there."""
-    zombies = [process.pid for process in tree.processes.values() if process.zombie]
     with ExitStack() as stack:
         try:
-            capture = Capture(tree.pids(), zombies, sleepers, externals, policy, held, known, looks)
+            capture = Capture(tree.pids(), tree.zombies(), sleepers, externals, policy, held, known, looks)
             stack.callback(capture.close)
             records, sources, blockers = capture.take(tree)
         except (OSError, TargetError) as error:
-            if gone := freeze.killed(tree):
-                raise Refused(list(map(_was_killed, gone))) from error
+            if gone := list(freeze.check_killed(tree)):
+                raise Refused(gone) from error
             raise
-        blockers += map(_was_killed, freeze.killed(tree))
+        blockers += freeze.check_killed(tree)
         if blockers:
             raise Refused(blockers)
         stack.pop_all()

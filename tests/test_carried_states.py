@@ -15,8 +15,8 @@ pytestmark = pytest.mark.root
 
 #: never twice the same: `forking` (test_bad_input.py), `rewriting` (test_live_migration.py), `restless`
 #: (test_freeze.py), `outrunning` (test_auto_converge.py), `wandering` (test_live_migration.py); `crowd` is carried by
-#: test_scale_tasks.py
-_OTHERS = {"support", "forking", "rewriting", "restless", "outrunning", "wandering", "crowd"}
+#: test_scale_tasks.py, `closing` by test_looking_again.py
+_OTHERS = {"support", "forking", "rewriting", "restless", "outrunning", "wandering", "crowd", "closing"}
 #: of a tree that is looked at twice, and once
 _MODES = {DEPTH_1.name: "stop"}
 #: whose memory is shared, inherited, locked, or written behind the page tables

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,8 @@ import pytest
 
 from pipeline import blocking
 from pipeline.errors import RebuildError
+from pipeline.ids import HostPid
+from pipeline.kernel import procfs, ptrace
 from pipeline.stages import finish
 from tests.harness.hosts import Host, Server, inner_pid, serving, terminate
 from tests.harness.killing import MISTAKE, PARTS, killed
@@ -45,6 +48,37 @@ def test_a_restore(
     assert not [pid for pid in family if os.path.exists(f"/proc/{pid}")]
     restore(tree, tmp_path / "image")
     tree.check()
+
+
+@pytest.mark.parametrize("threads", [0, 3], ids=["another", "itself"])
+def test_who_runs_may_end_others(
+    start: Callable[..., Tree], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
+    """As a supervisor does whose time was over when it was dumped, some moments before its children run.
+
+    Or a thread, which may be the first of all that run, ends its process.
+    """
+    tree = start("crowd", DEPTH_1, [str(threads), "3"])
+    root, *others = family = tree.pids()
+    dump(tree, tmp_path / "image")
+    assert not reap(family)
+    victim = root if threads else others[0]
+    detach, freed = ptrace.detach, []
+
+    def detached(tid: int) -> None:
+        detach(tid)
+        freed.append(tid)
+        if len(freed) == 1:
+            os.kill(victim, signal.SIGKILL)
+
+    monkeypatch.setattr(ptrace, "detach", detached)
+    blocking.restore(str(tmp_path / "image"), detach=True).close()
+    assert procfs.stat(HostPid(victim)).state == "Z"
+    statuses = [procfs.status(HostPid(pid)) for pid in family if pid != victim]
+    assert not any(status.state in "ZX" or status.tracer_pid for status in statuses)
+    for pid in family:
+        os.kill(pid, signal.SIGKILL)
+    assert not reap(family)
 
 
 def test_who_was_to_end_is_not_blamed(

@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
+import os
+import select
+import socket
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
 
 from pipeline import standstill
+from pipeline.errors import Blocker, Refused
 from pipeline.ids import HostPid
 from pipeline.kernel import ptrace
+from pipeline.ledger import LEDGER
 from pipeline.remote.tracer import tracer_thread
+from pipeline.resources.memory.tracking import TrackingLost
+from pipeline.resources.tcp_doors import Doors
 from pipeline.stages import freeze, grace
+from pipeline.stages.beforehand import Beforehand
+from pipeline.stages.live_memory import LiveMemory
+from pipeline.stages.observe import FileObserver
+from tests.harness.networks import network, within
+from tests.harness.settings import DEPTH_0, DEPTH_1, DEPTH_2, Setting
+from tests.harness.tree import Tree, engine, reap, restore, said
 
 pytestmark = pytest.mark.root
 
@@ -88,3 +104,117 @@ def test_who_waits_for_a_time_waits_no_longer(stands_still: bool) -> None:
             assert looks > 2
         finally:
             program.kill()
+
+
+@pytest.mark.parametrize("setting", [DEPTH_0, DEPTH_1, DEPTH_2], ids=lambda s: s.name)
+@pytest.mark.parametrize("way", ["check", "stop", "precopy"])
+def test_what_is_closed_by_a_program_that_is_looked_at_is_closed(
+    start: Callable[..., Tree], tmp_path: Path, setting: Setting, way: str
+) -> None:
+    tree = start("closing", setting)
+    for number in range(3):
+        to = ["--to", tmp_path / f"{number}", "--leave-running", "--mode", way]
+        done = engine(*(["check"] if way == "check" else ["dump", *to]), "--pid", str(tree.pid))
+        assert done.returncode == 0, said(done)
+        tree.check()
+
+
+@pytest.mark.parametrize("setting", [DEPTH_0, DEPTH_1, DEPTH_2], ids=lambda s: s.name)
+def test_what_is_closed_by_a_program_that_was_restored_is_closed(
+    start: Callable[..., Tree], tmp_path: Path, setting: Setting
+) -> None:
+    """Who restores it has made its open files."""
+    tree = start("closing", setting)
+    for number in range(3):
+        family = tree.pids()
+        done = engine("dump", "--pid", str(tree.pid), "--to", tmp_path / f"{number}")
+        assert done.returncode == 0, said(done)
+        assert not reap(family)
+        restore(tree, tmp_path / f"{number}")
+        tree.check()
+
+
+#: accepts the first client when it is told to
+_LATE = """
+import socket, sys
+listener = socket.create_server(("127.0.0.1", 4711))
+print(flush=True)
+sys.stdin.readline()
+first, _ = listener.accept()
+print(flush=True)
+second, _ = listener.accept()
+print(flush=True)
+sys.stdin.readline()
+"""
+
+
+def test_a_tree_accepts_who_waits_before_it_is_stopped_again_and_nobody_else() -> None:
+    """Nothing of it is held while it does."""
+    waited: list[bool] = []
+    accepts = threading.Event()
+    waits = Doors.wait
+
+    def connecting() -> socket.socket:
+        client = socket.socket()
+        client.setblocking(False)
+        client.connect_ex(("127.0.0.1", 4711))
+        return client
+
+    async def main(path: str, program: subprocess.Popen[bytes]) -> None:
+        def wait(doors: Doors) -> None:
+            assert not [what for what, _ in LEDGER.held() if what == "duplicate"]
+            timer = threading.Timer(0.2, accept)
+            timer.start()
+            waits(doors)
+            waited.append(accepts.is_set())
+            timer.join()
+
+        def accept() -> None:
+            accepts.set()
+            os.write(told.fileno(), b"\n")
+
+        told, heard = program.stdin, program.stdout
+        assert told is not None
+        assert heard is not None
+        heard.readline()
+        with within(path, connecting), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Doors, "wait", wait)
+            async with tracer_thread() as tracer:
+                async with standstill._doors_closed(tracer, program.pid, None, None):
+                    assert waited == [True]
+                    heard.readline()
+                    second = within(path, connecting)
+                    assert select.select([], [second], [], 0.3)[1] == []
+                with second:
+                    assert select.select([], [second], [], 30)[1] == [second]
+        told.write(b"\n")
+        told.flush()
+
+    with network() as path:
+        command = ["nsenter", f"--net={path}", sys.executable, "-c", _LATE]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as program:
+            try:
+                trio.run(main, path, program)
+            finally:
+                program.kill()
+
+
+@pytest.mark.parametrize(("transient", "error"), [(False, Refused), (True, TrackingLost)])
+def test_what_is_open_and_stops_a_tree_is_found_before_its_memory_is_sent(
+    start: Callable[..., Tree], monkeypatch: pytest.MonkeyPatch, transient: bool, error: type[Exception]
+) -> None:
+    """What may go away by itself is asked again when it stands still in the end."""
+    tree = start("quiet")
+    found = [Blocker("pid 7 fd 3", "cannot be carried", transient=transient)]
+
+    async def main() -> None:
+        with Beforehand() as known:
+            async with tracer_thread() as tracer:
+                await standstill.refuse_early(tree.pid, known=known)
+                await standstill.begin_tracking(tracer, tree.pid, None, None, LiveMemory(), known)
+
+    monkeypatch.setattr(FileObserver, "blockers", lambda _: found)
+    with pytest.raises(error, match="fd 3"):
+        trio.run(main)
+    assert not LEDGER.held()
+    tree.check()

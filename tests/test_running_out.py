@@ -10,6 +10,7 @@ import errno
 import gc
 import os
 import resource
+import signal
 import socket
 import sys
 import threading
@@ -25,14 +26,14 @@ import pytest
 import trio
 
 import pipeline
-from pipeline.errors import PipelineError, exhausted
+from pipeline.errors import PipelineError, Refused, exhausted
 from pipeline.image.codec import Image
 from pipeline.kernel import syscalls
 from pipeline.kernel.arch.x86_64 import NR
 from pipeline.ledger import LEDGER
 from pipeline.migrate import Mode
 from pipeline.restore import RestoredTree
-from tests.harness.settings import CONTAINER_2, DEPTH_1
+from tests.harness.settings import CONTAINER_2, DEPTH_0, DEPTH_1, Setting
 from tests.harness.tree import Tree, dump, engine, family_of, reap, restore, said
 
 pytestmark = pytest.mark.root
@@ -95,7 +96,7 @@ class RunningOut:
                     self.places[place] = None
                 elif place == self._at:
                     self.has_failed = True
-                    raise error
+                    raise error.with_traceback(None)  # it is the same each time, and would keep all frames
             return function(*arguments, **options)
 
         return watched
@@ -121,6 +122,7 @@ def what_it_says(recipe: Callable[[], Any]) -> Exception | None:
     else:
         return None
     assert isinstance(told, PipelineError) or exhausted(told), told
+    assert not isinstance(told, Refused), f"the tree could be carried: {told}"
     return told
 
 
@@ -129,8 +131,11 @@ def known(image: Image) -> bytes:
     return msgspec.json.encode([image.namespaces, image.user_namespaces, sorted(image.files)])
 
 
-def test_a_dump_that_runs_out_lets_the_tree_run(start: Callable[..., Tree], tmp_path: Path) -> None:
-    tree = start("networks", DEPTH_1)
+@pytest.mark.parametrize("program", ["files", "networks", "showing"])
+def test_a_dump_that_runs_out_lets_the_tree_run(
+    start: Callable[..., Tree], tmp_path: Path, program: str
+) -> None:
+    tree = start(program, DEPTH_1)
     family = tree.pids()
     number = 0
 
@@ -168,6 +173,42 @@ def test_a_dump_that_runs_out_lets_the_tree_run(start: Callable[..., Tree], tmp_
     assert met > 50
     tree.check()
     assert tree.pids() == family
+
+
+def test_a_dump_whose_children_are_killed_says_so(
+    start: Callable[..., Tree], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One after the other, each in the moment in which it is there: as where no memory is left."""
+    tree = start("networks", CONTAINER_2)
+    fork, ours, born = os.fork, os.getpid(), 0
+
+    def deadly() -> int:
+        nonlocal born
+        child = fork()
+        if child and os.getpid() == ours:
+            born += 1
+            if born == victim:
+                os.kill(child, signal.SIGKILL)
+        return child
+
+    async def attempt() -> None:
+        await pipeline.dump(tree.pid, str(tmp_path / str(victim)), mode="stop", leave="running")
+
+    monkeypatch.setattr(os, "fork", deadly)
+    victim, told = 0, []
+    trio.run(attempt)
+    others, most = set(family_of(os.getpid())), born
+    assert most > 2
+    for victim in range(1, most + 1):
+        born = 0
+        error = what_it_says(attempt)
+        assert not LEDGER.held(), f"after {victim}: {error}"
+        assert set(family_of(os.getpid())) == others, f"after {victim}: {error}"
+        assert (tmp_path / str(victim) / "manifest").exists() == (error is None)
+        told += [str(exhausted(error))] if error is not None else []
+        tree.check()
+    assert told
+    assert all("was killed: if there is no memory left" in text for text in told), told
 
 
 def test_a_restore_that_runs_out_leaves_nothing(start: Callable[..., Tree], tmp_path: Path) -> None:
@@ -305,4 +346,18 @@ def test_who_restores_with_few_descriptors_is_told_so(start: Callable[..., Tree]
     assert done.returncode == 1, said(done)
     assert "this restorer may have 150 descriptors open, and needs numbers up to 202" in done.stderr
     restore(tree, tmp_path / "image")
+    tree.check()
+
+
+@pytest.mark.parametrize("setting", [DEPTH_0, DEPTH_1, CONTAINER_2], ids=lambda setting: setting.name)
+def test_who_may_have_no_more_descriptors_than_the_tree_builds_it(
+    start: Callable[..., Tree], tmp_path: Path, setting: Setting
+) -> None:
+    """Some programs have theirs just below the limit; that of who restores them may be the same."""
+    tree = start("highest", setting)
+    for pid in tree.pids():
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (512, 512))
+    dump(tree, tmp_path / "image")
+    done = engine("restore", "--from", tmp_path / "image", "--detach", within=with_descriptors(512))
+    assert done.returncode == 0, said(done)
     tree.check()

@@ -17,7 +17,7 @@ import pipeline
 from pipeline import blocking
 from pipeline.errors import Blocker, Refused, StorageError
 from pipeline.ids import HostPid
-from pipeline.kernel import procfs
+from pipeline.kernel import procfs, ptrace
 from pipeline.kernel.statfs import Magic
 from pipeline.kernel.syscalls import CLONE
 from pipeline.ledger import LEDGER
@@ -26,7 +26,7 @@ from pipeline.remote.tracer import tracer_thread
 from pipeline.resources import identity
 from pipeline.resources.memory import objects
 from pipeline.resources.tasks.refusals import check_task
-from pipeline.stages import capture, ending, examine, freeze
+from pipeline.stages import capture, ending, freeze
 from pipeline.stages.beforehand import Beforehand
 from pipeline.stages.capture import Capture
 from pipeline.standstill import refuse_early, standstill
@@ -68,20 +68,28 @@ def test_what_goes_away_by_itself_is_looked_at_again(
     tree.check()
 
 
-def test_what_is_not_there_at_each_look_does_not_refuse_a_running_tree(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("stays", [[], ["a mapping", "an open file"]], ids=["is gone", "stays"])
+def test_what_seems_to_stop_a_running_tree_is_looked_at_when_it_stands_still(
+    start: Callable[..., Tree], monkeypatch: pytest.MonkeyPatch, stays: list[str]
 ) -> None:
-    """Such as a file that it makes and removes all the time, by the same number."""
-    stays = [["open 5", "open 6", "stays"], ["open 6", "stays"], ["stays"]]
-    looks = iter([*stays, ["open 7"], ["open 8"], ["open 9"], ["open 9"], ["open 10"]])
+    """Such as a directory that it makes and removes all the time. If it is there, all is told that stops the tree."""
+    tree = start("quiet")
+    found = [Blocker("pid 1", reason) for reason in stays]
 
-    def look(pid: int, *_: object) -> list[Blocker]:
-        return [Blocker("pid 1", reason) for reason in next(looks)]
+    def blockers(capture: Capture) -> list[Blocker]:
+        assert all(ptrace.is_stopped(pid) for pid in capture.living)
+        return found
 
-    monkeypatch.setattr(examine, "_look", look)
-    assert examine.tree_blockers(1) == [Blocker("pid 1", "stays")]
-    assert examine.tree_blockers(1) == []
-    assert examine.tree_blockers(1) == []
+    monkeypatch.setattr(Capture, "blockers_besides_files", lambda _: [Blocker("pid 1", "a mapping")])
+    monkeypatch.setattr(Capture, "blockers", blockers)
+    if stays:
+        with pytest.raises(Refused) as refused:
+            trio.run(refuse_early, tree.pid)
+        assert list(refused.value.blockers) == found
+    else:
+        trio.run(refuse_early, tree.pid)
+    assert not LEDGER.held()
+    tree.check()
 
 
 def test_nobody_of_us_is_in_a_network_of_the_tree_when_it_ends(start: Callable[..., Tree]) -> None:

@@ -1,8 +1,9 @@
 """Say what this host can do, row by row, with the remedy for each missing thing.
 
 With --pid: the tree's namespaces and who lives in them, and everything that would stop it from
-being dumped, all of it at once, before anything is touched; the exit code is then 3. It is 1 where this host lacks
-something that nothing works without (NO; a small no costs only what its row says).
+being dumped, all of it at once, for which it stands still for some milliseconds; the exit code is
+then 3. It is 1 where this host lacks something that nothing works without (NO; a small no costs
+only what its row says).
 """
 
 from __future__ import annotations
@@ -25,15 +26,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(arguments: argparse.Namespace) -> int:
-    import trio
-
     from pipeline.check import host_rows, report_on
     from pipeline.cli import recipe
 
     policy = policies.of_dump(arguments)
     rows = host_rows()  # from here, not from where the tree is
     pid = None if arguments.pid is None else within.enter("check", arguments.pid).pid
-    report = recipe.run(lambda: trio.to_thread.run_sync(report_on, pid, rows, policy))
+    report = recipe.run(lambda: report_on(pid, rows, policy))
     if arguments.json:
         render.document(_plain(report))
     else:

@@ -419,11 +419,16 @@ class Rseq(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
 
 
 class Place(Record, frozen=True, kw_only=True):
-    """Where in the file system a thread is that does not share that with its process (unshare(CLONE_FS))."""
+    """Where in the file system a thread is that does not share that with its process (unshare(CLONE_FS)).
+
+    Each field is one of `Process`, too.
+    """
 
     cwd: PathRef
     cwd_removed: FileOwner | None = None
+    cwd_of_ended: bool = False
     root: PathRef
+    root_of_ended: bool = False
     umask: U32
 
 
@@ -567,7 +572,10 @@ class Process(Record, frozen=True, kw_only=True, tag="process"):
     cwd: PathRef | None = None
     #: the working directory was removed: it is made once more under that name, and removed
     cwd_removed: FileOwner | None = None
+    #: it is of a process that has ended, in /proc: nothing can be found in it
+    cwd_of_ended: bool = False
     root: PathRef | None = None
+    root_of_ended: bool = False
     umask: U32 = 0o022
     actions: Annotated[list[SignalAction], Meta(max_length=64)] = []
     pending: Annotated[list[PendingSignal], Meta(max_length=65536)] = []

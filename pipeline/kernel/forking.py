@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import FileIO
 
-from pipeline.errors import UsageError
+from pipeline.errors import ChildKilled, UsageError
 
 #: how a child ends that failed without an error of the kernel
 _NO_ERRNO = 255
@@ -63,8 +63,8 @@ def answer_of_child(act: Callable[[], bytes]) -> bytes:
     """What `act` says, which a child runs that no signal reaches; see `fork_deaf`.
 
     Raises:
-        OSError: `act` raised it, with its errno; without one: the child was killed, or has failed; or no process can
-            be made.
+        OSError: `act` raised it, with its errno; without one: the child has failed; or no process can be made.
+        ChildKilled: the child was killed.
         UsageError: see `require_told_ends`.
     """
     with pipe() as (reader, writer):
@@ -88,8 +88,8 @@ def answer_of_child(act: Callable[[], bytes]) -> bytes:
             reader.close()
             _, status = os.waitpid(child, 0)
     code = os.waitstatus_to_exitcode(status)
+    if code < 0:
+        raise ChildKilled
     if code:
-        known = 0 < code < _NO_ERRNO
-        said = f"its child was killed by signal {-code}" if code < 0 else "its child has failed"
-        raise OSError(code if known else 0, os.strerror(code) if known else said)
+        raise OSError(code, os.strerror(code)) if code < _NO_ERRNO else OSError(0, "its child has failed")
     return answer

@@ -54,6 +54,7 @@ class IFLA(IntEnum):
     LINK = 5
     MASTER = 10
     TXQLEN = 13
+    OPERSTATE = 16
     LINKINFO = 18
     IFALIAS = 20
     GROUP = 27

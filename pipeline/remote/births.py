@@ -12,7 +12,6 @@ Source: clone3 in clone(2); pid_namespaces(7) on ns_last_pid.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import time
 from collections.abc import Sequence
@@ -79,13 +78,13 @@ class Inside:
         self.puppet.syscall(NR.pwrite64, self._counter(), text, len(text), 0)
 
     def _counter(self) -> int:
-        """A descriptor of the counter in the puppet, above those of the tree: it ends with the channel; clones too."""
+        """A descriptor of the counter in the puppet, one of its own (see `Stage`); clones have it, too."""
         if self._fd < 0:
             fd = self.puppet.syscall(
                 NR.openat, -100, b"/proc/sys/kernel/ns_last_pid\0", os.O_WRONLY | os.O_CLOEXEC, 0
             )
-            above = self.puppet.stage.channel_fd + 2
-            self._fd = self.puppet.syscall(NR.fcntl, fd, fcntl.F_DUPFD_CLOEXEC, above)
+            own = self.puppet.stage.channel_fd + 2
+            self._fd = self.puppet.syscall(NR.dup3, fd, own, os.O_CLOEXEC)
             self.puppet.syscall(NR.close, fd)
         return self._fd
 

@@ -30,7 +30,7 @@ from dataclasses import dataclass, field
 
 from pipeline.errors import RebuildError
 from pipeline.ids import HostPid, RemoteAddress
-from pipeline.kernel import ptrace
+from pipeline.kernel import procfs, ptrace
 from pipeline.kernel.arch import x86_64 as arch
 from pipeline.kernel.ptrace import EVENT, OPTION
 from pipeline.kernel.syscalls import CLONE
@@ -47,6 +47,8 @@ _OPTIONS = OPTION.TRACEFORK | OPTION.TRACEVFORK | OPTION.TRACECLONE | OPTION.TRA
 _ALL_SIGNALS = 0xFFFF_FFFF_FFFF_FFFF
 _AT_EMPTY_PATH = 0x1000
 _END_PAUSE_S = 0.0002
+#: how long we wait for the ends of who was killed by its own tree; parents hear of later ones when our thread ends
+_PASSED_OVER_S = 1.0
 
 
 @dataclass
@@ -56,7 +58,9 @@ class Stage:
     Args:
         scratch: address of the scratch mapping, free in every layout of the tree.
         channel: our end of the socket that descriptors are sent through.
-        channel_fd: number of its other end in every puppet; `channel_fd` + 1 is the puppet program.
+        channel_fd: number of its other end in every puppet, the first of its own, see
+            `pipeline.image.numbers.puppet_descriptors`: the next is the puppet program, then comes what tells the
+            kernel the next pid (`pipeline.remote.births`).
         reserved: pids that only processes of the tree may have, a set per pid namespace level.
         calls: how many system calls were run inside puppets.
         alive: every puppet that has not ended or been set free, in the order of birth: whatever becomes of
@@ -531,23 +535,44 @@ class Puppet:
     def all_free(puppets: Iterable[Puppet]) -> float:
         """Detach them all, one right after the other: who runs already may take the processor from us.
 
+        It may also end some of the others (kill(2), and exit_group(2) or execve(2) of a thread), as it may at any time:
+        these are passed over, and nobody waits for us to hear of their end.
+
         Returns:
             When the last one was let go, on the clock of time.monotonic.
 
         Raises:
-            OSError: one is gone; those before it run.
+            OSError: ESRCH: the first one is gone; nobody runs.
         """
-        freed = []
+        freed: list[Puppet] = []
+        ended: list[Puppet] = []
         last_s = time.monotonic()
         try:
             for puppet in puppets:
                 last_s = time.monotonic()
-                ptrace.detach(puppet.tid)
-                freed.append(puppet)
+                try:
+                    ptrace.detach(puppet.tid)
+                except ProcessLookupError:
+                    if not freed:
+                        raise
+                    ended.append(puppet)
+                else:
+                    freed.append(puppet)
+            deadline = time.monotonic() + _PASSED_OVER_S
+            for puppet in ended:
+                puppet._take_end(deadline)
         finally:
-            for puppet in freed:
+            for puppet in [*freed, *ended]:
                 puppet._struck_out()
         return last_s
+
+    def _take_end(self, deadline: float) -> None:
+        """Of who ends as a tracee nobody else hears before us. A child of ours is left to who waits for it."""
+        with suppress(ChildProcessError, ProcessLookupError):
+            if self.tid == self.pid and procfs.stat(self.pid).ppid == os.getpid():
+                return
+            while not ptrace.take_end(self.tid) and time.monotonic() < deadline:
+                time.sleep(_END_PAUSE_S)
 
 
 def seen_pids(tid: int) -> tuple[int, ...]:
@@ -590,7 +615,7 @@ def spawn_launcher(
 
     Args:
         scratch: an address where `SCRATCH_BYTES` are free in every layout of the tree.
-        channel_fd: a number above every descriptor of the tree.
+        channel_fd: see `Stage`.
         reserved: see `Stage`.
 
     Ownership: the caller ends it with `kill_and_reap` and then closes ``stage.channel``.

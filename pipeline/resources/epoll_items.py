@@ -19,7 +19,7 @@ from contextlib import suppress
 from msgspec import Struct
 
 from pipeline.errors import TargetError
-from pipeline.ids import HostPid
+from pipeline.ids import HostPid, LocalFd
 from pipeline.image.schema import Index
 from pipeline.kernel.syscalls import KCMP, kcmp
 from pipeline.resources.kinds import CaptureScope, FdView
@@ -67,7 +67,19 @@ def _is_target(view: FdView, line: Line, pid: HostPid, fd: int) -> bool | None:
 
 
 def target(view: FdView, line: Line, scope: CaptureScope) -> Index | None:
-    """Index of the open file that the item watches; None if no process of the tree has it open."""
+    """Index of the open file that the item watches; None if no process of the tree has it open.
+
+    Of a tree that stands still it is looked for once.
+    """
+    known: dict[tuple[LocalFd, int, int], Index | None] = scope.peers().setdefault("epoll", {})
+    key = view.local, line.fd, line.nth
+    if key in known and scope.still:
+        return known[key]
+    known[key] = found = _target(view, line, scope)
+    return found
+
+
+def _target(view: FdView, line: Line, scope: CaptureScope) -> Index | None:
     own = scope.file_at(view.pid, line.fd)
     if own is not None:
         same = _is_target(view, line, view.pid, line.fd)

@@ -23,12 +23,11 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
-from pipeline.errors import Blocker, RebuildError, TargetError
+from pipeline.errors import Blocker, RebuildError, TargetError, raise_if_exhausted
 from pipeline.ids import HostPid, LocalFd
 from pipeline.image.schema import U32, U64, Index, OpenFile, PathRef, Record
 from pipeline.kernel import procfs
@@ -127,13 +126,15 @@ def _place(pid: HostPid, words: Words) -> bytes | None:
 
 def _leads(pid: HostPid, name: bytes, mount: int) -> bool:
     """Whether a name leads to a mount, which another one may cover."""
-    with suppress(OSError):
+    try:
         place = open_place(pid, name)
         try:
             return int(procfs.fdinfo(HostPid(os.getpid()), place)["mnt_id"][0]) == mount
         finally:
             os.close(place)
-    return False
+    except OSError as error:
+        raise_if_exhausted(error)
+        return False
 
 
 def _type_of(words: Words) -> Literal["inode", "mount", "filesystem"] | None:

@@ -28,7 +28,7 @@ from typing import Annotated
 
 from msgspec import Meta, Struct
 
-from pipeline.errors import Blocker, RebuildError
+from pipeline.errors import Blocker, RebuildError, passed_over
 from pipeline.ids import LocalFd
 from pipeline.image.schema import OpenFile, PathRef, Pid, Record
 from pipeline.kernel.arch.x86_64_numbers import NR
@@ -133,7 +133,7 @@ class KernelFile(CompleteOnceCreated):
             about = proc_process.subject(view.namer, view.link, view.stat.st_dev)
             yield from proc_process.check(view, scope)
         if about is not None and about.below in _MOUNTS:
-            with suppress(OSError):
+            with passed_over():
                 directory = open_place(view.namer, about.directory, os.O_PATH | os.O_DIRECTORY)
                 try:
                     if os.readlink(b"root", dir_fd=directory) != b"/":

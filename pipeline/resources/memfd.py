@@ -16,7 +16,7 @@ import os
 import stat
 from collections.abc import Iterator, Sequence
 
-from pipeline.errors import Blocker, RebuildError
+from pipeline.errors import Blocker, RebuildError, raise_if_exhausted
 from pipeline.ids import LocalFd
 from pipeline.image.schema import Index, OpenFile, Record
 from pipeline.kernel import hugetlb
@@ -82,6 +82,7 @@ class Memfd:
             # mappings of it are known by this, for who may not open what is mapped
             scope.memory(view)
         except OSError as error:
+            raise_if_exhausted(error)
             yield Blocker(view.subject, f"the memfd may not be read: {error.strerror}", "run as root")
         yield from outside.blockers(view, outside.same_link(view, scope), "the memfd is held by")
         yield from locks.check(view, scope)

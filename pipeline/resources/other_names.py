@@ -14,6 +14,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 
+from pipeline.errors import passed_over
 from pipeline.ids import HostPid, LocalFd
 from pipeline.image.schema import PathRef
 from pipeline.kernel.syscalls import RESOLVE, openat2
@@ -36,7 +37,7 @@ def other_name(pid: HostPid, link: bytes, wanted: os.stat_result, more: Iterable
         return None
     places = dict.fromkeys(os.path.dirname(name) for name in (link.removesuffix(DELETED), *more))
     for place in places:
-        with suppress(OSError):
+        with passed_over():
             for name in _entries(pid, place, wanted.st_ino):
                 path = os.path.join(place, name)
                 found = open_place(pid, path)

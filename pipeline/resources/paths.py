@@ -17,7 +17,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 
-from pipeline.errors import RebuildError
+from pipeline.errors import RebuildError, raise_if_exhausted
 from pipeline.ids import HostPid, LocalFd
 from pipeline.image.schema import OpenFile, PathRef, Pid
 from pipeline.kernel import procfs
@@ -140,6 +140,7 @@ def wrong_name(pid: HostPid, link: bytes, stat: os.stat_result) -> str | None:
     try:
         found = look_up(pid, link)
     except OSError as error:
+        raise_if_exhausted(error)
         if link.endswith(DELETED):
             return NAME_REMOVED
         if isinstance(error, PermissionError):
@@ -161,7 +162,10 @@ def _is_gone(mount: int, pid: HostPid) -> bool:
         if os.readlink(f"/proc/{pid}/root") != "/" or os.readlink("/proc/self/root") != "/":
             return False
         return all(one.id != mount for who in (pid, HostPid(os.getpid())) for one in mountinfo(who))
-    except (OSError, procfs.ProcessGone):
+    except procfs.ProcessGone:
+        return False
+    except OSError as error:
+        raise_if_exhausted(error)
         return False
 
 
@@ -169,7 +173,8 @@ def taken_over(view: FdView) -> bool:
     """Whether another file has the name that the removed file of `view` had."""
     try:
         look_up(view.namer, view.link.removesuffix(DELETED))
-    except OSError:
+    except OSError as error:
+        raise_if_exhausted(error)
         return False
     return True
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import NamedTuple
 
-from pipeline.errors import Blocker
+from pipeline.errors import Blocker, passed_over, raise_if_exhausted
 from pipeline.ids import HostPid, LocalFd
 from pipeline.image.schema import Pid
 from pipeline.kernel import procfs
@@ -39,7 +39,8 @@ def subject(pid: HostPid, link: bytes, device: int) -> Subject | None:
             continue
         try:
             above = look_up(pid, b"/".join(parts[:at]) or b"/")
-        except OSError:
+        except OSError as error:
+            raise_if_exhausted(error)
             continue
         if (above.st_dev, above.st_ino) == (device, PROC_ROOT_INODE):
             return Subject(b"/".join(parts[: at + 1]), b"/".join(parts[at + 1 :]))
@@ -54,6 +55,7 @@ def check(view: FdView, scope: CaptureScope) -> Iterator[Blocker]:
     try:
         known = member(view.namer, found.directory, scope)
     except OSError as error:
+        raise_if_exhausted(error)
         why = f"it cannot be seen which process {os.fsdecode(found.directory)} is: {error.strerror}"
         yield Blocker(view.subject, why, "close it")
         return
@@ -81,7 +83,7 @@ def member(viewer: HostPid, directory: bytes, scope: CaptureScope) -> Pid:
     for name in os.listdir("/proc"):
         if name.isdigit() and scope.member(int(name)):
             pid = HostPid(int(name))
-            with suppress(OSError, procfs.ProcessGone):
+            with passed_over(), suppress(procfs.ProcessGone):
                 same = procfs.status(pid).ns_pid[-1] == innermost
                 if same and os.readlink(f"/proc/{pid}/ns/pid".encode()) == namespace:
                     return scope.member(pid)

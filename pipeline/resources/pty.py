@@ -21,6 +21,7 @@ Source: pts(4), ioctl_tty(2), credentials(7); drivers/tty/{tty_io,tty_jobctrl,pt
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import stat
@@ -229,7 +230,9 @@ def _terminal(view: FdView, scope: CaptureScope) -> Terminal:
 def _bytes(view: FdView) -> UnderWay:
     try:
         return terminal_bytes.capture(view.local)
-    except BlockingIOError:
+    except OSError as error:
+        if error.errno != errno.ENOBUFS:
+            raise
         raise Refused(
             [
                 Blocker(

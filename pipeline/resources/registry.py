@@ -95,6 +95,7 @@ def kind_of(view: FdView) -> FileKind[Any]:
     return next(kind for kind in kinds() if kind.matches(view))
 
 
+@cache
 def kind_named(name: str) -> FileKind[Any]:
     """The kind of a record.
 

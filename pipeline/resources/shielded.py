@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import NoReturn, TypeVarTuple
 
+from pipeline.errors import ChildKilled
 from pipeline.ids import LocalFd
 from pipeline.kernel import ptrace
 from pipeline.kernel.forking import answer_of_child, fork_deaf
@@ -47,7 +48,8 @@ def shielded(act: Callable[[], bytes]) -> bytes:
     may not trace us, because somebody else does (a debugger).
 
     Raises:
-        OSError: `act` raised it, with its errno; without one: the child was killed.
+        OSError: `act` raised it, with its errno.
+        ChildKilled: the child was killed.
     """
     caller = threading.get_native_id()
 
@@ -74,7 +76,8 @@ class Shield:
         """Let the child be there, holding nothing of ours; once is enough.
 
         Raises:
-            OSError: there are too many processes or descriptors; or it was killed.
+            OSError: there are too many processes or descriptors.
+            ChildKilled: it was killed.
         """
         if self._control is not None:
             return
@@ -95,7 +98,7 @@ class Shield:
             _exactly(ours, len(_READY))
         except (ConnectionError, EOFError):
             self.close()
-            raise OSError(0, "its child was killed") from None
+            raise ChildKilled from None
 
     def run(self, act: Callable[[list[LocalFd], *Ts], bytes], fds: Sequence[LocalFd], *args: *Ts) -> bytes:
         """Run ``act(fds, ...)`` in the child.
@@ -122,7 +125,7 @@ class Shield:
                 code, answer = _receive(self._control)
             except (ConnectionError, EOFError):
                 self.close()
-                raise OSError(0, "its child was killed") from None
+                raise ChildKilled from None
         if code:
             raise OSError(code, os.strerror(code) if code != _NO_ERRNO else "it has failed")
         return answer

@@ -73,8 +73,14 @@ _ALONE = frozenset(
 
 
 @cache
-def _carried(who: Identity) -> frozenset[str]:
-    return frozenset(option.name for option in options_of(who) if not option.refused)
+def _carried(who: Identity) -> tuple[Option, ...]:
+    return tuple(option for option in options_of(who) if not option.refused)
+
+
+@cache
+def _positions(who: Identity) -> dict[str, int]:
+    """Where each of `_carried` stands, by its name."""
+    return {option.name: at for at, option in enumerate(_carried(who))}
 
 
 def _read(sock: socket.socket, option: Option) -> bytes | None:
@@ -130,11 +136,10 @@ def check(sock: socket.socket, who: Identity, subject: str) -> Iterator[Blocker]
 def capture(sock: socket.socket, who: Identity) -> Values:
     """Every option that `sock` has, whatever its value."""
     found: Values = {}
-    for option in options_of(who):
-        if not option.refused:
-            value = _read(sock, option)
-            if value is not None:
-                found[option.name] = value
+    for option in _carried(who):
+        value = _read(sock, option)
+        if value is not None:
+            found[option.name] = value
     return found
 
 
@@ -160,15 +165,17 @@ def apply(
     Raises:
         RebuildError: an option is unknown, or the kernel does not take the value.
     """
-    if unknown := values.keys() - _carried(who):
+    carried, positions = _carried(who), _positions(who)
+    if unknown := values.keys() - positions.keys():
         raise RebuildError(f"{subject}: socket option {min(unknown)} does not exist for this socket")
-    known = fresh
-    for option in options_of(who):
-        wanted = values.get(option.name)
-        if wanted is None or option.name in without:
+    differing = [name for name, value in values.items() if fresh is None or fresh.get(name) != value]
+    for at in sorted(positions[name] for name in differing):
+        option = carried[at]
+        if option.name in without:
             continue
+        wanted = values[option.name]
         _check_size(option, wanted, subject)
-        there = _read(sock, option) if known is None else known.get(option.name)
+        there = _read(sock, option) if fresh is None else fresh.get(option.name)
         if there == wanted or (there is None and not any(wanted)):
             continue
         try:
@@ -179,8 +186,10 @@ def apply(
             raise RebuildError(
                 f"{subject}: {option.name} cannot be set to {shown}: {error.strerror or error}"
             ) from error
-        if option.name not in _ALONE:
-            known = None
+        if fresh is not None and option.name not in _ALONE:
+            behind = {one.name: values[one.name] for one in carried[at + 1 :] if one.name in values}
+            apply(sock, who, behind, subject, without)
+            return
 
 
 def _check_size(option: Option, value: bytes, subject: str) -> None:

@@ -23,7 +23,7 @@ from contextlib import suppress
 from fnmatch import fnmatchcase
 from functools import partial
 
-from pipeline.errors import Blocker, RebuildError
+from pipeline.errors import Blocker, RebuildError, raise_if_exhausted
 from pipeline.ids import HostPid, LocalFd
 from pipeline.image.codec import Image
 from pipeline.image.schema import FileOwner, Id, Index, PathRef, TakenFile
@@ -61,6 +61,7 @@ def check(view: FdView, scope: CaptureScope) -> Iterator[Blocker]:
         try:
             os.close(_reader(view.local))
         except OSError as error:
+            raise_if_exhausted(error)
             why = f"its content is to go along, and cannot be read: {error.strerror}"
             yield Blocker(view.subject, why, "run as root, or bring the file to the destination")
 
@@ -183,6 +184,7 @@ class Making:
                         f"bring it here, or let the image make it: --with-files '{name}'",
                     )
             except OSError as error:
+                raise_if_exhausted(error)
                 yield Blocker(f"file {name}", f"cannot be looked up: {error.strerror}", "")
             else:
                 try:

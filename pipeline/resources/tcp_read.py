@@ -91,9 +91,14 @@ def _lent(locals_: Sequence[LocalFd], look: Callable[[], bytes]) -> bytes:
     """Look by a child that outlives us. If it is killed, we give back what it has changed."""
     with ExitStack() as loans:
         for local in locals_:
-            sock = loans.enter_context(borrowed(local, _ANY_TCP))
-            loans.callback(_give_back, sock, _settings_of(sock))
+            with borrowed(local, _ANY_TCP) as sock:
+                loans.callback(_end_loan, local, _settings_of(sock))
         return look()
+
+
+def _end_loan(local: LocalFd, before: _Settings) -> None:
+    with borrowed(local, _ANY_TCP) as sock:
+        _give_back(sock, before)
 
 
 class _Settings(NamedTuple):
@@ -147,7 +152,7 @@ def read(locals_: Sequence[LocalFd], shield: Shield) -> list[Connection]:
     """
     packed = _lent(locals_, lambda: shield.run(_read_all, locals_, os.getpid()))
     answers = msgpack.unpackb(packed, max_bin_len=2 * MAX_QUEUE_BYTES, use_list=False, strict_map_key=False)
-    return [_typed(local, answer) for local, answer in zip(locals_, answers, strict=True)]
+    return [_typed(*answer) for answer in answers]
 
 
 def _read_all(locals_: Sequence[LocalFd], parent: int) -> bytes:
@@ -178,7 +183,8 @@ def _read_once(sock: socket.socket) -> tuple[Any, ...] | None:
 
 
 def _look(sock: socket.socket) -> tuple[Any, ...] | None:
-    state = info_of(sock).state
+    info = info_of(sock)
+    state = info.state
     fin = int(state in FIN_UNACKNOWLEDGED)
     sock.setsockopt(_TCP, REPAIR_QUEUE, SEND_QUEUE)
     sent_end = sock.getsockopt(_TCP, QUEUE_SEQ)
@@ -204,6 +210,7 @@ def _look(sock: socket.socket) -> tuple[Any, ...] | None:
         sock.getsockopt(_TCP, socket.TCP_MAXSEG),
         sock.getsockopt(_TCP, TIMESTAMP),
         sock.getsockopt(_TCP, REPAIR_WINDOW, 20),
+        *agreed(info),
     )
 
 
@@ -216,10 +223,21 @@ def _peek_in_repair(sock: socket.socket, size_bytes: int) -> bytes:
         return b""
 
 
-def _typed(local: LocalFd, answer: tuple[Any, ...]) -> Connection:
-    state, sent_end, data, behind, received_end, received, mss, timestamp, window = answer
-    with borrowed(local, _ANY_TCP) as sock:
-        scales, sack, timestamps = agreed(info_of(sock))
+def _typed(
+    state: int,
+    sent_end: int,
+    data: bytes,
+    behind: int,
+    received_end: int,
+    received: bytes,
+    mss: int,
+    timestamp: int,
+    window: bytes,
+    scales: tuple[int, int] | None,
+    sack: bool,
+    timestamps: bool,
+) -> Connection:
+    """What `_look` has found."""
     fin = int(state in FIN_SENT)
     # a FIN that was not sent yet stands behind the data
     behind = min(len(data), max(0, behind - int(state in FIN_UNACKNOWLEDGED)))

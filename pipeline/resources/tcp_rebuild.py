@@ -19,8 +19,10 @@ from __future__ import annotations
 import errno
 import socket
 import struct
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 from pipeline.errors import ImageError, RebuildError
 from pipeline.kernel import interfaces
@@ -43,7 +45,7 @@ from pipeline.resources.tcp_read import (
     TIMESTAMP,
 )
 from pipeline.resources.tcp_segments import ACK, FIN, Segment, deliver
-from pipeline.resources.tcp_state import FIN_RECEIVED, Connection, State, TcpState, plain
+from pipeline.resources.tcp_state import FIN_RECEIVED, Connection, State, TcpState, info_of, plain
 
 Made = Callable[[Callable[[], socket.socket]], socket.socket]
 
@@ -55,6 +57,8 @@ _OPT_MSS, _OPT_WINDOW, _OPT_SACK, _OPT_TIMESTAMP = 2, 3, 4, 8
 _LEAST_MSS, _MOST_MSS = 88, 32767
 _PIECE_BYTES = 1 << 18
 _SMALLEST_PIECE_BYTES = 1 << 10
+#: how long an acknowledgement may be on its way within a host
+_ANSWER_S = 0.2
 #: repair mode forces it, and ends with it cleared
 _REUSE = "SO_REUSEADDR"
 #: of an unconnected socket only; of a connected one it says what was agreed
@@ -149,7 +153,7 @@ def apply_first(
 
 def apply_rest(sock: socket.socket, common: SocketState, subject: str) -> None:
     """Those that a connection would change."""
-    rest = {name: value for name, value in common.options.items() if name in _AFTERWARDS - {_REUSE}}
+    rest = {name: common.options[name] for name in _AFTERWARDS - {_REUSE} if name in common.options}
     socket_options.apply(sock, common.identity, rest, subject)
 
 
@@ -288,11 +292,47 @@ def go_to_state(sock: socket.socket, record: TcpState, made: Made, subject: str)
         deliver(segment._replace(flags=ACK, acknowledges=acknowledges), sock, state, made, subject)
     elif state in FIN_RECEIVED:
         reached = State.CLOSING if state == State.CLOSING else State.CLOSE_WAIT
-        deliver(segment, sock, reached, made, subject)
+        with _closed_peer(record, now, made) as hears:
+            deliver(segment, sock, reached, made, subject)
+            if hears is not None:
+                deliver(segment, sock, reached, made, subject)  # a retransmission is answered at once
+                hears()
     try:
         sock.setsockopt(_TCP, REPAIR_WINDOW, now.window.pack())  # last: such segments tell a window, too
     except OSError as error:
         raise RebuildError(f"{subject}: its window cannot be set: {error.strerror}") from error
+
+
+@contextmanager
+def _closed_peer(record: TcpState, now: Connection, made: Made) -> Iterator[Callable[[], None] | None]:
+    """In the block there is somebody who takes the acknowledgement of a FIN whose sender is nobody's any more.
+
+    That is a connection within a network of the tree, or a host, of which one end was closed: an answer that finds
+    nobody is answered with RST. What is yielded waits for it. None: its peer is there, or not of this host.
+    """
+    if not record.lock:  # its peer is in the tree
+        yield None
+        return
+    family, local, peer = record.socket.family, record.local, record.peer
+    assert local is not None
+    assert peer is not None
+    with made(lambda: socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)) as sock:
+        begin(sock, "a peer that was closed")
+        _set_sequences(sock, now.acknowledged_end + len(now.sent), now.received_end + 1)
+        try:
+            with _free_bind(sock, family, record.socket.netns != EXTERNAL_NETWORK):
+                inet_address.bind(sock, family, peer, "it")
+                inet_address.connect(sock, family, local, "it")
+        except RebuildError:
+            yield None
+        else:
+            yield partial(_await_segment, sock)
+
+
+def _await_segment(sock: socket.socket) -> None:
+    deadline = time.monotonic() + _ANSWER_S
+    while not info_of(sock).segments_in and time.monotonic() < deadline:  # a lock may keep it
+        time.sleep(0.0005)
 
 
 def _scope_of(sock: socket.socket, address: Address) -> int:
@@ -322,7 +362,8 @@ def wake(sock: socket.socket, record: TcpState) -> None:
 
 def apply_late(sock: socket.socket, record: TcpState) -> None:
     """What would have been in the way until now."""
-    late = {name: value for name, value in record.socket.options.items() if name in socket_options.LATE}
+    options = record.socket.options
+    late = {name: options[name] for name in socket_options.LATE if name in options}
     socket_options.apply(sock, record.socket.identity, late, "its connection")
 
 

@@ -147,10 +147,11 @@ class Info(NamedTuple):
     backlog: int
     acknowledged_bytes: int
     last_heard_ms: int
+    segments_in: int
 
 
 _TIMESTAMPS, _SACK, _SCALES = 1, 2, 4
-_INFO_BYTES = 136
+_INFO_BYTES = 144
 
 
 def info_of(sock: socket.socket) -> Info:
@@ -159,7 +160,8 @@ def info_of(sock: socket.socket) -> Info:
     waiting, backlog = struct.unpack_from("=2I", raw, 24)
     (heard,) = struct.unpack_from("=I", raw, 56)
     (acknowledged,) = struct.unpack_from("=Q", raw, 120)
-    return Info(raw[0], raw[5], raw[6] & 15, raw[6] >> 4, waiting, backlog, acknowledged, heard)
+    (segments,) = struct.unpack_from("=I", raw, 140)
+    return Info(raw[0], raw[5], raw[6] & 15, raw[6] >> 4, waiting, backlog, acknowledged, heard, segments)
 
 
 def agreed(info: Info) -> tuple[tuple[int, int] | None, bool, bool]:

@@ -19,7 +19,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 
-from pipeline.errors import Blocker, Refused
+from pipeline.errors import Blocker, Refused, raise_if_exhausted
 from pipeline.ids import LocalFd
 from pipeline.image.schema import Index
 from pipeline.kernel import tcpdiag
@@ -46,13 +46,24 @@ from pipeline.resources.tcp_state import (
 #: why such a connection cannot be made again, with what waits to be sent
 UNSENT_WHILE_CLOSING = "both ends of its TCP connection send no more, and not all was sent yet (CLOSING)"
 #: in which a socket without a descriptor waits to be accepted, or soon will
-_WAITING = frozenset({State.ESTABLISHED, State.CLOSE_WAIT, State.SYN_RECV, State.NEW_SYN_RECV})
+WAITING = frozenset({State.ESTABLISHED, State.CLOSE_WAIT, State.SYN_RECV, State.NEW_SYN_RECV})
 #: of whom it counts what the kernel lists of them
-_LISTED = _WAITING | FIN_UNACKNOWLEDGED | {State.SYN_SENT}
+_LISTED = WAITING | FIN_UNACKNOWLEDGED | {State.SYN_SENT}
 _CHANGED = "its TCP state has just changed"
 _TIMES = 20
 #: how long what was written to closed connections may take to be sent while the tree stands still
 _DRAIN_S, _DRAIN_PAUSE_S = 0.3, 0.005
+
+
+def waits_at(entry: TcpEntry, host: bytes, port: int) -> bool:
+    """Whether a socket that the kernel lists waits to be accepted, or soon will, at a listener; `host`: zeros: any."""
+    own_host, own_port = plain(*entry.local)
+    return (
+        entry.inode == 0
+        and entry.state in WAITING
+        and own_port == port
+        and (own_host == host or not any(host))
+    )
 
 
 @dataclass(slots=True)
@@ -156,20 +167,11 @@ class TcpTree:
         if self._scope.still and not self._is_locked and not any(one.info.waiting for one in listeners):
             return found
         for one in listeners:
-            there = [entry for entry in self._entries(one.netns) if self._is_of(one, entry)]
+            there = [entry for entry in self._entries(one.netns) if waits_at(entry, *one.local)]
             begun = [entry for entry in there if entry.state in (State.SYN_RECV, State.NEW_SYN_RECV)]
             if one.info.waiting or begun:
                 found[one.index] = self._look(one, there, len(begun))
         return found
-
-    def _is_of(self, listener: Seen, entry: TcpEntry) -> bool:
-        host, port = plain(*entry.local)
-        return (
-            entry.inode == 0
-            and entry.state in _WAITING
-            and port == listener.local[1]
-            and (host == listener.local[0] or not any(listener.local[0]))
-        )
 
     def _look(self, listener: Seen, there: list[TcpEntry], begun: int) -> Waiting:
         if begun:
@@ -310,6 +312,7 @@ class TcpTree:
         try:
             read = self._read_pairs(wanted)
         except OSError as error:
+            raise_if_exhausted(error)
             raise Refused(
                 [
                     Blocker(
@@ -359,15 +362,6 @@ class TcpTree:
     def _forget(self) -> None:
         for name in ("_listed", "waiting", "waiting_clients"):
             self.__dict__.pop(name, None)
-
-    def anybody_waits(self) -> bool:
-        """Whether anybody waits at a listener now, of whom not all is known."""
-        self._forget()
-        for one in self.seen.values():
-            if one.info.state == State.LISTEN:
-                with one.view.as_socket() as sock:
-                    one.info = info_of(sock)
-        return any(waiting.reason for waiting in self.waiting.values())
 
     def _look_again(self, before: Collection[Index]) -> None:
         """Everybody is locked now: what came in between? `before`: the clients that waited.

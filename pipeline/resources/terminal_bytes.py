@@ -79,7 +79,7 @@ def capture(master: LocalFd) -> UnderWay:
     """Take what waits on both sides of a pair, and put it back; the slave must have been opened once.
 
     Raises:
-        OSError: EAGAIN: the input is stopped or full; nothing was taken.
+        OSError: ENOBUFS: the input is stopped or full; nothing was taken.
     """
     answer = shielded(lambda: msgspec.msgpack.encode(_capture(master)))
     return msgspec.msgpack.decode(answer, type=UnderWay)
@@ -127,19 +127,19 @@ def _refuse_early(master: LocalFd, slave: LocalFd, pending: bool) -> None:
         pending: packet mode has something to report.
 
     Raises:
-        OSError: EAGAIN.
+        OSError: ENOBUFS.
     """
     usual = terminal.settings(slave)
     waiting = _settled(slave)
     if waiting > _MOST_INPUT_BYTES and usual.lflag & _ICANON:
-        raise BlockingIOError(errno.EAGAIN, "the terminal is full of lines")
+        raise OSError(errno.ENOBUFS, "the terminal is full of lines")
     mute = usual.lflag & _EXTPROC or (usual.iflag & _IXON and not usual.characters[_VSTOP])
     if mute and not _writable(slave):
-        raise BlockingIOError(errno.EAGAIN, "no character could stop it again")
+        raise OSError(errno.ENOBUFS, "no character could stop it again")
     if waiting <= _MOST_INPUT_BYTES and not _writable(master):
-        raise BlockingIOError(errno.EAGAIN, "the input of the terminal is stopped")
+        raise OSError(errno.ENOBUFS, "the input of the terminal is stopped")
     if pending and max(waiting, terminal.unread(master)) > _MOST_INPUT_BYTES:
-        raise BlockingIOError(errno.EAGAIN, "much waits behind an event of packet mode")
+        raise OSError(errno.ENOBUFS, "much waits behind an event of packet mode")
 
 
 def _put(master: LocalFd, slave: LocalFd, found: UnderWay) -> None:

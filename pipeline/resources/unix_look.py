@@ -16,7 +16,7 @@ from itertools import islice
 from msgspec import Struct, msgpack
 from msgspec.structs import replace
 
-from pipeline.errors import Blocker, Refused
+from pipeline.errors import Blocker, Refused, raise_if_exhausted
 from pipeline.ids import LocalFd
 from pipeline.resources.shielded import Shield, shielded
 from pipeline.resources.socket_identity import borrowed
@@ -71,6 +71,7 @@ def look(sock: socket.socket, subject: str) -> list[Unread]:
         try:
             answer = shielded(lambda: _walked(sock, subject, theirs))
         except OSError as error:
+            raise_if_exhausted(error)
             raise Refused([_failed(subject, error)]) from error
         (told,) = _DECODER.decode(answer)
         return _received(told.unread(), ours, subject)

@@ -24,7 +24,7 @@ from typing import Annotated
 
 from msgspec import Meta
 
-from pipeline.errors import Blocker, RebuildError
+from pipeline.errors import Blocker, RebuildError, raise_if_exhausted
 from pipeline.ids import LocalFd
 from pipeline.image.schema import I64, FileAttributes, Id, Index, OpenFile, Path, Record
 from pipeline.kernel.inside import open_file
@@ -106,6 +106,7 @@ class UnnamedFile:
         try:
             os.close(_readable(view))
         except OSError as error:
+            raise_if_exhausted(error)
             yield Blocker(
                 view.subject, f"the deleted file cannot be read: {error.strerror}", "run as its owner or root"
             )

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
-from pipeline.errors import RebuildError
+from pipeline.errors import RebuildError, passed_over, raise_if_exhausted
 from pipeline.ids import HostPid, LocalFd
 from pipeline.image.schema import Index, PathRef
 from pipeline.kernel import procfs
@@ -132,13 +132,15 @@ def opened(
 
 
 def _leads(pid: HostPid, path: bytes, wanted: Watched) -> bool:
-    with suppress(OSError):
+    try:
         place = open_place(pid, path)
         try:
             return is_it(place, wanted)
         finally:
             os.close(place)
-    return False
+    except OSError as error:
+        raise_if_exhausted(error)
+        return False
 
 
 def _as_watched(place: LocalFd) -> Watched | None:
@@ -178,7 +180,7 @@ class _Names:
         points = [mount.point for mount in self._mounts if mount.device == wanted.device]
         if wanted.handle:
             for point in points:
-                with suppress(OSError):
+                with passed_over():
                     yield _by_handle(self._base + point, wanted.handle)
         for point in points:
             self._add(point)
@@ -203,7 +205,7 @@ class _Names:
                 self._found.setdefault(os.stat(self._base + directory).st_ino, []).append(directory)
 
     def _look_into(self, directory: bytes) -> None:
-        with suppress(OSError), os.scandir(self._base + directory) as entries:
+        with passed_over(), os.scandir(self._base + directory) as entries:
             for entry in entries:
                 path = os.path.join(directory, entry.name)
                 numbers = {entry.inode()}

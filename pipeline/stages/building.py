@@ -37,7 +37,7 @@ async def grown(
         for space in [*image.shared_memory, *image.contents]:
             await feed.fill(space, rebuilding.contents.place(space))
             await tracer.run(rebuilding.contents.finish_fill, space)
-        rebuilding.contents.seal_early()
+        rebuilding.contents.seal_writing()
         await tracer.run(rebuilding.furnish)
         await _fill_growing(rebuilding, feed, tracer)
         await feed.expect_end()

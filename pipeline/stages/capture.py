@@ -4,7 +4,7 @@ The order: who belongs to it; namespaces; open files (memfds are registered befo
 mappings that show them); then process by process what only the task itself can tell,
 its memory and its state; then which pages a child still shares with its parent.
 
-The same objects, over a tree that runs, tell `check` what stops it (`tree_blockers`).
+The same objects tell `check` what stops it (`pipeline.stages.examine`).
 """
 
 from __future__ import annotations
@@ -14,12 +14,11 @@ import os
 import time
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from stat import S_ISSOCK
 from typing import NamedTuple, Self
 
-from msgspec.structs import replace
+from msgspec.structs import asdict, replace
 
-from pipeline.errors import Blocker
+from pipeline.errors import Blocker, raise_if_exhausted
 from pipeline.ids import HostPid, LocalFd
 from pipeline.image.plan import Planner, fill_order, plan
 from pipeline.image.schema import (
@@ -30,7 +29,6 @@ from pipeline.image.schema import (
     Memberships,
     OpenFile,
     PathRef,
-    Place,
     Process,
     Record,
     Thread,
@@ -188,6 +186,11 @@ class Capture:
         """Give back everything; idempotent."""
         self._stack.close()
 
+    def let_go_of_files(self) -> None:
+        """Close what keeps open what the tree has open; idempotent."""
+        self.files.close()
+        self._spaces.close()
+
     def forest(self) -> Forest:
         """The user namespaces of the tree."""
         return self._forest.forest()
@@ -246,25 +249,39 @@ class Capture:
     # -- refusing ------------------------------------------------------------------------
 
     def blockers(self) -> Iterator[Blocker]:
-        """Everything that is known to stop the tree without asking its tasks."""
+        """Everything that is known to stop a tree that stands still without asking its tasks."""
         self.files.collect(self.living, still=False)
-        if self._prepares and any(S_ISSOCK(view.stat.st_mode) for _, view in self.files.files()):
+        yield from self.files.blockers()
+        yield from self._besides_files(answers=bool(self._answerers()))
+        for pid in self.living:
+            with procfs.unless_gone(pid):
+                yield from check_controlling_terminal(pid, self.files)
+        yield from self._attachment_blockers()
+
+    def blockers_besides_files(self) -> Iterator[Blocker]:
+        """What of that is known of a tree that runs.
+
+        Its open files are left alone. Who holds a duplicate keeps open what the program closes meanwhile: a peer is
+        told later, and an epoll instance goes on telling of it, under a number that is another file's by then.
+        """
+        if self._prepares and any(map(_has_sockets, self.living)):
             with suppress(OSError):  # then there is a child when one is needed
                 self._shield.start()
-        yield from self.files.blockers()
+        yield from self._besides_files(answers=True)  # if it does shows when it stands still
+        yield from self.namespaces.attachment_blockers()
+
+    def _besides_files(self, *, answers: bool) -> Iterator[Blocker]:
+        """`answers`: whether the tree may answer page faults."""
         yield from self._cgroups.blockers()
         yield from self.namespaces.blockers  # behind the files, which may hold further namespaces
-        answers = bool(self._answerers())
         for pid in self.living:
             check_cancelled()
             with procfs.unless_gone(pid):
                 yield from check_task(pid)
                 yield from directories.check(pid)
                 yield from check_address_space(pid, self._objects, answers)
-                yield from check_controlling_terminal(pid, self.files)
         if self.living:
             yield from together.check_outside(self.living)
-        yield from self._attachment_blockers()
 
     def _attachment_blockers(self) -> Iterator[Blocker]:
         yield from self.namespaces.attachment_blockers()
@@ -290,9 +307,7 @@ class Capture:
     ) -> tuple[list[tuple[Record, Record | None]], list[PageSource], list[Blocker]]:
         draft = self._looks.is_draft
         self.files.collect(self.living, not draft, self._status_of)
-        blockers = [*self.namespaces.blockers, *self._cgroups.blockers()]
-        if not draft:
-            blockers += self.files.blockers()
+        blockers = [*self.namespaces.blockers, *self._cgroups.blockers(), *self.files.blockers()]
         for pid in self.living:
             check_cancelled()
             blockers += [
@@ -309,9 +324,8 @@ class Capture:
             any(self.namespaces.semaphores(pid) for pid in self.living),
             {face: pid for pid, face in self._faces.items()},
         )
-        for process in frozen.living():
-            for tid in process.tasks:
-                self._sleepers.prepare(HostPid(tid))  # nothing was run inside anybody yet
+        for tid in frozen.tids():
+            self._sleepers.prepare(tid)  # nothing was run inside anybody yet
         blockers += self._look_at_answers(frozen, mappings)
         if blockers:
             return [], [], blockers
@@ -319,6 +333,7 @@ class Capture:
         try:
             self.namespaces.take_contents(self.files.bytes_of)
         except OSError as error:
+            raise_if_exhausted(error)
             why = f"what its mount and ipc namespaces hold cannot be copied: {error.strerror}"
             return [], [], [Blocker(f"pid {frozen.root}", why, "free memory, or remove what is there")]
         processes: list[Process] = []
@@ -562,7 +577,7 @@ class Capture:
         if pid != number:
             threads.insert(0, leaders.capture(number, threads[0]))
         is_root = number == self.tree.pids[0]
-        cwd, cwd_removed = directories.captured(pid, pid, self)
+        place = directories.captured(pid, pid, leader.status.umask or 0, self)
         record = Process(
             pids=list(status.ns_pid),
             parent=0 if is_root else self.tree.member(stat.ppid),
@@ -578,10 +593,7 @@ class Capture:
             together=shares,
             space=memory.space.space,
             fds=[] if shares.files else self.files.entries(pid),
-            cwd=cwd,
-            cwd_removed=cwd_removed,
-            root=self.path(pid, procfs.read_link(pid, "root")),
-            umask=leader.status.umask or 0,
+            **asdict(place),
             actions=leader.actions(),
             pending=signals.pending(pid, shared=True, member=self.tree.member, status=leader.status),
             limits=procfs.limits(pid),
@@ -601,7 +613,7 @@ class Capture:
         )
         blockers += self._apart(pid, threads)
         for thread in threads:
-            if thread.place and thread.place.root.path.endswith(b" (deleted)"):
+            if thread.place and directories.is_removed(HostPid(thread.pids[0])):
                 why = f"the root directory of its thread {thread.pids[0]} has been removed"
                 blockers.append(Blocker(subject, why, "end it"))
         return record, blockers
@@ -627,7 +639,8 @@ class Capture:
     def _thread(self, pid: HostPid, inquiry: Inquiry, slept: Slept, members: Memberships) -> Thread:
         record = thread_record(inquiry, members.user, self.tree.member, slept.slept_ns, slept.call)
         if inquiry.tid != pid and kcmp(pid, inquiry.tid, KCMP.FS):
-            record = replace(record, place=self._place(pid, inquiry))
+            place = directories.captured(inquiry.tid, pid, inquiry.status.umask or 0, self)
+            record = replace(record, place=place)
         elsewhere = self._cgroups.of_thread(pid, inquiry.tid)
         return record if elsewhere is None else replace(record, cgroups=elsewhere)
 
@@ -639,11 +652,6 @@ class Capture:
                 if kcmp(tid, other, KCMP.FS) == 0:
                     why = f"shares its working directory with thread {other}, and not with the others"
                     yield Blocker(f"pid {pid} thread {tid}", why, "end one of them")
-
-    def _place(self, pid: HostPid, inquiry: Inquiry) -> Place:
-        cwd, cwd_removed = directories.captured(inquiry.tid, pid, self)
-        root = self.path(pid, procfs.read_link(inquiry.tid, "root"))
-        return Place(umask=inquiry.status.umask or 0, cwd=cwd, cwd_removed=cwd_removed, root=root)
 
     def _children(self, pid: HostPid) -> dict[int, int]:
         """The living children of a process in the tree: by the pid that it knows them by, their pids."""
@@ -679,3 +687,13 @@ class Capture:
             clock_offsets_ns=(offsets["monotonic"], offsets["boottime"]),
             job=shell_job.capture(self.living, self.files, self.tree.group),
         )
+
+
+def _has_sockets(pid: HostPid) -> bool:
+    """Whether a process that runs has sockets, as far as that can be seen."""
+    with suppress(OSError, procfs.ProcessGone):
+        for number in procfs.list_dir(pid, "fd"):
+            with suppress(OSError):  # it is closed by now
+                if os.readlink(f"/proc/{pid}/fd/{number}").startswith("socket:"):
+                    return True
+    return False

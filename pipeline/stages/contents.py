@@ -7,9 +7,9 @@ and handed to mappings and descriptors. Each is one local descriptor, owned here
   /proc/PID/map_files, so that it keeps its kind and name. Who may not open map_files
   (a plain user) gets a memfd instead: same behaviour, another name in /proc/PID/maps.
 * Huge pages of hugetlbfs are made by the same calls; no page of them is taken before it is filled.
-* Seals that forbid writing are put on when the pages are in: F_SEAL_WRITE before
-  anything maps the memory (it was sealed before its mappings were made, else the
-  kernel had refused it), F_SEAL_FUTURE_WRITE and F_SEAL_SEAL after.
+* F_SEAL_WRITE is put on when the pages are in, before anything maps the memory (it was sealed before its mappings were
+  made, else the kernel had refused it). All other seals are put on behind the last pages: pages of a later round are
+  written, too, and the last page reaches behind the end for a moment, which F_SEAL_GROW and F_SEAL_SHRINK forbid.
 * The bytes of a deleted file live in an unnamed file (O_TMPFILE).
 
 Source: memfd_create(2), fcntl(2) on seals, proc_pid_map_files(5).
@@ -33,10 +33,6 @@ from pipeline.ledger import LEDGER
 from pipeline.remote.puppet import Puppet
 from pipeline.stages.places import FilePlace, HugeFilePlace, Place
 
-_F_ADD_SEALS = 1033
-_F_SEAL_SEAL = 0x1
-_F_SEAL_FUTURE_WRITE = 0x10
-_LATE_SEALS = _F_SEAL_SEAL | _F_SEAL_FUTURE_WRITE
 _MFD_ALLOW_SEALING = 2
 _MAP_SHARED_ANONYMOUS_NORESERVE = 0x1 | 0x20 | 0x4000
 _MEMFD_NAME_BYTES = 249
@@ -172,18 +168,18 @@ class Contents:
         """The pages of `space` are in; cut off what the last page holds behind the end."""
         os.ftruncate(self._fds[space], self._sizes[space])
 
-    def seal_early(self) -> None:
-        """The pages are in, nothing is mapped yet: put on the seals that need that."""
+    def seal_writing(self) -> None:
+        """The pages are in, and will be no others; nothing is mapped yet."""
         for space, seals in self._seals.items():
-            if seals & ~_LATE_SEALS and space not in self._sealed:
-                fcntl.fcntl(self._fds[space], _F_ADD_SEALS, seals & ~_LATE_SEALS)
+            if seals & fcntl.F_SEAL_WRITE and space not in self._sealed:
+                fcntl.fcntl(self._fds[space], fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)
                 self._sealed.add(space)
 
-    def seal_late(self) -> None:
-        """All mappings are made: put on the rest."""
+    def seal_rest(self) -> None:
+        """All mappings are made, all pages are in."""
         for space, seals in self._seals.items():
-            if seals & _LATE_SEALS:
-                fcntl.fcntl(self._fds[space], _F_ADD_SEALS, seals & _LATE_SEALS)
+            if rest := seals & ~fcntl.F_SEAL_WRITE:
+                fcntl.fcntl(self._fds[space], fcntl.F_ADD_SEALS, rest)
 
     def close(self) -> None:
         """Close all; idempotent."""

@@ -122,8 +122,11 @@ def differences(draft: Image, now: Image) -> Iterator[str]:
             yield f"shared memory {space} has other seals"
     if _prepared_files(draft) != _prepared_files(now):
         yield "its terminals or ends outside are others"
-    if numbers.highest_descriptor(now) > numbers.highest_descriptor(draft) + SPARE_DESCRIPTORS:
+    if numbers.most_descriptors(now) > numbers.most_descriptors(draft) + SPARE_DESCRIPTORS:
         yield "it has many more descriptors"
+    own = numbers.puppet_descriptors(draft, SPARE_DESCRIPTORS)
+    if not numbers.descriptors(now).isdisjoint(own):
+        yield "it has a descriptor under a number that who builds it has"
     hole = find_hole([space.vmas for space in draft.spaces.values()], HOLE_BYTES)
     if not all(leaves_free(hole, HOLE_BYTES, space.vmas) for space in now.spaces.values()):
         yield "it has mapped memory where it is worked on"

@@ -1,13 +1,19 @@
-"""A running tree, looked at without touching it: what stops it from being carried, and where it lives."""
+"""What stops a tree from being carried, and where it lives.
+
+All of it shows only while it stands still (`tree_blockers`): its open files cannot be looked at without holding them,
+and whoever holds one that the program closes keeps its peers and its epoll instances from being told. What shows of a
+tree that runs is asked first (`early_blockers`), by who stops it anyway for what comes next.
+"""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 
-from pipeline.errors import Blocker
+from pipeline.errors import Blocker, Refused, TargetError
 from pipeline.ids import HostPid, LocalFd
 from pipeline.kernel import procfs
 from pipeline.policy import DumpPolicy
@@ -16,7 +22,7 @@ from pipeline.resources.namespaces.members import NamespaceCapture, check_visibl
 from pipeline.resources.tasks import credentials, leaders, tracing
 from pipeline.stages.beforehand import Beforehand
 from pipeline.stages.capture import Capture
-from pipeline.stages.freeze import check_root, walk
+from pipeline.stages.freeze import check_killed, check_root, stopped_for_a_look, walk
 from pipeline.stages.translate import in_forest
 from pipeline.userns import around
 from pipeline.userns.capture import LiveForest
@@ -27,7 +33,7 @@ from pipeline.userns.portrait import Portrait, Sitter, paint
 
 #: how often a tree is looked at in which something was not permitted
 _LOOKS = 4
-#: when something stops it, it is looked at again so much later each time: a vfork(2) may take some milliseconds
+#: when something stops it that goes away by itself, it is looked at again so much later each time
 _PAUSES_S = (0.01, 0.05)
 
 
@@ -44,32 +50,59 @@ def _learn_held(pid: HostPid, namespaces: NamespaceCapture) -> None:
 
 
 def tree_blockers(
-    pid: int,
-    externals: Externals | None = None,
-    policy: DumpPolicy | None = None,
-    known: Beforehand | None = None,
+    pid: int, externals: Externals | None = None, policy: DumpPolicy | None = None
 ) -> list[Blocker]:
-    """Every blocker of the tree below `pid`, which goes on running meanwhile.
+    """Every blocker of the tree below `pid`, which is stopped for it, for some milliseconds.
 
-    What is not there at each look was the program at work, such as a file that it removed while it was looked at. It
-    may do so over and over, and be met at it twice: by the same number and name. Whatever matters of it is found when
-    the tree stands still.
+    In a tracer's thread. What goes away by itself is looked at again. As long as one and the same such thing shows
+    while the tree runs, as that its cgroup is frozen, it is not stopped: that might take long. Another each time, as
+    one vfork(2) behind the other, is the program at work.
 
     Args:
         pid: its root.
         externals: namespaces that are external instead of the pipeline's own.
         policy: decisions about states that have more than one good answer.
+    """
+    found = _settled(pid, partial(_look_around, pid))
+    if found:
+        return found
+    before: Sequence[Blocker] | None = None
+    for pause_s in (0.0, *_PAUSES_S):
+        time.sleep(pause_s)
+        shown = early_blockers(pid, externals, policy)
+        lasts = any(blocker.transient and (before is None or blocker in before) for blocker in shown)
+        before = shown
+        if lasts:
+            found = shown
+            continue
+        found = _settled(pid, partial(_look_at_stopped, pid, externals, policy, shown))
+        if not found or not all(blocker.transient for blocker in found):
+            break
+    return found
+
+
+def early_blockers(
+    pid: int,
+    externals: Externals | None = None,
+    policy: DumpPolicy | None = None,
+    known: Beforehand | None = None,
+) -> list[Blocker]:
+    """What seems to stop the tree below `pid`, but for its open files; it goes on running meanwhile.
+
+    It may be no more than the program at work, such as a directory that it removed while it was looked at.
+
+    Args:
+        pid, externals, policy: see `tree_blockers`.
         known: remembers what is read once for all looks.
     """
+    return _settled(pid, partial(_look, pid, externals, policy, known))
+
+
+def _settled(pid: int, look: Callable[[], Iterable[Blocker]]) -> list[Blocker]:
+    """What a look has found that was permitted."""
     for _ in range(_LOOKS):
         try:
-            found = list(_look(pid, externals, policy, known))
-            for pause_s in _PAUSES_S:
-                if found:
-                    time.sleep(pause_s)
-                    again = set(_look(pid, externals, policy, known))
-                    found = [blocker for blocker in found if blocker in again]
-            return found
+            return list(look())
         except PermissionError as error:
             refused = error  # of a member that ended, the number may be somebody else's now
     return [
@@ -81,9 +114,46 @@ def tree_blockers(
     ]
 
 
+def _look_at_stopped(
+    pid: int, externals: Externals | None, policy: DumpPolicy | None, shown: Sequence[Blocker]
+) -> list[Blocker]:
+    """`shown`: what was found while it ran; counts only if it cannot be stopped."""
+    try:
+        with stopped_for_a_look(HostPid(pid), is_privileged()) as tree:
+            try:
+                with Capture(tree.pids(), tree.zombies(), externals=externals, policy=policy) as capture:
+                    return [*capture.blockers(), *check_killed(tree)]
+            except (OSError, TargetError):
+                if gone := list(check_killed(tree)):
+                    return gone
+                raise
+    except Refused as refused:
+        return [*shown, *refused.blockers]
+    except TargetError as error:
+        return [*shown, Blocker(f"pid {pid}", f"cannot be stopped: {error}", "try again")]
+
+
 def _look(
     pid: int, externals: Externals | None, policy: DumpPolicy | None, known: Beforehand | None
 ) -> Iterator[Blocker]:
+    found = list(_look_around(pid))
+    yield from found
+    if found:
+        return
+    pids = walk(HostPid(pid))
+    zombies = []
+    for member in pids:
+        with suppress(procfs.ProcessGone):
+            if leaders.has_ended(member):
+                zombies.append(member)
+    if known is not None:
+        known.limits.open(pids)
+    with Capture(pids, zombies, externals=externals, policy=policy, known=known) as capture:
+        yield from capture.blockers_besides_files()
+
+
+def _look_around(pid: int) -> Iterator[Blocker]:
+    """Why the tree cannot be stopped, or its members not be seen."""
     at_root = list(check_root(pid))
     yield from at_root
     if at_root:
@@ -103,15 +173,6 @@ def _look(
         with suppress(procfs.ProcessGone):
             yield from tracing.check_traced(member)
     yield from tracing.check_tracers(pids)
-    zombies = []
-    for member in pids:
-        with suppress(procfs.ProcessGone):
-            if leaders.has_ended(member):
-                zombies.append(member)
-    if known is not None:
-        known.limits.open(pids)
-    with Capture(pids, zombies, externals=externals, policy=policy, known=known) as capture:
-        yield from capture.blockers()
 
 
 def portrait(pid: int) -> Portrait | None:

@@ -19,10 +19,15 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
+from typing import Protocol
 
-from pipeline.errors import RebuildError
+from msgspec.structs import replace
+
+from pipeline.errors import ImageError, RebuildError
 from pipeline.ids import LocalFd
+from pipeline.image import numbers
 from pipeline.image.codec import Image
 from pipeline.image.schema import FileOwner, PathRef, Place, Process
 from pipeline.kernel.arch.x86_64 import NR
@@ -30,7 +35,7 @@ from pipeline.kernel.syscalls import CLONE, PRCTL
 from pipeline.remote.calls import Call
 from pipeline.remote.puppet import Puppet
 from pipeline.resources.memory import aio, rebuild
-from pipeline.resources.tasks import job_control, leaders, signals
+from pipeline.resources.tasks import directories, job_control, leaders, signals
 from pipeline.stages.growth import Grown, Growth
 
 _THREAD = CLONE.VM | CLONE.FS | CLONE.FILES | CLONE.SIGHAND | CLONE.THREAD | CLONE.SYSVSEM
@@ -90,17 +95,18 @@ def complete_memory(image: Image, growth: Growth) -> None:
             grown.puppet.run_checked(rebuild.complete(image.spaces[process.space]))
 
 
-#: a descriptor of a directory, of one that was removed where its owner is given
-OpenDirectory = Callable[[PathRef, FileOwner | None], LocalFd]
+class OpenDirectory(Protocol):
+    """A descriptor of a directory, of one that was removed where its owner is given; the caller owns it."""
+
+    def __call__(self, path: PathRef, was_removed: FileOwner | None) -> LocalFd:
+        """OSError, RebuildError: it is not there, or cannot be made."""
 
 
 def set_directories(image: Image, growth: Growth, open_directory: OpenDirectory) -> Iterator[None]:
     """Root, working directory and umask of every process, and of threads that have their own. Yields between them."""
     for process, grown in living(image, growth):
         if not process.together.fs and process.root is not None and process.cwd is not None:
-            place = Place(
-                root=process.root, cwd=process.cwd, cwd_removed=process.cwd_removed, umask=process.umask
-            )
+            place = Place(**{name: getattr(process, name) for name in Place.__struct_fields__})
             _put(grown.puppet, open_directory, place, process)
         for thread, puppet in zip(process.threads, grown.threads, strict=True):
             if thread.place is not None:
@@ -109,18 +115,47 @@ def set_directories(image: Image, growth: Growth, open_directory: OpenDirectory)
 
 
 def _put(puppet: Puppet, open_directory: OpenDirectory, place: Place, process: Process) -> None:
-    if place.root.path != b"/":
-        root = partial(open_directory, place.root, None)
-        _enter(puppet, root, place.root, process, "root directory", Call(NR.chroot, (b".\0",), name="chroot"))
-    cwd = partial(open_directory, place.cwd, place.cwd_removed)
-    _enter(puppet, cwd, place.cwd, process, "working directory", Call(NR.umask, (place.umask,)))
+    with ExitStack() as stack:
+        if place.root_of_ended or place.cwd_of_ended:
+            puppet = stack.enter_context(_ending(puppet))
+        if place.root.path != b"/":
+            chroot = Call(NR.chroot, (b".\0",), name="chroot")
+            root = partial(open_directory, was_removed=None)
+            _enter(puppet, root, place.root, place.root_of_ended, process, "root directory", chroot)
+        umask = Call(NR.umask, (place.umask,))
+        cwd = partial(open_directory, was_removed=place.cwd_removed)
+        _enter(puppet, cwd, place.cwd, place.cwd_of_ended, process, "working directory", umask)
+
+
+@contextmanager
+def _ending(puppet: Puppet) -> Iterator[Puppet]:
+    """A helper that changes the directories of `puppet`, too, and has ended behind the block."""
+    helper = puppet.clone(CLONE.FS)
+    try:
+        yield helper
+    finally:
+        helper.kill_and_reap()
+        puppet.reap_children()
 
 
 def _enter(
-    puppet: Puppet, opened: Callable[[], LocalFd], path: PathRef, process: Process, what: str, then: Call
+    puppet: Puppet,
+    opened: Callable[[PathRef], LocalFd],
+    path: PathRef,
+    of_ended: bool,
+    process: Process,
+    what: str,
+    then: Call,
 ) -> None:
+    """Change the directory; to one of its own in /proc where it is of a process that has ended."""
+    below = []
+    place = path
+    if of_ended:
+        mounted, name = _of_process(path, process, what)
+        place = replace(path, path=mounted)
+        below = [Call(NR.chdir, (b"self/" + name + b"\0",), name=f"chdir to its {what}")]
     try:
-        directory = opened()
+        directory = opened(place)
     except OSError as error:
         raise RebuildError(
             f"pid {process.pids[0]}: its {what} {os.fsdecode(path.path)}: {error.strerror}"
@@ -129,9 +164,15 @@ def _enter(
         (number,) = puppet.send_fds([directory])
     finally:
         os.close(directory)
-    puppet.run_checked(
-        [Call(NR.fchdir, (number,), name=f"fchdir to its {what}"), then, Call(NR.close, (number,))]
-    )
+    fchdir = Call(NR.fchdir, (number,), name=f"fchdir to its {what}")
+    puppet.run_checked([fchdir, *below, then, Call(NR.close, (number,))])
+
+
+def _of_process(path: PathRef, process: Process, what: str) -> tuple[bytes, bytes]:
+    found = directories.of_process(path.path)
+    if found is None:
+        raise ImageError(f"pid {process.pids[0]}: its {what} {os.fsdecode(path.path)} is not of a process")
+    return found
 
 
 def end_zombies(image: Image, growth: Growth, give_ids: Callable[[Process, Grown], None]) -> list[str]:
@@ -188,7 +229,8 @@ def _die_of(puppet: Puppet, number: int) -> int:
 def put_on(image: Image, growth: Growth, registers: Callable[[Process, int], bytes]) -> None:
     """Take the scratch area away and give every task its registers, extended state and mask."""
     for _, grown in living(image, growth):
-        grown.puppet.syscall(NR.close_range, grown.puppet.stage.channel_fd, 0xFFFF_FFFF, 0)
+        own = grown.puppet.stage.channel_fd
+        grown.puppet.syscall(NR.close_range, own, own + numbers.PUPPET_FDS - 1, 0)
     for process, grown in living(image, growth):
         way_out = _syscall_instruction(image, process, grown.puppet)
         if not process.together.vm:

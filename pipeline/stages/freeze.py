@@ -28,7 +28,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -97,6 +97,14 @@ class FrozenTree:
         """All processes that have tasks."""
         return (p for p in self.processes.values() if not p.zombie)
 
+    def zombies(self) -> list[HostPid]:
+        """All others."""
+        return [process.pid for process in self.processes.values() if process.zombie]
+
+    def tids(self) -> Iterator[HostPid]:
+        """The tasks of those that have some."""
+        return (HostPid(tid) for process in self.living() for tid in process.tasks)
+
 
 def walk(root: HostPid) -> list[HostPid]:
     """The processes of the tree below `root`, parents first, without touching them."""
@@ -111,6 +119,12 @@ def killed(tree: FrozenTree) -> list[HostPid]:
     """The processes of a stopped tree that somebody has killed since; none of one that was let go, or ended."""
     held = [process for process in tree.living() if process.tasks]
     return [process.pid for process in held if not any(map(ptrace.is_stopped, process.tasks))]
+
+
+def check_killed(tree: FrozenTree) -> Iterator[Blocker]:
+    """The processes that are `killed`."""
+    for pid in killed(tree):
+        yield Blocker(f"pid {pid}", "was killed while it was looked at", "try again", transient=True)
 
 
 def check_root(pid: int) -> Iterator[Blocker]:
@@ -163,6 +177,19 @@ def freeze(root: HostPid, suspend_seccomp: bool) -> FrozenTree:
     except BaseException:
         release(tree)
         raise
+
+
+@contextmanager
+def stopped_for_a_look(root: HostPid, suspend_seccomp: bool) -> Iterator[FrozenTree]:
+    """The whole tree, in which nobody's time to wait begins anew; it runs on after the block. As `freeze`."""
+    sleepers = interrupted.Sleepers()
+    sleepers.look(walk(root))
+    tree = freeze(root, suspend_seccomp)
+    try:
+        sleepers.prepare_all(tree.tids())
+        yield tree
+    finally:
+        release(tree)
 
 
 class Collector:
@@ -345,10 +372,13 @@ def _seize_one(tree: FrozenTree, tid: HostPid) -> bool:
 def _await_stop(process: FrozenProcess, tid: HostPid) -> None:
     """Wait until a seized task is stopped and the stop was reported; one that is gone is struck out."""
     if not _stops_within(process, tid, _STOP_TIMEOUT_S):
-        raise TargetError(
-            f"{_subject(process.pid, tid)} does not stop (state {procfs.status(tid).state}); "
-            "it sleeps in the kernel where nothing wakes it"
+        state = procfs.status(tid).state
+        why = (
+            "it is at work in the kernel, or gets no processor; try again"
+            if state == "R"
+            else "it sleeps in the kernel where nothing wakes it"
         )
+        raise TargetError(f"{_subject(process.pid, tid)} does not stop (state {state}); {why}")
 
 
 def _stops_within(process: FrozenProcess, tid: HostPid, timeout_s: float) -> bool:

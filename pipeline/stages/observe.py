@@ -5,7 +5,7 @@ the id as the pipeline sees it. The next stage (`pipeline.stages.translate`) mov
 one of them into the forest of the image. Pids need no translation: level 0 of an image
 is the pipeline's own pid namespace.
 
-The same code answers `check` on a running tree: `blockers` touches nothing.
+The same code answers `check`: `blockers` touches nothing.
 """
 
 from __future__ import annotations
@@ -203,6 +203,10 @@ class FileObserver:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the open files; idempotent."""
         self._open.close()
 
     # -- the whole ------------------------------------------------------------------

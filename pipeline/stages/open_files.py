@@ -21,7 +21,7 @@ from contextlib import suppress
 from functools import cached_property
 from typing import Self
 
-from pipeline.errors import Blocker
+from pipeline.errors import Blocker, raise_if_exhausted
 from pipeline.ids import HostPid, LocalFd
 from pipeline.image.schema import FdEntry
 from pipeline.kernel import nsfs, procfs
@@ -106,6 +106,7 @@ class OpenFiles:
             for fd in sorted(map(int, procfs.list_dir(pid, "fdinfo"))):
                 failed = self._attempt(pid, fd, pidfd)
                 if failed is not None:
+                    raise_if_exhausted(failed)
                     self.blockers.append(Blocker(f"pid {pid} fd {fd}", f"cannot be looked at: {failed}"))
         finally:
             os.close(pidfd)

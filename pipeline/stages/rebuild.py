@@ -64,10 +64,6 @@ from pipeline.userns.externals import FLAGS, Externals, given_devices, given_nam
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_LOWEST_CHANNEL_FD = 200
-#: the channel and the program of a puppet
-_CHANNEL_FDS = 2
-
 
 class Terms(msgspec.Struct, frozen=True):
     """How a tree is rebuilt.
@@ -397,7 +393,7 @@ class Rebuilding:
 
         The pages that differ come then, and by further steps of `next_fill` those that are new.
         """
-        self.contents.seal_early()
+        self.contents.seal_writing()
         files = MappedFiles(self._image, self.contents, self._open_path, self.policy, Written(live=False))
         self._stack.callback(files.close)
         self._body.update(self._image, files, self._ids)
@@ -506,7 +502,7 @@ class Rebuilding:
         descriptors = self._descriptors
         assert descriptors is not None
         image, growth = self._image, self.growth
-        self.contents.seal_late()
+        self.contents.seal_rest()
         try:
             finish.complete_memory(image, growth)
             for process, grown in finish.living(image, growth):
@@ -706,12 +702,13 @@ class Rebuilding:
             self.growth.kill_all()
 
     def _channel_fd(self) -> int:
-        spare = draft.SPARE_DESCRIPTORS if self._terms.live else 2
-        number = max(numbers.highest_descriptor(self._image) + spare + 64, _LOWEST_CHANNEL_FD)
+        spare = draft.SPARE_DESCRIPTORS if self._terms.live else 0
+        own = numbers.puppet_descriptors(self._image, spare)
+        needed = max(own.stop, max(numbers.descriptors(self._image), default=0) + 1)
         may_have, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        if may_have < number + _CHANNEL_FDS:
+        if may_have < needed:
             raise RebuildError(
-                f"this restorer may have {may_have} descriptors open, and needs numbers up to {number + _CHANNEL_FDS}: "
+                f"this restorer may have {may_have} descriptors open, and needs numbers up to {needed - 1}: "
                 "raise `ulimit -n`"
             )
-        return number
+        return own.start

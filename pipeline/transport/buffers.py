@@ -53,7 +53,7 @@ class _Shared:
         self._users -= 1
         if not self._users:
             LEDGER.give_back("buffer", id(self._buffer))
-            self._pool._take_back(self._buffer)
+            self._pool._take_back(self, self._buffer)
 
 
 class Lease:
@@ -121,7 +121,9 @@ class BufferPool:
             for lease in leases:
                 lease.release()
 
-    def _take_back(self, buffer: mmap.mmap) -> None:
+    def _take_back(self, shared: _Shared, buffer: mmap.mmap) -> None:
+        if self._shared is shared:
+            self._shared = None  # a circle would keep all of the pool until it is searched for
         self._free.append(buffer)
         self._room.release()
 

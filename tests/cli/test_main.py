@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import signal
 import subprocess
 import sys
 
@@ -164,6 +165,24 @@ def test_an_interrupt_during_imports_is_no_traceback(
 
     monkeypatch.setattr(main.importlib, "import_module", import_module)
     assert main.main(["inspect", "nothing"]) == 130
+
+
+def test_an_interrupt_while_a_library_begins_is_not_lost() -> None:
+    """msgspec would go on without datetime, and crash."""
+    code = """
+import sys
+class Interrupting:
+    @staticmethod
+    def find_spec(name, path, target=None):
+        if name == "datetime":
+            sys.meta_path.remove(Interrupting)
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupting)
+import pipeline.resources.unix_look
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGINT, done.stderr
+    assert done.stderr.endswith("KeyboardInterrupt\n")
 
 
 def test_another_error_of_imports_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

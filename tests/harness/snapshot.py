@@ -264,6 +264,16 @@ def _present_pages(pagemap: LocalFd, start: int, end: int) -> list[Range]:
     return intersect(populated(pagemap, [(start, end)]).pages, merged(present))
 
 
+def _directory(path: str) -> str | None:
+    """Where a link to a directory leads; without the number of a process that has ended, if it is that one's."""
+    name = _link(path)
+    try:
+        os.scandir(path).close()
+    except (ProcessLookupError, FileNotFoundError):
+        return name and re.sub(r"^/proc/\d+", "/proc/ended", name)
+    return name
+
+
 def _without_number(name: str) -> str:
     """A name without what the kernel or the restore chose: `socket:[123]`, `/where/it/was (deleted)`.
 
@@ -377,8 +387,9 @@ def take(pids: Iterable[int]) -> dict[str, Any]:
         for name in FILES:
             snapshot[f"{pid} {name}"] = _read(f"/proc/{pid}/{name}")
         snapshot[f"{pid} timers"] = _timers(pid)
-        for name in ("cwd", "root", "exe"):
-            snapshot[f"{pid} {name}"] = _link(f"/proc/{pid}/{name}")
+        for name in ("cwd", "root"):
+            snapshot[f"{pid} {name}"] = _directory(f"/proc/{pid}/{name}")
+        snapshot[f"{pid} exe"] = _link(f"/proc/{pid}/exe")
         snapshot[f"{pid} maps"], snapshot[f"{pid} own pages"] = _maps(pid)
         snapshot[f"{pid} mounts"] = _mounts(pid)
         for name, value in _descriptors(pid).items():

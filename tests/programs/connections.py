@@ -143,6 +143,9 @@ def halves(program):
     other.sendall(b"bye")
     ended.shutdown(socket.SHUT_WR)
     other.shutdown(socket.SHUT_WR)
+    left, closed = connected(listener)
+    closed.sendall(b"bye")
+    closed.close()
     time.sleep(0.05)
 
     def half():
@@ -152,9 +155,18 @@ def halves(program):
 
     program.same("half closed", half, lambda: server.recv(3))
     program.same(
+        "closed by the other side",
+        lambda: (
+            state(left),
+            left.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR),
+            left.recv(9, socket.MSG_PEEK),
+        ),
+        lambda: left.recv(1),
+    )
+    program.same(
         "ended", lambda: (state(ended), state(other), ended.recv(9, socket.MSG_PEEK)), lambda: ended.recv(1)
     )
-    return client, server, ended, other
+    return client, server, ended, other, left
 
 
 def waiting(program):

@@ -2,12 +2,14 @@
 
 import fcntl
 import os
+import signal
 import stat
 import threading
 
 from support import DIRECTORY, main, prctl, syscall
 
-SYS_KCMP, SYS_GETDENTS64, KCMP_FILE, SYS_SETRESUID = 312, 217, 0, 117
+SYS_CLONE, SYS_KCMP, SYS_GETDENTS64, KCMP_FILE, SYS_SETRESUID = 56, 312, 217, 0, 117
+CLONE_FS = 0x200
 F_GETOWNER_UIDS, PR_SET_DUMPABLE = 17, 4
 
 
@@ -228,6 +230,41 @@ def working_directory(program):
         child.same("root", lambda: (sorted(os.listdir("/")), os.getcwd()), lambda: os.mkdir("/new"))
 
     program.child("chroot", changed_root)
+
+    def looks(*paths):
+        found = []
+        for path in paths:
+            try:
+                found.append(sorted(os.listdir(path)))
+            except OSError as error:
+                found.append(error.errno)
+        return found
+
+    def nowhere(child):
+        """A root directory as that of the sandbox of a browser: of a process that has ended."""
+        helper = syscall(SYS_CLONE, CLONE_FS | signal.SIGCHLD, 0, 0, 0, 0)
+        if not helper:
+            os.chroot("/proc/self/fdinfo")
+            os.chdir("/")
+            os._exit(0)
+        os.waitpid(helper, 0)
+        child.same(
+            "root",
+            lambda: looks("/", ".", "..", "/proc"),
+            lambda: os.fchdir(child.directory) or os.chroot("."),
+        )
+
+    def left_behind(child):
+        helper = os.fork()
+        if not helper:
+            signal.pause()
+        os.chdir(f"/proc/{helper}")
+        os.kill(helper, signal.SIGKILL)
+        os.waitpid(helper, 0)
+        child.same("cwd", lambda: (looks(".", "fd"), looks("/") == []), lambda: os.chdir("/"))
+
+    program.child("nowhere", nowhere)
+    program.child("left behind", left_behind)
 
 
 def body(program):

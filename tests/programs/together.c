@@ -1,9 +1,14 @@
-/* Processes that share by clone(2): memory, handlers, descriptors, directories; with their parent, and two siblings. */
+/* Processes that share by clone(2): memory, handlers, descriptors, directories; with their parent, and two siblings.
+
+What they tell each other is in sealed memory that ends within a page, and is written all the time.
+*/
 #include "support.h"
 
 #include <sched.h>
 
 #define STACK_BYTES (256 * 1024)
+
+#define SEALS (F_SEAL_SEAL | F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_FUTURE_WRITE)
 
 enum { ALL, FILES, PLACE, FIRST, SECOND, COUNT };
 
@@ -15,6 +20,7 @@ struct view {
     char cwd[256];
 };
 static struct view *seen; /* shared by everybody */
+static int seen_fd;
 static volatile long plain; /* each address space has its own */
 static volatile int probe_fd = -1;
 static int locked_fd;
@@ -145,6 +151,15 @@ static const char *check_place(void) {
     return NULL;
 }
 
+static const char *check_seals(void) {
+    struct stat state;
+    if (fstat(seen_fd, &state) || state.st_size != sizeof *seen * COUNT || fcntl(seen_fd, F_GET_SEALS) != SEALS)
+        return "it has another size, or other seals";
+    return rounds((1 << COUNT) - 1);
+}
+
+static void spoil_seals(void) { close(seen_fd); }
+
 /* The first one counts in the memory that both have; the second one sees it. */
 static const char *check_siblings(void) {
     long before = seen[SECOND].plain;
@@ -179,7 +194,12 @@ static void spoil_siblings(void) { end(SECOND); }
 
 int main(int argc, char **argv) {
     open_directory(argc, argv);
-    seen = mmap(NULL, sizeof *seen * COUNT, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    seen_fd = memfd_create("seen", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+    if (ftruncate(seen_fd, sizeof *seen * COUNT))
+        die("ftruncate");
+    seen = mmap(NULL, sizeof *seen * COUNT, PROT_READ | PROT_WRITE, MAP_SHARED, seen_fd, 0);
+    if (fcntl(seen_fd, F_ADD_SEALS, SEALS))
+        die("seals");
     fd_to_look_at = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     *fd_to_look_at = 150;
     struct flock lock = {.l_type = F_WRLCK, .l_whence = SEEK_SET, .l_start = 3, .l_len = 2};
@@ -203,6 +223,7 @@ int main(int argc, char **argv) {
         {"lock of a table", check_lock, spoil_lock},
         {"directory and umask", check_place, spoil_place},
         {"siblings", check_siblings, spoil_siblings},
+        {"seals of shared memory", check_seals, spoil_seals},
     };
     serve(checks, sizeof checks / sizeof *checks);
     for (int role = 0; role < COUNT; role++)

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,7 +24,8 @@ from pipeline.ledger import LEDGER
 from pipeline.resources.kinds import FdView
 from pipeline.resources.memory.capture import Captured, capture_address_space
 from pipeline.resources.memory.classify import classify
-from pipeline.resources.memory.objects import MemoryObjects
+from pipeline.resources.memory.objects import MemoryObjects, SharedObject
+from pipeline.resources.memory.pages import read_shared
 from pipeline.resources.memory.scope import CannotCarry
 from tests.resources.memorytarget import Program, Scope, program
 
@@ -54,7 +55,7 @@ def saved(found: Captured, address: int) -> bool:
     return any(start <= address < end for start, end in found.runs)
 
 
-@pytest.mark.parametrize("of", ["exe", "map_files"])
+@pytest.mark.parametrize("of", ["exe", pytest.param("map_files", marks=pytest.mark.root)])
 def test_a_file_that_cannot_be_looked_at_leaves_no_descriptor(
     monkeypatch: pytest.MonkeyPatch, of: str
 ) -> None:
@@ -433,42 +434,106 @@ ready(address=address)
         assert [v.prot for v in inside[:4]] == [1, 3, 1, 3]
 
 
-@pytest.mark.skipif(not os.path.exists(SYSTEM_PYTHON), reason="needs a Python that everybody may read")
+#: becomes nobody, who may be looked at by nobody
+AS_NOBODY = "os.setresgid(65534, 65534, 65534); os.setresuid(65534, 65534, 65534); libc.prctl(4, 1)"
+
+
+def done_by_nobody(act: Callable[[], None]) -> None:
+    """Do something as a plain user, in a child."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            os.setresgid(65534, 65534, 65534)
+            os.setresuid(65534, 65534, 65534)
+            act()
+            status = 0
+        except BaseException as error:  # noqa: BLE001 - told to the parent, in whose place we are
+            os.write(writer, repr(error).encode())
+        finally:
+            os._exit(status)
+    os.close(writer)
+    with open(reader, "rb") as told:
+        message = told.read()
+    assert os.waitpid(child, 0)[1] == 0, message.decode()
+
+
+needs_system_python = pytest.mark.skipif(
+    not os.path.exists(SYSTEM_PYTHON), reason="needs a Python that everybody may read"
+)
+
+
+@needs_system_python
 @pytest.mark.root
 def test_plain_user_captures_its_own_program() -> None:
-    body = """
-os.setresgid(65534, 65534, 65534); os.setresuid(65534, 65534, 65534); libc.prctl(4, 1)
+    body = f"""
+{AS_NOBODY}
 shared = mmap(8, flags=SHARED | ANON); write(shared + 3 * P, b"hello")
+fd = os.memfd_create("closed"); os.ftruncate(fd, 6 * P); os.pwrite(fd, b"written", 5 * P)
+closed = mmap(6, flags=SHARED, fd=fd); write(closed, b"mapped"); os.close(fd)
 own = mmap(1); write(own, b"x")
-ready(shared=shared, own=own)
+ready(shared=shared, closed=closed, own=own)
 """
-    with program(body, python=SYSTEM_PYTHON) as target:
-        reader, writer = os.pipe()
-        child = os.fork()
-        if child == 0:
-            status = 1
-            try:
-                os.setresgid(65534, 65534, 65534)
-                os.setresuid(65534, 65534, 65534)
-                with Scope() as scope, MemoryObjects(scope) as objects:
-                    found = capture_address_space(target.pid, objects, brk=RemoteAddress(0))
-                    assert found.blockers == []
-                    (shared,) = objects.shared_memory
-                    assert shared.fd is None
-                    assert shared.record.size_bytes == 8 * PAGE
-                    from pipeline.resources.memory.pages import read_shared
 
-                    buffer = bytearray(1 << 16)
-                    got = [(list(s), bytes(buffer[:n])) for s, n in read_shared(shared, buffer)]
-                    assert [s for s, _ in got] == [[(3 * PAGE, PAGE)]]
-                    assert got[0][1].startswith(b"hello")
-                    assert saved(found, target["own"])
-                status = 0
-            except BaseException as error:  # noqa: BLE001 - told to the parent, in whose place we are
-                os.write(writer, repr(error).encode())
-            finally:
-                os._exit(status)
-        os.close(writer)
-        with open(reader, "rb") as told:
-            message = told.read()
-        assert os.waitpid(child, 0)[1] == 0, message.decode()
+    def look() -> None:
+        with Scope() as scope, MemoryObjects(scope) as objects:
+            found = capture_address_space(target.pid, objects, brk=RemoteAddress(0))
+            assert found.blockers == []
+            by_kind = {shared.record.kind: shared for shared in objects.shared_memory}
+            assert by_kind.keys() == {"anon", "memfd"}
+            shared, closed = by_kind["anon"], by_kind["memfd"]
+            assert shared.fd is None
+            assert closed.fd is None
+            assert shared.record.size_bytes == 8 * PAGE
+            assert (closed.record.name, closed.record.size_bytes) == (b"closed", 6 * PAGE)
+            assert _pages(shared) == {3 * PAGE: b"hello"}
+            assert _pages(closed) == {0: b"mapped", 5 * PAGE: b"written"}
+            assert saved(found, target["own"])
+
+    with program(body, python=SYSTEM_PYTHON) as target:
+        done_by_nobody(look)
+
+
+def _pages(shared: SharedObject) -> dict[int, bytes]:
+    """What shared memory has, by its offset, without zeros behind it."""
+    buffer = bytearray(1 << 16)
+    found = {}
+    for segments, _ in read_shared(shared, buffer):
+        at = 0
+        for offset, length in segments:
+            found[offset] = bytes(buffer[at : at + length]).rstrip(b"\0")
+            at += length
+    return found
+
+
+@needs_system_python
+@pytest.mark.root
+@pytest.mark.parametrize(
+    ("mapped", "reason"),
+    [
+        (
+            "mmap(4, flags=PRIVATE, fd=fd)",
+            "is a private mapping of a memfd that no descriptor refers to any more",
+        ),
+        (
+            "mmap(6, flags=SHARED, fd=fd)",
+            "reaches behind the end of a memfd that no descriptor refers to any more",
+        ),
+    ],
+    ids=["private", "beyond"],
+)
+def test_plain_user_is_told_of_a_memfd_that_is_not_seen_as_it_is(mapped: str, reason: str) -> None:
+    body = f"""
+{AS_NOBODY}
+fd = os.memfd_create("closed"); os.ftruncate(fd, 4 * P); closed = {mapped}; os.close(fd)
+ready(closed=closed)
+"""
+
+    def look() -> None:
+        with Scope() as scope, MemoryObjects(scope) as objects:
+            found = capture_address_space(target.pid, objects, brk=RemoteAddress(0))
+            assert [blocker.reason for blocker in found.blockers] == [f"{reason}; only root can open it"]
+
+    with program(body, python=SYSTEM_PYTHON) as target:
+        done_by_nobody(look)

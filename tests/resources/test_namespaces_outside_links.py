@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import struct
 import subprocess
 
 import pytest
@@ -12,8 +13,9 @@ from msgspec.structs import replace
 
 from pipeline.errors import RebuildError
 from pipeline.image.schema import Id, Namespace
+from pipeline.kernel.rtnetlink import IFLA, IFLA_INFO, RTM, Netlink, attributes, socket_of
 from pipeline.kernel.syscalls import CLONE, PRCTL, prctl, unshare
-from pipeline.resources.namespaces import announce, outside_links
+from pipeline.resources.namespaces import announce, links, outside_links
 from pipeline.resources.namespaces.network import NetState
 from pipeline.userns import cradle
 from pipeline.userns.externals import GivenDevice
@@ -23,6 +25,9 @@ from tests.userns.making import captured, held, in_child, making, other_keepers,
 
 pytestmark = pytest.mark.root
 
+#: of `IFLA_INFO.SLAVE_DATA` of a port of a bridge (IFLA_BRPORT_STATE)
+_STATE, _FORWARDING = 1, 3
+
 
 def ip(*words: str) -> str:
     return subprocess.run(["ip", *words], capture_output=True, text=True, check=True).stdout
@@ -31,6 +36,18 @@ def ip(*words: str) -> str:
 def outer() -> dict[str, list[str]]:
     """The devices of our network and their flags."""
     return {link["ifname"]: link["flags"] for link in json.loads(ip("-j", "link", "show"))}
+
+
+def states_of_ports() -> dict[int, int]:
+    """By index; a list of all devices makes the kernel look after none of them."""
+    with Netlink(socket_of()) as route:
+        found = {}
+        for answer in list(route.dump(RTM.GETLINK, links.head_of(0))):
+            info = attributes(attributes(answer[16:]).get(IFLA.LINKINFO, b""))
+            if IFLA_INFO.SLAVE_DATA in info:
+                (index,) = struct.unpack_from("<i", answer, 4)
+                found[index] = attributes(info[IFLA_INFO.SLAVE_DATA])[_STATE][0]
+        return found
 
 
 def network_with_a_device(id_map: str | None) -> tuple[Forest, Namespace]:
@@ -57,6 +74,28 @@ def test_an_end_outside_is_down_until_the_tree_runs(id_map: str | None) -> None:
             keepers.connect_networks()
             assert {"UP", "LOWER_UP"} <= set(outer()["again"])
         assert os.listdir("/proc/self/fd") == before
+
+    in_child(body)
+
+
+def test_a_bridge_lets_packets_pass_at_once() -> None:
+    """The kernel looks after a pair whose ends have the same index within a second, unless it is asked."""
+
+    def body() -> None:
+        for _ in range(5):
+            unshare(CLONE.NEWNET)
+            ip("link", "add", "index", "2", "br0", "type", "bridge")
+            ip("link", "set", "br0", "up")
+            with held(lambda: unshare(CLONE.NEWNET)) as pid:
+                inner = f"/proc/{pid}/ns/net"
+                shell(inner, f"ip link add index 4 name inner type veth peer name outer netns {os.getpid()}")
+                shell(inner, "ip link set inner up")
+                capture, forest = captured(pid)
+                network = own_namespace(capture, "net")
+            given = [GivenDevice("veth", "inner", None, "again", "br0")]
+            with making(forest, {network.index: network}, given=given) as keepers:
+                keepers.connect_networks()
+                assert states_of_ports() == {4: _FORWARDING}
 
     in_child(body)
 

@@ -462,7 +462,7 @@ def test_who_reads_is_killed_and_all_is_given_back(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(tcp_read, "_whole_queue", killed_within)
     with subject(setup) as child, Capture(child.pid) as capture:
-        with pytest.raises((Refused, OSError), match="killed by signal 9"):
+        with pytest.raises((Refused, OSError), match="was killed"):
             capture.records()
         capture.held.close()
         for fd in child.result:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
+import subprocess
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -21,6 +25,7 @@ from pipeline.resources.sockets import EXTERNAL_NETWORK, SocketState
 from pipeline.resources.tcp_state import TcpState
 from pipeline.resources.udp_socket import UdpState
 from pipeline.stages.descriptors import Descriptors
+from tests.harness.tree import engine, reap, said
 
 V4, V6 = socket.AF_INET, socket.AF_INET6
 ELSEWHERE = EXTERNAL_NETWORK + 5
@@ -122,3 +127,32 @@ def test_no_socket_is_left_where_they_cannot_all_be_made(monkeypatch: pytest.Mon
         list(made.create())
     monkeypatch.undo()
     assert (_open_files(), LEDGER.held()) == (before, held)
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("mode", ["stop", "precopy"])
+def test_a_program_without_any_descriptor_is_carried(tmp_path: Path, mode: str) -> None:
+    command = ["sh", "-c", "exec sleep 1000 <&- >&- 2>&-"]
+    with subprocess.Popen(command, start_new_session=True) as program:
+        try:
+            deadline = time.monotonic() + 10
+            while os.listdir(f"/proc/{program.pid}/fd") or b"sleep" not in read_name(program.pid):
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            done = engine("dump", "--pid", program.pid, "--to", tmp_path / "image", "--mode", mode)
+            assert done.returncode == 0, said(done)
+        finally:
+            program.kill()
+    done = engine("restore", "--from", tmp_path / "image", "--detach")
+    assert done.returncode == 0, said(done)
+    try:
+        assert read_name(program.pid) == b"sleep\n"
+        assert os.listdir(f"/proc/{program.pid}/fd") == []
+    finally:
+        os.kill(program.pid, signal.SIGKILL)
+        assert not reap([program.pid])
+
+
+def read_name(pid: int) -> bytes:
+    """What a process executes."""
+    return Path(f"/proc/{pid}/comm").read_bytes()

@@ -6,7 +6,8 @@ import pytest
 from msgspec.structs import replace
 
 from pipeline.image.codec import Image
-from pipeline.image.schema import Process, Together
+from pipeline.image.numbers import puppet_descriptors
+from pipeline.image.schema import FdEntry, Process, Together
 from pipeline.stages import draft
 from tests.image.test_codec import HEAD
 from tests.image.test_graft import image, space
@@ -82,3 +83,15 @@ def test_a_group_whose_leader_has_ended_for_good_stays() -> None:
 )
 def test_what_cannot_be_mended_is_said(before: Image, after: Image, why: str) -> None:
     assert why in "; ".join(draft.mending(before, after).reasons)
+
+
+def test_a_descriptor_where_who_builds_it_has_its_own_cannot_be_mended() -> None:
+    def having(*numbers: int) -> Image:
+        return tree(replace(leaf(11), fds=[FdEntry(number, 1, False) for number in numbers]))
+
+    own = puppet_descriptors(having(3), draft.SPARE_DESCRIPTORS)
+    assert not draft.mending(having(3), having(3, own.stop)).reasons
+    for number in own:
+        assert "under a number that who builds it has" in "; ".join(
+            draft.mending(having(3), having(3, number)).reasons
+        )

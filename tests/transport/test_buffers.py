@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import weakref
 
 import trio
 import trio.testing
@@ -109,3 +110,13 @@ async def test_parts_that_do_not_fit_into_one_buffer_take_another():
     assert shortages == [1]
     one.release()
     other.release()
+
+
+async def test_the_memory_of_a_pool_goes_with_it():
+    """Not when circles are searched for some day: who dumps again and again would have many of them."""
+    pool = BufferPool(2, SIZE)
+    lease = await pool.lease_part(10)
+    buffer = weakref.ref(lease.view.obj)
+    lease.release()
+    del lease, pool
+    assert buffer() is None

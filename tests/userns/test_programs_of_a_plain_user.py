@@ -58,6 +58,24 @@ for number in range(1 << 30):
     time.sleep(0.02)
 """
 
+#: nobody but root can open it any more; one mapping shows what goes through the other
+COUNT_IN_A_CLOSED_MEMFD = """
+import ctypes, os, time
+libc = ctypes.CDLL(None)
+libc.mmap.restype, libc.mmap.argtypes = ctypes.c_void_p, [ctypes.c_void_p, *[ctypes.c_long] * 5]
+fd = os.memfd_create("number")
+os.ftruncate(fd, 3 * 4096)
+os.pwrite(fd, b"written", 2 * 4096)
+whole, part = libc.mmap(None, 3 * 4096, 3, 1, fd, 0), libc.mmap(None, 4096, 1, 1, fd, 4096)
+os.close(fd)
+for number in range(1 << 30):
+    ctypes.c_long.from_address(whole + 4096).value = number
+    if ctypes.c_long.from_address(part).value != number or ctypes.string_at(whole + 2 * 4096) != b"written":
+        raise SystemExit("the mappings do not show the same, or not what was written")
+    print(number, flush=True)
+    time.sleep(0.02)
+"""
+
 WATCH = """import ctypes, os
 libc = ctypes.CDLL(None)
 fd = libc.inotify_init()
@@ -91,6 +109,7 @@ COUNTING: dict[str, Sequence[str]] = {
     "setpriv": [*ROOT_INSIDE, "setpriv", "--no-new-privs", "--bounding-set=-all", "sh", "-c", COUNT],
     # which a plain user may open by a descriptor only
     "a memfd that is mapped": ["python3", "-u", "-c", COUNT_IN_A_MEMFD],
+    "a memfd that is mapped and closed": ["python3", "-u", "-c", COUNT_IN_A_CLOSED_MEMFD],
     # a watch of inotify on a file that is deleted, but open
     "tail -f": ["sh", "-c", f"f=$(mktemp); ({COUNT}) >$f & tail -f $f & sleep 0.2; rm $f; wait"],
     # and on a directory, whose name a plain user has to search for

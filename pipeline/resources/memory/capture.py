@@ -53,6 +53,7 @@ _TRACKED = frozenset({"uw"})
 _WATCHED_FOR = {"um": "missing pages", "uw": "write protection", "ui": "minor faults"}
 #: the address behind all
 _END = 1 << 64
+_CHANGED = "changed while it was looked at"
 _SECOND_NODE = "/sys/devices/system/node/node1"
 
 
@@ -143,7 +144,7 @@ def capture_address_space(
         except CannotCarry as refusal:
             blockers.append(refusal.blocker(subject(pid, mapping)))
         except FileNotFoundError:
-            blockers.append(Blocker(subject(pid, mapping), "changed while it was looked at", transient=True))
+            blockers.append(Blocker(subject(pid, mapping), _CHANGED, transient=True))
     blockers.extend(_numa_blockers(pid))
     exe = 0
     try:
@@ -186,13 +187,16 @@ def capture_address_space(
 def check_address_space(pid: HostPid, objects: MemoryObjects, answered: bool) -> list[Blocker]:
     """Everything about the memory of `pid` that stops it from being carried; also while it runs.
 
+    A mapping that is gone by then is in no way.
+
     Args:
         answered: there are userfaultfds in the tree: for what is asked when it stands still.
 
     Raises as `capture_address_space` does.
     """
     anything = [Answered(pid, 0, False, [Watched(0, _END, 0)], [], [], [])] if answered else ()
-    return capture_address_space(pid, objects, brk=RemoteAddress(0), answered=anything).blockers
+    found = capture_address_space(pid, objects, brk=RemoteAddress(0), answered=anything).blockers
+    return [blocker for blocker in found if blocker.reason != _CHANGED]
 
 
 def watched_by_others(

@@ -4,7 +4,8 @@ Shared memory is an object of its own with its own pages, whoever maps it or hol
 descriptor of it. It is known by (device, inode) of the kernel's internal tmpfs. It is
 read through a descriptor (/proc/PID/map_files, or the target's own), where holes are
 found by SEEK_DATA; a plain user may not open map_files, and reads anonymous shared
-memory through the mappings of its users.
+memory, and memfds that no descriptor refers to any more, through the mappings of its users: what nobody maps, nobody
+can get at. Of such a memfd the mode, the owner and the seals are not known, and of no use without a descriptor.
 
 A file is opened again by its name at the destination; the name must lead to the
 mapped inode in the mount namespace of the process, which is looked up, not believed.
@@ -21,13 +22,12 @@ import fcntl
 import os
 import stat
 from collections.abc import Hashable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Self
 
 import msgspec
 
-from pipeline.errors import exhausted
+from pipeline.errors import passed_over, raise_if_exhausted
 from pipeline.ids import HostPid, LocalFd
 from pipeline.image.schema import Index, MappedFile, SharedMemory
 from pipeline.kernel import hugetlb, procfs
@@ -146,27 +146,26 @@ class MemoryObjects:
                     self._register_unopened(key, mapping)
                 elif not isinstance(error, PermissionError):
                     raise
-                elif backing == "memfd" and mapping.name != _RESTORED_ANON:
-                    raise CannotCarry(
-                        "is a memfd that no descriptor refers to any more; only root can open it",
-                        "run the pipeline as root, or keep the memfd open",
-                    ) from None
                 else:
-                    self._register_unopened(key, mapping)
+                    is_memfd = backing == "memfd" and mapping.name != _RESTORED_ANON
+                    self._register_unopened(key, mapping, exact_name(pid, mapping) if is_memfd else b"")
             else:
                 self._register_open(key, fd, b"" if backing == "anon_shared" else exact_name(pid, mapping))
         shared = self._shared[key]
+        if shared.fd is None and shared.record.kind == "memfd":
+            _require_shown(pid, mapping)
         shared.windows.append(Window(pid, mapping.start, mapping.end, mapping.offset))
         reach = mapping.offset + mapping.end - mapping.start
         if shared.fd is None and reach > shared.record.size_bytes:
             shared.record = msgspec.structs.replace(shared.record, size_bytes=reach)
         return shared.record.space
 
-    def _register_unopened(self, key: InodeKey, mapping: Mapping) -> None:
+    def _register_unopened(self, key: InodeKey, mapping: Mapping, link: bytes = b"") -> None:
         record = SharedMemory(
             space=self.scope.space_of(("shared", *key)),
-            kind="anon",
+            kind="memfd" if link else "anon",
             size_bytes=0,
+            name=_memfd_name(link),
             hugetlb=hugetlb.devices().get(mapping.device, 0),
         )
         self._shared[key] = SharedObject(record, None)
@@ -182,7 +181,7 @@ class MemoryObjects:
                 space=self.scope.space_of(("shared", *key)),
                 kind="memfd" if memfd else "anon",
                 size_bytes=result.st_size,
-                name=link[len(_MEMFD) :].removesuffix(_DELETED) if memfd else b"",
+                name=_memfd_name(link) if memfd else b"",
                 seals=seals,
                 mode=stat.S_IMODE(result.st_mode),
                 uid=self.scope.user(result.st_uid),
@@ -283,6 +282,7 @@ class MemoryObjects:
         try:
             self.scope.take_along(pid, name, fd)
         except OSError as error:
+            raise_if_exhausted(error)
             why = f"the content of {os.fsdecode(name)} is to go along, and cannot be read: {error.strerror}"
             raise CannotCarry(why, "run as root, or bring the file to the destination") from None
 
@@ -305,6 +305,30 @@ class MemoryObjects:
             return self.scope.content(reader, result.st_size)
         finally:
             os.close(reader)
+
+
+def _memfd_name(link: bytes) -> bytes:
+    return link[len(_MEMFD) :].removesuffix(_DELETED)
+
+
+def _require_shown(pid: HostPid, mapping: Mapping) -> None:
+    """A memfd that cannot be opened must be seen as it is, and as far as it goes, through a mapping."""
+    why = None if mapping.shared else "is a private mapping of"
+    if why is None:
+        memory = open_file(pid, "mem", os.O_RDONLY)
+        try:
+            os.pread(memory, 1, mapping.end - 1)
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            why = "reaches behind the end of"
+        finally:
+            os.close(memory)
+    if why is not None:
+        raise CannotCarry(
+            f"{why} a memfd that no descriptor refers to any more; only root can open it",
+            "run the pipeline as root, or keep the memfd open",
+        )
 
 
 def place_of(pid: HostPid) -> Place:
@@ -333,8 +357,7 @@ def _leads_to(pid: HostPid, name: bytes, result: os.stat_result) -> bool:
     except PermissionError:
         raise CannotCarry(f"the name {os.fsdecode(name)} may not be looked up", "run as root") from None
     except OSError as error:
-        if exhausted(error):
-            raise
+        raise_if_exhausted(error)
         return False
 
 
@@ -344,7 +367,7 @@ def _open_by_name(pid: HostPid, name: bytes, mapping: Mapping) -> int:
     (The device is not compared: btrfs and overlay tell another one by stat than in maps.)
     """
     fd = -1
-    with suppress(OSError):
+    with passed_over():
         fd = open_file(pid, "root" + os.fsdecode(name), os.O_PATH | os.O_NOFOLLOW)
         if os.fstat(fd).st_ino == mapping.inode:
             return fd

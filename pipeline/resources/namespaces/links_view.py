@@ -9,8 +9,8 @@ import os
 import socket
 import struct
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 
+from pipeline.errors import raise_if_exhausted
 from pipeline.ids import LocalFd
 from pipeline.image.schema import Id
 from pipeline.kernel import rtnetlink
@@ -148,7 +148,7 @@ class LinksView:
 
 def _called(network: LocalFd, index: int, with_bridge: bool) -> bytes:
     """What a device of another network is called: NAME, or NAME@BRIDGE if it is a port of one."""
-    with suppress(OSError):
+    try:
         with route_in(network) as route:
             told = attributes(route.ask(RTM.GETLINK, head_of(index))[16:])
             name = told[IFLA.IFNAME].rstrip(b"\0")
@@ -156,6 +156,8 @@ def _called(network: LocalFd, index: int, with_bridge: bool) -> bytes:
                 return name
             above = attributes(route.ask(RTM.GETLINK, head_of(number(told[IFLA.MASTER])))[16:])
             return name + b"@" + above[IFLA.IFNAME].rstrip(b"\0")
+    except OSError as error:
+        raise_if_exhausted(error)
     return b""
 
 

@@ -25,7 +25,7 @@ from functools import cached_property
 import msgspec
 from msgspec.structs import replace
 
-from pipeline.errors import Blocker
+from pipeline.errors import Blocker, raise_if_exhausted
 from pipeline.ids import HostPid, LocalFd
 from pipeline.image.schema import Memberships, Namespace, NamespaceKind
 from pipeline.kernel import nsfs, procfs
@@ -350,6 +350,7 @@ class NamespaceCapture:
         except procfs.ProcessGone:
             return
         except OSError as error:
+            raise_if_exhausted(error)
             blockers.append(
                 Blocker(
                     f"pid {pid}", f"its {namespace.kind} namespace cannot be looked into: {error.strerror}"

@@ -8,13 +8,13 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 
 import msgspec
 from msgspec.structs import replace
 
-from pipeline.errors import Blocker
+from pipeline.errors import Blocker, passed_over
 from pipeline.ids import HostPid, LocalFd
 from pipeline.image.schema import Id
 from pipeline.kernel.mountinfo import Mount, mountinfo
@@ -189,7 +189,7 @@ class MountsCapture:
             for mount in mounts:
                 if mount.kind == b"proc" and mount.root == b"/":
                     path = self._path(index, mount)
-                    with suppress(OSError):
+                    with passed_over():
                         number = self._shown.pids(path)
                         if number is not None:
                             found[os.stat(path).st_dev] = number

@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping
 import msgspec
 from msgspec import structs
 
-from pipeline.errors import Blocker
+from pipeline.errors import Blocker, raise_if_exhausted
 from pipeline.ids import HostPid
 from pipeline.kernel.mountinfo import Mount, mountinfo
 from pipeline.resources.namespaces.idmapped import MountIdmap
@@ -269,6 +269,7 @@ class MountsView:
             try:
                 idmap = self._around.idmap_of(mount)
             except OSError as error:
+                raise_if_exhausted(error)
                 self._refuse_mount(mount, f"is idmapped, and how is not to be learnt: {error.strerror}")
         whole = self._sources.whole(mount, source)
         if whole and idmap is not None:
@@ -293,6 +294,7 @@ class MountsView:
         try:
             entries = self._around.list_tmpfs(mount, self._sources.covers(mount))
         except OSError as error:
+            raise_if_exhausted(error)
             why = _WHY_NOT_LISTED.get(error.errno or 0, f"cannot be listed: {error.strerror}")
             self._refuse_mount(mount, why, "empty or umount it")
             return []

@@ -14,12 +14,11 @@ import os
 import socket
 import struct
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from functools import partial
 
 import msgpack
 
-from pipeline.errors import Blocker
+from pipeline.errors import Blocker, passed_over
 from pipeline.ids import LocalFd
 from pipeline.image.schema import Id
 from pipeline.kernel import rtnetlink
@@ -200,7 +199,7 @@ class NetworkView:
         def look() -> bytes:
             found = []
             for name in ("ip_tables_names", "ip6_tables_names", "arp_tables_names"):
-                with suppress(OSError):
+                with passed_over():
                     found.append(read_file(f"/proc/thread-self/net/{name}").strip())
             return b" ".join(filter(None, found))
 

@@ -36,7 +36,9 @@ from pipeline.resources.namespaces.network import NetState
 from pipeline.userns.externals import DEVICES, GivenDevice
 from pipeline.userns.visit import fetch
 
-_UP, _LOWER_UP = 0x1, 0x1_0000
+_UP = 0x1
+#: of `IFLA.OPERSTATE`
+_OPER_UP = b"\6"
 #: how long the kernel may take to notice that both ends are up
 _CARRIER_S = 0.5
 _ENTRY = "end of a veth pair outside"
@@ -208,11 +210,11 @@ class OutsideLinks:
     def _announce(self, network: int, state: NetState, fd: LocalFd, route: Netlink) -> None:
         places = {*self._ends, *self._silent}
         connected = [link for link in state.links if (network, link.index) in places]
+        up = [link.index for link in connected if link.flags & _UP]
+        ends = [self._ends[network, index] for index in up if (network, index) in self._ends]
         deadline = time.monotonic() + _CARRIER_S
-        waited = [link.index for link in connected if link.flags & _UP]
-        while waited and time.monotonic() < deadline:
-            waited = [index for index in waited if not _flags(route, index) & _LOWER_UP]
-            if waited:
+        for asked, index in [*((route, index) for index in up), *((self._open()[1], end) for end in ends)]:
+            while not _lets_packets_pass(asked, index) and time.monotonic() < deadline:
                 time.sleep(0.001)
         # where a device is a port of a bridge, the addresses are the bridge's
         indexes = {link.index for link in connected} | {link.master for link in connected}
@@ -273,12 +275,20 @@ def _look_up(route: Netlink, name: str) -> tuple[int, str] | None:
     return index, info.get(IFLA_INFO.KIND, b"").rstrip(b"\0").decode()
 
 
-def _flags(route: Netlink, index: int) -> int:
-    """The flags of a device; all of them, once somebody has taken it away."""
+def _lets_packets_pass(route: Netlink, index: int) -> bool:
+    """Whether the kernel has noticed that a device has a carrier; also once somebody has taken the device away.
+
+    Before, a device's own packets are dropped, and so are those that arrive at it as a port of a bridge. The kernel
+    looks at once where it sees something urgent, else once a second; and a port is nothing urgent to it if the other
+    end of its pair, in another network, has the same index. Since linux 6.8 it looks when a device is asked for, at
+    that one.
+
+    Source: linux net/core/link_watch.c, net/core/rtnetlink.c.
+    """
     try:
         answer = route.ask(RTM.GETLINK, links.head_of(index))
     except OSError as error:
         if error.errno == errno.ENODEV:
-            return ~0
+            return True
         raise
-    return int(struct.unpack_from("<I", answer, 8)[0])
+    return attributes(answer[16:])[IFLA.OPERSTATE] == _OPER_UP

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import msgspec
 from msgspec.structs import replace
 
-from pipeline.errors import Blocker
+from pipeline.errors import Blocker, raise_if_exhausted
 from pipeline.image.schema import Id
 from pipeline.kernel.syscalls import CLONE, mount, unshare
 from pipeline.resources.kinds import FdView
@@ -66,7 +66,8 @@ def is_here(view: FdView) -> bool:
         pass
     try:
         fd = posix_queues.opened(os.path.basename(view.link), view.flags & os.O_ACCMODE)
-    except OSError:
+    except OSError as error:
+        raise_if_exhausted(error)
         return False
     try:
         return same_inode(os.fstat(fd), view.stat)

@@ -16,6 +16,7 @@ from contextlib import ExitStack, suppress
 
 import msgspec
 
+from pipeline.errors import passed_over
 from pipeline.ids import HostPid
 from pipeline.image.schema import NamespaceKind
 from pipeline.kernel import procfs
@@ -81,7 +82,7 @@ class Shown(msgspec.Struct, frozen=True):
     def _first(self, kind: NamespaceKind, is_it: Callable[[int, Way], bool]) -> int | None:
         """The first namespace of a kind that a visitor says it is; one that cannot be visited is not."""
         for index in self.own(kind):
-            with ExitStack() as fds, suppress(OSError, procfs.ProcessGone):
+            with ExitStack() as fds, passed_over(), suppress(procfs.ProcessGone):
                 if is_it(index, self.way(index, fds)):
                     return index
         return None

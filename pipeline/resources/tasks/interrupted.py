@@ -158,6 +158,12 @@ class Sleepers:
             self._prepared[tid] = slept
         return self._prepared[tid]
 
+    def prepare_all(self, tids: Iterable[HostPid]) -> None:
+        """`prepare` each; who was killed is passed over."""
+        for tid in tids:
+            with suppress(ProcessLookupError):
+                self.prepare(tid)
+
     def _slept(self, tid: HostPid) -> Slept:
         seen = self._seen.get(tid)
         if seen is not None:

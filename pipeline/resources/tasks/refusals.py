@@ -16,7 +16,7 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 
-from pipeline.errors import Blocker
+from pipeline.errors import Blocker, passed_over
 from pipeline.ids import HostPid
 from pipeline.kernel import procfs, ptrace
 from pipeline.kernel.arch import x86_64 as arch
@@ -105,13 +105,13 @@ def _check_dispatch(subject: str, tid: HostPid) -> Iterator[Blocker]:
 
 
 def _process(subject: str, pid: HostPid, threads: int) -> Iterator[Blocker]:
-    with suppress(OSError), open(f"/proc/{pid}/exe", "rb") as file:
+    with passed_over(), open(f"/proc/{pid}/exe", "rb") as file:
         if file.read(5)[4:] == bytes([_ELFCLASS32]):
             yield Blocker(subject, "is a 32-bit program", "use a 64-bit build of it")
     with suppress(FileNotFoundError, PermissionError):
         yield from check_timers(subject, procfs.timers(pid), threads)
     me = os.getpid()
-    with suppress(OSError):  # EINVAL: there is no security module
+    with passed_over():  # EINVAL: there is no security module
         theirs, ours = (procfs.read_file(HostPid(p), "attr/current").rstrip(b"\0\n") for p in (pid, me))
         if theirs != ours:
             yield Blocker(subject, f"is confined by the security module as {theirs.decode(errors='replace')}")

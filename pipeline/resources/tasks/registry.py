@@ -10,6 +10,7 @@ from pipeline.resources.support import Support
 from pipeline.resources.tasks import (
     attributes,
     credentials,
+    directories,
     interrupted,
     job_control,
     keyrings,
@@ -26,6 +27,7 @@ from pipeline.resources.tasks import (
 
 KINDS: Sequence[Support] = (
     leaders.SUPPORT,
+    directories.SUPPORT,
     credentials.SUPPORT,
     signals.SUPPORT,
     timers.SUPPORT,

@@ -19,7 +19,7 @@ import os
 from collections.abc import Collection, Iterator
 from contextlib import suppress
 
-from pipeline.errors import Blocker
+from pipeline.errors import Blocker, passed_over
 from pipeline.ids import HostPid, RemoteAddress
 from pipeline.kernel import procfs, smaps
 from pipeline.kernel.arch.x86_64 import NR
@@ -70,7 +70,7 @@ def check_tracers(pids: Collection[HostPid]) -> Iterator[Blocker]:
 
 def check_vfork(subject: str, tid: HostPid) -> Iterator[Blocker]:
     """Whether a task waits for its vfork child."""
-    with suppress(OSError, ValueError, procfs.ProcessGone):
+    with passed_over(), suppress(ValueError, procfs.ProcessGone):
         if procfs.stat(tid).state != "D" or not _in_vfork(tid):
             return
         children = [int(word) for word in procfs.read_file(tid, f"task/{tid}/children").split()]
@@ -86,7 +86,7 @@ def check_vfork(subject: str, tid: HostPid) -> Iterator[Blocker]:
 
 def check_page_fault(subject: str, tid: HostPid) -> Iterator[Blocker]:
     """Whether a task that was told to stop, and seems to sleep all the same, may wait for a page of a userfaultfd."""
-    with suppress(OSError, procfs.ProcessGone):
+    with passed_over(), suppress(procfs.ProcessGone):
         if any(mapping.flags & WATCHED for mapping in smaps.smaps(tid)):
             yield Blocker(
                 subject,

@@ -13,13 +13,15 @@ from tests.harness.settings import Setting
 from tests.harness.tree import Workshop
 from tests.programs.real.tree import SOURCES, RealTree, count_in
 
+PORT = 6379
 #: of `SOURCES`: clients that check every answer
 CLIENTS = "redis_clients.py"
+IDLE = "idle_connections.py"
 REDIS = [
     *(
         "redis-server",
         "--port",
-        "6379",
+        str(PORT),
         "--bind",
         "*",
         "--protected-mode",
@@ -54,6 +56,20 @@ def redis_and_clients(
         stack.callback(clients.kill)
         tree.wait("every client is served", lambda: count_in("rounds")(directory) > 2)
         yield tree, clients
+
+
+@contextmanager
+def idle_connections(around: str, tree: RealTree, count: int) -> Iterator[None]:
+    """So many connections to the server from around, which are tried at the end: what is wrong goes to "wrong"."""
+    idle = outside(around, tree.directory, sys.executable, SOURCES / IDLE, THEIRS, str(PORT), str(count))
+    try:
+        tree.wait_for_file("idle")
+        yield
+        idle.terminate()
+        assert idle.wait(60) == 0
+    finally:
+        idle.kill()
+        idle.wait()
 
 
 def outside(around: str, directory: Path, *command: str | Path) -> subprocess.Popen[bytes]:

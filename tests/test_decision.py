@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -18,6 +19,9 @@ import trio
 import pipeline
 from pipeline.progress import NullProgress
 from pipeline.restore import opened
+from pipeline.stages.pager import Pager
+from pipeline.stages.stored_pages import StoredPages
+from pipeline.transport.buffers import LeasedRun
 from pipeline.transport.framing import FrameReader
 from pipeline.transport.storage import Storage
 from tests.harness.cancelling import CancelAt, cancelled_at
@@ -235,4 +239,35 @@ def test_a_restore_is_cancelled_or_goes_to_its_end(
         assert not left, [Path(f"/proc/{pid}/status").read_text() for pid in left]
         assert not [pid for pid in family if os.path.exists(f"/proc/{pid}")], "what was cancelled runs"
         restore(tree, image)
+    tree.check()
+
+
+def test_a_restore_that_is_cancelled_while_its_last_pages_are_on_their_way_is_cancelled(
+    start: Callable[..., Tree], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They come when the tree is being ended, and are read to the end."""
+    load, give_back = StoredPages.load, Pager._give_back
+
+    async def slowly(stored: StoredPages, *args: Any) -> LeasedRun:
+        with trio.CancelScope(shield=True):
+            leased = await load(stored, *args)
+            await trio.sleep(0.2)
+        return leased
+
+    def slow_to_the_end(pager: Pager, *args: Any, **kwargs: Any) -> None:
+        give_back(pager, *args, **kwargs)
+        time.sleep(0.4)
+
+    monkeypatch.setattr(StoredPages, "load", slowly)
+    monkeypatch.setattr(Pager, "_give_back", slow_to_the_end)
+    tree = start("threads", DEPTH_1)
+    family = tree.pids()
+    image = tmp_path / "image"
+    dump(tree, image)
+    instrument = CancelAt(STEPS)
+    progress = Arms(instrument, "postcopy")
+    instrument.run(lambda: pipeline.restore(str(image), detach=True, progress=progress, lazy=True))
+    assert instrument.scope.cancelled_caught
+    assert not reap(family)
+    restore(tree, image)
     tree.check()

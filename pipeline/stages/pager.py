@@ -21,6 +21,7 @@ import os
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import trio
@@ -145,7 +146,7 @@ class Pager:
                 self._instruct(guard)
             self.take_another_guard()
         except BaseException:
-            self._close()
+            self.give_up()
             raise
 
     def _instruct(self, guard: Guard) -> None:
@@ -165,7 +166,7 @@ class Pager:
 
     def give_up(self) -> None:
         """Let go of all, and end the tree if nobody else does; instead of `run`."""
-        self._close()
+        self._give_back(self._memories, is_whole=False)
 
     async def run(self) -> None:
         """Answer until every page is there; otherwise, the tree is killed."""
@@ -178,18 +179,21 @@ class Pager:
                 await self._all_there.wait()
                 nursery.cancel_scope.cancel()
         finally:
+            # decided here: a page that comes meanwhile, to nobody any more, makes nothing whole
+            is_whole = self._all_there.is_set()
+            memories, self._memories = self._memories, []
             with trio.CancelScope(shield=True):
-                await trio.to_thread.run_sync(self._close)
-            if self._all_there.is_set():
+                await trio.to_thread.run_sync(partial(self._give_back, memories, is_whole=is_whole))
+            if is_whole:
                 self.whole.set()
 
-    def _close(self) -> None:
-        if self._all_there.is_set():
+    def _give_back(self, memories: Iterable[_Memory], *, is_whole: bool) -> None:
+        if is_whole:
             self._guard.dismiss()
         else:
             self._guard.alarm()
-        while self._memories:
-            self._memories.pop().close()
+        for memory in memories:
+            memory.close()
 
     # -- what is missing ------------------------------------------------------------------------
 

@@ -91,7 +91,7 @@ def test_a_child_may_be_forked_before_or_behind_a_move_that_is_told_with_it(fork
             if fork == "told in calm":
                 await trio.sleep(1)
         (child,) = pager._memories
-        pager._close()
+        pager.give_up()
         return memory.missing, child.missing
 
     parent, child = trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
@@ -289,6 +289,36 @@ def test_who_waits_for_what_is_no_more_waits_no_longer(subject: Subject, act: st
         await subject.answers(f"{act}: True", f"look: {found}")
 
     paged(subject, scenario)
+
+
+@pytest.mark.root
+def test_a_page_that_comes_while_the_tree_is_given_up_makes_nothing_whole(subject: Subject) -> None:
+    """Whoever brings it was in the middle of that, and hears that it is cancelled a step later."""
+    begun, ended = threading.Event(), threading.Event()
+
+    class Slow(_NoGuard):
+        def alarm(self) -> None:
+            begun.set()
+            alarmed.append(ended.wait(PATIENCE_S))
+
+    async def main() -> Pager:
+        pager = Pager([watched(subject, 1)], [], cast(Guard, Slow()))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(pager.run)
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.cancel_scope.cancel()
+            with trio.CancelScope(shield=True):
+                while not begun.is_set():
+                    await trio.sleep(0.001)
+                for number in range(PAGES):
+                    await pager.bring(page(number))
+            ended.set()
+        return pager
+
+    alarmed: list[bool] = []
+    pager = trio.run(main)
+    assert alarmed == [True]
+    assert not pager.whole.is_set()
 
 
 @pytest.mark.root

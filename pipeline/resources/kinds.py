@@ -34,7 +34,7 @@ from pipeline.policy import DumpPolicy, RestorePolicy
 from pipeline.remote.calls import Argument, Call
 from pipeline.resources.held import Held
 from pipeline.resources.shielded import Shield
-from pipeline.resources.socket_identity import Identity, borrowed, identify
+from pipeline.resources.socket_identity import ANY, Identity, borrowed, identify
 
 if TYPE_CHECKING:
     from pipeline.resources.memory.answering import Answered
@@ -90,7 +90,7 @@ class FdView(msgspec.Struct, frozen=True, dict=True):
         """What it is, where it `is_socket`; the kernel is asked once."""
         if not self.is_socket:
             return None
-        with borrowed(self.local) as sock:
+        with borrowed(self.local, ANY) as sock:
             return identify(sock)
 
     def as_socket(self) -> AbstractContextManager[socket.socket]:

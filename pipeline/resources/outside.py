@@ -26,6 +26,7 @@ from pipeline.ids import HostPid
 from pipeline.kernel.procfs import ProcessGone, stat
 from pipeline.kernel.syscalls import KCMP, kcmp
 from pipeline.resources.kinds import CaptureScope, FdView
+from pipeline.resources.shielded import Shield
 
 #: (process here, descriptor number there)
 Holder = tuple[HostPid, int]
@@ -41,9 +42,13 @@ class _Seen(NamedTuple):
 
 
 class Outsiders:
-    """The descriptors of every process of this host but our own, as they were at the last look."""
+    """The descriptors of every process of this host but our own, as they were at the last look.
 
-    def __init__(self) -> None:
+    `shield`: whose child may have duplicates, too.
+    """
+
+    def __init__(self, shield: Shield | None = None) -> None:
+        self._shield = shield
         self._seen: dict[HostPid, _Seen] = {}
         self._holders: dict[bytes, dict[HostPid, list[int]]] = {}
         self._groups: dict[int, set[HostPid]] = {}
@@ -57,10 +62,10 @@ class Outsiders:
 
     def look(self) -> None:
         """Read what has changed."""
-        own = os.getpid()
+        own = {os.getpid(), self._shield.child if self._shield is not None else 0}
         gone = set(self._seen)
         for name in os.listdir("/proc"):
-            if name.isdecimal() and int(name) != own:
+            if name.isdecimal() and int(name) not in own:
                 pid = HostPid(int(name))
                 with suppress(*_GONE, ProcessGone):
                     self._look_at(pid)

@@ -5,7 +5,7 @@ the program must not see its state while it is lent. The kernel lets tracees go 
 so the child traces that thread for as long, which then stops before it ends, SIGKILL or not, and waits for the child.
 
 A fork takes some 2 ms, and each page that is touched behind it is copied: so the child may be there before the tree
-stands still (`Shield`).
+stands still (`Shield`). It may then do what takes long and borrows nothing, too, while we do something else.
 
 Source: fork(2), setsid(2); ptrace(2), PTRACE_O_TRACEEXIT; prctl(2), PR_SET_PTRACER; kernel/exit.c (do_exit stops
 for the tracer before exit_notify, in which exit_ptrace lets tracees go).
@@ -19,7 +19,7 @@ import socket
 import struct
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import NoReturn, TypeVarTuple
 
 from pipeline.errors import ChildKilled
@@ -39,6 +39,8 @@ _NO_ERRNO = 255
 _FDS_AT_ONCE = 250
 _ENTRY = "shield"
 _READY = b"r"
+#: for whom nobody need be kept from ending
+_NOBODY = 0
 
 
 def shielded(act: Callable[[], bytes]) -> bytes:
@@ -71,6 +73,14 @@ class Shield:
     def __init__(self) -> None:
         self._child = 0
         self._control: socket.socket | None = None
+        #: something was begun, whose answer is on its way
+        self._is_busy = False
+        self._answer: tuple[int, bytes] | None = None
+
+    @property
+    def child(self) -> int:
+        """Its pid; 0 where there is none."""
+        return self._child if self._control is not None else 0
 
     def start(self) -> None:
         """Let the child be there, holding nothing of ours; once is enough.
@@ -111,32 +121,83 @@ class Shield:
         Raises:
             OSError: as `shielded`.
         """
-        if self._control is None:
-            return shielded(lambda: act(list(fds), *args))
-        asked = pickle.dumps((threading.get_native_id(), act, args))
+        self.settle()
         with _children_may_trace_us():
-            try:
-                _send(self._control, len(fds), asked, fds)
-            except OSError:
-                # it was killed, or too many descriptors are on their way: it has not heard all of it
-                self.close()
+            if not self._ask(threading.get_native_id(), act, fds, args):
                 return shielded(lambda: act(list(fds), *args))
-            try:
-                code, answer = _receive(self._control)
-            except (ConnectionError, EOFError):
-                self.close()
-                raise ChildKilled from None
-        if code:
-            raise OSError(code, os.strerror(code) if code != _NO_ERRNO else "it has failed")
-        return answer
+            answer = self._hear()
+        return _content(answer)
+
+    def begin(self, act: Callable[[list[LocalFd], *Ts], bytes], fds: Sequence[LocalFd], *args: *Ts) -> bool:
+        """Let the child do what borrows nothing, while we go on; `end` tells what has become of it.
+
+        Args:
+            act, fds, args: as for `run`.
+
+        Returns:
+            False where there is no child: nothing is done.
+        """
+        self.settle()
+        self._answer = None
+        self._is_busy = self._ask(_NOBODY, act, fds, args)
+        return self._is_busy
+
+    def end(self) -> bytes:
+        """What was begun last has answered; told once.
+
+        Raises:
+            OSError: as `run`.
+        """
+        self.settle()
+        answer, self._answer = self._answer, None
+        return _content(answer)
+
+    def settle(self) -> None:
+        """Wait until the child holds nothing of what it was given; idempotent."""
+        if self._is_busy:
+            self._is_busy = False
+            self._answer = self._hear()
 
     def close(self) -> None:
         """Let the child end, and collect it; idempotent."""
+        self._is_busy = False
         if self._control is not None:
             self._control.close()
             self._control = None
             os.waitpid(self._child, 0)
             LEDGER.give_back(_ENTRY, self._child)
+
+    def _ask(
+        self, caller: int, act: Callable[..., bytes], fds: Sequence[LocalFd], args: tuple[object, ...]
+    ) -> bool:
+        """Whether the child has heard it. `caller`: the thread that is kept from ending."""
+        if self._control is None:
+            return False
+        try:
+            _send(self._control, len(fds), pickle.dumps((caller, act, args)), fds)
+        except OSError:
+            # it was killed, or too many descriptors are on their way: it has not heard all of it
+            self.close()
+            return False
+        return True
+
+    def _hear(self) -> tuple[int, bytes] | None:
+        """An errno and the answer; None: it was killed."""
+        assert self._control is not None
+        try:
+            return _receive(self._control)
+        except (ConnectionError, EOFError):
+            self.close()
+            return None
+
+
+def _content(answer: tuple[int, bytes] | None) -> bytes:
+    if answer is None:
+        raise ChildKilled
+    code, content = answer
+    if code:
+        raise OSError(code, os.strerror(code) if code != _NO_ERRNO else "it has failed")
+    return content
 
 
 def _stand_by(control: socket.socket) -> NoReturn:
@@ -158,7 +219,7 @@ def _stand_by(control: socket.socket) -> NoReturn:
             code, answer = 0, b""
             try:
                 caller, act, args = pickle.loads(asked)  # noqa: S301 (of ourselves)
-                with _kept_from_ending(caller):
+                with _kept_from_ending(caller) if caller != _NOBODY else nullcontext():
                     answer = act(fds, *args)
             except OSError as error:
                 code = error.errno or _NO_ERRNO

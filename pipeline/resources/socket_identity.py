@@ -24,6 +24,8 @@ class Identity(msgspec.Struct, frozen=True):
 
 #: the object asks the kernel by itself
 _UNKNOWN = Identity(-1, -1, -1)
+#: for an object that need not know
+ANY = Identity(0, 0, 0)
 
 
 @contextmanager

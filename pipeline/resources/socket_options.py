@@ -19,16 +19,17 @@ from __future__ import annotations
 import errno
 import socket
 import struct
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cache
 from typing import Annotated
 
 from msgspec import Meta
 
 from pipeline.errors import Blocker, RebuildError
+from pipeline.ids import LocalFd
 from pipeline.kernel import interfaces
 from pipeline.resources import socket_filter
-from pipeline.resources.socket_identity import Identity
+from pipeline.resources.socket_identity import Identity, borrowed
 from pipeline.resources.socket_table import (
     LONGEST_HEADERS_BYTES,
     SOL_NETLINK,
@@ -37,7 +38,7 @@ from pipeline.resources.socket_table import (
     options_of,
 )
 
-__all__ = ["LATE", "SOL_NETLINK", "Values", "apply", "capture", "check"]
+__all__ = ["LATE", "SOL_NETLINK", "Packed", "Values", "apply", "capture", "capture_all", "check", "unpacked"]
 
 _SOL = socket.SOL_SOCKET
 _SO_SNDBUFFORCE = 32
@@ -54,6 +55,8 @@ LATE = frozenset({_FILTER, "SO_LOCK_FILTER", "SO_PEEK_OFF"})
 Values = dict[
     Annotated[str, Meta(max_length=40)], Annotated[bytes, Meta(max_length=socket_filter.LONGEST_BYTES)]
 ]
+#: for each socket: like which of them it is, itself if like none before; what is other than there; what it has not
+Packed = Sequence[tuple[int, Values, Sequence[str]]]
 #: of what a connection is often given: to set one changes no other
 _ALONE = frozenset(
     {
@@ -140,6 +143,33 @@ def capture(sock: socket.socket, who: Identity) -> Values:
         value = _read(sock, option)
         if value is not None:
             found[option.name] = value
+    return found
+
+
+def capture_all(sockets: Sequence[tuple[LocalFd, Identity]]) -> Packed:
+    """`capture` of many, small: they are much alike. `unpacked` makes them what they are."""
+    found = []
+    firsts: dict[Identity, tuple[int, Values]] = {}
+    for at, (local, who) in enumerate(sockets):
+        with borrowed(local, who) as sock:
+            values = capture(sock, who)
+        like, first = firsts.setdefault(who, (at, {}))
+        other = {name: value for name, value in values.items() if first.get(name) != value}
+        found.append((like, other, [name for name in first if name not in values]))
+        if like == at:
+            first.update(values)
+    return found
+
+
+def unpacked(packed: Packed) -> list[Values]:
+    """What `capture_all` was asked for, in its order."""
+    found: list[Values] = []
+    for at, (like, other, missing) in enumerate(packed):
+        values = {} if like == at else found[like].copy()
+        values.update(other)
+        for name in missing:
+            del values[name]
+        found.append(values)
     return found
 
 

@@ -24,6 +24,7 @@ from pipeline.ids import LocalFd
 from pipeline.image.schema import Id, Index, Record
 from pipeline.resources import socket_options
 from pipeline.resources.kinds import CaptureScope, CreateScope, FdView
+from pipeline.resources.options_ahead import OptionsAhead
 from pipeline.resources.socket_identity import Identity
 from pipeline.resources.socket_options import Values
 
@@ -51,7 +52,8 @@ class SocketState(Record, frozen=True, kw_only=True):
 
 def is_given(view: FdView, scope: CaptureScope) -> bool:
     """Whether the person who captures has named this socket as one that the destination gives."""
-    return os.fsdecode(view.link) in scope.policy.external_fds
+    given = scope.policy.external_fds
+    return bool(given) and os.fsdecode(view.link) in given
 
 
 def identity_of(view: FdView) -> Identity:
@@ -102,6 +104,7 @@ def network(sock: socket.socket, scope: CaptureScope) -> Index | None:
 
 def check(view: FdView, sock: socket.socket, scope: CaptureScope) -> Iterator[Blocker]:
     """What stops any socket: its network namespace and options that mean something here only."""
+    OptionsAhead.of(scope)
     if network(sock, scope) is None:
         yield Blocker(
             view.subject,
@@ -120,7 +123,7 @@ def capture(view: FdView, sock: socket.socket, scope: CaptureScope) -> SocketSta
         protocol=who.protocol,
         uid=scope.user(view.stat.st_uid),
         gid=scope.group(view.stat.st_gid),
-        options=socket_options.capture(sock, who),
+        options=OptionsAhead.of(scope).capture(view, sock),
         netns=_required(network(sock, scope)),
     )
 

@@ -20,7 +20,7 @@ from pipeline.ledger import LEDGER
 from pipeline.resources import tcp_read
 from pipeline.resources.held import Held
 from pipeline.resources.kinds import CaptureScope
-from pipeline.resources.socket_identity import borrowed
+from pipeline.resources.socket_identity import ANY, borrowed
 from pipeline.resources.sockets import EXTERNAL_NETWORK
 from pipeline.resources.tcp_lock import Lock
 from pipeline.resources.tcp_seen import Seen
@@ -98,7 +98,7 @@ class TcpHolding:
             except OSError as error:
                 said.append(f"peers may be told that their connections have ended: {error.strerror}")
         for duplicate in self._duplicates:
-            with borrowed(duplicate) as sock:
+            with borrowed(duplicate, ANY) as sock:
                 try:
                     sock.setsockopt(socket.IPPROTO_TCP, tcp_read.REPAIR, tcp_read.ON)
                 except OSError as error:

@@ -27,7 +27,7 @@ import msgpack
 
 from pipeline.ids import LocalFd
 from pipeline.resources.shielded import Shield, shielded
-from pipeline.resources.socket_identity import Identity, borrowed
+from pipeline.resources.socket_identity import ANY, borrowed
 from pipeline.resources.tcp_state import (
     FIN_RECEIVED,
     FIN_SENT,
@@ -48,8 +48,6 @@ _NO_SUCH_MODE = 42
 _SIOCOUTQNSD = 0x894B
 _SO_PEEK_OFF = 42
 _READ_AGAIN = 50
-#: what is asked here is the same for both families
-_ANY_TCP = Identity(socket.AF_INET, socket.SOCK_STREAM, _TCP)
 
 
 def may_repair(sock: socket.socket) -> bool:
@@ -77,27 +75,29 @@ def unsent(sock: socket.socket) -> int:
 
 def peek(local: LocalFd) -> bytes:
     """What waits to be read, without taking it. The socket has no pending error."""
-    with borrowed(local, _ANY_TCP) as sock:
+    with borrowed(local, ANY) as sock:
         waiting, _ = queued(sock)
     return _lent([local], lambda: shielded(lambda: _peek_whole(local, waiting))) if waiting else b""
 
 
 def _peek_whole(local: LocalFd, size_bytes: int) -> bytes:
-    with borrowed(local, _ANY_TCP) as sock, _whole_queue(sock):
+    with borrowed(local, ANY) as sock, _whole_queue(sock):
         return sock.recv(size_bytes, socket.MSG_PEEK | socket.MSG_DONTWAIT)
 
 
 def _lent(locals_: Sequence[LocalFd], look: Callable[[], bytes]) -> bytes:
-    """Look by a child that outlives us. If it is killed, we give back what it has changed."""
+    """Look by a child that outlives us and gives back what it has changed; if it fails, as when it is killed, we do."""
     with ExitStack() as loans:
         for local in locals_:
-            with borrowed(local, _ANY_TCP) as sock:
+            with borrowed(local, ANY) as sock:
                 loans.callback(_end_loan, local, _settings_of(sock))
-        return look()
+        found = look()
+        loans.pop_all()
+    return found
 
 
 def _end_loan(local: LocalFd, before: _Settings) -> None:
-    with borrowed(local, _ANY_TCP) as sock:
+    with borrowed(local, ANY) as sock:
         _give_back(sock, before)
 
 
@@ -161,7 +161,7 @@ def _read_all(locals_: Sequence[LocalFd], parent: int) -> bytes:
     for local in locals_:
         if os.getppid() != parent:
             break
-        with borrowed(local, _ANY_TCP) as sock:
+        with borrowed(local, ANY) as sock:
             found.append(_read_whole(sock))
     packed: bytes = msgpack.packb(found)
     return packed

@@ -270,10 +270,34 @@ def go_to_state(sock: socket.socket, record: TcpState, made: Made, subject: str)
     """
     now = record.connection
     assert now is not None
+    state = State(now.state)
+    if state == State.CLOSING and now.unsent:
+        raise RebuildError(f"{subject}: CLOSING with bytes that were not sent cannot be made again")
+    if state in (State.FIN_WAIT2, State.CLOSING):
+        sock.setsockopt(_TCP, REPAIR_QUEUE, SEND_QUEUE)
+        sock.shutdown(socket.SHUT_WR)
+    if state == State.FIN_WAIT2:
+        acknowledgement = _fin(sock, record, now)._replace(flags=ACK, acknowledges=now.sent_end + 1)
+        deliver(acknowledgement, sock, state, made, subject)
+    elif state in FIN_RECEIVED:
+        reached = State.CLOSING if state == State.CLOSING else State.CLOSE_WAIT
+        fin = _fin(sock, record, now)
+        with _closed_peer(record, now, made) as hears:
+            deliver(fin, sock, reached, made, subject)
+            if hears is not None:
+                deliver(fin, sock, reached, made, subject)  # a retransmission is answered at once
+                hears()
+    try:
+        sock.setsockopt(_TCP, REPAIR_WINDOW, now.window.pack())  # last: such segments tell a window, too
+    except OSError as error:
+        raise RebuildError(f"{subject}: its window cannot be set: {error.strerror}") from error
+
+
+def _fin(sock: socket.socket, record: TcpState, now: Connection) -> Segment:
+    """With which the peer of a connection says that it sends no more."""
     assert record.local is not None
     assert record.peer is not None
-    state = State(now.state)
-    segment = Segment(
+    return Segment(
         source=plain(record.peer.host, record.peer.port),
         target=plain(record.local.host, record.local.port),
         sequence=now.received_end,
@@ -282,25 +306,6 @@ def go_to_state(sock: socket.socket, record: TcpState, made: Made, subject: str)
         window=now.window.snd_wnd >> (now.scales[0] if now.scales else 0),
         scope=_scope_of(sock, record.local),
     )
-    if state == State.CLOSING and now.unsent:
-        raise RebuildError(f"{subject}: CLOSING with bytes that were not sent cannot be made again")
-    if state in (State.FIN_WAIT2, State.CLOSING):
-        sock.setsockopt(_TCP, REPAIR_QUEUE, SEND_QUEUE)
-        sock.shutdown(socket.SHUT_WR)
-    if state == State.FIN_WAIT2:
-        acknowledges = now.sent_end + 1
-        deliver(segment._replace(flags=ACK, acknowledges=acknowledges), sock, state, made, subject)
-    elif state in FIN_RECEIVED:
-        reached = State.CLOSING if state == State.CLOSING else State.CLOSE_WAIT
-        with _closed_peer(record, now, made) as hears:
-            deliver(segment, sock, reached, made, subject)
-            if hears is not None:
-                deliver(segment, sock, reached, made, subject)  # a retransmission is answered at once
-                hears()
-    try:
-        sock.setsockopt(_TCP, REPAIR_WINDOW, now.window.pack())  # last: such segments tell a window, too
-    except OSError as error:
-        raise RebuildError(f"{subject}: its window cannot be set: {error.strerror}") from error
 
 
 @contextmanager
@@ -340,8 +345,8 @@ def _scope_of(sock: socket.socket, address: Address) -> int:
     return interfaces.number_of(sock, address.interface.encode()) if address.interface else 0
 
 
-def wake(sock: socket.socket, record: TcpState) -> None:
-    """End repair mode: the tree runs. OSError: a part of it could not be done."""
+def wake(sock: socket.socket, record: TcpState, fresh: socket_options.Values) -> None:
+    """End repair mode: the tree runs. OSError: a part of it could not be done. `fresh`: as for `establish`."""
     now = record.connection
     assert now is not None
     options = record.socket.options
@@ -357,14 +362,14 @@ def wake(sock: socket.socket, record: TcpState) -> None:
         )
     if now.state in (State.FIN_WAIT1, State.LAST_ACK):
         sock.shutdown(socket.SHUT_WR)
-    apply_late(sock, record)
+    apply_late(sock, record, fresh)
 
 
-def apply_late(sock: socket.socket, record: TcpState) -> None:
-    """What would have been in the way until now."""
+def apply_late(sock: socket.socket, record: TcpState, fresh: socket_options.Values | None = None) -> None:
+    """What would have been in the way until now. `fresh`: see `socket_options.apply`."""
     options = record.socket.options
     late = {name: options[name] for name in socket_options.LATE if name in options}
-    socket_options.apply(sock, record.socket.identity, late, "its connection")
+    socket_options.apply(sock, record.socket.identity, late, "its connection", fresh=fresh)
 
 
 def send_all(sock: socket.socket, data: bytes) -> None:

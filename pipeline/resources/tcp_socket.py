@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import select
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 
@@ -37,6 +37,7 @@ from pipeline.resources import inet_address, socket_options, sockets, tcp_read, 
 from pipeline.resources.inet_address import Address
 from pipeline.resources.kinds import CaptureScope, CreateScope, FdView
 from pipeline.resources.socket_identity import borrowed
+from pipeline.resources.socket_options import Values
 from pipeline.resources.sockets import EXTERNAL_NETWORK
 from pipeline.resources.steps import CompleteOnceCreated
 from pipeline.resources.tcp_ended import make_ended, make_reset
@@ -172,7 +173,7 @@ class Tcp(CompleteOnceCreated):
         """
         subject = _subject(file, record)
         made = partial(scope.in_network, record.socket.netns)
-        with borrowed(scope.file(file.index)) as sock:
+        with borrowed(scope.file(file.index), record.socket.identity) as sock:
             if record.phase == "listening":
                 _listen(sock, record, subject)
                 for client in record.clients:
@@ -182,12 +183,7 @@ class Tcp(CompleteOnceCreated):
                         raise ImageError(f"{subject}: who waits for it is no file of the image") from None
                     _connect_waiting(waits, client.peer, sock, subject)
             elif record.phase == "connected":
-                who = record.socket.identity
-                fresh = scope.once(
-                    ("options of a fresh connection", record.socket.netns, who),
-                    lambda: socket_options.capture(sock, who),
-                )
-                tcp_rebuild.establish(sock, record, subject, fresh)
+                tcp_rebuild.establish(sock, record, subject, _fresh_options(sock, record, scope))
             elif record.phase == "ended":
                 make_ended(sock, record, made, subject)
             elif record.phase == "closed":
@@ -200,15 +196,19 @@ class Tcp(CompleteOnceCreated):
             RebuildError: the state cannot be reached.
         """
         local, subject = scope.file(file.index), _subject(file, record)
-        with borrowed(local) as sock:
+        on: Callable[[socket.socket], None] | None = None
+        with borrowed(local, record.socket.identity) as sock:
             if record.phase == "waiting":
                 tcp_rebuild.apply_rest(sock, record.socket, subject)
                 tcp_rebuild.apply_late(sock, record)
+            elif record.phase == "connecting":
+                on = partial(_begin_anew, record=record)
             elif record.phase == "connected":
                 made = partial(scope.in_network, record.socket.netns)
                 tcp_rebuild.go_to_state(sock, record, made, subject)
-        if record.phase in ("connected", "connecting"):
-            scope.when_it_runs(local, partial(_wake, record, scope), f"the connection {_ends_of(record)}")
+                on = partial(tcp_rebuild.wake, record=record, fresh=_fresh_options(sock, record, scope))
+        if on is not None:
+            scope.when_it_runs(local, partial(_wake, record, scope, on), f"the connection {_ends_of(record)}")
 
 
 def _check_listener(one: Seen, tree: TcpTree, scope: CaptureScope) -> Iterator[Blocker]:
@@ -318,26 +318,30 @@ def _connect_waiting(client: LocalFd, peer: Address, listener: socket.socket, su
             raise RebuildError(f"{subject}: a client cannot wait for it again: it does not answer")
 
 
-def _wake(record: TcpState, scope: CreateScope, local: LocalFd) -> None:
-    """The tree runs; see `CreateScope.when_it_runs`."""
+def _fresh_options(sock: socket.socket, record: TcpState, scope: CreateScope) -> Values:
+    """Those of a connection in its network to which nothing was done yet, as `sock` is when it is asked for first."""
+    who = record.socket.identity
+    key = ("options of a fresh connection", record.socket.netns, who)
+    return scope.once(key, lambda: socket_options.capture(sock, who))
+
+
+def _wake(record: TcpState, scope: CreateScope, on: Callable[[socket.socket], None], local: LocalFd) -> None:
+    """The tree runs; see `CreateScope.when_it_runs`. `on`: lets the connection go on."""
     try:
         if record.lock and record.socket.netns == EXTERNAL_NETWORK:
             unlocking = partial(scope.in_network, EXTERNAL_NETWORK, partial(unlock, record.lock))
             scope.once(("tcp unlocked", record.lock), unlocking)
     finally:
-        _go_on(record, local)
+        with borrowed(local, record.socket.identity) as sock:
+            on(sock)
 
 
-def _go_on(record: TcpState, local: LocalFd) -> None:
-    with borrowed(local) as sock:
-        if record.phase == "connected":
-            tcp_rebuild.wake(sock, record)
-            return
-        assert record.peer is not None
-        with sockets.without_waiting(sock), suppress(BlockingIOError):
-            sock.connect(inet_address.unpack(sock, record.socket.family, record.peer))
-        tcp_rebuild.apply_rest(sock, record.socket, "its connection")
-        tcp_rebuild.apply_late(sock, record)
+def _begin_anew(sock: socket.socket, record: TcpState) -> None:
+    assert record.peer is not None
+    with sockets.without_waiting(sock), suppress(BlockingIOError):
+        sock.connect(inet_address.unpack(sock, record.socket.family, record.peer))
+    tcp_rebuild.apply_rest(sock, record.socket, "its connection")
+    tcp_rebuild.apply_late(sock, record)
 
 
 def _called(state: int) -> str:

@@ -26,10 +26,10 @@ class Beforehand:
 
     def __init__(self) -> None:
         self.limits = Limits()
-        self.outsiders = Outsiders()
+        self.shield = Shield()
+        self.outsiders = Outsiders(self.shield)
         self.networks = KeptNetworks()
         self.mappings = MappingReader()
-        self.shield = Shield()
 
     def __enter__(self) -> Self:
         return self

@@ -207,6 +207,7 @@ class FileObserver:
 
     def close(self) -> None:
         """Let go of the open files; idempotent."""
+        self.shield.settle()
         self._open.close()
 
     # -- the whole ------------------------------------------------------------------

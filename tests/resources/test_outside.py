@@ -6,11 +6,14 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
+from pipeline.ids import LocalFd
 from pipeline.resources import outside
 from pipeline.resources.outside import Outsiders
+from pipeline.resources.shielded import Shield
 
 
 @contextmanager
@@ -52,6 +55,26 @@ def outsider() -> Iterator[tuple[int, Callable[[str], int]]]:
 
 def _held(outsiders: Outsiders, link: bytes, pid: int) -> list[int]:
     return [fd for holder, fd in outsiders.of(link) if holder == pid]
+
+
+def _wait(_: list[LocalFd], fifo: str) -> bytes:
+    return Path(fifo).read_bytes()
+
+
+def test_the_child_that_looks_at_files_for_us_does_not_count(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    link = os.fsencode(tmp_path / "file")
+    shield = Shield()
+    shield.start()
+    try:
+        with (tmp_path / "file").open("wb") as file:
+            assert shield.begin(_wait, [LocalFd(file.fileno())], str(tmp_path / "fifo"))
+        with (tmp_path / "fifo").open("wb"):  # both are there
+            for outsiders, held in [(Outsiders(), 1), (Outsiders(shield), 0)]:
+                outsiders.look()
+                assert len(list(outsiders.of(link))) == held
+    finally:
+        shield.close()
 
 
 def test_descriptors_that_come_and_go_are_seen() -> None:

@@ -9,6 +9,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.errors import ChildKilled
 from pipeline.ids import HostPid, LocalFd
 from pipeline.kernel import procfs, ptrace
 from pipeline.kernel.arch.x86_64_numbers import NR
@@ -293,6 +295,66 @@ def test_a_child_that_was_killed_before(shield: Shield) -> None:
         os.kill(child, signal.SIGKILL)
     until(lambda: not os.path.exists(f"/proc/{child}") or procfs.stat(HostPid(child)).state == "Z")
     assert shield.run(repeat, [], b"a" * (1 << 20), 2) == b"a" * (2 << 20)
+
+
+def wait_for(_: list[LocalFd], path: str) -> bytes:
+    until(lambda: os.path.exists(path))
+    return b"there"
+
+
+@pytest.fixture
+def standing_by() -> Iterator[Shield]:
+    shield = Shield()
+    shield.start()
+    yield shield
+    shield.close()
+
+
+def test_what_is_begun_is_done_while_we_go_on(standing_by: Shield, tmp_path: Path) -> None:
+    for number in range(2):
+        assert standing_by.begin(wait_for, [], str(tmp_path / f"{number}"))
+        (tmp_path / f"{number}").touch()
+        assert standing_by.end() == b"there"
+
+
+def test_what_is_begun_is_told_behind_another_act(standing_by: Shield) -> None:
+    assert standing_by.begin(repeat, [], b"a", 1 << 20)
+    assert standing_by.run(repeat, [], b"b", 2) == b"bb"
+    standing_by.settle()
+    assert standing_by.end() == b"a" * (1 << 20)
+    with pytest.raises(ChildKilled):
+        standing_by.end()
+
+
+def test_what_nobody_asks_for_is_told_to_nobody(standing_by: Shield) -> None:
+    assert standing_by.begin(repeat, [], b"a", 2)
+    assert standing_by.begin(repeat, [], b"b", 2)
+    assert standing_by.end() == b"bb"
+    assert standing_by.begin(repeat, [], b"c", 2)
+    standing_by.close()
+
+
+def test_once_it_has_settled_the_child_holds_nothing(standing_by: Shield, tmp_path: Path) -> None:
+    with (tmp_path / "file").open("wb") as file:
+        assert standing_by.begin(wait_for, [LocalFd(file.fileno())], str(tmp_path / "now"))
+        timer = threading.Timer(0.1, (tmp_path / "now").touch)
+        timer.start()
+        standing_by.settle()
+        there = f"/proc/{standing_by._child}/fd"
+        assert str(tmp_path / "file") not in [os.readlink(f"{there}/{fd}") for fd in os.listdir(there)]
+        timer.join()
+
+
+def test_what_is_begun_and_fails(standing_by: Shield) -> None:
+    assert standing_by.begin(fail, [], OSError(errno.EPERM, "no"))
+    with pytest.raises(PermissionError):
+        standing_by.end()
+    assert standing_by.begin(end, [])
+    assert standing_by.run(repeat, [], b"a", 2) == b"aa", "by another child"
+    with pytest.raises(ChildKilled):
+        standing_by.end()
+    assert not standing_by.begin(repeat, [], b"a", 2), "there is no child any more"
+    assert not Shield().begin(repeat, [], b"a", 2)
 
 
 def test_it_ends_with_us(lenders: Lenders, target: HostPid, tmp_path: Path) -> None:

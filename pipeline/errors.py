@@ -40,12 +40,14 @@ class Blocker:
         reason: the kernel's fact.
         remedy: what the user can do; may be empty.
         transient: true where waiting a moment may remove it (a connection in flight).
+        hinders_stop: true where the tree may not come to stand still as long as it lasts (a frozen cgroup).
     """
 
     subject: str
     reason: str
     remedy: str = ""
     transient: bool = False
+    hinders_stop: bool = False
 
     def __str__(self) -> str:
         return f"{self.subject}: {self.reason}" + (f" ({self.remedy})" if self.remedy else "")

@@ -54,8 +54,8 @@ def tree_blockers(
 ) -> list[Blocker]:
     """Every blocker of the tree below `pid`, which is stopped for it, for some milliseconds.
 
-    In a tracer's thread. What goes away by itself is looked at again. As long as one and the same such thing shows
-    while the tree runs, as that its cgroup is frozen, it is not stopped: that might take long. Another each time, as
+    In a tracer's thread. What goes away by itself is looked at again. As long as one and the same thing shows that
+    hinders a stop, as that its cgroup is frozen, the tree is not stopped: that might take long. Another each time, as
     one vfork(2) behind the other, is the program at work.
 
     Args:
@@ -70,7 +70,7 @@ def tree_blockers(
     for pause_s in (0.0, *_PAUSES_S):
         time.sleep(pause_s)
         shown = early_blockers(pid, externals, policy)
-        lasts = any(blocker.transient and (before is None or blocker in before) for blocker in shown)
+        lasts = any(blocker.hinders_stop and (before is None or blocker in before) for blocker in shown)
         before = shown
         if lasts:
             found = shown

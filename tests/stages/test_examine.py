@@ -59,20 +59,25 @@ def test_of_a_tree_that_cannot_be_stopped_what_shows_is_told_with_that(
     assert len(found) == 2
 
 
-_FROZEN = Blocker("pid 7", "its cgroup is frozen", transient=True)
-_VFORKS = [Blocker("pid 7", f"waits for its vfork child, pid {child}", transient=True) for child in (8, 9)]
+def _hinders_stop(reason: str) -> Blocker:
+    return Blocker("pid 7", reason, transient=True, hinders_stop=True)
+
+
+_FROZEN = _hinders_stop("its cgroup is frozen")
+_VFORKS = [_hinders_stop(f"waits for its vfork child, pid {child}") for child in (8, 9)]
+_SEGMENT = Blocker("pid 7", "its segment is attached once more", transient=True)
 
 
 @pytest.mark.root
 @pytest.mark.parametrize(
     "looks",
-    [[[_FROZEN], [_FROZEN], []], [[_VFORKS[0]], [_VFORKS[1]]]],
-    ids=["it lasts", "one behind the other"],
+    [[[_FROZEN], [_FROZEN], []], [[_VFORKS[0]], [_VFORKS[1]]], [[_SEGMENT]]],
+    ids=["it lasts", "one behind the other", "it hinders nobody"],
 )
-def test_what_goes_away_by_itself_is_no_reason_to_stop_a_tree_as_long_as_it_lasts(
+def test_a_tree_is_not_stopped_as_long_as_something_lasts_that_hinders_that(
     start: Callable[..., Tree], monkeypatch: pytest.MonkeyPatch, looks: list[list[Blocker]]
 ) -> None:
-    """It may be what keeps it from being stopped; a program that vforks all the time does so at each look."""
+    """A program that vforks all the time does so at each look."""
     tree = start("quiet")
     looks = list(looks)
     monkeypatch.setattr(Capture, "blockers_besides_files", lambda _: looks.pop(0))

@@ -166,7 +166,11 @@ class CgroupCapture:
                 if place not in frozen and self._is_frozen(place):
                     frozen.add(place)
                     yield Blocker(
-                        f"pid {pid}", f"its cgroup {_name(place)} is frozen", "thaw it", transient=True
+                        f"pid {pid}",
+                        f"its cgroup {_name(place)} is frozen",
+                        "thaw it",
+                        transient=True,
+                        hinders_stop=True,
                     )
                 if place[1] != self._here.get(place[0]) and self._is_hidden(place):
                     reason = f"it is in cgroup {_name(place)}, whose hierarchy is not mounted here"

@@ -81,6 +81,7 @@ def check_vfork(subject: str, tid: HostPid) -> Iterator[Blocker]:
                 f"waits for its vfork child, pid {child}, which has its memory until it executes a program",
                 "let it do that, or end it",
                 transient=True,
+                hinders_stop=True,
             )
 
 
@@ -93,6 +94,7 @@ def check_page_fault(subject: str, tid: HostPid) -> Iterator[Blocker]:
                 "waits in a system call for a page that a userfaultfd answers for, and cannot be stopped before",
                 "let it be brought",
                 transient=True,
+                hinders_stop=True,
             )
 
 

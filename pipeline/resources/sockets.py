@@ -104,7 +104,7 @@ def network(sock: socket.socket, scope: CaptureScope) -> Index | None:
 
 def check(view: FdView, sock: socket.socket, scope: CaptureScope) -> Iterator[Blocker]:
     """What stops any socket: its network namespace and options that mean something here only."""
-    OptionsAhead.of(scope)
+    OptionsAhead.of(scope)  # is at work from here on
     if network(sock, scope) is None:
         yield Blocker(
             view.subject,

@@ -241,6 +241,7 @@ class FileObserver:
         Args:
             draft: only of those that processes or mappings are made with; of the others only that they are there.
         """
+        self.shield.settle()  # what of them is borrowed from now on is not read by somebody else meanwhile
         for index, view in self._open.files():
             check_cancelled()
             kind = self._kind(view)

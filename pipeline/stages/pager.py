@@ -166,7 +166,7 @@ class Pager:
 
     def give_up(self) -> None:
         """Let go of all, and end the tree if nobody else does; instead of `run`."""
-        self._give_back(self._memories, is_whole=False)
+        self._give_back(self._take_memories(), is_whole=False)
 
     async def run(self) -> None:
         """Answer until every page is there; otherwise, the tree is killed."""
@@ -181,11 +181,15 @@ class Pager:
         finally:
             # decided here: a page that comes meanwhile, to nobody any more, makes nothing whole
             is_whole = self._all_there.is_set()
-            memories, self._memories = self._memories, []
+            memories = self._take_memories()
             with trio.CancelScope(shield=True):
                 await trio.to_thread.run_sync(partial(self._give_back, memories, is_whole=is_whole))
             if is_whole:
                 self.whole.set()
+
+    def _take_memories(self) -> list[_Memory]:
+        memories, self._memories = self._memories, []
+        return memories
 
     def _give_back(self, memories: Iterable[_Memory], *, is_whole: bool) -> None:
         if is_whole:

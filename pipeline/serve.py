@@ -410,9 +410,9 @@ class _Server:
             if borrowing.pager.whole.is_set():
                 self._whole.add(migration)
             else:
-                self._said(
-                    f"the tree of pid {root} is ended: pages of it were missing (migration {migration})"
-                )
+                why = f"the tree of pid {root} is ended: pages of it were missing"
+                self._lost.setdefault(migration, why)
+                self._said(f"{why} (migration {migration})")
         self._arrived.set()
 
     @staticmethod
@@ -454,9 +454,13 @@ class _Server:
             await channel.say(Whole())
             await _drain(channel)
         elif borrowing is None or not borrowing.begun:
-            await channel.say(Refuse(f"nothing is known here of migration {resume.migration}"))
+            unknown = f"nothing is known here of migration {resume.migration}"
+            await channel.say(Refuse(self._lost.get(resume.migration, unknown)))
         else:
-            await borrowing.resume(channel, self._completed(resume.migration))
+            try:
+                await borrowing.resume(channel, self._completed(resume.migration))
+            except RebuildError as error:
+                await self._refuse(channel, str(error))
 
 
 def _no_paging(error: OSError) -> str:

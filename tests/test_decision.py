@@ -25,7 +25,7 @@ from pipeline.transport.buffers import LeasedRun
 from pipeline.transport.framing import FrameReader
 from pipeline.transport.storage import Storage
 from tests.harness.cancelling import CancelAt, cancelled_at
-from tests.harness.hosts import Host, Server, inside, kill_inside, serving
+from tests.harness.hosts import Host, Server, inside, kill_guard, kill_inside, serving
 from tests.harness.settings import DEPTH_1
 from tests.harness.tree import PATIENCE_S, ROOT, Tree, dump, family_of, reap, restore, said
 
@@ -100,21 +100,12 @@ def test_a_guard_that_is_killed_costs_no_tree(
     hosts: tuple[Host, Host], secret: Path, start_on: Callable[..., Tree]
 ) -> None:
     """Also when the source may have decided already."""
-
-    def kill_guard() -> None:
-        (guard,) = (
-            pid
-            for pid in family_of(inside(server.process))
-            if b"guard_program" in Path(f"/proc/{pid}/cmdline").read_bytes()
-        )
-        os.kill(guard, signal.SIGKILL)
-
     source, destination = hosts
     tree = start_on(source, "threads", DEPTH_1)
     family = tree.pids()
     with serving(destination, secret) as server:
         with _asked(source, server, secret, "postcopy") as migration:
-            kill_guard()
+            kill_guard(server, signal.SIGKILL)
             out, _ = migration.communicate("go on\n", timeout=PATIENCE_S)
         assert out == "migrated\n"
         assert not reap(family), "the source still runs"

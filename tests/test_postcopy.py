@@ -14,7 +14,7 @@ import pytest
 
 from pipeline.ids import HostPid
 from pipeline.kernel import smaps
-from tests.harness.hosts import Host, Server, kill_inside, serving, terminate
+from tests.harness.hosts import Host, Server, kill_guard, kill_inside, serving, terminate
 from tests.harness.running import Running
 from tests.harness.settings import DEPTH_0, DEPTH_1, DEPTH_2, Setting
 from tests.harness.tree import Tree, reap, said
@@ -77,6 +77,18 @@ def under_way(
     ):
         migration.wait_for("postcopy")
         yield server, wire, migration
+
+
+def given_up(migration: Running) -> str:
+    """Interrupt a migration whose destination is gone, twice; what it said."""
+    for _ in range(2):
+        assert migration.process.poll() is None
+        kill_inside(migration.process, signal.SIGINT)
+        time.sleep(0.3)
+    _, err = migration.process.communicate(timeout=20)
+    assert migration.process.returncode == 4, err
+    assert "pages were missing" in err
+    return str(err)
 
 
 def assert_gone(destination: Host) -> None:
@@ -233,14 +245,33 @@ def test_a_tree_is_ended_rather_than_shown_zeros(
         assert_gone(destination)
         if number == signal.SIGINT:
             assert "pages of it were missing" in server.process.communicate(timeout=20)[1]
-        for _ in range(2):
-            assert migration.process.poll() is None
-            kill_inside(migration.process, signal.SIGINT)
-            time.sleep(0.3)
-        _, err = migration.process.communicate(timeout=20)
-        assert migration.process.returncode == 4, err
-        assert "the destination cannot be reached" in err
-        assert "pages were missing" in err
+        assert "the destination cannot be reached" in given_up(migration)
+
+
+@pytest.mark.parametrize(
+    ("to_guard", "to_server"),
+    [(signal.SIGTERM, signal.SIGKILL), (signal.SIGKILL, signal.SIGINT)],
+    ids=["pkill", "guard first"],
+)
+def test_a_tree_is_ended_whoever_was_killed_of_those_who_bring_its_pages(
+    hosts: tuple[Host, Host],
+    secret: Path,
+    large: Tree,
+    tmp_path: Path,
+    to_guard: signal.Signals,
+    to_server: signal.Signals,
+) -> None:
+    _, destination = hosts
+    with under_way(hosts, large, secret, tmp_path, SLOW, options=()) as (server, _, migration):
+        kill_guard(server, to_guard)
+        time.sleep(0.2)
+        assert destination.outer_pid(5000)
+        for _ in range(1 if to_server == signal.SIGKILL else 2):
+            assert server.process.poll() is None
+            kill_inside(server.process, to_server)
+            time.sleep(0.5)
+        assert_gone(destination)
+        given_up(migration)
 
 
 def test_a_source_that_is_killed_leaves_a_tree_that_waits(

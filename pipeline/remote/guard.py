@@ -3,6 +3,7 @@
 The kernel would show it zeros where we cannot answer any more. So a small process of its own
 (`pipeline.remote.guard_program`) holds duplicates of all that watches memory, and kills the tree when we are gone,
 however we went. A child that the tree forks just then may escape it: its descriptor is given on when we hear of it.
+If somebody has killed that process, the tree is ours to kill when we give up.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ import socket
 import struct
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
 from pipeline.errors import RebuildError
 from pipeline.ids import HostPid, LocalFd
 from pipeline.ledger import LEDGER
+from pipeline.remote.guard_program import end_all
 
 _PROGRAM = Path(__file__).with_name("guard_program.py")
 #: a message of the program: what, and the number of a descriptor here
@@ -45,6 +47,8 @@ class Guard:
                 ours.close()
                 raise
         self._channel: socket.socket | None = ours
+        #: pidfds
+        self._victims: list[LocalFd] = []
         LEDGER.take("guard", self._process.pid)
 
     @property
@@ -68,12 +72,9 @@ class Guard:
 
     def watch_over(self, pids: Iterable[HostPid]) -> None:
         """Tell it whom to kill; raises as `hold`."""
-        pidfds = [LocalFd(os.pidfd_open(pid)) for pid in pids]
-        try:
-            self._give(b"p", pidfds)
-        finally:
-            for pidfd in pidfds:
-                os.close(pidfd)
+        for pid in pids:
+            self._victims.append(LocalFd(os.pidfd_open(pid)))
+            self._give(b"p", self._victims[-1:])
 
     def _give(self, what: bytes, fds: list[LocalFd]) -> None:
         for fd in fds:
@@ -94,11 +95,16 @@ class Guard:
             self._end()
 
     def alarm(self) -> None:
-        """It kills everybody, and ends; idempotent, and nothing after `dismiss`."""
+        """Everybody is killed, and it ends; idempotent, and nothing after `dismiss`."""
         if self._channel is not None:
-            self._end()
+            self._end(self._kill)
 
-    def _end(self) -> None:
+    def _kill(self) -> None:
+        """What it was to do, where it could not."""
+        if self._process.returncode:
+            end_all(list(self._victims))
+
+    def _end(self, last: Callable[[], None] = lambda: None) -> None:
         channel, self._channel = self._channel, None
         assert channel is not None
         channel.close()
@@ -108,3 +114,8 @@ class Guard:
             self._process.kill()
             self._process.wait()
         LEDGER.give_back("guard", self._process.pid)
+        try:
+            last()
+        finally:
+            while self._victims:
+                os.close(self._victims.pop())

@@ -50,7 +50,8 @@ def tell(pidfd: int, number: int) -> None:
 def end_all(pidfds: list[int]) -> None:
     """Kill them and their descendants: who is stopped has no more children."""
     known = {pid: pidfd for pidfd in pidfds if (pid := pid_of(pidfd)) > 0}
-    for pidfd in known.values():
+    given = set(known.values())
+    for pidfd in given:
         tell(pidfd, signal.SIGSTOP)
     while new := descendants(set(known)) - set(known):
         for pid in new:
@@ -63,10 +64,15 @@ def end_all(pidfds: list[int]) -> None:
     for pidfd in known.values():
         if pidfd >= 0:
             tell(pidfd, signal.SIGKILL)
+            if pidfd not in given:
+                os.close(pidfd)
 
 
 def main() -> None:
     """See the module."""
+    # who ends us by them, as `pkill` and systemd do with all of a name or a service, means who is watched over, too
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     channel = socket.socket(fileno=0)
     victims: list[int] = []
     held: dict[int, list[int]] = {}

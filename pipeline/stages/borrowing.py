@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import trio
 
-from pipeline.errors import ImageError, PeerError, ungrouped
+from pipeline.errors import ImageError, PeerError, RebuildError, ungrouped
 from pipeline.ids import HostPid
 from pipeline.remote.guard import Guard
 from pipeline.stages.pager import Pager, Watched
@@ -33,6 +33,8 @@ class Borrowing:
         self._pager: Pager | None = None
         self._scope = trio.CancelScope()
         self._begun = trio.Event()
+        #: no page comes any more: all are there, or the tree is ended
+        self._over = trio.Event()
         #: the source knows that it is over, or had time enough to hear of it
         self._told = trio.Event()
 
@@ -76,8 +78,11 @@ class Borrowing:
 
     async def run(self) -> None:
         """Until every page is there, and the source has heard of it; otherwise, or by `stop`, the tree is killed."""
-        with self._scope:
-            await self.pager.run()
+        try:
+            with self._scope:
+                await self.pager.run()
+        finally:
+            self._over.set()
         with trio.move_on_after(_FAREWELL_S):
             await self._told.wait()
 
@@ -102,7 +107,10 @@ class Borrowing:
                 nursery.cancel_scope.cancel()
 
     async def resume(self, channel: Channel, completed: Completed) -> None:
-        """Say what is missing to a source that has come back, then that its tree runs; and take that in."""
+        """Say what is missing to a source that has come back, then that its tree runs; and take that in.
+
+        Raises as `take_all`.
+        """
         for space, ranges in self.pager.lacking().items():
             for at in range(0, len(ranges), MAX_LACKING):
                 await channel.say(Lacking(space, ranges[at : at + MAX_LACKING]))
@@ -114,10 +122,13 @@ class Borrowing:
 
         Raises:
             PeerError: the connection broke.
+            RebuildError: the tree is ended.
         """
 
         async def tell() -> None:
-            await self.pager.whole.wait()
+            await self._over.wait()
+            if not self.pager.whole.is_set():
+                raise RebuildError("the tree is ended: pages of it could not be put in place any more")
             await channel.say(Whole())
 
         with ungrouped():

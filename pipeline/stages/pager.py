@@ -26,6 +26,7 @@ from typing import NamedTuple
 
 import trio
 
+from pipeline.errors import ungrouped
 from pipeline.ids import HostPid, LocalFd
 from pipeline.image.frames import PageRun
 from pipeline.kernel import paging, uffdio
@@ -169,15 +170,20 @@ class Pager:
         self._give_back(self._take_memories(), is_whole=False)
 
     async def run(self) -> None:
-        """Answer until every page is there; otherwise, the tree is killed."""
+        """Answer until every page is there; otherwise, the tree is killed.
+
+        Raises:
+            RebuildError, OSError: it cannot be answered any more.
+        """
         try:
-            async with trio.open_nursery() as nursery:
-                self._listeners = nursery
-                for memory in self._memories:
-                    nursery.start_soon(self._listen, memory)
-                self._let_go_of_the_whole()
-                await self._all_there.wait()
-                nursery.cancel_scope.cancel()
+            with ungrouped():
+                async with trio.open_nursery() as nursery:
+                    self._listeners = nursery
+                    for memory in self._memories:
+                        nursery.start_soon(self._listen, memory)
+                    self._let_go_of_the_whole()
+                    await self._all_there.wait()
+                    nursery.cancel_scope.cancel()
         finally:
             # decided here: a page that comes meanwhile, to nobody any more, makes nothing whole
             is_whole = self._all_there.is_set()

@@ -270,6 +270,16 @@ def inside(process: subprocess.Popen[str]) -> int:
     return child
 
 
+def kill_guard(server: Server, number: int) -> None:
+    """Send a signal to the process that watches over the tree of a server whose pages come later."""
+    (guard,) = (
+        pid
+        for pid in family_of(inside(server.process))
+        if b"guard_program" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    )
+    os.kill(guard, number)
+
+
 def terminate(process: subprocess.Popen[str]) -> Sequence[str]:
     """End a command that was started with `Host.command`, and what it said."""
     for child in children_of(process.pid):

@@ -9,6 +9,7 @@ import mmap
 import os
 import select
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator
@@ -19,6 +20,7 @@ import pytest
 import trio
 import trio.testing
 
+from pipeline.errors import RebuildError
 from pipeline.ids import HostPid, LocalFd
 from pipeline.image.frames import PageRun
 from pipeline.kernel import paging, smaps, uffdio
@@ -29,8 +31,10 @@ from pipeline.ledger import LEDGER
 from pipeline.remote.guard import Guard
 from pipeline.resources.memory.missing import Missing, Place
 from pipeline.resources.memory.watch import ENTRY
+from pipeline.stages.borrowing import Borrowing
 from pipeline.stages.lending import _holds_robust_mutexes
 from pipeline.stages.pager import Pager, Watched, _Memory
+from pipeline.transport.tcp import Channel
 from tests.harness.tree import PATIENCE_S
 
 #: nobody has anything mapped there
@@ -319,6 +323,85 @@ def test_a_page_that_comes_while_the_tree_is_given_up_makes_nothing_whole(subjec
     pager = trio.run(main)
     assert alarmed == [True]
     assert not pager.whole.is_set()
+
+
+@pytest.mark.root
+def test_who_cannot_go_on_says_so_to_whoever_sends_pages(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would wait for ever to hear that all are there."""
+
+    def fail(_: LocalFd) -> list[Event]:
+        raise OSError(errno.EIO, "it cannot be read")
+
+    class Silent:
+        """A source that has sent all it has."""
+
+        peer = "somebody"
+
+        def __init__(self) -> None:
+            self.reader = self
+
+        async def next(self) -> None:
+            await trio.sleep_forever()
+
+    async def main() -> None:
+        borrowing = Borrowing()
+        borrowing.prepare([watched(subject, 1)], [subject.pid])
+        borrowing.begin()
+        failed: list[OSError] = []
+
+        async def run() -> None:
+            try:
+                await borrowing.run()
+            except OSError as error:
+                failed.append(error)
+
+        with trio.fail_after(PATIENCE_S):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(run)
+                subject.begin("move")
+                with pytest.raises(RebuildError, match="the tree is ended"):
+                    await borrowing.take_all(cast(Channel, Silent()))
+        assert [error.errno for error in failed] == [errno.EIO]
+
+    monkeypatch.setattr(paging, "read_events", fail)
+    trio.run(main)
+    assert not LEDGER.held()
+
+
+def test_who_watches_over_a_tree_goes_on_when_all_of_a_name_are_told_to_end() -> None:
+    """As by `pkill`; it is ended by us."""
+    held = LEDGER.held()
+    with subprocess.Popen(["sleep", "1000"]) as victim:
+        guard = Guard()
+        guard.watch_over([HostPid(victim.pid)])
+        time.sleep(0.5)  # it has begun
+        for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+            os.kill(guard._process.pid, number)
+        time.sleep(0.2)
+        assert guard.lives
+        guard.dismiss()
+        assert victim.poll() is None
+        victim.kill()
+    assert LEDGER.held() == held
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_an_alarm_ends_a_tree_though_its_guard_was_killed(killed: bool) -> None:
+    begun = len(os.listdir("/proc/self/fd"))
+    with subprocess.Popen(["sh", "-c", "sleep 1000 & echo $!; wait"], stdout=subprocess.PIPE) as victim:
+        assert victim.stdout is not None
+        child = os.pidfd_open(int(victim.stdout.readline()))
+        guard = Guard()
+        guard.watch_over([HostPid(victim.pid)])
+        if killed:
+            guard._process.kill()
+        guard.alarm()
+        assert victim.wait(PATIENCE_S) == -signal.SIGKILL
+        assert select.select([child], [], [], PATIENCE_S)[0]
+        os.close(child)
+    assert len(os.listdir("/proc/self/fd")) == begun
 
 
 @pytest.mark.root

@@ -2,7 +2,7 @@
 
 Every row is a real probe of a feature (never of a version), in a short-lived child
 where it would change this process. With a pid, everything that stops the tree is listed
-at once, and the tree is only looked at, never stopped.
+at once; for that the tree stands still for some milliseconds, and runs on.
 """
 
 from __future__ import annotations

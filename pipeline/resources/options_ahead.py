@@ -1,8 +1,8 @@
 """The options of all sockets of a tree that stands still, read by another process while they are checked.
 
-Some ninety system calls for each are a third of what a connection costs. That is done by the child of the `Shield`,
-where it is there already and there are sockets enough. If we are killed meanwhile, it has the sockets until it has read
-them: some milliseconds for each hundred.
+Some ninety system calls for each are nearly a quarter of the look at a connection. That is done by the child of the
+`Shield`, where it is there already and there are sockets enough. If we are killed meanwhile, it has the sockets until
+it has read them: some milliseconds for each hundred.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pipeline.resources.kinds import CaptureScope, FdView
 from pipeline.resources.socket_identity import Identity
 from pipeline.resources.socket_options import Values
 
-#: of fewer it takes as long to ask as to read
+#: to ask costs something, too
 _MANY = 8
 
 

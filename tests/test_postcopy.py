@@ -265,6 +265,8 @@ def test_a_tree_is_ended_whoever_was_killed_of_those_who_bring_its_pages(
     with under_way(hosts, large, secret, tmp_path, SLOW, options=()) as (server, _, migration):
         kill_guard(server, to_guard)
         time.sleep(0.2)
+        if to_guard == signal.SIGTERM:
+            kill_guard(server, 0)  # it is still there
         assert destination.outer_pid(5000)
         for _ in range(1 if to_server == signal.SIGKILL else 2):
             assert server.process.poll() is None

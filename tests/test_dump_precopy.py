@@ -15,6 +15,7 @@ import pytest
 import trio
 
 import pipeline
+from pipeline.kernel import userfaultfd
 from pipeline.precopy import rounds_pay
 from pipeline.progress import NullProgress, Round
 from pipeline.stages import freeze
@@ -69,7 +70,8 @@ def test_most_of_a_quiet_memory_is_stored_before_the_stop(
         restore(tree, image, *options)
     found = json.loads(done.stdout)
     assert not found["notes"]
-    assert found["figures"]["dirty-sync-count"] >= 1
+    if userfaultfd.is_asynchronous():
+        assert found["figures"]["dirty-sync-count"] == 1, "what is shared was not known to be quiet"
     sizes = {path.name: path.stat().st_size for path in image.iterdir()}
     assert sizes["image"] < sizes["pages"] / 10
     assert found["figures"]["transferred"] == sizes["image"] + sizes["pages"]

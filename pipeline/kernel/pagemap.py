@@ -186,6 +186,31 @@ def written(fd: LocalFd, start: int, end: int, *, whole: bool, anonymous: bool =
     return Protected(merged((a, b) for a, b, _ in runs), before)
 
 
+def unmarked(fd: LocalFd, start: int, end: int) -> list[Range] | None:
+    """Pages of a shared mapping that are not marked as protected by its watch; they are marked from now on.
+
+    Not marked are those that were written through this mapping since they were, and those that it does not show (any
+    more): the kernel may have taken a page that was written out of it. Page tables are made for all of it.
+
+    Args:
+        fd: an open /proc/PID/pagemap.
+        start, end: of a mapping that is watched, see `pipeline.kernel.userfaultfd`.
+
+    Returns:
+        Ascending; None if something in between is not watched (any more).
+    """
+    flags = WP_MATCHING | CHECK_WPASYNC
+    try:
+        # what is written between the two is there at the second one, and not marked at the next look
+        there = scan(fd, start, end, flags=flags, mask=CATEGORY.WRITTEN)
+        not_there = scan(fd, start, end, flags=flags, inverted=_HAS, mask=_HAS)
+    except OSError as error:
+        if error.errno != errno.EPERM:
+            raise
+        return None
+    return union([(a, b) for a, b, _ in there], [(a, b) for a, b, _ in not_there])
+
+
 @functools.cache
 def _knows_guards() -> bool:
     """Whether PAGEMAP_SCAN has the category of guard pages (since 6.15)."""

@@ -122,6 +122,18 @@ def begin_tracking(fd: LocalFd) -> None:
     uffdio.begin(fd, FEATURE.WP_UNPOPULATED | FEATURE.WP_ASYNC)
 
 
+def begin_following(fd: LocalFd) -> None:
+    """The same, and whoever forks, or moves or drops what is watched, waits until that was read.
+
+    See `pipeline.kernel.paging`. A child's mappings are watched, too, by a descriptor that its fork tells of.
+
+    Raises:
+        OSError: as `begin_tracking`; EPERM: that is for CAP_SYS_PTRACE in the initial user namespace only.
+    """
+    followed = FEATURE.EVENT_FORK | FEATURE.EVENT_REMAP | FEATURE.EVENT_REMOVE
+    uffdio.begin(fd, FEATURE.WP_UNPOPULATED | FEATURE.WP_ASYNC | followed)
+
+
 def register(fd: LocalFd, start: int, end: int) -> bool:
     """Watch the mappings of [start, end); False where that is not possible, or nothing is mapped any more.
 

@@ -15,14 +15,13 @@ with the parent's.
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from pipeline.errors import Blocker, Refused
-from pipeline.ids import HostPid, LocalFd
+from pipeline.ids import HostPid
 from pipeline.image.codec import Image
 from pipeline.image.schema import AddressSpace
 from pipeline.kernel import smaps
@@ -37,19 +36,19 @@ from pipeline.kernel.pagemap import (
     union,
 )
 from pipeline.kernel.procfs import ProcessGone
-from pipeline.ledger import LEDGER
 from pipeline.remote.tracer import check_cancelled
 from pipeline.resources.memory import devices, tracking
 from pipeline.resources.memory.alike import private_alike
 from pipeline.resources.memory.capture import watched_by_others
 from pipeline.resources.memory.later import is_copied, may_wait
-from pipeline.resources.memory.tracking import Tracking, TrackingLost
+from pipeline.resources.memory.tracking import Tracking, TrackingLost, WriteProtected
 from pipeline.stages import freeze
 from pipeline.stages.asking import inside
 from pipeline.stages.freeze import FrozenTree
+from pipeline.stages.live_sharing import LiveSharing
 from pipeline.stages.memory import FilePages, LivePages, PageSource, ProcessPages, SharedPages
 from pipeline.stages.observe import Looks
-from pipeline.stages.sent import LastSent, Sent
+from pipeline.stages.sent import LastSent
 
 #: every address that a program can have
 _ALL: list[Range] = [(0, 1 << 63)]
@@ -171,12 +170,7 @@ class LiveMemory:
         self._pids: list[HostPid] = []
         self._spaces: dict[int, _Space] = {}
         self._unseen: list[_Space] = []
-        self._sent: dict[int, Sent] = {}
-        self._objects: list[SharedPages | FilePages] = []
-        self._rounds = 0
-        #: how much of what is shared was sent before the last round
-        self._shared_before = 0
-        self._held: list[LocalFd] = []
+        self._sharing = LiveSharing()
 
     @property
     def image(self) -> Image:
@@ -209,17 +203,16 @@ class LiveMemory:
             match source:
                 case ProcessPages(number, pid):
                     tids = [pid, *(tid for tid in tasks[pid] if tid != pid)]
+                    places = _ALL if self._is_stored else _places(image.spaces[number])
                     with inside(pid, tids) as task:
                         watch = tracking.begin(pid, task.syscall, answers=image.spaces[number].answers)
-                    places = _ALL if self._is_stored else _places(image.spaces[number])
-                    self._spaces[number] = _Space(pid, watch, places)
-                case SharedPages(number, shared):
-                    fd = self._hold(shared.fd) if shared.fd is not None else None
-                    self._sent[number] = sent = Sent()
-                    self._objects.append(SharedPages(number, replace(shared, fd=fd), sent))
-                case FilePages(number, fd, size, _, early) if not (early and self._is_stored):
-                    self._sent[number] = sent = Sent()
-                    self._objects.append(FilePages(number, self._hold(fd), size, sent, early))
+                        self._spaces[number] = _Space(pid, watch, places)
+                        if isinstance(watch, WriteProtected):
+                            self._sharing.watch(pid, task.syscall)
+                case SharedPages():
+                    self._sharing.add(source)
+                case FilePages(early=early) if not (early and self._is_stored):
+                    self._sharing.add(source)
         above = {number: space.copy_of for number, space in image.spaces.items() if space.copy_of is not None}
         related = {*above, *above.values()}
         for number, space in self._spaces.items():
@@ -244,16 +237,6 @@ class LiveMemory:
                 space.pending = subtract(space.pending, inherited)
                 space.sent = list(inherited)
 
-    def _hold(self, fd: LocalFd) -> LocalFd:
-        """A description of our own, where that may be had: nobody's locks hang on it."""
-        try:
-            mine = LocalFd(os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC))
-        except OSError:
-            mine = LocalFd(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 0))
-        LEDGER.take("shared memory of a draft", mine)
-        self._held.append(mine)
-        return mine
-
     # -- while it runs ---------------------------------------------------------------------
 
     def first_look(self) -> None:
@@ -266,6 +249,7 @@ class LiveMemory:
         """
         while self._unseen:
             self._look_at(self._unseen.pop())
+        self._sharing.look_first(self._pids[0])
 
     @property
     def stands_still(self) -> bool:
@@ -282,6 +266,7 @@ class LiveMemory:
         """
         for space in self._spaces.values():
             self._look_at(space)
+        self._sharing.look(self._pids[0])
         return self.left_bytes()
 
     def _look_at(self, space: _Space) -> None:
@@ -295,20 +280,12 @@ class LiveMemory:
             space.lose()
 
     def left_bytes(self) -> int:
-        """How much was written that was not sent.
-
-        Of what is shared, as much as the last round has found, if it was not the first: nobody tells of it.
-        """
-        news = self._shared_bytes() - self._shared_before if self._rounds > 1 else 0
-        return news + sum(total_bytes(space.pending) for space in self._spaces.values())
+        """How much was written that was not sent, as far as that is known: see `LiveSharing.left_bytes`."""
+        return self._sharing.left_bytes() + sum(total_bytes(space.pending) for space in self._spaces.values())
 
     def unknown_bytes(self) -> int:
         """How much of what is shared was sent once, and may have been written since; the next round tells."""
-        return self._shared_bytes() if self._rounds == 1 else 0
-
-    def _shared_bytes(self) -> int:
-        """How much was sent of what every round looks at."""
-        return sum(self._sent[one.space].bytes for one in self._objects if _may_be_asked_again(one))
+        return self._sharing.unknown_bytes()
 
     def untracked_bytes(self) -> int:
         """How much there is that is not told of, and goes when the tree stands still. In any thread."""
@@ -354,9 +331,7 @@ class LiveMemory:
         Args:
             without_later: not what may come when the tree runs elsewhere (`pipeline.resources.memory.later`).
         """
-        self._rounds += 1
-        self._shared_before = self._shared_bytes()
-        found: list[PageSource] = [one for one in self._objects if first or _may_be_asked_again(one)]
+        found = self._sharing.take(first=first)
         taken: list[tuple[int, _Space, list[Range]]] = []
         for number, space in self._spaces.items():
             if space.is_lost:
@@ -411,6 +386,7 @@ class LiveMemory:
         new: dict[int, PageSource] = {}
         dropped: dict[int, list[Range]] = {}
         self._refuse_watched()
+        self._sharing.look_last(sources, self._written_by_devices(doubtful, sources))
         for source in sources:
             match source:
                 case ProcessPages(number) if number in new_spaces:
@@ -426,13 +402,8 @@ class LiveMemory:
                     pays = self._copies_pay() and total_bytes(wanted) <= most_bytes
                     lacking.append(ProcessPages(number, pid, wanted, last=space.last if pays else None))
                     dropped[number] = subtract(there, runs)
-                case SharedPages(number, shared):
-                    lacking.append(SharedPages(number, shared, self._sent.get(number, Sent())))
-                case FilePages(number, fd, size, _, early):
-                    sent = self._sent.get(number, Sent())
-                    if early and sent.has_changed(fd, size):
-                        raise TrackingLost("what its tmpfs or System V segments hold has changed")
-                    lacking.append(FilePages(number, fd, size, sent, early))
+                case SharedPages() | FilePages():
+                    lacking.append(self._sharing.lacking(source))
         return lacking + [new[number] for number in new_spaces], dropped
 
     def kept(
@@ -453,21 +424,28 @@ class LiveMemory:
         lacking: list[PageSource] = []
         kept: dict[int, list[Range]] = {}
         self._refuse_watched()
+        self._sharing.look_last(sources, self._written_by_devices(doubtful, sources))
         for source in sources:
             match source:
                 case ProcessPages(number, pid, runs, untouched) if number in self._spaces:
                     right = self._spaces[number].right(untouched)
                     kept[number] = intersect(runs, [] if number in doubtful else right)
                     lacking.append(ProcessPages(number, pid, subtract(runs, kept[number])))
-                case SharedPages(number, shared) if number in self._sent:
-                    kept[number] = self._sent[number].ranges(shared.record.size_bytes)
-                    lacking.append(SharedPages(number, shared, self._sent[number]))
-                case FilePages(number, fd, size, _, early) if number in self._sent:
-                    kept[number] = self._sent[number].ranges(size)
-                    lacking.append(FilePages(number, fd, size, self._sent[number], early))
+                case SharedPages(number, one) if number in self._sharing:
+                    kept[number] = self._sharing.ranges(number, one.record.size_bytes)
+                    lacking.append(self._sharing.lacking(source))
+                case FilePages(number, _, size) if number in self._sharing:
+                    kept[number] = self._sharing.ranges(number, size)
+                    lacking.append(self._sharing.lacking(source))
                 case _:
                     lacking.append(source)
         return lacking, {number: runs for number, runs in kept.items() if runs}
+
+    def _written_by_devices(self, doubtful: set[int], sources: Sequence[PageSource]) -> set[HostPid]:
+        """The processes of these spaces, and of those that devices may have been writing to at a look."""
+        owners = {source.pid: source.space for source in sources if isinstance(source, ProcessPages)}
+        seen = {space.pid for space in self._spaces.values() if space.is_doubtful}
+        return seen | {pid for pid, number in owners.items() if number in doubtful}
 
     def _refuse_watched(self) -> None:
         blockers: list[Blocker] = []
@@ -483,25 +461,15 @@ class LiveMemory:
 
     def let_go_of_objects(self) -> None:
         """The rounds are over: descriptors are not needed any more; idempotent."""
-        self._objects.clear()
-        self._shared_before = 0
-        while self._held:
-            fd = self._held.pop()
-            os.close(fd)
-            LEDGER.give_back("shared memory of a draft", fd)
+        self._sharing.let_go()
 
     def close(self) -> None:
         """Give everything back; idempotent."""
-        self.let_go_of_objects()
+        self._sharing.close()
         self._unseen.clear()
         while self._spaces:
             _, space = self._spaces.popitem()
             space.tracking.close()
-
-
-def _may_be_asked_again(one: SharedPages | FilePages) -> bool:
-    """Not what is read out of a process, which may have ended; nor what a namespace was made with."""
-    return one.shared.fd is not None if isinstance(one, SharedPages) else not one.early
 
 
 def _places(space: AddressSpace) -> list[Range]:

@@ -76,11 +76,15 @@ class LivePages(msgspec.Struct, frozen=True):
 
 
 class SharedPages(msgspec.Struct, frozen=True):
-    """The data of a shared memory object; with `sent`, what has changed of it since."""
+    """The data of a shared memory object; with `sent`, what has changed of it since.
+
+    `written`: offsets of what may have changed, where that is known.
+    """
 
     space: int
     shared: SharedObject
     sent: Sent | None = None
+    written: Sequence[Range] | None = None
 
 
 class FilePages(msgspec.Struct, frozen=True):
@@ -106,7 +110,9 @@ def page_bytes(sources: Sequence[PageSource]) -> int:
         match source:
             case ProcessPages(runs=runs) | LivePages(runs=runs):
                 total += total_bytes(runs)
-            case SharedPages(_, shared, _):
+            case SharedPages(written=runs) if runs is not None:
+                total += total_bytes(runs)
+            case SharedPages(shared=shared):
                 total += shared_bytes(shared)
             case FilePages(_, fd, size, _, _):
                 total += total_bytes(data_runs(fd, size))
@@ -200,6 +206,11 @@ async def stream_memory(
                             await emit(space, _reading_live(memory, missed, last, piece))
                 case FilePages(space, fd, size, Sent() as sent):
                     await emit_news(space, _news_of_file(fd, size, sent))
+                case SharedPages(space, shared, Sent() as sent, written) if written is not None:
+                    assert shared.fd is not None
+                    wanted = sent.written_pieces(written, pool.size_bytes)
+                    read = partial(read_segments, shared.fd)
+                    await emit_all(space, wanted, partial(sent.reading_written, read=read))
                 case SharedPages(space, shared, Sent() as sent):
                     await emit_news(space, _news(shared, sent))
                 case FilePages(space, fd, size):

@@ -1,19 +1,21 @@
 """What was sent of memory while it changes, to send again only what is new of it.
 
-Of private memory the kernel tells what was written, which may have the content again that it had (`LastSent`). Of what
-is shared it tells nothing: all of it is read and compared (`Sent`).
+Of private memory the kernel tells what was written, which may have the content again that it had (`LastSent`). What
+is shared is read and compared (`Sent`), all of it, or what may have been written of it where that is known.
 """
 
 from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import groupby
+from operator import itemgetter
 from typing import NamedTuple
 
 import xxhash
 
 from pipeline.ids import LocalFd
-from pipeline.kernel.pagemap import PAGE_BYTES, Range, intersect, merged, subtract, union
+from pipeline.kernel.pagemap import PAGE_BYTES, Range, intersect, merged, subtract, total_bytes, union
 from pipeline.resources.memory.pages import Segment, compact, data_runs, read_segments, segments_of
 
 #: Fills a buffer and says what is in it: segments, bytes. Runs in a worker thread.
@@ -107,6 +109,7 @@ class Sent:
         self._chunks: dict[int, _Chunk] = {}
         #: nobody can know which pages have the same digests
         self._seed = secrets.randbits(64)
+        self._of_zeros = self._digests(memoryview(bytes(PAGE_BYTES)))
         self.bytes = 0
 
     def chunks(self, runs: Sequence[Range], size_bytes: int) -> Iterator[tuple[int, list[Range]]]:
@@ -147,6 +150,67 @@ class Sent:
 
         return fill
 
+    def written_pieces(self, written: Iterable[Range], size_bytes: int) -> Iterator[list[Segment]]:
+        """Pages that may have been written, in pieces of at most this size; none has a chunk in common with another."""
+        size = self.CHUNK_BYTES
+        parts = (
+            (at, (max(start, at), min(end, at + size)))
+            for start, end in written
+            for at in range(start - start % size, end, size)
+        )
+        piece: list[Segment] = []
+        room = size_bytes
+        for _, group in groupby(parts, key=itemgetter(0)):
+            of_chunk = segments_of(part for _, part in group)
+            length = sum(length for _, length in of_chunk)
+            if length > room:
+                yield piece
+                piece, room = [], size_bytes
+            piece += of_chunk
+            room -= length
+        if piece:
+            yield piece
+
+    def reading_written(
+        self, wanted: Sequence[Segment], read: Callable[[Sequence[Segment], memoryview], int]
+    ) -> Fill:
+        """What reads of these pages, one of `written_pieces`, those that were not sent as they are now.
+
+        A page that was none when its chunk was looked at is taken for zeros, as it is wherever it was not sent.
+        """
+
+        def fill(view: memoryview) -> tuple[Sequence[Segment], int]:
+            content = view[: read(wanted, view)]
+            pages = [page for start, length in wanted for page in range(start, start + length, PAGE_BYTES)]
+            known = b"".join(map(self._digest_of, pages))
+            now = self._digests(content)
+            if known == now:
+                return [], 0
+            for at, page in enumerate(pages):
+                if known[8 * at : 8 * at + 8] != now[8 * at : 8 * at + 8]:
+                    self._note(page, now[8 * at : 8 * at + 8])
+            segments, count = _changed(wanted, content, known, now)
+            self.bytes += count
+            return segments, count
+
+        return fill
+
+    def _digest_of(self, page: int) -> bytes:
+        chunk = self._chunks.get(page - page % self.CHUNK_BYTES, _NOT_SENT)
+        at = _index(chunk.runs, page)
+        return self._of_zeros if at is None else chunk.digests[8 * at : 8 * at + 8]
+
+    def _note(self, page: int, digest: bytes) -> None:
+        offset = page - page % self.CHUNK_BYTES
+        runs, digests = self._chunks.get(offset, _NOT_SENT)
+        at = _index(runs, page)
+        if at is not None:
+            self._chunks[offset] = _Chunk(runs, digests[: 8 * at] + digest + digests[8 * at + 8 :])
+            return
+        before = total_bytes(intersect(runs, [(offset, page)])) // PAGE_BYTES
+        runs = union(runs, [(page, page + PAGE_BYTES)])
+        self._chunks[offset] = _Chunk(runs, digests[: 8 * before] + digest + digests[8 * before :])
+
     def ranges(self, size_bytes: int) -> list[Range]:
         """The pages that had data when it was sent, as far as they are within a size."""
         end = -(-size_bytes // PAGE_BYTES) * PAGE_BYTES
@@ -169,6 +233,16 @@ class Sent:
 
 
 _NOT_SENT = _Chunk([], b"")
+
+
+def _index(runs: Sequence[Range], page: int) -> int | None:
+    """Which of the pages of `runs` this is; None: none of them."""
+    before = 0
+    for start, end in runs:
+        if page < end:
+            return (before + page - start) // PAGE_BYTES if page >= start else None
+        before += end - start
+    return None
 
 
 def _changed(

@@ -1,10 +1,11 @@
 /* Threads that write, drop, move, unmap and map memory without pause, and know what has to be in every page; and a
- * child that still has the pages it was forked with.
+ * child that still has the pages it was forked with, and writes to its half of what is shared with it.
  *
- * Arguments after the directory: "forks": children come and go, too; "huge": private memory, but what is written slowly,
- * consists of huge pages of hugetlbfs. */
+ * Arguments after the directory: "forks": children come and go, too, and write to what is shared; "huge": private
+ * memory, but what is written slowly, consists of huge pages of hugetlbfs. */
 #include "support.h"
 
+#include <linux/mman.h>
 #include <pthread.h>
 #include <sys/prctl.h>
 
@@ -17,14 +18,15 @@ struct arena {
     pthread_mutex_t lock;
 };
 
-/* of the threads, of which one writes by turns two contents; then one of shared memory; and one that is written slowly,
- * so that the child shares most of it */
+/* of the threads, of which one writes by turns two contents; then one of shared memory, whose odd pages are the child's;
+ * and one that is written slowly, so that the child shares most of it */
 enum { FLICKERING = 1, SHARED = THREADS, SLOW, ARENAS };
 
 static struct arena arenas[ARENAS];
 static const char *volatile wrong;
 static char wrong_text[200];
 static int forks;
+static int is_child;
 static int huge_flags;
 /* so many pages are dropped, moved, unmapped at once */
 static int chunk_pages = 64;
@@ -67,6 +69,12 @@ static int is_right(struct arena *arena, int page) {
             return 0;
         }
     return 1;
+}
+
+/* one that is ours to write */
+static int some_page(struct arena *arena) {
+    int page = dice(arena) % PAGES;
+    return arena == &arenas[SHARED] ? (page & ~1) | is_child : page;
 }
 
 static void *place(struct arena *arena) {
@@ -144,15 +152,50 @@ static void bear(struct arena *arena) {
         wrong = "a child has seen a wrong page";
 }
 
+/* Writes a page of shared memory in a way of which nothing is to be seen afterwards but the page. */
+static void write_unseen(struct arena *arena) {
+    int page = some_page(arena);
+    uint64_t *words = arena->pages;
+    int way = dice(arena) % (forks && !is_child ? 4 : 3);
+    if (way == 0) { /* by a mapping that is gone then */
+        arena->pages = mremap(words, 0, (size_t)PAGES * PAGE, MREMAP_MAYMOVE);
+        if (arena->pages == MAP_FAILED)
+            die("mremap");
+        put(arena, page);
+        if (munmap(arena->pages, (size_t)PAGES * PAGE))
+            die("munmap");
+        arena->pages = words;
+    } else if (way == 1) { /* by page tables that are empty then */
+        put(arena, page);
+        if (madvise(words + (size_t)page * WORDS, PAGE, MADV_DONTNEED))
+            die("madvise");
+    } else if (way == 2) { /* by who makes a hole of it */
+        if (madvise(words + (size_t)page * WORDS, PAGE, MADV_REMOVE))
+            die("madvise");
+        arena->written[page] = 0;
+    } else { /* by a child that is gone then */
+        pid_t child = fork();
+        if (child == 0) {
+            put(arena, page);
+            _exit(0);
+        }
+        if (child < 0 || waitpid(child, NULL, 0) != child)
+            die("fork");
+        arena->written[page]++;
+    }
+}
+
 static void *work(void *argument) {
     struct arena *arena = argument;
     int is_quick = arena < &arenas[THREADS];
     for (;;) {
         pthread_mutex_lock(&arena->lock);
         for (int number = 0; number < (arena == &arenas[SLOW] ? 1 : 24); number++) {
-            put(arena, dice(arena) % PAGES);
-            is_right(arena, dice(arena) % PAGES);
+            put(arena, some_page(arena));
+            is_right(arena, some_page(arena));
         }
+        if (arena == &arenas[SHARED] && dice(arena) % 32 == 0)
+            write_unseen(arena);
         if (is_quick && dice(arena) % 12 == 0)
             change_mappings(arena);
         if (arena == &arenas[SLOW] && dice(arena) % 64 == 0)
@@ -165,15 +208,20 @@ static void *work(void *argument) {
     return NULL;
 }
 
-/* The child: looks at the pages of the time of the fork, which its parent has long written to. */
+/* The child: looks at the pages of the time of the fork, which its parent has long written to, and at its own. */
 static void stay_as_it_was(void) {
     prctl(PR_SET_PDEATHSIG, SIGKILL);
+    is_child = 1;
     for (;;) {
         for (int number = 0; number < 60; number++) {
-            struct arena *arena = &arenas[number % 4 ? SLOW : number % THREADS];
-            if (!is_right(arena, dice(arena) % PAGES))
+            struct arena *arena = &arenas[number % 4 == 0 ? number % THREADS : number % 4 == 1 ? SHARED : SLOW];
+            if (arena == &arenas[SHARED])
+                put(arena, some_page(arena));
+            if (!is_right(arena, some_page(arena)))
                 strcpy(witnessed, wrong_text);
         }
+        if (dice(&arenas[SHARED]) % 32 == 0)
+            write_unseen(&arenas[SHARED]);
         nap(3);
     }
 }
@@ -181,7 +229,7 @@ static void stay_as_it_was(void) {
 static const char *check_pages(void) {
     for (struct arena *arena = arenas; arena < &arenas[ARENAS]; arena++) {
         pthread_mutex_lock(&arena->lock);
-        for (int page = 0; page < PAGES; page++)
+        for (int page = 0; page < PAGES; page += arena == &arenas[SHARED] ? 2 : 1)
             is_right(arena, page);
         pthread_mutex_unlock(&arena->lock);
     }

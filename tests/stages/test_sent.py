@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import pytest
 
 from pipeline.ids import LocalFd
 from pipeline.kernel.arch.x86_64_numbers import NR
-from pipeline.kernel.pagemap import PAGE_BYTES
+from pipeline.kernel.pagemap import PAGE_BYTES, Range, union
 from pipeline.kernel.syscalls import syscall
-from pipeline.resources.memory.pages import Segment, data_runs, read_file_runs
+from pipeline.resources.memory.pages import Segment, data_runs, read_file_runs, read_segments
 from pipeline.stages.sent import LastSent, Sent
 
 CHUNK = Sent.CHUNK_BYTES
@@ -104,6 +105,66 @@ def test_what_is_written_while_it_is_read_is_not_taken_for_sent(memory: LocalFd)
     os.pwrite(memory, b"a", PAGE_BYTES)
     send(sent, memory, there)
     assert there == os.pread(memory, SIZE, 0)
+
+
+def send_written(sent: Sent, fd: LocalFd, there: bytearray, written: Sequence[Range]) -> int:
+    """Send what has changed of these pages to `there`, in pieces of two chunks; how many bytes that were."""
+    total = 0
+    chunks: set[int] = set()
+    for piece in sent.written_pieces(written, 2 * CHUNK):
+        assert sum(length for _, length in piece) <= 2 * CHUNK
+        own = {at // CHUNK for start, length in piece for at in range(start, start + length, PAGE_BYTES)}
+        assert not own & chunks, "two who read at once have a chunk in common"
+        chunks |= own
+        view = memoryview(bytearray(2 * CHUNK))
+        segments, count = sent.reading_written(piece, partial(read_segments, fd))(view)
+        assert sum(length for _, length in segments) == count
+        at = 0
+        for start, length in segments:
+            there[start : start + length] = view[at : at + length]
+            at += length
+        total += count
+    return total
+
+
+def test_of_pages_that_may_have_been_written_those_go_that_have_changed(memory: LocalFd) -> None:
+    os.pwrite(memory, b"a" * CHUNK, 0)
+    sent, there = Sent(), bytearray(SIZE)
+    send(sent, memory, there)
+    os.pwrite(memory, b"b", 3 * PAGE_BYTES)
+    os.pwrite(memory, b"b", 2 * CHUNK)
+    changed = send_written(sent, memory, there, [(0, 9 * PAGE_BYTES), (2 * CHUNK, 3 * CHUNK)])
+    assert changed == 2 * PAGE_BYTES, (
+        "the page that was written, and the only one of zeros that is none any more"
+    )
+    assert there == os.pread(memory, SIZE, 0)
+    os.pwrite(memory, b"c", PAGE_BYTES)
+    assert not send_written(sent, memory, there, [(0, PAGE_BYTES), (2 * PAGE_BYTES, CHUNK)]), "nobody said so"
+    assert not send_written(sent, memory, there, [])
+    assert send_written(sent, memory, there, [(PAGE_BYTES, 2 * PAGE_BYTES)]) == PAGE_BYTES
+
+
+def test_whatever_is_written_and_dropped_arrives_if_all_of_it_is_said(memory: LocalFd) -> None:
+    """In turns with looks at all of it."""
+    chance = random.Random(2)
+    sent, there = Sent(), bytearray(SIZE)
+    pages = SIZE // PAGE_BYTES
+    written: list[Range] = []
+    for _ in range(400):
+        for _ in range(chance.randrange(4)):
+            start = chance.randrange(pages)
+            end = start + chance.randrange(1, min(pages - start, 300) + 1)
+            written = union(written, [(start * PAGE_BYTES, end * PAGE_BYTES)])
+            if chance.random() < 0.5:
+                punch(memory, start * PAGE_BYTES, (end - start) * PAGE_BYTES)
+            elif chance.random() < 0.8:
+                os.pwrite(memory, chance.randbytes((end - start) * PAGE_BYTES), start * PAGE_BYTES)
+        if chance.random() < 0.2:
+            send(sent, memory, there)
+        else:
+            send_written(sent, memory, there, written)
+        written = []
+        assert there == os.pread(memory, SIZE, 0)
 
 
 def news(last: LastSent, start: int, *pages: bytes) -> dict[int, bytes]:

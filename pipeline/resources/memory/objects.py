@@ -72,11 +72,13 @@ class SharedObject:
 
     `fd` is an open file description of our own (seeking it disturbs nobody), or None
     where it may not be opened: then `windows` are the way. Owned by `MemoryObjects`.
+    `is_open`: the tree has descriptors of it.
     """
 
     record: SharedMemory
     fd: LocalFd | None
     windows: list[Window] = field(default_factory=list)
+    is_open: bool = False
 
 
 class MemoryObjects:
@@ -129,6 +131,7 @@ class MemoryObjects:
         key = (view.stat.st_dev, view.stat.st_ino)
         if key not in self._shared:
             self._register_open(key, LocalFd(os.open(f"/proc/self/fd/{view.local}", _READ)), view.link)
+        self._shared[key].is_open = True
         return self._shared[key].record.space
 
     def shared_mapping(self, pid: HostPid, mapping: Mapping, backing: Backing) -> Index:

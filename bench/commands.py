@@ -68,7 +68,14 @@ class Writer:
     @classmethod
     @contextmanager
     def started(
-        cls, folder: Path, mib: int, rate: float = 0, *, nested: bool = True, busy: bool = False
+        cls,
+        folder: Path,
+        mib: int,
+        rate: float = 0,
+        *,
+        nested: bool = True,
+        busy: bool = False,
+        shared: bool = False,
     ) -> Iterator[Writer]:
         """It runs, ready, until the end of the block.
 
@@ -76,9 +83,11 @@ class Writer:
             rate: MB/s that it writes.
             nested: in a user namespace of its own.
             busy: it computes where it would sleep.
+            shared: its memory is not private.
         """
         log = folder / "writer.log"
-        command = [find_python(), "-S", "-E", str(_WRITING), str(mib), f"{rate:g}", *["busy"] * busy]
+        words = [*["busy"] * busy, *["shared"] * shared]
+        command = [find_python(), "-S", "-E", str(_WRITING), str(mib), f"{rate:g}", *words]
         with log.open("wb") as out:
             if nested:
                 pidfile = folder / "writer.pid"

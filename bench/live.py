@@ -19,23 +19,26 @@ _COPIES = 2
 
 
 def cases(extent: Extent) -> list[Case]:
-    """Every program by every mode."""
+    """Every program by every mode, and those whose memory is shared by one."""
     return [
         Case(
             "live",
-            f"{mib} MiB, {rate} MB/s, {mode}",
-            partial(_moved, mib, rate, mode),
-            {"mib": mib, "rate-mb-s": rate, "mode": mode},
+            f"{mib} MiB{' shared' if shared else ''}, {rate} MB/s, {mode}",
+            partial(_moved, mib, rate, mode, shared=shared),
+            {"mib": mib, "rate-mb-s": rate, "mode": mode, "shared": shared},
             too_large(mib, _COPIES),
         )
         for mib, rate in extent.live
-        for mode in extent.modes
+        for mode, shared in [*((mode, False) for mode in extent.modes), ("precopy", True)]
     ]
 
 
-def _moved(mib: int, rate: int, mode: str, folder: Path) -> Sample:
+def _moved(mib: int, rate: int, mode: str, folder: Path, *, shared: bool) -> Sample:
     secret = write_secret(folder / "secret")
-    with Writer.started(folder, mib, rate) as writer, serving(folder, secret) as server:
+    with (
+        Writer.started(folder, mib, rate, shared=shared) as writer,
+        serving(folder, secret) as server,
+    ):
         begin = time.time()
         time.sleep(_SETTLE_S)
         before = longest_gap_ms(writer.log, begin)

@@ -1,9 +1,10 @@
-"""MIB MB_A_SECOND [busy]: a program that writes to its memory, page by page at random, says what it feels and finds.
+"""MIB MB_A_SECOND [busy] [shared]: a program that writes to its memory, page by page at random, and says how it fares.
 
 On stdout: ``ready``; ``gap MS at TIME`` when it was not let run for longer than 4 ms; and, asked by SIGUSR1,
 ``checked PAGES wrong PAGES``: every page has its number, how often it was written, and the bytes it began with.
 A busy one computes where the other sleeps, and writes so much in a second of its processor time; each 5 ms it says
-``did STEPS in SECONDS kernel SECONDS at TIME``: of the processor, and those of them in the kernel.
+``did STEPS in SECONDS kernel SECONDS at TIME``: of the processor, and those of them in the kernel. Its memory is
+private, or such as it would share with its children.
 Standard library only: it runs in a user namespace, and under other tools.
 """
 
@@ -23,10 +24,11 @@ STEP_S = 0.001
 GAP_S = 0.004
 TELL_S = 0.005
 
-size, rate, busy = int(sys.argv[1]) << 20, 1e6 * float(sys.argv[2]), sys.argv[3:] == ["busy"]
+size, rate, busy = int(sys.argv[1]) << 20, 1e6 * float(sys.argv[2]), "busy" in sys.argv[3:]
+kind = mmap.MAP_SHARED if "shared" in sys.argv[3:] else mmap.MAP_PRIVATE
 pages = size // PAGE
 piece = os.urandom(min(size, 16 << 20))
-memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+memory = mmap.mmap(-1, size, flags=kind | mmap.MAP_ANONYMOUS)
 counts = array("Q", bytes(8 * pages))
 for begin in range(0, size, len(piece)):
     memory[begin : begin + len(piece)] = piece[: size - begin]

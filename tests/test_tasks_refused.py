@@ -204,12 +204,23 @@ while True: time.sleep(0.05)
 """
 
 
+#: the same, with a copy of the memory
+_CLONE_VFORK = """
+import ctypes
+say()
+if ctypes.CDLL(None).syscall(56, 0x4000 | 17, 0, 0, 0, 0) == 0:
+    os.open(sys.argv[1], os.O_RDONLY)
+    os.execl("/bin/sleep", "sleep", "1000")
+while True: time.sleep(0.05)
+"""
+
+
 @contextmanager
-def spawning(tmp_path: Path) -> Iterator[tuple[int, int, Path]]:
+def spawning(tmp_path: Path, program: str = _SPAWN) -> Iterator[tuple[int, int, Path]]:
     """A program in the middle of posix_spawn: its pid, that of the child, and the FIFO that the child waits for."""
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
-    with running(_SPAWN, fifo) as (pid, _):
+    with running(program, fifo) as (pid, _):
         children = Path(f"/proc/{pid}/task/{pid}/children")
         deadline = time.monotonic() + 60
         while not children.read_text() or _state(pid) != "D":
@@ -230,6 +241,14 @@ def _state(pid: int) -> str:
 def test_a_vfork_child_that_never_executes_a_program_is_named(tmp_path: Path) -> None:
     with spawning(tmp_path) as (pid, kid, fifo):
         refused(pid, tmp_path, f"pid {pid}", f"waits for its vfork child, pid {kid}", "let it do that")
+        with open(fifo, "wb"):
+            pass
+        assert sleeps(pid)  # it was not harmed
+
+
+def test_who_waits_for_a_child_that_has_a_copy_of_the_memory_is_named(tmp_path: Path) -> None:
+    with spawning(tmp_path, _CLONE_VFORK) as (pid, _, fifo):
+        refused(pid, tmp_path, f"pid {pid}", "waits for a child of CLONE_VFORK", "let it do that")
         with open(fifo, "wb"):
             pass
         assert sleeps(pid)  # it was not harmed

@@ -69,20 +69,24 @@ def check_tracers(pids: Collection[HostPid]) -> Iterator[Blocker]:
 
 
 def check_vfork(subject: str, tid: HostPid) -> Iterator[Blocker]:
-    """Whether a task waits for its vfork child."""
+    """Whether a task waits for its vfork child, which has its memory, or by CLONE_VFORK alone a copy of it."""
     with passed_over(), suppress(ValueError, procfs.ProcessGone):
         if procfs.stat(tid).state != "D" or not _in_vfork(tid):
             return
         children = [int(word) for word in procfs.read_file(tid, f"task/{tid}/children").split()]
         child = next((pid for pid in children if kcmp(tid, pid, KCMP.VM) == 0), None)
-        if child is not None:
-            yield Blocker(
-                subject,
-                f"waits for its vfork child, pid {child}, which has its memory until it executes a program",
-                "let it do that, or end it",
-                transient=True,
-                hinders_stop=True,
-            )
+        named = (
+            "a child of CLONE_VFORK"
+            if child is None
+            else f"its vfork child, pid {child}, which has its memory"
+        )
+        yield Blocker(
+            subject,
+            f"waits for {named} until it executes a program",
+            "let it do that, or end it",
+            transient=True,
+            hinders_stop=True,
+        )
 
 
 def check_page_fault(subject: str, tid: HostPid) -> Iterator[Blocker]:

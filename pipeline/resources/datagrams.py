@@ -32,7 +32,8 @@ from pipeline.kernel import interfaces
 from pipeline.resources import inet_address, sockets
 from pipeline.resources.inet_address import Address
 from pipeline.resources.kinds import CaptureScope, FdView
-from pipeline.resources.shielded import shielded
+from pipeline.resources.shielded import Shield
+from pipeline.resources.socket_identity import borrowed
 from pipeline.resources.sockets import SocketState
 
 _SO_PEEK_OFF, _SO_MEMINFO = 42, 55
@@ -77,18 +78,26 @@ class _Told(Struct):
 _DECODER = msgspec.msgpack.Decoder(_Told)
 
 
-def peek(sock: socket.socket, subject: str) -> list[Datagram]:
+def peek(sock: socket.socket, subject: str, shield: Shield) -> list[Datagram]:
     """Every unread datagram of a socket, which is frozen and has no error pending.
 
-    A child looks, so that the peek offset is given back whatever becomes of us.
+    A child of `shield` looks, so that the peek offset is given back whatever becomes of us.
 
     Raises:
         Refused: one came with something that cannot come back; names it.
     """
-    told = _DECODER.decode(shielded(lambda: msgspec.msgpack.encode(_look(sock, subject))))
+    fd = LocalFd(sock.fileno())
+    if not are_unread(fd, sock):
+        return []
+    told = _DECODER.decode(shield.run(_look_there, [fd], subject))
     if told.refused is not None:
         raise Refused([told.refused])
     return told.found
+
+
+def _look_there(fds: Sequence[LocalFd], subject: str) -> bytes:
+    with borrowed(fds[0]) as sock:
+        return msgspec.msgpack.encode(_look(sock, subject))
 
 
 def _look(sock: socket.socket, subject: str) -> _Told:

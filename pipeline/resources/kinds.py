@@ -154,6 +154,9 @@ class CaptureScope(Protocol):
     def files(self) -> Sequence[tuple[Index, FdView]]:
         """Every open file of the tree with one view of it (valid while capturing)."""
 
+    def terminals(self, number: int) -> Sequence[tuple[Index, FdView]]:
+        """Those of the open files that are a side of a pseudo-terminal of this number: see `pty_sides.by_number`."""
+
     def file_at(self, pid: HostPid, fd: int) -> Index | None:
         """Index of the open file behind descriptor `fd` of `pid`; None if that slot is empty."""
 

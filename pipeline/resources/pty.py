@@ -222,14 +222,14 @@ def _terminal(view: FdView, scope: CaptureScope) -> Terminal:
         session=scope.member(session) if session else 0,
         foreground=pty_session.foreground(master, HostPid(session)) if session else 0,
         without=pty_session.without(session, scope) if session else [],
-        under_way=_bytes(view) if slaves or left else UnderWay(),
+        under_way=_bytes(view, scope) if slaves or left else UnderWay(),
         node=_node(view, scope),
     )
 
 
-def _bytes(view: FdView) -> UnderWay:
+def _bytes(view: FdView, scope: CaptureScope) -> UnderWay:
     try:
-        return terminal_bytes.capture(view.local)
+        return terminal_bytes.capture(view.local, scope.shield)
     except OSError as error:
         if error.errno != errno.ENOBUFS:
             raise

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from typing import Literal
 
@@ -67,10 +67,19 @@ def instance(view: FdView) -> int | None:
     return None
 
 
+def by_number(files: Iterable[tuple[Index, FdView]]) -> dict[int, list[tuple[Index, FdView]]]:
+    """Those of some open files that are a side of a pair which has both, by the number of the pair."""
+    found: dict[int, list[tuple[Index, FdView]]] = {}
+    for index, view in files:
+        if is_terminal(view) and role(view) in ("master", "slave", "tty"):
+            found.setdefault(number(view), []).append((index, view))
+    return found
+
+
 def masters(scope: CaptureScope, wanted: int) -> Iterator[tuple[Index, FdView]]:
     """Every master in the tree that has the number `wanted` (one for each devpts instance)."""
-    for index, view in scope.files():
-        if is_terminal(view) and role(view) == "master" and number(view) == wanted:
+    for index, view in scope.terminals(wanted):
+        if role(view) == "master":
             yield index, view
 
 
@@ -89,10 +98,8 @@ def slaves(master: FdView, scope: CaptureScope) -> list[FdView]:
     """Every slave (or /dev/tty) of `master` that is open in the tree."""
     return [
         view
-        for _, view in scope.files()
-        if is_terminal(view)
-        and role(view) in ("slave", "tty")
-        and number(view) == number(master)
+        for _, view in scope.terminals(number(master))
+        if role(view) in ("slave", "tty")
         and (found := master_of(view, scope)) is not None
         and (found[1].pid, found[1].fd) == (master.pid, master.fd)
     ]

@@ -25,7 +25,7 @@ import os
 import select
 import termios
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Annotated, Literal
 
@@ -36,7 +36,7 @@ from msgspec.structs import replace
 from pipeline.ids import LocalFd
 from pipeline.image.schema import U8, Record
 from pipeline.resources import packet_mode, terminal
-from pipeline.resources.shielded import shielded
+from pipeline.resources.shielded import Shield
 from pipeline.resources.terminal import Settings
 
 #: more than the buffers of one direction hold
@@ -75,14 +75,21 @@ class UnderWay(Record, frozen=True, kw_only=True):
     rest: Bytes = b""
 
 
-def capture(master: LocalFd) -> UnderWay:
+def capture(master: LocalFd, shield: Shield) -> UnderWay:
     """Take what waits on both sides of a pair, and put it back; the slave must have been opened once.
+
+    Args:
+        master: of the pair.
+        shield: whose child does it.
 
     Raises:
         OSError: ENOBUFS: the input is stopped or full; nothing was taken.
     """
-    answer = shielded(lambda: msgspec.msgpack.encode(_capture(master)))
-    return msgspec.msgpack.decode(answer, type=UnderWay)
+    return msgspec.msgpack.decode(shield.run(_capture_there, [master]), type=UnderWay)
+
+
+def _capture_there(masters: Sequence[LocalFd]) -> bytes:
+    return msgspec.msgpack.encode(_capture(masters[0]))
 
 
 def put(master: LocalFd, found: UnderWay) -> None:

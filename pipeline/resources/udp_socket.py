@@ -119,7 +119,9 @@ class Udp(CompleteOnceCreated):
         with view.as_socket() as sock:
             common = sockets.capture(view, sock, scope)
             address = inet_address.local(sock, common.family)
-            queue = [] if scope.policy.udp_queue == "drop" else datagrams.peek(sock, view.subject)
+            queue = (
+                [] if scope.policy.udp_queue == "drop" else datagrams.peek(sock, view.subject, scope.shield)
+            )
             return UdpState(
                 socket=common,
                 local=address if address.is_set else None,

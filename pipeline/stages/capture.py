@@ -264,7 +264,7 @@ class Capture:
         Its open files are left alone. Who holds a duplicate keeps open what the program closes meanwhile: a peer is
         told later, and an epoll instance goes on telling of it, under a number that is another file's by then.
         """
-        if self._prepares and any(map(_has_sockets, self.living)):
+        if self._prepares and any(map(_lends, self.living)):
             with suppress(OSError):  # then there is a child when one is needed
                 self._shield.start()
         yield from self._besides_files(answers=True)  # if it does shows when it stands still
@@ -689,11 +689,12 @@ class Capture:
         )
 
 
-def _has_sockets(pid: HostPid) -> bool:
-    """Whether a process that runs has sockets, as far as that can be seen."""
+def _lends(pid: HostPid) -> bool:
+    """Whether a process that runs has files whose state may have to be borrowed, as far as that can be seen."""
     with suppress(OSError, procfs.ProcessGone):
         for number in procfs.list_dir(pid, "fd"):
             with suppress(OSError):  # it is closed by now
-                if os.readlink(f"/proc/{pid}/fd/{number}").startswith("socket:"):
+                link = os.readlink(f"/proc/{pid}/fd/{number}")
+                if link.startswith("socket:") or link.endswith("/ptmx"):
                     return True
     return False

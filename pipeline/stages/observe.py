@@ -32,6 +32,7 @@ from pipeline.resources import (
     in_flight,
     memfd,
     namespace_file,
+    pty_sides,
     pty_state,
     signal_owner,
 )
@@ -187,6 +188,7 @@ class FileObserver:
         self._namespaces = namespaces
         self._open = OpenFiles()
         self._peers: dict[Any, Any] = {}
+        self._terminals: dict[int, list[tuple[int, FdView]]] | None = None
         #: by our duplicate: what a file is does not change while it is looked at
         self._kinds: dict[LocalFd, FileKind[Any]] = {}
         self.unseen = self.still = False
@@ -224,6 +226,7 @@ class FileObserver:
         """
         self.still = still
         self._open.collect(pids, still, status_of)
+        self._terminals = None
         self.unseen = not still and any(in_flight.count(view) for view in self._open.views)
 
     def blockers(self) -> Iterator[Blocker]:
@@ -292,6 +295,12 @@ class FileObserver:
     def files(self) -> Sequence[tuple[int, FdView]]:
         """See `CaptureScope.files`."""
         return list(self._open.files())
+
+    def terminals(self, number: int) -> Sequence[tuple[int, FdView]]:
+        """See `CaptureScope.terminals`."""
+        if self._terminals is None:
+            self._terminals = pty_sides.by_number(self._open.files())
+        return self._terminals.get(number, ())
 
     def file_at(self, pid: HostPid, fd: int) -> int | None:
         """See `CaptureScope.file_at`."""

@@ -47,6 +47,7 @@ from pipeline.resources import (
     opath,
     pidfd,
     pipes,
+    pty_sides,
     regular,
     signalfd,
     timerfd,
@@ -240,6 +241,9 @@ class Capture:
 
     def files(self) -> Sequence[tuple[int, FdView]]:
         return list(enumerate(self._views))
+
+    def terminals(self, number: int) -> Sequence[tuple[int, FdView]]:
+        return pty_sides.by_number(self.files()).get(number, ())
 
     def file_at(self, pid: HostPid, fd: int) -> int | None:
         return self._tables.get((pid, fd))

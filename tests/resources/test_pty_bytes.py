@@ -15,6 +15,7 @@ from functools import partial
 import pytest
 
 from pipeline.resources import terminal, terminal_bytes
+from pipeline.resources.shielded import Shield
 from tests.harness.tree import children_of
 from tests.resources.fdharness import Capture, Rebuilt, subject
 from tests.resources.ptyharness import number, output, own_terminals, without_modes  # noqa: F401 - a fixture
@@ -213,7 +214,7 @@ def test_a_pipeline_that_is_killed_while_it_looks_leaves_the_bytes(monkeypatch: 
         master, slave = (capture.view(fd).local for fd in child.result)
         pipeline = os.fork()
         if not pipeline:
-            terminal_bytes.capture(master)
+            terminal_bytes.capture(master, Shield())
             os._exit(0)
         time.sleep(0.15)
         os.kill(pipeline, signal.SIGKILL)

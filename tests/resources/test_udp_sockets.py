@@ -19,6 +19,7 @@ from pipeline.kernel.syscalls import CLONE, unshare
 from pipeline.policy import DumpPolicy, RestorePolicy
 from pipeline.resources import datagrams, multicast, udp_socket
 from pipeline.resources.inet_address import Address
+from pipeline.resources.shielded import Shield
 from tests.resources.fdharness import Capture, Rebuilt, subject
 from tests.resources.sockharness import of
 
@@ -292,7 +293,7 @@ def test_a_pipeline_that_is_killed_while_it_looks_gives_the_peek_offset_back(
         sender.sendto(b"unread", receiver.getsockname())
         pipeline = os.fork()
         if not pipeline:
-            datagrams.peek(receiver, "")
+            datagrams.peek(receiver, "", Shield())
             os._exit(0)
         deadline = time.monotonic() + 60
         while receiver.getsockopt(SOL, 42) < 0:
@@ -320,7 +321,7 @@ def test_datagrams_by_multicast_or_in_one_piece_are_refused_by_name() -> None:
     with subject(setup) as child, Capture(child.pid) as capture:
         for fd, words in zip(child.result, ("by multicast", r"others in one piece \(UDP_GRO\)"), strict=True):
             with of(capture.view(fd).local) as sock, pytest.raises(Refused, match=words):
-                datagrams.peek(sock, "it")
+                datagrams.peek(sock, "it", Shield())
 
 
 def test_an_empty_datagram_that_was_looked_at_is_refused() -> None:
@@ -329,7 +330,7 @@ def test_an_empty_datagram_that_was_looked_at_is_refused() -> None:
             with of(capture.view(fd).local) as sock:
                 assert sock.recv(10, socket.MSG_PEEK) == b""
                 with pytest.raises(Refused, match="is empty and was looked at then") as refusal:
-                    datagrams.peek(sock, "it")
+                    datagrams.peek(sock, "it", Shield())
                 assert all(blocker.transient for blocker in refusal.value.blockers)
                 assert sock.getsockopt(SOL, 42) == -1
                 assert sock.recv(10, socket.MSG_DONTWAIT) == b""
@@ -347,7 +348,7 @@ def test_a_check_does_not_hide_an_empty_datagram_behind_a_shutdown() -> None:
         for fd, messages in zip(child.result, ([b"", b"behind"], []), strict=True):
             assert not capture.blockers(fd)
             with of(capture.view(fd).local) as sock:
-                assert [one.data for one in datagrams.peek(sock, "it")] == messages
+                assert [one.data for one in datagrams.peek(sock, "it", Shield())] == messages
                 assert datagrams.are_unread(capture.view(fd).local, sock) == bool(messages)
 
 

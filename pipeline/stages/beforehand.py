@@ -44,4 +44,4 @@ class Beforehand:
         """Right before the processes `pids` of the tree are stopped; in any thread."""
         self.mappings.start()
         self.limits.open(pids)
-        self.outsiders.look_anew()
+        self.outsiders.look_anew(pids)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.ids import LocalFd
+from pipeline.ids import HostPid, LocalFd
 from pipeline.resources import outside
 from pipeline.resources.outside import Outsiders
 from pipeline.resources.shielded import Shield
@@ -111,7 +111,7 @@ def test_groups_and_sessions_of_others() -> None:
         assert pid in outsiders.in_group(os.getpgrp())
         assert pid in outsiders.in_group(os.getsid(0))
         os.setpgid(pid, pid)
-        outsiders.look_anew()
+        outsiders.look_anew([])
         assert pid in outsiders.in_group(os.getsid(0))
         assert list(outsiders.in_group(pid)) == [pid]
     outsiders.look()
@@ -131,7 +131,7 @@ def test_who_has_ended_is_in_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(outsiders.in_group(pid)) == [pid]
     os.kill(pid, signal.SIGKILL)
     os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
-    outsiders.look_anew()
+    outsiders.look_anew([])
     assert list(outsiders.in_group(pid)) == [pid]
     os.waitpid(pid, 0)
     listdir = os.listdir
@@ -173,16 +173,14 @@ def test_only_what_has_changed_is_read_again(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_all_is_read_anew_before_a_tree_is_stopped() -> None:
-    """One that has taken another's place is found then, and only if somebody has asked at all."""
+    """One that has taken another's place is found then."""
     outsiders = Outsiders()
-    outsiders.look_anew()
-    assert not outsiders._seen
     with outsider() as (pid, order):
         fd = order("o")
         outsiders.look()
         order("r")
         assert _held(outsiders, b"/dev/zero", pid) == [fd]
-        outsiders.look_anew()
+        outsiders.look_anew([])
         assert not _held(outsiders, b"/dev/zero", pid)
         assert _held(outsiders, b"/dev/full", pid) == [fd]
 
@@ -196,3 +194,115 @@ def test_where_they_are_not_counted_all_are_read_again(monkeypatch: pytest.Monke
         order("r")
         outsiders.look()
         assert _held(outsiders, b"/dev/full", pid) == [fd]
+
+
+LINK = b"anon_inode:[eventfd]"
+#: more than are compared one by one
+SHARED = 2 * outside._MANY
+
+
+@contextmanager
+def sharer(fds: list[int]) -> Iterator[HostPid]:
+    """A process that has these of ours under the same numbers, and nothing else."""
+    pid = os.fork()
+    if not pid:
+        low = 0
+        for fd in sorted(fds):
+            os.closerange(low, fd)
+            low = fd + 1
+        os.closerange(low, 1 << 16)
+        signal.pause()
+    while sorted(map(int, os.listdir(f"/proc/{pid}/fd"))) != sorted(fds):
+        pass
+    try:
+        yield HostPid(pid)
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+@contextmanager
+def eventfds() -> Iterator[list[int]]:
+    fds = [os.eventfd(0) for _ in range(SHARED)]
+    try:
+        yield fds
+    finally:
+        for fd in fds:
+            os.close(fd)
+
+
+def sharing(outsiders: Outsiders, pid: HostPid, fd: int) -> set[tuple[HostPid, int]]:
+    """Who but `pid` has its descriptor, too."""
+    return set(outsiders.of_file(LINK, (pid, fd), lambda other: other != pid))
+
+
+def test_of_many_open_files_the_one_that_is_shared_is_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    outsiders = Outsiders()
+    with eventfds() as shared, eventfds() as own, sharer(own + shared) as pid, sharer(shared) as other:
+        outsiders.look_anew([pid])
+        outsiders.look()
+        compared: list[object] = []
+        compare = outside._compare
+        monkeypatch.setattr(outside, "_compare", lambda *two: compared.append(two) or compare(*two))
+        for fd in shared:
+            assert sharing(outsiders, pid, fd) == {(other, fd)}
+        for fd in own:
+            assert not sharing(outsiders, pid, fd)
+        one_by_one = 2 * SHARED * len(list(outsiders.of(LINK)))
+        assert len(compared) < one_by_one / 4
+
+
+def test_who_shares_it_with_others_is_found_with_them() -> None:
+    outsiders = Outsiders()
+    with eventfds() as fds, sharer(fds) as pid, sharer(fds) as one, sharer(fds) as other:
+        outsiders.look_anew([pid])
+        for fd in fds:
+            assert sharing(outsiders, pid, fd) == {(one, fd), (other, fd)}
+
+
+def test_who_has_come_since_they_were_brought_in_order_is_found() -> None:
+    outsiders = Outsiders()
+    with eventfds() as fds, sharer(fds) as pid, sharer(fds) as first:
+        outsiders.look_anew([pid])
+        with sharer(fds[:3]) as late:
+            outsiders.look()
+            assert sharing(outsiders, pid, fds[0]) == {(first, fds[0]), (late, fds[0])}
+        outsiders.look()
+        assert sharing(outsiders, pid, fds[0]) == {(first, fds[0])}
+
+
+def test_who_has_left_the_tree_since_is_found() -> None:
+    outsiders = Outsiders()
+    with eventfds() as fds, sharer(fds) as pid, sharer(fds) as first, sharer(fds) as left:
+        outsiders.look_anew([pid, left])
+        outsiders.look()
+        assert sharing(outsiders, pid, fds[5]) == {(first, fds[5]), (left, fds[5])}
+
+
+def test_where_they_are_not_in_order_any_more_they_are_compared_one_by_one() -> None:
+    """As where others have taken their numbers meanwhile."""
+    outsiders = Outsiders()
+    with eventfds() as fds, sharer(fds) as pid, sharer(fds) as other:
+        outsiders.look_anew([pid])
+        outsiders._ranked[LINK]._order.reverse()
+        for fd in fds:
+            assert sharing(outsiders, pid, fd) == {(other, fd)}
+
+
+def test_of_many_files_of_one_name_each_is_asked_once_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+    stat = os.stat
+    fds = [os.memfd_create("same") for _ in range(8)]
+    try:
+        with sharer(fds) as pid:
+            outsiders = Outsiders()
+            outsiders.look()
+            monkeypatch.setattr(os, "stat", lambda path, **more: asked.append(path) or stat(path, **more))
+            for fd in fds:
+                found = os.fstat(fd)
+                inode = found.st_dev, found.st_ino
+                assert list(outsiders.of_inode(b"/memfd:same (deleted)", inode)) == [(pid, fd)]
+            assert len(asked) == len(set(asked)) >= len(fds)
+    finally:
+        for fd in fds:
+            os.close(fd)

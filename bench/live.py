@@ -25,7 +25,7 @@ def cases(extent: Extent) -> list[Case]:
             "live",
             f"{mib} MiB{' shared' if shared else ''}, {rate} MB/s, {mode}",
             partial(_moved, mib, rate, mode, shared=shared),
-            {"mib": mib, "rate-mb-s": rate, "mode": mode, "shared": shared},
+            {"mib": mib, "rate-mb-s": rate, "mode": mode, "memory": "shared" if shared else "private"},
             too_large(mib, _COPIES),
         )
         for mib, rate in extent.live

@@ -74,13 +74,13 @@ class Outsiders:
         for known in (self._seen, self._holders, self._groups, self._ranked):
             known.clear()
         self.look()
-        links = {link for pid in members if pid in self._seen for link in self._seen[pid].links}
+        self._members = set(members)
+        links = {link for pid in self._members if pid in self._seen for link in self._seen[pid].links}
         for link in links:
-            holders = [(pid, fd) for pid, fd in self.of(link) if pid not in members]
+            holders = [holder for holder in self.of(link) if holder[0] not in self._members]
             if len(holders) > _MANY:
                 self._ranked[link] = Ranked(holders)
         self._changed.clear()
-        self._members = set(members)
 
     def look(self) -> None:
         """Read what has changed."""

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import msgspec
 
 from pipeline.ids import HostPid, LocalFd
-from pipeline.kernel import procfs
 from pipeline.kernel.pagemap import Range, total_bytes, union
 from pipeline.kernel.userfaultfd import Inside
 from pipeline.ledger import LEDGER
@@ -79,8 +77,13 @@ class LiveSharing:
         """Begin to watch what a process shows of the objects that were added, if that can be done and pays."""
         shown = [window for window in self._windows if window.pid == pid]
         if shown and not self._tracking.begin(pid, inside, shown):
-            self._windows.clear()
-            self._keys.clear()
+            self._watch_no_more()
+
+    def _watch_no_more(self) -> None:
+        self._windows.clear()
+        self._keys.clear()
+        self._written.clear()
+        self._tracking.close()
 
     def __contains__(self, space: int) -> bool:
         return space in self._sent
@@ -95,29 +98,37 @@ class LiveSharing:
         """Ask who has what is watched: the tree below `root` alone, or it is not watched. Then as `look`."""
         if not self._keys:
             return
-        everybody = [HostPid(int(name)) for name in os.listdir("/proc") if name.isdecimal()]
-        shown = windows(everybody, self._keys)
+        where = self._where(HostPid(int(name)) for name in os.listdir("/proc") if name.isdecimal())
         members = set(freeze.walk(root))
         for key, space in list(self._keys.items()):
-            if any(window.pid not in members for window in shown[space]):
+            if any(window.pid not in members for window in where[space]):
                 del self._keys[key]
+        if not self._keys:
+            self._watch_no_more()
         self.look(root)
+
+    def _where(self, pids: Iterable[HostPid]) -> dict[int, list[Window]]:
+        """Where these have what is watched mapped; if one of them may not be looked at, nothing is watched any more."""
+        try:
+            return windows(pids, self._keys)
+        except OSError:
+            self._watch_no_more()
+            return {}
 
     def look(self, root: HostPid) -> None:
         """Ask what may have been written since the last time by the tree below `root`."""
-        if self._keys:
-            where = windows(freeze.walk(root), self._keys)
-            shown = {
-                one.space: Shown(one.shared.fd, one.shared.record.size_bytes, where[one.space])
-                for one in self._sources
-                if isinstance(one, SharedPages) and one.space in where and one.shared.fd is not None
-            }
-            self._note(self._tracking.collect(shown))
-            for pid in {window.pid for one in shown.values() for window in one.windows}:
-                # behind it, as for private memory; and of those, too, that were forked since
-                with suppress(OSError, procfs.ProcessGone):
-                    if devices.may_write_to(pid):
-                        self._doubt({pid}, shown)
+        if not self._keys:
+            return
+        where = self._where(freeze.walk(root))
+        shown = {
+            one.space: Shown(one.shared.fd, one.shared.record.size_bytes, where[one.space])
+            for one in self._sources
+            if isinstance(one, SharedPages) and one.space in where and one.shared.fd is not None
+        }
+        self._note(self._tracking.collect(shown))
+        # behind it, as for private memory; and of those, too, that were forked since
+        pids = {window.pid for one in shown.values() for window in one.windows}
+        self._doubt({pid for pid in pids if _may_be_written_to(pid)}, shown)
 
     def _note(self, found: dict[int, list[Range] | None]) -> None:
         for space, runs in found.items():
@@ -211,3 +222,11 @@ class LiveSharing:
         """Give everything back; idempotent."""
         self.let_go()
         self._tracking.close()
+
+
+def _may_be_written_to(pid: HostPid) -> bool:
+    """Whether devices may be writing to the memory of a process."""
+    try:
+        return devices.may_write_to(pid)
+    except OSError:  # it may not be looked at
+        return True

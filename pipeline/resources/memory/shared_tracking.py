@@ -7,7 +7,7 @@ all of them are known at both ends of a time in which none has come or gone:
 * It is memory of MAP_SHARED | MAP_ANONYMOUS, which the tree has no descriptor of: nobody can map it who was not forked
   from somebody that has it mapped, nor write to it in another way. (Whoever may open /proc/PID/map_files, as root of
   the machine may, could; of such there is the pipeline.)
-* Nobody outside of the tree has it mapped when it begins (`windows`, asked for all processes of the host).
+* Nobody outside of the tree has it mapped when it begins (`windows`, asked for all processes that can be seen here).
 * Whoever is forked is told of (`following`), and told whether he still has it: as many such children have to be found
   in the tree as there are. Whatever else a process does with its mapping, where it was is missing then, or is watched
   no longer, and nothing is known.
@@ -79,11 +79,14 @@ def windows(pids: Iterable[HostPid], keys: Mapping[InodeKey, int]) -> dict[int, 
     Args:
         pids: of this host.
         keys: the spaces of what to look for, by device and inode.
+
+    Raises:
+        OSError: EACCES: one may not be looked at.
     """
     found: dict[int, list[Window]] = {space: [] for space in keys.values()}
     inodes = [b" %d " % inode for _, inode in keys]
     for pid in pids:
-        with suppress(ProcessGone, OSError):
+        with suppress(ProcessGone):
             content = procfs.read_file(pid, "maps")
             for mapping in parse_maps(content) if any(inode in content for inode in inodes) else ():
                 space = keys.get((mapping.device, mapping.inode))

@@ -247,8 +247,10 @@ def test_a_vfork_child_that_never_executes_a_program_is_named(tmp_path: Path) ->
 
 
 def test_who_waits_for_a_child_that_has_a_copy_of_the_memory_is_named(tmp_path: Path) -> None:
-    with spawning(tmp_path, _CLONE_VFORK) as (pid, _, fifo):
-        refused(pid, tmp_path, f"pid {pid}", "waits for a child of CLONE_VFORK", "let it do that")
+    with spawning(tmp_path, _CLONE_VFORK) as (pid, kid, fifo):
+        refused(
+            pid, tmp_path, f"pid {pid}", f"waits for its child of CLONE_VFORK, pid {kid},", "let it do that"
+        )
         with open(fifo, "wb"):
             pass
         assert sleeps(pid)  # it was not harmed

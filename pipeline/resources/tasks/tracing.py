@@ -75,11 +75,12 @@ def check_vfork(subject: str, tid: HostPid) -> Iterator[Blocker]:
             return
         children = [int(word) for word in procfs.read_file(tid, f"task/{tid}/children").split()]
         child = next((pid for pid in children if kcmp(tid, pid, KCMP.VM) == 0), None)
-        named = (
-            "a child of CLONE_VFORK"
-            if child is None
-            else f"its vfork child, pid {child}, which has its memory"
-        )
+        if child is not None:
+            named = f"its vfork child, pid {child}, which has its memory"
+        elif children:  # the last one: it has borne nobody since
+            named = f"its child of CLONE_VFORK, pid {children[-1]},"
+        else:
+            return
         yield Blocker(
             subject,
             f"waits for {named} until it executes a program",

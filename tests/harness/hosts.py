@@ -272,12 +272,16 @@ def inside(process: subprocess.Popen[str]) -> int:
 
 def kill_guard(server: Server, number: int) -> None:
     """Send a signal to the process that watches over the tree of a server whose pages come later."""
-    (guard,) = (
-        pid
-        for pid in family_of(inside(server.process))
-        if b"guard_program" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    )
+    (guard,) = (pid for pid in family_of(inside(server.process)) if b"guard_program" in _command_of(pid))
     os.kill(guard, number)
+
+
+def _command_of(pid: int) -> bytes:
+    """What /proc says that a process was called with; nothing of one that has ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return b""
 
 
 def terminate(process: subprocess.Popen[str]) -> Sequence[str]:

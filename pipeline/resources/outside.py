@@ -74,13 +74,15 @@ class Outsiders:
         for known in (self._seen, self._holders, self._groups, self._ranked):
             known.clear()
         self.look()
+        self._changed.clear()
         self._members = set(members)
+        if not _are_counted():
+            return  # all are read again, and would have to be brought in order again
         links = {link for pid in self._members if pid in self._seen for link in self._seen[pid].links}
         for link in links:
             holders = [holder for holder in self.of(link) if holder[0] not in self._members]
             if len(holders) > _MANY:
                 self._ranked[link] = Ranked(holders)
-        self._changed.clear()
 
     def look(self) -> None:
         """Read what has changed."""

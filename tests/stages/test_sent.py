@@ -31,6 +31,14 @@ def memory() -> Iterator[LocalFd]:
         os.close(fd)
 
 
+def arrive(there: bytearray, segments: Sequence[Segment], view: memoryview) -> None:
+    """Put what was sent, one behind the other, where it belongs."""
+    at = 0
+    for start, length in segments:
+        there[start : start + length] = view[at : at + length]
+        at += length
+
+
 def send(
     sent: Sent, fd: LocalFd, there: bytearray, behind_a_read: Callable[[], object] = lambda: None
 ) -> int:
@@ -47,10 +55,7 @@ def send(
         view = memoryview(bytearray(CHUNK))
         segments, count = sent.reading(offset, runs, read)(view)
         assert sum(length for _, length in segments) == count
-        at = 0
-        for start, length in segments:
-            there[start : start + length] = view[at : at + length]
-            at += length
+        arrive(there, segments, view)
         total += count
     return total
 
@@ -119,10 +124,7 @@ def send_written(sent: Sent, fd: LocalFd, there: bytearray, written: Sequence[Ra
         view = memoryview(bytearray(2 * CHUNK))
         segments, count = sent.reading_written(piece, partial(read_segments, fd))(view)
         assert sum(length for _, length in segments) == count
-        at = 0
-        for start, length in segments:
-            there[start : start + length] = view[at : at + length]
-            at += length
+        arrive(there, segments, view)
         total += count
     return total
 
